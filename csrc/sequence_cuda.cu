@@ -1,0 +1,286 @@
+// Sequence ops on NVIDIA GPUs: one thread block per sequence walks it in tiles of kTile tokens and carries the running sum
+// across tiles. Each thread scans kItems tokens in registers, warps scan by shuffles, warp totals meet in shared memory.
+// Loads and stores of a warp are contiguous: thread i of the block owns tokens i*kItems .. i*kItems+3 of the tile.
+
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+#include "sequence_cuda.h"
+#include "token_math.h"
+
+namespace ipvrm {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kItems = 4;
+constexpr int kTile = kThreads * kItems;
+
+void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": launch failed: " + cudaGetErrorString(error));
+}
+
+__device__ __forceinline__ float int_power(float base, int exponent) {
+  float result = 1.0f;
+  for (; exponent > 0; exponent >>= 1, base *= base)
+    if (exponent & 1) result *= base;
+  return result;
+}
+
+// The block-wide decayed scan: y_i = x_i + decay * y_{i-1} over the tile's tokens in order, seeded by a carry.
+// Powers of the decay are constants of the launch, so only sums travel through shuffles.
+struct TileScan {
+  float decay;
+  float lane_power;              // decay^(kItems * lane)
+  float warp_power;              // decay^(kItems * 32)
+  float thread_power;            // decay^(kItems * threadIdx.x)
+  float tile_power;              // decay^kTile
+  float carry = 0.0f;            // y at the end of the previous tile
+  float* warp_sums;              // (kWarps,) shared
+
+  __device__ TileScan(float decay_, float* shared) : decay(decay_), warp_sums(shared) {
+    lane_power = int_power(decay, kItems * (threadIdx.x % 32));
+    warp_power = int_power(decay, kItems * 32);
+    thread_power = int_power(decay, kItems * threadIdx.x);
+    tile_power = int_power(decay, kTile);
+  }
+
+  // items: in x, out y. Tokens beyond the sequence must come in as 0.
+  __device__ void step(float (&items)[kItems]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int k = 1; k < kItems; ++k) items[k] += decay * items[k - 1];
+    float total = items[kItems - 1];  // inclusive over this thread, then over lanes
+    float power = int_power(decay, kItems);
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const float left = __shfl_up_sync(0xffffffffu, total, offset);
+      if (lane >= offset) total += power * left;
+      power *= power;
+    }
+    float before = __shfl_up_sync(0xffffffffu, total, 1);  // sum of the lanes to the left
+    if (lane == 0) before = 0.0f;
+    if (lane == 31) warp_sums[warp] = total;
+    __syncthreads();
+    float block_total = 0.0f, left_warps = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp) left_warps = block_total;
+      block_total = warp_sums[w] + warp_power * block_total;
+    }
+    before += lane_power * left_warps + thread_power * carry;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      before *= decay;
+      items[k] += before;
+    }
+    carry = block_total + tile_power * carry;
+    __syncthreads();  // warp_sums is rewritten by the next tile
+  }
+};
+
+__global__ void __launch_bounds__(kThreads)
+segment_scan_kernel(const float* __restrict__ x, const int32_t* __restrict__ cu_seqlens, float* __restrict__ y,
+                    float decay, bool reverse) {
+  __shared__ float warp_sums[kWarps];
+  const int64_t start = cu_seqlens[blockIdx.x];
+  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
+  TileScan scan(decay, warp_sums);
+  for (int tile = 0; tile < length; tile += kTile) {
+    const int base = tile + threadIdx.x * kItems;
+    float items[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int t = base + k;
+      items[k] = t < length ? x[start + (reverse ? length - 1 - t : t)] : 0.0f;
+    }
+    scan.step(items);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int t = base + k;
+      if (t < length) y[start + (reverse ? length - 1 - t : t)] = items[k];
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+prefix_values_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens,
+                         float* __restrict__ value, float* __restrict__ mean_value, float* __restrict__ prob,
+                         float* __restrict__ td, float beta) {
+  __shared__ float warp_sums[kWarps];
+  const int64_t start = cu_seqlens[blockIdx.x];
+  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
+  TileScan scan(1.0f, warp_sums);
+  for (int tile = 0; tile < length; tile += kTile) {
+    const int base = tile + threadIdx.x * kItems;
+    float ratios[kItems], items[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) items[k] = ratios[k] = base + k < length ? log_ratio[start + base + k] : 0.0f;
+    scan.step(items);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int t = base + k;
+      if (t >= length) continue;
+      const PrefixValue v = prefix_value(items[k], beta, static_cast<float>(t + 1));
+      value[start + t] = v.value;
+      mean_value[start + t] = v.mean_value;
+      prob[start + t] = v.prob;
+      td[start + t] = beta * ratios[k];
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+prefix_values_bwd_kernel(const float* __restrict__ dvalue, const float* __restrict__ dmean_value,
+                         const float* __restrict__ dprob, const float* __restrict__ dtd, const float* __restrict__ prob,
+                         const int32_t* __restrict__ cu_seqlens, float* __restrict__ dlog_ratio, float beta) {
+  __shared__ float warp_sums[kWarps];
+  const int64_t start = cu_seqlens[blockIdx.x];
+  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
+  TileScan scan(1.0f, warp_sums);
+  for (int tile = 0; tile < length; tile += kTile) {
+    const int base = tile + threadIdx.x * kItems;
+    float items[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int t = length - 1 - (base + k);
+      const int64_t row = start + t;
+      items[k] = t < 0 ? 0.0f
+                       : prefix_value_slope(dvalue ? dvalue[row] : 0.0f, dmean_value ? dmean_value[row] : 0.0f,
+                                            dprob ? dprob[row] : 0.0f, prob[row], static_cast<float>(t + 1));
+    }
+    scan.step(items);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int t = length - 1 - (base + k);
+      if (t >= 0) dlog_ratio[start + t] = beta * (items[k] + (dtd ? dtd[start + t] : 0.0f));
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens,
+                             const float* __restrict__ outcome, const float* __restrict__ margin,
+                             const float* __restrict__ weight, float* __restrict__ sums, float* __restrict__ slope,
+                             float beta, Weighting kind, bool per_sequence) {
+  __shared__ float warp_sums[kWarps];
+  const int b = blockIdx.x;
+  const int64_t start = cu_seqlens[b];
+  const int length = cu_seqlens[b + 1] - cu_seqlens[b];
+  if (length == 0) {
+    if (threadIdx.x == 0) sums[2 * b] = sums[2 * b + 1] = 0.0f;
+    return;
+  }
+  const float length_f = static_cast<float>(length);
+  const float omega_sum = prefix_weight_sum(kind, length_f);
+  const float scale = per_sequence ? weight[b] / omega_sum : weight[b];
+  const float sign = 2.0f * outcome[b] - 1.0f;
+  const float margin_b = margin[b];
+  TileScan scan(1.0f, warp_sums);
+  float total = 0.0f;
+  for (int tile = 0; tile < length; tile += kTile) {
+    const int base = tile + threadIdx.x * kItems;
+    float items[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) items[k] = base + k < length ? log_ratio[start + base + k] : 0.0f;
+    scan.step(items);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int t = base + k;
+      if (t >= length) continue;
+      const float t1 = static_cast<float>(t + 1);
+      const MarginLoss at = margin_loss(beta * items[k] / t1, sign, margin_b);
+      const float omega = prefix_weight(kind, t1, length_f);
+      total += omega * at.loss;
+      slope[start + t] = scale * omega * at.derivative / t1;
+    }
+  }
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) total += __shfl_down_sync(0xffffffffu, total, offset);
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = total;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += warp_sums[w];
+    sums[2 * b] = scale * sum;
+    sums[2 * b + 1] = per_sequence ? 1.0f : omega_sum;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+prefix_value_loss_bwd_kernel(const float* __restrict__ slope, const int32_t* __restrict__ cu_seqlens,
+                             const float* __restrict__ scale, float* __restrict__ dlog_ratio, float beta) {
+  __shared__ float warp_sums[kWarps];
+  const int64_t start = cu_seqlens[blockIdx.x];
+  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
+  const float factor = beta * *scale;
+  TileScan scan(1.0f, warp_sums);
+  for (int tile = 0; tile < length; tile += kTile) {
+    const int base = tile + threadIdx.x * kItems;
+    float items[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int t = length - 1 - (base + k);
+      items[k] = t < 0 ? 0.0f : slope[start + t];
+    }
+    scan.step(items);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int t = length - 1 - (base + k);
+      if (t >= 0) dlog_ratio[start + t] = factor * items[k];
+    }
+  }
+}
+
+cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
+unsigned grid(int64_t num_sequences) { return static_cast<unsigned>(num_sequences); }
+
+}  // namespace
+
+void segment_scan_cuda(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, float decay,
+                       bool reverse, void* stream) {
+  if (num_sequences == 0) return;
+  segment_scan_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(x, cu_seqlens, y, decay, reverse);
+  check_launch("segment_scan");
+}
+
+void prefix_values_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value,
+                            float* prob, float* td, int64_t num_sequences, float beta, void* stream) {
+  if (num_sequences == 0) return;
+  prefix_values_fwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(log_ratio, cu_seqlens, value,
+                                                                                    mean_value, prob, td, beta);
+  check_launch("prefix_values");
+}
+
+void prefix_values_bwd_cuda(const float* dvalue, const float* dmean_value, const float* dprob, const float* dtd,
+                            const float* prob, const int32_t* cu_seqlens, float* dlog_ratio, int64_t num_sequences,
+                            float beta, void* stream) {
+  if (num_sequences == 0) return;
+  prefix_values_bwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(
+      dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, dlog_ratio, beta);
+  check_launch("prefix_values backward");
+}
+
+void prefix_value_loss_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, const float* outcome,
+                                const float* margin, const float* weight, float* sums, float* slope,
+                                int64_t num_sequences, float beta, int weighting, bool per_sequence, void* stream) {
+  if (num_sequences == 0) return;
+  prefix_value_loss_fwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(
+      log_ratio, cu_seqlens, outcome, margin, weight, sums, slope, beta, static_cast<Weighting>(weighting), per_sequence);
+  check_launch("prefix_value_loss");
+}
+
+void prefix_value_loss_bwd_cuda(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
+                                int64_t num_sequences, float beta, void* stream) {
+  if (num_sequences == 0) return;
+  prefix_value_loss_bwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(slope, cu_seqlens, scale,
+                                                                                        dlog_ratio, beta);
+  check_launch("prefix_value_loss backward");
+}
+
+}  // namespace ipvrm

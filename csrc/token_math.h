@@ -1,0 +1,95 @@
+// Per-token mathematics of the sequence ops, compiled by g++ and nvcc alike, so that the CPU tests run the lines the
+// GPU runs. Branch-free, so that g++ vectorises loops over these functions. Equation numbers are the paper's.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define IPVRM_HD __host__ __device__ __forceinline__
+#else
+#define IPVRM_HD inline __attribute__((always_inline))
+#endif
+
+namespace ipvrm {
+
+enum class Weighting : int { uniform = 0, late = 1, early = 2 };
+
+// exp(x) for x <= 0, to 1 ulp or so; 0 below -87.3 (no denormals).
+IPVRM_HD float exp_nonpositive(float x) {
+  const float clamped = x < -87.33654f ? -87.33654f : x;
+  const int32_t n = static_cast<int32_t>(clamped * 1.44269504f - 0.5f);  // truncation rounds to nearest for x <= 0
+  const float nf = static_cast<float>(n);
+  const float r = (clamped - nf * 0.693359375f) + nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
+  float p = 1.3888889e-3f;                                               // Taylor, |r| <= 0.35: error below 2^-25
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  const int32_t bits = (n + 127) << 23;
+  float scale;
+  memcpy(&scale, &bits, sizeof scale);
+  return x < -87.33654f ? 0.0f : p * scale;
+}
+
+// log(1 + u) for u in [0, 1]: 2 atanh(u / (2 + u)), which keeps the relative accuracy of small u.
+IPVRM_HD float log1p_unit(float u) {
+  const float s = u / (2.0f + u);
+  const float q = s * s;
+  float p = 6.6666667e-2f;
+  p = p * q + 7.6923077e-2f;
+  p = p * q + 9.0909091e-2f;
+  p = p * q + 1.11111111e-1f;
+  p = p * q + 1.42857143e-1f;
+  p = p * q + 0.2f;
+  p = p * q + 3.33333333e-1f;
+  return 2.0f * (s + s * q * p);
+}
+
+IPVRM_HD float sigmoid(float z) {
+  const float e = exp_nonpositive(z < 0.0f ? z : -z);
+  return (z < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+// omega_t of Eq. 9, 17, 18 for position t = 1..length, and its sum over the sequence.
+IPVRM_HD float prefix_weight(Weighting kind, float t, float length) {
+  if (kind == Weighting::late) return t / length;
+  if (kind == Weighting::early && length > 1.0f) return 1.0f - t / length;
+  return 1.0f;
+}
+IPVRM_HD float prefix_weight_sum(Weighting kind, float length) {
+  if (kind == Weighting::late) return 0.5f * (length + 1.0f);
+  if (kind == Weighting::early && length > 1.0f) return 0.5f * (length - 1.0f);
+  return length;
+}
+
+// One prefix of L_ipvrm: softplus(margin - sign * mean_value), and its derivative by mean_value.
+struct MarginLoss {
+  float loss;
+  float derivative;
+};
+IPVRM_HD MarginLoss margin_loss(float mean_value, float sign, float margin) {
+  const float z = margin - sign * mean_value;
+  const float e = exp_nonpositive(z < 0.0f ? z : -z);
+  const float softplus = (z > 0.0f ? z : 0.0f) + log1p_unit(e);
+  return {softplus, -sign * ((z < 0.0f ? e : 1.0f) / (1.0f + e))};
+}
+
+// Eq. 5 and its normalisation: what a prefix of t tokens with summed log-ratio `sum` is worth.
+struct PrefixValue {
+  float value;
+  float mean_value;
+  float prob;
+};
+IPVRM_HD PrefixValue prefix_value(float sum, float beta, float t) {
+  const float value = beta * sum;
+  const float mean_value = value / t;
+  return {value, mean_value, sigmoid(mean_value)};
+}
+// d / d value_t of (value_t, mean_value_t, prob_t) against their upstream gradients.
+IPVRM_HD float prefix_value_slope(float dvalue, float dmean_value, float dprob, float prob, float t) {
+  return dvalue + (dmean_value + dprob * prob * (1.0f - prob)) / t;
+}
+
+}  // namespace ipvrm

@@ -1,0 +1,157 @@
+"""Which implementation of an op runs, and in words why another cannot.
+
+One ordered table (`DEFAULT_ORDER`) and one function (`choose`). `impl=None` takes the first entry of the device's row
+that the op has and this installation can run; a named `impl` runs or raises with the reason, and never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
+IMPL_NAMES = ("torch", "cpp", "triton", "cuda")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as Triton itself read it, at import
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_C: ModuleType | None
+try:
+    from . import _C as _extension
+
+    _C = _extension
+    _EXTENSION_ERROR = ""
+except ImportError as error:  # not built, or built for another Python
+    _C = None
+    _EXTENSION_ERROR = str(error)
+
+HAS_CPP = _C is not None
+HAS_CUDA = _C is not None and bool(_C.has_cuda)
+
+_checks = False
+
+
+def set_checks(enabled: bool) -> bool:
+    """Switch value checks on GPU tensors on or off (default off: they synchronise); CPU tensors are always checked.
+
+    Returns the previous setting.
+    """
+    global _checks
+    previous, _checks = _checks, bool(enabled)
+    return previous
+
+
+def checks_values(tensor: Tensor) -> bool:
+    """Whether an op's implementation may read the values of `tensor` to validate them."""
+    return _checks or tensor.device.type == "cpu"
+
+
+def native() -> Any:
+    """The extension module; only called after `choose` has said that it exists."""
+    assert _C is not None
+    return _C
+
+
+def why_not(impl: str, device_type: str) -> str | None:
+    """None if `impl` can run on a device of this type here, else the reason in words."""
+    if impl == "torch":
+        return None
+    if impl == "cpp":
+        if not HAS_CPP:
+            return (
+                f"the extension ipvrm_kernels._C cannot be imported ({_EXTENSION_ERROR}); in a checkout run "
+                "`pip install -e .` with a C++17 compiler on PATH"
+            )
+        return None if device_type == "cpu" else f"it runs on CPU tensors, not on {device_type}"
+    if impl == "triton":
+        if not HAS_TRITON:
+            return "the package triton is not installed"
+        if device_type == "cuda":
+            return "TRITON_INTERPRET=1 is set; unset it to compile for the GPU" if INTERPRETED else None
+        if device_type == "cpu":
+            return (
+                None
+                if INTERPRETED
+                else "CPU tensors need TRITON_INTERPRET=1 set before import (interpreter, slow)"
+            )
+        return f"it runs on CUDA tensors, not on {device_type}"
+    if impl == "cuda":
+        if not HAS_CPP:
+            return f"the extension ipvrm_kernels._C cannot be imported ({_EXTENSION_ERROR})"
+        if not HAS_CUDA:
+            return "the extension was built without nvcc (IPVRM_CUDA=1 insists on it at build time)"
+        return None if device_type == "cuda" else f"it runs on CUDA tensors, not on {device_type}"
+    return f"no such implementation; the names are {', '.join(IMPL_NAMES)}"
+
+
+def choose(op: str, impls: Mapping[str, Any], impl: str | None, tensor: Tensor) -> str:
+    """Name of the implementation of `op` that runs for `tensor`'s device and dtype.
+
+    Raises ValueError with the reason if a named `impl` cannot run. fp64 runs in the reference only (`torch`).
+    """
+    device_type = tensor.device.type
+    double = tensor.dtype == torch.float64
+    if impl is None:
+        return "torch" if double else _default(impls, device_type)
+    if impl in IMPL_NAMES and impl not in impls:
+        raise ValueError(f"{op}: impl={impl!r} does not exist for this op; it has {', '.join(impls)}")
+    reason = why_not(impl, device_type)
+    if reason is None and double and impl != "torch":
+        reason = "it computes in fp32; fp64 inputs need impl='torch'"
+    if reason is not None:
+        raise ValueError(f"{op}: impl={impl!r} cannot run here: {reason}")
+    return impl
+
+
+class Backends(dict[str, dict[str, dict[str, str]]]):
+    """{device type: {op: {impl: "default" | "available" | reason it cannot run}}}; prints as a table."""
+
+    def __str__(self) -> str:
+        lines = []
+        for device_type, ops in self.items():
+            lines.append(f"{device_type} tensors")
+            width = max(len(op) for op in ops)
+            reasons: dict[str, str] = {}
+            for op, impls in ops.items():
+                cells = []
+                for name in IMPL_NAMES:
+                    state = impls[name]
+                    mark = {"default": "default", "available": "yes", "not written": "-"}.get(state, "no")
+                    if mark == "no":
+                        reasons[name] = state
+                    cells.append(f"{name} {mark}".ljust(15))
+                lines.append(f"  {op.ljust(width)}  {' '.join(cells)}".rstrip())
+            lines += [f"  {name}: no, because {reason}" for name, reason in reasons.items()]
+        return "\n".join(lines)
+
+
+def table(ops: Mapping[str, Mapping[str, Any]]) -> Backends:
+    """The state of every implementation of every op, for CPU tensors and, on a machine with one, a GPU."""
+    result = Backends()
+    for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        rows: dict[str, dict[str, str]] = {}
+        for op, impls in ops.items():
+            default = _default(impls, device_type)
+            rows[op] = {}
+            for name in IMPL_NAMES:
+                if name not in impls:
+                    rows[op][name] = "not written"
+                else:
+                    rows[op][name] = why_not(name, device_type) or (
+                        "default" if name == default else "available"
+                    )
+        result[device_type] = rows
+    return result
+
+
+def _default(impls: Mapping[str, Any], device_type: str) -> str:
+    for name in DEFAULT_ORDER.get(device_type, ()):
+        if name in impls and why_not(name, device_type) is None:
+            return name
+    return "torch"

@@ -1,0 +1,81 @@
+"""Packed sequences: B sequences laid end to end in N rows, with `cu_seqlens` (B+1,) int32 holding their edges.
+
+Sequence b owns rows cu_seqlens[b] : cu_seqlens[b+1]; it may be empty.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backend import checks_values
+
+
+def pack(padded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `padded` where `mask` is true, in order, and their sequence edges.
+
+    Args: padded (B, T, ...) any dtype; mask (B, T), bool or 0/1.
+    Returns: packed (N, ...) of padded's dtype, cu_seqlens (B+1,) int32. Differentiable in `padded`.
+    Raises: ValueError if the first two sizes of `padded` are not the shape of `mask`.
+    """
+    if mask.dim() != 2 or padded.shape[:2] != mask.shape:
+        raise ValueError(
+            f"pack: padded must be (B, T, ...) and mask (B, T), got {tuple(padded.shape)} and {tuple(mask.shape)}"
+        )
+    keep = mask.bool()
+    cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
+    cu_seqlens[1:] = keep.sum(1).cumsum(0)
+    return padded[keep], cu_seqlens
+
+
+def unpack(packed: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
+    """The inverse of `pack` for right-padded masks: zeros after each sequence's end.
+
+    Args: packed (N, ...); cu_seqlens (B+1,) int32; length, the padded T, at least the longest sequence.
+    Returns: (B, length, ...) of packed's dtype. Differentiable in `packed`.
+    Raises: ValueError if cu_seqlens does not describe N rows or a sequence is longer than `length` (values are read on
+    the CPU, and on a GPU under `set_checks(True)`).
+    """
+    check_cu_seqlens_shape("unpack", cu_seqlens, packed)
+    N, B = packed.shape[0], cu_seqlens.shape[0] - 1
+    if checks_values(cu_seqlens):
+        check_cu_seqlens("unpack", cu_seqlens, N)
+        longest = int(lengths(cu_seqlens).max()) if B else 0
+        if longest > length:
+            raise ValueError(f"unpack: length must be at least the longest sequence, {longest}, got {length}")
+    segment = segment_ids(cu_seqlens, N)
+    column = torch.arange(N, device=packed.device) - cu_seqlens.long()[segment]
+    flat = packed.new_zeros((B * length, *packed.shape[1:]))
+    return flat.index_put((segment * length + column,), packed).unflatten(0, (B, length))
+
+
+def lengths(cu_seqlens: Tensor) -> Tensor:
+    """(B,) int64 sequence lengths."""
+    return cu_seqlens.long().diff()
+
+
+def segment_ids(cu_seqlens: Tensor, N: int) -> Tensor:
+    """(N,) int64: the sequence that owns each packed row (empty sequences own none)."""
+    rows = torch.arange(N, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+
+
+def check_cu_seqlens_shape(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
+    """Raise ValueError unless cu_seqlens is (B+1,) int32 on the device of `packed`."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"{op}: cu_seqlens must be (B+1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; "
+            "pack() makes one, .to(torch.int32) converts one"
+        )
+    if cu_seqlens.device != packed.device:
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, the packed tensor on {packed.device}")
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, N: int) -> None:
+    """Raise ValueError unless cu_seqlens rises from 0 to N. Reads values: call it only where `checks_values` allows."""
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != N or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        raise ValueError(
+            f"{op}: cu_seqlens must rise from 0 to N={N} without decreasing, got {cu_seqlens.tolist()[:8]}"
+            f"{'...' if cu_seqlens.numel() > 8 else ''} (last {last})"
+        )

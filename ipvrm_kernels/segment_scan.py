@@ -1,0 +1,162 @@
+"""segment_scan: y_t = x_t + decay * y_{t-1} within each packed sequence; reverse: y_t = x_t + decay * y_{t+1}.
+
+decay = 1 is the running sum behind the prefix value (Eq. 5), reverse with decay = discount * lam is GAE (Eq. 8).
+The gradient of a scan is the same scan run from the other end: dx = segment_scan(dy, reverse=not reverse).
+
+Shapes: x (N,), cu_seqlens (B+1,) int32, y (N,). One program per sequence, blocks joined by a carry, one read and one
+write per token: eager PyTorch needs a padded copy and, for decay != 1, a Python loop over time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .packing import check_cu_seqlens, check_cu_seqlens_shape, segment_ids
+
+if backend.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+
+def segment_scan_reference(
+    x: Tensor, cu_seqlens: Tensor, decay: float = 1.0, reverse: bool = False
+) -> Tensor:
+    """The definition in plain PyTorch, by doubling: after step s every y_t holds the last 2s terms of its sum.
+
+    log2(N) elementwise passes; no padding, no host sync, differentiable by autograd, any float dtype.
+    """
+    N = x.shape[0]
+    rows = torch.arange(N, device=x.device)
+    segment = segment_ids(cu_seqlens, N)
+    edges = cu_seqlens.long()
+    reach = edges[segment + 1] - 1 - rows if reverse else rows - edges[segment]  # (N,) terms before this one
+    y, step = x, 1
+    while step < N:
+        zeros = y.new_zeros(step)
+        shifted = torch.cat([y[step:], zeros]) if reverse else torch.cat([zeros, y[:-step]])
+        y = y + torch.where(reach >= step, shifted, 0.0) * decay**step
+        step *= 2
+    return y
+
+
+if backend.HAS_TRITON:
+
+    @triton.jit
+    def _decayed_sum(decay_left, sum_left, decay_right, sum_right):
+        return decay_left * decay_right, sum_right + decay_right * sum_left
+
+    @triton.jit
+    def _segment_scan_kernel(
+        x_ptr,  # (N,)
+        cu_seqlens_ptr,  # (B+1,)
+        y_ptr,  # (N,)
+        decay,  # scalar
+        REVERSE: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+    ):
+        sequence = tl.program_id(0)
+        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
+        carry = 0.0
+        for block in range(start, end, BLOCK_T):
+            t = block - start + offsets  # (BLOCK_T,) position counted from the end the scan begins at
+            rows = end - 1 - t if REVERSE else start + t  # (BLOCK_T,)
+            valid = t < end - start  # (BLOCK_T,)
+            x = tl.load(x_ptr + rows, mask=valid, other=0.0)  # (BLOCK_T,)
+            decays = tl.zeros_like(x) + decay  # (BLOCK_T,)
+            powers, sums = tl.associative_scan((decays, x), 0, _decayed_sum)  # (BLOCK_T,) each
+            y = sums + powers * carry  # (BLOCK_T,)
+            tl.store(y_ptr + rows, y, mask=valid)
+            carry = tl.sum(tl.where(offsets == BLOCK_T - 1, y, 0.0))
+
+
+def _triton(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
+    y = torch.empty_like(x)
+    if x.shape[0]:
+        _segment_scan_kernel[(cu_seqlens.shape[0] - 1,)](
+            x, cu_seqlens, y, decay, REVERSE=reverse, BLOCK_T=1024
+        )
+    return y
+
+
+def _cpp(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
+    y = torch.empty_like(x)
+    backend.native().segment_scan_cpu(
+        x.data_ptr(),
+        cu_seqlens.data_ptr(),
+        y.data_ptr(),
+        cu_seqlens.shape[0] - 1,
+        decay,
+        reverse,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _cuda(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
+    y = torch.empty_like(x)
+    with torch.cuda.device(x.device):
+        backend.native().segment_scan_cuda(
+            x.data_ptr(), cu_seqlens.data_ptr(), y.data_ptr(), cu_seqlens.shape[0] - 1, decay, reverse,
+            torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    return y
+
+
+IMPLS = {"cuda": _cuda, "triton": _triton, "cpp": _cpp, "torch": segment_scan_reference}
+
+
+@torch.library.custom_op("ipvrm::segment_scan", mutates_args=())
+def _segment_scan(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> Tensor:
+    if backend.checks_values(x):
+        check_cu_seqlens("segment_scan", cu_seqlens, x.shape[0])
+    y = IMPLS[impl](x.contiguous(), cu_seqlens.contiguous(), decay, reverse)
+    return y.clone() if y.data_ptr() == x.data_ptr() else y  # the reference returns its input for N < 2
+
+
+@_segment_scan.register_fake
+def _(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, cu_seqlens, ctx.decay, ctx.reverse, ctx.impl = inputs
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _backward(ctx, dy: Tensor):
+    (cu_seqlens,) = ctx.saved_tensors
+    return _segment_scan(dy, cu_seqlens, ctx.decay, not ctx.reverse, ctx.impl), None, None, None, None
+
+
+_segment_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def segment_scan(
+    x: Tensor, cu_seqlens: Tensor, decay: float = 1.0, reverse: bool = False, impl: str | None = None
+) -> Tensor:
+    """Decayed running sum within each packed sequence: y_t = x_t + decay * y_{t-1} (reverse: y_{t+1}); Eq. 5, 8.
+
+    Args:
+        x: (N,) float; fp32, bf16, fp16 (summed in fp32) or fp64.
+        cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; empty sequences are allowed.
+        decay: factor per step, finite; discount * lam for GAE.
+        reverse: run from each sequence's end.
+        impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
+
+    Returns: (N,) fp32 (fp64 for fp64 input). Differentiable in x, any number of times.
+    Raises: ValueError on a wrong shape, dtype, device, decay, impl, or cu_seqlens that do not rise from 0 to N.
+    """
+    if x.dim() != 1 or not x.is_floating_point():
+        raise ValueError(f"segment_scan: x must be (N,) floating point, got {tuple(x.shape)} {x.dtype}")
+    check_cu_seqlens_shape("segment_scan", cu_seqlens, x)
+    decay = float(decay)
+    if not math.isfinite(decay):
+        raise ValueError(f"segment_scan: decay must be finite, got {decay}")
+    x = x if x.dtype == torch.float64 else x.float()
+    return _segment_scan(x, cu_seqlens, decay, bool(reverse), backend.choose("segment_scan", IMPLS, impl, x))

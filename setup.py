@@ -1,0 +1,141 @@
+"""The extension ipvrm_kernels._C, nothing else (metadata lives in pyproject.toml).
+
+C++ needs only pybind11: no torch header is included, so the build works in pip's isolated environment and one binary
+serves every torch version. CUDA sources are compiled when nvcc is found (IPVRM_CUDA=0 skips them, IPVRM_CUDA=1 insists).
+Without a working compiler the package still installs; ipvrm_kernels.backends() then says why `cpp` is missing.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CPP_SOURCES = ["csrc/bindings.cpp", "csrc/sequence_cpu.cpp"]
+CUDA_SOURCES = ["csrc/sequence_cuda.cu"]
+CUDA_ARCHITECTURES = os.environ.get("IPVRM_CUDA_ARCHS", "80;90;100").split(";")
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc from CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda; None if absent or switched off."""
+    wanted = os.environ.get("IPVRM_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"setup.py: IPVRM_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [str(Path(root) / "bin" / "nvcc") for root in roots if root]
+    found = next((c for c in candidates if Path(c).is_file()), None) or shutil.which("nvcc")
+    if found is None and wanted == "1":
+        raise SystemExit("setup.py: IPVRM_CUDA=1 but no nvcc was found in CUDA_HOME, /usr/local/cuda or PATH")
+    return found
+
+
+class BuildExtension(build_ext):
+    """Adds OpenMP where the compiler has it, links the nvcc objects, and survives a machine without a compiler."""
+
+    def build_extensions(self) -> None:
+        nvcc = find_nvcc()
+        try:
+            for extension in self.extensions:
+                self._configure(extension, nvcc)
+            super().build_extensions()
+        except Exception as error:
+            if os.environ.get("IPVRM_CUDA") == "1":
+                raise
+            print(
+                f"ipvrm: the native extension was not built ({error}); impl='cpp' and 'cuda' are off",
+                file=sys.stderr,
+            )
+            for extension in self.extensions:  # a half-written or outdated binary must not be picked up
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+
+    def _configure(self, extension: Extension, nvcc: str | None) -> None:
+        if sys.platform == "win32":
+            extension.extra_compile_args += ["/std:c++17", "/O2", "/openmp"]
+            return
+        extension.extra_compile_args += ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-g0"]
+        if self._compiles_with("-fopenmp"):
+            extension.extra_compile_args += ["-fopenmp"]
+            extension.extra_link_args += ["-fopenmp"]
+        if nvcc is not None:
+            self._add_cuda(extension, nvcc)
+
+    def _compiles_with(self, flag: str) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.cpp"
+            source.write_text("int main() { return 0; }\n")
+            try:
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
+                self.compiler.link_executable(objects, str(Path(folder) / "probe"), extra_postargs=[flag])
+            except Exception:
+                return False
+        return True
+
+    def _add_cuda(self, extension: Extension, nvcc: str) -> None:
+        objects = []
+        gencode = []
+        for arch in CUDA_ARCHITECTURES:
+            gencode += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+        newest = CUDA_ARCHITECTURES[-1]
+        gencode += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
+        for source in CUDA_SOURCES:
+            target = Path(self.build_temp) / (Path(source).stem + ".cu.o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = [
+                nvcc,
+                "-c",
+                source,
+                "-o",
+                str(target),
+                "-O3",
+                "-std=c++17",
+                "--cudart=static",
+                "-Icsrc",
+                "-Xcompiler",
+                "-fPIC,-fvisibility=hidden",
+                *gencode,
+            ]
+            print(" ".join(command), flush=True)
+            try:
+                subprocess.run(command, check=True, cwd=ROOT)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if os.environ.get("IPVRM_CUDA") == "1":
+                    raise
+                print(f"ipvrm: CUDA sources were not compiled ({error}); impl='cuda' is off", file=sys.stderr)
+                return
+            objects.append(str(target))
+        extension.extra_objects += objects
+        extension.define_macros += [("IPVRM_WITH_CUDA", "1")]
+        cuda_root = Path(nvcc).resolve().parent.parent
+        for folder in (
+            cuda_root / "lib64",
+            cuda_root / "targets" / "x86_64-linux" / "lib",
+            cuda_root / "targets" / "sbsa-linux" / "lib",
+        ):
+            if (folder / "libcudart_static.a").is_file():
+                extension.library_dirs.append(str(folder))
+                break
+        extension.libraries += ["cudart_static", "dl", "pthread", "rt"]
+
+
+def extensions() -> list[Extension]:
+    import pybind11
+
+    return [
+        Extension(
+            "ipvrm_kernels._C",
+            sources=CPP_SOURCES,
+            include_dirs=[pybind11.get_include(), "csrc"],
+            depends=[str(p) for p in sorted((ROOT / "csrc").glob("*"))],
+            language="c++",
+        )
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
