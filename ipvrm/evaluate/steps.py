@@ -6,7 +6,8 @@ from the T per-token log-ratios l_t of one forward (V_t = beta * sum_{i<=t} l_i,
     step        sum of beta * l_t over the tokens of the step                       Eq. 31, the main tables
     prefix      V at the last token of the step                                     Eq. 30
     mean        V_t / t at the last token of the step, t counted from 1 within the response
-    mean_diff   mean of this step minus mean of the step before it (minus 0 for the first)
+    mean_diff   mean of beta * l_t over the tokens of the step: the difference of V across the step,
+                divided by its length (the released script's definition, not a difference of two means)
 
 A token belongs to the step in which it **ends**, that is, to the step of its last character; the separator
 behind a step is part of that step. Tokens that end in no step (the end-of-turn token, a template's preamble)
@@ -127,18 +128,18 @@ def step_scores(
     if num_steps is None:
         num_steps = int(steps_of_token.max()) + 1 if len(steps_of_token) else 0
     td = beta * log_ratio.detach().cpu().double()  # (T,)
-    if rule == "step":
+    if rule in ("step", "mean_diff"):
         inside = steps_of_token >= 0
-        scores = torch.zeros(num_steps, dtype=torch.float64)
+        scores = torch.zeros(num_steps, dtype=torch.float64)  # (S,)
         scores.index_add_(0, steps_of_token[inside], td[inside])
+        if rule == "mean_diff":
+            scores /= torch.bincount(steps_of_token[inside], minlength=num_steps).clamp_min(1)
         return scores.to(log_ratio.dtype)
     ends = step_ends(steps_of_token, num_steps)  # (S,)
     value = torch.cat([td.new_zeros(1), td.cumsum(0)])  # (T + 1,), V_0 = 0
     scores = value[ends + 1]
-    if rule != "prefix":
+    if rule == "mean":
         scores = scores / (ends + 1).clamp_min(1)
-    if rule == "mean_diff":
-        scores = torch.diff(scores, prepend=scores.new_zeros(1))
     return scores.to(log_ratio.dtype)
 
 

@@ -67,7 +67,7 @@ def test_four_rules_by_hand():
     assert got["step"] == [1.0, -1.5, 2.0]
     assert got["prefix"] == [1.0, -0.5, 1.5]  # V after tokens 1, 3, 4
     assert got["mean"] == pytest.approx([1.0, -0.5 / 3, 1.5 / 4])
-    assert got["mean_diff"] == pytest.approx([1.0, -0.5 / 3 - 1.0, 1.5 / 4 + 0.5 / 3])
+    assert got["mean_diff"] == [1.0, -1.5 / 2, 2.0]  # per token of the step
 
 
 def test_preamble_counts_in_the_value_and_in_no_step():
@@ -81,7 +81,7 @@ def test_a_step_without_tokens_is_neutral():
     log_ratio, steps = torch.tensor([1.0, 2.0]), torch.tensor([0, 2])
     assert step_scores(log_ratio, steps, 1.0, "step", num_steps=4).tolist() == [1.0, 0.0, 2.0, 0.0]
     assert step_scores(log_ratio, steps, 1.0, "prefix", num_steps=4).tolist() == [1.0, 1.0, 3.0, 3.0]
-    assert step_scores(log_ratio, steps, 1.0, "mean_diff", num_steps=4).tolist() == [1.0, 0.0, 0.5, 0.0]
+    assert step_scores(log_ratio, steps, 1.0, "mean_diff", num_steps=4).tolist() == [1.0, 0.0, 2.0, 0.0]
 
 
 def test_rules_are_consistent_on_random_input():
@@ -90,7 +90,8 @@ def test_rules_are_consistent_on_random_input():
     steps = torch.sort(torch.randint(0, 6, (50,), generator=generator)).values
     scores = {rule: step_scores(log_ratio, steps, 3.0, rule, num_steps=6) for rule in RULES}
     torch.testing.assert_close(scores["step"].cumsum(0), scores["prefix"])
-    torch.testing.assert_close(scores["mean_diff"].cumsum(0), scores["mean"])
+    torch.testing.assert_close(scores["mean_diff"] * torch.bincount(steps, minlength=6), scores["step"])
+    torch.testing.assert_close(scores["mean"] * (step_ends(steps, 6) + 1), scores["prefix"])
     assert scores["step"].dtype == torch.float64
 
 
