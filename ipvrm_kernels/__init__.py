@@ -1,4 +1,4 @@
-"""Fused ops for prefix-value reward models and distribution-level RL; importable on its own (torch, and triton on GPUs)."""
+"""Fused ops for prefix-value reward models and distribution-level RL; needs torch, and triton on GPUs."""
 
 from .backend import Backends, set_checks
 from .backend import table as _table
@@ -12,7 +12,7 @@ _OPS = {"segment_scan": _segment_scan_impls}
 
 
 def backends() -> Backends:
-    """Which implementation of each op runs on which device here, which is the default, and why another cannot run.
+    """Which implementation of each op runs on which device here, which is the default, and why others cannot.
 
     Returns a nested dict {device: {op: {impl: state}}} whose str() is a readable table.
     """

@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and in words why another cannot.
 
-One ordered table (`DEFAULT_ORDER`) and one function (`choose`). `impl=None` takes the first entry of the device's row
-that the op has and this installation can run; a named `impl` runs or raises with the reason, and never falls back.
+One ordered table (`DEFAULT_ORDER`) and one function (`choose`). `impl=None` takes the first entry of the
+device's row that the op has and this installation can run; a named `impl` runs or raises with the reason, and
+never falls back.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _checks = False
 
 
 def set_checks(enabled: bool) -> bool:
-    """Switch value checks on GPU tensors on or off (default off: they synchronise); CPU tensors are always checked.
+    """Switch value checks on GPU tensors on or off. Off by default: they synchronise. CPU tensors always have them.
 
     Returns the previous setting.
     """

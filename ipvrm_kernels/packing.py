@@ -1,4 +1,4 @@
-"""Packed sequences: B sequences laid end to end in N rows, with `cu_seqlens` (B+1,) int32 holding their edges.
+"""Packed sequences: B sequences laid end to end in N rows; `cu_seqlens` (B+1,) int32 holds their edges.
 
 Sequence b owns rows cu_seqlens[b] : cu_seqlens[b+1]; it may be empty.
 """
@@ -20,7 +20,8 @@ def pack(padded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     if mask.dim() != 2 or padded.shape[:2] != mask.shape:
         raise ValueError(
-            f"pack: padded must be (B, T, ...) and mask (B, T), got {tuple(padded.shape)} and {tuple(mask.shape)}"
+            f"pack: padded must be (B, T, ...) and mask (B, T), got {tuple(padded.shape)} "
+            f"and {tuple(mask.shape)}"
         )
     keep = mask.bool()
     cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
@@ -33,8 +34,8 @@ def unpack(packed: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
 
     Args: packed (N, ...); cu_seqlens (B+1,) int32; length, the padded T, at least the longest sequence.
     Returns: (B, length, ...) of packed's dtype. Differentiable in `packed`.
-    Raises: ValueError if cu_seqlens does not describe N rows or a sequence is longer than `length` (values are read on
-    the CPU, and on a GPU under `set_checks(True)`).
+    Raises: ValueError if cu_seqlens does not describe N rows or a sequence is longer than `length` (values are
+    read on the CPU, and on a GPU under `set_checks(True)`).
     """
     check_cu_seqlens_shape("unpack", cu_seqlens, packed)
     N, B = packed.shape[0], cu_seqlens.shape[0] - 1
@@ -72,7 +73,7 @@ def check_cu_seqlens_shape(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, N: int) -> None:
-    """Raise ValueError unless cu_seqlens rises from 0 to N. Reads values: call it only where `checks_values` allows."""
+    """Raise ValueError unless cu_seqlens rises from 0 to N. Reads values: only where `checks_values` allows."""
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != N or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
         raise ValueError(

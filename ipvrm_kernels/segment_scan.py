@@ -1,10 +1,11 @@
-"""segment_scan: y_t = x_t + decay * y_{t-1} within each packed sequence; reverse: y_t = x_t + decay * y_{t+1}.
+"""segment_scan: y_t = x_t + decay * y_{t-1} within each packed sequence;
+reverse: y_t = x_t + decay * y_{t+1}.
 
-decay = 1 is the running sum behind the prefix value (Eq. 5), reverse with decay = discount * lam is GAE (Eq. 8).
+decay = 1 is the running sum behind the prefix value (Eq. 5); reverse with decay = discount * lam is GAE (Eq. 8).
 The gradient of a scan is the same scan run from the other end: dx = segment_scan(dy, reverse=not reverse).
 
-Shapes: x (N,), cu_seqlens (B+1,) int32, y (N,). One program per sequence, blocks joined by a carry, one read and one
-write per token: eager PyTorch needs a padded copy and, for decay != 1, a Python loop over time.
+Shapes: x (N,), cu_seqlens (B+1,) int32, y (N,). One program per sequence, blocks joined by a carry, one read and
+one write per token: eager PyTorch needs a padded copy and, for decay != 1, a Python loop over time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if backend.HAS_TRITON:
 def segment_scan_reference(
     x: Tensor, cu_seqlens: Tensor, decay: float = 1.0, reverse: bool = False
 ) -> Tensor:
-    """The definition in plain PyTorch, by doubling: after step s every y_t holds the last 2s terms of its sum.
+    """The definition in plain PyTorch, by doubling: after step s every y_t holds its sum's last 2s terms.
 
     log2(N) elementwise passes; no padding, no host sync, differentiable by autograd, any float dtype.
     """
@@ -140,7 +141,7 @@ _segment_scan.register_autograd(_backward, setup_context=_setup_context)
 def segment_scan(
     x: Tensor, cu_seqlens: Tensor, decay: float = 1.0, reverse: bool = False, impl: str | None = None
 ) -> Tensor:
-    """Decayed running sum within each packed sequence: y_t = x_t + decay * y_{t-1} (reverse: y_{t+1}); Eq. 5, 8.
+    """Decayed running sum in each packed sequence: y_t = x_t + decay * y_{t-1} (reverse: y_{t+1}); Eq. 5, 8.
 
     Args:
         x: (N,) float; fp32, bf16, fp16 (summed in fp32) or fp64.
@@ -150,7 +151,7 @@ def segment_scan(
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 
     Returns: (N,) fp32 (fp64 for fp64 input). Differentiable in x, any number of times.
-    Raises: ValueError on a wrong shape, dtype, device, decay, impl, or cu_seqlens that do not rise from 0 to N.
+    Raises: ValueError on a wrong shape, dtype, device, decay or impl, and unless cu_seqlens rises from 0 to N.
     """
     if x.dim() != 1 or not x.is_floating_point():
         raise ValueError(f"segment_scan: x must be (N,) floating point, got {tuple(x.shape)} {x.dtype}")
