@@ -1,0 +1,167 @@
+"""Best-of-N: pick one of N sampled responses with a reward model; majority vote and pass@N beside it.
+
+Each problem has M >= N sampled responses. What is reported is the expectation over all subsets of N of them,
+without replacement, so that no response is favoured by its place in the file:
+
+    pick by score   exact. With the M responses sorted by score, the one of rank j (0 = best) is picked by
+                    C(M-1-j, N-1) of the C(M, N) subsets; equal scores share their ranks evenly.
+    pass@N          exact, 1 - C(M-c, N) / C(M, N) with c right answers among the M.
+    majority vote   exact by enumeration up to `MAX_SUBSETS` subsets, else the mean over that many drawn ones;
+                    tied answers share the vote evenly, and a response without an answer has no vote.
+
+Responses are scored by the value at the end or by their step scores (`PICKS`):
+
+    final   V_T / T, the mean value after the last token       sum   V_T
+    mean    mean of the step scores (rule `step`)              min   lowest step score
+"""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ipvrm.evaluate.steps import step_scores
+from ipvrm.evaluate.thresholds import Interval, percentile_interval
+
+PICKS = ("final", "sum", "mean", "min")
+MAX_SUBSETS = 2000
+
+
+@dataclass(frozen=True)
+class Samples:
+    """M responses to one problem: answers (None = none found), which are right, and (M,) scores by name."""
+
+    answers: Sequence[Hashable | None]
+    correct: Sequence[bool]
+    scores: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """Accuracy in [0, 1] of one way to choose, with its interval over problems."""
+
+    method: str
+    n: int
+    accuracy: float
+    interval: Interval
+    num_problems: int
+
+
+def response_scores(
+    log_ratio: Tensor, steps_of_token: Tensor, beta: float, num_steps: int
+) -> dict[str, float]:
+    """The four scores of one response.
+
+    Args:
+        log_ratio: (T,) floating, log pi_phi - log pi_ref of its tokens, the end-of-turn token included.
+        steps_of_token: (T,) int64 from `evaluate.steps.step_of_token`.
+        beta: scale of the value.
+        num_steps: S >= 1.
+
+    Raises:
+        ValueError: no token or no step.
+    """
+    if len(log_ratio) == 0 or num_steps < 1:
+        raise ValueError(
+            f"response_scores: needs tokens and steps; got {len(log_ratio)} tokens and {num_steps} steps"
+        )
+    value = beta * float(log_ratio.double().sum())
+    steps = step_scores(log_ratio.double(), steps_of_token, beta, "step", num_steps)  # (S,)
+    return {
+        "final": value / len(log_ratio),
+        "sum": value,
+        "mean": float(steps.mean()),
+        "min": float(steps.min()),
+    }
+
+
+def expected_pick(scores: Sequence[float], correct: Sequence[bool], n: int) -> float:
+    """Chance that the best-scored of n random responses is right (exact; see the module docstring)."""
+    m = _check_n(len(scores), n)
+    score_array = np.asarray(scores, dtype=np.float64)
+    if np.isnan(score_array).any():
+        raise ValueError("best-of-N: scores must be numbers; got nan")
+    total, rank = 0.0, 0
+    for group in sorted(set(score_array.tolist()), reverse=True):
+        tied = score_array == group
+        size = int(tied.sum())
+        weight = sum(math.comb(m - 1 - j, n - 1) for j in range(rank, rank + size))
+        total += weight / math.comb(m, n) * float(np.asarray(correct)[tied].mean())
+        rank += size
+    return total
+
+
+def pass_at_n(correct: Sequence[bool], n: int) -> float:
+    """Chance that n random responses hold a right one (exact)."""
+    m = _check_n(len(correct), n)
+    return 1.0 - math.comb(m - sum(map(bool, correct)), n) / math.comb(m, n)
+
+
+def majority_vote(
+    answers: Sequence[Hashable | None], correct: Sequence[bool], n: int, seed: int = 0
+) -> float:
+    """Chance that the most frequent answer of n random responses is right."""
+    m = _check_n(len(answers), n)
+    right = {answer for answer, ok in zip(answers, correct, strict=True) if ok}
+    subsets: Sequence[tuple[int, ...]] | NDArray[np.int64]
+    if math.comb(m, n) <= MAX_SUBSETS:
+        subsets = list(itertools.combinations(range(m), n))
+    else:
+        rng = np.random.default_rng(seed)
+        subsets = rng.permuted(np.tile(np.arange(m), (MAX_SUBSETS, 1)), axis=1)[:, :n]
+    total = 0.0
+    for subset in subsets:
+        votes = Counter(answers[i] for i in subset if answers[i] is not None)
+        if votes:
+            most = max(votes.values())
+            winners = [answer for answer, count in votes.items() if count == most]
+            total += sum(answer in right for answer in winners) / len(winners)
+    return total / len(subsets)
+
+
+def best_of_n(
+    problems: Sequence[Samples], n_values: Sequence[int], resamples: int = 2000, seed: int = 0
+) -> list[BestOfN]:
+    """Accuracy of every way to choose at every N, with 95 % percentile intervals over problems.
+
+    Returns:
+        Rows in the order single sample, scores as named by the problems, majority vote, pass@N, for each N.
+
+    Raises:
+        ValueError: no problems, problems with different score names, or an N above a problem's samples.
+    """
+    if not problems:
+        raise ValueError("best-of-N: needs at least one problem")
+    names = list(problems[0].scores)
+    if any(list(p.scores) != names for p in problems):
+        raise ValueError("best-of-N: every problem must carry the same scores")
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(problems), (resamples, len(problems)))
+
+    def row(method: str, n: int, per_problem: list[float]) -> BestOfN:
+        values = np.array(per_problem)
+        interval = percentile_interval(values[draws].mean(1))
+        return BestOfN(method, n, float(values.mean()), interval, len(problems))
+
+    rows = []
+    for n in n_values:
+        rows.append(row("one_sample", n, [float(np.mean(p.correct)) for p in problems]))
+        for name in names:
+            rows.append(row(name, n, [expected_pick(p.scores[name], p.correct, n) for p in problems]))
+        vote = [majority_vote(p.answers, p.correct, n, seed + i) for i, p in enumerate(problems)]
+        rows.append(row("majority_vote", n, vote))
+        rows.append(row("pass_at_n", n, [pass_at_n(p.correct, n) for p in problems]))
+    return rows
+
+
+def _check_n(m: int, n: int) -> int:
+    if not 1 <= n <= m:
+        raise ValueError(
+            f"best-of-N: N must lie between 1 and the number of samples; got N={n} of {m} samples"
+        )
+    return m
