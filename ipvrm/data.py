@@ -1,0 +1,506 @@
+"""Rows of text with an outcome label to packed batches: the only place that shifts, pads or masks.
+
+A row is a conversation whose last message is the assistant's, or a prompt and a response. It becomes the
+token ids of
+prompt + response, the response ending at the end-of-turn token. In a `Batch` the B sequences lie
+right-padded in
+(B, T) for the transformer; what belongs to response tokens is packed end to end, N = sum of the response
+lengths.
+The state that predicts the token at position i of a sequence is the one at position i - 1.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ipvrm import IpvrmError
+
+Message = dict[str, str]
+OnBadRow = Literal["error", "skip"]
+OnLong = Literal["drop", "truncate"]
+COLUMNS = ("conversation", "prompt", "response", "label")
+SHOWN_BAD_ROWS = 10
+TOKENIZER_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rollout as text. `source` is `file:row`; `label` is 1 (right), 0 (wrong) or None (unlabelled)."""
+
+    source: str
+    prompt: str | tuple[Message, ...]
+    response: str
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used. `row` counts from 1: the line of a JSONL file, the record of a JSON or
+    parquet file.
+    """
+
+    file: str
+    row: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Response:
+    """One rollout as tokens.
+
+    `input_ids` is prompt + response, `prompt_length` >= 1 of them are the prompt. `offsets` (only on
+    request) gives each
+    response token's character range within the response text; (-1, -1) for a token outside of it (end of
+    turn).
+    """
+
+    input_ids: tuple[int, ...]
+    prompt_length: int
+    label: int | None = None
+    source: str = ""
+    offsets: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of response tokens."""
+        return len(self.input_ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Usable responses, how many rows went where, and the rows that were left out (`on_bad_row="skip"`)."""
+
+    responses: list[Response]
+    counts: dict[str, int]
+    bad: list[BadRow]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences, T tokens in the longest, N response tokens in all."""
+
+    input_ids: Tensor  # (B, T) int64, right-padded
+    attention_mask: Tensor  # (B, T) int64, 1 on real tokens
+    positions: Tensor  # (N,) int64, into the flattened (B * T): the state that predicts each response token
+    token_ids: Tensor  # (N,) int64
+    cu_seqlens: Tensor  # (B + 1,) int32
+    outcome: Tensor  # (B,) fp32, nan where there is no label
+
+    def to(self, device: torch.device | str) -> "Batch":
+        fields = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
+        return replace(self, **fields)
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def read_rows(
+    path: str | Path, on_bad_row: OnBadRow = "error", *, require_label: bool = True
+) -> tuple[list[Row], list[BadRow]]:
+    """Reads a `.parquet`, `.jsonl` or `.json` file of rollouts.
+
+    Args:
+        path: rows with `conversation` (messages, assistant last) or `prompt` (text or messages) and
+            `response`,
+            and `label` (0 or 1).
+        on_bad_row: `error` raises with the first rows that are wrong; `skip` leaves them out and returns
+            them.
+        require_label: False accepts rows without a label.
+
+    Raises:
+        IpvrmError: an unreadable file, bad rows under `error`, or no usable row at all.
+    """
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    for number, record in _records(Path(path)):
+        try:
+            prompt, response = _turns(record)
+            rows.append(Row(f"{path}:{number}", prompt, response, _label(record, require_label)))
+        except ValueError as error:
+            bad.append(BadRow(str(path), number, str(error)))
+    report_bad_rows(bad, on_bad_row, total=len(rows) + len(bad))
+    if not rows:
+        raise IpvrmError(f"{path}: no usable row ({len(bad)} bad); {_listing(bad) or 'the file is empty'}")
+    return rows, bad
+
+
+def report_bad_rows(bad: Sequence[BadRow], on_bad_row: OnBadRow, *, total: int) -> None:
+    """Raises IpvrmError with file, row number and reason of the first bad rows unless they are to be
+    skipped.
+    """
+    if on_bad_row not in ("error", "skip"):
+        raise IpvrmError(f"on_bad_row must be 'error' or 'skip'; got {on_bad_row!r}")
+    if bad and on_bad_row == "error":
+        raise IpvrmError(
+            f"{len(bad)} of {total} rows are bad (--on_bad_row skip leaves them out):\n{_listing(bad)}"
+        )
+
+
+def _listing(bad: Sequence[BadRow]) -> str:
+    lines = [f"  {item}" for item in bad[:SHOWN_BAD_ROWS]]
+    if len(bad) > SHOWN_BAD_ROWS:
+        lines.append(f"  ... and {len(bad) - SHOWN_BAD_ROWS} more")
+    return "\n".join(lines)
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(row counted from 1, record); a JSON line that does not parse comes as the ValueError it raised."""
+    if not path.is_file():
+        raise IpvrmError(f"{path}: no such file; a .parquet, .jsonl or .json file of rollouts is needed")
+    if path.suffix == ".parquet":
+        yield from enumerate(_parquet_records(path), 1)
+        return
+    if path.suffix not in (".jsonl", ".json"):
+        raise IpvrmError(f"{path}: must end in .parquet, .jsonl or .json")
+    with open(path, encoding="utf-8") as file:
+        try:
+            if path.suffix == ".json" and file.read(1) == "[":
+                file.seek(0)
+                yield from enumerate(json.load(file), 1)
+                return
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line)
+                    except ValueError as error:
+                        yield number, ValueError(f"not valid JSON: {error}")
+        except UnicodeDecodeError as error:
+            raise IpvrmError(f"{path}: not UTF-8 text: {error}") from error
+        except json.JSONDecodeError as error:
+            raise IpvrmError(f"{path}: not valid JSON: {error}") from error
+
+
+def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise IpvrmError(f"{path}: not a readable parquet file: {error}") from error
+    present = file.schema_arrow.names
+    columns = [name for name in COLUMNS if name in present]
+    if "conversation" not in columns and not {"prompt", "response"} <= set(columns):
+        raise IpvrmError(
+            f"{path}: needs a column `conversation`, or `prompt` and `response`; its columns are "
+            f"{', '.join(present)}"
+        )
+    for batch in file.iter_batches(columns=columns):
+        yield from batch.to_pylist()
+
+
+def _turns(record: Any) -> tuple[str | tuple[Message, ...], str]:
+    """(prompt, response) of a record. Raises ValueError with the reason."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"must be an object with named columns; got {type(record).__name__}")
+    prompt: str | tuple[Message, ...]
+    if record.get("conversation") is not None:
+        messages = _messages(record["conversation"], "conversation")
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(
+                f"the last message must be the assistant's; its role is {messages[-1]['role']!r}"
+            )
+        if len(messages) < 2:
+            raise ValueError(
+                "conversation must hold a prompt before the assistant's message; it has one message"
+            )
+        prompt, response = tuple(messages[:-1]), messages[-1]["content"]
+    elif record.get("prompt") is not None and "response" in record:
+        prompt, response = record["prompt"], record["response"]
+        if not isinstance(prompt, str):
+            prompt = tuple(_messages(prompt, "prompt"))
+        if not prompt:
+            raise ValueError("prompt is empty; the first response token would have nothing that predicts it")
+    else:
+        names = ", ".join(map(str, record)) or "none"
+        raise ValueError(
+            f"needs `conversation`, or `prompt` and `response`; the columns with a value are {names}"
+        )
+    if not isinstance(response, str):
+        raise ValueError(f"the response must be text; got {type(response).__name__}")
+    if not response.strip():
+        raise ValueError("the response is empty")
+    return prompt, response
+
+
+def _messages(value: Any, column: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{column} must be a list of messages; got {type(value).__name__} {value!r:.40}")
+    messages = []
+    for index, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise ValueError(f"{column}[{index}] must be a message; got {type(message).__name__}")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(
+                f"{column}[{index}] must have text `role` and `content`; "
+                f"got {type(role).__name__} and {type(content).__name__}"
+            )
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _label(record: dict[str, Any], required: bool) -> int | None:
+    label = record.get("label")
+    if label is None:
+        if required:
+            raise ValueError("label is missing; it must be 1 (right) or 0 (wrong)")
+        return None
+    if not isinstance(label, bool | int | float) or label not in (0, 1):
+        raise ValueError(f"label must be 0 or 1; got {label!r:.40}")
+    return int(label)
+
+
+# -------------------------------------------------------------------------------------------------- tokens
+
+
+def end_of_turn_id(tokenizer: Any, model: Any = None) -> int:
+    """Id of the token that ends the assistant's turn: the first special token that the chat template writes
+    behind
+    the assistant's text, else the tokenizer's `eos_token`, else the model's `eos_token_id`.
+
+    Raises:
+        IpvrmError: there is none of the three.
+    """
+    if tokenizer.chat_template is not None:
+        probe = "ipvrm-probe"
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        tail = text[text.rindex(probe) + len(probe) :] if probe in text else ""
+        special = set(tokenizer.all_special_ids)
+        special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        for token_id in tokenizer(tail, add_special_tokens=False)["input_ids"]:
+            if token_id in special:
+                return int(token_id)
+    if tokenizer.eos_token_id is not None:
+        return int(tokenizer.eos_token_id)
+    eos = getattr(getattr(model, "config", None), "eos_token_id", None)
+    if eos is None:
+        raise IpvrmError(
+            "the tokenizer has no token that ends a turn; set its eos_token or its chat template"
+        )
+    return int(eos[0] if isinstance(eos, list) else eos)
+
+
+def tokenize(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    on_long: OnLong = "drop",
+    on_bad_row: OnBadRow = "error",
+    with_offsets: bool = False,
+) -> Tokenized:
+    """Rows to token ids, in order.
+
+    With a chat template a text prompt becomes one user message; without, prompt and response are joined as
+    they are.
+    The prompt's tokens must be a prefix of the whole's. The response ends at the first end-of-turn token
+    behind its
+    text, which is appended where the template writes none.
+
+    Args:
+        max_length: most tokens of prompt and response together; None for no limit.
+        on_long: `drop` leaves longer rows out and counts them; `truncate` cuts the response on the right
+            (such a
+            response has no end-of-turn token) and drops only rows whose prompt leaves no room.
+        with_offsets: fill `Response.offsets`.
+
+    Raises:
+        IpvrmError: bad rows under `on_bad_row="error"`, or a tokenizer without character offsets.
+    """
+    if on_long not in ("drop", "truncate"):
+        raise IpvrmError(f"on_long must be 'drop' or 'truncate'; got {on_long!r}")
+    if not tokenizer.is_fast:
+        raise IpvrmError(
+            f"{type(tokenizer).__name__} gives no character offsets; a tokenizer.json (fast tokenizer) is "
+            "needed"
+        )
+    encoder = _Encoder(tokenizer, with_offsets)
+    responses: list[Response] = []
+    bad: list[BadRow] = []
+    counts = {"rows": len(rows), "used": 0, "bad": 0, "too_long_dropped": 0, "truncated": 0}
+    for start in range(0, len(rows), TOKENIZER_CHUNK):
+        for row, response in encoder(rows[start : start + TOKENIZER_CHUNK]):
+            if isinstance(response, str):
+                file, _, number = row.source.rpartition(":")
+                bad.append(BadRow(file, int(number) if number.isdigit() else 0, response))
+                continue
+            if max_length is not None and len(response.input_ids) > max_length:
+                if on_long == "drop" or response.prompt_length >= max_length:
+                    counts["too_long_dropped"] += 1
+                    continue
+                counts["truncated"] += 1
+                offsets = response.offsets and response.offsets[: max_length - response.prompt_length]
+                response = replace(response, input_ids=response.input_ids[:max_length], offsets=offsets)
+            responses.append(response)
+    report_bad_rows(bad, on_bad_row, total=len(rows))
+    counts |= {
+        "used": len(responses),
+        "bad": len(bad),
+        "tokens": sum(len(r.input_ids) for r in responses),
+        "response_tokens": sum(r.length for r in responses),
+        "right": sum(r.label == 1 for r in responses),
+        "wrong": sum(r.label == 0 for r in responses),
+    }
+    return Tokenized(responses, counts, bad)
+
+
+class _Encoder:
+    """Renders and encodes a chunk of rows; yields a Response, or the reason why there is none, for each."""
+
+    def __init__(self, tokenizer: Any, with_offsets: bool):
+        self.tokenizer = tokenizer
+        self.with_offsets = with_offsets
+        self.end_of_turn = end_of_turn_id(tokenizer)
+        self.chat = tokenizer.chat_template is not None
+        # Templates write their own BOS. Plain text gets the one the tokenizer would add.
+        leading = [] if self.chat else tokenizer("a", add_special_tokens=True)["input_ids"][:1]
+        self.leading = tuple(leading) if leading == [tokenizer.bos_token_id] else ()
+        self.prompts: dict[str, tuple[int, ...]] = {}  # rollouts of one prompt share its tokens
+
+    def __call__(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Response | str]]:
+        rendered: list[tuple[str, str] | str] = [self._render(row) for row in rows]
+        texts = [item for item in rendered if isinstance(item, tuple)]
+        new = list({prompt: None for prompt, _ in texts if prompt not in self.prompts})
+        self.prompts.update(zip(new, (tuple(ids) for ids in self._encode(new)["input_ids"]), strict=True))
+        encoded = self._encode([text for _, text in texts])
+        index = 0
+        for row, item in zip(rows, rendered, strict=True):
+            if isinstance(item, str):
+                yield row, item
+                continue
+            yield row, self._response(row, *item, encoded.encodings[index])
+            index += 1
+
+    def _encode(self, texts: list[str]) -> Any:
+        return self.tokenizer(texts or [""], add_special_tokens=False, verbose=False)
+
+    def _render(self, row: Row) -> tuple[str, str] | str:
+        """(prompt text, whole text), or the reason why there is none."""
+        if not self.chat:
+            if not isinstance(row.prompt, str):
+                return "messages need a tokenizer with a chat template, and this one has none"
+            return row.prompt, row.prompt + row.response
+        prompt = (
+            [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else list(row.prompt)
+        )
+        try:
+            text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            answer = {"role": "assistant", "content": row.response}
+            whole = self.tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
+        except Exception as error:  # jinja raises what the template's author wrote
+            return f"the chat template refuses the conversation: {error}"
+        if not whole.startswith(text):
+            return (
+                "the chat template writes the prompt differently when an answer follows; it must be a "
+                "prefix of the whole"
+            )
+        return text, whole
+
+    def _response(self, row: Row, prompt: str, text: str, encoding: Any) -> Response | str:
+        prompt_ids = self.prompts[prompt]
+        ids = encoding.ids
+        P = len(prompt_ids)
+        if not P + len(self.leading):
+            return "the prompt has no tokens; the first response token would have nothing that predicts it"
+        if tuple(ids[:P]) != prompt_ids:
+            return (
+                "the prompt's tokens are not a prefix of the whole's (a token spans their boundary); end "
+                "the prompt with a space or newline"
+            )
+        content = row.response.strip()  # templates may strip it
+        begin = text.find(content, len(prompt))
+        if begin < 0:
+            return "the chat template rewrites the response's text"
+        if text.startswith(row.response, begin - (shift := row.response.index(content))):
+            end = begin - shift + len(row.response)
+        else:
+            end = begin + len(content)
+        offsets = encoding.offsets
+        stop = len(ids)  # first token that starts behind the text
+        while stop > P and offsets[stop - 1][0] >= end:
+            stop -= 1
+        ending = next((i for i in range(stop, len(ids)) if ids[i] == self.end_of_turn), None)
+        body = ids[: ending if ending is not None else stop]
+        if len(body) <= P:
+            return "the response has no tokens"
+        relative = None
+        if self.with_offsets:
+            origin = begin - shift
+            relative = tuple(
+                (max(first - origin, 0), last - origin) if last > origin and first < end else (-1, -1)
+                for first, last in offsets[P : len(body)]
+            )
+            relative += ((-1, -1),)
+        return Response(
+            (*self.leading, *body, self.end_of_turn), len(self.leading) + P, row.label, row.source, relative
+        )
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+def collate(responses: Sequence[Response], pad_id: int = 0) -> Batch:
+    """B >= 1 responses to a `Batch` on the CPU. Every prompt has at least one token, every response too."""
+    totals = np.array([len(r.input_ids) for r in responses])  # (B,)
+    prompts = np.array([r.prompt_length for r in responses])  # (B,)
+    if not len(totals) or prompts.min() < 1 or (totals <= prompts).any():
+        raise IpvrmError(
+            "collate: needs responses of at least one token behind prompts of at least one token"
+        )
+    column = np.arange(totals.max())  # (T,)
+    mask = column < totals[:, None]  # (B, T)
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate([np.asarray(r.input_ids, dtype=np.int64) for r in responses])
+    in_response = mask & (column >= prompts[:, None])  # (B, T)
+    outcome = np.array([np.nan if r.label is None else r.label for r in responses], dtype=np.float32)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(mask.astype(np.int64)),
+        positions=torch.from_numpy(np.flatnonzero(in_response) - 1),
+        token_ids=torch.from_numpy(input_ids[in_response]),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(totals - prompts)]).astype(np.int32)),
+        outcome=torch.from_numpy(outcome),
+    )
+
+
+def length_sorted_microbatches(
+    lengths: Sequence[int] | Iterable[int], *, max_rows: int | None = None, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Indices of `lengths` in micro-batches of similar length, longest first.
+
+    Args:
+        max_rows: most rows of a micro-batch.
+        max_tokens: most tokens of a padded micro-batch (rows times the longest); a single longer row stands
+            alone.
+    """
+    values = np.asarray(list(lengths))
+    batches: list[list[int]] = []
+    for index in np.argsort(-values, kind="stable").tolist():
+        rows = len(batches[-1]) + 1 if batches else 1
+        longest = values[batches[-1][0]] if batches else 0
+        full = (max_rows is not None and rows > max_rows) or (
+            max_tokens is not None and rows * longest > max_tokens
+        )
+        if not batches or full:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
+    """The order of the rows in an epoch, a pure function of its arguments."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()

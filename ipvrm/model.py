@@ -1,0 +1,306 @@
+"""Causal language models: hidden states, head, log-probabilities, fingerprints. The only module that knows
+transformers.
+
+The transformer body runs on right-padded sequences; only the states that predict response tokens reach the
+head, packed
+(N, D), through `ipvrm_kernels.linear_logprobs`. The body runs without an attention mask: under a causal
+model real
+tokens never see the padding behind them, so the states at `Batch.positions` are the same and the attention
+kernels faster.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ipvrm import IpvrmError
+from ipvrm.data import Batch, end_of_turn_id
+
+__all__ = [
+    "Head",
+    "ResponseLogprobs",
+    "check_head",
+    "end_of_turn_id",
+    "head",
+    "hidden_states",
+    "load_model",
+    "load_tokenizer",
+    "local_folder",
+    "response_logprobs",
+    "template_hash",
+    "weights_hash",
+]
+
+# Config entries that scale the logits, with the power in which they enter. Granite divides by
+# `logits_scaling` and
+# HyperCLOVA X multiplies by it, so `check_head` compares with the model's own logits whatever this table
+# says.
+LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "output_multiplier": 1, "lm_head_multiplier": 1}
+MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
+VALUE_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "RewardModel")
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap(logit_scale * (hidden @ weight.T + bias)); `weight` (V, D), `bias` (V,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder that holds model `name`: itself, or the snapshot of a Hub name (downloaded unless
+    HF_HUB_OFFLINE=1).
+
+    Raises:
+        IpvrmError: neither a folder with a config.json nor a Hub model that can be reached.
+    """
+    path = Path(name)
+    if (path / "config.json").is_file():
+        return path
+    if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise IpvrmError(f"{name}: not a model folder (no config.json in it)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise IpvrmError(
+            f"{name}: neither a model folder nor a model that the Hub gives: {reason}"
+        ) from error
+
+
+def load_model(
+    name: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str | None = None,
+    *,
+    attn_implementation: str | None = None,
+) -> nn.Module:
+    """A causal language model from a folder or Hub name, safetensors only, in eval mode, its head checked.
+
+    Args:
+        dtype: of the weights; "auto" keeps the stored one.
+
+    Raises:
+        IpvrmError: not a causal LM, no safetensors weights, or a head that cannot be used (`head`,
+            `check_head`).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = local_folder(name)
+    stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    for architecture in stated:
+        if architecture.endswith(VALUE_HEADS):
+            raise IpvrmError(
+                f"{name}: {architecture} has a value head and no vocabulary head; the objectives ipvrm and "
+                "implicit_prm "
+                "are defined on log-probabilities, so start from a causal LM"
+            )
+    if not list(folder.glob("*.safetensors")):
+        raise IpvrmError(f"{name}: no *.safetensors file; pickled weights are not loaded, convert them first")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise IpvrmError(f"{name}: transformers cannot load it as a causal LM: {error}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise IpvrmError(
+            f"{name}: {len(missing)} weights are missing and would be random, the first is {missing[0]}; "
+            "is this the folder of a causal LM?"
+        )
+    if device is not None:
+        model.to(device)
+    model.eval()
+    check_head(model)
+    return cast(nn.Module, model)
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a model folder or Hub name. Raises IpvrmError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(local_folder(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise IpvrmError(f"{name}: no tokenizer can be loaded: {error}") from error
+
+
+def _body(model: Any) -> Callable[..., Any]:
+    """The transformer without its head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    body = decoder if decoder is not None and decoder is not model else model.base_model
+    if body is model:
+        raise IpvrmError(f"{type(model).__name__}: its transformer body cannot be told from its head")
+    return cast(Callable[..., Any], body)
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """(N, D): the final hidden state that predicts each response token of `batch`. The head is not called."""
+    states = _body(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+    return states.flatten(0, 1).index_select(0, batch.positions)
+
+
+def head(model: nn.Module) -> Head:
+    """The vocabulary head of a causal LM, tied or not, with its logit transform.
+
+    Raises:
+        IpvrmError: an adapter on the head, a quantised head, a sharded (DTensor) or empty (meta, ZeRO-3)
+            weight.
+    """
+    module = cast(Any, model).get_output_embeddings()
+    name = type(model).__name__
+    if module is None:
+        raise IpvrmError(f"{name}: no vocabulary head; it must be a causal LM")
+    if hasattr(module, "base_layer") or hasattr(module, "lora_A") or hasattr(module, "modules_to_save"):
+        raise IpvrmError(
+            f"{name}: the head carries an adapter ({type(module).__name__}), which a matmul with its weight "
+            "would ignore; "
+            "merge it (model.merge_and_unload()) or leave the head out of target_modules"
+        )
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise IpvrmError(
+            f"{name}: the head ({type(module).__name__}) has no floating-point weight; a quantised head is "
+            "not supported"
+        )
+    if type(weight).__name__ == "DTensor" or type(weight.data).__name__ == "DTensor":
+        raise IpvrmError(
+            f"{name}: the head's weight is sharded (DTensor); gather it first or leave the head out of the "
+            "sharding plan"
+        )
+    if weight.is_meta or weight.numel() == 0 or weight.ndim != 2:
+        raise IpvrmError(
+            f"{name}: the head's weight is empty here ({tuple(weight.shape)} on {weight.device}); "
+            "gather it first (deepspeed.zero.GatheredParameters, or load without device_map='meta')"
+        )
+    config = cast(Any, model).config.get_text_config()
+    scale = 1.0
+    for entry, power in LOGIT_SCALES.items():
+        value = getattr(config, entry, None)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            multiplies = entry == "logits_scaling" and config.model_type.startswith(
+                MULTIPLIES_BY_LOGITS_SCALING
+            )
+            scale *= float(value) ** (1 if multiplies else power)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(weight, bias, scale, float(softcap) if softcap else None)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compares `head` with the model's own logits on two tokens, so that an unknown logit transform is
+    refused.
+
+    Raises:
+        IpvrmError: the two differ, or any reason of `head`.
+    """
+    parts = head(model)
+    config = cast(Any, model).config.get_text_config()
+    ids = torch.tensor([[1 % config.vocab_size, 2 % config.vocab_size]], device=parts.weight.device)
+    own = cast(Any, model)(input_ids=ids, use_cache=False).logits[0].float()  # (2, V)
+    states = _body(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    ours = nn.functional.linear(states, parts.weight, parts.bias).float() * parts.logit_scale  # (2, V)
+    if parts.softcap is not None:
+        ours = parts.softcap * torch.tanh(ours / parts.softcap)
+    allowed = 0.02 if parts.weight.dtype != torch.float32 else 1e-4  # logits of bf16 models come back in bf16
+    if own.shape != ours.shape or not torch.allclose(
+        own, ours, rtol=allowed, atol=allowed * float(own.abs().max())
+    ):
+        raise IpvrmError(
+            f"{type(model).__name__}: its logits are not softcap(scale * (hidden @ head.T + bias)) with "
+            "scale "
+            f"{parts.logit_scale:g} and softcap {parts.softcap}; it transforms them in a way that ipvrm "
+            "does not know"
+        )
+
+
+def response_logprobs(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """(N,) fp32: log pi(y_t | x, y_<t) of every response token at `temperature`, packed as in `batch`."""
+    from ipvrm_kernels import linear_logprobs
+
+    parts = head(model)
+    result = linear_logprobs(
+        hidden_states(model, batch),
+        parts.weight,
+        batch.token_ids,
+        bias=parts.bias,
+        logit_scale=parts.logit_scale,
+        softcap=parts.softcap,
+        temperature=temperature,
+    )
+    return cast(Tensor, result.logprobs)
+
+
+class ResponseLogprobs(nn.Module):
+    """`response_logprobs` as a module, so that body and head run inside one forward of a distributed
+    wrapper.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, temperature: float = 1.0) -> Tensor:
+        return response_logprobs(self.model, batch, temperature)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout rate of the modules to 0: a log-ratio under dropout would be noise against the
+    reference.
+    """
+    for module in model.modules():
+        for name in ("p",) if isinstance(module, nn.Dropout) else ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+# -------------------------------------------------------------------------------------------- fingerprints
+
+
+def weights_hash(folder: str | Path) -> str:
+    """sha256 over config.json and the safetensors files of a model (names and contents): which model this is.
+
+    Raises:
+        IpvrmError: the folder holds no safetensors file.
+    """
+    folder = local_folder(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise IpvrmError(f"{folder}: no *.safetensors file to identify the model by")
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *files]:
+        digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def template_hash(tokenizer: Any) -> str:
+    """sha256 of the chat template (of the empty text where there is none)."""
+    template = tokenizer.chat_template or ""
+    if not isinstance(template, str):  # several named templates
+        template = json.dumps(template, sort_keys=True)
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
+def relative_to(path: str | Path, folder: str | Path) -> str:
+    """`path` as seen from `folder`, so that both can move together."""
+    return os.path.relpath(Path(path).resolve(), Path(folder).resolve()).replace(os.sep, "/")

@@ -1,0 +1,271 @@
+"""A trained implicit reward model: the policy-shaped model, its reference, and what turns log-ratios into
+scores.
+
+l_t = log pi_phi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t),   V_t = beta * sum_{i<=t} l_i   (Eq. 5)
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ipvrm import IpvrmError
+from ipvrm.data import Response, Row, collate, length_sorted_microbatches, tokenize
+from ipvrm.evaluate.steps import first_error, render_steps, step_of_token, step_scores
+from ipvrm.evaluate.steps import step_ends as last_token_of_steps
+from ipvrm.model import (
+    load_model,
+    load_tokenizer,
+    local_folder,
+    relative_to,
+    response_logprobs,
+    template_hash,
+    weights_hash,
+)
+from ipvrm.run_folder import read_json, versions, write_json
+
+CONFIG_NAME = "ipvrm_config.json"
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class RewardModelInfo:
+    """Contents of `ipvrm_config.json`: what a score depends on besides the weights.
+
+    `reference` is a Hub name, or a path relative to the folder that holds the file; `reference_given` is
+    what the user wrote.
+    """
+
+    objective: str
+    beta: float
+    margin: float | None
+    reference: str
+    reference_given: str
+    reference_hash: str
+    template_hash: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One solution, T response tokens, S steps; tensors fp32 on the CPU.
+
+    `step_ends` (S,) int64 is the position of each step's last token within the response. `first_error` is
+    the first step
+    whose sigmoid(score) is below the threshold, -1 for none.
+    """
+
+    prefix_values: Tensor  # (T,) V_t, after token t
+    td: Tensor  # (T,) beta * l_t
+    mean_values: Tensor  # (T,) V_t / t
+    step_scores: Tensor  # (S,)
+    step_ends: Tensor  # (S,)
+    first_error: int
+
+
+class RewardModel:
+    """A reward model with its reference; `model` and `reference` are causal LMs over the same vocabulary."""
+
+    def __init__(self, model: nn.Module, reference: nn.Module, tokenizer: Any, info: RewardModelInfo):
+        self.model = model
+        self.reference = reference
+        self.tokenizer = tokenizer
+        self.info = info
+        sizes = [cast(Any, m).get_input_embeddings().weight.shape[0] for m in (model, reference)]
+        if sizes[0] != sizes[1]:
+            raise IpvrmError(
+                f"model and reference must share one vocabulary; they have {sizes[0]} and {sizes[1]} tokens"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        reference: str | Path | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+    ) -> "RewardModel":
+        """Loads a run folder and the reference that its `ipvrm_config.json` names.
+
+        Args:
+            reference: folder or Hub name of the reference where it has moved; its weights must be the
+                recorded ones.
+            device: default is the first accelerator, else the CPU.
+
+        Raises:
+            IpvrmError: no `ipvrm_config.json`, a missing reference, other weights or another template than
+                recorded.
+        """
+        folder = local_folder(folder)
+        info = read_info(folder)
+        reference_folder = find_reference(folder, info, reference)
+        tokenizer = load_tokenizer(folder)
+        found = template_hash(tokenizer)
+        if found != info.template_hash:
+            raise IpvrmError(
+                f"{folder}: the chat template is not the one this reward model was trained with "
+                f"(sha256 {found[:12]}, recorded {info.template_hash[:12]}); restore the tokenizer files"
+            )
+        if device is None:
+            device = torch.accelerator.current_accelerator() or "cpu"
+        return cls(
+            load_model(folder, dtype, device), load_model(reference_folder, dtype, device), tokenizer, info
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes model, tokenizer and `ipvrm_config.json`; the reference is named, not copied."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        cast(Any, self.model).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        source = (
+            getattr(getattr(self.reference, "config", None), "_name_or_path", "") or self.info.reference_given
+        )
+        info = replace(self.info, **reference_entries(source, folder), versions=versions())
+        write_info(folder, info)
+
+    @torch.no_grad()
+    def token_log_ratios(
+        self, responses: Sequence[Response], batch_tokens: int = BATCH_TOKENS
+    ) -> list[Tensor]:
+        """l_t of every response: a list of (T_b,) fp32 tensors on the CPU, in the order given.
+
+        Args:
+            batch_tokens: most tokens of a padded micro-batch (a longer response stands alone).
+        """
+        device = next(self.model.parameters()).device
+        result: list[Tensor] = [torch.empty(0)] * len(responses)
+        lengths = [len(r.input_ids) for r in responses]
+        for indices in length_sorted_microbatches(lengths, max_tokens=batch_tokens):
+            batch = collate([responses[i] for i in indices]).to(device)
+            log_ratio = (
+                response_logprobs(self.model, batch) - response_logprobs(self.reference, batch)
+            ).cpu()
+            for index, part in zip(
+                indices, log_ratio.split([responses[i].length for i in indices]), strict=True
+            ):
+                result[index] = part.clone()
+        return result
+
+    def score(self, problem: str, steps: Sequence[str], **options: Any) -> Score:
+        """Scores the steps of one solution; `options` are those of `score_many`."""
+        return self.score_many([(problem, steps)], **options)[0]
+
+    def score_many(
+        self,
+        items: Sequence[tuple[str, Sequence[str]]],
+        *,
+        step_format: str = "Step {i}: {step}",
+        step_separator: str = "\n\n",
+        rule: str = "step",
+        threshold: float = 0.5,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[Score]:
+        """Scores the steps of many solutions, one forward of each model per micro-batch.
+
+        Args:
+            items: (problem, steps) pairs.
+            step_format, step_separator: how the steps are written as the assistant's turn (`render_steps`).
+            rule: step | prefix | mean | mean_diff (`step_scores`).
+            threshold: on sigmoid(score), for `first_error`.
+
+        Raises:
+            IpvrmError: a solution that cannot be written as the assistant's turn; the message holds its
+                position.
+            ValueError: from `render_steps` and `step_scores`.
+        """
+        rendered = [render_steps(steps, step_format, step_separator) for _, steps in items]
+        rows = [
+            Row(f"item:{number}", problem, text)
+            for number, ((problem, _), (text, _)) in enumerate(zip(items, rendered, strict=True), 1)
+        ]
+        responses = tokenize(rows, self.tokenizer, max_length=None, with_offsets=True).responses
+        log_ratios = self.token_log_ratios(responses, batch_tokens)
+        return [
+            self._score(response, log_ratio, ends, rule, threshold)
+            for response, log_ratio, (_, ends) in zip(responses, log_ratios, rendered, strict=True)
+        ]
+
+    def _score(
+        self, response: Response, log_ratio: Tensor, ends: Sequence[int], rule: str, threshold: float
+    ) -> Score:
+        from ipvrm_kernels import prefix_values
+
+        of_token = step_of_token(response.offsets or (), ends)
+        scores = step_scores(log_ratio, of_token, self.info.beta, rule, len(ends))
+        values = prefix_values(
+            log_ratio, torch.tensor([0, len(log_ratio)], dtype=torch.int32), beta=self.info.beta
+        )
+        return Score(
+            prefix_values=values.value,
+            td=values.td,
+            mean_values=values.mean_value,
+            step_scores=scores,
+            step_ends=last_token_of_steps(of_token, len(ends)),
+            first_error=first_error(scores, threshold),
+        )
+
+
+# -------------------------------------------------------------------------------------- ipvrm_config.json
+
+
+def reference_entries(reference: str | Path, folder: str | Path) -> dict[str, str]:
+    """The entries of `RewardModelInfo` that name `reference` as seen from run folder `folder`."""
+    local = local_folder(reference)
+    return {
+        "reference": relative_to(local, folder) if Path(reference).is_dir() else str(reference),
+        "reference_given": str(reference),
+        "reference_hash": weights_hash(local),
+    }
+
+
+def write_info(folder: str | Path, info: RewardModelInfo) -> None:
+    """Writes `ipvrm_config.json` into `folder`."""
+    write_json(Path(folder) / CONFIG_NAME, asdict(info))
+
+
+def read_info(folder: str | Path) -> RewardModelInfo:
+    """Reads `ipvrm_config.json` of `folder`. Raises IpvrmError when it is missing or incomplete."""
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise IpvrmError(
+            f"{folder}: no {CONFIG_NAME}; this is not a folder that `ipvrm train-rm` or save_pretrained wrote"
+        )
+    stored = read_json(path)
+    names = [field.name for field in fields(RewardModelInfo)]
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise IpvrmError(f"{path}: entries are missing: {', '.join(missing)}")
+    info = RewardModelInfo(**{name: stored[name] for name in names})
+    if not isinstance(info.beta, int | float) or not math.isfinite(info.beta) or info.beta <= 0:
+        raise IpvrmError(f"{path}: beta must be a positive number; got {info.beta!r}")
+    return info
+
+
+def find_reference(folder: Path, info: RewardModelInfo, given: str | Path | None = None) -> Path:
+    """Folder of the reference of the reward model in `folder`, its weights compared with the recorded hash.
+
+    Raises:
+        IpvrmError: it is not where it was, or its weights are others; the message says what to pass.
+    """
+    places = [given] if given is not None else [folder / info.reference, info.reference, info.reference_given]
+    tried = []
+    for place in dict.fromkeys(map(str, places)):
+        try:
+            local = local_folder(place)
+        except IpvrmError:
+            tried.append(f"{place} (not there)")
+            continue
+        if (found := weights_hash(local)) == info.reference_hash:
+            return local
+        tried.append(f"{place} (other weights or config, sha256 {found[:12]})")
+    raise IpvrmError(
+        f"{folder}: its reference model (sha256 {info.reference_hash[:12]}) was not found; tried "
+        f"{', '.join(tried)}. "
+        "Log-ratios against another reference are meaningless: pass the right one with reference=... "
+        "(--reference)"
+    )

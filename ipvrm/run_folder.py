@@ -1,0 +1,219 @@
+"""What is written to disk, so that an interrupted process leaves either the old file or the new one, never
+half of one.
+"""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ipvrm import IpvrmError, __version__
+
+CHECKPOINT_PREFIX = "checkpoint-"
+CHECKPOINT_STATE = "trainer_state.json"
+VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` (UTF-8) to a temporary sibling, flushes it to disk and renames it over `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`write_text` of `value` as indented JSON. Raises ValueError on NaN and infinities, which JSON does not
+    have.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The parsed file. Raises IpvrmError, with the file's name, when it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise IpvrmError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise IpvrmError(f"{path} is not valid JSON: {error}") from error
+
+
+class JsonlLog:
+    """One JSON object a line, flushed as it is written.
+
+    `after_step` (resume): records whose `step` is larger are dropped first, and so is a torn last line; None
+    starts afresh.
+    """
+
+    def __init__(self, path: str | Path, *, after_step: int | None = None):
+        path = Path(path)
+        kept = []
+        if after_step is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    step = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError):
+                    continue
+                if step <= after_step:
+                    kept.append(line + "\n")
+        write_text(path, "".join(kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def save_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty temporary sibling folder; on success flushes it and renames it to `path`, on error
+    deletes it.
+
+    A folder that is already at `path` is replaced.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if os.name == "posix":
+                _sync(file)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():
+        replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced.tmp")
+        os.rename(path, replaced)
+        os.rename(temporary, path)
+        shutil.rmtree(replaced)
+    else:
+        os.rename(temporary, path)
+    if os.name == "posix":
+        _sync(path.parent)
+
+
+def move_into(source: Path, folder: Path) -> None:
+    """Renames every file of `source` into `folder`, replacing files of the same name, and removes
+    `source`.
+    """
+    for file in sorted(source.iterdir()):
+        os.replace(file, folder / file.name)
+    source.rmdir()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files and folders that a killed process left in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    found = []
+    for path in Path(folder).glob(f"{CHECKPOINT_PREFIX}*"):
+        number = path.name[len(CHECKPOINT_PREFIX) :]
+        if number.isdigit() and (path / CHECKPOINT_STATE).is_file():
+            found.append((int(number), path))
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(output_dir: str | Path, resume_from: str) -> Path:
+    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `latest` for the newest in
+    `output_dir`.
+    """
+    if resume_from == "latest":
+        found = checkpoints(output_dir)
+        if not found:
+            raise IpvrmError(
+                f"--resume_from_checkpoint latest: no complete checkpoint in {output_dir}; "
+                "start without the flag, or name a checkpoint folder"
+            )
+        return found[-1]
+    path = Path(resume_from)
+    if not (path / CHECKPOINT_STATE).is_file():
+        raise IpvrmError(
+            f"--resume_from_checkpoint {resume_from}: not a checkpoint ({CHECKPOINT_STATE} is missing); "
+            f"checkpoints in {output_dir}: {', '.join(p.name for p in checkpoints(output_dir)) or 'none'}"
+        )
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, ipvrm and the packages that decide the numbers."""
+    found = {"ipvrm": __version__, "python": platform.python_version()}
+    for name in VERSIONED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout this package runs from (`+changes` when it has local changes), None outside of
+    one.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = [
+            "git",
+            "-C",
+            str(root),
+            "describe",
+            "--always",
+            "--dirty=+changes",
+            "--abbrev=40",
+            "--exclude=*",
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def manifest(
+    command: str | None = None, *, seeds: dict[str, int] | None = None, **extra: Any
+) -> dict[str, Any]:
+    """What is needed to repeat a run: command, commit, seeds, versions, platform. `command` defaults to this
+    process's.
+    """
+    if command is None:
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {
+        "command": command,
+        "commit": _git_commit(),
+        "seeds": seeds or {},
+        "versions": versions(),
+        "platform": platform.platform(),
+        **extra,
+    }
