@@ -2,8 +2,8 @@
 
 C++ needs only pybind11: no torch header is included, so the build works in pip's isolated environment and one
 binary serves every torch version. CUDA sources are compiled when nvcc is found (IPVRM_CUDA=0 skips them,
-IPVRM_CUDA=1 insists). Without a working compiler the package still installs; ipvrm_kernels.backends() then says
-why `cpp` is missing.
+IPVRM_CUDA=1 insists). Without a working compiler the package still installs; ipvrm_kernels.backends() then
+says why `cpp` is missing.
 """
 
 import os
@@ -38,7 +38,7 @@ def find_nvcc() -> str | None:
 
 
 class BuildExtension(build_ext):
-    """Adds OpenMP where the compiler has it, links the nvcc objects, survives a machine without a compiler."""
+    """OpenMP where the compiler has it, nvcc objects linked in, and no failure without a compiler."""
 
     def build_extensions(self) -> None:
         nvcc = find_nvcc()

@@ -51,6 +51,12 @@ PYBIND11_MODULE(_C, m) {
                                          beta, weighting, per_sequence, threads);
       },
       no_gil);
+  m.def(
+      "prefix_value_loss_bwd_cpu",
+      [](Address slope, Address cu, Address scale, Address dl, int64_t B, float beta, int threads) {
+        ipvrm::prefix_value_loss_bwd_cpu(in(slope), edges(cu), in(scale), out(dl), B, beta, threads);
+      },
+      no_gil);
 
 #ifdef IPVRM_WITH_CUDA
   m.attr("has_cuda") = true;

@@ -138,4 +138,13 @@ void prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens
   });
 }
 
+void prefix_value_loss_bwd_cpu(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
+                               int64_t num_sequences, float beta, int num_threads) {
+  const float factor = beta * *scale;
+  for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t, int64_t start, int64_t length) {
+    double carry = 0.0;
+    for (int64_t i = start + length - 1; i >= start; --i) dlog_ratio[i] = factor * static_cast<float>(carry += slope[i]);
+  });
+}
+
 }  // namespace ipvrm

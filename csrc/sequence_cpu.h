@@ -22,4 +22,8 @@ void prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens
                                const float* margin, const float* weight, float* sums, float* slope,
                                int64_t num_sequences, float beta, int weighting, bool per_sequence, int num_threads);
 
+// dlog_ratio_t = *scale * beta * sum_{j >= t} slope_j.
+void prefix_value_loss_bwd_cpu(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
+                               int64_t num_sequences, float beta, int num_threads);
+
 }  // namespace ipvrm

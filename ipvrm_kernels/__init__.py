@@ -3,12 +3,20 @@
 from .backend import Backends, set_checks
 from .backend import table as _table
 from .packing import pack, unpack
+from .prefix_value_loss import IMPLS as _prefix_value_loss_impls
+from .prefix_value_loss import prefix_value_loss
+from .prefix_values import IMPLS as _prefix_values_impls
+from .prefix_values import PrefixValues, prefix_values
 from .segment_scan import IMPLS as _segment_scan_impls
 from .segment_scan import segment_scan
 
 __version__ = "0.1.0"
 
-_OPS = {"segment_scan": _segment_scan_impls}
+_OPS = {
+    "segment_scan": _segment_scan_impls,
+    "prefix_values": _prefix_values_impls,
+    "prefix_value_loss": _prefix_value_loss_impls,
+}
 
 
 def backends() -> Backends:
@@ -19,4 +27,15 @@ def backends() -> Backends:
     return _table(_OPS)
 
 
-__all__ = ["Backends", "__version__", "backends", "pack", "segment_scan", "set_checks", "unpack"]
+__all__ = [
+    "Backends",
+    "PrefixValues",
+    "__version__",
+    "backends",
+    "pack",
+    "prefix_value_loss",
+    "prefix_values",
+    "segment_scan",
+    "set_checks",
+    "unpack",
+]

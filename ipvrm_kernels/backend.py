@@ -7,6 +7,7 @@ never falls back.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -20,16 +21,13 @@ DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "torch"), "cuda": ("
 IMPL_NAMES = ("torch", "cpp", "triton", "cuda")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as Triton itself read it, at import
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
 
-_C: ModuleType | None
+_C: ModuleType | None = None
+_EXTENSION_ERROR = ""
 try:
-    from . import _C as _extension
-
-    _C = _extension
-    _EXTENSION_ERROR = ""
+    _C = importlib.import_module("ipvrm_kernels._C")
 except ImportError as error:  # not built, or built for another Python
-    _C = None
     _EXTENSION_ERROR = str(error)
 
 HAS_CPP = _C is not None
@@ -39,7 +37,7 @@ _checks = False
 
 
 def set_checks(enabled: bool) -> bool:
-    """Switch value checks on GPU tensors on or off. Off by default: they synchronise. CPU tensors always have them.
+    """Switch value checks on GPU tensors on or off (default off: they synchronise); the CPU always checks.
 
     Returns the previous setting.
     """
@@ -53,10 +51,19 @@ def checks_values(tensor: Tensor) -> bool:
     return _checks or tensor.device.type == "cpu"
 
 
-def native() -> Any:
-    """The extension module; only called after `choose` has said that it exists."""
+def native_call(name: str, *args: Any) -> None:
+    """Call `name` of the extension: tensors as addresses, None as 0, then the thread count or CUDA stream.
+
+    Only called after `choose` has said that the extension can run.
+    """
     assert _C is not None
-    return _C
+    plain = [arg.data_ptr() if isinstance(arg, Tensor) else 0 if arg is None else arg for arg in args]
+    if name.endswith("_cpu"):
+        getattr(_C, name)(*plain, torch.get_num_threads())
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    with torch.cuda.device(device):
+        getattr(_C, name)(*plain, torch.cuda.current_stream().cuda_stream)
 
 
 def why_not(impl: str, device_type: str) -> str | None:

@@ -34,8 +34,8 @@ def unpack(packed: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
 
     Args: packed (N, ...); cu_seqlens (B+1,) int32; length, the padded T, at least the longest sequence.
     Returns: (B, length, ...) of packed's dtype. Differentiable in `packed`.
-    Raises: ValueError if cu_seqlens does not describe N rows or a sequence is longer than `length` (values are
-    read on the CPU, and on a GPU under `set_checks(True)`).
+    Raises: ValueError if cu_seqlens does not describe N rows or a sequence is longer than `length` (values
+    are read on the CPU, and on a GPU under `set_checks(True)`).
     """
     check_cu_seqlens_shape("unpack", cu_seqlens, packed)
     N, B = packed.shape[0], cu_seqlens.shape[0] - 1
@@ -61,6 +61,12 @@ def segment_ids(cu_seqlens: Tensor, N: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
 
 
+def positions(cu_seqlens: Tensor, N: int, dtype: torch.dtype) -> Tensor:
+    """(N,) position t = 1..T of each packed row within its sequence."""
+    first = cu_seqlens.long()[segment_ids(cu_seqlens, N)]
+    return (torch.arange(1, N + 1, device=cu_seqlens.device) - first).to(dtype)
+
+
 def check_cu_seqlens_shape(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
     """Raise ValueError unless cu_seqlens is (B+1,) int32 on the device of `packed`."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
@@ -73,7 +79,7 @@ def check_cu_seqlens_shape(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, N: int) -> None:
-    """Raise ValueError unless cu_seqlens rises from 0 to N. Reads values: only where `checks_values` allows."""
+    """Raise ValueError unless cu_seqlens rises from 0 to N. Reads values: see `checks_values`."""
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != N or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
         raise ValueError(

@@ -1,16 +1,17 @@
 """segment_scan: y_t = x_t + decay * y_{t-1} within each packed sequence;
 reverse: y_t = x_t + decay * y_{t+1}.
 
-decay = 1 is the running sum behind the prefix value (Eq. 5); reverse with decay = discount * lam is GAE (Eq. 8).
+decay = 1 is the running sum behind the prefix value (Eq. 5); reversed with discount * lam it is GAE (Eq. 8).
 The gradient of a scan is the same scan run from the other end: dx = segment_scan(dy, reverse=not reverse).
 
-Shapes: x (N,), cu_seqlens (B+1,) int32, y (N,). One program per sequence, blocks joined by a carry, one read and
-one write per token: eager PyTorch needs a padded copy and, for decay != 1, a Python loop over time.
+Shapes: x (N,), cu_seqlens (B+1,) int32, y (N,). One program per sequence, blocks joined by a carry, one read
+and one write per token: eager PyTorch needs a padded copy and, for decay != 1, a Python loop over time.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,31 +86,18 @@ def _triton(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tenso
     return y
 
 
-def _cpp(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
-    y = torch.empty_like(x)
-    backend.native().segment_scan_cpu(
-        x.data_ptr(),
-        cu_seqlens.data_ptr(),
-        y.data_ptr(),
-        cu_seqlens.shape[0] - 1,
-        decay,
-        reverse,
-        torch.get_num_threads(),
-    )
-    return y
+def _native(device: str) -> Any:
+    def run(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
+        y = torch.empty_like(x)
+        backend.native_call(
+            f"segment_scan_{device}", x, cu_seqlens, y, cu_seqlens.shape[0] - 1, decay, reverse
+        )
+        return y
+
+    return run
 
 
-def _cuda(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
-    y = torch.empty_like(x)
-    with torch.cuda.device(x.device):
-        backend.native().segment_scan_cuda(
-            x.data_ptr(), cu_seqlens.data_ptr(), y.data_ptr(), cu_seqlens.shape[0] - 1, decay, reverse,
-            torch.cuda.current_stream().cuda_stream,
-        )  # fmt: skip
-    return y
-
-
-IMPLS = {"cuda": _cuda, "triton": _triton, "cpp": _cpp, "torch": segment_scan_reference}
+IMPLS = {"cuda": _native("cuda"), "triton": _triton, "cpp": _native("cpu"), "torch": segment_scan_reference}
 
 
 @torch.library.custom_op("ipvrm::segment_scan", mutates_args=())
@@ -125,12 +113,12 @@ def _(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> 
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     _, cu_seqlens, ctx.decay, ctx.reverse, ctx.impl = inputs
     ctx.save_for_backward(cu_seqlens)
 
 
-def _backward(ctx, dy: Tensor):
+def _backward(ctx: Any, dy: Tensor) -> Any:
     (cu_seqlens,) = ctx.saved_tensors
     return _segment_scan(dy, cu_seqlens, ctx.decay, not ctx.reverse, ctx.impl), None, None, None, None
 
@@ -151,7 +139,7 @@ def segment_scan(
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 
     Returns: (N,) fp32 (fp64 for fp64 input). Differentiable in x, any number of times.
-    Raises: ValueError on a wrong shape, dtype, device, decay or impl, and unless cu_seqlens rises from 0 to N.
+    Raises: ValueError on a wrong shape, dtype, device, decay or impl, or if cu_seqlens does not rise to N.
     """
     if x.dim() != 1 or not x.is_floating_point():
         raise ValueError(f"segment_scan: x must be (N,) floating point, got {tuple(x.shape)} {x.dtype}")

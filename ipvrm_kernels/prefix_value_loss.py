@@ -1,0 +1,393 @@
+"""prefix_value_loss: the IPVRM objective at every prefix of every packed sequence, one scan each way.
+
+    loss_b  = w_b * sum_t omega_t softplus(margin_b - s_b mean_value_t) / sum_t omega_t             Eq. 9
+    omega_t = 1 (uniform) | t/T (late, Eq. 17) | 1 - t/T (early, Eq. 18; 1 where T = 1)
+    mean_value_t = beta / t * sum_{i<=t} log_ratio_i (Eq. 5),   s_b = 2 outcome_b - 1
+
+d loss / d log_ratio_j = beta * sum_{t>=j} (d loss / d value_t): the forward emits these slopes, the backward
+is their reverse scan. One program per sequence reads each token once and keeps the running sum in a
+register; eager PyTorch pads to (B, T) and passes over it ten times.
+
+Shapes: log_ratio (N,), cu_seqlens (B+1,) int32, outcome, margin, weight (B,), loss ().
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend
+from .packing import check_cu_seqlens, check_cu_seqlens_shape, lengths, positions, segment_ids
+from .segment_scan import segment_scan_reference  # what a running sum means; no kernel is shared
+
+if backend.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+BLOCK_T = 1024
+WEIGHTINGS = ("uniform", "late", "early")  # index = csrc/token_math.h's Weighting
+REDUCTIONS = ("sequence_mean", "token_mean")
+
+
+def prefix_weights(cu_seqlens: Tensor, N: int, weighting: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """omega (N,) of Eq. 9, 17 or 18 and its sum over each sequence (B,), 0 for an empty one."""
+    T = lengths(cu_seqlens).to(dtype)  # (B,)
+    if weighting == "uniform":
+        return torch.ones(N, dtype=dtype, device=cu_seqlens.device), T
+    fraction = positions(cu_seqlens, N, dtype) / T[segment_ids(cu_seqlens, N)]  # (N,) t/T
+    if weighting == "late":
+        return fraction, torch.where(T > 0, (T + 1) / 2, 0.0)
+    long = T > 1
+    return torch.where(long[segment_ids(cu_seqlens, N)], 1 - fraction, 1.0), torch.where(long, (T - 1) / 2, T)
+
+
+def prefix_value_loss_reference(
+    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
+    beta: float, weighting: str, per_sequence: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(sums (B,2), slope (N,)) in plain PyTorch; sums differentiable, slope = d sum_b sums[b,0] / d value.
+
+    sums[b] = [w_b sum_t omega_t loss_t, sum_t omega_t], both divided by the latter if `per_sequence`.
+    """
+    N, B = log_ratio.shape[0], cu_seqlens.shape[0] - 1
+    segment = segment_ids(cu_seqlens, N)
+    t = positions(cu_seqlens, N, log_ratio.dtype)  # (N,)
+    mean_value = beta * segment_scan_reference(log_ratio, cu_seqlens) / t  # (N,)
+    omega, omega_sum = prefix_weights(cu_seqlens, N, weighting, log_ratio.dtype)
+    sign = (2 * outcome - 1)[segment]  # (N,)
+    z = margin[segment] - sign * mean_value  # (N,)
+    scale = torch.where(omega_sum > 0, weight / omega_sum, 0.0) if per_sequence else weight  # (B,)
+    per_token = scale[segment] * omega * _softplus(z)  # (N,)
+    total = log_ratio.new_zeros(B).index_add(0, segment, per_token)
+    slope = -scale[segment] * omega * sign * torch.sigmoid(z) / t
+    counted = (omega_sum > 0).to(omega_sum.dtype) if per_sequence else omega_sum
+    return torch.stack([total, counted], dim=1), slope.detach()
+
+
+def _softplus(z: Tensor) -> Tensor:
+    return F.softplus(
+        z, threshold=200.0
+    )  # the default threshold drops exp(-z) above 20, 2e-9 that fp64 can see
+
+
+def _torch_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
+    return beta * scale * segment_scan_reference(slope, cu_seqlens, reverse=True)
+
+
+if backend.HAS_TRITON:
+
+    @triton.jit
+    def _log1p_unit(u):
+        # log(1 + u) for u in [0, 1] as 2 atanh(u / (2 + u)): tl.log(1 + u) loses u below 6e-8
+        s = u / (2.0 + u)
+        q = s * s
+        p = 6.6666667e-2 * q + 7.6923077e-2
+        p = p * q + 9.0909091e-2
+        p = p * q + 1.11111111e-1
+        p = p * q + 1.42857143e-1
+        p = p * q + 0.2
+        p = p * q + 3.33333333e-1
+        return 2.0 * (s + s * q * p)
+
+    @triton.jit
+    def _prefix_value_loss_fwd_kernel(
+        log_ratio_ptr,  # (N,)
+        cu_seqlens_ptr,  # (B+1,)
+        outcome_ptr,  # (B,)
+        margin_ptr,  # (B,)
+        weight_ptr,  # (B,)
+        sums_ptr,  # (B, 2)
+        slope_ptr,  # (N,)
+        beta,  # scalar
+        WEIGHTING: tl.constexpr,
+        PER_SEQUENCE: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+    ):
+        sequence = tl.program_id(0)
+        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        length = (end - start).to(tl.float32)
+        omega_sum = length
+        if WEIGHTING == "late":
+            omega_sum = tl.where(end > start, 0.5 * (length + 1.0), 0.0)
+        if WEIGHTING == "early":
+            omega_sum = tl.where(length > 1.0, 0.5 * (length - 1.0), length)
+        sign = 2.0 * tl.load(outcome_ptr + sequence) - 1.0
+        margin = tl.load(margin_ptr + sequence)
+        scale = tl.load(weight_ptr + sequence)
+        counted = omega_sum
+        if PER_SEQUENCE:
+            scale = scale / tl.maximum(omega_sum, 0.5)  # 0.5: the least sum of a sequence that has tokens
+            counted = tl.where(end > start, 1.0, 0.0)
+        offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
+        carry = 0.0
+        loss = 0.0
+        for block in range(start, end, BLOCK_T):
+            rows = block + offsets  # (BLOCK_T,)
+            valid = rows < end  # (BLOCK_T,)
+            log_ratio = tl.load(log_ratio_ptr + rows, mask=valid, other=0.0)  # (BLOCK_T,)
+            t = (rows - start + 1).to(tl.float32)  # (BLOCK_T,)
+            z = margin - sign * beta * (tl.cumsum(log_ratio, 0) + carry) / t  # (BLOCK_T,)
+            e = tl.exp(-tl.abs(z))  # (BLOCK_T,)
+            omega = tl.full((BLOCK_T,), 1.0, tl.float32)
+            if WEIGHTING == "late":
+                omega = t / length
+            if WEIGHTING == "early":
+                omega = tl.where(length > 1.0, 1.0 - t / length, 1.0)
+            per_token = omega * (tl.maximum(z, 0.0) + _log1p_unit(e))  # (BLOCK_T,)
+            loss += tl.sum(tl.where(valid, per_token, 0.0), 0)
+            sigmoid = tl.where(z < 0.0, e, 1.0) / (1.0 + e)  # (BLOCK_T,)
+            tl.store(slope_ptr + rows, -scale * omega * sign * sigmoid / t, mask=valid)
+            carry += tl.sum(log_ratio, 0)
+        tl.store(sums_ptr + 2 * sequence, scale * loss)
+        tl.store(sums_ptr + 2 * sequence + 1, counted)
+
+    @triton.jit
+    def _prefix_value_loss_bwd_kernel(
+        slope_ptr,  # (N,)
+        cu_seqlens_ptr,  # (B+1,)
+        scale_ptr,  # ()
+        dlog_ratio_ptr,  # (N,)
+        beta,  # scalar
+        BLOCK_T: tl.constexpr,
+    ):
+        sequence = tl.program_id(0)
+        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        factor = beta * tl.load(scale_ptr)
+        offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
+        carry = 0.0
+        for block in range(start, end, BLOCK_T):
+            rows = end - 1 - (block - start + offsets)  # (BLOCK_T,) from the last token back
+            valid = rows >= start  # (BLOCK_T,)
+            slope = tl.load(slope_ptr + rows, mask=valid, other=0.0)  # (BLOCK_T,)
+            tl.store(dlog_ratio_ptr + rows, factor * (tl.cumsum(slope, 0) + carry), mask=valid)
+            carry += tl.sum(slope, 0)
+
+
+def _triton_loss_fwd(
+    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
+    beta: float, weighting: str, per_sequence: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    B = cu_seqlens.shape[0] - 1
+    sums, slope = log_ratio.new_empty(B, 2), torch.empty_like(log_ratio)
+    if B:
+        _prefix_value_loss_fwd_kernel[(B,)](
+            log_ratio, cu_seqlens, outcome, margin, weight, sums, slope, beta,
+            WEIGHTING=weighting, PER_SEQUENCE=per_sequence, BLOCK_T=BLOCK_T,
+        )  # fmt: skip
+    return sums, slope
+
+
+def _triton_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
+    dlog_ratio = torch.empty_like(slope)
+    if slope.shape[0]:
+        grid = (cu_seqlens.shape[0] - 1,)
+        _prefix_value_loss_bwd_kernel[grid](slope, cu_seqlens, scale, dlog_ratio, beta, BLOCK_T=BLOCK_T)
+    return dlog_ratio
+
+
+def _native_loss_fwd(device: str) -> Any:
+    def run(
+        log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
+        beta: float, weighting: str, per_sequence: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        sums, slope = log_ratio.new_empty(cu_seqlens.shape[0] - 1, 2), torch.empty_like(log_ratio)
+        backend.native_call(
+            f"prefix_value_loss_fwd_{device}", log_ratio, cu_seqlens, outcome, margin, weight, sums, slope,
+            cu_seqlens.shape[0] - 1, beta, WEIGHTINGS.index(weighting), per_sequence,
+        )  # fmt: skip
+        return sums, slope
+
+    return run
+
+
+def _native_loss_bwd(device: str) -> Any:
+    def run(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
+        dlog_ratio = torch.empty_like(slope)
+        backend.native_call(
+            f"prefix_value_loss_bwd_{device}",
+            slope,
+            cu_seqlens,
+            scale,
+            dlog_ratio,
+            cu_seqlens.shape[0] - 1,
+            beta,
+        )
+        return dlog_ratio
+
+    return run
+
+
+# each value: (forward, backward)
+IMPLS = {
+    "cuda": (_native_loss_fwd("cuda"), _native_loss_bwd("cuda")),
+    "triton": (_triton_loss_fwd, _triton_loss_bwd),
+    "cpp": (_native_loss_fwd("cpu"), _native_loss_bwd("cpu")),
+    "torch": (prefix_value_loss_reference, _torch_loss_bwd),
+}
+
+
+@torch.library.custom_op("ipvrm::prefix_value_loss", mutates_args=())
+def _prefix_value_loss(
+    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
+    denominator: Tensor | None, beta: float, weighting: str, per_sequence: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss (), slope (N,), scale ()): d loss / d log_ratio = beta * scale * reverse scan of slope."""
+    B = cu_seqlens.shape[0] - 1
+    if backend.checks_values(log_ratio):
+        _check_loss_values(cu_seqlens, log_ratio.shape[0], outcome, margin, weight, denominator)
+    forward, _ = IMPLS[impl]
+    sums, slope = forward(
+        log_ratio.contiguous(), cu_seqlens.contiguous(), outcome.contiguous(), margin.contiguous(),
+        weight.contiguous(), beta, weighting, per_sequence,
+    )  # fmt: skip
+    total, counted = sums.sum(0).unbind()
+    if denominator is not None:
+        scale = 1 / denominator
+    elif per_sequence:
+        scale = torch.full_like(total, 1 / max(B, 1))  # an empty sequence counts and adds 0
+    else:
+        scale = torch.where(counted > 0, 1 / counted, 0.0)
+    return total * scale, slope, scale
+
+
+@_prefix_value_loss.register_fake
+def _(
+    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
+    denominator: Tensor | None, beta: float, weighting: str, per_sequence: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return log_ratio.new_empty(()), log_ratio.new_empty(log_ratio.shape[0]), log_ratio.new_empty(())
+
+
+@torch.library.custom_op("ipvrm::prefix_value_loss_bwd", mutates_args=())
+def _prefix_value_loss_bwd(
+    slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str
+) -> Tensor:
+    return IMPLS[impl][1](slope, cu_seqlens.contiguous(), scale.contiguous(), beta)
+
+
+@_prefix_value_loss_bwd.register_fake
+def _(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str) -> Tensor:
+    return torch.empty_like(slope)
+
+
+def _loss_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    _, slope, scale = output
+    ctx.mark_non_differentiable(slope, scale)
+    cu_seqlens, ctx.beta, ctx.impl = inputs[1], inputs[6], inputs[9]
+    ctx.save_for_backward(cu_seqlens, slope, scale)
+
+
+def _loss_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
+    if dloss is None:
+        return (None,) * 10
+    cu_seqlens, slope, scale = ctx.saved_tensors
+    return _prefix_value_loss_bwd(slope, cu_seqlens, dloss * scale, ctx.beta, ctx.impl), *(None,) * 9
+
+
+_prefix_value_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
+
+
+def _check_loss_values(
+    cu_seqlens: Tensor, N: int, outcome: Tensor, margin: Tensor, weight: Tensor, denominator: Tensor | None
+) -> None:
+    op = "prefix_value_loss"
+    check_cu_seqlens(op, cu_seqlens, N)
+    if not bool(((outcome == 0) | (outcome == 1)).all()):
+        wrong = outcome[(outcome != 0) & (outcome != 1)]
+        raise ValueError(f"{op}: outcome must be 0 or 1, got {wrong[:4].tolist()}")
+    for name, values in (("margin", margin), ("weight", weight)):
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{op}: {name} must be finite, got {values[~values.isfinite()][:4].tolist()}")
+    if denominator is not None and not bool((denominator > 0) & denominator.isfinite()):
+        raise ValueError(f"{op}: denominator must be positive and finite, got {denominator.item()}")
+
+
+def prefix_value_loss(
+    log_ratio: Tensor,
+    cu_seqlens: Tensor,
+    outcome: Tensor,
+    *,
+    beta: float = 10.0,
+    margin: float | Tensor = 5.0,
+    weight: Tensor | None = None,
+    prefix_weighting: str = "uniform",
+    reduction: str = "sequence_mean",
+    denominator: float | Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """The IPVRM objective: the margin loss of the length-normalised value at every prefix (Eq. 9, 17, 18).
+
+        sequence_mean: (1/B) sum_b w_b sum_t omega_t softplus(margin_b - s_b mean_value_t) / sum_t omega_t
+        token_mean:    sum_b w_b sum_t omega_t softplus(...) / sum_b sum_t omega_t
+
+    Args:
+        log_ratio: (N,) float, log pi_phi - log pi_ref of each response token, natural log.
+        cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; an empty sequence counts in B and adds 0.
+        outcome: (B,) 0 or 1 in any dtype, the label of the whole response.
+        beta: finite scale of the implicit reward.
+        margin: finite, one for all or (B,) (Eq. 15).
+        weight: (B,) finite loss weights, default 1.
+        prefix_weighting: "uniform" | "late" | "early".
+        reduction: "sequence_mean" | "token_mean".
+        denominator: positive; replaces B, or the sum of omega, so that micro-batches add up.
+        impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
+
+    Returns: 0-d fp32 (fp64 for fp64 input) loss, 0 for an empty batch. Differentiable in log_ratio, once.
+    Raises: ValueError on a wrong shape, dtype, device, option or value.
+    """
+    op = "prefix_value_loss"
+    if log_ratio.dim() != 1 or not log_ratio.is_floating_point():
+        raise ValueError(
+            f"{op}: log_ratio must be (N,) floating point, got {tuple(log_ratio.shape)} {log_ratio.dtype}"
+        )
+    check_cu_seqlens_shape(op, cu_seqlens, log_ratio)
+    beta = float(beta)
+    if not math.isfinite(beta):
+        raise ValueError(f"{op}: beta must be finite, got {beta}")
+    log_ratio = log_ratio if log_ratio.dtype == torch.float64 else log_ratio.float()
+    B = cu_seqlens.shape[0] - 1
+    if prefix_weighting not in WEIGHTINGS:
+        raise ValueError(
+            f"{op}: prefix_weighting must be one of {', '.join(WEIGHTINGS)}, got {prefix_weighting!r}"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if isinstance(margin, (int, float)) and not math.isfinite(margin):
+        raise ValueError(f"{op}: margin must be finite, got {margin}")
+
+    def per_sequence(name: str, given: float | Tensor) -> Tensor:
+        if not isinstance(given, Tensor) or given.dim() == 0:
+            return log_ratio.new_ones(B) * given
+        if given.shape != (B,) or given.device != log_ratio.device:
+            raise ValueError(
+                f"{op}: {name} must be ({B},) on {log_ratio.device}, "
+                f"got {tuple(given.shape)} on {given.device}"
+            )
+        return given.detach().to(log_ratio.dtype)
+
+    if not isinstance(outcome, Tensor) or outcome.dim() != 1:
+        given = tuple(outcome.shape) if isinstance(outcome, Tensor) else type(outcome).__name__
+        raise ValueError(f"{op}: outcome must be a tensor of shape ({B},), got {given}")
+    if denominator is not None and not isinstance(denominator, Tensor):
+        if not (math.isfinite(denominator) and denominator > 0):
+            raise ValueError(f"{op}: denominator must be positive and finite, got {denominator}")
+        denominator = torch.full((), denominator, dtype=log_ratio.dtype, device=log_ratio.device)
+    if denominator is not None:
+        if denominator.dim() != 0:
+            raise ValueError(
+                f"{op}: denominator must be a number or 0-d, got shape {tuple(denominator.shape)}"
+            )
+        denominator = denominator.detach().to(log_ratio.device, log_ratio.dtype)
+    loss, _, _ = _prefix_value_loss(
+        log_ratio, cu_seqlens, per_sequence("outcome", outcome), per_sequence("margin", margin),
+        per_sequence("weight", 1.0 if weight is None else weight), denominator,
+        beta, prefix_weighting, reduction == "sequence_mean", backend.choose(op, IMPLS, impl, log_ratio),
+    )  # fmt: skip
+    return loss

@@ -1,0 +1,274 @@
+"""prefix_values: value, length-normalised value, sigmoid and TD of every prefix, in one pass.
+
+    value_t      = beta * sum_{i<=t} log_ratio_i        Eq. 5, the value after token t, t = 1..T
+    mean_value_t = value_t / t
+    prob_t       = sigmoid(mean_value_t)
+    td_t         = beta * log_ratio_t                   Eq. 10
+
+With upstream gradients dvalue, dmean, dprob, dtd the gradient is one reverse scan:
+    d log_ratio_j = beta * (dtd_j + sum_{t>=j} (dvalue_t + dmean_t / t + dprob_t prob_t (1 - prob_t) / t)).
+
+Shapes: log_ratio and every result (N,), cu_seqlens (B+1,) int32. One program per sequence reads each token
+once and keeps the running sum in a register; eager PyTorch pads to (B, T) and passes over it line by line.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .packing import check_cu_seqlens, check_cu_seqlens_shape, positions
+from .segment_scan import segment_scan_reference  # what a running sum means; no kernel is shared
+
+if backend.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+BLOCK_T = 1024
+
+
+class PrefixValues(NamedTuple):
+    """Per-token results of `prefix_values`, each (N,) fp32 (fp64 for fp64 input)."""
+
+    value: Tensor
+    mean_value: Tensor
+    prob: Tensor
+    td: Tensor
+
+
+def prefix_values_reference(
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(value, mean_value, prob, td) in plain PyTorch, differentiable by autograd."""
+    value = beta * segment_scan_reference(log_ratio, cu_seqlens)
+    mean_value = value / positions(cu_seqlens, log_ratio.shape[0], log_ratio.dtype)
+    return value, mean_value, torch.sigmoid(mean_value), beta * log_ratio
+
+
+def _torch_values_bwd(
+    dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
+    prob: Tensor, cu_seqlens: Tensor, beta: float,
+) -> Tensor:  # fmt: skip
+    t = positions(cu_seqlens, prob.shape[0], prob.dtype)
+    slope = torch.zeros_like(prob)
+    if dmean_value is not None:
+        slope = slope + dmean_value / t
+    if dprob is not None:
+        slope = slope + dprob * prob * (1 - prob) / t
+    if dvalue is not None:
+        slope = slope + dvalue
+    total = segment_scan_reference(slope, cu_seqlens, reverse=True)
+    return beta * (total if dtd is None else total + dtd)
+
+
+if backend.HAS_TRITON:
+
+    @triton.jit
+    def _prefix_values_fwd_kernel(
+        log_ratio_ptr,  # (N,)
+        cu_seqlens_ptr,  # (B+1,)
+        value_ptr,  # (N,)
+        mean_value_ptr,  # (N,)
+        prob_ptr,  # (N,)
+        td_ptr,  # (N,)
+        beta,  # scalar
+        BLOCK_T: tl.constexpr,
+    ):
+        sequence = tl.program_id(0)
+        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
+        carry = 0.0
+        for block in range(start, end, BLOCK_T):
+            rows = block + offsets  # (BLOCK_T,)
+            valid = rows < end  # (BLOCK_T,)
+            log_ratio = tl.load(log_ratio_ptr + rows, mask=valid, other=0.0)  # (BLOCK_T,)
+            value = beta * (tl.cumsum(log_ratio, 0) + carry)  # (BLOCK_T,)
+            mean_value = value / (rows - start + 1).to(tl.float32)  # (BLOCK_T,)
+            tl.store(value_ptr + rows, value, mask=valid)
+            tl.store(mean_value_ptr + rows, mean_value, mask=valid)
+            tl.store(prob_ptr + rows, tl.sigmoid(mean_value), mask=valid)
+            tl.store(td_ptr + rows, beta * log_ratio, mask=valid)
+            carry += tl.sum(log_ratio, 0)
+
+    @triton.jit
+    def _prefix_values_bwd_kernel(
+        dvalue_ptr,  # (N,)
+        dmean_value_ptr,  # (N,)
+        dprob_ptr,  # (N,)
+        dtd_ptr,  # (N,)
+        prob_ptr,  # (N,)
+        cu_seqlens_ptr,  # (B+1,)
+        dlog_ratio_ptr,  # (N,)
+        beta,  # scalar
+        HAS_DVALUE: tl.constexpr,
+        HAS_DMEAN: tl.constexpr,
+        HAS_DPROB: tl.constexpr,
+        HAS_DTD: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+    ):
+        sequence = tl.program_id(0)
+        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
+        carry = 0.0
+        for block in range(start, end, BLOCK_T):
+            rows = end - 1 - (block - start + offsets)  # (BLOCK_T,) from the last token back
+            valid = rows >= start  # (BLOCK_T,)
+            t = tl.maximum(rows - start + 1, 1).to(tl.float32)  # (BLOCK_T,)
+            slope = tl.zeros((BLOCK_T,), tl.float32)
+            if HAS_DVALUE:
+                slope += tl.load(dvalue_ptr + rows, mask=valid, other=0.0)
+            if HAS_DMEAN:
+                slope += tl.load(dmean_value_ptr + rows, mask=valid, other=0.0) / t
+            if HAS_DPROB:
+                prob = tl.load(prob_ptr + rows, mask=valid, other=0.0)  # (BLOCK_T,)
+                slope += tl.load(dprob_ptr + rows, mask=valid, other=0.0) * prob * (1.0 - prob) / t
+            total = tl.cumsum(slope, 0) + carry  # (BLOCK_T,)
+            if HAS_DTD:
+                total += tl.load(dtd_ptr + rows, mask=valid, other=0.0)
+            tl.store(dlog_ratio_ptr + rows, beta * total, mask=valid)
+            carry += tl.sum(slope, 0)
+
+
+def _triton_values_fwd(
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    value, mean_value, prob, td = (torch.empty_like(log_ratio) for _ in range(4))
+    if log_ratio.shape[0]:
+        grid = (cu_seqlens.shape[0] - 1,)
+        _prefix_values_fwd_kernel[grid](
+            log_ratio, cu_seqlens, value, mean_value, prob, td, beta, BLOCK_T=BLOCK_T
+        )
+    return value, mean_value, prob, td
+
+
+def _triton_values_bwd(
+    dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
+    prob: Tensor, cu_seqlens: Tensor, beta: float,
+) -> Tensor:  # fmt: skip
+    dlog_ratio = torch.empty_like(prob)
+    grads = (dvalue, dmean_value, dprob, dtd)
+    if prob.shape[0]:
+        _prefix_values_bwd_kernel[(cu_seqlens.shape[0] - 1,)](
+            *(prob if grad is None else grad for grad in grads), prob, cu_seqlens, dlog_ratio, beta,
+            *(grad is not None for grad in grads), BLOCK_T=BLOCK_T,
+        )  # fmt: skip
+    return dlog_ratio
+
+
+def _native_values_fwd(device: str) -> Any:
+    def run(log_ratio: Tensor, cu_seqlens: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        value, mean_value, prob, td = (torch.empty_like(log_ratio) for _ in range(4))
+        backend.native_call(
+            f"prefix_values_fwd_{device}", log_ratio, cu_seqlens, value, mean_value, prob, td,
+            cu_seqlens.shape[0] - 1, beta,
+        )  # fmt: skip
+        return value, mean_value, prob, td
+
+    return run
+
+
+def _native_values_bwd(device: str) -> Any:
+    def run(
+        dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
+        prob: Tensor, cu_seqlens: Tensor, beta: float,
+    ) -> Tensor:  # fmt: skip
+        dlog_ratio = torch.empty_like(prob)
+        backend.native_call(
+            f"prefix_values_bwd_{device}", dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, dlog_ratio,
+            cu_seqlens.shape[0] - 1, beta,
+        )  # fmt: skip
+        return dlog_ratio
+
+    return run
+
+
+# each value: (forward, backward)
+IMPLS = {
+    "cuda": (_native_values_fwd("cuda"), _native_values_bwd("cuda")),
+    "triton": (_triton_values_fwd, _triton_values_bwd),
+    "cpp": (_native_values_fwd("cpu"), _native_values_bwd("cpu")),
+    "torch": (prefix_values_reference, _torch_values_bwd),
+}
+
+
+@torch.library.custom_op("ipvrm::prefix_values", mutates_args=())
+def _prefix_values(
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend.checks_values(log_ratio):
+        check_cu_seqlens("prefix_values", cu_seqlens, log_ratio.shape[0])
+    return IMPLS[impl][0](log_ratio.contiguous(), cu_seqlens.contiguous(), beta)
+
+
+@_prefix_values.register_fake
+def _(log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N = log_ratio.shape[0]
+    return log_ratio.new_empty(N), log_ratio.new_empty(N), log_ratio.new_empty(N), log_ratio.new_empty(N)
+
+
+@torch.library.custom_op("ipvrm::prefix_values_bwd", mutates_args=())
+def _prefix_values_bwd(
+    dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
+    prob: Tensor, cu_seqlens: Tensor, beta: float, impl: str,
+) -> Tensor:  # fmt: skip
+    grads = [None if grad is None else grad.contiguous() for grad in (dvalue, dmean_value, dprob, dtd)]
+    return IMPLS[impl][1](*grads, prob, cu_seqlens.contiguous(), beta)
+
+
+@_prefix_values_bwd.register_fake
+def _(
+    dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
+    prob: Tensor, cu_seqlens: Tensor, beta: float, impl: str,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(prob)
+
+
+def _values_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    _, cu_seqlens, ctx.beta, ctx.impl = inputs
+    ctx.save_for_backward(cu_seqlens, output[2])
+
+
+def _values_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    if all(grad is None for grad in grads):
+        return None, None, None, None
+    cu_seqlens, prob = ctx.saved_tensors
+    return _prefix_values_bwd(*grads, prob, cu_seqlens, ctx.beta, ctx.impl), None, None, None
+
+
+_prefix_values.register_autograd(_values_backward, setup_context=_values_setup)
+
+
+def prefix_values(
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: float = 10.0, impl: str | None = None
+) -> PrefixValues:
+    """Value, length-normalised value, sigmoid and TD of every prefix in one pass (Eq. 5, 10).
+
+    Args:
+        log_ratio: (N,) float, log pi_phi - log pi_ref of each response token, natural log.
+        cu_seqlens: (B+1,) int32 sequence edges, from 0 to N.
+        beta: finite scale of the implicit reward.
+        impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
+
+    Returns: PrefixValues(value, mean_value, prob, td), each (N,) fp32 (fp64 for fp64 input): the value after
+        token t, that divided by t, its sigmoid, and beta * log_ratio. All differentiable in log_ratio, once.
+    Raises: ValueError on a wrong shape, dtype, device, impl, beta, or cu_seqlens.
+    """
+    op = "prefix_values"
+    if log_ratio.dim() != 1 or not log_ratio.is_floating_point():
+        raise ValueError(
+            f"{op}: log_ratio must be (N,) floating point, got {tuple(log_ratio.shape)} {log_ratio.dtype}"
+        )
+    check_cu_seqlens_shape(op, cu_seqlens, log_ratio)
+    beta = float(beta)
+    if not math.isfinite(beta):
+        raise ValueError(f"{op}: beta must be finite, got {beta}")
+    log_ratio = log_ratio if log_ratio.dtype == torch.float64 else log_ratio.float()
+    chosen = backend.choose("prefix_values", IMPLS, impl, log_ratio)
+    return PrefixValues(*_prefix_values(log_ratio, cu_seqlens, beta, chosen))
