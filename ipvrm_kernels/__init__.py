@@ -2,6 +2,8 @@
 
 from .backend import Backends, set_checks
 from .backend import table as _table
+from .linear_logprobs import IMPLS as _linear_logprobs_impls
+from .linear_logprobs import LinearLogprobs, linear_logprobs
 from .packing import pack, unpack
 from .prefix_value_loss import IMPLS as _prefix_value_loss_impls
 from .prefix_value_loss import prefix_value_loss
@@ -13,6 +15,7 @@ from .segment_scan import segment_scan
 __version__ = "0.1.0"
 
 _OPS = {
+    "linear_logprobs": _linear_logprobs_impls,
     "segment_scan": _segment_scan_impls,
     "prefix_values": _prefix_values_impls,
     "prefix_value_loss": _prefix_value_loss_impls,
@@ -29,9 +32,11 @@ def backends() -> Backends:
 
 __all__ = [
     "Backends",
+    "LinearLogprobs",
     "PrefixValues",
     "__version__",
     "backends",
+    "linear_logprobs",
     "pack",
     "prefix_value_loss",
     "prefix_values",

@@ -1,0 +1,223 @@
+"""The language-model head as the head ops see it: logit transform, dtype rule, reference pieces, validation.
+
+z = softcap((hidden @ weight.T + bias) * logit_scale) / temperature,  softcap(x) = c * tanh(x / c).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALVES_AND_FP32 = FLOATS[:3]
+
+
+class Transform(NamedTuple):
+    """From h.w + b to z: * scale, softcap, / temperature; the matmul's operands are rounded to `dtype`."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+    dtype: torch.dtype
+
+
+class Launchers(NamedTuple):
+    """The forward and backward of one backend."""
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+def transformed_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+    """(N, V) logits z in fp32 (fp64 for fp64), whatever the inputs and any enclosing autocast region."""
+    wide = out_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        z = hidden.to(transform.dtype).to(wide) @ weight.to(transform.dtype).to(wide).T
+    if bias is not None:
+        z = z + bias.to(wide)
+    z = z * transform.scale
+    if transform.softcap is not None:
+        z = torch.tanh(z / transform.softcap) * transform.softcap
+    return z / transform.temperature
+
+
+def transform_slope(z: Tensor, transform: Transform) -> Tensor | float:
+    """dz/d(h.w + b), from z."""
+    slope = transform.scale / transform.temperature
+    if transform.softcap is None:
+        return slope
+    t = z * (transform.temperature / transform.softcap)
+    return (1 - t) * (1 + t) * slope
+
+
+def select_ids(values: Tensor, ids: Tensor) -> Tensor:
+    """values (N, V) at ids (N, K); -inf where an id is -1 or out of range."""
+    owned = (ids >= 0) & (ids < values.shape[1])
+    return values.gather(1, torch.where(owned, ids, 0)).masked_fill(~owned, -math.inf)
+
+
+def times_log(p: Tensor, log_p: Tensor) -> Tensor:
+    """p * log_p with 0 * -inf = 0."""
+    return torch.where(p > 0, p * log_p, 0.0)
+
+
+def add_at_ids(da: Tensor, ids: Tensor, values: Tensor) -> None:
+    """da[n, ids[n, k]] += values[n, k] in place; column by column, so duplicates add up in a fixed order."""
+    owned = (ids >= 0) & (ids < da.shape[1])
+    safe, values = (
+        torch.where(owned, ids, 0),
+        torch.where(owned, values, 0.0),
+    )  # selected before anything is summed
+    for k in range(ids.shape[1]):
+        column = safe[:, k : k + 1]
+        da.scatter_(1, column, da.gather(1, column) + values[:, k : k + 1])
+
+
+def head_gradients(
+    da: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias) in fp32 (fp64) from da = dL/d(h.w + b) (N, V); 0 elements if not needed."""
+    absent, wide = da.new_empty(0), da.dtype
+    with torch.autocast(hidden.device.type, enabled=False):
+        return (
+            da @ weight.to(dtype).to(wide) if needs[0] else absent,
+            da.T @ hidden.to(dtype).to(wide) if needs[1] else absent.clone(),
+            da.sum(0) if needs[2] else absent.clone(),
+        )
+
+
+def check_workspace(op: str, max_workspace_bytes: int | None, N: int, V: int, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the reference, which materialises logits, fits: four (N, V) buffers."""
+    least = 4 * N * V * dtype.itemsize
+    if max_workspace_bytes is not None and max_workspace_bytes < least:
+        raise ValueError(
+            f"{op}: max_workspace_bytes must be at least {least} for impl='torch', which materialises logits,"
+            f" got {max_workspace_bytes}; pass fewer rows at a time or raise it"
+        )
+
+
+def prepare(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    logit_scale: float, softcap: float | None, temperature: float, max_workspace_bytes: int | None = None,
+) -> Transform:  # fmt: skip
+    """Validate what every head op takes and return its transform.
+
+    The matmul's dtype is autocast's where autocast is enabled for the device, else hidden's; fp64 stays fp64.
+    """
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is not None and hasattr(x, "device_mesh"):
+            raise ValueError(
+                f"{op}: {name} must be a plain tensor, got a DTensor; pass {name}.full_tensor(), or "
+                f"{name}.to_local() of a vocabulary-parallel head to linear_logprobs_partial"
+            )
+    if weight.numel() == 0:
+        raise ValueError(
+            f"{op}: weight is empty, shape {tuple(weight.shape)}; gather a sharded parameter (ZeRO-3, FSDP) "
+            "first, e.g. deepspeed.zero.GatheredParameters or FullyShardedDataParallel.summon_full_params"
+        )
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: hidden must be (N, D) and weight (V, D), got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}; flatten batch and time first"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must be (V,) with V={weight.shape[0]}, got {tuple(bias.shape)}")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, hidden on {hidden.device}")
+    kind = hidden.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    _check_dtypes(op, hidden, weight, bias, autocast)
+    numbers = {"logit_scale": logit_scale, "temperature": temperature}
+    if softcap is not None:
+        numbers["softcap"] = softcap
+    for name, number in numbers.items():
+        positive = name != "logit_scale"
+        if not math.isfinite(number) or (positive and number <= 0):
+            raise ValueError(f"{op}: {name} must be finite{' and > 0' if positive else ''}, got {number}")
+    if max_workspace_bytes is not None and max_workspace_bytes <= 0:
+        raise ValueError(f"{op}: max_workspace_bytes must be None or > 0, got {max_workspace_bytes}")
+    rounds = autocast and hidden.dtype != torch.float64
+    return Transform(
+        float(logit_scale), None if softcap is None else float(softcap), float(temperature),
+        torch.get_autocast_dtype(kind) if rounds else hidden.dtype,
+    )  # fmt: skip
+
+
+def _check_dtypes(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
+    if hidden.dtype not in FLOATS:
+        raise ValueError(f"{op}: hidden must be fp32, bf16, fp16 or fp64, got {hidden.dtype}")
+    if hidden.dtype == torch.float64:
+        allowed: tuple[torch.dtype, ...] = (torch.float64,)
+    else:
+        allowed = HALVES_AND_FP32 if autocast else (hidden.dtype, torch.float32)
+    if weight.dtype not in allowed:
+        raise ValueError(
+            f"{op}: weight must be of hidden's dtype {hidden.dtype} or an fp32 master of it, got "
+            f"{weight.dtype}; cast one of them"
+        )
+    if bias is not None and bias.dtype not in (*allowed, weight.dtype):
+        raise ValueError(f"{op}: bias must be of weight's dtype {weight.dtype} or fp32, got {bias.dtype}")
+
+
+def check_row_ids(op: str, name: str, ids: Tensor, hidden: Tensor, dims: tuple[int, ...]) -> None:
+    """Raise ValueError unless ids are int64 or int32, (N,) or (N, K) as `dims` allows, on hidden's device."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{op}: {name} must be int64 or int32, got {ids.dtype}")
+    if ids.dim() not in dims or ids.shape[0] != hidden.shape[0]:
+        shapes = " or ".join({1: "(N,)", 2: "(N, K)"}[d] for d in dims)
+        raise ValueError(f"{op}: {name} must be {shapes} with N={hidden.shape[0]}, got {tuple(ids.shape)}")
+    if ids.device != hidden.device:
+        raise ValueError(f"{op}: {name} is on {ids.device}, hidden on {hidden.device}")
+
+
+def out_dtype(hidden: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def check_ids(op: str, name: str, ids: Tensor, V: int) -> None:
+    """Raise ValueError for ids outside [-1, V). Reads values: call it only where `checks_values` allows."""
+    if ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= V):
+        raise ValueError(
+            f"{op}: {name} must lie in [-1, V) with V={V} and -1 for no token, got values from "
+            f"{int(ids.min())} to {int(ids.max())}"
+        )
+
+
+def cast_gradients(
+    gradients: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 accumulators to each input's own dtype, once."""
+    dhidden, dweight, dbias = (
+        d.to(x.dtype) if need and x is not None else d
+        for d, x, need in zip(gradients, inputs, needs, strict=True)
+    )
+    return dhidden, dweight, dbias
+
+
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of what `cast_gradients` returns."""
+    dhidden, dweight, dbias = (
+        x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0, dtype=out_dtype(hidden))
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+    return dhidden, dweight, dbias
+
+
+def refuse_double_backward(op: str) -> Callable[..., None]:
+    """The autograd formula of a backward op."""
+
+    def refuse(ctx, *upstream) -> None:
+        raise RuntimeError(
+            f"{op}: double backward is not supported; its gradient cannot be differentiated. Use "
+            "torch.log_softmax on materialised logits where a second derivative is needed"
+        )
+
+    return refuse

@@ -1,0 +1,238 @@
+"""linear_logprobs: log-probs of K tokens per row, log-sum-exp and entropy from hidden states, without logits.
+
+With a = h.w_v + b_v:  z_v = softcap(a * logit_scale) / temperature,  softcap(x) = c * tanh(x / c);
+lse = log sum_v exp z_v,  log p_v = z_v - lse,  H = -sum_v p_v log p_v.
+
+Backward, with upstream g_k of log p_{id_k}, g_lse, g_H, and G = sum_k g_k - g_lse:
+
+    dL/da_v = [-p_v * (G + g_H * (log p_v + H)) + sum_k g_k 1(v = id_k)] * dz_v/da_v
+    dhidden = da @ weight,  dweight = da.T @ hidden,  dbias = sum over rows of da
+
+The dense and the sparse part are rounded together: with p near 1 they nearly cancel. With a frozen head
+and no gradient through the entropy, dhidden = -G * E + sum_k g_k z'(id_k) w_{id_k}, where E = sum_v p_v
+z'_v w_v (N, D) is formed in the forward, so that the backward never touches the vocabulary.
+
+Shapes: hidden (N, D), weight (V, D), bias (V,), ids (N, K). Fast because z is read while a tile of it is in
+cache; only the reference below holds an (N, V) tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .head import (
+    Launchers,
+    Transform,
+    add_at_ids,
+    cast_gradients,
+    check_ids,
+    check_row_ids,
+    check_workspace,
+    fake_gradients,
+    head_gradients,
+    out_dtype,
+    prepare,
+    refuse_double_backward,
+    select_ids,
+    times_log,
+    transform_slope,
+    transformed_logits,
+)
+
+
+class LinearLogprobs(NamedTuple):
+    """logprobs shaped like ids, lse (N,), entropy (N,) or None; fp32, in nats; fp64 for fp64 inputs."""
+
+    logprobs: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+
+
+def linear_logprobs_reference(
+    hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition: (logprobs (N, K), lse (N,), entropy (N,)); differentiable, holds (N, V) tensors."""
+    z = transformed_logits(hidden, weight, bias, transform)
+    log_p = torch.log_softmax(z, 1)
+    return select_ids(log_p, ids), torch.logsumexp(z, 1), -times_log(log_p.exp(), log_p).sum(1)
+
+
+def _torch_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
+    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    check_workspace(
+        "linear_logprobs", max_workspace_bytes, hidden.shape[0], weight.shape[0], out_dtype(hidden)
+    )
+    logprobs, lse, entropy = linear_logprobs_reference(hidden, weight, ids, bias, transform)
+    absent = lse.new_empty(0)
+    expectation = absent
+    if frozen_head:
+        z = transformed_logits(hidden, weight, bias, transform)
+        p = torch.exp(z - lse[:, None]) * transform_slope(z, transform)
+        expectation = head_gradients(p, hidden, weight, bias, transform.dtype, (True, False, False))[0]
+    return logprobs, lse, entropy if return_entropy else absent.clone(), expectation
+
+
+def _torch_backward(
+    dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    logprobs: Tensor, lse: Tensor, entropy: Tensor, expectation: Tensor, transform: Transform,
+    needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    N, V = hidden.shape[0], weight.shape[0]
+    check_workspace("linear_logprobs", max_workspace_bytes, N, V, lse.dtype)
+    owned = (ids >= 0) & (ids < V)
+    g = torch.zeros_like(logprobs) if dlogprobs is None else torch.where(owned, dlogprobs, 0.0)
+    total = g.sum(1, keepdim=True)  # (N, 1) G
+    if dlse is not None:
+        total = total - dlse[:, None]
+
+    if expectation.numel() and dentropy is None:  # frozen head
+        rows = weight[torch.where(owned, ids, 0)].to(transform.dtype).to(lse.dtype)  # (N, K, D)
+        slope = transform_slope(torch.where(owned, logprobs + lse[:, None], 0.0), transform)
+        dhidden = ((g * slope)[:, :, None] * rows).sum(1) - total * expectation
+        return dhidden, lse.new_empty(0), lse.new_empty(0)
+
+    z = transformed_logits(hidden, weight, bias, transform)
+    log_p = torch.log_softmax(z, 1)
+    p = log_p.exp()
+    da = -p * total
+    if dentropy is not None:
+        da -= dentropy[:, None] * (times_log(p, log_p) + p * entropy[:, None])
+    add_at_ids(da, ids, g)
+    da *= transform_slope(z, transform)
+    return head_gradients(da, hidden, weight, bias, transform.dtype, needs)
+
+
+IMPLS = {"torch": Launchers(_torch_forward, _torch_backward)}
+
+
+@torch.library.custom_op("ipvrm::linear_logprobs_fwd", mutates_args=())
+def _forward_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
+    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if backend.checks_values(ids):
+        check_ids("linear_logprobs", "ids", ids, weight.shape[0])
+    transform = Transform(scale, softcap, temperature, dtype)
+    logprobs, lse, entropy, expectation = IMPLS[impl].forward(
+        hidden, weight, bias, ids, transform, return_entropy, frozen_head, max_workspace_bytes, deterministic
+    )
+    return logprobs, lse, entropy, expectation
+
+
+@_forward_op.register_fake
+def _(
+    hidden, weight, bias, ids, scale, softcap, temperature, dtype,
+    return_entropy, frozen_head, max_workspace_bytes, deterministic, impl,
+):  # fmt: skip
+    lse = hidden.new_empty(hidden.shape[0], dtype=out_dtype(hidden))
+    entropy = lse.new_empty(lse.shape if return_entropy else 0)
+    return lse.new_empty(ids.shape), lse, entropy, lse.new_empty(hidden.shape if frozen_head else 0)
+
+
+@torch.library.custom_op("ipvrm::linear_logprobs_bwd", mutates_args=())
+def _backward_op(
+    dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    logprobs: Tensor, lse: Tensor, entropy: Tensor, expectation: Tensor,
+    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
+    needs: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    transform = Transform(scale, softcap, temperature, dtype)
+    gradients = IMPLS[impl].backward(
+        dlogprobs, dlse, dentropy, hidden, weight, bias, ids, logprobs, lse, entropy, expectation, transform,
+        needs, max_workspace_bytes, deterministic,
+    )  # fmt: skip
+    return cast_gradients(gradients, (hidden, weight, bias), needs)
+
+
+@_backward_op.register_fake
+def _(dlogprobs, dlse, dentropy, hidden, weight, bias, ids, logprobs, lse, entropy, expectation, scale,
+      softcap, temperature, dtype, needs, max_workspace_bytes, deterministic, impl):  # fmt: skip
+    return fake_gradients(hidden, weight, bias, needs)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, bias, ids, *transform = inputs[:8]
+    return_entropy, _, max_workspace_bytes, deterministic, impl = inputs[8:]
+    logprobs, lse, entropy, expectation = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(expectation, *(() if return_entropy else (entropy,)))
+    ctx.save_for_backward(hidden, weight, bias, ids, logprobs, lse, entropy, expectation)
+    ctx.transform, ctx.options = transform, (max_workspace_bytes, deterministic, impl)
+
+
+def _backward(ctx, dlogprobs, dlse, dentropy, _):
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _backward_op(
+        dlogprobs, dlse, dentropy, *ctx.saved_tensors, *ctx.transform, needs, *ctx.options
+    )
+    return *(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 10
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(refuse_double_backward("linear_logprobs"))
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    max_workspace_bytes: int | None = None,
+    deterministic: bool = False,
+    impl: str | None = None,
+) -> LinearLogprobs:
+    """Log-probs of given tokens, log-sum-exp and entropy of softmax over z, from hidden states.
+
+    Equal to: z = (hidden @ weight.T + bias) * logit_scale; z = softcap * tanh(z / softcap) if softcap;
+    z /= temperature; log_softmax(z)[ids], logsumexp(z), entropy(softmax(z)); in nats.
+
+    Args:
+        hidden: (N, D) fp32, bf16, fp16 or fp64.
+        weight: (V, D) of hidden's dtype, or fp32 (masters) with bf16/fp16 hidden; under autocast any of
+            these. The matmul's operands are rounded to autocast's dtype if enabled, else to hidden's; sums
+            are fp32 or better.
+        ids: (N,) or (N, K) int64 or int32 in [-1, V). -1 is "no token": log-prob -inf, no gradient.
+            Duplicates add their gradients.
+        bias: (V,) of weight's dtype or fp32, added in fp32.
+        logit_scale, softcap, temperature: see above, in this order; finite, the latter two > 0.
+        return_entropy: whether to compute the entropy.
+        max_workspace_bytes: upper limit of scratch memory; refused with the least that works (impl="torch"
+            holds (N, V) tensors).
+        deterministic: bitwise the same result for a row whatever N and its neighbours. impl="torch" is
+            repeatable run to run, but its vendor matmul may sum in another order at another N.
+        impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
+
+    Returns: LinearLogprobs, fp32 (fp64 for fp64 inputs), log-probs <= 0. All three are differentiable once in
+    hidden, weight and bias; gradients come in each input's own dtype from fp32 accumulators.
+    Raises: ValueError on wrong shapes, dtypes, devices, scalars, impl, ids outside [-1, V) (checked on the
+    CPU, and on a GPU under `set_checks(True)`), a DTensor or an empty (sharded) weight. RuntimeError on
+    double backward.
+    """
+    op = "linear_logprobs"
+    transform = prepare(op, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
+    check_row_ids(op, "ids", ids, hidden, (1, 2))
+    impl = backend.choose(op, IMPLS, impl, hidden)
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    logprobs, lse, entropy, _ = _forward_op(
+        hidden, weight, bias, ids.long()[:, None] if ids.dim() == 1 else ids.long(),
+        *transform, bool(return_entropy), torch.is_grad_enabled() and hidden.requires_grad and not trained,
+        max_workspace_bytes, bool(deterministic), impl,
+    )  # fmt: skip
+    return LinearLogprobs(
+        logprobs[:, 0] if ids.dim() == 1 else logprobs, lse, entropy if return_entropy else None
+    )
