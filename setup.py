@@ -60,7 +60,7 @@ class BuildExtension(build_ext):
         if sys.platform == "win32":
             extension.extra_compile_args += ["/std:c++17", "/O2", "/openmp"]
             return
-        extension.extra_compile_args += ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-g0"]
+        extension.extra_compile_args += ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
         if self._compiles_with("-fopenmp"):
             extension.extra_compile_args += ["-fopenmp"]
             extension.extra_link_args += ["-fopenmp"]

@@ -53,12 +53,12 @@ IPVRM_SIMD void prefix_slopes_block(const float* dvalue, const float* dmean_valu
 
 // Returns the block's sum of omega_t * loss_t; fills its slopes.
 IPVRM_SIMD float margin_loss_block(const float* sums, float* slope, int64_t first, int64_t count, float beta, float sign,
-                                   float margin, float scale, Weighting kind, float length) {
+                                   float margin, float scale, PrefixWeights weights) {
   float losses[kBlock];
   for (int64_t i = 0; i < count; ++i) {
     const float t = static_cast<float>(static_cast<int32_t>(first + i + 1));
     const MarginLoss at = margin_loss(beta * sums[i] / t, sign, margin);
-    const float omega = prefix_weight(kind, t, length);
+    const float omega = weights.at(t);
     losses[i] = omega * at.loss;
     slope[i] = scale * omega * at.derivative / t;
   }
@@ -121,9 +121,8 @@ void prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens
   const auto kind = static_cast<Weighting>(weighting);
   std::fill(sums, sums + 2 * num_sequences, 0.0f);
   for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t b, int64_t start, int64_t length) {
-    const float length_f = static_cast<float>(length);
-    const float omega_sum = prefix_weight_sum(kind, length_f);
-    const float scale = per_sequence ? weight[b] / omega_sum : weight[b];
+    const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
+    const float scale = per_sequence ? weight[b] / weights.sum : weight[b];
     const float sign = 2.0f * outcome[b] - 1.0f;
     float prefix_sums[kBlock];
     double carry = 0.0, total = 0.0;
@@ -131,10 +130,10 @@ void prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens
       const int64_t count = std::min(kBlock, length - first);
       const int64_t row = start + first;
       for (int64_t i = 0; i < count; ++i) prefix_sums[i] = static_cast<float>(carry += log_ratio[row + i]);
-      total += margin_loss_block(prefix_sums, slope + row, first, count, beta, sign, margin[b], scale, kind, length_f);
+      total += margin_loss_block(prefix_sums, slope + row, first, count, beta, sign, margin[b], scale, weights);
     }
     sums[2 * b] = static_cast<float>(scale * total);
-    sums[2 * b + 1] = per_sequence ? 1.0f : omega_sum;
+    sums[2 * b + 1] = per_sequence ? 1.0f : weights.sum;
   });
 }
 

@@ -175,9 +175,8 @@ prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t*
     if (threadIdx.x == 0) sums[2 * b] = sums[2 * b + 1] = 0.0f;
     return;
   }
-  const float length_f = static_cast<float>(length);
-  const float omega_sum = prefix_weight_sum(kind, length_f);
-  const float scale = per_sequence ? weight[b] / omega_sum : weight[b];
+  const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
+  const float scale = per_sequence ? weight[b] / weights.sum : weight[b];
   const float sign = 2.0f * outcome[b] - 1.0f;
   const float margin_b = margin[b];
   TileScan scan(1.0f, warp_sums);
@@ -194,7 +193,7 @@ prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t*
       if (t >= length) continue;
       const float t1 = static_cast<float>(t + 1);
       const MarginLoss at = margin_loss(beta * items[k] / t1, sign, margin_b);
-      const float omega = prefix_weight(kind, t1, length_f);
+      const float omega = weights.at(t1);
       total += omega * at.loss;
       slope[start + t] = scale * omega * at.derivative / t1;
     }
@@ -208,7 +207,7 @@ prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t*
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += warp_sums[w];
     sums[2 * b] = scale * sum;
-    sums[2 * b + 1] = per_sequence ? 1.0f : omega_sum;
+    sums[2 * b + 1] = per_sequence ? 1.0f : weights.sum;
   }
 }
 

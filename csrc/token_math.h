@@ -2,6 +2,7 @@
 // GPU runs. Branch-free, so that g++ vectorises loops over these functions. Equation numbers are the paper's.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -15,8 +16,9 @@ namespace ipvrm {
 
 enum class Weighting : int { uniform = 0, late = 1, early = 2 };
 
-// exp(x) for x <= 0, to 1 ulp or so; 0 below -87.3 (no denormals).
-IPVRM_HD float exp_nonpositive(float x) {
+// exp(-|z|) to 1 ulp or so; 1.2e-38 where |z| > 87.3 (no denormals).
+IPVRM_HD float exp_negative_abs(float z) {
+  const float x = -fabsf(z);
   const float clamped = x < -87.33654f ? -87.33654f : x;
   const int32_t n = static_cast<int32_t>(clamped * 1.44269504f - 0.5f);  // truncation rounds to nearest for x <= 0
   const float nf = static_cast<float>(n);
@@ -30,7 +32,7 @@ IPVRM_HD float exp_nonpositive(float x) {
   const int32_t bits = (n + 127) << 23;
   float scale;
   memcpy(&scale, &bits, sizeof scale);
-  return x < -87.33654f ? 0.0f : p * scale;
+  return p * scale;
 }
 
 // log(1 + u) for u in [0, 1]: 2 atanh(u / (2 + u)), which keeps the relative accuracy of small u.
@@ -48,20 +50,21 @@ IPVRM_HD float log1p_unit(float u) {
 }
 
 IPVRM_HD float sigmoid(float z) {
-  const float e = exp_nonpositive(z < 0.0f ? z : -z);
+  const float e = exp_negative_abs(z);
   return (z < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
-// omega_t of Eq. 9, 17, 18 for position t = 1..length, and its sum over the sequence.
-IPVRM_HD float prefix_weight(Weighting kind, float t, float length) {
-  if (kind == Weighting::late) return t / length;
-  if (kind == Weighting::early && length > 1.0f) return 1.0f - t / length;
-  return 1.0f;
-}
-IPVRM_HD float prefix_weight_sum(Weighting kind, float length) {
-  if (kind == Weighting::late) return 0.5f * (length + 1.0f);
-  if (kind == Weighting::early && length > 1.0f) return 0.5f * (length - 1.0f);
-  return length;
+// omega_t of Eq. 9, 17, 18 for position t = 1..length as constant + slope * t, and its sum over the sequence.
+struct PrefixWeights {
+  float constant;
+  float slope;
+  float sum;
+  IPVRM_HD float at(float t) const { return constant + slope * t; }
+};
+IPVRM_HD PrefixWeights prefix_weights(Weighting kind, float length) {
+  if (kind == Weighting::late) return {0.0f, 1.0f / length, 0.5f * (length + 1.0f)};
+  if (kind == Weighting::early && length > 1.0f) return {1.0f, -1.0f / length, 0.5f * (length - 1.0f)};
+  return {1.0f, 0.0f, length};
 }
 
 // One prefix of L_ipvrm: softplus(margin - sign * mean_value), and its derivative by mean_value.
@@ -71,8 +74,8 @@ struct MarginLoss {
 };
 IPVRM_HD MarginLoss margin_loss(float mean_value, float sign, float margin) {
   const float z = margin - sign * mean_value;
-  const float e = exp_nonpositive(z < 0.0f ? z : -z);
-  const float softplus = (z > 0.0f ? z : 0.0f) + log1p_unit(e);
+  const float e = exp_negative_abs(z);
+  const float softplus = 0.5f * (z + fabsf(z)) + log1p_unit(e);
   return {softplus, -sign * ((z < 0.0f ? e : 1.0f) / (1.0f + e))};
 }
 
