@@ -1,0 +1,165 @@
+"""clipped_surrogate: the clipped policy-gradient loss per element (PPO; Eq. 11, 12), optional dual clip.
+
+    rho  = exp(logprobs - old_logprobs)
+    loss = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high));  where A < 0 also min(loss, -dual_clip A)
+    d loss / d logprobs = -A rho where neither clip binds, else 0
+
+An element whose old log-prob is -inf is unused, and one with A = 0 has nothing to say: loss 0, gradient 0,
+clipped False; their inputs are replaced before the exp. Elementwise, any shape: the forward reads three
+tensors once and emits the slope, the backward is one product; eager PyTorch makes about twelve passes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .head import refuse_double_backward
+
+
+class ClippedSurrogate(NamedTuple):
+    """loss (to be minimised; fp32, fp64 for fp64); clipped: the clipped branch is strictly larger;
+    dual_clipped: A < 0 and the dual clip binds (both bool). Each shaped like logprobs."""
+
+    loss: Tensor
+    clipped: Tensor
+    dual_clipped: Tensor
+
+
+def clipped_surrogate_reference(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
+    clip_low: float, clip_high: float, dual_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, clipped, dual_clipped, slope = d loss / d logprobs) in plain PyTorch; loss is differentiable."""
+    counted = (old_logprobs != -math.inf) & (advantages != 0)
+    advantages = torch.where(counted, advantages, 0.0)
+    rho = torch.where(counted, logprobs - old_logprobs, 0.0).exp()
+    unclipped = -advantages * rho
+    bounded = -advantages * rho.clamp(1 - clip_low, 1 + clip_high)
+    loss, clipped = torch.maximum(unclipped, bounded), bounded > unclipped
+    dual_clipped = torch.zeros_like(clipped)
+    if dual_clip is not None:
+        ceiling = -dual_clip * advantages
+        dual_clipped = (advantages < 0) & (loss > ceiling)
+        loss = torch.where(dual_clipped, ceiling, loss)
+    return loss, clipped, dual_clipped, torch.where(clipped | dual_clipped, 0.0, unclipped).detach()
+
+
+def _torch_backward(dloss: Tensor, slope: Tensor) -> Tensor:
+    return torch.where(
+        slope != 0, dloss * slope, 0.0
+    )  # selects: a NaN upstream of an unused element stays out
+
+
+# each value: (forward, backward)
+IMPLS = {"torch": (clipped_surrogate_reference, _torch_backward)}
+
+
+@torch.library.custom_op("ipvrm::clipped_surrogate_fwd", mutates_args=())
+def _forward_op(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
+    clip_low: float, clip_high: float, dual_clip: float | None, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return IMPLS[impl][0](
+        logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous(),
+        clip_low, clip_high, dual_clip,
+    )  # fmt: skip
+
+
+@_forward_op.register_fake
+def _(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
+      dual_clip: float | None, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def new(dtype: torch.dtype) -> Tensor:
+        return logprobs.new_empty(logprobs.shape, dtype=dtype)
+
+    return new(logprobs.dtype), new(torch.bool), new(torch.bool), new(logprobs.dtype)
+
+
+@torch.library.custom_op("ipvrm::clipped_surrogate_bwd", mutates_args=())
+def _backward_op(dloss: Tensor, slope: Tensor, logprobs: Tensor, impl: str) -> Tensor:
+    return IMPLS[impl][1](dloss.contiguous(), slope)
+
+
+@_backward_op.register_fake
+def _(dloss: Tensor, slope: Tensor, logprobs: Tensor, impl: str) -> Tensor:
+    return torch.empty_like(slope)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    _, clipped, dual_clipped, slope = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(clipped, dual_clipped, slope)
+    ctx.save_for_backward(slope, inputs[0])  # logprobs only so that a double backward reaches the refusal
+    ctx.impl = inputs[6]
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
+    if dloss is None or not ctx.needs_input_grad[0]:
+        return (None,) * 7
+    slope, logprobs = ctx.saved_tensors
+    return _backward_op(dloss, slope, logprobs, ctx.impl), *(None,) * 6
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(refuse_double_backward("clipped_surrogate"))
+
+
+def check_clips(
+    op: str, clip_low: float, clip_high: float, dual_clip: float | None, prefix: str = ""
+) -> None:
+    """Raise ValueError unless 0 <= clip_low <= 1, 0 <= clip_high and dual_clip > 1, all finite."""
+    if not 0 <= clip_low <= 1:
+        raise ValueError(f"{op}: {prefix}clip_low must lie in [0, 1], got {clip_low}")
+    if not (math.isfinite(clip_high) and clip_high >= 0):
+        raise ValueError(f"{op}: {prefix}clip_high must be finite and >= 0, got {clip_high}")
+    if dual_clip is not None and not (math.isfinite(dual_clip) and dual_clip > 1):
+        raise ValueError(f"{op}: dual_clip must be None or finite and > 1, got {dual_clip}")
+
+
+def clipped_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    impl: str | None = None,
+) -> ClippedSurrogate:
+    """Clipped surrogate loss per element, max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)); Eq. 11, 12.
+
+    Args:
+        logprobs: any shape, float; log-probs under the policy, natural log. -inf gives rho = 0.
+        old_logprobs: same shape; under the behaviour policy, -inf marks an unused element. No gradient.
+        advantages: same shape. No gradient.
+        clip_low: in [0, 1]; clip_high: >= 0.
+        dual_clip: None, or > 1: where A < 0 the loss is at most -dual_clip * A.
+        impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
+
+    Returns: ClippedSurrogate of fp32 loss (fp64 for fp64 logprobs). Differentiable once in logprobs.
+    Raises: ValueError on differing shapes or devices, non-float inputs, clips out of range, impl.
+    RuntimeError on double backward.
+    """
+    op = "clipped_surrogate"
+    for name, x in (("old_logprobs", old_logprobs), ("advantages", advantages)):
+        if x.shape != logprobs.shape:
+            raise ValueError(
+                f"{op}: {name} must have the shape of logprobs, {tuple(logprobs.shape)}, got {tuple(x.shape)}"
+            )
+        if x.device != logprobs.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, logprobs on {logprobs.device}")
+    for name, x in (("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages)):
+        if not x.is_floating_point():
+            raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
+    check_clips(op, clip_low, clip_high, dual_clip)
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    loss, clipped, dual_clipped, _ = _forward_op(
+        logprobs.to(dtype), old_logprobs.detach().to(dtype), advantages.detach().to(dtype),
+        float(clip_low), float(clip_high), None if dual_clip is None else float(dual_clip),
+        backend.choose(op, IMPLS, impl, logprobs),
+    )  # fmt: skip
+    return ClippedSurrogate(loss, clipped, dual_clipped)
