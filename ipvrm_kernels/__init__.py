@@ -1,7 +1,16 @@
 """Fused ops for prefix-value reward models and distribution-level RL; needs torch, and triton on GPUs."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from .backend import Backends, set_checks
 from .backend import table as _table
+from .clipped_surrogate import IMPLS as _clipped_surrogate_impls
+from .clipped_surrogate import ClippedSurrogate, clipped_surrogate
+from .linear_candidates import IMPLS as _linear_candidates_impls
+from .linear_candidates import Candidates, linear_candidates
+from .linear_distrl_loss import IMPLS as _linear_distrl_loss_impls
+from .linear_distrl_loss import DistRLLoss, linear_distrl_loss
 from .linear_logprobs import IMPLS as _linear_logprobs_impls
 from .linear_logprobs import LinearLogprobs, linear_logprobs
 from .packing import pack, unpack
@@ -14,8 +23,11 @@ from .segment_scan import segment_scan
 
 __version__ = "0.1.0"
 
-_OPS = {
+OPS: dict[str, Mapping[str, Any]] = {
     "linear_logprobs": _linear_logprobs_impls,
+    "linear_candidates": _linear_candidates_impls,
+    "clipped_surrogate": _clipped_surrogate_impls,
+    "linear_distrl_loss": _linear_distrl_loss_impls,
     "segment_scan": _segment_scan_impls,
     "prefix_values": _prefix_values_impls,
     "prefix_value_loss": _prefix_value_loss_impls,
@@ -27,15 +39,21 @@ def backends() -> Backends:
 
     Returns a nested dict {device: {op: {impl: state}}} whose str() is a readable table.
     """
-    return _table(_OPS)
+    return _table(OPS)
 
 
 __all__ = [
     "Backends",
+    "Candidates",
+    "ClippedSurrogate",
+    "DistRLLoss",
     "LinearLogprobs",
     "PrefixValues",
     "__version__",
     "backends",
+    "clipped_surrogate",
+    "linear_candidates",
+    "linear_distrl_loss",
     "linear_logprobs",
     "pack",
     "prefix_value_loss",

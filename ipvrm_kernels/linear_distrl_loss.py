@@ -1,0 +1,412 @@
+"""linear_distrl_loss: the two-branch clipped policy loss from hidden states, gradients included, without
+logits.
+
+    l(c)         = the clipped surrogate of log pi(c | s_t) = log_softmax(z_t)[c], see `clipped_surrogate`
+    L_token      = (1/B) sum_b 1/T_b sum_t l(y_t)                                                     Eq. 12
+    L_candidates = (1/B) sum_b 1/T_b sum_t sum_{c in C_t} pi_old(c | s_t) l(c)                        Eq. 11
+    loss         = L_token + alpha * L_candidates                                                     Eq. 14
+
+Other reductions: token_mean divides by the number of tokens instead, old_prob_mean (candidates) by the sum
+    of pi_old.
+
+The loss is a scalar whose gradient by every log-prob is known as soon as the log-probs are, so the forward
+forms
+dhidden, dweight and dbias (for upstream 1, as fp32 accumulators) and the backward scales them: three
+matmuls, two
+for a frozen head. Sampled token and candidates share one pass over the vocabulary; unused slots (-1) cost
+nothing.
+
+Shapes: hidden (N, D), weight (V, D), token_ids (N,), candidate_ids (N, K), cu_seqlens (B+1,).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .clipped_surrogate import check_clips, clipped_surrogate_reference  # the formula; no kernel is shared
+from .head import (
+    Transform,
+    cast_gradients,
+    check_ids,
+    check_row_ids,
+    check_workspace,
+    fake_gradients,
+    out_dtype,
+    prepare,
+    refuse_double_backward,
+)
+from .linear_logprobs import IMPLS as LOGPROB_IMPLS
+from .packing import check_cu_seqlens, check_cu_seqlens_shape, lengths, segment_ids
+
+OP = "linear_distrl_loss"
+REDUCTIONS = ("sequence_mean", "token_mean")
+CANDIDATE_REDUCTIONS = (*REDUCTIONS, "old_prob_mean")
+METRICS = (
+    "token_clip_fraction",  # of the sampled tokens, those whose clipped branch is strictly larger
+    "token_dual_clip_fraction",
+    "token_kl",  # mean of old - new
+    "candidate_clip_fraction",  # of the used candidates
+    "candidate_dual_clip_fraction",
+    "candidate_kl",  # mean over used candidates of pi_old * (old - new)
+    "candidates_per_row",
+    "candidate_mass",  # sum of pi_old over a row's candidates, mean over rows
+)
+
+
+class DistRLLoss(NamedTuple):
+    """loss (), differentiable; token_loss (), candidate_loss (), detached; metrics {name: (sum, count)},
+    detached.
+    """
+
+    loss: Tensor
+    token_loss: Tensor
+    candidate_loss: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]]
+
+
+class Objective(NamedTuple):
+    """The scalar options of the loss; clips = (low, high) of tokens, then of candidates."""
+
+    alpha: float
+    clips: Sequence[float]
+    dual_clip: float | None
+    reduction: str
+    candidate_reduction: str
+
+
+class Batch(NamedTuple):
+    """What the loss is evaluated on, floats in fp32 (fp64)."""
+
+    token_ids: Tensor  # (N,)
+    candidate_ids: Tensor  # (N, K)
+    old_logprobs: Tensor  # (N,)
+    old_candidate_logprobs: Tensor  # (N, K)
+    advantages: Tensor  # (N,)
+    candidate_advantages: Tensor  # (N, K)
+    cu_seqlens: Tensor  # (B+1,)
+    token_denominator: Tensor | None  # ()
+    candidate_denominator: Tensor | None  # ()
+
+
+def row_weights(
+    cu_seqlens: Tensor, N: int, reduction: str, denominator: Tensor | None, like: Tensor
+) -> Tensor:
+    """(N,) the factor of each row's loss in its branch, for sequence_mean and token_mean."""
+    if reduction == "sequence_mean":
+        per_row = 1 / lengths(cu_seqlens).to(like.dtype)[segment_ids(cu_seqlens, N)]
+        computed: float = cu_seqlens.shape[0] - 1
+    else:
+        per_row, computed = like.new_ones(N), N
+    return per_row / (denominator if denominator is not None else max(computed, 1))
+
+
+def linear_distrl_loss_reference(
+    logprobs: Tensor, candidate_logprobs: Tensor, batch: Batch, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From log-probs (N,), (N, K) in plain PyTorch: (loss, token_loss, candidate_loss, metrics (M, 2),
+    dlogprobs (N,),
+    dcandidate_logprobs (N, K)), the last two the gradients of loss; loss is differentiable as well."""
+    N = logprobs.shape[0]
+    clips, dual_clip = objective.clips, objective.dual_clip
+    old = batch.old_logprobs.masked_fill(batch.token_ids < 0, -math.inf)
+    old_candidates = batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf)
+    old_prob = old_candidates.exp()  # (N, K), 0 at unused slots
+
+    weight = row_weights(batch.cu_seqlens, N, objective.reduction, batch.token_denominator, logprobs)
+    if objective.candidate_reduction == "old_prob_mean":
+        total = old_prob.sum() if batch.candidate_denominator is None else batch.candidate_denominator
+        candidate_weight = torch.where(total > 0, old_prob / total, 0.0)
+    else:
+        divisor = batch.candidate_denominator
+        rows = row_weights(batch.cu_seqlens, N, objective.candidate_reduction, divisor, logprobs)
+        candidate_weight = torch.where(old_prob > 0, old_prob * rows[:, None], 0.0)
+
+    loss, clipped, dual, slope = clipped_surrogate_reference(
+        logprobs, old, batch.advantages, clips[0], clips[1], dual_clip
+    )
+    candidate_loss, candidate_clipped, candidate_dual, candidate_slope = clipped_surrogate_reference(
+        candidate_logprobs, old_candidates, batch.candidate_advantages, clips[2], clips[3], dual_clip
+    )
+    counts = candidate_weight > 0  # a pi_old that underflows must not meet its infinite rho
+    candidate_loss = torch.where(counts, candidate_weight * candidate_loss, 0.0)
+    candidate_slope = torch.where(counts, candidate_weight * candidate_slope, 0.0)
+    token_total, candidate_total = (weight * loss).sum(), candidate_loss.sum()
+
+    used, used_candidates = old != -math.inf, old_candidates != -math.inf
+    num_tokens, num_candidates, num_rows = used.sum(), used_candidates.sum(), torch.full_like(used.sum(), N)
+    kl = torch.where(used, old - logprobs, 0.0).sum()
+    candidate_kl = torch.where(old_prob > 0, old_prob * (old_candidates - candidate_logprobs), 0.0).sum()
+    pairs = (
+        (clipped.sum(), num_tokens), (dual.sum(), num_tokens), (kl, num_tokens),
+        (candidate_clipped.sum(), num_candidates), (candidate_dual.sum(), num_candidates),
+        (candidate_kl, num_candidates), (num_candidates, num_rows), (old_prob.sum(), num_rows),
+    )  # fmt: skip
+    metrics = torch.stack([torch.stack([x.to(logprobs.dtype) for x in pair]) for pair in pairs])
+    return (
+        token_total + objective.alpha * candidate_total, token_total, candidate_total, metrics,
+        weight * slope, objective.alpha * candidate_slope,
+    )  # fmt: skip
+
+
+def _torch_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
+    objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    check_workspace(OP, max_workspace_bytes, hidden.shape[0], weight.shape[0], out_dtype(hidden))
+    head = LOGPROB_IMPLS["torch"]
+    ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
+    logprobs, lse, entropy, absent = head.forward(
+        hidden, weight, bias, ids, transform, False, False, None, deterministic
+    )
+    loss, token_loss, candidate_loss, metrics, *slopes = linear_distrl_loss_reference(
+        logprobs[:, 0], logprobs[:, 1:], batch, objective
+    )
+    gradients: tuple[Tensor, ...] = (absent, absent.clone(), absent.clone())
+    if any(needs):
+        dlogprobs = torch.cat([slopes[0][:, None], slopes[1]], 1)
+        gradients = head.backward(
+            dlogprobs, None, None, hidden, weight, bias, ids, logprobs, lse, entropy, absent, transform,
+            needs, None, deterministic,
+        )  # fmt: skip
+    return loss, token_loss, candidate_loss, metrics, *gradients
+
+
+# each forms (loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias) in one call
+IMPLS = {"torch": _torch_forward}
+
+
+@torch.library.custom_op("ipvrm::linear_distrl_loss_fwd", mutates_args=())
+def _forward_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, candidate_ids: Tensor,
+    old_logprobs: Tensor, old_candidate_logprobs: Tensor, advantages: Tensor, candidate_advantages: Tensor,
+    cu_seqlens: Tensor, token_denominator: Tensor | None, candidate_denominator: Tensor | None,
+    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
+    alpha: float, clips: list[float], dual_clip: float | None, reduction: str, candidate_reduction: str,
+    needs: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch = Batch(
+        token_ids, candidate_ids, old_logprobs, old_candidate_logprobs, advantages, candidate_advantages,
+        cu_seqlens, token_denominator, candidate_denominator,
+    )  # fmt: skip
+    if backend.checks_values(hidden):
+        _check_values(batch, weight.shape[0])
+    loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias = IMPLS[impl](
+        hidden, weight, bias, batch, Transform(scale, softcap, temperature, dtype),
+        Objective(alpha, clips, dual_clip, reduction, candidate_reduction), needs,
+        max_workspace_bytes, deterministic,
+    )  # fmt: skip
+    return loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias
+
+
+@_forward_op.register_fake
+def _(hidden, weight, bias, token_ids, candidate_ids, old_logprobs, old_candidate_logprobs, advantages,
+      candidate_advantages, cu_seqlens, token_denominator, candidate_denominator, scale, softcap, temperature,
+      dtype, alpha, clips, dual_clip, reduction, candidate_reduction, needs, max_workspace_bytes,
+      deterministic, impl):  # fmt: skip
+    def new(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=out_dtype(hidden))
+
+    gradients = (
+        new(*x.shape) if need and x is not None else new(0)
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+    return new(), new(), new(), new(len(METRICS), 2), *gradients
+
+
+@torch.library.custom_op("ipvrm::linear_distrl_loss_bwd", mutates_args=())
+def _backward_op(
+    dloss: Tensor,
+    gradients: list[Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients times dloss, cast once; never in place, so that a second backward scales them afresh."""
+    return cast_gradients([g * dloss for g in gradients], (hidden, weight, bias), needs)
+
+
+@_backward_op.register_fake
+def _(dloss, gradients, hidden, weight, bias, needs):
+    return fake_gradients(hidden, weight, bias, needs)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    _, *detached = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*detached)
+    ctx.save_for_backward(*inputs[:3], *output[4:])
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
+    if dloss is None:
+        return (None,) * 25
+    hidden, weight, bias, *formed = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _backward_op(dloss, formed, hidden, weight, bias, needs)
+    return *(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 22
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(refuse_double_backward(OP))
+
+
+def _check_values(batch: Batch, V: int) -> None:
+    check_cu_seqlens(OP, batch.cu_seqlens, batch.token_ids.shape[0])
+    check_ids(OP, "token_ids", batch.token_ids, V)
+    check_ids(OP, "candidate_ids", batch.candidate_ids, V)
+    for name, denominator, least in (
+        ("token_denominator", batch.token_denominator, ">"),
+        ("candidate_denominator", batch.candidate_denominator, ">="),
+    ):
+        if denominator is not None:
+            _check_denominator(name, float(denominator), least)
+    if batch.candidate_denominator is not None and float(batch.candidate_denominator) == 0:
+        used = (batch.candidate_ids >= 0) & (batch.old_candidate_logprobs != -math.inf)
+        if bool(used.any()):
+            raise ValueError(
+                f"{OP}: candidate_denominator must be > 0 where there are candidates, got 0 with "
+                f"{int(used.sum())}"
+            )
+
+
+def _check_denominator(name: str, value: float, least: str) -> None:
+    if not math.isfinite(value) or value < 0 or (least == ">" and value == 0):
+        raise ValueError(f"{OP}: {name} must be finite and {least} 0, got {value}")
+
+
+def linear_distrl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    candidate_ids: Tensor,
+    old_logprobs: Tensor,
+    old_candidate_logprobs: Tensor,
+    advantages: Tensor,
+    candidate_advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    alpha: float = 0.1,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    candidate_clip_low: float | None = None,
+    candidate_clip_high: float | None = None,
+    dual_clip: float | None = None,
+    reduction: str = "sequence_mean",
+    candidate_reduction: str | None = None,
+    token_denominator: float | Tensor | None = None,
+    candidate_denominator: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    max_workspace_bytes: int | None = None,
+    deterministic: bool = False,
+    impl: str | None = None,
+) -> DistRLLoss:
+    """The DistRL policy loss L_token + alpha * L_candidates (Eq. 11, 12, 14) from hidden states.
+
+    Equal to: linear_logprobs of token_ids and candidate_ids, clipped_surrogate of each branch, candidates
+        weighted by
+    pi_old = exp(old_candidate_logprobs), reduced as below.
+
+    Args:
+        hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes, deterministic: as in
+            `linear_logprobs`.
+        token_ids: (N,) int64 or int32 in [-1, V), the sampled tokens. -1 is "no token".
+        candidate_ids: (N, K) likewise; unused slots -1. Duplicates add their gradients.
+        old_logprobs, old_candidate_logprobs: (N,), (N, K) float, under the behaviour policy; -inf marks an
+            unused
+            element, which adds no loss, gradient or count. No gradient.
+        advantages, candidate_advantages: (N,), (N, K) float. No gradient.
+        cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; an empty sequence counts in B and adds 0.
+        alpha: finite weight of the candidate branch.
+        clip_low, clip_high, dual_clip: as in `clipped_surrogate`; candidate_clip_low, candidate_clip_high
+            default to
+            clip_low, clip_high.
+        reduction: "sequence_mean" (1/B sum_b 1/T_b sum_t) | "token_mean" (1/N sum_t).
+        candidate_reduction: None (as reduction) | "sequence_mean" | "token_mean" | "old_prob_mean" (sum /
+            sum of pi_old).
+        token_denominator, candidate_denominator: number or 0-d tensor replacing the divisor computed from
+            this call
+            (B, N or the sum of pi_old), so that the losses of micro-batches add up to the whole batch's.
+        impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
+
+    Returns: DistRLLoss, fp32 (fp64 for fp64 hidden). Only `loss` is differentiable (once, in hidden, weight
+        and bias);
+    token_loss, candidate_loss and metrics are detached. metrics maps the names in `METRICS` to (sum, count).
+    Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that
+        do not rise
+    from 0 to N. RuntimeError on double backward.
+    """
+    transform = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
+    check_row_ids(OP, "token_ids", token_ids, hidden, (1,))
+    check_row_ids(OP, "candidate_ids", candidate_ids, hidden, (2,))
+    check_cu_seqlens_shape(OP, cu_seqlens, hidden)
+    wide = out_dtype(hidden)
+    floats = []
+    for name, x, ids in (
+        ("old_logprobs", old_logprobs, token_ids),
+        ("old_candidate_logprobs", old_candidate_logprobs, candidate_ids),
+        ("advantages", advantages, token_ids),
+        ("candidate_advantages", candidate_advantages, candidate_ids),
+    ):
+        if x.shape != ids.shape or not x.is_floating_point():
+            raise ValueError(
+                f"{OP}: {name} must be floating point of shape {tuple(ids.shape)}, got {tuple(x.shape)} "
+                f"{x.dtype}"
+            )
+        if x.device != hidden.device:
+            raise ValueError(f"{OP}: {name} is on {x.device}, hidden on {hidden.device}")
+        floats.append(x.detach().to(wide))
+    if not math.isfinite(alpha):
+        raise ValueError(f"{OP}: alpha must be finite, got {alpha}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{OP}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    candidate_reduction = reduction if candidate_reduction is None else candidate_reduction
+    if candidate_reduction not in CANDIDATE_REDUCTIONS:
+        raise ValueError(
+            f"{OP}: candidate_reduction must be None or one of {', '.join(CANDIDATE_REDUCTIONS)}, got "
+            f"{candidate_reduction!r}"
+        )
+    candidate_clip_low = clip_low if candidate_clip_low is None else candidate_clip_low
+    candidate_clip_high = clip_high if candidate_clip_high is None else candidate_clip_high
+    check_clips(OP, clip_low, clip_high, dual_clip)
+    check_clips(OP, candidate_clip_low, candidate_clip_high, dual_clip, "candidate_")
+    denominators = [
+        _denominator_tensor(name, given, floats[0])
+        for name, given in (
+            ("token_denominator", token_denominator),
+            ("candidate_denominator", candidate_denominator),
+        )
+    ]
+    tracked = torch.is_grad_enabled()
+    loss, token_loss, candidate_loss, metrics, *_ = _forward_op(
+        hidden, weight, bias, token_ids.long(), candidate_ids.long(), *floats, cu_seqlens, *denominators,
+        *transform, float(alpha),
+        [float(c) for c in (clip_low, clip_high, candidate_clip_low, candidate_clip_high)],
+        None if dual_clip is None else float(dual_clip), reduction, candidate_reduction,
+        [tracked and x is not None and x.requires_grad for x in (hidden, weight, bias)],
+        max_workspace_bytes, bool(deterministic), backend.choose(OP, IMPLS, impl, hidden),
+    )  # fmt: skip
+    pairs = metrics.detach().unbind()
+    return DistRLLoss(
+        loss, token_loss, candidate_loss, {name: (p[0], p[1]) for name, p in zip(METRICS, pairs, strict=True)}
+    )
+
+
+def _denominator_tensor(name: str, given: float | Tensor | None, like: Tensor) -> Tensor | None:
+    if given is None:
+        return None
+    if isinstance(given, Tensor):
+        if given.dim() != 0:
+            raise ValueError(f"{OP}: {name} must be a number or 0-d, got shape {tuple(given.shape)}")
+        return given.detach().to(like.device, like.dtype)
+    _check_denominator(name, float(given), ">" if name == "token_denominator" else ">=")
+    return torch.full((), given, dtype=like.dtype, device=like.device)
