@@ -504,3 +504,19 @@ def length_sorted_microbatches(
 def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
     """The order of the rows in an epoch, a pure function of its arguments."""
     return np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+
+
+def microbatches_for_rank(
+    indices: Sequence[int], lengths: Sequence[int], *, max_rows: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """This rank's share of an optimizer batch, in micro-batches of at most `max_rows` rows of similar length.
+
+    Every rank gets the same number of them, since each forward may be a collective; where there are fewer
+    rows than
+    ranks some micro-batches are empty. The ranks' shares together are `indices`, each once.
+    """
+    ordered = sorted(indices, key=lambda i: -lengths[i])
+    count = world_size * -(-len(ordered) // (max_rows * world_size))
+    small, longer = divmod(len(ordered), count)
+    starts = [i * small + min(i, longer) for i in range(count + 1)]
+    return [ordered[starts[i] : starts[i + 1]] for i in range(rank, count, world_size)]

@@ -12,7 +12,8 @@ kernels faster.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,13 +28,17 @@ __all__ = [
     "Head",
     "ResponseLogprobs",
     "check_head",
+    "disable_dropout",
     "end_of_turn_id",
     "head",
     "hidden_states",
     "load_model",
     "load_tokenizer",
     "local_folder",
+    "memory_estimate",
+    "relative_to",
     "response_logprobs",
+    "save_model",
     "template_hash",
     "weights_hash",
 ]
@@ -114,9 +119,10 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(folder)
         options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        with _no_progress_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise IpvrmError(f"{name}: transformers cannot load it as a causal LM: {error}") from error
     if report["missing_keys"]:
@@ -130,6 +136,26 @@ def load_model(
     model.eval()
     check_head(model)
     return cast(nn.Module, model)
+
+
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Writes a model folder, safetensors only."""
+    with _no_progress_bars():
+        cast(Any, model).save_pretrained(folder)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silences transformers' bars for loading and writing shards, which would tear ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -269,6 +295,35 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("p",) if isinstance(module, nn.Dropout) else ("dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def memory_estimate(
+    name: str | Path,
+    *,
+    rows: int,
+    length: int,
+    mixed_precision: str = "no",
+    gradient_checkpointing: bool = False,
+) -> dict[str, int]:
+    """Rough bytes per device that training takes: fp32 weights, gradients and Adam's two moments, and the
+    activations
+    of a micro-batch of `rows` responses of `length` tokens. Loads no weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(local_folder(name))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    text = config.get_text_config()
+    width = 2 if mixed_precision == "bf16" else 4
+    kept = 1 if gradient_checkpointing else 16  # hidden-sized tensors per layer that wait for the backward
+    activations = rows * length * text.num_hidden_layers * text.hidden_size * width * kept
+    return {
+        "parameters": parameters,
+        "weights_gradients_adam_bytes": 16 * parameters,
+        "activation_bytes": activations,
+        "total_bytes": 16 * parameters + activations,
+    }
 
 
 # -------------------------------------------------------------------------------------------- fingerprints

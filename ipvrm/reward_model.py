@@ -23,6 +23,7 @@ from ipvrm.model import (
     local_folder,
     relative_to,
     response_logprobs,
+    save_model,
     template_hash,
     weights_hash,
 )
@@ -120,7 +121,7 @@ class RewardModel:
         """Writes model, tokenizer and `ipvrm_config.json`; the reference is named, not copied."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        cast(Any, self.model).save_pretrained(folder)
+        save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)
         source = (
             getattr(getattr(self.reference, "config", None), "_name_or_path", "") or self.info.reference_given
@@ -213,13 +214,15 @@ class RewardModel:
 # -------------------------------------------------------------------------------------- ipvrm_config.json
 
 
-def reference_entries(reference: str | Path, folder: str | Path) -> dict[str, str]:
+def reference_entries(
+    reference: str | Path, folder: str | Path, known_hash: str | None = None
+) -> dict[str, str]:
     """The entries of `RewardModelInfo` that name `reference` as seen from run folder `folder`."""
     local = local_folder(reference)
     return {
         "reference": relative_to(local, folder) if Path(reference).is_dir() else str(reference),
         "reference_given": str(reference),
-        "reference_hash": weights_hash(local),
+        "reference_hash": known_hash or weights_hash(local),
     }
 
 

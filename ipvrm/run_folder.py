@@ -17,8 +17,6 @@ from typing import Any
 
 from ipvrm import IpvrmError, __version__
 
-CHECKPOINT_PREFIX = "checkpoint-"
-CHECKPOINT_STATE = "trainer_state.json"
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
@@ -134,37 +132,6 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    found = []
-    for path in Path(folder).glob(f"{CHECKPOINT_PREFIX}*"):
-        number = path.name[len(CHECKPOINT_PREFIX) :]
-        if number.isdigit() and (path / CHECKPOINT_STATE).is_file():
-            found.append((int(number), path))
-    return [path for _, path in sorted(found)]
-
-
-def find_checkpoint(output_dir: str | Path, resume_from: str) -> Path:
-    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `latest` for the newest in
-    `output_dir`.
-    """
-    if resume_from == "latest":
-        found = checkpoints(output_dir)
-        if not found:
-            raise IpvrmError(
-                f"--resume_from_checkpoint latest: no complete checkpoint in {output_dir}; "
-                "start without the flag, or name a checkpoint folder"
-            )
-        return found[-1]
-    path = Path(resume_from)
-    if not (path / CHECKPOINT_STATE).is_file():
-        raise IpvrmError(
-            f"--resume_from_checkpoint {resume_from}: not a checkpoint ({CHECKPOINT_STATE} is missing); "
-            f"checkpoints in {output_dir}: {', '.join(p.name for p in checkpoints(output_dir)) or 'none'}"
-        )
-    return path
 
 
 def versions() -> dict[str, str]:

@@ -171,10 +171,12 @@ def make_tiny_model(config: TinyModelConfig) -> Path:
         )
     if not config.texts:
         raise IpvrmError("make-tiny-model: --texts needs at least one file")
+    from ipvrm.model import save_model
+
     tokenizer = train_tokenizer((text for path in config.texts for text in texts_of(path)), config.vocab_size)
     model = random_qwen3(tokenizer, config)
     with save_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        save_model(model, temporary)
         tokenizer.save_pretrained(temporary)
     return folder
 

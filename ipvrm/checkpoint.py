@@ -1,0 +1,125 @@
+"""Checkpoints of a training run: everything an update depends on, as safetensors and JSON; nothing is
+unpickled.
+
+A checkpoint is a Hugging Face model folder (fp32 master weights) plus `optimizer.safetensors`,
+`rng.safetensors` and
+`trainer_state.json`. It is written to a temporary folder and renamed, so a killed process leaves no half
+checkpoint.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ipvrm import IpvrmError
+from ipvrm.run_folder import read_json, write_json
+
+PREFIX = "checkpoint-"
+STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.safetensors"
+RNG = "rng.safetensors"
+_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    found = []
+    for path in Path(folder).glob(f"{PREFIX}*"):
+        number = path.name[len(PREFIX) :]
+        if number.isdigit() and (path / STATE).is_file():
+            found.append((int(number), path))
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(output_dir: str | Path, resume_from: str) -> Path:
+    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `latest` for the newest in
+    `output_dir`.
+
+    Raises:
+        IpvrmError: there is none; the message lists those that exist.
+    """
+    found = checkpoints(output_dir)
+    if resume_from == "latest":
+        if not found:
+            raise IpvrmError(
+                f"--resume_from_checkpoint latest: no complete checkpoint in {output_dir}; "
+                "start without the flag, or name a checkpoint folder"
+            )
+        return found[-1]
+    path = Path(resume_from)
+    if not (path / STATE).is_file():
+        names = ", ".join(p.name for p in found) or "none"
+        raise IpvrmError(
+            f"--resume_from_checkpoint {resume_from}: not a checkpoint ({STATE} is missing); in "
+            f"{output_dir}: {names}"
+        )
+    return path
+
+
+def remove_old_checkpoints(folder: str | Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints of `folder`."""
+    for path in checkpoints(folder)[:-keep]:
+        shutil.rmtree(path)
+
+
+def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Writes the optimizer's tensors to `folder` and returns its scalars, for `trainer_state.json`."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name, value in get_optimizer_state_dict(model, optimizer, options=_OPTIONS).items():
+        if isinstance(value, Tensor):
+            tensors[name] = value.contiguous()
+        else:
+            scalars[name] = value
+    save_file(tensors, folder / OPTIMIZER)
+    return scalars
+
+
+def load_optimizer(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
+) -> None:
+    """Restores what `save_optimizer` wrote; `optimizer` must be fresh and `model` without gradients."""
+    state: dict[str, Any] = {**load_file(folder / OPTIMIZER)}
+    for name, value in scalars.items():
+        state[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples (betas)
+    set_optimizer_state_dict(model, optimizer, state, options=_OPTIONS)
+
+
+def rng_state(rank: int) -> dict[str, Tensor]:
+    """State of torch's generators on this rank, under names that hold the rank."""
+    state = {f"cpu.{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"cuda.{rank}"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng_state(folder: Path, rank: int) -> None:
+    """Restores this rank's generators; a rank that the saved run did not have keeps its own."""
+    state = load_file(folder / RNG)
+    if f"cpu.{rank}" in state:
+        torch.set_rng_state(state[f"cpu.{rank}"])
+    if f"cuda.{rank}" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[f"cuda.{rank}"])
+
+
+def save_state(folder: Path, state: dict[str, Any], rng: list[dict[str, Tensor]]) -> None:
+    """Writes generators and scalars; `trainer_state.json` comes last and marks the checkpoint as complete."""
+    save_file({name: value for part in rng for name, value in part.items()}, folder / RNG)
+    write_json(folder / STATE, state)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The scalars of a checkpoint. Raises IpvrmError when they cannot be read."""
+    state = read_json(folder / STATE)
+    if not isinstance(state, dict) or not {"step", "fingerprint", "optimizer"} <= set(state):
+        raise IpvrmError(f"{folder / STATE}: not the state of a training run")
+    return state

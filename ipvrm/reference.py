@@ -1,0 +1,102 @@
+"""Log-probabilities of the responses under the reference, computed once and kept in the run folder."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ipvrm.data import Response, collate, microbatches_for_rank
+from ipvrm.model import ResponseLogprobs, load_model
+from ipvrm.progress import Progress
+
+REFERENCE_FILE = "reference_logprobs.safetensors"
+
+
+def reference_logprobs(
+    sets: Sequence[Sequence[Response]],
+    path: Path,
+    accelerator: Any,
+    *,
+    reference_name: str,
+    reference_hash: str,
+    module: nn.Module | None,
+    max_rows: int,
+    progress: Progress,
+) -> list[Tensor]:
+    """(N,) fp32 on the CPU for each set of responses, packed in their order.
+
+    Read from `path` where it holds them under the same key (data, reference weights, precision); else
+    computed on all
+    ranks and stored there, so that a resumed run sees the same numbers and no second model sits in memory.
+
+    Args:
+        module: the prepared reference, or None to load `reference_name` for as long as it takes.
+    """
+    settings = {
+        "data": [data_hash(responses) for responses in sets],
+        "reference": reference_hash,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    stored = _read(path, key, len(sets))
+    accelerator.wait_for_everyone()  # no rank may see the file that another one has just written
+    if stored is not None:
+        return stored
+    if module is None:
+        model = ResponseLogprobs(load_model(reference_name, torch.float32))
+        module = cast(nn.Module, accelerator.prepare_model(model, evaluation_mode=True))
+    packed = [_logprobs(module, responses, accelerator, max_rows, progress) for responses in sets]
+    if accelerator.is_main_process:
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file({f"set.{i}": values for i, values in enumerate(packed)}, temporary, metadata={"key": key})
+        temporary.replace(path)
+    return packed
+
+
+@torch.no_grad()
+def _logprobs(
+    module: nn.Module, responses: Sequence[Response], accelerator: Any, max_rows: int, progress: Progress
+) -> Tensor:
+    packed = torch.zeros(sum(r.length for r in responses), device=accelerator.device)
+    parts = split_packed(packed, responses)
+    share = microbatches_for_rank(
+        range(len(responses)),
+        [len(r.input_ids) for r in responses],
+        max_rows=max_rows,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    for indices in progress.track(share, "reference"):
+        chosen = [responses[i] for i in indices or [0]]  # every rank takes part in every forward
+        logprobs = module(collate(chosen).to(accelerator.device))
+        for index, values in zip(indices, split_packed(logprobs, chosen), strict=False):
+            parts[index].copy_(values)
+    return cast(Tensor, accelerator.reduce(packed, "sum")).cpu()
+
+
+def _read(path: Path, key: str, num_sets: int) -> list[Tensor] | None:
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        if (file.metadata() or {}).get("key") != key:
+            return None
+        return [file.get_tensor(f"set.{i}") for i in range(num_sets)]
+
+
+def split_packed(packed: Tensor, responses: Sequence[Response]) -> list[Tensor]:
+    """Views (T_b,) of a packed (N,), one for each response."""
+    return list(packed.split([r.length for r in responses]))
+
+
+def data_hash(responses: Sequence[Response]) -> str:
+    """sha256 of the token ids, prompt lengths and labels, in order."""
+    digest = hashlib.sha256()
+    for r in responses:
+        digest.update(repr((r.input_ids, r.prompt_length, r.label)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,521 @@
+"""`ipvrm train-rm`: a reward model from outcome labels (stage A). Read it top to bottom.
+
+The starting model is the reference; its log-probabilities are computed once, stored in the run folder, and
+the model is trained in its place, so one model is in memory. One update: the optimizer batch is split into
+micro-batches of similar length over all ranks, each loss is divided by the denominator of the whole
+optimizer batch, gradients add up, and the learning rate takes one step. The order of the data is a pure
+function of (seed, epoch).
+"""
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from ipvrm import IpvrmError, checkpoint
+from ipvrm.data import (
+    Batch,
+    Response,
+    Tokenized,
+    collate,
+    epoch_order,
+    microbatches_for_rank,
+    read_rows,
+    tokenize,
+)
+from ipvrm.model import (
+    ResponseLogprobs,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    memory_estimate,
+    save_model,
+    template_hash,
+    weights_hash,
+)
+from ipvrm.objectives import METRICS, Metrics, implicit_prm_loss, ipvrm_loss, loss_denominator
+from ipvrm.progress import Interrupt, Progress, peak_memory
+from ipvrm.reference import REFERENCE_FILE, data_hash, reference_logprobs, split_packed
+from ipvrm.reward_config import FREE_ON_RESUME, RewardConfig, learning_rate_factor, resolve
+from ipvrm.reward_model import RewardModelInfo, reference_entries, write_info
+from ipvrm.run_folder import (
+    JsonlLog,
+    manifest,
+    move_into,
+    remove_leftovers,
+    save_folder,
+    versions,
+    write_json,
+    write_text,
+)
+
+FINAL_FILES = ("ipvrm_config.json", "results.json")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train_reward_model` returns; `metrics` is what results.json holds."""
+
+    output_dir: Path
+    metrics: dict[str, Any]
+    steps: int
+    seconds: float
+
+
+class TrainingInterrupted(IpvrmError):
+    """A signal asked the run to stop; its state is in `checkpoint`."""
+
+    def __init__(self, message: str, checkpoint_folder: Path, exit_code: int):
+        super().__init__(message)
+        self.checkpoint = checkpoint_folder
+        self.exit_code = exit_code
+
+
+def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResult:
+    """Trains a reward model and writes its run folder; under `accelerate launch` on every rank.
+
+    Args:
+        progress: show the progress bar and the data counts.
+
+    Raises:
+        IpvrmError: anything the user can act on, before the first update where possible.
+        TrainingInterrupted: SIGINT or SIGTERM; a checkpoint has been written.
+    """
+    return _Run(resolve(config), progress).train()
+
+
+class _Run:
+    """One training run; the methods are in the order in which they happen."""
+
+    def __init__(self, config: RewardConfig, progress: bool):
+        from accelerate import Accelerator, DistributedType
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state()  # an earlier run of this process may have used another precision
+        self.config = config
+        self.output = Path(config.output_dir)
+        self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=config.mixed_precision)
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise IpvrmError(
+                f"train-rm runs under data parallelism; {self.accelerator.distributed_type} is not "
+                "supported yet"
+            )
+        self.main = self.accelerator.is_main_process
+        self.progress = Progress(enabled=progress and self.main)
+        self.device = self.accelerator.device
+        self.resumed: Path | None = None
+        if config.resume_from_checkpoint is not None:
+            self.resumed = checkpoint.find_checkpoint(self.output, config.resume_from_checkpoint)
+        elif checkpoint.checkpoints(self.output) or any(
+            (self.output / name).exists() for name in FINAL_FILES
+        ):
+            raise IpvrmError(
+                f"{self.output} holds a run already; add --resume_from_checkpoint latest, or name another "
+                "--output_dir"
+            )
+
+        self.reference_name = config.reference or config.model
+        self.tokenizer = load_tokenizer(config.model)
+        self.template_hash = template_hash(self.tokenizer)
+        self.data = self._read(config.train_data)
+        self.eval_data = None if config.eval_data is None else self._read(config.eval_data)
+        rows = len(self.data.responses)
+        self.updates_per_epoch = -(-rows // config.global_batch_size)
+        self.total_steps = config.max_steps or max(1, round(config.num_train_epochs * self.updates_per_epoch))
+
+    # ------------------------------------------------------------------------------------------- before
+
+    def _read(self, path: str) -> Tokenized:
+        rows, bad = read_rows(path, self.config.on_bad_row)
+        data = tokenize(
+            rows,
+            self.tokenizer,
+            max_length=self.config.max_length,
+            on_long=self.config.on_long,
+            on_bad_row=self.config.on_bad_row,
+        )
+        data = replace(data, bad=[*bad, *data.bad])
+        data.counts.update(rows=len(rows) + len(bad), bad=len(data.bad))
+        for item in data.bad[:10]:
+            self.progress.note(f"skipped {item}")
+        self.progress.note(
+            f"{path}: " + ", ".join(f"{value:,} {name}" for name, value in data.counts.items())
+        )
+        if not data.responses:
+            raise IpvrmError(
+                f"{path}: no row is left ({data.counts}); raise --max_length or look at the data"
+            )
+        if not data.counts["right"] or not data.counts["wrong"]:
+            self.progress.note(
+                f"{path}: all outcomes are the same; such a reward model learns only a constant"
+            )
+        return data
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What decides the weights of the run; compared on resume."""
+        settings = {name: value for name, value in asdict(self.config).items() if name not in FREE_ON_RESUME}
+        return settings | {
+            "start_hash": self.reference_hash
+            if self.config.reference is None
+            else weights_hash(self.config.model),
+            "reference_hash": self.reference_hash,
+            "data_hash": data_hash(self.data.responses),
+        }
+
+    def train(self) -> TrainResult:
+        config = self.config
+        if config.dry_run:
+            return self._dry_run()
+        self.reference_hash = weights_hash(self.reference_name)
+        fingerprint = self._fingerprint()
+        state = None if self.resumed is None else checkpoint.load_state(self.resumed)
+        if state is not None:
+            _check_same_run(state["fingerprint"], fingerprint)
+        self.start = 0 if state is None else int(state["step"])
+        if self.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.output)
+            write_text(self.output / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+            seeds = {"seed": config.seed}
+            write_json(
+                self.output / "manifest.json", manifest(seeds=seeds, ranks=self.accelerator.num_processes)
+            )
+
+        torch.manual_seed(config.seed)
+        model = load_model(self.resumed or config.model, torch.float32)
+        disable_dropout(model)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
+        model.train()
+        module = ResponseLogprobs(model)
+        decayed = [p for p in module.parameters() if p.ndim >= 2 and p.requires_grad]
+        rest = [p for p in module.parameters() if p.ndim < 2 and p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed}, {"params": rest, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.fingerprint = fingerprint
+        self._prepare_reference()
+        if state is not None and self.resumed is not None:
+            checkpoint.load_optimizer(self.resumed, self.module, self.optimizer.optimizer, state["optimizer"])
+            checkpoint.restore_rng_state(self.resumed, self.accelerator.process_index)
+        return self._loop()
+
+    def _prepare_reference(self) -> None:
+        """Reference log-probabilities of all response tokens, computed before anything has been trained."""
+        sets = [self.data.responses] + ([self.eval_data.responses] if self.eval_data is not None else [])
+        untrained = self.module if self.start == 0 and self.config.reference is None else None
+        packed = reference_logprobs(
+            sets,
+            self.output / REFERENCE_FILE,
+            self.accelerator,
+            reference_name=self.reference_name,
+            reference_hash=self.reference_hash,
+            module=untrained,
+            max_rows=self.config.per_device_train_batch_size,
+            progress=self.progress,
+        )
+        self.reference, *rest = [
+            split_packed(values, rows) for values, rows in zip(packed, sets, strict=True)
+        ]
+        self.eval_reference = rest[0] if rest else None
+
+    def _microbatches(self, indices: Any, responses: list[Response]) -> list[list[int]]:
+        return microbatches_for_rank(
+            indices,
+            [len(r.input_ids) for r in responses],
+            max_rows=self.config.per_device_train_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    # --------------------------------------------------------------------------------------------- loop
+
+    def _loop(self) -> TrainResult:
+        config = self.config
+        self.log = (
+            JsonlLog(self.output / "metrics.jsonl", after_step=self.start or None) if self.main else None
+        )
+        self.started = time.perf_counter()
+        self.tokens = 0
+        pending = _Sums()
+        if self.resumed is not None:
+            pending.add(checkpoint.load_state(self.resumed)["pending"])
+        validation: dict[str, float] = {}
+        if self.start == 0:
+            validation = self._validate()
+            self._record({"step": 0, **validation})
+        with Interrupt() as interrupt, self.progress.bar("train-rm", self.total_steps, self.start) as bar:
+            for step in range(self.start, self.total_steps):
+                sums, grad_norm, stop = self._update(step, interrupt.signal)
+                pending.add(sums)
+                done = step + 1
+                last = done == self.total_steps
+                validate = last or (config.eval_steps is not None and done % config.eval_steps == 0)
+                bar(done, **pending.shown(), tokens_per_second=self.tokens / self._seconds())
+                if validate or done % config.logging_steps == 0:
+                    validation = self._validate() if validate else {}
+                    self._record(
+                        {
+                            "step": done,
+                            "epoch": done / self.updates_per_epoch,
+                            **pending.means(),
+                            "learning_rate": self.optimizer.param_groups[0]["lr"],
+                            "grad_norm": grad_norm,
+                            "tokens_per_second": self.tokens / self._seconds(),
+                            "peak_memory_bytes": peak_memory(self.device),
+                            **validation,
+                        }
+                    )
+                    trained, pending = pending, _Sums()
+                if not last and (stop or (config.save_steps and done % config.save_steps == 0)):
+                    folder = self._save_checkpoint(done, pending)
+                    if stop:
+                        raise self._interrupted(folder, done, int(stop))
+        return self._finish(trained.means() if self.total_steps > self.start else {}, validation)
+
+    def _update(self, step: int, stop_signal: int) -> tuple[dict[str, tuple[float, float]], float, float]:
+        """One optimizer update. Returns the metric sums and the gradient norm over all ranks, and the signal
+        to stop, if any.
+        """
+        config = self.config
+        ranks = self.accelerator.num_processes
+        epoch, position = divmod(step, self.updates_per_epoch)
+        order = epoch_order(len(self.data.responses), config.seed, epoch)
+        indices = order[position * config.global_batch_size : (position + 1) * config.global_batch_size]
+        lengths = [self.data.responses[i].length for i in indices]
+        denominator = loss_denominator(lengths, self._reduction(), config.prefix_weighting)
+        share = self._microbatches(indices, self.data.responses)
+        sums = torch.zeros(2 * len(METRICS) + 1, device=self.device)
+        for number, micro in enumerate(share, 1):
+            with nullcontext() if number == len(share) else self.accelerator.no_sync(self.module):
+                loss, metrics = self._loss(
+                    self.module, self.data, self.reference, micro or indices[:1], denominator
+                )
+                # Ranks average their gradients; a rank without rows takes part with weight 0.
+                self.accelerator.backward(loss * (ranks if micro else 0))
+            if micro:
+                sums[:-1] += torch.stack([value for name in METRICS for value in metrics[name]])
+        sums[-1] = stop_signal
+        sums = self.accelerator.reduce(sums, "sum")
+        limit = config.max_grad_norm or math.inf
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), limit))
+        *values, stop = sums.tolist()
+        if not (math.isfinite(values[0]) and math.isfinite(grad_norm)):
+            raise self._diverged(step + 1, values[0], grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(step, self.total_steps, config)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.tokens += sum(len(self.data.responses[i].input_ids) for i in indices)
+        pairs = zip(values[::2], values[1::2], strict=True)
+        return dict(zip(METRICS, pairs, strict=True)), grad_norm, stop / ranks
+
+    def _reduction(self) -> Any:
+        return "token_mean" if self.config.preset == "release" else "sequence_mean"
+
+    def _loss(
+        self,
+        module: nn.Module,
+        data: Tokenized,
+        reference: list[Tensor],
+        indices: list[int],
+        denominator: float,
+    ) -> tuple[Tensor, Metrics]:
+        config = self.config
+        batch: Batch = collate([data.responses[i] for i in indices]).to(self.device)
+        log_ratio = module(batch) - torch.cat([reference[i] for i in indices]).to(self.device)
+        assert config.beta is not None
+        if config.objective == "implicit_prm":
+            return implicit_prm_loss(
+                log_ratio, batch.cu_seqlens, batch.outcome, beta=config.beta, denominator=denominator
+            )
+        assert config.margin is not None
+        return ipvrm_loss(
+            log_ratio,
+            batch.cu_seqlens,
+            batch.outcome,
+            beta=config.beta,
+            margin=config.margin,
+            prefix_weighting=config.prefix_weighting,
+            reduction=self._reduction(),
+            denominator=denominator,
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Metrics over the whole validation set: sums and counts over all micro-batches and ranks, then one
+        division.
+        """
+        if self.eval_data is None or self.eval_reference is None:
+            return {}
+        sums = torch.zeros(2 * len(METRICS), dtype=torch.float64)
+        for micro in self._microbatches(range(len(self.eval_data.responses)), self.eval_data.responses):
+            _, metrics = self._loss(self.module, self.eval_data, self.eval_reference, micro or [0], 1.0)
+            if micro:
+                sums += torch.stack([value for name in METRICS for value in metrics[name]]).double().cpu()
+        values = self.accelerator.reduce(sums.to(self.device, torch.float32), "sum").tolist()
+        pairs = zip(values[::2], values[1::2], strict=True)
+        return {
+            f"eval_{name}": total / max(count, 1.0)
+            for name, (total, count) in zip(METRICS, pairs, strict=True)
+        }
+
+    # -------------------------------------------------------------------------------------------- files
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(record)
+            self.progress.logged(record, self.total_steps)
+
+    def _info(self, folder: Path) -> RewardModelInfo:
+        assert self.config.beta is not None
+        return RewardModelInfo(
+            objective=self.config.objective,
+            beta=self.config.beta,
+            margin=self.config.margin,
+            **reference_entries(self.reference_name, folder, self.reference_hash),
+            template_hash=self.template_hash,
+            versions=versions(),
+        )
+
+    def _write_model(self, folder: Path, final_place: Path) -> None:
+        save_model(self.accelerator.unwrap_model(self.module).model, folder)
+        self.tokenizer.save_pretrained(folder)
+        write_info(folder, self._info(final_place))
+
+    def _save_checkpoint(self, step: int, pending: "_Sums") -> Path:
+        from accelerate.utils import gather_object
+
+        rng = gather_object([checkpoint.rng_state(self.accelerator.process_index)])
+        path = self.output / f"{checkpoint.PREFIX}{step}"
+        if self.main:
+            with save_folder(path) as folder:
+                self._write_model(folder, path)
+                scalars = checkpoint.save_optimizer(folder, self.module, self.optimizer.optimizer)
+                state = {
+                    "step": step,
+                    "total_steps": self.total_steps,
+                    "fingerprint": self.fingerprint,
+                    "pending": pending.values,
+                    "optimizer": scalars,
+                }
+                checkpoint.save_state(folder, state, rng)
+            checkpoint.remove_old_checkpoints(self.output, self.config.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _finish(self, trained: dict[str, float], validation: dict[str, float]) -> TrainResult:
+        seconds = self._seconds()
+        metrics = {
+            "objective": self.config.objective,
+            "steps": self.total_steps,
+            "epochs": self.total_steps / self.updates_per_epoch,
+            "seconds": seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "peak_memory_bytes": peak_memory(self.device),
+            "train": trained,
+            "eval": validation,
+            "data": self.data.counts,
+            "eval_data": None if self.eval_data is None else self.eval_data.counts,
+        }
+        if self.main and self.log is not None:
+            self.log.close()
+            with save_folder(self.output / ".final") as folder:
+                self._write_model(folder, self.output)
+                write_json(folder / "results.json", metrics)
+            move_into(self.output / ".final", self.output)
+        self.accelerator.wait_for_everyone()
+        return TrainResult(self.output, metrics, self.total_steps, seconds)
+
+    def _interrupted(self, folder: Path, step: int, signal_number: int) -> TrainingInterrupted:
+        again = f"--output_dir {self.output} --resume_from_checkpoint latest"
+        message = (
+            f"stopped after update {step} of {self.total_steps}, saved {folder}; "
+            f"the same command with {again} goes on from there"
+        )
+        return TrainingInterrupted(message, folder, 128 + signal_number)
+
+    def _diverged(self, step: int, loss: float, grad_norm: float) -> IpvrmError:
+        saved = checkpoint.checkpoints(self.output)
+        place = f"the last checkpoint, {saved[-1]}, is intact" if saved else "no checkpoint was written yet"
+        return IpvrmError(
+            f"update {step}: summed loss {loss}, gradient norm {grad_norm}; stopped before the weights took "
+            f"it; {place}. "
+            "Lower --learning_rate or --max_grad_norm, or look at the rows of this batch"
+        )
+
+    def _dry_run(self) -> TrainResult:
+        """Prints the resolved config, the data counts and a memory estimate."""
+        config = self.config
+        memory = memory_estimate(
+            config.model,
+            rows=config.per_device_train_batch_size,
+            length=max(len(r.input_ids) for r in self.data.responses),
+            mixed_precision=config.mixed_precision,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        metrics = {
+            "config": asdict(config),
+            "data": self.data.counts,
+            "steps": self.total_steps,
+            "memory_estimate": memory,
+        }
+        if self.main:
+            print(yaml.safe_dump(metrics, sort_keys=False), end="")
+        return TrainResult(self.output, metrics, 0, 0.0)
+
+
+class _Sums:
+    """Metric sums and counts of several updates."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, other: Any) -> None:
+        for name, (total, count) in other.items():
+            old = self.values.get(name, [0.0, 0.0])
+            self.values[name] = [old[0] + total, old[1] + count]
+
+    def means(self) -> dict[str, float]:
+        return {name: total / max(count, 1.0) for name, (total, count) in self.values.items()}
+
+    def shown(self) -> dict[str, float]:
+        means = self.means()
+        return {"loss": means["loss"], "prefix_accuracy": means["prefix_accuracy"]}
+
+
+def _check_same_run(stored: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises IpvrmError that names every setting in which a resumed run differs from the one it goes on
+    with.
+    """
+    words = {
+        "start_hash": "the starting model",
+        "reference_hash": "the reference",
+        "data_hash": "the training data",
+    }
+    changed = [
+        words[name] if name in words else f"{name} ({stored.get(name)!r} then, {now.get(name)!r} now)"
+        for name in sorted(set(stored) | set(now))
+        if stored.get(name) != now.get(name)
+    ]
+    if changed:
+        raise IpvrmError(
+            "--resume_from_checkpoint: this is not the run of the checkpoint; changed: "
+            f"{', '.join(changed)}. "
+            "Put them back, or start a new run in another --output_dir"
+        )
