@@ -13,6 +13,8 @@ from .linear_distrl_loss import IMPLS as _linear_distrl_loss_impls
 from .linear_distrl_loss import DistRLLoss, linear_distrl_loss
 from .linear_logprobs import IMPLS as _linear_logprobs_impls
 from .linear_logprobs import LinearLogprobs, linear_logprobs
+from .linear_logprobs_partial import IMPLS as _linear_logprobs_partial_impls
+from .linear_logprobs_partial import Partial, linear_logprobs_partial, merge_partials
 from .packing import pack, unpack
 from .prefix_value_loss import IMPLS as _prefix_value_loss_impls
 from .prefix_value_loss import prefix_value_loss
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 
 OPS: dict[str, Mapping[str, Any]] = {
     "linear_logprobs": _linear_logprobs_impls,
+    "linear_logprobs_partial": _linear_logprobs_partial_impls,
     "linear_candidates": _linear_candidates_impls,
     "clipped_surrogate": _clipped_surrogate_impls,
     "linear_distrl_loss": _linear_distrl_loss_impls,
@@ -48,6 +51,7 @@ __all__ = [
     "ClippedSurrogate",
     "DistRLLoss",
     "LinearLogprobs",
+    "Partial",
     "PrefixValues",
     "__version__",
     "backends",
@@ -55,6 +59,8 @@ __all__ = [
     "linear_candidates",
     "linear_distrl_loss",
     "linear_logprobs",
+    "linear_logprobs_partial",
+    "merge_partials",
     "pack",
     "prefix_value_loss",
     "prefix_values",

@@ -1,0 +1,221 @@
+"""linear_logprobs_partial: what one shard of a vocabulary-parallel head knows of a row, and how shards merge.
+
+With z the transformed logits of the shard's columns (see `linear_logprobs`) and m = max z, per row
+
+    max = m,   sumexp = sum exp(z - m),   sum_z_exp = sum (z - m) exp(z - m),   id_logits = z[id] or -inf
+
+and over the shards, each rescaled to the common maximum M by c = exp(m - M):
+
+    S = sum of c sumexp,   R = sum of c (sum_z_exp + (m - M) sumexp)
+    lse = M + log S,   log p = z - lse,   entropy = log S - R / S
+
+Maxima are constants (their gradients cancel), so a shard's backward needs nothing from the others but the
+upstream gradients of its own sums. Shapes: hidden (N, D), weight (V_shard, D), ids (N,) or (N, K), sums (N,).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .head import (
+    Launchers,
+    Transform,
+    add_at_ids,
+    cast_gradients,
+    check_row_ids,
+    fake_gradients,
+    head_gradients,
+    out_dtype,
+    prepare,
+    refuse_double_backward,
+    select_ids,
+    times_log,
+    transform_slope,
+    transformed_logits,
+)
+from .linear_logprobs import LinearLogprobs
+
+OP = "linear_logprobs_partial"
+
+
+class Partial(NamedTuple):
+    """One shard's max (N,), sumexp (N,), sum_z_exp (N,) and id_logits like ids, as defined above; fp32
+    (fp64).
+    """
+
+    max: Tensor
+    sumexp: Tensor
+    sum_z_exp: Tensor
+    id_logits: Tensor
+
+
+def linear_logprobs_partial_reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(max, sumexp, sum_z_exp, id_logits) in plain PyTorch; ids (N, K) count from the shard's first
+    column.
+    """
+    z = transformed_logits(hidden, weight, bias, transform)
+    shifted, e, top = _shifted(z)
+    return top, e.sum(1), times_log(e, shifted).sum(1), select_ids(z, ids)
+
+
+def _torch_backward(
+    dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    z = transformed_logits(hidden, weight, bias, transform)
+    shifted, e, _ = _shifted(z)
+    da = torch.zeros_like(z)
+    if dsumexp is not None:
+        da += dsumexp[:, None] * e
+    if dsum_z_exp is not None:
+        da += dsum_z_exp[:, None] * (e + times_log(e, shifted))
+    if did_logits is not None:
+        add_at_ids(da, ids, did_logits)
+    da *= transform_slope(z, transform)
+    return head_gradients(da, hidden, weight, bias, transform.dtype, needs)
+
+
+def _shifted(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z - m, exp(z - m), m) with m the row's maximum; a row of -inf has exp = 0."""
+    top = z.amax(1)
+    shifted = z - torch.where(top == -math.inf, 0.0, top)[:, None]
+    return shifted, shifted.exp(), top
+
+
+IMPLS = {"torch": Launchers(linear_logprobs_partial_reference, _torch_backward)}
+
+
+@torch.library.custom_op("ipvrm::linear_logprobs_partial_fwd", mutates_args=())
+def _forward_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    top, sumexp, sum_z_exp, id_logits = IMPLS[impl].forward(
+        hidden, weight, bias, ids, Transform(scale, softcap, temperature, dtype)
+    )
+    return top, sumexp, sum_z_exp, id_logits
+
+
+@_forward_op.register_fake
+def _(hidden, weight, bias, ids, scale, softcap, temperature, dtype, impl):
+    def new(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=out_dtype(hidden))
+
+    N = hidden.shape[0]
+    return new(N), new(N), new(N), new(*ids.shape)
+
+
+@torch.library.custom_op("ipvrm::linear_logprobs_partial_bwd", mutates_args=())
+def _backward_op(
+    dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, needs: list[bool], impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    transform = Transform(scale, softcap, temperature, dtype)
+    gradients = IMPLS[impl].backward(
+        dsumexp, dsum_z_exp, did_logits, hidden, weight, bias, ids, transform, needs
+    )
+    return cast_gradients(gradients, (hidden, weight, bias), needs)
+
+
+@_backward_op.register_fake
+def _(dsumexp, dsum_z_exp, did_logits, hidden, weight, bias, ids, scale, softcap, temperature, dtype, needs,
+      impl):  # fmt: skip
+    return fake_gradients(hidden, weight, bias, needs)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[0])
+    ctx.save_for_backward(*inputs[:4])
+    ctx.transform, ctx.impl = inputs[4:8], inputs[8]
+
+
+def _backward(ctx: Any, _: Any, *upstream: Tensor | None) -> Any:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _backward_op(*upstream, *ctx.saved_tensors, *ctx.transform, needs, ctx.impl)
+    return *(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 6
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(refuse_double_backward(OP))
+
+
+def linear_logprobs_partial(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    vocab_start: int,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    impl: str | None = None,
+) -> Partial:
+    """The statistics of one vocabulary shard, to be joined by `merge_partials`.
+
+    Args:
+        hidden, bias, logit_scale, softcap, temperature: as in `linear_logprobs`; bias (V_shard,).
+        weight: (V_shard, D), rows vocab_start .. vocab_start + V_shard of the head.
+        ids: (N,) or (N, K) ids into the whole vocabulary; -1, or an id that no shard owns, is "no token".
+        vocab_start: the id of weight's first row.
+        impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
+
+    Returns: Partial, fp32 (fp64 for fp64 inputs). sumexp, sum_z_exp and id_logits are differentiable once in
+        hidden,
+    weight and bias; max is a constant, whose gradient cancels in the merge.
+    Raises: ValueError as `linear_logprobs`, except that ids are not checked: they may belong to another shard.
+    RuntimeError on double backward.
+    """
+    transform = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature)
+    check_row_ids(OP, "ids", ids, hidden, (1, 2))
+    if vocab_start < 0:
+        raise ValueError(f"{OP}: vocab_start must be >= 0, got {vocab_start}")
+    local = ids.long()[:, None] if ids.dim() == 1 else ids.long()
+    owned = (local >= vocab_start) & (local < vocab_start + weight.shape[0])
+    local = torch.where(owned, local - vocab_start, -1)
+    impl = backend.choose(OP, IMPLS, impl, hidden)
+    top, sumexp, sum_z_exp, id_logits = _forward_op(hidden, weight, bias, local, *transform, impl)
+    return Partial(top, sumexp, sum_z_exp, id_logits[:, 0] if ids.dim() == 1 else id_logits)
+
+
+def merge_partials(partials: Sequence[Partial], *, return_entropy: bool = False) -> LinearLogprobs:
+    """Join the shards of a vocabulary, in the order given, to what `linear_logprobs` returns for the whole
+    head.
+
+    Args: partials of disjoint shards that cover the vocabulary, equal shapes; e.g. the all-gather of every
+        rank's.
+    Returns: LinearLogprobs; differentiable in the partials' sumexp, sum_z_exp and id_logits.
+    Raises: ValueError on an empty sequence or differing shapes.
+    """
+    if not partials:
+        raise ValueError("merge_partials: partials must hold at least one shard, got none")
+    shapes = {(tuple(p.max.shape), tuple(p.id_logits.shape)) for p in partials}
+    if len(shapes) > 1:
+        raise ValueError(f"merge_partials: all shards must have the same rows and ids, got {sorted(shapes)}")
+    maxima = torch.stack([p.max for p in partials]).detach()  # (shards, N)
+    top = maxima.amax(0)
+    shift = torch.where(maxima == -math.inf, 0.0, maxima - top)  # a shard of -inf logits has sums of 0
+    factor = shift.exp()
+    sumexp = torch.stack([p.sumexp for p in partials])
+    total = (sumexp * factor).sum(0)
+    log_total = total.log()
+    id_logits = torch.stack([p.id_logits for p in partials]).amax(0)
+    trailing = (...,) if id_logits.dim() == 1 else (..., None)
+    found = id_logits != -math.inf  # selected before it is summed: a NaN upstream of an unused slot stays out
+    logprobs = torch.where(found, id_logits - top[trailing] - log_total[trailing], -math.inf)
+    entropy = None
+    if return_entropy:
+        sum_z_exp = torch.stack([p.sum_z_exp for p in partials])
+        entropy = log_total - ((sum_z_exp + shift * sumexp) * factor).sum(0) / total
+    return LinearLogprobs(logprobs, top + log_total, entropy)
