@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from random import Random
 
 LOWEST, HIGHEST = 10, 99
+MIN_STEPS, MAX_STEPS = 3, 6
 SLIPS = (-20, -10, -9, -2, -1, 1, 2, 9, 10, 20)
 STEP_SEPARATOR = ";"
 _STEP = re.compile(r"(-?\d{1,4})([+-])(\d{1,4})=(-?\d{1,4})")
@@ -52,7 +53,7 @@ TRAINING_FORMAT = Format("training format")
 SHIFTED_FORMATS = (Format("space before =", before_equals=" "), Format("space after ;", separator="; "))
 
 
-def make_problem(rng: Random, min_steps: int = 3, max_steps: int = 6) -> Problem:
+def make_problem(rng: Random, min_steps: int = MIN_STEPS, max_steps: int = MAX_STEPS) -> Problem:
     """A random chain whose intermediate results all lie in [10, 99]."""
     start = value = rng.randint(LOWEST, HIGHEST)
     changes = []

@@ -1,0 +1,187 @@
+"""The demo's base model: a character tokenizer, a small Qwen3 trained on noisy chains, and sampling from it.
+
+Everything is made on the spot. A solution is the assistant's turn of the chat template, ended by `<|end|>`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+from typing import Any
+
+import torch
+
+from ipvrm.demo.arithmetic import MAX_STEPS, MIN_STEPS, Problem, make_problem, noisy_solution
+
+CHARACTERS = "0123456789+-=; "
+SPECIAL = {
+    "pad": "<|pad|>",
+    "unk": "<|unk|>",
+    "end": "<|end|>",
+    "user": "<|user|>",
+    "assistant": "<|assistant|>",
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}<|user|>{{ message.content }}"
+    "{% else %}<|assistant|>{{ message.content }}<|end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+NOISE = 0.08
+MAX_NEW_TOKENS = 72  # a solution of six steps has 54
+
+
+def make_tokenizer() -> Any:
+    """A fast tokenizer with one token per character, offsets and a chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL.values(), *CHARACTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk"]))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=SPECIAL["pad"],
+        unk_token=SPECIAL["unk"],
+        eos_token=SPECIAL["end"],
+        additional_special_tokens=[SPECIAL["user"], SPECIAL["assistant"]],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(tokenizer: Any, hidden_size: int, num_layers: int, seed: int) -> Any:
+    """A randomly initialised Qwen3 with tied embeddings, fp32."""
+    from ipvrm.tiny_model import TinyModelConfig, random_qwen3
+
+    config = TinyModelConfig(
+        output_dir="",
+        texts=(),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        seed=seed,
+    )
+    return random_qwen3(tokenizer, config)
+
+
+def prompt_text(problem: Problem) -> str:
+    """What the model reads before its own first token."""
+    return f"{SPECIAL['user']}{problem.text}{SPECIAL['assistant']}"
+
+
+def train_base(
+    model: Any,
+    tokenizer: Any,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> float:
+    """Trains on `steps` batches of fresh noisy chains; cross-entropy on the solution's tokens only.
+
+    Args:
+        on_step: called after each update with its number (from 1) and its loss (nats per token).
+
+    Returns:
+        Mean loss of the last tenth of the updates.
+    """
+    rng = Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        learning_rate,
+        total_steps=steps,
+        pct_start=0.1,
+        anneal_strategy="cos",
+        final_div_factor=100,
+    )
+    pad = tokenizer.pad_token_id
+    losses = []
+    model.train()
+    for step in range(1, steps + 1):
+        prompts, texts = [], []
+        num_steps = rng.randint(MIN_STEPS, MAX_STEPS)  # one length per batch, so next to no padding
+        for _ in range(batch_size):
+            problem = make_problem(rng, num_steps, num_steps)
+            prompts.append(prompt_text(problem))
+            texts.append(f"{prompts[-1]}{noisy_solution(problem, NOISE, rng)}{SPECIAL['end']}")
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompt_lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+        longest = max(map(len, rows))
+        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in rows])  # (B, T)
+        labels = torch.tensor(
+            [
+                [-100] * p + ids[p:] + [-100] * (longest - len(ids))
+                for ids, p in zip(rows, prompt_lengths, strict=True)
+            ]
+        )
+        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss  # right padding: causal
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        on_step(step, losses[-1])
+    model.eval()
+    last = losses[-max(1, steps // 10) :]
+    return sum(last) / len(last)
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    per_problem: int,
+    seed: int,
+    batch_size: int = 512,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> list[list[str | None]]:
+    """Responses at temperature 1, by problem; None for one that did not end within `MAX_NEW_TOKENS`.
+
+    Problems with equally long prompts are sampled together, so that no batch needs padding on the left.
+
+    Args:
+        on_batch: called with the number of responses each batch added.
+    """
+    torch.manual_seed(seed)
+    responses: list[list[str | None]] = [[] for _ in problems]
+    end = tokenizer.eos_token_id
+    for indices in _equal_length_batches(problems, max(1, batch_size // per_problem)):
+        encoded = tokenizer([prompt_text(problems[i]) for i in indices], add_special_tokens=False)
+        prompts = torch.tensor(encoded["input_ids"])  # (P, T)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=per_problem,
+                max_new_tokens=MAX_NEW_TOKENS,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=end,
+            )
+        for row, ids in enumerate(output[:, prompts.shape[1] :].tolist()):  # (P * n, new)
+            text = tokenizer.decode(ids[: ids.index(end)]) if end in ids else None
+            responses[indices[row // per_problem]].append(text)
+        on_batch(len(output))
+    return responses
+
+
+def _equal_length_batches(problems: Sequence[Problem], size: int) -> Iterator[list[int]]:
+    by_length: dict[int, list[int]] = {}
+    for i, problem in enumerate(problems):
+        by_length.setdefault(len(problem.text), []).append(i)
+    for _, indices in sorted(by_length.items()):
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]

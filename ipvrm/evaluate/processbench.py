@@ -1,0 +1,403 @@
+"""`ipvrm eval processbench`: find the first wrong step of a solution (method, section 4).
+
+Every solution is scored once, with all four rules. Two threshold protocols are reported, always labelled:
+
+    transfer   chosen on one subset (gsm8k) and reused on every subset: the benchmark's own protocol
+    oracle     the best threshold of each subset, chosen on its own labels: what the released script prints
+
+A solution of more than `max_length` tokens is not cut and not left out: it counts as missed under every
+threshold, and the number of such solutions is printed and stored. Scores are kept in the output folder part
+by part, so an interrupted run goes on where it stopped.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipvrm import IpvrmError
+from ipvrm.evaluate.steps import RULES, STEP_FORMAT, STEP_SEPARATOR
+from ipvrm.evaluate.thresholds import (
+    FirstErrorF1,
+    Interval,
+    Threshold,
+    bootstrap_f1,
+    f1_of_hits,
+    hits,
+    predict,
+    sweep,
+    trivial_baselines,
+)
+from ipvrm.run_folder import manifest, read_json, write_json
+
+PROTOCOLS = ("transfer", "oracle")
+PART_ITEMS = 50  # solutions per part file: what an interruption can lose
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """First-error F1 of a reward model on ProcessBench files."""
+
+    model: str
+    """Run folder of the reward model."""
+    data: tuple[str, ...]
+    """ProcessBench files (JSON lists of problem, steps, label); the file name is the subset's name."""
+    output_dir: str
+    """Folder for results.json, items-<subset>.parquet and the scores."""
+    reference: str | None = None
+    """Where the reference model is now, if it has moved."""
+    transfer_from: str = "gsm8k"
+    """Subset whose best threshold the `transfer` protocol uses everywhere."""
+    step_format: str = STEP_FORMAT
+    """How a step is written; {i} is its number from 1, {step} its text."""
+    step_separator: str = STEP_SEPARATOR
+    """What stands between two steps."""
+    max_length: int | None = 8192
+    """Most tokens of prompt and solution; longer ones count as missed. None for no limit."""
+    batch_tokens: int = 8192
+    """Most tokens of a padded forward."""
+    limit: int | None = None
+    """Only the first so many solutions of each subset, for a quick look."""
+    bootstrap_resamples: int = 2000
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One ProcessBench solution; `label` is the index of its first wrong step, -1 for none."""
+
+    name: str
+    problem: str
+    steps: tuple[str, ...]
+    label: int
+
+
+def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
+    """Reads a ProcessBench JSON file.
+
+    Raises:
+        IpvrmError: not such a file, or an item without problem, steps or a label that fits; with its number.
+    """
+    records = read_json(path)
+    if not isinstance(records, list) or not records:
+        raise IpvrmError(
+            f"{path}: must be a JSON list of problem, steps, label; got {type(records).__name__}"
+        )
+    items = []
+    for number, record in enumerate(records[:limit], 1):
+        if not isinstance(record, dict):
+            raise IpvrmError(f"{path}: item {number} must be an object; got {type(record).__name__}")
+        problem, steps, label = (record.get(key) for key in ("problem", "steps", "label"))
+        if not isinstance(problem, str) or not problem:
+            raise IpvrmError(f"{path}: item {number}: `problem` must be text; got {problem!r:.40}")
+        if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
+            raise IpvrmError(f"{path}: item {number}: `steps` must be a list of texts; got {steps!r:.40}")
+        if not isinstance(label, int) or not -1 <= label < len(steps):
+            raise IpvrmError(
+                f"{path}: item {number}: `label` must be -1 or one of its {len(steps)} steps, "
+                f"counted from 0; got {label!r}"
+            )
+        items.append(Item(str(record.get("id", number)), problem, tuple(steps), label))
+    return items
+
+
+def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
+    """Scores every solution, prints the table, writes results.json and the per-item parquet files.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        IpvrmError: unreadable data or model, or an output folder with scores made under other settings.
+    """
+    from ipvrm.progress import Progress
+    from ipvrm.reward_model import RewardModel
+
+    subsets = {Path(path).stem: read_items(path, config.limit) for path in config.data}
+    if len(subsets) != len(config.data) or not subsets:
+        raise IpvrmError(f"--data: every subset needs a file of its own name; got {', '.join(config.data)}")
+    shown = Progress(enabled=progress)
+    reward_model = RewardModel.from_pretrained(config.model, reference=config.reference)
+    output = Path(config.output_dir)
+    key = _model_key(config, reward_model.info)
+    scored = {
+        name: _scores(config, reward_model, key, path, items, shown)
+        for path, (name, items) in zip(config.data, subsets.items(), strict=True)
+    }
+    results = summarise(config, subsets, scored)
+    for name, items in subsets.items():
+        _write_items(output / f"items-{name}.parquet", items, scored[name], results["subsets"][name]["rules"])
+    results = {
+        "config": asdict(config),
+        "reward_model": asdict(reward_model.info),
+        **results,
+        "manifest": manifest(seeds={"bootstrap": config.seed}),
+    }
+    write_json(output / "results.json", results)
+    if progress:
+        from rich.console import Console
+
+        for table in results_tables(results):
+            Console().print(table)
+        for note in results["notes"]:
+            Console().print(note, markup=False)
+        Console().print(f"written to {output}", markup=False)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+
+def _scores(
+    config: EvalConfig,
+    reward_model: Any,
+    model_key: dict[str, Any],
+    path: str,
+    items: Sequence[Item],
+    shown: Any,
+) -> list[dict[str, Any]]:
+    """Per item: `num_tokens` and one list of scores per rule, all None where it is too long."""
+    from ipvrm.evaluate.scoring import score_solutions
+
+    folder = Path(config.output_dir) / "scores" / Path(path).stem
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_key(model_key | {"data": hashlib.sha256(Path(path).read_bytes()).hexdigest()}, folder)
+    rows: list[dict[str, Any]] = []
+    starts = range(0, len(items), PART_ITEMS)
+    for start in shown.track(starts, f"scoring {Path(path).stem}"):
+        chunk = items[start : start + PART_ITEMS]
+        part = folder / f"part-{start:06d}-{len(chunk)}.parquet"
+        if part.exists():
+            rows += _read_parquet(part)
+            continue
+        scores = score_solutions(
+            reward_model,
+            [(item.problem, item.steps) for item in chunk],
+            step_format=config.step_format,
+            step_separator=config.step_separator,
+            max_length=config.max_length,
+            batch_tokens=config.batch_tokens,
+        )
+        new: list[dict[str, Any]] = []
+        for item, found in zip(chunk, scores, strict=True):
+            if found is None:
+                new.append({"num_tokens": None} | dict.fromkeys(RULES))
+                continue
+            if not all(math.isfinite(score) for score in found.by_rule["prefix"]):
+                raise IpvrmError(f"{path}: {item.name}: the models' log-probabilities are not finite numbers")
+            new.append({"num_tokens": found.num_tokens} | found.by_rule)
+        _write_parquet(part, new)
+        rows += new
+    return rows
+
+
+def _model_key(config: EvalConfig, info: Any) -> dict[str, Any]:
+    """What stored scores depend on, besides the data."""
+    from ipvrm.model import weights_hash
+
+    return {
+        "model": weights_hash(config.model),
+        "reference": info.reference_hash,
+        "beta": info.beta,
+        "template": info.template_hash,
+        "step_format": config.step_format,
+        "step_separator": config.step_separator,
+        "max_length": config.max_length,
+    }
+
+
+def _check_key(key: dict[str, Any], folder: Path) -> None:
+    """Raises IpvrmError where the stored scores were made from anything else."""
+    file = folder / "key.json"
+    if not file.exists():
+        write_json(file, key)
+        return
+    stored = read_json(file)
+    different = [name for name, value in key.items() if stored.get(name) != value]
+    if different:
+        changes = ", ".join(f"{name} {stored.get(name)!r} -> {key[name]!r}" for name in different)
+        raise IpvrmError(
+            f"{folder} holds scores made with another {changes}; choose another --output_dir, "
+            "or delete that folder"
+        )
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Columns typed by their names, so that a file of nothing but nulls reads like any other."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {"index": pa.int64(), "label": pa.int64(), "num_steps": pa.int64(), "num_tokens": pa.int64()}
+    types |= {"id": pa.string()} | {rule: pa.list_(pa.float64()) for rule in RULES}
+    schema = pa.schema([(name, types.get(name, pa.int64())) for name in rows[0]])
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+    os.replace(temporary, path)
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows
+
+
+def _write_items(
+    path: Path, items: Sequence[Item], scored: list[dict[str, Any]], rules: dict[str, dict[str, Any]]
+) -> None:
+    """One row per item: its scores, and what each rule predicts under each protocol (null: not scored)."""
+    rows = []
+    for index, (item, scores) in enumerate(zip(items, scored, strict=True)):
+        row: dict[str, Any] = {
+            "index": index,
+            "id": item.name,
+            "label": item.label,
+            "num_steps": len(item.steps),
+        }
+        row |= scores
+        for rule in RULES:
+            for protocol in PROTOCOLS:
+                entry, values = rules[rule][protocol], scores[rule]
+                known = entry is not None and values is not None
+                row[f"{rule}_{protocol}"] = predict(values, _score_threshold(entry)) if known else None
+        rows.append(row)
+    _write_parquet(path, rows)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def summarise(
+    config: EvalConfig, subsets: dict[str, list[Item]], scored: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """F1 of every subset, rule and protocol, the trivial baselines, and notes on what is missing."""
+    labels = {name: [item.label for item in items] for name, items in subsets.items()}
+    notes: list[str] = []
+    both: dict[str, bool] = {}
+    for name, answers in labels.items():
+        both[name] = -1 in answers and any(k >= 0 for k in answers)
+        if not both[name]:
+            notes.append(f"{name}: all of its solutions are of one kind, so F1 is undefined")
+    chooser = config.transfer_from if both.get(config.transfer_from, False) else None
+    if chooser is None:
+        notes.append(
+            f"transfer: no usable subset {config.transfer_from!r} to choose a threshold on among "
+            f"{', '.join(subsets)} (--transfer_from names another)"
+        )
+    results: dict[str, Any] = {}
+    for name, items in subsets.items():
+        too_long = sum(scores["step"] is None for scores in scored[name])
+        if too_long:
+            notes.append(
+                f"{name}: {too_long} of {len(items)} solutions have more than {config.max_length} tokens; "
+                "they count as missed (--max_length)"
+            )
+        rules: dict[str, Any] = {}
+        for rule in RULES:
+            values = [scores[rule] for scores in scored[name]]
+            rules[rule] = dict.fromkeys(PROTOCOLS)
+            if both[name]:
+                threshold, _ = sweep(values, labels[name])
+                rules[rule]["oracle"] = _entry(config, values, labels[name], threshold)
+            if both[name] and chooser is not None:
+                threshold, _ = sweep([scores[rule] for scores in scored[chooser]], labels[chooser])
+                rules[rule]["transfer"] = _entry(config, values, labels[name], threshold)
+        baselines = trivial_baselines(labels[name], [len(item.steps) for item in items])
+        results[name] = {
+            "items": len(items),
+            "erroneous": sum(k >= 0 for k in labels[name]),
+            "correct": sum(k < 0 for k in labels[name]),
+            "too_long": too_long,
+            "rules": rules,
+            "baselines": {key: _finite(value._asdict()) for key, value in baselines.items()},
+        }
+    mean: dict[str, Any] = {}
+    if len(subsets) > 1 and all(both.values()):
+        for rule in RULES:
+            entries = [[r["rules"][rule][protocol] for r in results.values()] for protocol in PROTOCOLS]
+            mean[rule] = {
+                protocol: None if None in found else float(np.mean([entry["f1"] for entry in found]))
+                for protocol, found in zip(PROTOCOLS, entries, strict=True)
+            }
+    return {"transfer_from": chooser, "subsets": results, "mean_f1": mean, "notes": notes}
+
+
+def _entry(config: EvalConfig, scores: Any, labels: Sequence[int], threshold: Threshold) -> dict[str, Any]:
+    hit: NDArray[np.bool_] = hits(scores, labels, threshold.score)
+    f1: FirstErrorF1 = f1_of_hits(hit, labels)
+    interval: Interval = bootstrap_f1(hit, labels, config.bootstrap_resamples, config.seed)
+    return _finite(
+        {
+            "tau": threshold.tau,
+            "score_threshold": threshold.score,
+            **f1._asdict(),
+            "f1_interval": list(interval),
+        }
+    )
+
+
+def _score_threshold(entry: dict[str, Any]) -> float:
+    """The threshold on the score; an infinite one is stored as null beside a tau of 0 or 1."""
+    stored = entry["score_threshold"]
+    return float(stored) if stored is not None else (-math.inf if entry["tau"] == 0.0 else math.inf)
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no nan and no infinity: null stands for both."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+
+
+def results_tables(results: dict[str, Any]) -> list[Any]:
+    """The rich tables of `evaluate`'s results, one per subset and their mean; F1 in percent."""
+    from rich.table import Table
+
+    chooser = results["transfer_from"]
+
+    def table(title: str) -> Any:
+        made = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        made.add_column("score", no_wrap=True)
+        for protocol in PROTOCOLS:
+            made.add_column(f"F1 {protocol}", justify="right", no_wrap=True)
+            made.add_column("wrong/right", justify="right", no_wrap=True)
+        return made
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    def cells(entry: dict[str, Any] | None) -> list[str]:
+        if entry is None:
+            return ["-", "-"]
+        low, high = (percent(end) for end in entry["f1_interval"])
+        return [f"{percent(entry['f1'])} ({low}-{high})", halves(entry)]
+
+    def halves(entry: dict[str, Any]) -> str:
+        return f"{percent(entry['accuracy_erroneous'])}/{percent(entry['accuracy_correct'])}"
+
+    tables = []
+    for name, subset in results["subsets"].items():
+        counts = f"{subset['items']} solutions, {subset['erroneous']} wrong, {subset['correct']} right"
+        tables.append(table(f"{name}: {counts}"))
+        for rule, entries in subset["rules"].items():
+            tables[-1].add_row(rule, *cells(entries["transfer"]), *cells(entries["oracle"]))
+        for baseline, value in subset["baselines"].items():
+            tables[-1].add_row(baseline, percent(value["f1"]), halves(value), "", "", style="dim")
+    if results["mean_f1"]:
+        tables.append(table("mean of the subsets"))
+        for rule, means in results["mean_f1"].items():
+            tables[-1].add_row(rule, percent(means["transfer"]), "", percent(means["oracle"]), "")
+    tables[-1].caption = (
+        "First-error F1 in %, 95 % interval over solutions; wrong/right: share of each found.\n"
+        f"transfer: threshold chosen on {chooser or '-'}; oracle: best threshold of each subset."
+    )
+    tables[-1].caption_justify = "left"
+    return tables

@@ -1,0 +1,214 @@
+"""`ipvrm eval processbench` on small files and a random model: protocols, long items, resuming, errors."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ipvrm import IpvrmError
+from ipvrm.data import Row, tokenize
+from ipvrm.demo.base_model import make_model, make_tokenizer
+from ipvrm.evaluate import processbench
+from ipvrm.evaluate.processbench import EvalConfig, evaluate, read_items, results_tables
+from ipvrm.evaluate.scoring import score_solutions
+from ipvrm.evaluate.steps import RULES
+from ipvrm.evaluate.thresholds import f1_of_hits, hits, sweep
+from ipvrm.model import save_model, template_hash, weights_hash
+from ipvrm.reward_model import RewardModel, RewardModelInfo, write_info
+
+DATA = Path(os.environ.get("IPVRM_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A random reward model over the demo's characters; (its folder, the model)."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = make_tokenizer()
+    for name, seed in (("reference", 0), ("model", 1)):
+        save_model(make_model(tokenizer, 32, 2, seed), folder / name)
+        tokenizer.save_pretrained(folder / name)
+    info = RewardModelInfo(
+        "ipvrm",
+        10.0,
+        5.0,
+        "../reference",
+        str(folder / "reference"),
+        weights_hash(folder / "reference"),
+        template_hash(tokenizer),
+        {},
+    )
+    write_info(folder / "model", info)
+    return folder / "model"
+
+
+def write_subset(path, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    items = []
+    for i in range(count):
+        num_steps = int(torch.randint(1, 6, (1,), generator=generator))
+        numbers = torch.randint(10, 99, (num_steps, 2), generator=generator).tolist()
+        label = int(torch.randint(-1, num_steps, (1,), generator=generator)) if i > 1 else i - 1
+        steps = [f"{a}+{b}={a + b}" for a, b in numbers]
+        items.append({"id": f"{path.stem}-{i}", "problem": f"{i}+1", "steps": steps, "label": label})
+    path.write_text(json.dumps(items))
+    return items
+
+
+@pytest.fixture
+def config(run_folder, tmp_path):
+    write_subset(tmp_path / "gsm8k.json", 30, 0)
+    write_subset(tmp_path / "math.json", 24, 1)
+    return EvalConfig(
+        model=str(run_folder),
+        data=(str(tmp_path / "gsm8k.json"), str(tmp_path / "math.json")),
+        output_dir=str(tmp_path / "out"),
+        step_format="{step}",
+        step_separator="; ",
+        bootstrap_resamples=200,
+    )
+
+
+def test_scores_are_sums_of_log_ratios_over_the_characters_of_a_step(run_folder):
+    """One token per character here, so steps can be cut by hand."""
+    reward_model = RewardModel.from_pretrained(run_folder)
+    steps = ["12+3=15", "1+1=2", "9"]
+    scored = score_solutions(reward_model, [("7+7", steps)], step_format="{step}", step_separator="; ")[0]
+    response = tokenize(
+        [Row("a:1", "7+7", "12+3=15; 1+1=2; 9")], reward_model.tokenizer, max_length=None
+    ).responses[0]
+    td = 10.0 * reward_model.token_log_ratios([response])[0].double()
+    assert len(td) == 18 and scored.num_tokens == 18 + 5  # end of turn; <user> 7 + 7 <assistant>
+    expected = [td[:9].sum(), td[9:16].sum(), td[16:17].sum()]
+    assert scored.by_rule["step"] == pytest.approx([float(x) for x in expected], abs=1e-6)
+    assert scored.by_rule["mean"][1] == pytest.approx(float(td[:16].mean()), abs=1e-6)
+    assert scored.by_rule["prefix"][2] == pytest.approx(float(td[:17].sum()), abs=1e-6)
+
+
+def test_scores_do_not_depend_on_the_batch(run_folder):
+    reward_model = RewardModel.from_pretrained(run_folder)
+    items = [("7+7", ["1+1=2"] * n) for n in (5, 1, 3)]
+    together = score_solutions(reward_model, items)
+    for item, scores in zip(items, together, strict=True):
+        alone = score_solutions(reward_model, [item])[0]
+        assert scores.by_rule["step"] == pytest.approx(alone.by_rule["step"], abs=1e-4)
+        assert scores.num_steps == len(item[1])
+
+
+def test_both_protocols_and_the_files(config, capsys):
+    results = evaluate(config)
+    shown = capsys.readouterr().out
+    assert "transfer: threshold chosen on gsm8k" in shown and "F1 oracle" in shown and "always_none" in shown
+    assert "math: 24 solutions" in shown and "…" not in shown  # fits 80 columns
+    out = Path(config.output_dir)
+    assert json.loads((out / "results.json").read_text())["subsets"] == results["subsets"]
+    items = {name: read_items(f"{out.parent}/{name}.json") for name in ("gsm8k", "math")}
+    stored = {name: pq.read_table(out / f"items-{name}.parquet").to_pylist() for name in items}
+    for rule in RULES:
+        chosen, _ = sweep([r[rule] for r in stored["gsm8k"]], [i.label for i in items["gsm8k"]])
+        for name in items:
+            labels, scores = [i.label for i in items[name]], [r[rule] for r in stored[name]]
+            best, f1 = sweep(scores, labels)
+            entries = results["subsets"][name]["rules"][rule]
+            assert entries["oracle"]["f1"] == pytest.approx(f1.f1)
+            assert entries["transfer"]["tau"] == chosen.tau  # gsm8k's, on every subset
+            at_chosen = f1_of_hits(hits(scores, labels, chosen.score), labels)
+            assert entries["transfer"]["f1"] == pytest.approx(at_chosen.f1)
+            assert entries["transfer"]["f1"] <= entries["oracle"]["f1"] + 1e-12
+            assert entries["oracle"]["f1_interval"][0] <= f1.f1 <= entries["oracle"]["f1_interval"][1]
+            for protocol in ("transfer", "oracle"):  # the parquet's predictions give the table's accuracy
+                right = [r[f"{rule}_{protocol}"] == r["label"] for r in stored[name] if r["label"] == -1]
+                assert sum(right) / len(right) == pytest.approx(entries[protocol]["accuracy_correct"])
+    mean = results["mean_f1"]["step"]["oracle"]
+    assert mean == pytest.approx(
+        sum(s["rules"]["step"]["oracle"]["f1"] for s in results["subsets"].values()) / 2
+    )
+
+
+def test_long_solutions_count_as_missed_and_are_reported(config):
+    whole = evaluate(config, progress=False)
+    short = dataclasses.replace(config, max_length=40, output_dir=config.output_dir + "-short")
+    results = evaluate(short, progress=False)
+    rows = pq.read_table(Path(short.output_dir) / "items-math.parquet").to_pylist()
+    lost = [row for row in rows if row["step"] is None]
+    assert 0 < len(lost) < len(rows) == results["subsets"]["math"]["items"] == 24
+    assert results["subsets"]["math"]["too_long"] == len(lost)
+    assert any(f"{len(lost)} of 24 solutions have more than 40 tokens" in note for note in results["notes"])
+    assert all(row["step_oracle"] is None for row in lost)
+    assert whole["subsets"]["math"]["too_long"] == 0
+    entry = results["subsets"]["math"]["rules"]["step"]["oracle"]
+    right = sum(row["step_oracle"] == -1 for row in rows if row["label"] == -1)
+    assert entry["accuracy_correct"] == pytest.approx(right / results["subsets"]["math"]["correct"])
+
+
+def test_interrupted_run_keeps_its_scores(config, monkeypatch):
+    monkeypatch.setattr(processbench, "PART_ITEMS", 8)
+    from ipvrm.evaluate import scoring
+
+    original, calls = scoring.score_solutions, []
+
+    def stops_in_the_third_part(*args, **kwargs):
+        calls.append(len(args[1]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(scoring, "score_solutions", stops_in_the_third_part)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config, progress=False)
+    resumed = evaluate(config, progress=False)
+    assert calls == [8, 8, 8, 8, 6, 8, 8, 8]  # two parts kept; the third again, then the rest
+    afresh = evaluate(dataclasses.replace(config, output_dir=config.output_dir + "-afresh"), progress=False)
+    assert resumed["subsets"] == afresh["subsets"]
+    assert not list(Path(config.output_dir).rglob("*.tmp"))
+
+
+def test_stored_scores_of_other_settings_are_refused(config):
+    evaluate(config, progress=False)
+    with pytest.raises(IpvrmError, match=r"step_separator '; ' -> ' ;'.*choose another --output_dir"):
+        evaluate(dataclasses.replace(config, step_separator=" ;"), progress=False)
+
+
+def test_without_the_transfer_subset_the_table_says_so(config):
+    results = evaluate(dataclasses.replace(config, data=config.data[1:]), progress=False)
+    assert results["subsets"]["math"]["rules"]["step"]["transfer"] is None
+    assert results["subsets"]["math"]["rules"]["step"]["oracle"]["f1"] > 0
+    assert any("no usable subset 'gsm8k'" in note for note in results["notes"])
+    assert [table.row_count for table in results_tables(results)] == [7]
+
+
+def test_a_subset_of_one_kind_has_no_f1(config, tmp_path):
+    items = [item | {"label": -1} for item in json.loads((tmp_path / "math.json").read_text())]
+    (tmp_path / "math.json").write_text(json.dumps(items))
+    results = evaluate(dataclasses.replace(config, limit=5), progress=False)
+    assert results["subsets"]["math"]["rules"]["prefix"] == {"transfer": None, "oracle": None}
+    assert results["subsets"]["math"]["baselines"]["random_step"]["f1"] is None
+    assert results["subsets"]["gsm8k"]["items"] == 5
+    assert any("math: all of its solutions are of one kind" in note for note in results["notes"])
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ({"problem": "p", "steps": ["a"], "label": 1}, "item 2: `label` must be -1 or one of its 1 steps"),
+        ({"problem": "p", "steps": [], "label": -1}, "item 2: `steps`"),
+        ({"steps": ["a"], "label": -1}, "item 2: `problem`"),
+        (["p"], "item 2 must be an object"),
+    ],
+)
+def test_bad_items_are_named(tmp_path, item, reason):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([{"problem": "p", "steps": ["a"], "label": 0}, item]))
+    with pytest.raises(IpvrmError, match=reason):
+        read_items(path)
+
+
+@pytest.mark.skipif(not (DATA / "processbench").is_dir(), reason=f"no processbench folder in {DATA}")
+def test_real_files_are_read_whole():
+    items = {name: read_items(DATA / "processbench" / f"{name}.json") for name in ("gsm8k", "math")}
+    assert {name: len(found) for name, found in items.items()} == {"gsm8k": 400, "math": 1000}
+    assert sum(item.label == -1 for item in items["gsm8k"]) == 193
+    assert sum(item.label == -1 for item in items["math"]) == 406
