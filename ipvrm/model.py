@@ -271,7 +271,7 @@ def response_logprobs(model: nn.Module, batch: Batch, temperature: float = 1.0) 
         softcap=parts.softcap,
         temperature=temperature,
     )
-    return cast(Tensor, result.logprobs)
+    return result.logprobs
 
 
 class ResponseLogprobs(nn.Module):

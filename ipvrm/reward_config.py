@@ -19,6 +19,7 @@ FREE_ON_RESUME = {
     "output_dir",
     "resume_from_checkpoint",
     "per_device_train_batch_size",
+    "gradient_accumulation_steps",
     "gradient_checkpointing",
     "eval_steps",
     "logging_steps",
@@ -65,6 +66,8 @@ class RewardConfig:
     """Responses per optimizer update, over all devices and micro-batches."""
     per_device_train_batch_size: int = 8
     """Most responses per forward on one device; changes memory and speed, not the result."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches per update and device, in place of global_batch_size."""
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -125,7 +128,13 @@ def resolve(config: RewardConfig) -> RewardConfig:
     for name in positive:
         if not (value := getattr(config, name)) > 0 or not math.isfinite(value):
             raise IpvrmError(f"{name} must be positive; got {value}")
-    for name in ("logging_steps", "save_total_limit", "max_steps", "eval_steps"):
+    for name in (
+        "logging_steps",
+        "save_total_limit",
+        "max_steps",
+        "eval_steps",
+        "gradient_accumulation_steps",
+    ):
         if (number := getattr(config, name)) is not None and number < 1:
             raise IpvrmError(f"{name} must be at least 1; got {number}")
     for name in ("save_steps", "weight_decay", "max_grad_norm", "warmup_ratio"):

@@ -126,7 +126,8 @@ class RewardModel:
         source = (
             getattr(getattr(self.reference, "config", None), "_name_or_path", "") or self.info.reference_given
         )
-        info = replace(self.info, **reference_entries(source, folder), versions=versions())
+        entries: dict[str, Any] = {**reference_entries(source, folder)}
+        info = replace(self.info, **entries, versions=versions())
         write_info(folder, info)
 
     @torch.no_grad()

@@ -134,15 +134,18 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def installed_version(package: str) -> str:
+    """Version of an installed package, `absent` where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, ipvrm and the packages that decide the numbers."""
-    found = {"ipvrm": __version__, "python": platform.python_version()}
-    for name in VERSIONED_PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    own = {"ipvrm": __version__, "python": platform.python_version()}
+    return own | {name: installed_version(name) for name in VERSIONED_PACKAGES}
 
 
 def _git_commit() -> str | None:

@@ -8,6 +8,7 @@ function of (seed, epoch).
 """
 
 import math
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -98,9 +99,12 @@ class _Run:
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state()  # an earlier run of this process may have used another precision
-        self.config = config
         self.output = Path(config.output_dir)
         self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=config.mixed_precision)
+        if config.gradient_accumulation_steps is not None:
+            rows = config.per_device_train_batch_size * self.accelerator.num_processes
+            config = replace(config, global_batch_size=rows * config.gradient_accumulation_steps)
+        self.config = config
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise IpvrmError(
                 f"train-rm runs under data parallelism; {self.accelerator.distributed_type} is not "
@@ -196,8 +200,9 @@ class _Run:
         module = ResponseLogprobs(model)
         decayed = [p for p in module.parameters() if p.ndim >= 2 and p.requires_grad]
         rest = [p for p in module.parameters() if p.ndim < 2 and p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": rest, "weight_decay": 0.0}],
+            groups,
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
@@ -519,3 +524,10 @@ def _check_same_run(stored: dict[str, Any], now: dict[str, Any]) -> None:
             f"{', '.join(changed)}. "
             "Put them back, or start a new run in another --output_dir"
         )
+
+
+def main(config: RewardConfig) -> None:
+    """Console entry."""
+    result = train_reward_model(config)
+    if result.steps and int(os.environ.get("RANK", "0")) == 0:
+        print(f"{result.output_dir}: {result.steps} updates in {result.seconds:.1f} s")

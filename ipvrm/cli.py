@@ -1,0 +1,173 @@
+"""`ipvrm <command>`: one table of commands, each a frozen dataclass of flags and a function, imported when
+it is called.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ipvrm import IpvrmError, __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """`module` holds the dataclass `config` and the function `run` that takes it (or, without one, the
+    arguments).
+    """
+
+    help: str
+    module: str
+    config: str | None
+    run: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "the whole method on a small task, offline, on the CPU", "ipvrm.demo.run", "DemoConfig", "run_demo"
+    ),
+    "env": Command("versions, device, backends and why one is missing", "ipvrm.environment", None, "main"),
+    "make-tiny-model": Command(
+        "a small random Qwen3 and a tokenizer trained on your texts",
+        "ipvrm.tiny_model",
+        "TinyModelConfig",
+        "main",
+    ),
+    "train-rm": Command("a reward model from outcome labels", "ipvrm.train_rm", "RewardConfig", "main"),
+    "score": Command("JSONL of problem and steps in, step scores out", "ipvrm.score", "ScoreConfig", "main"),
+    "eval processbench": Command(
+        "first-error F1 on ProcessBench", "ipvrm.evaluate.processbench", "EvalConfig", "evaluate"
+    ),
+    "bench": Command(
+        "the benchmark suite on this machine (needs the checkout)", "benchmarks.run", None, "main"
+    ),
+}
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def usage() -> str:
+    """What `ipvrm --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return (
+        f"usage: ipvrm <command> [--config FILE.yaml] [--flag value ...]      (ipvrm {__version__})\n\n"
+        "Implicit prefix-value reward models: train them from outcome labels, score steps with them.\n\n"
+        + "\n".join(lines)
+        + "\n\n`ipvrm <command> --help` lists its flags; they win over --config, which wins over the defaults.\n"
+        "On several devices: accelerate launch -m ipvrm train-rm ..."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns 0, 2 for an error of the user's (one line on stderr), 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else EXIT_ERROR
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name = next((n for n in (" ".join(arguments[:2]), arguments[0]) if n in COMMANDS), None)
+    if name is None:
+        inner = [n for n in COMMANDS if n.startswith(f"{arguments[0]} ")]
+        known = ", ".join(inner or COMMANDS)
+        print(
+            f"ipvrm: no command {' '.join(arguments[: 2 if inner else 1])!r}; commands: {known}",
+            file=sys.stderr,
+        )
+        return 0 if inner and set(arguments[1:]) & {"-h", "--help"} else EXIT_ERROR
+    try:
+        return _run(name, arguments[len(name.split()) :])
+    except IpvrmError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ipvrm {name}: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", EXIT_ERROR)
+    except KeyboardInterrupt:
+        print(f"ipvrm {name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    command = COMMANDS[name]
+    if name == "bench":
+        sys.path.append(os.getcwd())
+    try:
+        module = import_module(command.module)
+    except ModuleNotFoundError as error:
+        if name == "bench" and error.name in ("benchmarks", "benchmarks.run"):
+            raise IpvrmError(
+                "the benchmarks are not part of the installed package: "
+                "run this in a checkout of the repository, where benchmarks/run.py is"
+            ) from error
+        raise
+    run = getattr(module, command.run)
+    if command.config is None:
+        return int(run(arguments) or 0)
+    run(parse(getattr(module, command.config), arguments, prog=f"ipvrm {name}"))
+    return 0
+
+
+def parse(config_class: type, arguments: Sequence[str], *, prog: str) -> Any:
+    """`config_class` from flags, over `--config FILE.yaml`, over its defaults. Exits with 2 on a bad flag.
+
+    Raises:
+        IpvrmError: a YAML file that cannot be read, or that holds a key which is no flag.
+    """
+    import tyro
+
+    explicit, yaml_path = _take_config(list(arguments))
+    if yaml_path is not None:
+        explicit = [*_yaml_flags(config_class, yaml_path), *explicit]  # of a repeated flag the last counts
+    description = (
+        config_class.__doc__ or ""
+    ).strip() + "\n\n--config FILE.yaml holds flags too; those given here win."
+    return tyro.cli(config_class, args=explicit, prog=prog, description=description, use_underscores=True)
+
+
+def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return arguments[:index] + arguments[index + 1 :], Path(argument.partition("=")[2])
+        if argument == "--config":
+            if index + 1 == len(arguments):
+                raise IpvrmError("--config needs the name of a YAML file")
+            return arguments[:index] + arguments[index + 2 :], Path(arguments[index + 1])
+    return arguments, None
+
+
+def _yaml_flags(config_class: type, path: Path) -> list[str]:
+    """The file's entries as flags, so that both ways of setting a value parse alike (`5e-7` is a text in
+    YAML).
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise IpvrmError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise IpvrmError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise IpvrmError(
+            f"--config {path}: must hold `flag: value` lines; it holds a {type(values).__name__}"
+        )
+    known = [field.name for field in dataclasses.fields(config_class)]
+    unknown = [str(key) for key in values if key not in known]
+    if unknown:
+        raise IpvrmError(f"--config {path}: unknown {', '.join(unknown)}; the flags are {', '.join(known)}")
+    flags: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, bool):
+            flags.append(f"--{key}" if value else f"--no_{key}")
+        elif isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            raise IpvrmError(f"--config {path}: {key} must be a value or a list; got a mapping")
+        else:
+            flags += [f"--{key}", str(value)]
+    return flags

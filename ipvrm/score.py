@@ -1,0 +1,198 @@
+"""`ipvrm score`: JSONL of problem and steps in, JSONL of step scores out, in the same order."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ipvrm import IpvrmError
+from ipvrm.data import BadRow, OnBadRow, report_bad_rows
+from ipvrm.model import local_folder
+from ipvrm.progress import Progress
+from ipvrm.reward_model import BATCH_TOKENS, CONFIG_NAME, RewardModel, Score
+from ipvrm.run_folder import write_text
+
+CHUNK = 64  # solutions scored, and written, at a time
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Step scores of solutions.
+
+    In: one {"problem": text, "steps": [text, ...]} a line, `id` optional. Out: one {"line", "id",
+        "step_scores",
+    "step_ends", "value", "mean_value", "first_error"} a line. An interrupted run goes on where it stopped.
+    """
+
+    model: str
+    """Run folder of the reward model."""
+    input: str
+    """JSONL file of problems and steps."""
+    output: str
+    """JSONL file to write; it appears when all lines are scored."""
+    reference: str | None = None
+    """Where the reference model is now, if it has moved."""
+    rule: Literal["step", "prefix", "mean", "mean_diff"] = "step"
+    """What the score of a step is (Eq. 31, Eq. 30, mean_value at its end, its mean TD)."""
+    threshold: float = 0.5
+    """first_error is the first step with sigmoid(score) below it."""
+    step_format: str = "Step {i}: {step}"
+    """How a step is written; {i} is its number from 1, {step} its text."""
+    step_separator: str = "\n\n"
+    """What stands between two steps."""
+    batch_tokens: int = BATCH_TOKENS
+    """Most tokens of a padded forward."""
+    on_bad_row: OnBadRow = "error"
+    """Lines that cannot be scored: stop and list them, or skip."""
+    use_cpu: bool = False
+    """Score on the CPU although there is an accelerator."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    line: int
+    id: Any
+    problem: str
+    steps: list[str]
+
+
+def score_file(config: ScoreConfig, progress: bool = True) -> int:
+    """Scores `config.input` into `config.output` and returns the number of lines written.
+
+    Raises:
+        IpvrmError: unreadable input, a reward model that cannot be loaded, or bad lines under
+            `on_bad_row="error"`.
+    """
+    shown = Progress(enabled=progress)
+    source = Path(config.input)
+    items, bad = _read(source)
+    report_bad_rows(bad, config.on_bad_row, total=len(items) + len(bad))
+    for row in bad:
+        shown.note(f"skipped {row}")
+    reward_model = RewardModel.from_pretrained(
+        config.model, config.reference, "cpu" if config.use_cpu else None
+    )
+
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{_key(config, source)}.partial")
+    written = _finished(partial)
+    done = written[-1] if written else 0
+    if done:
+        shown.note(f"going on behind line {done}")
+    remaining = [item for item in items if item.line > done]
+    with open(partial, "a", encoding="utf-8") as file:
+        chunks = [remaining[i : i + CHUNK] for i in range(0, len(remaining), CHUNK)]
+        for chunk in shown.track(chunks, "score"):
+            scores, refused = _score(config, reward_model, chunk)
+            report_bad_rows(refused, config.on_bad_row, total=len(items))
+            for row in refused:
+                shown.note(f"skipped {row}")
+            for item, score in scores:
+                file.write(json.dumps(_record(item, score)) + "\n")
+            file.flush()
+            written += [item.line for item, _ in scores]
+        os.fsync(file.fileno())
+    os.replace(partial, output)
+    return len(written)
+
+
+def _read(path: Path) -> tuple[list[_Item], list[BadRow]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise IpvrmError(f"--input {path}: cannot be read: {error}") from error
+    items, bad = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"must be an object; got {type(record).__name__}")
+            problem, steps = record.get("problem"), record.get("steps")
+            if not isinstance(problem, str) or not problem.strip():
+                raise ValueError(f"`problem` must be a text; got {problem!r:.40}")
+            if (
+                not isinstance(steps, list)
+                or not steps
+                or not all(isinstance(s, str) and s.strip() for s in steps)
+            ):
+                raise ValueError(f"`steps` must be a list of texts, none empty; got {steps!r:.40}")
+            items.append(_Item(number, record.get("id"), problem, steps))
+        except ValueError as error:
+            bad.append(
+                BadRow(
+                    str(path),
+                    number,
+                    f"{'not valid ' if isinstance(error, json.JSONDecodeError) else ''}{error}",
+                )
+            )
+    if not items:
+        raise IpvrmError(
+            f"--input {path}: no usable line ({len(bad)} bad)" + (f"; the first: {bad[0]}" if bad else "")
+        )
+    return items, bad
+
+
+def _score(
+    config: ScoreConfig, reward_model: RewardModel, chunk: list[_Item]
+) -> tuple[list[tuple[_Item, Score]], list[BadRow]]:
+    """Scores of a chunk; one that the model's template refuses is found by scoring them one by one."""
+    options: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in ("step_format", "step_separator", "rule", "threshold", "batch_tokens")
+    }
+    try:
+        scores = reward_model.score_many([(item.problem, item.steps) for item in chunk], **options)
+        return list(zip(chunk, scores, strict=True)), []
+    except IpvrmError:
+        found, refused = [], []
+        for item in chunk:
+            try:
+                found.append((item, reward_model.score(item.problem, item.steps, **options)))
+            except IpvrmError as error:
+                reason = str(error).rpartition("item:1: ")[2]
+                refused.append(BadRow(config.input, item.line, reason))
+        return found, refused
+
+
+def _record(item: _Item, score: Score) -> dict[str, Any]:
+    return {
+        "line": item.line,
+        "id": item.id,
+        "step_scores": score.step_scores.tolist(),
+        "step_ends": score.step_ends.tolist(),
+        "value": float(score.prefix_values[-1]),
+        "mean_value": float(score.mean_values[-1]),
+        "first_error": score.first_error,
+    }
+
+
+def _key(config: ScoreConfig, source: Path) -> str:
+    """Names the partial file: an interrupted run goes on only with the same input, model and settings."""
+    settings = {
+        k: v
+        for k, v in asdict(config).items()
+        if k not in ("output", "use_cpu", "on_bad_row", "batch_tokens")
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(source.read_bytes())
+    digest.update((local_folder(config.model) / CONFIG_NAME).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _finished(partial: Path) -> list[int]:
+    """Line numbers that an interrupted run has written; a torn last line is cut off the file."""
+    if not partial.is_file():
+        return []
+    whole = partial.read_text(encoding="utf-8").split("\n")[:-1]
+    write_text(partial, "".join(line + "\n" for line in whole))
+    return [json.loads(line)["line"] for line in whole]
+
+
+def main(config: ScoreConfig) -> None:
+    """Console entry."""
+    print(f"{config.output}: {score_file(config)} solutions scored")
