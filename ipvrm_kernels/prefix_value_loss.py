@@ -53,7 +53,7 @@ def prefix_value_loss_reference(
 
     sums[b] = [w_b sum_t omega_t loss_t, sum_t omega_t], both divided by the latter if `per_sequence`.
     """
-    N, B = log_ratio.shape[0], cu_seqlens.shape[0] - 1
+    N = log_ratio.shape[0]
     segment = segment_ids(cu_seqlens, N)
     t = positions(cu_seqlens, N, log_ratio.dtype)  # (N,)
     mean_value = beta * segment_scan_reference(log_ratio, cu_seqlens) / t  # (N,)
@@ -62,7 +62,10 @@ def prefix_value_loss_reference(
     z = margin[segment] - sign * mean_value  # (N,)
     scale = torch.where(omega_sum > 0, weight / omega_sum, 0.0) if per_sequence else weight  # (B,)
     per_token = scale[segment] * omega * _softplus(z)  # (N,)
-    total = log_ratio.new_zeros(B).index_add(0, segment, per_token)
+    running = F.pad(
+        segment_scan_reference(per_token, cu_seqlens), (1, 0)
+    )  # (N+1,) tree sums, unlike index_add's
+    total = torch.where(omega_sum > 0, running[cu_seqlens[1:].long()], 0.0)  # (B,)
     slope = -scale[segment] * omega * sign * torch.sigmoid(z) / t
     counted = (omega_sum > 0).to(omega_sum.dtype) if per_sequence else omega_sum
     return torch.stack([total, counted], dim=1), slope.detach()

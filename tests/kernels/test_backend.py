@@ -1,0 +1,110 @@
+"""Which implementation runs, what importing costs, and what an unbuilt tree says."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+import ipvrm_kernels
+from ipvrm_kernels import backend
+
+
+def python(code, **env):
+    """stdout of `python -c code`, run outside the checkout, so that the installed package is imported."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env={**os.environ, **env}, cwd=tempfile.gettempdir(),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_needs_neither_transformers_nor_ipvrm():
+    loaded = json.loads(python("import sys, json, ipvrm_kernels; print(json.dumps(list(sys.modules)))"))
+    assert "torch" in loaded and "ipvrm_kernels.segment_scan" in loaded
+    assert not {"transformers", "ipvrm", "accelerate", "numba"} & set(loaded)
+
+
+def test_import_is_quick():
+    code = (
+        "import time, torch, triton, triton.language; start = time.perf_counter(); import ipvrm_kernels;"
+        "print(time.perf_counter() - start)"
+    )
+    seconds = min(float(python(code)) for _ in range(3))
+    assert seconds < 0.3, f"import ipvrm_kernels took {seconds:.2f} s beyond torch and triton"
+
+
+def test_table_names_every_op_and_reason():
+    table = ipvrm_kernels.backends()
+    assert set(table["cpu"]) == set(ipvrm_kernels.OPS)
+    for op, impls in table["cpu"].items():
+        assert set(impls) == set(backend.IMPL_NAMES)
+        assert list(impls.values()).count("default") == 1, op
+    if not backend.INTERPRETED:
+        assert "TRITON_INTERPRET=1" in table["cpu"]["segment_scan"]["triton"]
+    text = str(table)
+    assert "segment_scan" in text and "triton: no, because" in text
+
+
+def test_unbuilt_tree_says_what_is_missing():
+    """Everything runs in torch, and cpp says why not."""
+    out = python(
+        "import sys; sys.modules['ipvrm_kernels._C'] = None; import torch, ipvrm_kernels as k;"
+        "print(k.backends());"
+        "print(k.segment_scan(torch.ones(2), torch.tensor([0, 2]).int()).tolist())\n"
+        "try: k.segment_scan(torch.ones(2), torch.tensor([0, 2]).int(), impl='cpp')\n"
+        "except ValueError as error: print(error)"
+    )
+    assert "torch default" in out and "[1.0, 2.0]" in out
+    assert "impl='cpp' cannot run here: the extension ipvrm_kernels._C cannot be imported" in out
+    assert "pip install -e ." in out
+
+
+@pytest.mark.skipif(not backend.HAS_CPP, reason="the extension is not built")
+def test_cpp_is_the_default_on_the_cpu():
+    x = torch.zeros(1)
+    assert backend.choose("segment_scan", ipvrm_kernels.OPS["segment_scan"], None, x) == "cpp"
+    assert backend.choose("segment_scan", ipvrm_kernels.OPS["segment_scan"], None, x.double()) == "torch"
+
+
+def test_none_never_picks_triton_on_the_cpu():
+    code = (
+        "import torch, ipvrm_kernels as k; from ipvrm_kernels import backend;"
+        "impls = {'triton': 1, 'torch': 1}; print(backend.choose('op', impls, None, torch.zeros(1)))"
+    )
+    assert python(code, TRITON_INTERPRET="1").strip() == "torch"
+
+
+def test_unknown_device_falls_to_the_reference():
+    assert (
+        backend.choose("segment_scan", ipvrm_kernels.OPS["segment_scan"], None, torch.zeros(1, device="meta"))
+        == "torch"
+    )
+
+
+@pytest.mark.parametrize(
+    ("impl", "message"),
+    [
+        ("fast", "the names are torch, cpp, triton, cuda"),
+        ("cuda", "op: impl='cuda' does not exist for this op; it has cpp, torch"),
+    ],
+)
+def test_named_impl_never_falls_back(impl, message):
+    with pytest.raises(ValueError, match=message):
+        backend.choose("op", {"cpp": 1, "torch": 1}, impl, torch.zeros(1))
+
+
+def test_set_checks_returns_the_previous_setting():
+    assert ipvrm_kernels.set_checks(True) is False
+    assert ipvrm_kernels.set_checks(False) is True
+    assert backend.checks_values(torch.zeros(1)) and not backend.checks_values(torch.zeros(1, device="meta"))
+
+
+def test_version_matches_the_metadata():
+    from importlib.metadata import version
+
+    assert ipvrm_kernels.__version__ == version("ipvrm")

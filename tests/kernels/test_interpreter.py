@@ -1,0 +1,31 @@
+"""The op tests again with Triton's interpreter, in a subprocess: it excludes compiling in the same one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ipvrm_kernels import backend
+
+HERE = Path(__file__).parent
+MODULES = sorted(path.name for path in HERE.glob("test_*.py") if "\nOP = " in path.read_text())
+
+
+@pytest.mark.skipif(backend.INTERPRETED, reason="this process is the interpreter's")
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="triton is not installed")
+def test_triton_kernels_in_the_interpreter():
+    assert "test_segment_scan.py" in MODULES
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-k", "triton and not compile", "-p", "no:cacheprovider",
+        "--rootdir", str(HERE.parents[1]), *(str(HERE / name) for name in MODULES),
+    ]  # fmt: skip
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=env, cwd=HERE.parents[1], check=False
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed and int(passed[1]) >= 80, result.stdout[-2000:]
