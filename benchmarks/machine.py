@@ -1,0 +1,63 @@
+"""What a result was measured on: device, versions, commit, command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def describe() -> dict[str, Any]:
+    """The header every results file starts with."""
+    return dict(
+        date=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        command="python " + " ".join(["-m", _module(), *sys.argv[1:]]),
+        commit=_git("rev-parse", "--short=12", "HEAD"),
+        modified=bool(_git("status", "--porcelain", "--untracked-files=no")),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        cpu=_cpu_name(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        versions={name: _version(name) for name in ("ipvrm", "torch", "triton", "transformers", "numpy")},
+        cuda=torch.version.cuda,
+    )
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).name
+
+
+def _git(*arguments: str) -> str:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return result.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,149 @@
+"""The one timing protocol of every benchmark: correctness first, warm-up, interleaved contenders, median
+and p20/p80.
+
+GPU rounds are timed with CUDA events after a 256 MiB write that flushes L2; CPU rounds with perf_counter.
+Peak memory is what a contender allocates above what its inputs hold (CUDA only: the CPU allocator keeps no
+such count).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row group: contenders that do the same work at one shape. The first contender is the yardstick."""
+
+    op: str
+    shape: str
+    contenders: dict[str, Callable[[], Any]]
+    check: Callable[[], None]  # raises if the contenders disagree; runs before any timing
+    flops: float = 0.0  # of the yardstick, 0 where it is not a matmul
+    num_bytes: float = 0.0  # least traffic of the op, 0 where that is not the point
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one shape: milliseconds, MiB above inputs, `ratio` = its median / the yardstick's."""
+
+    op: str
+    shape: str
+    contender: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    ratio: float
+    peak_mib: float | None
+    tflops: float | None
+    gb_per_s: float | None
+    rounds: int
+    error: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    case: Case, device: str, seconds: float = 3.0, min_rounds: int = 5, max_rounds: int = 200
+) -> list[Row]:
+    """Time every contender of `case` in turn, round by round, for about `seconds`. Raises what the check raises."""
+    case.check()
+    contenders = dict(case.contenders)
+    errors: dict[str, str] = {}
+    for name in list(contenders):  # warm-up; a contender that cannot run is a row that says so
+        try:
+            contenders[name]()
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            del contenders[name]
+    flush = torch.empty(64 * 2**20, dtype=torch.float32, device=device) if device == "cuda" else None
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    stop = time.perf_counter() + seconds
+    while contenders and len(next(iter(times.values()))) < max_rounds:
+        for name, run in contenders.items():
+            times[name].append(_once(run, flush))
+        if time.perf_counter() > stop and len(next(iter(times.values()))) >= min_rounds:
+            break
+    peaks = {name: _peak_mib(run) if device == "cuda" else None for name, run in contenders.items()}
+    yardstick = next(iter(case.contenders))
+    base = statistics.median(times[yardstick]) if yardstick in times else float("nan")
+    rows = []
+    for name in case.contenders:
+        if name in errors:
+            nan = float("nan")
+            rows.append(Row(case.op, case.shape, name, nan, nan, nan, nan, None, None, None, 0, errors[name]))
+            continue
+        ordered = sorted(times[name])
+        median = statistics.median(ordered)
+        rows.append(
+            Row(
+                case.op, case.shape, name, median, ordered[len(ordered) // 5], ordered[len(ordered) * 4 // 5],
+                median / base, peaks[name],
+                case.flops / median / 1e9 if case.flops and name == yardstick else None,
+                case.num_bytes / median / 1e6 if case.num_bytes else None,
+                len(ordered),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _once(run: Callable[[], Any], flush: torch.Tensor | None) -> float:
+    if flush is None:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    flush.zero_()
+    start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start_event.record()
+    run()
+    end_event.record()
+    end_event.synchronize()
+    return start_event.elapsed_time(end_event)
+
+
+def _peak_mib(run: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def assert_close(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Raise AssertionError if the largest difference exceeds `tolerance` times the largest expected value."""
+    if not got.numel():
+        return
+    scale = expected.abs().max().item()
+    error = (got.double() - expected.double()).abs().max().item()
+    assert error <= tolerance * max(scale, 1e-30), (
+        f"{name}: error {error:.2e} at scale {scale:.2e}, {tolerance=}"
+    )
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The rows as one Markdown table, in the order measured."""
+    lines = [
+        "| op | shape | contender | median ms | p20 | p80 | x yardstick | peak MiB | TFLOP/s | GB/s |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+
+    def cell(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    for row in rows:
+        if row.error:
+            lines.append(f"| {row.op} | {row.shape} | {row.contender} | {row.error} | | | | | | |")
+            continue
+        lines.append(
+            f"| {row.op} | {row.shape} | {row.contender} | {row.median_ms:.3f} "
+            f"| {row.p20_ms:.3f} | {row.p80_ms:.3f} | {row.ratio:.3f} | {cell(row.peak_mib, 0)} | {cell(row.tflops, 0)} | {cell(row.gb_per_s, 0)} |"
+        )
+    return "\n".join(lines)
