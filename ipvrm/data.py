@@ -277,7 +277,10 @@ def end_of_turn_id(tokenizer: Any, model: Any = None) -> int:
     if tokenizer.chat_template is not None:
         probe = "ipvrm-probe"
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # jinja raises what the template's author wrote; each row will report it
+            text = ""
         tail = text[text.rindex(probe) + len(probe) :] if probe in text else ""
         special = set(tokenizer.all_special_ids)
         special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
@@ -375,18 +378,19 @@ class _Encoder:
         rendered: list[tuple[str, str] | str] = [self._render(row) for row in rows]
         texts = [item for item in rendered if isinstance(item, tuple)]
         new = list({prompt: None for prompt, _ in texts if prompt not in self.prompts})
-        self.prompts.update(zip(new, (tuple(ids) for ids in self._encode(new)["input_ids"]), strict=True))
-        encoded = self._encode([text for _, text in texts])
+        for prompt, ids in zip(new, self._encode(new)["input_ids"] if new else [], strict=True):
+            self.prompts[prompt] = tuple(ids)
+        encodings = self._encode([text for _, text in texts]).encodings if texts else []
         index = 0
         for row, item in zip(rows, rendered, strict=True):
             if isinstance(item, str):
                 yield row, item
                 continue
-            yield row, self._response(row, *item, encoded.encodings[index])
+            yield row, self._response(row, *item, encodings[index])
             index += 1
 
     def _encode(self, texts: list[str]) -> Any:
-        return self.tokenizer(texts or [""], add_special_tokens=False, verbose=False)
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)
 
     def _render(self, row: Row) -> tuple[str, str] | str:
         """(prompt text, whole text), or the reason why there is none."""
@@ -425,10 +429,12 @@ class _Encoder:
         begin = text.find(content, len(prompt))
         if begin < 0:
             return "the chat template rewrites the response's text"
-        if text.startswith(row.response, begin - (shift := row.response.index(content))):
-            end = begin - shift + len(row.response)
-        else:
-            end = begin + len(content)
+        end = begin + len(content)
+        origin = begin - row.response.index(
+            content
+        )  # where the response starts, or would without the stripping
+        if text.startswith(row.response, origin):
+            begin, end = origin, origin + len(row.response)
         offsets = encoding.offsets
         stop = len(ids)  # first token that starts behind the text
         while stop > P and offsets[stop - 1][0] >= end:
@@ -439,9 +445,8 @@ class _Encoder:
             return "the response has no tokens"
         relative = None
         if self.with_offsets:
-            origin = begin - shift
             relative = tuple(
-                (max(first - origin, 0), last - origin) if last > origin and first < end else (-1, -1)
+                (max(first, begin) - origin, last - origin) if last > begin and first < end else (-1, -1)
                 for first, last in offsets[P : len(body)]
             )
             relative += ((-1, -1),)
