@@ -174,7 +174,7 @@ def linear_logprobs_partial(
     Returns: Partial, fp32 (fp64 for fp64 inputs). sumexp, sum_z_exp and id_logits are differentiable once in
         hidden,
     weight and bias; max is a constant, whose gradient cancels in the merge.
-    Raises: ValueError as `linear_logprobs`, except that ids are not checked: they may belong to another shard.
+    Raises: ValueError as `linear_logprobs`, except that ids are not checked (others own them).
     RuntimeError on double backward.
     """
     transform = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature)

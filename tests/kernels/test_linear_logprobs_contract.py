@@ -1,0 +1,120 @@
+"""linear_logprobs: what it refuses, how often it differentiates, autocast, compilation."""
+
+import math
+
+import pytest
+import torch
+
+from ipvrm_kernels import backend, linear_logprobs
+
+OP = "linear_logprobs"
+H, W, I = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)  # noqa: E741
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(hidden=torch.zeros(2, 2, 3)), r"hidden must be \(N, D\) and weight \(V, D\), got \(2, 2, 3\)"),
+        (dict(weight=torch.zeros(5, 2)), r"got \(4, 3\) and \(5, 2\); flatten batch and time"),
+        (dict(hidden=H.long()), "hidden must be fp32, bf16, fp16 or fp64, got torch.int64"),
+        (dict(weight=W.double()), "weight must be of hidden's dtype torch.float32 or an fp32 master"),
+        (dict(hidden=H.double()), "weight must be of hidden's dtype torch.float64"),
+        (dict(weight=W.half()), "got torch.float16; cast one of them"),
+        (dict(weight=torch.zeros(0)), r"weight is empty, shape \(0,\); gather a sharded parameter"),
+        (dict(bias=torch.zeros(4)), r"bias must be \(V,\) with V=5, got \(4,\)"),
+        (dict(bias=torch.zeros(5).double()), "bias must be of weight's dtype torch.float32 or fp32, got"),
+        (dict(weight=W.to("meta")), "weight is on meta, hidden on cpu"),
+        (dict(ids=I.to("meta")), "ids is on meta, hidden on cpu"),
+        (dict(ids=I.float()), "ids must be int64 or int32, got torch.float32"),
+        (dict(ids=I[:3]), r"ids must be \(N,\) or \(N, K\) with N=4, got \(3,\)"),
+        (dict(ids=I[:, None, None]), r"got \(4, 1, 1\)"),
+        (dict(ids=I + 5), r"ids must lie in \[-1, V\) with V=5 .* got values from 5 to 5"),
+        (dict(ids=I - 2), "got values from -2 to -2"),
+        (dict(logit_scale=math.nan), "logit_scale must be finite, got nan"),
+        (dict(softcap=0.0), "softcap must be finite and > 0, got 0.0"),
+        (dict(temperature=-1.0), "temperature must be finite and > 0, got -1.0"),
+        (dict(max_workspace_bytes=0), "max_workspace_bytes must be None or > 0, got 0"),
+        (dict(max_workspace_bytes=99, impl="torch"), "must be at least 320 for impl='torch'"),
+        (dict(impl="blas"), "linear_logprobs: impl='blas' cannot run here: no such implementation"),
+    ],
+)  # fmt: skip
+def test_errors(change, message):
+    arguments = dict(hidden=H, weight=W, ids=I) | change
+    with pytest.raises(ValueError, match=message) as caught:
+        linear_logprobs(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("ids"), **arguments)
+    assert str(caught.value).startswith("linear_logprobs: ")
+
+
+def test_dtensor_is_refused():
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.tensor import init_device_mesh
+
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded = distribute_tensor(W, init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            ValueError, match="weight must be a plain tensor, got a DTensor; pass weight.full_"
+        ):
+            linear_logprobs(H, sharded, I)
+    finally:
+        destroy_process_group()
+
+
+def test_unchecked_ids_read_nothing(monkeypatch, impl, device):
+    """Where values are not read (a GPU by default) a bad id is no token, never an out-of-bounds read."""
+    monkeypatch.setattr(backend, "checks_values", lambda tensor: False)
+    hidden = torch.randn(4, 3, device=device, requires_grad=True)
+    ids = torch.tensor([[5, 0], [-7, 1], [10**9, 2], [-1, 3]], device=device)
+    out = linear_logprobs(hidden, torch.randn(5, 3, device=device), ids, impl=impl)
+    assert (out.logprobs[:, 0] == -math.inf).all() and out.logprobs[:, 1].isfinite().all()
+    out.logprobs.backward(torch.full_like(out.logprobs, math.nan).index_fill(1, ids.new_tensor([1]), 1.0))
+    assert hidden.grad.isfinite().all()
+
+
+def test_backward_twice(impl, device):
+    hidden = torch.randn(4, 3, device=device, requires_grad=True)
+    weight = torch.randn(5, 3, device=device, requires_grad=True)
+    lse = linear_logprobs(hidden, weight, I.to(device), impl=impl).lse.sum()
+    first, second = (torch.autograd.grad(lse, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (gradient,) = torch.autograd.grad(lse, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_logprobs: double backward is not supported"):
+        gradient.sum().backward()
+
+
+def test_autocast_rounds_operands_only(impl, device):
+    hidden = (3 * torch.randn(40, 24)).to(device).requires_grad_()
+    weight = torch.randn(131, 24).to(device).requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        lse = linear_logprobs(hidden, weight, torch.zeros(40, device=device).long(), impl=impl).lse
+        gradients = torch.autograd.grad(lse.sum(), (hidden, weight))
+    rounded = [x.detach().bfloat16() for x in (hidden, weight)]
+    torch.testing.assert_close(lse, (rounded[0].float() @ rounded[1].float().T).logsumexp(1))
+    assert (lse - (rounded[0] @ rounded[1].T).float().logsumexp(1)).abs().max() > 1e-3
+    assert {d.dtype for d in gradients} == {torch.float32}
+
+
+def test_opcheck_and_compile(impl, device):
+    hidden = torch.randn(6, 5, device=device, requires_grad=True)
+    weight = torch.randn(11, 5, device=device, requires_grad=True)
+    bias = torch.randn(11, device=device, requires_grad=True)
+    ids = torch.randint(-1, 11, (6, 3), device=device)
+    for head, frozen in (((weight, bias), False), ((weight.detach(), None), True)):
+        arguments = (hidden, *head, ids, 1.0, 4.0, 0.7, torch.float32, True, frozen, None, False, impl)
+        torch.library.opcheck(torch.ops.ipvrm.linear_logprobs_fwd, arguments)
+
+    def loss(hidden, weight, bias):
+        out = linear_logprobs(hidden, weight, ids[:, 0], bias=bias, return_entropy=True, impl=impl)
+        return (torch.where(ids[:, 0] >= 0, out.logprobs, 0.0) + 2 * out.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    variables = (hidden, weight, bias)
+    mine, theirs = (torch.autograd.grad(f(*variables), variables) for f in (compiled, loss))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_meta_tensors():
+    out = linear_logprobs(H.to("meta"), W.to("meta"), I.to("meta"), return_entropy=True)
+    assert out.logprobs.shape == out.lse.shape == out.entropy.shape == (4,)
