@@ -53,7 +53,7 @@ class Row:
 def measure(
     case: Case, device: str, seconds: float = 3.0, min_rounds: int = 5, max_rounds: int = 200
 ) -> list[Row]:
-    """Time every contender of `case` in turn, round by round, for about `seconds`. Raises what the check raises."""
+    """Time every contender of `case` in turn for about `seconds`, after its check (raises what that raises)."""
     case.check()
     contenders = dict(case.contenders)
     errors: dict[str, str] = {}
@@ -144,6 +144,7 @@ def markdown(rows: Iterable[Row]) -> str:
             continue
         lines.append(
             f"| {row.op} | {row.shape} | {row.contender} | {row.median_ms:.3f} "
-            f"| {row.p20_ms:.3f} | {row.p80_ms:.3f} | {row.ratio:.3f} | {cell(row.peak_mib, 0)} | {cell(row.tflops, 0)} | {cell(row.gb_per_s, 0)} |"
+            f"| {row.p20_ms:.3f} | {row.p80_ms:.3f} | {row.ratio:.3f} | {cell(row.peak_mib, 0)} "
+            f"| {cell(row.tflops, 1)} | {cell(row.gb_per_s, 1)} |"
         )
     return "\n".join(lines)

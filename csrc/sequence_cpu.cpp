@@ -32,8 +32,9 @@ void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num
   }
 }
 
-IPVRM_SIMD void prefix_values_block(const float* sums, const float* log_ratio, float* value, float* mean_value,
-                                    float* prob, float* td, int64_t first, int64_t count, float beta) {
+IPVRM_SIMD void prefix_values_block(const float* __restrict sums, const float* __restrict log_ratio,
+                                    float* __restrict value, float* __restrict mean_value, float* __restrict prob,
+                                    float* __restrict td, int64_t first, int64_t count, float beta) {
   for (int64_t i = 0; i < count; ++i) {
     const PrefixValue v = prefix_value(sums[i], beta, static_cast<float>(static_cast<int32_t>(first + i + 1)));
     value[i] = v.value;
@@ -43,8 +44,9 @@ IPVRM_SIMD void prefix_values_block(const float* sums, const float* log_ratio, f
   }
 }
 
-IPVRM_SIMD void prefix_slopes_block(const float* dvalue, const float* dmean_value, const float* dprob,
-                                    const float* prob, float* slope, int64_t first, int64_t count) {
+IPVRM_SIMD void prefix_slopes_block(const float* __restrict dvalue, const float* __restrict dmean_value,
+                                    const float* __restrict dprob, const float* __restrict prob,
+                                    float* __restrict slope, int64_t first, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     slope[i] = prefix_value_slope(dvalue ? dvalue[i] : 0.0f, dmean_value ? dmean_value[i] : 0.0f,
                                   dprob ? dprob[i] : 0.0f, prob[i], static_cast<float>(static_cast<int32_t>(first + i + 1)));
@@ -52,8 +54,8 @@ IPVRM_SIMD void prefix_slopes_block(const float* dvalue, const float* dmean_valu
 }
 
 // Returns the block's sum of omega_t * loss_t; fills its slopes.
-IPVRM_SIMD float margin_loss_block(const float* sums, float* slope, int64_t first, int64_t count, float beta, float sign,
-                                   float margin, float scale, PrefixWeights weights) {
+IPVRM_SIMD float margin_loss_block(const float* __restrict sums, float* __restrict slope, int64_t first,
+                                   int64_t count, float beta, float sign, float margin, float scale, PrefixWeights weights) {
   float losses[kBlock];
   for (int64_t i = 0; i < count; ++i) {
     const float t = static_cast<float>(static_cast<int32_t>(first + i + 1));
