@@ -57,8 +57,8 @@ def lengths(cu_seqlens: Tensor) -> Tensor:
 
 def segment_ids(cu_seqlens: Tensor, N: int) -> Tensor:
     """(N,) int64: the sequence that owns each packed row (empty sequences own none)."""
-    rows = torch.arange(N, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    sequences = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
+    return torch.repeat_interleave(sequences, lengths(cu_seqlens), output_size=N)  # the size given: no sync
 
 
 def positions(cu_seqlens: Tensor, N: int, dtype: torch.dtype) -> Tensor:

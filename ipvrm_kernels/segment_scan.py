@@ -29,15 +29,17 @@ def segment_scan_reference(
 ) -> Tensor:
     """The definition in plain PyTorch, by doubling: after step s every y_t holds its sum's last 2s terms.
 
-    log2(N) elementwise passes; no padding, no host sync, differentiable by autograd, any float dtype.
+    log2(longest sequence) elementwise passes on the CPU, log2(N) elsewhere, where asking for the longest would
+    synchronise; no padding, differentiable by autograd, any float dtype.
     """
     N = x.shape[0]
     rows = torch.arange(N, device=x.device)
     segment = segment_ids(cu_seqlens, N)
     edges = cu_seqlens.long()
     reach = edges[segment + 1] - 1 - rows if reverse else rows - edges[segment]  # (N,) terms before this one
+    longest = N if x.device.type != "cpu" else int(reach.max()) + 1 if N else 0
     y, step = x, 1
-    while step < N:
+    while step < longest:
         zeros = y.new_zeros(step)
         shifted = torch.cat([y[step:], zeros]) if reverse else torch.cat([zeros, y[:-step]])
         y = y + torch.where(reach >= step, shifted, 0.0) * decay**step
