@@ -53,7 +53,7 @@ class Row:
 def measure(
     case: Case, device: str, seconds: float = 3.0, min_rounds: int = 5, max_rounds: int = 200
 ) -> list[Row]:
-    """Time every contender of `case` in turn for about `seconds`, after its check; raises what that raises."""
+    """Time every contender of `case` in turn for about `seconds`, after its check (which may raise)."""
     case.check()
     contenders = dict(case.contenders)
     errors: dict[str, str] = {}
