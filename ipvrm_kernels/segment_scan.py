@@ -29,8 +29,8 @@ def segment_scan_reference(
 ) -> Tensor:
     """The definition in plain PyTorch, by doubling: after step s every y_t holds its sum's last 2s terms.
 
-    log2(longest sequence) elementwise passes on the CPU; log2(N) elsewhere, where asking for the longest would
-    synchronise; no padding, differentiable by autograd, any float dtype.
+    log2(longest sequence) elementwise passes on the CPU, log2(N) elsewhere (asking for the longest would
+    synchronise); no padding, differentiable by autograd, any float dtype.
     """
     N = x.shape[0]
     rows = torch.arange(N, device=x.device)
