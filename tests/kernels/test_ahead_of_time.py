@@ -13,6 +13,7 @@ import pytest
 from ipvrm_kernels import backend
 
 HERE = Path(__file__).parent
+BUDGET = 120  # seconds, of the suite's twelve minutes
 CSRC = HERE.parents[1] / "csrc"
 
 
@@ -29,7 +30,7 @@ def test_triton_kernels_compile_without_spills(tmp_path):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)  # compile for real, whatever an earlier run left
     command = [sys.executable, str(HERE / "compile_ahead.py")]
-    result = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=BUDGET)
     assert result.returncode == 0, result.stderr[-4000:]
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert {record["sm"] for record in records} == {80, 90, 100}
