@@ -53,24 +53,27 @@ TRAINING_FORMAT = Format("training format")
 SHIFTED_FORMATS = (Format("space before =", before_equals=" "), Format("space after ;", separator="; "))
 
 
-def make_problem(rng: Random, min_steps: int = MIN_STEPS, max_steps: int = MAX_STEPS) -> Problem:
-    """A random chain whose intermediate results all lie in [10, 99]."""
+def make_problem(
+    rng: Random, min_steps: int = MIN_STEPS, max_steps: int = MAX_STEPS, multiple_of: int = 1
+) -> Problem:
+    """A random chain whose results all lie in [10, 99]; its changes are multiples of `multiple_of`."""
     start = value = rng.randint(LOWEST, HIGHEST)
     changes = []
     for _ in range(rng.randint(min_steps, max_steps)):
-        choices = [
-            c for c in range(-HIGHEST, HIGHEST + 1) if abs(c) >= LOWEST and LOWEST <= value + c <= HIGHEST
-        ]
+        possible = range(LOWEST - value, HIGHEST - value + 1)
+        choices = [c for c in possible if abs(c) >= LOWEST and c % multiple_of == 0]
         changes.append(rng.choice(choices))
         value += changes[-1]
     return Problem(start, tuple(changes))
 
 
-def make_problems(count: int, rng: Random, exclude: frozenset[Problem] = frozenset()) -> list[Problem]:
+def make_problems(
+    count: int, rng: Random, exclude: frozenset[Problem] = frozenset(), multiple_of: int = 1
+) -> list[Problem]:
     """`count` different problems, none of them in `exclude`."""
     found: dict[Problem, None] = {}
     while len(found) < count:
-        problem = make_problem(rng)
+        problem = make_problem(rng, multiple_of=multiple_of)
         if problem not in exclude:
             found[problem] = None
     return list(found)

@@ -27,6 +27,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 NOISE = 0.08
+MUON_RATE, ADAMW_RATE = 5e-3, 6e-3
 MAX_NEW_TOKENS = 72  # a solution of six steps has 54
 
 
@@ -80,28 +81,39 @@ def train_base(
     *,
     steps: int,
     batch_size: int,
-    learning_rate: float,
+    multiple_of: int,
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> float:
     """Trains on `steps` batches of fresh noisy chains; cross-entropy on the solution's tokens only.
 
+    Muon for the matrices, AdamW for the embedding and the norms: at this size it reaches the same loss in
+    half the updates of AdamW alone. Linear warm-up over 5 % of the updates, linear decay over the last 60 %.
+
     Args:
+        multiple_of: of the numbers added and subtracted.
         on_step: called after each update with its number (from 1) and its loss (nats per token).
 
     Returns:
         Mean loss of the last tenth of the updates.
     """
     rng = Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        learning_rate,
-        total_steps=steps,
-        pct_start=0.1,
-        anneal_strategy="cos",
-        final_div_factor=100,
-    )
+    embedding = model.get_input_embeddings().weight
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
+    others = [p for p in model.parameters() if p.ndim != 2 or p is embedding]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(
+            matrices, lr=MUON_RATE, weight_decay=0.0, ns_steps=3, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: max(0.01, min((step + 1) / (0.05 * steps), 1.0, (steps - step) / (0.6 * steps))),
+        )
+        for optimizer in optimizers
+    ]
     pad = tokenizer.pad_token_id
     losses = []
     model.train()
@@ -109,7 +121,7 @@ def train_base(
         prompts, texts = [], []
         num_steps = rng.randint(MIN_STEPS, MAX_STEPS)  # one length per batch, so next to no padding
         for _ in range(batch_size):
-            problem = make_problem(rng, num_steps, num_steps)
+            problem = make_problem(rng, num_steps, num_steps, multiple_of)
             prompts.append(prompt_text(problem))
             texts.append(f"{prompts[-1]}{noisy_solution(problem, NOISE, rng)}{SPECIAL['end']}")
         rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -123,11 +135,12 @@ def train_base(
             ]
         )
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss  # right padding: causal
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         losses.append(loss.item())
         on_step(step, losses[-1])
     model.eval()

@@ -19,18 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ipvrm import IpvrmError
 from ipvrm.evaluate.steps import RULES, STEP_FORMAT, STEP_SEPARATOR
 from ipvrm.evaluate.thresholds import (
-    FirstErrorF1,
-    Interval,
-    Threshold,
-    bootstrap_f1,
-    f1_of_hits,
-    hits,
+    f1_report,
+    finite_or_none,
     predict,
+    score_threshold,
     sweep,
     trivial_baselines,
 )
@@ -266,7 +262,7 @@ def _write_items(
             for protocol in PROTOCOLS:
                 entry, values = rules[rule][protocol], scores[rule]
                 known = entry is not None and values is not None
-                row[f"{rule}_{protocol}"] = predict(values, _score_threshold(entry)) if known else None
+                row[f"{rule}_{protocol}"] = predict(values, score_threshold(entry)) if known else None
         rows.append(row)
     _write_parquet(path, rows)
 
@@ -305,10 +301,14 @@ def summarise(
             rules[rule] = dict.fromkeys(PROTOCOLS)
             if both[name]:
                 threshold, _ = sweep(values, labels[name])
-                rules[rule]["oracle"] = _entry(config, values, labels[name], threshold)
+                rules[rule]["oracle"] = f1_report(
+                    values, labels[name], threshold, config.bootstrap_resamples, config.seed
+                )
             if both[name] and chooser is not None:
                 threshold, _ = sweep([scores[rule] for scores in scored[chooser]], labels[chooser])
-                rules[rule]["transfer"] = _entry(config, values, labels[name], threshold)
+                rules[rule]["transfer"] = f1_report(
+                    values, labels[name], threshold, config.bootstrap_resamples, config.seed
+                )
         baselines = trivial_baselines(labels[name], [len(item.steps) for item in items])
         results[name] = {
             "items": len(items),
@@ -316,7 +316,7 @@ def summarise(
             "correct": sum(k < 0 for k in labels[name]),
             "too_long": too_long,
             "rules": rules,
-            "baselines": {key: _finite(value._asdict()) for key, value in baselines.items()},
+            "baselines": {key: finite_or_none(value._asdict()) for key, value in baselines.items()},
         }
     mean: dict[str, Any] = {}
     if len(subsets) > 1 and all(both.values()):
@@ -327,34 +327,6 @@ def summarise(
                 for protocol, found in zip(PROTOCOLS, entries, strict=True)
             }
     return {"transfer_from": chooser, "subsets": results, "mean_f1": mean, "notes": notes}
-
-
-def _entry(config: EvalConfig, scores: Any, labels: Sequence[int], threshold: Threshold) -> dict[str, Any]:
-    hit: NDArray[np.bool_] = hits(scores, labels, threshold.score)
-    f1: FirstErrorF1 = f1_of_hits(hit, labels)
-    interval: Interval = bootstrap_f1(hit, labels, config.bootstrap_resamples, config.seed)
-    return _finite(
-        {
-            "tau": threshold.tau,
-            "score_threshold": threshold.score,
-            **f1._asdict(),
-            "f1_interval": list(interval),
-        }
-    )
-
-
-def _score_threshold(entry: dict[str, Any]) -> float:
-    """The threshold on the score; an infinite one is stored as null beside a tau of 0 or 1."""
-    stored = entry["score_threshold"]
-    return float(stored) if stored is not None else (-math.inf if entry["tau"] == 0.0 else math.inf)
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no nan and no infinity: null stands for both."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
-    }
 
 
 def results_tables(results: dict[str, Any]) -> list[Any]:

@@ -16,8 +16,8 @@ Between two neighbouring scores every threshold predicts the same; the one repor
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,6 +176,28 @@ def bootstrap_f1(
     return percentile_interval(f1, level)
 
 
+def bootstrap_difference(
+    hit_a: NDArray[np.bool_],
+    hit_b: NDArray[np.bool_],
+    labels: Sequence[int],
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile interval of F1(a) - F1(b) on the same items, redrawn together."""
+    wrong = np.asarray(labels) >= 0
+    kind = 4 * wrong + 2 * np.asarray(hit_a) + np.asarray(hit_b)  # eight kinds of item
+    cells = np.bincount(kind, minlength=8)
+    draws = np.random.default_rng(seed).multinomial(len(kind), cells / max(1, len(kind)), size=resamples)
+    with np.errstate(invalid="ignore"):
+        f1 = []
+        for columns in ((2, 3), (1, 3)):  # of right items, where a hits; where b hits
+            correct = draws[:, columns].sum(1) / draws[:, :4].sum(1)
+            erroneous = draws[:, [4 + c for c in columns]].sum(1) / draws[:, 4:].sum(1)
+            f1.append(2 * erroneous * correct / np.maximum(erroneous + correct, 1e-300))
+    return percentile_interval(f1[0] - f1[1], level)
+
+
 def percentile_interval(values: NDArray[np.floating], level: float = 0.95) -> Interval:
     """Percentile interval of resampled values; nan (undefined in that resample) is left out."""
     values = values[~np.isnan(values)]
@@ -208,3 +230,25 @@ def trivial_baselines(labels: Sequence[int], num_steps: Sequence[int]) -> dict[s
             harmonic_mean((1 - p) * share, best_correct), (1 - p) * share, best_correct
         ),
     }
+
+
+def f1_report(
+    scores: Scores, labels: Sequence[int], threshold: Threshold, resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """One rule at one threshold, for results.json: tau, score_threshold, F1, its halves, its interval."""
+    hit = hits(scores, labels, threshold.score)
+    interval = bootstrap_f1(hit, labels, resamples, seed)
+    f1 = f1_of_hits(hit, labels)._asdict()
+    at = {"tau": threshold.tau, "score_threshold": threshold.score}
+    return finite_or_none(at | f1) | {"f1_interval": list(finite_or_none(interval._asdict()).values())}
+
+
+def score_threshold(report: Mapping[str, Any]) -> float:
+    """The score threshold of an `f1_report`; an infinite one is null there, beside a tau of 0 or 1."""
+    stored = report["score_threshold"]
+    return float(stored) if stored is not None else (-math.inf if report["tau"] == 0.0 else math.inf)
+
+
+def finite_or_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no nan and no infinity: null stands for both."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

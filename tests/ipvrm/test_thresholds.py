@@ -14,11 +14,14 @@ from ipvrm.evaluate.steps import first_error
 from ipvrm.evaluate.thresholds import (
     Interval,
     Threshold,
+    bootstrap_difference,
     bootstrap_f1,
     f1_of_hits,
+    f1_report,
     hits,
     percentile_interval,
     predict,
+    score_threshold,
     sweep,
     trivial_baselines,
 )
@@ -177,6 +180,27 @@ def test_bootstrap_spread_matches_redrawing_items_one_by_one():
         redrawn.append(f1_of_hits(hit[index], labels[index]).f1)
     expected = percentile_interval(np.array(redrawn))
     assert bootstrap_f1(hit, labels) == pytest.approx(expected, abs=0.02)
+
+
+def test_paired_difference_matches_redrawing_items_one_by_one():
+    rng = np.random.default_rng(4)
+    labels = np.where(rng.random(120) < 0.4, -1, 0)
+    hit_a = rng.random(120) < 0.7
+    hit_b = np.where(rng.random(120) < 0.8, hit_a, rng.random(120) < 0.3)  # largely the same items
+    redrawn = []
+    for _ in range(2000):
+        index = rng.integers(0, 120, 120)
+        pair = [f1_of_hits(hit[index], labels[index]).f1 for hit in (hit_a, hit_b)]
+        redrawn.append(pair[0] - pair[1])
+    expected = percentile_interval(np.array(redrawn))
+    assert bootstrap_difference(hit_a, hit_b, labels) == pytest.approx(expected, abs=0.02)
+    assert bootstrap_difference(hit_a, hit_a, labels) == (0.0, 0.0)
+
+
+def test_report_survives_json():
+    report = f1_report([[1.0], [0.0]], [-1, -1], Threshold.at(-math.inf), resamples=10)
+    assert report["f1"] is None and report["accuracy_correct"] == 1.0 and report["score_threshold"] is None
+    assert score_threshold(json.loads(json.dumps(report, allow_nan=False))) == -math.inf
 
 
 def test_intervals_overlap():

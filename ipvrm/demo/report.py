@@ -1,0 +1,263 @@
+"""The demo's tables, report and closing text: all of it computed from results, nothing claimed beforehand."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ipvrm.demo.figures import MISSING, draw_trace
+from ipvrm.demo.settings import BUDGETS, NAMES
+from ipvrm.evaluate.thresholds import Interval
+from ipvrm.run_folder import read_json, write_json, write_text
+
+Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
+OWN_PICK = {"ipvrm": "final", "implicit_prm": "sum"}  # the quantity each objective trains
+
+
+def write_report(output: Path, results: dict[str, Any], show: bool = True) -> dict[str, Any]:
+    """Writes results.json, steps.csv, best_of_n.csv, trace.png (with matplotlib) and report.md; prints them.
+
+    Returns:
+        `results` with `conclusions` and `picture` added.
+    """
+    trace = read_json(output / "evaluation" / "trace.json")
+    picture = draw_trace(output / "trace.png", trace, results["choices"])
+    results = results | {"conclusions": list(conclusions(results)), "picture": picture and str(picture)}
+    write_json(output / "results.json", results)
+    write_text(output / "steps.csv", _csv(*_all_rules(results)))
+    tables = [_steps_table(results), _best_of_n_table(results)]
+    write_text(output / "best_of_n.csv", _csv(*_best_of_n_rows(results)))
+    write_text(output / "report.md", _markdown(results, tables, trace, picture))
+    if show:
+        _print(output, results, tables, picture)
+    return results
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def with_interval(value: float | None, interval: list[float]) -> str:
+    return f"{percent(value)} ({percent(interval[0])}-{percent(interval[1])})"
+
+
+# -------------------------------------------------------------------------------------------------- tables
+
+
+def _steps_table(results: dict[str, Any]) -> Table:
+    formats = list(next(iter(results["models"].values()))["formats"])
+    test = results["test"]
+    title = (
+        f"First-error F1 in % (95 % interval), {test['traces']} held-out traces, {test['erroneous']} wrong"
+    )
+    rows = []
+    for name, model in results["models"].items():
+        rule = model["rule"]
+        for protocol, label in (("transfer", NAMES[name]), ("oracle", "  best threshold")):
+            entries = [model["formats"][written][rule][protocol] for written in formats]
+            rows.append([label, *(with_interval(e["f1"], e["f1_interval"]) for e in entries)])
+    for name, value in results["baselines"].items():
+        rows.append([name.replace("_", " "), *[percent(value["f1"])] * len(formats)])
+    return title, ["", *formats], rows
+
+
+def _best_of_n_table(results: dict[str, Any]) -> Table:
+    rows = results["best_of_n"]
+    sizes = list(dict.fromkeys(row["n"] for row in rows))
+    cells = {(row["method"], row["n"]): with_interval(row["accuracy"], row["interval"]) for row in rows}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    body = [[_method(method), *(cells[method, n] for n in sizes)] for method in methods]
+    title = f"Right answers in % (95 % interval), one picked of N, {rows[0]['num_problems']} problems"
+    return title, ["", *(f"N = {n}" for n in sizes)], body
+
+
+def _method(method: str) -> str:
+    model, _, pick = method.partition(":")
+    if not pick:
+        return {"pass_at_n": "any right (pass@N)"}.get(method, method.replace("_", " "))
+    return f"{NAMES[model]}, {pick}{' step' if pick in ('mean', 'min') else ''}"
+
+
+def _all_rules(results: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    header = ["model", "format", "rule", "chosen_rule", "protocol", "tau", "f1", "low", "high"]
+    header += ["accuracy_erroneous", "accuracy_correct"]
+    rows = []
+    for name, model in results["models"].items():
+        for written, rules in model["formats"].items():
+            for rule, protocols in rules.items():
+                for protocol, e in protocols.items():
+                    numbers = [
+                        e["tau"],
+                        e["f1"],
+                        *e["f1_interval"],
+                        e["accuracy_erroneous"],
+                        e["accuracy_correct"],
+                    ]
+                    rows.append([name, written, rule, rule == model["rule"], protocol, *numbers])
+    return header, rows
+
+
+def _best_of_n_rows(results: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    rows = [
+        [r["method"], r["n"], r["accuracy"], *r["interval"], r["num_problems"]] for r in results["best_of_n"]
+    ]
+    return ["method", "n", "accuracy", "low", "high", "problems"], rows
+
+
+def _csv(header: list[str], rows: list[list[Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+# --------------------------------------------------------------------------------------------- conclusions
+
+
+def conclusions(results: dict[str, Any]) -> Iterator[str]:
+    """Sentences that the numbers of this run bear out, and no others."""
+    models = results["models"]
+    formats = list(next(iter(models.values()))["formats"])
+    names = list(models)
+    for written in formats:
+        entries = [models[n]["formats"][written][models[n]["rule"]]["transfer"] for n in names]
+        values = ", ".join(f"{NAMES[n]} {percent(e['f1'])}" for n, e in zip(names, entries, strict=True))
+        difference = results["differences"].get(written)
+        verdict = "" if difference is None else "; " + _compared(names, difference)
+        yield f"Finding the first wrong step, {written}: {values}{verdict}."
+    best = max(value["f1"] or 0.0 for value in results["baselines"].values())
+    for name in names:
+        above: list[str] = []
+        rest: list[str] = []
+        for written in formats:
+            entry = models[name]["formats"][written][models[name]["rule"]]["transfer"]
+            (above if entry["f1_interval"][0] > best else rest).append(written)
+        text = (
+            f"{NAMES[name]}: F1 above the best answer without a model ({percent(best)}) in {_listed(above)}"
+        )
+        yield text + (f"; not shown to be above it in {_listed(rest)}." if rest else ".")
+    yield from _best_of_n_conclusions(results, names)
+    yield "This is one seed of one small task; nothing here says which method is better elsewhere."
+
+
+def _compared(names: list[str], difference: dict[str, Any]) -> str:
+    low, high = difference["interval"]
+    gap = f"{100 * difference['f1']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    pair = f"{NAMES[names[0]]} minus {NAMES[names[1]]} on the same traces {gap}"
+    if low > 0:
+        return f"{pair}, so {NAMES[names[0]]} is ahead here"
+    if high < 0:
+        return f"{pair}, so {NAMES[names[1]]} is ahead here"
+    return f"{pair}: the interval holds 0, no difference shown"
+
+
+def _best_of_n_conclusions(results: dict[str, Any], names: list[str]) -> Iterator[str]:
+    n = max(row["n"] for row in results["best_of_n"])
+    rows = {row["method"]: row for row in results["best_of_n"] if row["n"] == n}
+    vote = rows["majority_vote"]
+    for name in names:
+        pick = OWN_PICK[name]
+        row = rows[f"{name}:{pick}"]
+        text = (
+            f"Best of {n} picked by {NAMES[name]} ({pick}): {percent(row['accuracy'])}, "
+            f"majority vote {percent(vote['accuracy'])}"
+        )
+        if Interval(*row["interval"]).overlaps(Interval(*vote["interval"])):
+            yield f"{text}; the intervals overlap, no difference shown."
+        else:
+            ahead = "the reward model" if row["accuracy"] > vote["accuracy"] else "the vote"
+            yield f"{text}; the intervals do not overlap, {ahead} is ahead here."
+
+
+def _listed(items: list[str]) -> str:
+    return ", ".join(f"'{item}'" for item in items) or "none of the formats"
+
+
+# -------------------------------------------------------------------------------------------------- output
+
+
+def _facts(results: dict[str, Any]) -> list[str]:
+    base, train = results["base"], results["rollouts"]["train"]
+    facts = [
+        f"base model: {base['parameters'] / 1e6:.2f} M parameters, {base['steps']} updates, "
+        f"loss {base['loss']:.3f} nats per token",
+        f"rollouts for training: {train['responses']}, {train['right_answer']} with the right answer, "
+        f"{train['all_steps_right']} with every step right, {train['dropped_unfinished_or_empty']} dropped",
+    ]
+    for c in results["choices"]:
+        margin = "" if c["margin"] is None else f", margin {c['margin']:g}"
+        facts.append(
+            f"{NAMES[c['objective']]}: beta {c['beta']:g}{margin}, learning rate {c['learning_rate']:g}, "
+            f"{c['num_train_epochs']:g} epochs, step score '{c['rule']}'"
+        )
+    return facts
+
+
+def _stage_line(results: dict[str, Any]) -> str:
+    stages = results["stages"]
+    parts = [
+        f"{name} {stage['seconds']:.0f} s" + (f" of {BUDGETS[name]:g}" if name in BUDGETS else "")
+        for name, stage in stages.items()
+    ]
+    return "time: " + ", ".join(parts) + f"; {sum(s['seconds'] for s in stages.values()):.0f} s in all"
+
+
+THRESHOLDS = (
+    "Thresholds were chosen on {validation} validation traces in the training format and reused in every "
+    "format; 'best threshold' shows what the best one for these very traces would reach. "
+    "best constant: -1 or one fixed step at random, both chosen with the test labels."
+)
+
+
+def _markdown(
+    results: dict[str, Any], tables: list[Table], trace: dict[str, Any], picture: Path | None
+) -> str:
+    lines = ["# ipvrm demo", "", *(f"- {fact}" for fact in _facts(results)), f"- {_stage_line(results)}", ""]
+    for title, header, rows in tables:
+        lines += [f"## {title}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        lines += ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
+        lines.append("")
+    lines += [THRESHOLDS.format(validation=results["test"]["validation_traces"]), ""]
+    lines += ["## What this run shows", "", *(f"- {text}" for text in results["conclusions"]), ""]
+    lines += ["## One wrong trace", ""]
+    shown = ";".join(trace["steps"])
+    lines.append(
+        f"`{trace['problem']}` answered `{shown}`; the first wrong step is number {trace['label'] + 1}."
+    )
+    for name, model in trace["models"].items():
+        flagged = f"step {model['flagged'] + 1}" if model["flagged"] >= 0 else "no step"
+        lines.append(f"{NAMES[name]} flags {flagged}.")
+    lines += ["", f"![prefix value and TD per token]({picture.name})" if picture else MISSING, ""]
+    return "\n".join(lines)
+
+
+def _print(output: Path, results: dict[str, Any], tables: list[Table], picture: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console(highlight=False)
+    for fact in _facts(results):
+        console.print(fact, markup=False)
+    for title, header, rows in tables:
+        table = RichTable(
+            title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
+        )
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print()
+        console.print(table)
+    console.print()
+    console.print(
+        THRESHOLDS.format(validation=results["test"]["validation_traces"]), markup=False, style="dim"
+    )
+    console.print()
+    for text in results["conclusions"]:
+        console.print(f"- {text}", markup=False)
+    console.print()
+    console.print(_stage_line(results), markup=False)
+    console.print(f"picture: {picture}" if picture else MISSING, markup=False, soft_wrap=True)
+    console.print(f"everything is in {output}", markup=False, soft_wrap=True)

@@ -1,0 +1,82 @@
+"""Rollouts of the demo's base model: training data with outcome labels, and what is held out."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from ipvrm.demo.arithmetic import STEP_SEPARATOR, Problem, answer_of, first_wrong_step, make_problems
+from ipvrm.demo.base_model import sample
+from ipvrm.demo.settings import Sizes
+from ipvrm.progress import Progress
+from ipvrm.run_folder import write_json
+
+
+def roll_out(folder: Path, base: Path, sizes: Sizes, seed: int, progress: Progress) -> None:
+    """train.parquet with outcome labels; validation, test and best_of_n as JSONL of (problem, responses)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ipvrm.model import load_model, load_tokenizer
+
+    model, tokenizer = load_model(base, torch.float32), load_tokenizer(base)
+    plan = {
+        "train": (sizes.train_problems, sizes.rollouts_per_problem),
+        "validation": (sizes.validation_traces, 1),
+        "test": (sizes.test_traces, 1),
+        "best_of_n": (sizes.best_of_problems, sizes.best_of_samples),
+    }
+    problems = make_problems(
+        sum(count for count, _ in plan.values()), Random(seed + 1), multiple_of=sizes.multiple_of
+    )
+    counts: dict[str, Any] = {}
+    with progress.bar("rollouts", sum(count * each for count, each in plan.values())) as update:
+        done = 0
+        for number, (name, (count, each)) in enumerate(plan.items()):
+            taken, problems = problems[:count], problems[count:]
+
+            def advance(added: int) -> None:
+                nonlocal done
+                done += added
+                update(done)
+
+            responses = sample(
+                model, tokenizer, taken, per_problem=each, seed=1000 * seed + number, on_batch=advance
+            )
+            counts[name] = _count(taken, responses)
+            if name == "train":
+                rows = [
+                    {"prompt": p.text, "response": r, "label": int(answer_of(r) == p.answer)}
+                    for p, found in zip(taken, responses, strict=True)
+                    for r in found
+                    if r
+                ]
+                pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+                continue
+            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                for problem, found in zip(taken, responses, strict=True):
+                    file.write(json.dumps(asdict(problem) | {"responses": found}) + "\n")
+    write_json(folder / "counts.json", counts)
+
+
+def _count(problems: list[Problem], responses: list[list[str | None]]) -> dict[str, int | float]:
+    pairs = [(p, r) for p, found in zip(problems, responses, strict=True) for r in found]
+    ended = [(p, r) for p, r in pairs if r]
+    return {
+        "responses": len(pairs),
+        "dropped_unfinished_or_empty": len(pairs) - len(ended),
+        "right_answer": sum(answer_of(r) == p.answer for p, r in ended),
+        "all_steps_right": sum(first_wrong_step(p, r.split(STEP_SEPARATOR)) == -1 for p, r in ended),
+    }
+
+
+def read_rollouts(path: Path) -> list[tuple[Problem, list[str | None]]]:
+    """(problem, responses) of a JSONL file of the rollouts stage; None for a response that never ended."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        found.append((Problem(row["start"], tuple(row["changes"])), row["responses"]))
+    return found

@@ -1,0 +1,204 @@
+"""`ipvrm demo`: a base model from scratch, its rollouts, two reward models, what they find; all on a CPU.
+
+Stages, each a folder that is written whole and reused as long as its settings stay the same:
+
+    base            a small Qwen3 trained on noisy arithmetic chains
+    rollouts        its answers at temperature 1: training data with outcome labels, and held-out traces
+    reward-*        an IPVRM and an Implicit PRM, trained by `train_reward_model` on the outcome labels only
+    evaluation      first-error F1 in the training format and in shifted ones, Best-of-N
+
+and a report of tables, picture and text, all computed from their numbers. The reward models' hyperparameters
+were chosen once, on validation traces in the training format and with another seed, by
+`python -m benchmarks.select_demo_hyperparameters` (benchmarks/results/demo_selection.json). Thresholds are
+chosen in each run, on its validation traces in the training format, and never on test traces.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ipvrm.demo.base_model import make_model, make_tokenizer, train_base
+from ipvrm.demo.rollouts import roll_out
+from ipvrm.demo.settings import BUDGETS, CHOICES, FULL, QUICK, Choice, DemoConfig, Sizes
+from ipvrm.progress import Progress
+from ipvrm.run_folder import manifest, read_json, save_folder, write_json
+
+STAGE_FILE = "stage.json"
+
+
+def run_demo(
+    config: DemoConfig,
+    progress: bool = True,
+    sizes: Sizes | None = None,
+    choices: tuple[Choice, ...] = CHOICES,
+) -> dict[str, Any]:
+    """Runs the stages that are not there yet, prints tables and text, and writes results.json and report.md.
+
+    Args:
+        config: where, how large, which seed.
+        progress: show progress and results.
+        sizes: other sizes than those of `config.quick`.
+        choices: hyperparameters of the reward models.
+
+    Returns:
+        What results.json holds.
+    """
+    from ipvrm.demo.evaluation import evaluate_models
+    from ipvrm.demo.report import write_report
+
+    sizes = sizes or (QUICK if config.quick else FULL)
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    stages = Stages(output, Progress(enabled=progress))
+    prepare(stages, sizes, config.seed)
+    for choice in choices:
+        train_choice(stages, f"reward-{choice.objective}", choice, config.seed)
+    evaluation = {"choices": [asdict(c) for c in choices], "resamples": sizes.bootstrap_resamples}
+    stages.folder(
+        "evaluation",
+        evaluation | {"best_of_n": sizes.best_of_n, "seed": config.seed},
+        lambda folder: evaluate_models(folder, output, choices, sizes, config.seed, stages.progress),
+        after=["rollouts", *(f"reward-{c.objective}" for c in choices)],
+    )
+    results = {
+        "config": asdict(config),
+        "sizes": asdict(sizes),
+        "choices": [asdict(choice) for choice in choices],
+        "base": read_json(output / "base" / "base.json"),
+        "rollouts": read_json(output / "rollouts" / "counts.json"),
+        **read_json(output / "evaluation" / "evaluation.json"),
+        "stages": stages.done,
+        "manifest": manifest(seeds={"demo": config.seed}),
+    }
+    return write_report(output, results, show=progress)
+
+
+def main(config: DemoConfig) -> None:
+    """Console entry."""
+    run_demo(config)
+
+
+def prepare(stages: "Stages", sizes: Sizes, seed: int) -> None:
+    """The stages that need no reward model: base model and rollouts."""
+    names = ("multiple_of", "hidden_size", "num_layers", "base_steps", "base_batch")
+    base = {name: getattr(sizes, name) for name in names}
+    stages.folder(
+        "base",
+        base | {"seed": seed},
+        lambda folder: _train_base(folder, sizes, seed, stages.progress),
+    )
+    counted = {name: value for name, value in asdict(sizes).items() if name not in base}
+    del counted["bootstrap_resamples"], counted["best_of_n"]
+    stages.folder(
+        "rollouts",
+        counted | {"seed": seed},
+        lambda folder: roll_out(folder, stages.output / "base", sizes, seed, stages.progress),
+        after=["base"],
+    )
+
+
+def train_choice(stages: "Stages", name: str, choice: Choice, seed: int) -> None:
+    """A reward model from the outcome labels of the rollouts, into the folder `name`."""
+    from ipvrm import RewardConfig, train_reward_model
+
+    config = RewardConfig(
+        model=str(stages.output / "base"),
+        train_data=str(stages.output / "rollouts" / "train.parquet"),
+        output_dir=str(stages.output / name),
+        objective=choice.objective,
+        beta=choice.beta,
+        margin=choice.margin,
+        learning_rate=choice.learning_rate,
+        num_train_epochs=choice.num_train_epochs,
+        warmup_ratio=0.05,
+        global_batch_size=64,
+        per_device_train_batch_size=64,
+        max_length=256,
+        logging_steps=4,
+        save_steps=0,
+        seed=seed,
+        use_cpu=True,
+    )
+    settings = {k: v for k, v in asdict(config).items() if k not in ("model", "train_data", "output_dir")}
+    live = stages.progress.live
+    stages.in_place(name, settings, lambda: train_reward_model(config, progress=live), after=["rollouts"])
+
+
+class Stages:
+    """Finished parts of the output folder, and what each was made from."""
+
+    def __init__(self, output: Path, progress: Progress):
+        self.output = output
+        self.progress = progress
+        self.done: dict[str, dict[str, Any]] = {}
+
+    def folder(
+        self, name: str, settings: dict[str, Any], make: Callable[[Path], Any], after: list[str] | None = None
+    ) -> None:
+        """Makes the folder `name` by `make(temporary folder)` unless it is there, of the same settings."""
+        key = self._key(name, settings, after or [])
+        if self._is_done(name, key):
+            return
+        started = time.perf_counter()
+        with save_folder(self.output / name) as temporary:
+            make(temporary)
+            self._finish(name, key, settings, started, temporary)
+
+    def in_place(
+        self, name: str, settings: dict[str, Any], make: Callable[[], Any], after: list[str] | None = None
+    ) -> None:
+        """The same for a stage that writes its own folder; what an interrupted one left is removed first."""
+        key = self._key(name, settings, after or [])
+        if self._is_done(name, key):
+            return
+        shutil.rmtree(self.output / name, ignore_errors=True)
+        started = time.perf_counter()
+        make()
+        self._finish(name, key, settings, started, self.output / name)
+
+    def _key(self, name: str, settings: dict[str, Any], after: list[str]) -> str:
+        before = [self.done[stage]["key"] for stage in after]
+        made_from = {"stage": name, "settings": settings, "after": before}
+        return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+    def _is_done(self, name: str, key: str) -> bool:
+        file = self.output / name / STAGE_FILE
+        if file.exists() and (stored := read_json(file))["key"] == key:
+            self.done[name] = stored
+            self.progress.note(f"{name}: done before ({stored['seconds']:.0f} s)")
+            return True
+        budget = f" (budget {BUDGETS[name]:g} s)" if name in BUDGETS else ""
+        self.progress.note(f"{name}{budget} ...")
+        return False
+
+    def _finish(self, name: str, key: str, settings: dict[str, Any], started: float, folder: Path) -> None:
+        seconds = round(time.perf_counter() - started, 2)
+        self.done[name] = {"key": key, "seconds": seconds, "settings": settings}
+        write_json(folder / STAGE_FILE, self.done[name])
+        self.progress.note(f"{name}: {seconds:.0f} s")
+
+
+def _train_base(folder: Path, sizes: Sizes, seed: int, progress: Progress) -> None:
+    from ipvrm.model import save_model
+
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, sizes.hidden_size, sizes.num_layers, seed)
+    with progress.bar("base model", sizes.base_steps) as update:
+        loss = train_base(
+            model,
+            tokenizer,
+            steps=sizes.base_steps,
+            batch_size=sizes.base_batch,
+            multiple_of=sizes.multiple_of,
+            seed=seed,
+            on_step=lambda step, loss: update(step, loss=loss),
+        )
+    save_model(model, folder)
+    tokenizer.save_pretrained(folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    write_json(folder / "base.json", {"parameters": parameters, "steps": sizes.base_steps, "loss": loss})

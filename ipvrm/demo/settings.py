@@ -1,0 +1,71 @@
+"""Settings of `ipvrm demo`: sizes, time budgets and the hyperparameters of the reward models."""
+
+from dataclasses import dataclass
+
+# Seconds on two idle cores.
+BUDGETS = {"base": 60, "rollouts": 30, "reward-ipvrm": 37.5, "reward-implicit_prm": 37.5, "evaluation": 30}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole method on a task small enough for two CPU cores: about four minutes, or one with --quick."""
+
+    output_dir: str = "runs/demo"
+    """Folder for models, tables and the picture; finished stages in it are reused."""
+    quick: bool = False
+    """A one-minute smoke run: the same stages, too small to learn much."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How hard the task is, and how much of everything."""
+
+    multiple_of: int = 1
+    """Numbers added and subtracted are multiples of this; 10 makes the task easy to learn."""
+    hidden_size: int = 96
+    num_layers: int = 3
+    base_steps: int = 1100
+    base_batch: int = 16
+    train_problems: int = 1024
+    rollouts_per_problem: int = 4
+    validation_traces: int = 512
+    test_traces: int = 1024
+    best_of_problems: int = 128
+    best_of_samples: int = 16
+    best_of_n: tuple[int, ...] = (4, 16)
+    bootstrap_resamples: int = 2000
+
+
+FULL = Sizes()
+QUICK = Sizes(
+    multiple_of=10,
+    base_steps=200,
+    train_problems=128,
+    validation_traces=64,
+    test_traces=128,
+    best_of_problems=32,
+    best_of_samples=4,
+    best_of_n=(2, 4),
+    bootstrap_resamples=500,
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Hyperparameters of one reward model, and the rule that turns its values into step scores."""
+
+    objective: str
+    beta: float
+    margin: float | None
+    learning_rate: float
+    num_train_epochs: float
+    rule: str
+
+
+# Chosen by benchmarks/select_demo_hyperparameters.py, see the module docstring.
+CHOICES = (
+    Choice("ipvrm", beta=50.0, margin=1.0, learning_rate=3e-4, num_train_epochs=3, rule="step"),
+    Choice("implicit_prm", beta=1.0, margin=None, learning_rate=3e-4, num_train_epochs=3, rule="step"),
+)
+NAMES = {"ipvrm": "IPVRM", "implicit_prm": "Implicit PRM"}

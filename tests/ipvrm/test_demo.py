@@ -1,0 +1,298 @@
+"""`ipvrm demo` in miniature: every stage is real, but solutions come from the noise model of the task."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from random import Random
+
+import pyarrow.parquet as pq
+import pytest
+
+from ipvrm import IpvrmError
+from ipvrm.demo import evaluation, rollouts, run
+from ipvrm.demo.arithmetic import Problem, answer_of, first_wrong_step, noisy_solution
+from ipvrm.demo.figures import draw_trace
+from ipvrm.demo.report import conclusions
+from ipvrm.demo.rollouts import read_rollouts
+from ipvrm.demo.run import run_demo
+from ipvrm.demo.settings import CHOICES, Choice, DemoConfig, Sizes
+from ipvrm.evaluate.thresholds import f1_of_hits, hits, sweep
+
+MINI = Sizes(
+    hidden_size=32,
+    num_layers=2,
+    base_steps=20,
+    base_batch=8,
+    train_problems=48,
+    rollouts_per_problem=4,
+    validation_traces=48,
+    test_traces=64,
+    best_of_problems=8,
+    best_of_samples=4,
+    best_of_n=(2, 4),
+    bootstrap_resamples=100,
+)
+
+
+def noisy_samples(model, tokenizer, problems, *, per_problem, seed, on_batch=lambda count: None):
+    """An untrained model would never answer; these answers are right about half of the time."""
+    rng = Random(seed)
+    on_batch(len(problems) * per_problem)
+    found = [[noisy_solution(p, 0.15, rng) for _ in range(per_problem)] for p in problems]
+    found[0][0] = None if per_problem > 1 else found[0][0]  # one that never ended
+    return found
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(output folder, results) of a finished run."""
+    output = tmp_path_factory.mktemp("demo") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "sample", noisy_samples)
+        yield output, run_demo(DemoConfig(str(output)), progress=False, sizes=MINI)
+
+
+@pytest.fixture
+def again(demo, monkeypatch):
+    """Runs the demo again in the finished folder; what it trains is listed."""
+    import ipvrm
+
+    trained = []
+    original = ipvrm.train_reward_model
+
+    def counting(config, progress=True):
+        trained.append(config.objective)
+        return original(config, progress)
+
+    monkeypatch.setattr(ipvrm, "train_reward_model", counting, raising=False)
+    monkeypatch.setattr(rollouts, "sample", noisy_samples)
+
+    def rerun(**options):
+        trained.clear()
+        return run_demo(DemoConfig(str(demo[0])), progress=False, sizes=MINI, **options), list(trained)
+
+    return rerun
+
+
+def test_writes_everything_it_promises(demo):
+    output, results = demo
+    names = {path.name for path in output.iterdir()}
+    assert names >= {"results.json", "steps.csv", "best_of_n.csv", "trace.png", "report.md"}
+    assert not [path for path in output.rglob("*.tmp")]
+    assert json.loads((output / "results.json").read_text())["models"] == results["models"]
+    assert (output / "trace.png").read_bytes().startswith(b"\x89PNG")
+    report = (output / "report.md").read_text()
+    assert all(sentence in report for sentence in results["conclusions"])
+    assert {"base", "rollouts", "reward-ipvrm", "reward-implicit_prm", "evaluation"} == set(results["stages"])
+    header, *rows = (output / "steps.csv").read_text().splitlines()
+    assert header.startswith("model,format,rule,chosen_rule,protocol,tau,f1,low,high")
+    assert len(rows) == 2 * 3 * 4 * 2  # models, formats, rules, protocols
+
+
+def test_training_data_holds_outcome_labels_only(demo):
+    rows = pq.read_table(demo[0] / "rollouts" / "train.parquet").to_pylist()
+    assert set(rows[0]) == {"prompt", "response", "label"}
+    assert len(rows) == 48 * 4 - 1 and {row["label"] for row in rows} == {0, 1}
+    assert demo[1]["rollouts"]["train"]["dropped_unfinished_or_empty"] == 1
+    assert all(row["label"] == (answer_of(row["response"]) == eval(row["prompt"])) for row in rows)
+    found = [
+        read_rollouts(demo[0] / "rollouts" / f"{name}.jsonl") for name in ("validation", "test", "best_of_n")
+    ]
+    held_out = [problem.text for part in found for problem, _ in part]
+    assert not {row["prompt"] for row in rows} & set(held_out) and len(set(held_out)) == 48 + 64 + 8
+
+
+def test_table_follows_from_the_stored_scores(demo):
+    """F1 again from test_scores.jsonl, labels from the verifier, thresholds from the validation traces."""
+    output, results = demo
+    rows = [
+        json.loads(line) for line in (output / "evaluation" / "test_scores.jsonl").read_text().splitlines()
+    ]
+    problems = [problem for problem, _ in read_rollouts(output / "rollouts" / "test.jsonl")]
+    labels = [first_wrong_step(p, row["steps"]) for p, row in zip(problems, rows, strict=True)]
+    assert labels == [row["label"] for row in rows] and -1 in labels
+    for name, model in results["models"].items():
+        for written, rules in model["formats"].items():
+            for rule, entries in rules.items():
+                scores = [row["scores"][name][written][rule] for row in rows]
+                chosen = model["validation"][rule]
+                assert entries["transfer"]["tau"] == chosen["tau"]  # one threshold for all formats
+                score = chosen["score"] if chosen["score"] is not None else math.inf * (chosen["tau"] - 0.5)
+                assert entries["transfer"]["f1"] == pytest.approx(
+                    f1_of_hits(hits(scores, labels, score), labels).f1
+                )
+                assert entries["oracle"]["f1"] == pytest.approx(sweep(scores, labels)[1].f1)
+        # a shifted format is another text for the model, so other scores
+        by_format = [[row["scores"][name][w]["step"] for row in rows] for w in model["formats"]]
+        assert by_format[0] != by_format[1] != by_format[2] != by_format[0]
+
+
+def test_best_of_n_holds_both_models_and_the_votes(demo):
+    rows = demo[1]["best_of_n"]
+    methods = {row["method"] for row in rows}
+    picks = {f"{c.objective}:{pick}" for c in CHOICES for pick in ("final", "sum", "mean", "min")}
+    assert methods == picks | {"one_sample", "majority_vote", "pass_at_n"}
+    accuracy = {(row["method"], row["n"]): row["accuracy"] for row in rows}
+    for method in methods:
+        assert accuracy[method, 4] <= accuracy["pass_at_n", 4] + 1e-12
+        low, high = next(row["interval"] for row in rows if row["method"] == method and row["n"] == 4)
+        assert low <= accuracy[method, 4] <= high
+
+
+def test_finished_stages_are_reused(demo, again):
+    output, results = demo
+    before = (output / "evaluation" / "evaluation.json").stat().st_mtime_ns
+    repeated, trained = again()
+    assert trained == []
+    assert (output / "evaluation" / "evaluation.json").stat().st_mtime_ns == before
+    assert repeated["models"] == results["models"] and repeated["conclusions"] == results["conclusions"]
+
+
+def test_interrupted_stage_starts_afresh_and_gives_the_same_numbers(demo, again):
+    output, results = demo
+    (output / "reward-ipvrm" / "stage.json").unlink()  # as after a kill in the middle of the training
+    (output / "reward-ipvrm" / "model.safetensors").write_bytes(b"half a file")
+    repeated, trained = again()
+    assert trained == ["ipvrm"]
+    assert repeated["models"] == results["models"]
+
+
+def test_another_choice_repeats_only_what_depends_on_it(demo, again):
+    other = (dataclasses.replace(CHOICES[0], margin=0.5), CHOICES[1])
+    repeated, trained = again(choices=other)
+    assert trained == ["ipvrm"]
+    ours, theirs = repeated["models"], demo[1]["models"]
+    assert ours["ipvrm"]["formats"] != theirs["ipvrm"]["formats"]
+    assert ours["implicit_prm"]["formats"] == theirs["implicit_prm"]["formats"]
+    again()  # the module's other tests find the folder as it was
+
+
+def test_without_matplotlib_the_demo_says_how_to_get_the_picture(demo, again, monkeypatch):
+    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (demo[0] / "trace.png").unlink()
+    results, _ = again()
+    assert results["picture"] is None
+    assert "pip install 'ipvrm[plot]'" in (demo[0] / "report.md").read_text()
+    monkeypatch.undo()
+
+
+def test_screen_shows_tables_and_conclusions(demo, again, capsys):
+    run_demo(DemoConfig(str(demo[0])), progress=True, sizes=MINI)
+    shown = capsys.readouterr()
+    for text in (
+        "First-error F1",
+        "space before =",
+        "best constant",
+        "majority vote",
+        "pass@N",
+        "time: base",
+    ):
+        assert text in shown.out
+    assert "…" not in shown.out  # nothing is cut at 80 columns
+    assert "reward-ipvrm: done before" in shown.err
+
+
+def test_a_base_model_that_never_errs_is_refused(tmp_path, monkeypatch):
+    def right(model, tokenizer, problems, *, per_problem, seed, on_batch):
+        rng = Random(seed)
+        return [[noisy_solution(p, 0.0, rng) for _ in range(per_problem)] for p in problems]
+
+    monkeypatch.setattr(rollouts, "sample", right)
+    sizes = dataclasses.replace(MINI, base_steps=1, train_problems=4, validation_traces=4, test_traces=4)
+    with pytest.raises(IpvrmError, match="0 of the 4 validation traces hold a mistake"):
+        run_demo(DemoConfig(str(tmp_path / "demo")), progress=False, sizes=sizes)
+
+
+# ------------------------------------------------------------------------------------------- closing text
+
+
+def results_with(f1, intervals, difference, interval):
+    """Results of two models in one format, by hand."""
+    models = {
+        name: {
+            "rule": "step",
+            "formats": {"here": {"step": {"transfer": {"f1": value, "f1_interval": list(around)}}}},
+        }
+        for name, value, around in zip(("ipvrm", "implicit_prm"), f1, intervals, strict=True)
+    }
+    best_of_n = [
+        {"method": method, "n": 4, "accuracy": accuracy, "interval": [accuracy - 0.05, accuracy + 0.05]}
+        for method, accuracy in
+        (("majority_vote", 0.6), ("ipvrm:final", 0.63), ("implicit_prm:sum", 0.8))
+    ]  # fmt: skip
+    return {
+        "models": models,
+        "differences": {"here": {"f1": difference, "interval": interval}},
+        "baselines": {"best_constant": {"f1": 0.3}, "one": {"f1": None}},
+        "best_of_n": best_of_n,
+    }
+
+
+def test_conclusions_name_a_winner_only_where_the_interval_does():
+    args = ([0.8, 0.7], [(0.75, 0.85), (0.25, 0.8)], 0.1)
+    ahead = " ".join(conclusions(results_with(*args, [0.05, 0.15])))
+    assert (
+        "IPVRM minus Implicit PRM on the same traces +10.0 (+5.0 to +15.0), so IPVRM is ahead here" in ahead
+    )
+    open_ = " ".join(conclusions(results_with(*args, [-0.05, 0.15])))
+    assert "no difference shown" in open_ and "so IPVRM is ahead" not in open_
+    behind = " ".join(conclusions(results_with(*args, [-0.15, -0.05])))
+    assert "so Implicit PRM is ahead here" in behind
+    # 0.25 is not above the best constant's 0.3
+    assert "IPVRM: F1 above the best answer without a model (30.0) in 'here'." in ahead
+    assert "not shown to be above it in 'here'" in ahead
+    assert "Best of 4 picked by IPVRM (final): 63.0, majority vote 60.0; the intervals overlap" in ahead
+    assert (
+        "Implicit PRM (sum): 80.0, majority vote 60.0; the intervals do not overlap, the reward model"
+        in ahead
+    )
+
+
+# ------------------------------------------------------------------------------------------------- parts
+
+
+def test_picture_of_any_trace(tmp_path):
+    steps = ["10+10=20", "20+10=31"]
+    for label, flagged in ((-1, -1), (1, 0)):
+        trace = {
+            "problem": "10+10+10",
+            "steps": steps,
+            "label": label,
+            "models": {"ipvrm": {"log_ratio": [0.1] * 18, "flagged": flagged}},
+        }
+        path = draw_trace(tmp_path / f"{label}.png", trace, [dataclasses.asdict(CHOICES[0])])
+        assert path is not None and path.stat().st_size > 10_000
+
+
+def test_trace_of_the_picture_is_chosen_by_position(demo):
+    trace = json.loads((demo[0] / "evaluation" / "trace.json").read_text())
+    traces, lost = evaluation.read_traces(demo[0] / "rollouts" / "test.jsonl")
+    fitting = [i for i, t in enumerate(traces) if len(t.steps) >= 4 and 1 <= t.label <= len(t.steps) - 2]
+    assert trace["index"] == fitting[0] and lost == 0
+    assert len(trace["models"]["ipvrm"]["log_ratio"]) == len(";".join(trace["steps"])) + 1
+
+
+def test_traces_leave_out_what_never_ended(tmp_path):
+    path = tmp_path / "x.jsonl"
+    row = dataclasses.asdict(Problem(10, (10,))) | {"responses": ["10+10=20", None, ""]}
+    path.write_text(json.dumps(row) + "\n")
+    traces, lost = evaluation.read_traces(path)
+    assert [t.label for t in traces] == [-1] and lost == 2
+
+
+SELECTION = Path(__file__).parents[2] / "benchmarks" / "results" / "demo_selection.json"
+
+
+@pytest.mark.skipif(not SELECTION.exists(), reason="no checkout with benchmarks/results beside the tests")
+def test_hyperparameters_are_the_ones_that_were_selected():
+    chosen = json.loads(SELECTION.read_text())["chosen"]
+    assert [Choice(**chosen[c.objective]) for c in CHOICES] == list(CHOICES)
+
+
+def test_default_folder_and_quick_sizes():
+    assert DemoConfig().output_dir == "runs/demo" and DemoConfig().seed == 0
+    assert run.QUICK.test_traces < run.FULL.test_traces
