@@ -41,8 +41,8 @@ def draw_trace(path: Path, trace: dict[str, Any], choices: Sequence[dict[str, An
         len(models), 1, left=0.07, right=0.985, top=1 - 1.3 / height, bottom=0.45 / height, hspace=0.36
     )
     bounds = _bounds(trace["steps"])
-    for cell, (name, model) in zip(outer, models.items(), strict=True):
-        inner = cell.subgridspec(2, 1, height_ratios=[1.5, 1], hspace=0.1)
+    for row, (name, model) in enumerate(models.items()):
+        inner = outer[row].subgridspec(2, 1, height_ratios=[1.5, 1], hspace=0.1)
         top, bottom = figure.add_subplot(inner[0]), figure.add_subplot(inner[1])
         td = [betas[name] * ratio for ratio in model["log_ratio"]]
         value = list(itertools.accumulate(td))

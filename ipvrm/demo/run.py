@@ -78,11 +78,6 @@ def run_demo(
     return write_report(output, results, show=progress)
 
 
-def main(config: DemoConfig) -> None:
-    """Console entry."""
-    run_demo(config)
-
-
 def prepare(stages: "Stages", sizes: Sizes, seed: int) -> None:
     """The stages that need no reward model: base model and rollouts."""
     names = ("multiple_of", "hidden_size", "num_layers", "base_steps", "base_batch")

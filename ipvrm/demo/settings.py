@@ -15,6 +15,7 @@ class DemoConfig:
     quick: bool = False
     """A one-minute smoke run: the same stages, too small to learn much."""
     seed: int = 0
+    """Of everything that is drawn: problems, weights, samples, orders, intervals."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class EvalConfig:
     limit: int | None = None
     """Only the first so many solutions of each subset, for a quick look."""
     bootstrap_resamples: int = 2000
+    """Resamples of the solutions for the intervals."""
     seed: int = 0
     """Seed of the bootstrap."""
 

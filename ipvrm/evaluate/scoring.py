@@ -42,8 +42,7 @@ def score_solutions(
         batch_tokens: most tokens of a padded micro-batch.
 
     Raises:
-        IpvrmError: a solution that the chat template refuses.
-        ValueError: a solution without steps, or a bad `step_format`.
+        IpvrmError: a solution without steps or that the chat template refuses, or a bad `step_format`.
     """
     rendered = [render_steps(steps, step_format, step_separator) for _, steps in items]
     rows = [

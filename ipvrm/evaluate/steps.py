@@ -22,6 +22,8 @@ from string import Formatter
 import torch
 from torch import Tensor
 
+from ipvrm import IpvrmError
+
 RULES = ("step", "prefix", "mean", "mean_diff")
 STEP_FORMAT = "Step {i}: {step}"
 STEP_SEPARATOR = "\n\n"
@@ -42,13 +44,13 @@ def render_steps(
         included, so `ends[-1] == len(text)`.
 
     Raises:
-        ValueError: no steps, or a format without `{step}` or with another field than `{i}` and `{step}`.
+        IpvrmError: no steps, or a format without `{step}` or with another field than `{i}` and `{step}`.
     """
     if len(steps) == 0:
-        raise ValueError("render_steps: a solution must have at least one step; got an empty list")
+        raise IpvrmError("render_steps: a solution must have at least one step; got an empty list")
     fields = {name for _, name, _, _ in Formatter().parse(step_format) if name is not None}
     if "step" not in fields or not fields <= {"i", "step"}:
-        raise ValueError(
+        raise IpvrmError(
             "render_steps: step_format must contain {step} and may contain {i}, nothing else; "
             f"got {step_format!r} with the fields {sorted(fields)}"
         )

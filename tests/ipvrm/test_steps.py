@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ipvrm import IpvrmError
 from ipvrm.evaluate.steps import (
     RULES,
     first_error,
@@ -28,12 +29,12 @@ def test_render_keeps_braces_of_the_step_text():
 
 @pytest.mark.parametrize("step_format", ["Step {i}", "{step} {n}", "{} {step}"])
 def test_render_refuses_formats_that_lose_the_step(step_format):
-    with pytest.raises(ValueError, match="step_format must contain"):
+    with pytest.raises(IpvrmError, match="step_format must contain"):
         render_steps(["a"], step_format)
 
 
 def test_render_refuses_no_steps():
-    with pytest.raises(ValueError, match="at least one step"):
+    with pytest.raises(IpvrmError, match="at least one step"):
         render_steps([])
 
 
