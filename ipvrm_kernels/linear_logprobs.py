@@ -54,12 +54,14 @@ class LinearLogprobs(NamedTuple):
 
 
 def linear_logprobs_reference(
-    hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition: (logprobs (N, K), lse (N,), entropy (N,)); differentiable, holds (N, V) tensors."""
+    hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform,
+    return_entropy: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The definition: (logprobs (N, K), lse (N,), entropy (N,) or empty); differentiable, holds (N, V)."""
     z = transformed_logits(hidden, weight, bias, transform)
     log_p = torch.log_softmax(z, 1)
-    return select_ids(log_p, ids), torch.logsumexp(z, 1), -times_log(log_p.exp(), log_p).sum(1)
+    entropy = -times_log(log_p.exp(), log_p).sum(1) if return_entropy else z.new_empty(0)
+    return select_ids(log_p, ids), torch.logsumexp(z, 1), entropy
 
 
 def _torch_forward(
@@ -69,14 +71,13 @@ def _torch_forward(
     check_workspace(
         "linear_logprobs", max_workspace_bytes, hidden.shape[0], weight.shape[0], out_dtype(hidden)
     )
-    logprobs, lse, entropy = linear_logprobs_reference(hidden, weight, ids, bias, transform)
-    absent = lse.new_empty(0)
-    expectation = absent
+    logprobs, lse, entropy = linear_logprobs_reference(hidden, weight, ids, bias, transform, return_entropy)
+    expectation = lse.new_empty(0)
     if frozen_head:
         z = transformed_logits(hidden, weight, bias, transform)
         p = torch.exp(z - lse[:, None]) * transform_slope(z, transform)
         expectation = head_gradients(p, hidden, weight, bias, transform.dtype, (True, False, False))[0]
-    return logprobs, lse, entropy if return_entropy else absent.clone(), expectation
+    return logprobs, lse, entropy, expectation
 
 
 def _torch_backward(

@@ -49,9 +49,11 @@ def case(lengths=(5, 0, 1, 9), K=4, D=12, V=37, seed=0, dtype=torch.float32, dri
     return dict(token_ids=token_ids, candidate_ids=candidate_ids, cu_seqlens=cu_seqlens, **floats)
 
 
-def composed(inputs, *, alpha=0.1, clip_low=0.2, clip_high=0.28, candidate_clip_low=None,
-             candidate_clip_high=None, dual_clip=None, reduction="sequence_mean", candidate_reduction=None, token_denominator=None,
-             candidate_denominator=None, **head):  # fmt: skip
+def composed(
+    inputs, *, alpha=0.1, clip_low=0.2, clip_high=0.28, candidate_clip_low=None, candidate_clip_high=None,
+    dual_clip=None, reduction="sequence_mean", candidate_reduction=None, token_denominator=None,
+    candidate_denominator=None, **head,
+):  # fmt: skip
     """Eq. 11, 12, 14 from linear_logprobs and clipped_surrogate, one sequence at a time."""
     ids = torch.cat([inputs["token_ids"][:, None], inputs["candidate_ids"]], 1)
     logprobs = linear_logprobs(inputs["hidden"], inputs["weight"], ids, **head).logprobs
