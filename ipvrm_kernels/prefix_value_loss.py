@@ -212,15 +212,8 @@ def _native_loss_fwd(device: str) -> Any:
 def _native_loss_bwd(device: str) -> Any:
     def run(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
         dlog_ratio = torch.empty_like(slope)
-        backend.native_call(
-            f"prefix_value_loss_bwd_{device}",
-            slope,
-            cu_seqlens,
-            scale,
-            dlog_ratio,
-            cu_seqlens.shape[0] - 1,
-            beta,
-        )
+        name, B = f"prefix_value_loss_bwd_{device}", cu_seqlens.shape[0] - 1
+        backend.native_call(name, slope, cu_seqlens, scale, dlog_ratio, B, beta)
         return dlog_ratio
 
     return run
@@ -269,29 +262,40 @@ def _(
 
 @torch.library.custom_op("ipvrm::prefix_value_loss_bwd", mutates_args=())
 def _prefix_value_loss_bwd(
-    slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str
-) -> Tensor:
+    log_ratio: Tensor, slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str
+) -> Tensor:  # log_ratio only tells autograd what the gradient depends on
     return IMPLS[impl][1](slope, cu_seqlens.contiguous(), scale.contiguous(), beta)
 
 
 @_prefix_value_loss_bwd.register_fake
-def _(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str) -> Tensor:
+def _(log_ratio: Tensor, slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str) -> Tensor:
     return torch.empty_like(slope)
+
+
+def _refuse(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "prefix_value_loss: its gradient cannot be differentiated; build the loss from segment_scan and "
+        "softplus where a second derivative is needed"
+    )
+
+
+_prefix_value_loss_bwd.register_autograd(_refuse)
 
 
 def _loss_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     _, slope, scale = output
     ctx.mark_non_differentiable(slope, scale)
-    cu_seqlens, ctx.beta, ctx.impl = inputs[1], inputs[6], inputs[9]
-    ctx.save_for_backward(cu_seqlens, slope, scale)
+    log_ratio, cu_seqlens, ctx.beta, ctx.impl = inputs[0], inputs[1], inputs[6], inputs[9]
+    ctx.save_for_backward(log_ratio, cu_seqlens, slope, scale)
 
 
 def _loss_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
     if dloss is None:
         return (None,) * 10
-    cu_seqlens, slope, scale = ctx.saved_tensors
-    return _prefix_value_loss_bwd(slope, cu_seqlens, dloss * scale, ctx.beta, ctx.impl), *(None,) * 9
+    log_ratio, cu_seqlens, slope, scale = ctx.saved_tensors
+    gradient = _prefix_value_loss_bwd(log_ratio, slope, cu_seqlens, dloss * scale, ctx.beta, ctx.impl)
+    return gradient, *(None,) * 9
 
 
 _prefix_value_loss.register_autograd(_loss_backward, setup_context=_loss_setup)

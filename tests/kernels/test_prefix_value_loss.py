@@ -189,6 +189,20 @@ def test_reference_gradcheck():
             )
 
 
+def test_second_backward_is_refused():
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    loss = prefix_value_loss(x, edges([3]), torch.ones(1))
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="prefix_value_loss: .* cannot be differentiated"):
+        torch.autograd.grad(gradient.sum(), x)
+
+
+def test_upstream_of_the_gradient_is_not_lost():
+    """d (c * loss) / d x with c a function of x: the first derivative takes both paths."""
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: prefix_value_loss(x, edges([3]), torch.ones(1)) * x.sum(), x)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 600), min_size=1, max_size=6),
