@@ -27,7 +27,8 @@ PREFIX = "checkpoint-"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
 RNG = "rng.safetensors"
-_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+_SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+_LOAD = StateDictOptions(flatten_optimizer_state_dict=True)  # every rank reads the whole file
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -75,7 +76,7 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     """Writes the optimizer's tensors to `folder` and returns its scalars, for `trainer_state.json`."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for name, value in get_optimizer_state_dict(model, optimizer, options=_OPTIONS).items():
+    for name, value in get_optimizer_state_dict(model, optimizer, options=_SAVE).items():
         if isinstance(value, Tensor):
             tensors[name] = value.contiguous()
         else:
@@ -91,7 +92,7 @@ def load_optimizer(
     state: dict[str, Any] = {**load_file(folder / OPTIMIZER)}
     for name, value in scalars.items():
         state[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples (betas)
-    set_optimizer_state_dict(model, optimizer, state, options=_OPTIONS)
+    set_optimizer_state_dict(model, optimizer, state, options=_LOAD)
 
 
 def rng_state(rank: int) -> dict[str, Tensor]:

@@ -260,7 +260,8 @@ class _Run:
         validation: dict[str, float] = {}
         if self.start == 0:
             validation = self._validate()
-            self._record({"step": 0, **validation})
+            if validation:
+                self._record({"step": 0, **validation})
         with Interrupt() as interrupt, self.progress.bar("train-rm", self.total_steps, self.start) as bar:
             for step in range(self.start, self.total_steps):
                 sums, grad_norm, stop = self._update(step, interrupt.signal)

@@ -6,10 +6,12 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from ipvrm.tiny_model import TinyModelConfig, make_tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # models this small are fastest so, above all beside other processes
 
 
 def make_rollouts(path: Path, count: int, seed: int = 0) -> Path:

@@ -1,0 +1,250 @@
+"""The command line: cheap help, YAML below flags, clean errors; and the small commands."""
+
+import filecmp
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ipvrm import IpvrmError, cli
+from ipvrm.cli import COMMANDS, main, parse
+from ipvrm.environment import openmp_runtimes
+from ipvrm.reward_config import RewardConfig
+from ipvrm.run_folder import JsonlLog, manifest, save_folder, write_json, write_text
+from ipvrm.tiny_model import TinyModelConfig, make_tiny_model
+
+REQUIRED = ["--model", "m", "--train_data", "d", "--output_dir", "o"]
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys\nfrom ipvrm.cli import main\nassert main(['--help']) == 0\n"
+    code += "print(sorted({'torch', 'transformers', 'tyro', 'numpy'} & set(sys.modules)))"
+    done = run(code)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_import_ipvrm_is_cheap_and_lazy():
+    done = run(
+        "import sys, ipvrm\nprint('torch' in sys.modules)\nprint(ipvrm.RewardConfig.__name__)\nipvrm.nothing"
+    )
+    assert done.stdout.split() == ["False", "RewardConfig"]
+    assert "module 'ipvrm' has no attribute 'nothing'" in done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "bench"])
+def test_every_command_of_the_table_exists(name, capsys):
+    command = COMMANDS[name]
+    if importlib.util.find_spec(command.module) is None:
+        pytest.skip(f"{command.module} is not written yet")
+    if command.config is None:
+        assert main([*name.split(), "--help"]) == 0
+    else:
+        with pytest.raises(SystemExit) as caught:
+            main([*name.split(), "--help"])
+        assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert "usage: ipvrm" in printed
+    assert callable(getattr(importlib.import_module(command.module), command.run))
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["eval"], ["eval", "nothing"]])
+def test_unknown_commands(arguments, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "eval processbench" in captured.out + captured.err
+
+
+def test_errors_of_ours_are_one_clean_line(capsys):
+    assert main(["train-rm", "--model", "/nowhere", "--train_data", "d", "--output_dir", "o"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ipvrm train-rm: /nowhere") and len(error.splitlines()) == 1
+
+
+def test_yaml_lies_between_defaults_and_flags(tmp_path):
+    path = tmp_path / "config.yaml"
+    # PyYAML reads 5e-4 as a text; as a flag it is a number.
+    path.write_text("learning_rate: 5e-4\nbeta: 3\nmargin: null\nuse_cpu: true\nseed: 1\n")
+    config = parse(RewardConfig, [*REQUIRED, "--seed", "2", "--config", str(path)], prog="p")
+    assert (config.learning_rate, config.beta, config.margin, config.use_cpu, config.seed) == (
+        5e-4,
+        3.0,
+        None,
+        True,
+        2,
+    )
+    assert config.global_batch_size == 64
+    config = parse(RewardConfig, [f"--config={path}", *REQUIRED, "--no_use_cpu"], prog="p")
+    assert config.use_cpu is False
+    path.write_text("output_dir: o\ntexts: [a, b]\n")
+    assert parse(TinyModelConfig, ["--config", str(path)], prog="p").texts == ("a", "b")
+
+
+def test_a_saved_config_is_a_config(tmp_path):
+    """config.yaml of a run folder can be passed back."""
+    import dataclasses
+
+    import yaml
+
+    saved = RewardConfig("m", "d", "o", max_steps=3, beta=1.5, dry_run=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(saved)))
+    assert parse(RewardConfig, ["--config", str(tmp_path / "config.yaml")], prog="p") == saved
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("lerning_rate: 1", "unknown lerning_rate; the flags are model, train_data"),
+        ("- a", "must hold `flag: value` lines"),
+        ("beta: {a: 1}", "beta must be a value or a list"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, reason):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(IpvrmError, match=reason):
+        parse(RewardConfig, [*REQUIRED, "--config", str(path)], prog="p")
+    with pytest.raises(IpvrmError, match="No such file"):
+        parse(RewardConfig, [*REQUIRED, "--config", str(tmp_path / "absent.yaml")], prog="p")
+    with pytest.raises(IpvrmError, match="needs the name"):
+        parse(RewardConfig, ["--config"], prog="p")
+
+
+def test_bench_needs_the_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p or ".") / "benchmarks").is_dir()])
+    monkeypatch.chdir(tmp_path)
+    for name in [n for n in sys.modules if n.split(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["bench"]) == 2
+    assert "run this in a checkout" in capsys.readouterr().err
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "run.py").write_text("def main(arguments):\n    print('ran', arguments)\n")
+    importlib.invalidate_caches()
+    assert cli.main(["bench", "--out", "x"]) == 0
+    assert "ran ['--out', 'x']" in capsys.readouterr().out
+    for name in ("benchmarks", "benchmarks.run"):
+        sys.modules.pop(name, None)
+
+
+def test_env(capsys):
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    assert "linear_logprobs" in printed and "transformers" in printed and "OpenMP" in printed
+    assert main(["env", "--what"]) == 2
+
+
+def test_a_second_openmp_runtime_is_seen():
+    line = "7f0000-7f1000 r-xp 00000000 fe:01 1234    /opt/{}\n"
+    maps = "".join(
+        line.format(name)
+        for name in ("a/libgomp-1a2b.so.1", "b/libiomp5.so", "c/libc.so.6", "a/libgomp-1a2b.so.1")
+    )
+    assert openmp_runtimes(maps) == ["/opt/a/libgomp-1a2b.so.1", "/opt/b/libiomp5.so"]
+
+
+# ------------------------------------------------------------------------------------------ run folder
+
+
+def test_save_folder_is_all_or_nothing(tmp_path):
+    with save_folder(tmp_path / "a") as folder:
+        write_text(folder / "x", "1")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a" / "x").read_text() == "1"
+    with pytest.raises(RuntimeError), save_folder(tmp_path / "a") as folder:
+        write_text(folder / "x", "2")
+        raise RuntimeError
+    assert (tmp_path / "a" / "x").read_text() == "1"
+    with save_folder(tmp_path / "a") as folder:
+        write_text(folder / "y", "3")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["y"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_jsonl_log_drops_what_a_resumed_run_repeats(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = JsonlLog(path, after_step=2)
+    log.write({"step": 3, "new": True})
+    log.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "new": true}\n'
+    JsonlLog(path).close()
+    assert path.read_text() == ""
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_manifest_names_versions_and_command():
+    found = manifest("ipvrm demo", seeds={"seed": 3}, ranks=2)
+    assert found["command"] == "ipvrm demo" and found["seeds"] == {"seed": 3} and found["ranks"] == 2
+    assert found["versions"]["torch"] and json.dumps(found)
+
+
+# ------------------------------------------------------------------------------------------ tiny model
+
+
+def test_tiny_model_is_a_pure_function_of_its_config(tmp_path, rollouts):
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    folders = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        config = TinyModelConfig(str(tmp_path / name), (str(rollouts),), seed=seed, **sizes)
+        folders.append(make_tiny_model(config))
+    names = sorted(p.name for p in folders[0].iterdir())
+    assert filecmp.cmpfiles(folders[0], folders[1], names, shallow=False) == (names, [], [])
+    assert filecmp.cmpfiles(folders[0], folders[2], names, shallow=False)[1] == ["model.safetensors"]
+
+
+def test_tiny_tokenizer_round_trips_any_text(tokenizer):
+    for text in ("What is 12 + 3?", "naïve π≈3 \U0001f600\t\r\n  x", "\x00\x7f"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_tiny_model_reads_every_kind_of_text(tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.txt").write_text("plain words plain words")
+    (tmp_path / "b.json").write_text(json.dumps([{"problem": "nested", "steps": ["words", "words"]}]))
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "lines"}) + "\n\n")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["columns columns"], "n": [1]}), tmp_path / "d.parquet"
+    )
+    files = [str(tmp_path / name) for name in ("a.txt", "b.json", "c.jsonl", "d.parquet")]
+    small = ["--vocab_size", "280", "--hidden_size", "16", "--num_hidden_layers", "1"]
+    assert main(["make-tiny-model", "--output_dir", str(tmp_path / "m"), "--texts", *files, *small]) == 0
+    assert "qwen3" in capsys.readouterr().out
+    vocabulary = json.loads((tmp_path / "m" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert any("words" in token for token in vocabulary) and any("columns" in token for token in vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"vocab_size": 200}, "vocab_size must be at least 259"),
+        ({"texts": ()}, "at least one file"),
+        ({"texts": ("absent.txt",)}, "absent.txt: no such file"),
+        ({"hidden_size": 30}, "must be a multiple"),
+    ],
+)
+def test_tiny_model_settings_that_do_not_fit(tmp_path, rollouts, changes, reason):
+    with pytest.raises(IpvrmError, match=reason):
+        make_tiny_model(
+            TinyModelConfig(**({"output_dir": str(tmp_path / "m"), "texts": (str(rollouts),)} | changes))
+        )
+    assert not (tmp_path / "m").exists()
+
+
+def test_tiny_model_does_not_overwrite(tiny_folder, rollouts):
+    with pytest.raises(IpvrmError, match="not an empty folder"):
+        make_tiny_model(TinyModelConfig(str(tiny_folder), (str(rollouts),)))

@@ -1,0 +1,290 @@
+"""Scores against the definitions, and the reference that travels with a reward model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ipvrm import IpvrmError, RewardModel
+from ipvrm.cli import main
+from ipvrm.data import Response
+from ipvrm.reward_config import RewardConfig
+from ipvrm.train_rm import train_reward_model
+
+PROBLEM, STEPS = "What is 1 + 2?", ["carry 0.", "carry 1 and more.", "Answer: 3"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tiny_folder, rollouts):
+    """A parent folder with a base model and a run trained from it."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(tiny_folder, home / "base")
+    config = RewardConfig(
+        model=str(home / "base"),
+        train_data=str(rollouts),
+        output_dir=str(home / "runs" / "rm"),
+        learning_rate=3e-3,
+        beta=2.0,
+        margin=1.0,
+        max_steps=3,
+        use_cpu=True,
+    )
+    train_reward_model(config, progress=False)
+    return home
+
+
+@pytest.fixture(scope="module")
+def reward_model(home):
+    return RewardModel.from_pretrained(home / "runs" / "rm", device="cpu")
+
+
+def full_logits_log_ratio(reward_model, ids, start):
+    """(T,) from the two models' own logits."""
+    ids = torch.tensor([ids])
+    parts = []
+    for model in (reward_model.model, reward_model.reference):
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].log_softmax(-1)
+        parts.append(logprobs[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0])
+    return parts[0] - parts[1]
+
+
+def test_score_against_full_logits(reward_model):
+    score = reward_model.score(PROBLEM, STEPS)
+    tokenizer = reward_model.tokenizer
+    prompt = f"<|im_start|>user\n{PROBLEM}<|im_end|>\n<|im_start|>assistant\n"
+    texts = ["Step 1: carry 0.\n\n", "Step 2: carry 1 and more.\n\n", "Step 3: Answer: 3"]
+    whole = tokenizer(prompt + "".join(texts) + "<|im_end|>", return_offsets_mapping=True)
+    start = len(tokenizer(prompt).input_ids)
+    log_ratio = full_logits_log_ratio(reward_model, whole.input_ids, start)
+    value = 2.0 * log_ratio.cumsum(0)
+    torch.testing.assert_close(score.prefix_values, value, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(score.td, 2.0 * log_ratio, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        score.mean_values, value / torch.arange(1, len(value) + 1), rtol=1e-4, atol=1e-4
+    )
+    # A token belongs to the step in which its last character lies; the end-of-turn token to none.
+    sums, lasts, end = [], [], len(prompt)
+    ends = [end for _, end in whole.offset_mapping[start:-1]]
+    for text in texts:
+        begin, end = end, end + len(text)
+        inside = [t for t, last in enumerate(ends) if begin < last <= end]
+        sums.append(2.0 * log_ratio[inside].sum())
+        lasts.append(inside[-1])
+    torch.testing.assert_close(score.step_scores, torch.stack(sums), rtol=1e-4, atol=1e-4)
+    assert score.step_ends.tolist() == lasts
+    below = [i for i, s in enumerate(sums) if s < 0]
+    assert score.first_error == (below[0] if below else -1)
+
+
+def test_rules_and_threshold(reward_model):
+    prefix = reward_model.score(PROBLEM, STEPS, rule="prefix")
+    torch.testing.assert_close(
+        prefix.step_scores, prefix.prefix_values[prefix.step_ends], rtol=1e-5, atol=1e-5
+    )
+    mean = reward_model.score(PROBLEM, STEPS, rule="mean")
+    torch.testing.assert_close(mean.step_scores, mean.mean_values[mean.step_ends], rtol=1e-5, atol=1e-5)
+    assert reward_model.score(PROBLEM, STEPS, threshold=0.0).first_error == -1
+    assert reward_model.score(PROBLEM, STEPS, threshold=1.0).first_error == 0
+
+
+def test_score_many_keeps_the_order_and_ignores_the_batching(reward_model):
+    items = [(PROBLEM, STEPS[:n]) for n in (1, 3, 2, 3, 1)]
+    for budget in (1, 120, 10_000):
+        for (problem, steps), score in zip(
+            items, reward_model.score_many(items, batch_tokens=budget), strict=True
+        ):
+            alone = reward_model.score(problem, steps)
+            torch.testing.assert_close(score.prefix_values, alone.prefix_values, rtol=1e-4, atol=1e-5)
+            assert len(score.step_scores) == len(steps)
+
+
+def test_token_log_ratios(reward_model):
+    responses = [Response(tuple(range(5, 5 + n)), 3, 1) for n in (4, 30, 11)]
+    for response, got in zip(
+        responses, reward_model.token_log_ratios(responses, batch_tokens=40), strict=True
+    ):
+        want = full_logits_log_ratio(reward_model, list(response.input_ids), 3)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert reward_model.token_log_ratios([]) == []
+
+
+def test_save_and_load_round_trip(reward_model, home, tmp_path):
+    reward_model.save_pretrained(home / "elsewhere" / "copy")
+    again = RewardModel.from_pretrained(home / "elsewhere" / "copy", device="cpu")
+    assert again.info.reference == "../../base"
+    a, b = reward_model.score(PROBLEM, STEPS), again.score(PROBLEM, STEPS)
+    assert torch.equal(a.prefix_values, b.prefix_values)
+
+
+def test_the_reference_survives_moving_the_parent(home, tmp_path, reward_model):
+    moved = tmp_path / "moved"
+    shutil.copytree(home, moved)
+    base = home / "base"
+    base.rename(home / "hidden")  # only the relative path can find it now
+    try:
+        again = RewardModel.from_pretrained(moved / "runs" / "rm", device="cpu")
+        assert torch.equal(again.score(PROBLEM, STEPS).td, reward_model.score(PROBLEM, STEPS).td)
+        (moved / "base").rename(tmp_path / "base_of_another_name")
+        with pytest.raises(IpvrmError, match=r"was not found; tried .*base \(not there\).*reference="):
+            RewardModel.from_pretrained(moved / "runs" / "rm", device="cpu")
+        RewardModel.from_pretrained(moved / "runs" / "rm", tmp_path / "base_of_another_name", device="cpu")
+    finally:
+        (home / "hidden").rename(base)
+
+
+def test_another_reference_is_refused(home, tmp_path):
+    shutil.copytree(home, tmp_path / "home")
+    run = tmp_path / "home" / "runs" / "rm"
+    with pytest.raises(IpvrmError, match="other weights or config"):
+        RewardModel.from_pretrained(run, reference=run, device="cpu")
+
+
+def test_another_template_is_refused(home, tmp_path):
+    shutil.copytree(home, tmp_path / "home")
+    run = tmp_path / "home" / "runs" / "rm"
+    template = run / "chat_template.jinja"
+    template.write_text(template.read_text().replace("user", "human") + " ")
+    with pytest.raises(IpvrmError, match="chat template is not the one"):
+        RewardModel.from_pretrained(run, device="cpu")
+
+
+def test_folders_that_are_no_reward_model(home, tmp_path):
+    with pytest.raises(IpvrmError, match=r"no ipvrm_config.json"):
+        RewardModel.from_pretrained(home / "base")
+    shutil.copytree(home / "runs" / "rm", tmp_path / "rm")
+    path = tmp_path / "rm" / "ipvrm_config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in stored.items() if k != "beta"}))
+    with pytest.raises(IpvrmError, match="entries are missing: beta"):
+        RewardModel.from_pretrained(tmp_path / "rm")
+    path.write_text(json.dumps(stored | {"beta": -1}))
+    with pytest.raises(IpvrmError, match="beta must be a positive number"):
+        RewardModel.from_pretrained(tmp_path / "rm")
+
+
+def test_models_over_different_vocabularies_are_refused(reward_model):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    other = Qwen3ForCausalLM(Qwen3Config(vocab_size=77, num_key_value_heads=1, head_dim=8, **sizes))
+    with pytest.raises(IpvrmError, match=r"share one vocabulary; they have \d+ and 77"):
+        RewardModel(reward_model.model, other, reward_model.tokenizer, reward_model.info)
+
+
+# -------------------------------------------------------------------------------------------- ipvrm score
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    records = [{"id": f"p{n}", "problem": f"What is {n}?", "steps": STEPS[: 1 + n % 3]} for n in range(70)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def score_command(home, source, output, *flags):
+    arguments = ["--model", home / "runs" / "rm", "--input", source, "--output", output, "--use_cpu", *flags]
+    return main(["score", *map(str, arguments)])
+
+
+def test_score_command(home, problems, tmp_path, reward_model):
+    output = tmp_path / "out" / "scores.jsonl"
+    assert score_command(home, problems, output) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(r["line"], r["id"]) for r in records] == [(n + 1, f"p{n}") for n in range(70)]
+    want = reward_model.score("What is 2?", STEPS)
+    assert records[2]["step_scores"] == pytest.approx(want.step_scores.tolist(), rel=1e-4, abs=1e-5)
+    assert records[2]["first_error"] == want.first_error
+    assert [p.name for p in output.parent.iterdir()] == ["scores.jsonl"]
+
+
+def test_score_command_names_bad_lines(home, problems, tmp_path, capsys):
+    lines = problems.read_text().splitlines()
+    lines[1:1] = ['{"problem": "p"', '{"problem": "p", "steps": []}', '{"steps": ["a"]}', '["a"]']
+    problems.write_text("\n".join(lines))
+    output = tmp_path / "scores.jsonl"
+    assert score_command(home, problems, output) == 2
+    error = capsys.readouterr().err
+    for line, reason in (
+        (2, "not valid"),
+        (3, "`steps` must be"),
+        (4, "`problem` must be"),
+        (5, "must be an object"),
+    ):
+        assert f"{problems}:{line}: {reason}" in error
+    assert "Traceback" not in error and not output.exists()
+    assert score_command(home, problems, output, "--on_bad_row", "skip") == 0
+    assert [json.loads(line)["line"] for line in output.read_text().splitlines()] == [1, *range(6, 75)]
+    assert f"skipped {problems}:3:" in capsys.readouterr().err
+
+
+def test_score_command_goes_on_where_it_stopped(home, problems, tmp_path, monkeypatch):
+    import ipvrm.score as score
+
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "scores.jsonl"
+    assert score_command(home, problems, whole) == 0
+    counted = []
+    real = score._score
+
+    def dies_in_the_second_chunk(config, reward_model, chunk):
+        counted.append(len(chunk))
+        if len(counted) == 2:
+            raise KeyboardInterrupt
+        return real(config, reward_model, chunk)
+
+    monkeypatch.setattr(score, "_score", dies_in_the_second_chunk)
+    assert score_command(home, problems, output) == 130
+    (partial,) = tmp_path.glob(".scores.jsonl.*.partial")
+    with open(partial, "a") as file:
+        file.write('{"line": 65, "torn')
+    assert not output.exists()
+    assert score_command(home, problems, output) == 0
+    assert counted == [64, 6, 6]
+    assert output.read_text() == whole.read_text()
+
+
+def test_on_real_rows(data_dir, tmp_path, tiny_folder):
+    """The real path on 32 rows: train-rm on rollouts, then ProcessBench; near chance, and every file is
+    there.
+    """
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(data_dir / "rm" / "qwen3_0.6b_pointwise.parquet")
+    pyarrow.parquet.write_table(rows.slice(0, 32), tmp_path / "rows.parquet")
+    items = json.loads((data_dir / "processbench" / "gsm8k.json").read_text())[:32]
+    (tmp_path / "gsm8k.json").write_text(json.dumps(items))
+    train = [
+        "--model",
+        tiny_folder,
+        "--train_data",
+        tmp_path / "rows.parquet",
+        "--output_dir",
+        tmp_path / "rm",
+    ]
+    train += [
+        "--max_length",
+        900,
+        "--on_long",
+        "truncate",
+        "--global_batch_size",
+        16,
+        "--learning_rate",
+        1e-3,
+    ]
+    assert main(["train-rm", *map(str, train), "--use_cpu"]) == 0
+    counts = json.loads((tmp_path / "rm" / "results.json").read_text())["data"]
+    assert counts["rows"] == counts["used"] == 32
+    evaluate = [
+        "--model",
+        tmp_path / "rm",
+        "--data",
+        tmp_path / "gsm8k.json",
+        "--output_dir",
+        tmp_path / "eval",
+    ]
+    assert main(["eval", "processbench", *map(str, evaluate)]) == 0
+    assert "gsm8k" in json.loads((tmp_path / "eval" / "results.json").read_text())["subsets"]
+    assert Path(tmp_path / "eval" / "items-gsm8k.parquet").is_file()

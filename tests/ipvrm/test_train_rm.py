@@ -1,0 +1,531 @@
+"""Training: what a run folder holds, that the split does not matter, that an interrupted run ends with the
+same bits.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import ipvrm.train_rm as train_rm
+from ipvrm import IpvrmError
+from ipvrm.checkpoint import checkpoints
+from ipvrm.reward_config import RewardConfig, learning_rate_factor, resolve
+from ipvrm.train_rm import TrainingInterrupted, train_reward_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(tiny_folder, rollouts, tmp_path):
+    """44 rows in batches of 16: three updates an epoch, the last of 12 rows; six updates."""
+
+    def make(name="run", **changes):
+        settings = {
+            "model": str(tiny_folder),
+            "train_data": str(rollouts),
+            "output_dir": str(tmp_path / name),
+            "global_batch_size": 16,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-3,
+            "use_cpu": True,
+        }
+        return RewardConfig(**(settings | changes))
+
+    return make
+
+
+def train(config):
+    return train_reward_model(config, progress=False)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same_bits(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def log_of(folder, without=("tokens_per_second", "peak_memory_bytes")):
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
+
+
+def assert_same_log(a, b):
+    """To rounding; while model and reference are equal the accuracies are the sign of rounding errors."""
+    for got, want in zip(log_of(a), log_of(b), strict=True):
+        names = [name for name in want if got["step"] > 1 or "accuracy" not in name]
+        assert {n: got[n] for n in names} == pytest.approx({n: want[n] for n in names}, rel=2e-3, abs=1e-4)
+
+
+def run_cli(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def flags(config):
+    """The config as command-line flags."""
+    result = []
+    for name, value in vars(config).items():
+        if isinstance(value, bool):
+            result += [f"--{name}"] if value else []
+        elif value is not None:
+            result += [f"--{name}", str(value)]
+    return result
+
+
+# --------------------------------------------------------------------------------------------- one run
+
+
+def test_run_folder(config, tiny_folder, rollouts):
+    result = train(config(eval_data=str(rollouts), save_steps=4))
+    folder = result.output_dir
+    assert result.steps == 6
+    expected = (
+        "config.json model.safetensors tokenizer.json chat_template.jinja ipvrm_config.json metrics.jsonl "
+    )
+    expected += "results.json config.yaml manifest.json reference_logprobs.safetensors checkpoint-4"
+    assert set(expected.split()) <= {path.name for path in folder.iterdir()}
+    assert not list(folder.rglob("*.bin")) + list(folder.rglob("*.pt")) + list(folder.rglob("*.pkl"))
+    assert not list(folder.glob(".*"))  # nothing temporary is left
+
+    info = json.loads((folder / "ipvrm_config.json").read_text())
+    assert (info["objective"], info["beta"], info["margin"]) == ("ipvrm", 10.0, 5.0)
+    assert info["reference_given"] == str(tiny_folder)
+    assert (folder / info["reference"]).resolve() == Path(tiny_folder).resolve()
+    checkpoint_info = json.loads((folder / "checkpoint-4" / "ipvrm_config.json").read_text())
+    assert (folder / "checkpoint-4" / checkpoint_info["reference"]).resolve() == Path(tiny_folder).resolve()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 1e-3
+    assert json.loads((folder / "manifest.json").read_text())["seeds"] == {"seed": 42}
+
+    records = log_of(folder)
+    assert [record["step"] for record in records] == list(range(7))
+    assert records[1]["loss"] == pytest.approx(
+        torch.nn.functional.softplus(torch.tensor(5.0)).item(), rel=1e-4
+    )
+    # The schedule steps once per update: 6 updates, linear from 1 to 1/6.
+    assert [r["learning_rate"] for r in records[1:]] == pytest.approx([1e-3 * (6 - i) / 6 for i in range(6)])
+    results = json.loads((folder / "results.json").read_text())
+    assert results["data"]["used"] == 44 and results["eval"]["eval_loss"] == records[-1]["eval_loss"]
+    assert weights(folder)["model.norm.weight"].dtype == torch.float32
+
+
+def test_it_learns(config, tmp_path):
+    """The second word tells right from wrong: validation accuracy goes from a half to nearly 1 at every
+    prefix but one.
+    """
+    data = tmp_path / "words.jsonl"
+    with open(data, "w") as file:
+        for number in range(64):
+            text = f"I {'carry' if number % 2 else 'Answer'} {number % 7} and {number % 5}"
+            file.write(
+                json.dumps({"prompt": f"What is {number}?", "response": text, "label": number % 2}) + "\n"
+            )
+    settings = {"train_data": str(data), "eval_data": str(data), "learning_rate": 1e-2, "num_train_epochs": 4}
+    result = train(config(**settings, per_device_train_batch_size=16))
+    before, after = log_of(result.output_dir)[0], result.metrics["eval"]
+    assert after["eval_loss"] < 0.5 * before["eval_loss"]
+    assert after["eval_outcome_accuracy"] == 1.0
+    assert after["eval_value_wrong"] < 0 < after["eval_value_right"]
+
+
+def test_the_gradient_step_by_hand(config, tiny_folder, rollouts):
+    """One update against plain PyTorch: full logits, the formula of Eq. 9, AdamW; no fused op, no batching
+    of ours.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = train(config(max_steps=1, global_batch_size=44, max_grad_norm=0.0, weight_decay=0.1))
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1]},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+        weight_decay=0.1,
+    )
+    losses = []
+    for line in Path(rollouts).read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer.apply_chat_template(
+            row["conversation"][:-1], tokenize=False, add_generation_prompt=True
+        )
+        text = prompt + row["conversation"][-1]["content"] + "<|im_end|>"
+        start, ids = len(tokenizer(prompt).input_ids), torch.tensor([tokenizer(text).input_ids])
+        logprobs = model(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
+        value = 10.0 * (logprobs - logprobs.detach()).cumsum(0)  # the reference is the starting model
+        mean_value = value / torch.arange(1, len(value) + 1)
+        losses.append(torch.nn.functional.softplus(5.0 - (2 * row["label"] - 1) * mean_value).mean())
+    torch.stack(losses).mean().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        got = weights(result.output_dir)[name]
+        # Adam's first step has the size of lr wherever |gradient| >> eps, so signs and decay are what is
+        # compared.
+        close = (got - parameter).abs() < 2e-5
+        assert close.float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize("objective", ["ipvrm", "implicit_prm"])
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_the_split_does_not_matter(config, objective, preset):
+    """16 = 1 x 16, 4 x 4 (by rows), 16 x 1; the third update of the epoch has 12 rows."""
+    # A large epsilon makes Adam's step proportional to the gradient; else entries near 0 step by their
+    # rounding's sign.
+    common = {
+        "objective": objective,
+        "preset": preset,
+        "max_steps": 3,
+        "adam_epsilon": 1.0,
+        "learning_rate": 1.0,
+    }
+    runs = [
+        train(config("whole", per_device_train_batch_size=16, **common)),
+        train(config("quarter", per_device_train_batch_size=4, **common)),
+        train(config("single", per_device_train_batch_size=1, **common)),
+    ]
+    want = weights(runs[0].output_dir)
+    start = weights(config().model)
+    moved = max(float((want[n] - start[n]).abs().max()) for n in want)
+    for run in runs[1:]:
+        got = weights(run.output_dir)
+        worst = max(float((got[n] - want[n]).abs().max()) for n in want)
+        assert worst < 0.02 * moved, (worst, moved)
+        assert_same_log(run.output_dir, runs[0].output_dir)
+
+
+def test_validation_does_not_depend_on_the_micro_batch(config, rollouts):
+    runs = [
+        train(config(f"eval{size}", max_steps=1, eval_data=str(rollouts), per_device_train_batch_size=size))
+        for size in (7, 44)
+    ]
+    a, b = (run.metrics["eval"] for run in runs)
+    assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    assert set(a) == {f"eval_{name}" for name in train_rm.METRICS}
+
+
+def test_gradient_accumulation_steps_set_the_global_batch(config):
+    result = train(config(gradient_accumulation_steps=3, per_device_train_batch_size=4, num_train_epochs=1))
+    assert result.steps == 4  # 44 rows in batches of 12
+
+
+def test_bf16_autocast_keeps_fp32_masters(config):
+    result = train(config(mixed_precision="bf16", max_steps=2))
+    assert all(value.dtype == torch.float32 for value in weights(result.output_dir).values())
+    assert log_of(result.output_dir)[1]["loss"] == pytest.approx(5.0067, abs=0.1)
+
+
+def test_gradient_checkpointing_gives_the_same_run(config):
+    train(config("plain", max_steps=2))
+    train(config("checkpointed", max_steps=2, gradient_checkpointing=True))
+    assert same_bits(config("plain").output_dir, config("checkpointed").output_dir)
+
+
+def test_another_reference(config, tiny_folder, tmp_path):
+    """The log-ratio starts away from 0 and the run folder names the reference that was used."""
+    other = train(config("other", max_steps=2)).output_dir
+    result = train(config(max_steps=1, reference=str(other)))
+    assert log_of(result.output_dir)[0]["value_right"] != pytest.approx(0.0, abs=1e-3)
+    info = json.loads((result.output_dir / "ipvrm_config.json").read_text())
+    assert (result.output_dir / info["reference"]).resolve() == other.resolve()
+
+
+def test_reference_logprobs_are_computed_once(config, monkeypatch):
+    first = config(max_steps=1)
+    train(first)
+    folder = Path(first.output_dir)
+    (folder / "ipvrm_config.json").unlink()
+    (folder / "results.json").unlink()
+    monkeypatch.setattr("ipvrm.reference._logprobs", lambda *a: pytest.fail("computed again"))
+    train(first)
+    other_key = config(max_steps=1, max_length=40)  # other rows
+    for name in ("ipvrm_config.json", "results.json"):
+        (folder / name).unlink()
+    with pytest.raises(pytest.fail.Exception):
+        train(other_key)
+
+
+def test_dry_run_writes_nothing(config, capsys):
+    result = train(config(dry_run=True, objective="implicit_prm"))
+    assert result.steps == 0 and not result.output_dir.exists()
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["config"]["beta"] == 0.05 and printed["config"]["margin"] is None
+    assert printed["data"]["used"] == 44 and printed["steps"] == 6
+    assert printed["memory_estimate"]["total_bytes"] > 0
+
+
+# -------------------------------------------------------------------------------------------- settings
+
+
+def test_defaults_of_objective_and_preset(config):
+    def resolved(**changes):
+        done = resolve(config(**changes))
+        return done.beta, done.margin
+
+    assert resolved() == (10.0, 5.0)
+    assert resolved(preset="release") == (10.0, 0.0)
+    assert resolved(preset="release", margin=2.0) == (10.0, 2.0)
+    assert resolved(objective="implicit_prm") == (0.05, None)
+    defaults = RewardConfig("m", "d", "o")
+    assert (defaults.learning_rate, defaults.global_batch_size) == (5e-7, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"objective": "dpo"}, "single responses"),
+        ({"objective": "implicit_prm", "margin": 5.0}, "no margin"),
+        ({"objective": "implicit_prm", "prefix_weighting": "late"}, "no margin and no prefix weighting"),
+        ({"beta": 0.0}, "beta must be positive"),
+        ({"margin": float("nan")}, "margin must be finite"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"save_total_limit": 0}, "save_total_limit must be at least 1"),
+        ({"warmup_ratio": -0.1}, "must not be negative"),
+        ({"preset": "other"}, "preset must be"),
+    ],
+)
+def test_settings_that_make_no_sense(config, changes, reason):
+    with pytest.raises(IpvrmError, match=reason):
+        train(config(**changes))
+
+
+def test_learning_rate_schedule(config):
+    linear = [learning_rate_factor(i, 5, config(warmup_ratio=0.4)) for i in range(5)]
+    assert linear == pytest.approx([0.5, 1.0, 1.0, 2 / 3, 1 / 3])
+    cosine = [learning_rate_factor(i, 4, config(lr_scheduler_type="cosine")) for i in range(4)]
+    assert cosine == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+    assert learning_rate_factor(3, 4, config(lr_scheduler_type="constant")) == 1.0
+
+
+def test_a_finished_run_is_not_overwritten(config):
+    train(config(max_steps=1))
+    with pytest.raises(IpvrmError, match="holds a run already"):
+        train(config(max_steps=1))
+
+
+# ---------------------------------------------------------------------------- interruption and resuming
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_folder, rollouts, tmp_path_factory):
+    """Six updates with a checkpoint every two, all kept."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    settings = RewardConfig(
+        model=str(tiny_folder),
+        train_data=str(rollouts),
+        eval_data=str(rollouts),
+        output_dir=str(folder),
+        global_batch_size=16,
+        per_device_train_batch_size=5,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        warmup_ratio=0.3,
+        weight_decay=0.01,
+        save_steps=2,
+        save_total_limit=9,
+        logging_steps=3,
+        use_cpu=True,
+    )
+    train(settings)
+    return settings
+
+
+def copy_of(settings, folder, **changes):
+    from dataclasses import replace
+
+    return replace(settings, output_dir=str(folder), **changes)
+
+
+def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
+    """From each checkpoint, and by name as well as `latest`; logging every 3 updates spans checkpoints at 2
+    and 4.
+    """
+    whole = Path(uninterrupted.output_dir)
+    assert [p.name for p in checkpoints(whole)] == ["checkpoint-2", "checkpoint-4"]
+    for step in (2, 4):
+        folder = tmp_path / f"from{step}"
+        shutil.copytree(whole, folder)
+        for path in checkpoints(folder):
+            if int(path.name.split("-")[1]) > step:
+                shutil.rmtree(path)
+        (folder / "model.safetensors").unlink()
+        name = "latest" if step == 2 else str(folder / "checkpoint-4")
+        result = train(copy_of(uninterrupted, folder, resume_from_checkpoint=name))
+        assert same_bits(whole, folder)
+        assert log_of(folder) == log_of(whole)
+        assert [record["step"] for record in log_of(folder)] == [0, 3, 6]
+        drop = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+        want = json.loads((whole / "results.json").read_text())
+        assert {k: v for k, v in result.metrics.items() if k not in drop} == {
+            k: v for k, v in want.items() if k not in drop
+        }
+
+
+def test_resume_refuses_another_run(uninterrupted, tmp_path, rollouts):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted.output_dir, folder)
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text("".join(Path(rollouts).read_text().splitlines(keepends=True)[:-1]))
+    for changes, reason in (
+        ({"learning_rate": 2e-3}, r"learning_rate \(0.001 then, 0.002 now\)"),
+        ({"seed": 1}, "seed"),
+        ({"margin": 1.0}, "margin"),
+        ({"train_data": str(shorter)}, "the training data"),
+    ):
+        with pytest.raises(IpvrmError, match=f"not the run of the checkpoint; changed: .*{reason}"):
+            train(copy_of(uninterrupted, folder, resume_from_checkpoint="latest", **changes))
+    with pytest.raises(IpvrmError, match="not a checkpoint"):
+        train(copy_of(uninterrupted, folder, resume_from_checkpoint=str(folder)))
+    with pytest.raises(IpvrmError, match="no complete checkpoint"):
+        train(copy_of(uninterrupted, tmp_path / "empty", resume_from_checkpoint="latest"))
+
+
+KILLED_IN_A_SAVE = """
+    import os, signal, sys
+    from ipvrm import checkpoint
+    from ipvrm.cli import main
+
+    save_optimizer = checkpoint.save_optimizer
+    calls = []
+
+    def dies_the_second_time(folder, *rest):
+        calls.append(folder)
+        if len(calls) == 2:
+            (folder / "optimizer.safetensors").write_bytes(b"half a fi")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save_optimizer(folder, *rest)
+
+    checkpoint.save_optimizer = dies_the_second_time
+    main(sys.argv[1:])
+"""
+
+
+def test_killed_in_the_middle_of_a_save(uninterrupted, tmp_path):
+    """kill -9 while checkpoint 4 is half written: `latest` is checkpoint 2, and the end is the same bits."""
+    folder = tmp_path / "run"
+    settings = copy_of(uninterrupted, folder)
+    done = run_cli("-c", textwrap.dedent(KILLED_IN_A_SAVE), "train-rm", *flags(settings))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [p.name for p in checkpoints(folder)] == ["checkpoint-2"]
+    assert list(folder.glob(".checkpoint-4.*"))  # the half-written one is there, under another name
+    train(copy_of(uninterrupted, folder, resume_from_checkpoint="latest"))
+    assert same_bits(uninterrupted.output_dir, folder)
+    assert log_of(folder) == log_of(uninterrupted.output_dir)
+    assert not list(folder.glob(".*"))
+
+
+def interrupt_after(monkeypatch, step, signal_number=signal.SIGINT):
+    """Sends the signal while update `step` (from 0) is computed."""
+    update = train_rm._Run._update
+
+    def interrupted(self, number, stop_signal):
+        if number == step:
+            os.kill(os.getpid(), signal_number)
+        return update(self, number, stop_signal)
+
+    monkeypatch.setattr(train_rm._Run, "_update", interrupted)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monkeypatch, signal_number):
+    folder = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2, signal_number)
+        with pytest.raises(TrainingInterrupted, match="resume_from_checkpoint latest") as caught:
+            train(copy_of(uninterrupted, folder))
+    assert caught.value.exit_code == 128 + signal_number
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert caught.value.checkpoint == checkpoints(folder)[-1]
+    train(copy_of(uninterrupted, folder, resume_from_checkpoint="latest"))
+    assert same_bits(uninterrupted.output_dir, folder)
+    assert log_of(folder) == log_of(uninterrupted.output_dir)
+
+
+def test_interrupt_on_the_command_line(uninterrupted, tmp_path):
+    code = """
+        import os, signal, sys
+        import ipvrm.train_rm as train_rm
+        from ipvrm.cli import main
+
+        update = train_rm._Run._update
+        def interrupted(self, number, stop_signal):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return update(self, number, stop_signal)
+        train_rm._Run._update = interrupted
+        sys.exit(main(sys.argv[1:]))
+    """
+    done = run_cli("-c", textwrap.dedent(code), "train-rm", *flags(copy_of(uninterrupted, tmp_path / "run")))
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert "the same command with --output_dir" in done.stderr.splitlines()[-1]
+
+
+def test_nan_stops_before_the_weights_take_it(config, monkeypatch):
+    ipvrm_loss = train_rm.ipvrm_loss
+    calls = []
+
+    def poisoned(log_ratio, *rest, **options):
+        calls.append(None)
+        scale = float("nan") if len(calls) > 6 else 1.0  # in the fourth update of two micro-batches
+        return ipvrm_loss(log_ratio * scale, *rest, **options)
+
+    monkeypatch.setattr(train_rm, "ipvrm_loss", poisoned)
+    with pytest.raises(IpvrmError, match=r"update 4: .*nan.*checkpoint-3, is intact"):
+        train(config(save_steps=3))
+    folder = checkpoints(config().output_dir)[-1]
+    assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+def test_old_checkpoints_are_removed(config):
+    result = train(config(save_steps=1, save_total_limit=2, max_steps=5))
+    assert [p.name for p in checkpoints(result.output_dir)] == ["checkpoint-3", "checkpoint-4"]
+
+
+# ------------------------------------------------------------------------------------------- two ranks
+
+
+def test_two_gloo_processes_give_the_update_of_one(config, tmp_path):
+    """The last update of the epoch has one row: one of the ranks has none."""
+    rows = Path(config().train_data).read_text().splitlines(keepends=True)[:17]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(rows))
+    common = {"train_data": str(data), "eval_data": str(data), "num_train_epochs": 2, "save_steps": 2}
+    common |= {"adam_epsilon": 1.0, "learning_rate": 1.0}  # see test_the_split_does_not_matter
+    one = train(config("one", **common))
+    two = config("two", per_device_train_batch_size=3, **common)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = run_cli(*launch, "-m", "ipvrm", "train-rm", *flags(two))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((Path(two.output_dir) / "manifest.json").read_text())["ranks"] == 2
+    want, got, start = weights(one.output_dir), weights(two.output_dir), weights(config().model)
+    moved = max(float((want[n] - start[n]).abs().max()) for n in want)
+    worst = max(float((got[n] - want[n]).abs().max()) for n in want)
+    assert worst < 0.02 * moved, (worst, moved)
+    assert_same_log(two.output_dir, one.output_dir)
+    assert {
+        name.split(".")[1] for name in load_file(Path(two.output_dir) / "checkpoint-2" / "rng.safetensors")
+    } == {
+        "0",
+        "1",
+    }
