@@ -2,9 +2,8 @@
 unpickled.
 
 A checkpoint is a Hugging Face model folder (fp32 master weights) plus `optimizer.safetensors`,
-`rng.safetensors` and
-`trainer_state.json`. It is written to a temporary folder and renamed, so a killed process leaves no half
-checkpoint.
+`rng.safetensors` and `trainer_state.json`. It is written to a temporary folder and renamed, so a killed
+process leaves no half checkpoint.
 """
 
 import shutil
@@ -124,3 +123,25 @@ def load_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"step", "fingerprint", "optimizer"} <= set(state):
         raise IpvrmError(f"{folder / STATE}: not the state of a training run")
     return state
+
+
+def check_same_run(stored: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises IpvrmError that names every setting in which a resumed run differs from the one it goes on
+    with.
+    """
+    words = {
+        "start_hash": "the starting model",
+        "reference_hash": "the reference",
+        "data_hash": "the training data",
+    }
+    changed = [
+        words[name] if name in words else f"{name} ({stored.get(name)!r} then, {now.get(name)!r} now)"
+        for name in sorted(set(stored) | set(now))
+        if stored.get(name) != now.get(name)
+    ]
+    if changed:
+        raise IpvrmError(
+            "--resume_from_checkpoint: this is not the run of the checkpoint; changed: "
+            f"{', '.join(changed)}. "
+            "Put them back, or start a new run in another --output_dir"
+        )

@@ -1,6 +1,4 @@
-"""`ipvrm <command>`: one table of commands, each a frozen dataclass of flags and a function, imported when
-it is called.
-"""
+"""`ipvrm <command>`: one table of commands, each a dataclass of flags and a function, imported on use."""
 
 import dataclasses
 import os
@@ -58,7 +56,7 @@ def usage() -> str:
         f"usage: ipvrm <command> [--config FILE.yaml] [--flag value ...]      (ipvrm {__version__})\n\n"
         "Implicit prefix-value reward models: train them from outcome labels, score steps with them.\n\n"
         + "\n".join(lines)
-        + "\n\n`ipvrm <command> --help` lists its flags; they win over --config, which wins over the defaults.\n"
+        + "\n\n`ipvrm <command> --help` lists its flags; they win over --config, and that over defaults.\n"
         "On several devices: accelerate launch -m ipvrm train-rm ..."
     )
 
@@ -75,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = next((n for n in (" ".join(arguments[:2]), arguments[0]) if n in COMMANDS), None)
     if name is None:
         inner = [n for n in COMMANDS if n.startswith(f"{arguments[0]} ")]
-        known = ", ".join(inner or COMMANDS)
-        print(
-            f"ipvrm: no command {' '.join(arguments[: 2 if inner else 1])!r}; commands: {known}",
-            file=sys.stderr,
-        )
-        return 0 if inner and set(arguments[1:]) & {"-h", "--help"} else EXIT_ERROR
+        if inner and set(arguments[1:]) & {"-h", "--help"}:
+            print("usage: ipvrm " + "\n       ipvrm ".join(f"{n} ...   {COMMANDS[n].help}" for n in inner))
+            return 0
+        given = " ".join(arguments[: 2 if inner else 1])
+        print(f"ipvrm: no command {given!r}; commands: {', '.join(inner or COMMANDS)}", file=sys.stderr)
+        return EXIT_ERROR
     try:
         return _run(name, arguments[len(name.split()) :])
     except IpvrmError as error:

@@ -1,18 +1,14 @@
 """Rows of text with an outcome label to packed batches: the only place that shifts, pads or masks.
 
 A row is a conversation whose last message is the assistant's, or a prompt and a response. It becomes the
-token ids of
-prompt + response, the response ending at the end-of-turn token. In a `Batch` the B sequences lie
-right-padded in
-(B, T) for the transformer; what belongs to response tokens is packed end to end, N = sum of the response
-lengths.
-The state that predicts the token at position i of a sequence is the one at position i - 1.
+token ids of prompt + response, the response ending at the end-of-turn token. In a `Batch` the B sequences
+lie right-padded in (B, T) for the transformer; what belongs to response tokens is packed end to end, N = sum
+of the response lengths. The state that predicts the token at position i of a sequence is the one at position
+i - 1.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,37 +16,28 @@ import torch
 from torch import Tensor
 
 from ipvrm import IpvrmError
+from ipvrm.rows import BadRow, OnBadRow, Row, read_rows, report_bad_rows
 
-Message = dict[str, str]
-OnBadRow = Literal["error", "skip"]
+__all__ = [
+    "BadRow",
+    "Batch",
+    "OnBadRow",
+    "OnLong",
+    "Response",
+    "Row",
+    "Tokenized",
+    "collate",
+    "end_of_turn_id",
+    "epoch_order",
+    "length_sorted_microbatches",
+    "microbatches_for_rank",
+    "read_rows",
+    "report_bad_rows",
+    "tokenize",
+]
+
 OnLong = Literal["drop", "truncate"]
-COLUMNS = ("conversation", "prompt", "response", "label")
-SHOWN_BAD_ROWS = 10
 TOKENIZER_CHUNK = 4096
-
-
-@dataclass(frozen=True)
-class Row:
-    """One rollout as text. `source` is `file:row`; `label` is 1 (right), 0 (wrong) or None (unlabelled)."""
-
-    source: str
-    prompt: str | tuple[Message, ...]
-    response: str
-    label: int | None = None
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used. `row` counts from 1: the line of a JSONL file, the record of a JSON or
-    parquet file.
-    """
-
-    file: str
-    row: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.row}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -58,9 +45,8 @@ class Response:
     """One rollout as tokens.
 
     `input_ids` is prompt + response, `prompt_length` >= 1 of them are the prompt. `offsets` (only on
-    request) gives each
-    response token's character range within the response text; (-1, -1) for a token outside of it (end of
-    turn).
+    request) gives each response token's character range within the response text; (-1, -1) for a token
+    outside of it (end of turn).
     """
 
     input_ids: tuple[int, ...]
@@ -100,176 +86,12 @@ class Batch:
         return replace(self, **fields)
 
 
-# ---------------------------------------------------------------------------------------------------- rows
-
-
-def read_rows(
-    path: str | Path, on_bad_row: OnBadRow = "error", *, require_label: bool = True
-) -> tuple[list[Row], list[BadRow]]:
-    """Reads a `.parquet`, `.jsonl` or `.json` file of rollouts.
-
-    Args:
-        path: rows with `conversation` (messages, assistant last) or `prompt` (text or messages) and
-            `response`,
-            and `label` (0 or 1).
-        on_bad_row: `error` raises with the first rows that are wrong; `skip` leaves them out and returns
-            them.
-        require_label: False accepts rows without a label.
-
-    Raises:
-        IpvrmError: an unreadable file, bad rows under `error`, or no usable row at all.
-    """
-    rows: list[Row] = []
-    bad: list[BadRow] = []
-    for number, record in _records(Path(path)):
-        try:
-            prompt, response = _turns(record)
-            rows.append(Row(f"{path}:{number}", prompt, response, _label(record, require_label)))
-        except ValueError as error:
-            bad.append(BadRow(str(path), number, str(error)))
-    report_bad_rows(bad, on_bad_row, total=len(rows) + len(bad))
-    if not rows:
-        raise IpvrmError(f"{path}: no usable row ({len(bad)} bad); {_listing(bad) or 'the file is empty'}")
-    return rows, bad
-
-
-def report_bad_rows(bad: Sequence[BadRow], on_bad_row: OnBadRow, *, total: int) -> None:
-    """Raises IpvrmError with file, row number and reason of the first bad rows unless they are to be
-    skipped.
-    """
-    if on_bad_row not in ("error", "skip"):
-        raise IpvrmError(f"on_bad_row must be 'error' or 'skip'; got {on_bad_row!r}")
-    if bad and on_bad_row == "error":
-        raise IpvrmError(
-            f"{len(bad)} of {total} rows are bad (--on_bad_row skip leaves them out):\n{_listing(bad)}"
-        )
-
-
-def _listing(bad: Sequence[BadRow]) -> str:
-    lines = [f"  {item}" for item in bad[:SHOWN_BAD_ROWS]]
-    if len(bad) > SHOWN_BAD_ROWS:
-        lines.append(f"  ... and {len(bad) - SHOWN_BAD_ROWS} more")
-    return "\n".join(lines)
-
-
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(row counted from 1, record); a JSON line that does not parse comes as the ValueError it raised."""
-    if not path.is_file():
-        raise IpvrmError(f"{path}: no such file; a .parquet, .jsonl or .json file of rollouts is needed")
-    if path.suffix == ".parquet":
-        yield from enumerate(_parquet_records(path), 1)
-        return
-    if path.suffix not in (".jsonl", ".json"):
-        raise IpvrmError(f"{path}: must end in .parquet, .jsonl or .json")
-    with open(path, encoding="utf-8") as file:
-        try:
-            if path.suffix == ".json" and file.read(1) == "[":
-                file.seek(0)
-                yield from enumerate(json.load(file), 1)
-                return
-            file.seek(0)
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except ValueError as error:
-                        yield number, ValueError(f"not valid JSON: {error}")
-        except UnicodeDecodeError as error:
-            raise IpvrmError(f"{path}: not UTF-8 text: {error}") from error
-        except json.JSONDecodeError as error:
-            raise IpvrmError(f"{path}: not valid JSON: {error}") from error
-
-
-def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise IpvrmError(f"{path}: not a readable parquet file: {error}") from error
-    present = file.schema_arrow.names
-    columns = [name for name in COLUMNS if name in present]
-    if "conversation" not in columns and not {"prompt", "response"} <= set(columns):
-        raise IpvrmError(
-            f"{path}: needs a column `conversation`, or `prompt` and `response`; its columns are "
-            f"{', '.join(present)}"
-        )
-    for batch in file.iter_batches(columns=columns):
-        yield from batch.to_pylist()
-
-
-def _turns(record: Any) -> tuple[str | tuple[Message, ...], str]:
-    """(prompt, response) of a record. Raises ValueError with the reason."""
-    if isinstance(record, ValueError):
-        raise record
-    if not isinstance(record, dict):
-        raise ValueError(f"must be an object with named columns; got {type(record).__name__}")
-    prompt: str | tuple[Message, ...]
-    if record.get("conversation") is not None:
-        messages = _messages(record["conversation"], "conversation")
-        if messages[-1]["role"] != "assistant":
-            raise ValueError(
-                f"the last message must be the assistant's; its role is {messages[-1]['role']!r}"
-            )
-        if len(messages) < 2:
-            raise ValueError(
-                "conversation must hold a prompt before the assistant's message; it has one message"
-            )
-        prompt, response = tuple(messages[:-1]), messages[-1]["content"]
-    elif record.get("prompt") is not None and "response" in record:
-        prompt, response = record["prompt"], record["response"]
-        if not isinstance(prompt, str):
-            prompt = tuple(_messages(prompt, "prompt"))
-        if not prompt:
-            raise ValueError("prompt is empty; the first response token would have nothing that predicts it")
-    else:
-        names = ", ".join(map(str, record)) or "none"
-        raise ValueError(
-            f"needs `conversation`, or `prompt` and `response`; the columns with a value are {names}"
-        )
-    if not isinstance(response, str):
-        raise ValueError(f"the response must be text; got {type(response).__name__}")
-    if not response.strip():
-        raise ValueError("the response is empty")
-    return prompt, response
-
-
-def _messages(value: Any, column: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{column} must be a list of messages; got {type(value).__name__} {value!r:.40}")
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise ValueError(f"{column}[{index}] must be a message; got {type(message).__name__}")
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError(
-                f"{column}[{index}] must have text `role` and `content`; "
-                f"got {type(role).__name__} and {type(content).__name__}"
-            )
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-def _label(record: dict[str, Any], required: bool) -> int | None:
-    label = record.get("label")
-    if label is None:
-        if required:
-            raise ValueError("label is missing; it must be 1 (right) or 0 (wrong)")
-        return None
-    if not isinstance(label, bool | int | float) or label not in (0, 1):
-        raise ValueError(f"label must be 0 or 1; got {label!r:.40}")
-    return int(label)
-
-
 # -------------------------------------------------------------------------------------------------- tokens
 
 
 def end_of_turn_id(tokenizer: Any, model: Any = None) -> int:
     """Id of the token that ends the assistant's turn: the first special token that the chat template writes
-    behind
-    the assistant's text, else the tokenizer's `eos_token`, else the model's `eos_token_id`.
+    behind the assistant's text, else the tokenizer's `eos_token`, else the model's `eos_token_id`.
 
     Raises:
         IpvrmError: there is none of the three.
@@ -309,16 +131,13 @@ def tokenize(
     """Rows to token ids, in order.
 
     With a chat template a text prompt becomes one user message; without, prompt and response are joined as
-    they are.
-    The prompt's tokens must be a prefix of the whole's. The response ends at the first end-of-turn token
-    behind its
-    text, which is appended where the template writes none.
+    they are. The prompt's tokens must be a prefix of the whole's. The response ends at the first end-of-turn
+    token behind its text, which is appended where the template writes none.
 
     Args:
         max_length: most tokens of prompt and response together; None for no limit.
-        on_long: `drop` leaves longer rows out and counts them; `truncate` cuts the response on the right
-            (such a
-            response has no end-of-turn token) and drops only rows whose prompt leaves no room.
+        on_long: `drop` leaves longer rows out and counts them; `truncate` cuts the response on the right (it
+            then has no end-of-turn token) and drops only rows whose prompt leaves no room.
         with_offsets: fill `Response.offsets`.
 
     Raises:
@@ -517,8 +336,7 @@ def microbatches_for_rank(
     """This rank's share of an optimizer batch, in micro-batches of at most `max_rows` rows of similar length.
 
     Every rank gets the same number of them, since each forward may be a collective; where there are fewer
-    rows than
-    ranks some micro-batches are empty. The ranks' shares together are `indices`, each once.
+    rows than ranks some micro-batches are empty. The ranks' shares together are `indices`, each once.
     """
     ordered = sorted(indices, key=lambda i: -lengths[i])
     count = world_size * -(-len(ordered) // (max_rows * world_size))

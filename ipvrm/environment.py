@@ -1,6 +1,4 @@
-"""`ipvrm env`: what a bug report needs: versions, devices, backends and why one is missing, OpenMP
-runtimes.
-"""
+"""`ipvrm env`: what a bug report needs: versions, devices, backends, OpenMP runtimes."""
 
 import os
 import platform

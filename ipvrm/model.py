@@ -2,11 +2,9 @@
 transformers.
 
 The transformer body runs on right-padded sequences; only the states that predict response tokens reach the
-head, packed
-(N, D), through `ipvrm_kernels.linear_logprobs`. The body runs without an attention mask: under a causal
-model real
-tokens never see the padding behind them, so the states at `Batch.positions` are the same and the attention
-kernels faster.
+head, packed (N, D), through `ipvrm_kernels.linear_logprobs`. The body runs without an attention mask: under
+a causal model real tokens never see the padding behind them, so the states at `Batch.positions` are the same
+and the attention kernels faster.
 """
 
 import hashlib
@@ -306,8 +304,7 @@ def memory_estimate(
     gradient_checkpointing: bool = False,
 ) -> dict[str, int]:
     """Rough bytes per device that training takes: fp32 weights, gradients and Adam's two moments, and the
-    activations
-    of a micro-batch of `rows` responses of `length` tokens. Loads no weights.
+    activations of a micro-batch of `rows` responses of `length` tokens. Loads no weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,14 +1,14 @@
 """Reward-model losses of stage A: pure functions of the packed log-ratios, each `(loss, metrics)`.
 
     l_t = log pi_phi - log pi_ref,   V_t = beta * sum_{i<=t} l_i,   mean_value_t = V_t / t,   s = 2r - 1
-    ipvrm          mean_b w_b * sum_t omega_t * softplus(margin_b - s * mean_value_t) / sum_t omega_t
-    Eq. 9
+    Eq. 9          mean_b w_b * sum_t omega_t * softplus(margin_b - s * mean_value_t) / sum_t omega_t
     implicit_prm   mean_b BCE(sigmoid(V_T), r)
 
 Metrics are (sum, count) pairs of 0-d fp32 tensors under fixed keys, so that micro-batches and ranks add up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,7 +25,7 @@ METRICS = ("loss", "prefix_accuracy", "outcome_accuracy", "value_right", "value_
 BETA = {"ipvrm": 10.0, "implicit_prm": 0.05}
 NOT_TRAINED_HERE = {
     "dpo": "it compares a right with a wrong response of one prompt, and these rows are single responses",
-    "q_rm": "it needs a scalar head on the hidden state, and the model here is read through its vocabulary head",
+    "q_rm": "it needs a scalar head on the hidden state; the model here is read through its vocabulary head",
     "endo_rm": "it has nothing to train: its reward is read off the starting model",
 }
 
@@ -155,3 +155,52 @@ def _metrics(
 
 def _agreement(signed: Tensor) -> Tensor:
     return (signed.sign().sum() + signed.numel()) / 2
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss with its settings; `margin` and what follows belong to `ipvrm` alone."""
+
+    name: str
+    beta: float
+    margin: float = 0.0
+    prefix_weighting: PrefixWeighting = "uniform"
+    reduction: Reduction = "sequence_mean"
+
+    def denominator(self, lengths: Sequence[int]) -> float:
+        """`loss_denominator` of an optimizer batch whose responses have these lengths."""
+        return loss_denominator(lengths, self.reduction, self.prefix_weighting)
+
+    def __call__(
+        self, log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, denominator: float
+    ) -> tuple[Tensor, Metrics]:
+        """This micro-batch's share of the loss of its optimizer batch, and its metrics."""
+        if self.name == "implicit_prm":
+            return implicit_prm_loss(log_ratio, cu_seqlens, outcome, beta=self.beta, denominator=denominator)
+        return ipvrm_loss(
+            log_ratio,
+            cu_seqlens,
+            outcome,
+            beta=self.beta,
+            margin=self.margin,
+            prefix_weighting=self.prefix_weighting,
+            reduction=self.reduction,
+            denominator=denominator,
+        )
+
+
+class MetricSums:
+    """Sums and counts of several updates, as plain numbers."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, pairs: Mapping[str, Sequence[float]]) -> None:
+        """Adds (sum, count) pairs."""
+        for name, (total, count) in pairs.items():
+            old = self.values.get(name, [0.0, 0.0])
+            self.values[name] = [old[0] + total, old[1] + count]
+
+    def means(self, prefix: str = "") -> dict[str, float]:
+        """sum / count of each metric; 0 where nothing was counted."""
+        return {prefix + name: total / max(count, 1.0) for name, (total, count) in self.values.items()}

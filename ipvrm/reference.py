@@ -32,8 +32,8 @@ def reference_logprobs(
     """(N,) fp32 on the CPU for each set of responses, packed in their order.
 
     Read from `path` where it holds them under the same key (data, reference weights, precision); else
-    computed on all
-    ranks and stored there, so that a resumed run sees the same numbers and no second model sits in memory.
+    computed on all ranks and stored there, so that a resumed run sees the same numbers and no second model
+    sits in memory.
 
     Args:
         module: the prepared reference, or None to load `reference_name` for as long as it takes.

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ipvrm import IpvrmError
 from ipvrm.data import OnBadRow, OnLong
-from ipvrm.objectives import BETA, check_objective
+from ipvrm.objectives import BETA, Objective, check_objective
 
 # A resumed run may change these: they do not decide the weights, or their contents are compared by hash.
 # Another split
@@ -145,6 +145,18 @@ def resolve(config: RewardConfig) -> RewardConfig:
     if margin is not None and not math.isfinite(margin):
         raise IpvrmError(f"margin must be finite; got {margin}")
     return replace(config, beta=beta, margin=margin)
+
+
+def objective_of(config: RewardConfig) -> Objective:
+    """The loss of a resolved config."""
+    assert config.beta is not None
+    return Objective(
+        config.objective,
+        config.beta,
+        config.margin or 0.0,
+        config.prefix_weighting,
+        "token_mean" if config.preset == "release" and config.objective == "ipvrm" else "sequence_mean",
+    )
 
 
 def learning_rate_factor(step: int, total: int, config: RewardConfig) -> float:

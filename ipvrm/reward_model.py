@@ -56,8 +56,7 @@ class Score:
     """One solution, T response tokens, S steps; tensors fp32 on the CPU.
 
     `step_ends` (S,) int64 is the position of each step's last token within the response. `first_error` is
-    the first step
-    whose sigmoid(score) is below the threshold, -1 for none.
+    the first step whose sigmoid(score) is below the threshold, -1 for none.
     """
 
     prefix_values: Tensor  # (T,) V_t, after token t

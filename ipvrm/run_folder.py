@@ -1,6 +1,4 @@
-"""What is written to disk, so that an interrupted process leaves either the old file or the new one, never
-half of one.
-"""
+"""What is written to disk, so that an interruption leaves either the old file or the new one, never half."""
 
 import json
 import os
@@ -116,11 +114,9 @@ def save_folder(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
-def move_into(source: Path, folder: Path) -> None:
-    """Renames every file of `source` into `folder`, replacing files of the same name, and removes
-    `source`.
-    """
-    for file in sorted(source.iterdir()):
+def move_into(source: Path, folder: Path, *, last: str) -> None:
+    """Renames the files of `source` into `folder`, the file `last` as the last one, and removes `source`."""
+    for file in sorted(source.iterdir(), key=lambda path: path.name == last):
         os.replace(file, folder / file.name)
     source.rmdir()
 

@@ -9,21 +9,21 @@ function of (seed, epoch).
 
 import math
 import os
+import signal
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipvrm import IpvrmError, checkpoint
 from ipvrm.data import (
-    Batch,
     Response,
-    Tokenized,
     collate,
     epoch_order,
     microbatches_for_rank,
@@ -40,11 +40,11 @@ from ipvrm.model import (
     template_hash,
     weights_hash,
 )
-from ipvrm.objectives import METRICS, Metrics, implicit_prm_loss, ipvrm_loss, loss_denominator
+from ipvrm.objectives import METRICS, Metrics, MetricSums
 from ipvrm.progress import Interrupt, Progress, peak_memory
 from ipvrm.reference import REFERENCE_FILE, data_hash, reference_logprobs, split_packed
-from ipvrm.reward_config import FREE_ON_RESUME, RewardConfig, learning_rate_factor, resolve
-from ipvrm.reward_model import RewardModelInfo, reference_entries, write_info
+from ipvrm.reward_config import FREE_ON_RESUME, RewardConfig, learning_rate_factor, objective_of, resolve
+from ipvrm.reward_model import CONFIG_NAME, RewardModelInfo, reference_entries, write_info
 from ipvrm.run_folder import (
     JsonlLog,
     manifest,
@@ -55,8 +55,6 @@ from ipvrm.run_folder import (
     write_json,
     write_text,
 )
-
-FINAL_FILES = ("ipvrm_config.json", "results.json")
 
 
 @dataclass(frozen=True)
@@ -116,26 +114,27 @@ class _Run:
         self.resumed: Path | None = None
         if config.resume_from_checkpoint is not None:
             self.resumed = checkpoint.find_checkpoint(self.output, config.resume_from_checkpoint)
-        elif checkpoint.checkpoints(self.output) or any(
-            (self.output / name).exists() for name in FINAL_FILES
-        ):
+        elif checkpoint.checkpoints(self.output) or (self.output / CONFIG_NAME).exists():
             raise IpvrmError(
                 f"{self.output} holds a run already; add --resume_from_checkpoint latest, or name another "
                 "--output_dir"
             )
-
         self.reference_name = config.reference or config.model
+        if self.output.resolve() in (Path(config.model).resolve(), Path(self.reference_name).resolve()):
+            raise IpvrmError(
+                f"--output_dir {self.output} is the starting model or the reference; it would be overwritten"
+            )
+        self.objective = objective_of(config)
         self.tokenizer = load_tokenizer(config.model)
         self.template_hash = template_hash(self.tokenizer)
         self.data = self._read(config.train_data)
         self.eval_data = None if config.eval_data is None else self._read(config.eval_data)
-        rows = len(self.data.responses)
-        self.updates_per_epoch = -(-rows // config.global_batch_size)
+        self.updates_per_epoch = -(-len(self.data.responses) // config.global_batch_size)
         self.total_steps = config.max_steps or max(1, round(config.num_train_epochs * self.updates_per_epoch))
 
     # ------------------------------------------------------------------------------------------- before
 
-    def _read(self, path: str) -> Tokenized:
+    def _read(self, path: str) -> "_Rows":
         rows, bad = read_rows(path, self.config.on_bad_row)
         data = tokenize(
             rows,
@@ -159,7 +158,7 @@ class _Run:
             self.progress.note(
                 f"{path}: all outcomes are the same; such a reward model learns only a constant"
             )
-        return data
+        return _Rows(data.responses, data.counts, [len(r.input_ids) for r in data.responses])
 
     def _fingerprint(self) -> dict[str, Any]:
         """What decides the weights of the run; compared on resume."""
@@ -180,7 +179,7 @@ class _Run:
         fingerprint = self._fingerprint()
         state = None if self.resumed is None else checkpoint.load_state(self.resumed)
         if state is not None:
-            _check_same_run(state["fingerprint"], fingerprint)
+            checkpoint.check_same_run(state["fingerprint"], fingerprint)
         self.start = 0 if state is None else int(state["step"])
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -219,31 +218,19 @@ class _Run:
 
     def _prepare_reference(self) -> None:
         """Reference log-probabilities of all response tokens, computed before anything has been trained."""
-        sets = [self.data.responses] + ([self.eval_data.responses] if self.eval_data is not None else [])
-        untrained = self.module if self.start == 0 and self.config.reference is None else None
+        sets = [self.data] if self.eval_data is None else [self.data, self.eval_data]
         packed = reference_logprobs(
-            sets,
+            [rows.responses for rows in sets],
             self.output / REFERENCE_FILE,
             self.accelerator,
             reference_name=self.reference_name,
             reference_hash=self.reference_hash,
-            module=untrained,
+            module=self.module if self.start == 0 and self.config.reference is None else None,
             max_rows=self.config.per_device_train_batch_size,
             progress=self.progress,
         )
-        self.reference, *rest = [
-            split_packed(values, rows) for values, rows in zip(packed, sets, strict=True)
-        ]
-        self.eval_reference = rest[0] if rest else None
-
-    def _microbatches(self, indices: Any, responses: list[Response]) -> list[list[int]]:
-        return microbatches_for_rank(
-            indices,
-            [len(r.input_ids) for r in responses],
-            max_rows=self.config.per_device_train_batch_size,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
+        for rows, values in zip(sets, packed, strict=True):
+            rows.reference = split_packed(values, rows.responses)
 
     # --------------------------------------------------------------------------------------------- loop
 
@@ -254,7 +241,8 @@ class _Run:
         )
         self.started = time.perf_counter()
         self.tokens = 0
-        pending = _Sums()
+        self.epoch, self.order = -1, list[int]()
+        pending = MetricSums()
         if self.resumed is not None:
             pending.add(checkpoint.load_state(self.resumed)["pending"])
         validation: dict[str, float] = {}
@@ -264,119 +252,99 @@ class _Run:
                 self._record({"step": 0, **validation})
         with Interrupt() as interrupt, self.progress.bar("train-rm", self.total_steps, self.start) as bar:
             for step in range(self.start, self.total_steps):
-                sums, grad_norm, stop = self._update(step, interrupt.signal)
+                sums, grad_norm, stop = self._update(step, interrupt)
                 pending.add(sums)
                 done = step + 1
                 last = done == self.total_steps
                 validate = last or (config.eval_steps is not None and done % config.eval_steps == 0)
-                bar(done, **pending.shown(), tokens_per_second=self.tokens / self._seconds())
+                speed = self.tokens / self._seconds()
+                means = pending.means()
+                shown = {name: means[name] for name in ("loss", "prefix_accuracy")}
+                bar(done, **shown, tokens_per_second=speed)
                 if validate or done % config.logging_steps == 0:
                     validation = self._validate() if validate else {}
                     self._record(
                         {
                             "step": done,
                             "epoch": done / self.updates_per_epoch,
-                            **pending.means(),
+                            **means,
                             "learning_rate": self.optimizer.param_groups[0]["lr"],
                             "grad_norm": grad_norm,
-                            "tokens_per_second": self.tokens / self._seconds(),
+                            "tokens_per_second": speed,
                             "peak_memory_bytes": peak_memory(self.device),
                             **validation,
                         }
                     )
-                    trained, pending = pending, _Sums()
+                    pending = MetricSums()
                 if not last and (stop or (config.save_steps and done % config.save_steps == 0)):
                     folder = self._save_checkpoint(done, pending)
                     if stop:
-                        raise self._interrupted(folder, done, int(stop))
-        return self._finish(trained.means() if self.total_steps > self.start else {}, validation)
+                        raise self._interrupted(folder, done, interrupt.signal or signal.SIGINT)
+        return self._finish(means, validation)
 
-    def _update(self, step: int, stop_signal: int) -> tuple[dict[str, tuple[float, float]], float, float]:
+    def _update(self, step: int, interrupt: Interrupt) -> tuple[dict[str, tuple[float, float]], float, bool]:
         """One optimizer update. Returns the metric sums and the gradient norm over all ranks, and the signal
         to stop, if any.
         """
-        config = self.config
+        config, data = self.config, self.data
         ranks = self.accelerator.num_processes
         epoch, position = divmod(step, self.updates_per_epoch)
-        order = epoch_order(len(self.data.responses), config.seed, epoch)
-        indices = order[position * config.global_batch_size : (position + 1) * config.global_batch_size]
-        lengths = [self.data.responses[i].length for i in indices]
-        denominator = loss_denominator(lengths, self._reduction(), config.prefix_weighting)
-        share = self._microbatches(indices, self.data.responses)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, epoch_order(len(data.responses), config.seed, epoch)
+        indices = self.order[position * config.global_batch_size : (position + 1) * config.global_batch_size]
+        denominator = self.objective.denominator([data.responses[i].length for i in indices])
+        share = self._microbatches(indices, data)
         sums = torch.zeros(2 * len(METRICS) + 1, device=self.device)
         for number, micro in enumerate(share, 1):
             with nullcontext() if number == len(share) else self.accelerator.no_sync(self.module):
-                loss, metrics = self._loss(
-                    self.module, self.data, self.reference, micro or indices[:1], denominator
-                )
+                loss, metrics = self._loss(data, micro or indices[:1], denominator)
                 # Ranks average their gradients; a rank without rows takes part with weight 0.
                 self.accelerator.backward(loss * (ranks if micro else 0))
             if micro:
-                sums[:-1] += torch.stack([value for name in METRICS for value in metrics[name]])
-        sums[-1] = stop_signal
-        sums = self.accelerator.reduce(sums, "sum")
+                sums[:-1] += _stacked(metrics)
+        sums[-1] = bool(interrupt.signal)
+        *values, stop = self.accelerator.reduce(sums, "sum").tolist()
         limit = config.max_grad_norm or math.inf
         grad_norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), limit))
-        *values, stop = sums.tolist()
         if not (math.isfinite(values[0]) and math.isfinite(grad_norm)):
             raise self._diverged(step + 1, values[0], grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, self.total_steps, config)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.tokens += sum(len(self.data.responses[i].input_ids) for i in indices)
-        pairs = zip(values[::2], values[1::2], strict=True)
-        return dict(zip(METRICS, pairs, strict=True)), grad_norm, stop / ranks
+        self.tokens += sum(data.lengths[i] for i in indices)
+        return _pairs(values), grad_norm, stop > 0
 
-    def _reduction(self) -> Any:
-        return "token_mean" if self.config.preset == "release" else "sequence_mean"
-
-    def _loss(
-        self,
-        module: nn.Module,
-        data: Tokenized,
-        reference: list[Tensor],
-        indices: list[int],
-        denominator: float,
-    ) -> tuple[Tensor, Metrics]:
-        config = self.config
-        batch: Batch = collate([data.responses[i] for i in indices]).to(self.device)
-        log_ratio = module(batch) - torch.cat([reference[i] for i in indices]).to(self.device)
-        assert config.beta is not None
-        if config.objective == "implicit_prm":
-            return implicit_prm_loss(
-                log_ratio, batch.cu_seqlens, batch.outcome, beta=config.beta, denominator=denominator
-            )
-        assert config.margin is not None
-        return ipvrm_loss(
-            log_ratio,
-            batch.cu_seqlens,
-            batch.outcome,
-            beta=config.beta,
-            margin=config.margin,
-            prefix_weighting=config.prefix_weighting,
-            reduction=self._reduction(),
-            denominator=denominator,
+    def _microbatches(self, indices: Sequence[int], data: "_Rows") -> list[list[int]]:
+        return microbatches_for_rank(
+            indices,
+            data.lengths,
+            max_rows=self.config.per_device_train_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
         )
+
+    def _loss(self, data: "_Rows", indices: list[int], denominator: float) -> tuple[Tensor, Metrics]:
+        batch = collate([data.responses[i] for i in indices]).to(self.device)
+        log_ratio = self.module(batch) - torch.cat([data.reference[i] for i in indices]).to(self.device)
+        return self.objective(log_ratio, batch.cu_seqlens, batch.outcome, denominator)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Metrics over the whole validation set: sums and counts over all micro-batches and ranks, then one
+        """Metrics of the validation set: sums and counts over all micro-batches and ranks, then one
         division.
         """
-        if self.eval_data is None or self.eval_reference is None:
+        data = self.eval_data
+        if data is None:
             return {}
         sums = torch.zeros(2 * len(METRICS), dtype=torch.float64)
-        for micro in self._microbatches(range(len(self.eval_data.responses)), self.eval_data.responses):
-            _, metrics = self._loss(self.module, self.eval_data, self.eval_reference, micro or [0], 1.0)
+        for micro in self._microbatches(range(len(data.responses)), data):
+            _, metrics = self._loss(data, micro or [0], 1.0)
             if micro:
-                sums += torch.stack([value for name in METRICS for value in metrics[name]]).double().cpu()
-        values = self.accelerator.reduce(sums.to(self.device, torch.float32), "sum").tolist()
-        pairs = zip(values[::2], values[1::2], strict=True)
-        return {
-            f"eval_{name}": total / max(count, 1.0)
-            for name, (total, count) in zip(METRICS, pairs, strict=True)
-        }
+                sums += _stacked(metrics).double().cpu()
+        total = MetricSums()
+        total.add(_pairs(self.accelerator.reduce(sums.to(self.device, torch.float32), "sum").tolist()))
+        return total.means("eval_")
 
     # -------------------------------------------------------------------------------------------- files
 
@@ -404,7 +372,7 @@ class _Run:
         self.tokenizer.save_pretrained(folder)
         write_info(folder, self._info(final_place))
 
-    def _save_checkpoint(self, step: int, pending: "_Sums") -> Path:
+    def _save_checkpoint(self, step: int, pending: MetricSums) -> Path:
         from accelerate.utils import gather_object
 
         rng = gather_object([checkpoint.rng_state(self.accelerator.process_index)])
@@ -441,10 +409,11 @@ class _Run:
         }
         if self.main and self.log is not None:
             self.log.close()
-            with save_folder(self.output / ".final") as folder:
+            finished = self.output / ".finished.tmp"
+            with save_folder(finished) as folder:
                 self._write_model(folder, self.output)
                 write_json(folder / "results.json", metrics)
-            move_into(self.output / ".final", self.output)
+            move_into(finished, self.output, last=CONFIG_NAME)
         self.accelerator.wait_for_everyone()
         return TrainResult(self.output, metrics, self.total_steps, seconds)
 
@@ -486,45 +455,22 @@ class _Run:
         return TrainResult(self.output, metrics, 0, 0.0)
 
 
-class _Sums:
-    """Metric sums and counts of several updates."""
+@dataclass
+class _Rows:
+    """A data set as the loop needs it."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
-
-    def add(self, other: Any) -> None:
-        for name, (total, count) in other.items():
-            old = self.values.get(name, [0.0, 0.0])
-            self.values[name] = [old[0] + total, old[1] + count]
-
-    def means(self) -> dict[str, float]:
-        return {name: total / max(count, 1.0) for name, (total, count) in self.values.items()}
-
-    def shown(self) -> dict[str, float]:
-        means = self.means()
-        return {"loss": means["loss"], "prefix_accuracy": means["prefix_accuracy"]}
+    responses: list[Response]
+    counts: dict[str, int]
+    lengths: list[int]  # tokens of prompt and response
+    reference: list[Tensor] = field(default_factory=list)  # (T_b,) fp32 on the CPU
 
 
-def _check_same_run(stored: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises IpvrmError that names every setting in which a resumed run differs from the one it goes on
-    with.
-    """
-    words = {
-        "start_hash": "the starting model",
-        "reference_hash": "the reference",
-        "data_hash": "the training data",
-    }
-    changed = [
-        words[name] if name in words else f"{name} ({stored.get(name)!r} then, {now.get(name)!r} now)"
-        for name in sorted(set(stored) | set(now))
-        if stored.get(name) != now.get(name)
-    ]
-    if changed:
-        raise IpvrmError(
-            "--resume_from_checkpoint: this is not the run of the checkpoint; changed: "
-            f"{', '.join(changed)}. "
-            "Put them back, or start a new run in another --output_dir"
-        )
+def _stacked(metrics: Metrics) -> Tensor:
+    return torch.stack([value for name in METRICS for value in metrics[name]])
+
+
+def _pairs(values: list[float]) -> dict[str, tuple[float, float]]:
+    return dict(zip(METRICS, zip(values[::2], values[1::2], strict=True), strict=True))
 
 
 def main(config: RewardConfig) -> None:

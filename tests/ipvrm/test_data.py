@@ -1,4 +1,4 @@
-"""Rows to packed batches: what is read, what is refused and why, and where tokens, labels and offsets end up."""
+"""Rows to packed batches: what is read, what is refused and why, where tokens, labels and offsets end up."""
 
 import json
 
@@ -151,7 +151,7 @@ TAIL = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endi
 
 
 def test_template_that_strips_and_thinks(tokenizer):
-    """Qwen3 writes an empty think block before the last answer; Llama strips the text. Offsets stay the response's."""
+    """Qwen3 writes an empty think block before the last answer, Llama strips text; offsets do not move."""
     think = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
     template = BODY + think + "{{ m.content | trim }}<|im_end|>\n" + TAIL
     other = variant(tokenizer, template)

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import ipvrm.train_rm as train_rm
-from ipvrm import IpvrmError
+from ipvrm import IpvrmError, checkpoint, objectives
 from ipvrm.checkpoint import checkpoints
 from ipvrm.reward_config import RewardConfig, learning_rate_factor, resolve
 from ipvrm.train_rm import TrainingInterrupted, train_reward_model
@@ -254,12 +254,10 @@ def test_reference_logprobs_are_computed_once(config, monkeypatch):
     train(first)
     folder = Path(first.output_dir)
     (folder / "ipvrm_config.json").unlink()
-    (folder / "results.json").unlink()
     monkeypatch.setattr("ipvrm.reference._logprobs", lambda *a: pytest.fail("computed again"))
     train(first)
     other_key = config(max_steps=1, max_length=40)  # other rows
-    for name in ("ipvrm_config.json", "results.json"):
-        (folder / name).unlink()
+    (folder / "ipvrm_config.json").unlink()
     with pytest.raises(pytest.fail.Exception):
         train(other_key)
 
@@ -369,6 +367,8 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
                 shutil.rmtree(path)
         (folder / "model.safetensors").unlink()
         name = "latest" if step == 2 else str(folder / "checkpoint-4")
+        if step == 4:  # computed again from the reference, not from the trained weights
+            (folder / "reference_logprobs.safetensors").unlink()
         result = train(copy_of(uninterrupted, folder, resume_from_checkpoint=name))
         assert same_bits(whole, folder)
         assert log_of(folder) == log_of(whole)
@@ -437,10 +437,10 @@ def interrupt_after(monkeypatch, step, signal_number=signal.SIGINT):
     """Sends the signal while update `step` (from 0) is computed."""
     update = train_rm._Run._update
 
-    def interrupted(self, number, stop_signal):
+    def interrupted(self, number, interrupt):
         if number == step:
             os.kill(os.getpid(), signal_number)
-        return update(self, number, stop_signal)
+        return update(self, number, interrupt)
 
     monkeypatch.setattr(train_rm._Run, "_update", interrupted)
 
@@ -468,10 +468,10 @@ def test_interrupt_on_the_command_line(uninterrupted, tmp_path):
         from ipvrm.cli import main
 
         update = train_rm._Run._update
-        def interrupted(self, number, stop_signal):
+        def interrupted(self, number, interrupt):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGINT)
-            return update(self, number, stop_signal)
+            return update(self, number, interrupt)
         train_rm._Run._update = interrupted
         sys.exit(main(sys.argv[1:]))
     """
@@ -482,7 +482,7 @@ def test_interrupt_on_the_command_line(uninterrupted, tmp_path):
 
 
 def test_nan_stops_before_the_weights_take_it(config, monkeypatch):
-    ipvrm_loss = train_rm.ipvrm_loss
+    ipvrm_loss = objectives.ipvrm_loss
     calls = []
 
     def poisoned(log_ratio, *rest, **options):
@@ -490,7 +490,7 @@ def test_nan_stops_before_the_weights_take_it(config, monkeypatch):
         scale = float("nan") if len(calls) > 6 else 1.0  # in the fourth update of two micro-batches
         return ipvrm_loss(log_ratio * scale, *rest, **options)
 
-    monkeypatch.setattr(train_rm, "ipvrm_loss", poisoned)
+    monkeypatch.setattr(objectives, "ipvrm_loss", poisoned)
     with pytest.raises(IpvrmError, match=r"update 4: .*nan.*checkpoint-3, is intact"):
         train(config(save_steps=3))
     folder = checkpoints(config().output_dir)[-1]
@@ -500,6 +500,20 @@ def test_nan_stops_before_the_weights_take_it(config, monkeypatch):
 def test_old_checkpoints_are_removed(config):
     result = train(config(save_steps=1, save_total_limit=2, max_steps=5))
     assert [p.name for p in checkpoints(result.output_dir)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_random_generators_are_restored(tmp_path):
+    torch.manual_seed(5)
+    checkpoint.save_state(tmp_path, {}, [checkpoint.rng_state(0), checkpoint.rng_state(1)])
+    want = torch.rand(3)
+    checkpoint.restore_rng_state(tmp_path, 1)
+    assert torch.equal(torch.rand(3), want)
+    checkpoint.restore_rng_state(tmp_path, 7)  # a rank that the saved run did not have
+
+
+def test_the_starting_model_is_not_overwritten(config, tiny_folder):
+    with pytest.raises(IpvrmError, match="it would be overwritten"):
+        train(config(output_dir=str(tiny_folder)))
 
 
 # ------------------------------------------------------------------------------------------- two ranks
