@@ -171,6 +171,12 @@ def test_end_of_turn_appended_where_the_template_writes_none(tokenizer):
     assert decode(other, response.input_ids[response.prompt_length :]).endswith("ab<|im_end|>")
 
 
+def test_what_the_template_writes_before_the_end_of_turn_belongs_to_the_response(tokenizer):
+    other = variant(tokenizer, BODY + "{{ m.content }} [done]<|im_end|>\n" + TAIL)
+    response = tokenize([Row("f:1", "p", "ab", 1)], other, max_length=None).responses[0]
+    assert decode(other, response.input_ids[response.prompt_length :]) == "ab [done]<|im_end|>"
+
+
 def test_end_of_turn_is_the_templates_not_the_tokenizers(tokenizer):
     """Base models carry eos_token=<|endoftext|> beside a ChatML template."""
     other = variant(tokenizer, tokenizer.chat_template)

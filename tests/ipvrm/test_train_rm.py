@@ -256,10 +256,24 @@ def test_reference_logprobs_are_computed_once(config, monkeypatch):
     (folder / "ipvrm_config.json").unlink()
     monkeypatch.setattr("ipvrm.reference._logprobs", lambda *a: pytest.fail("computed again"))
     train(first)
-    other_key = config(max_steps=1, max_length=40)  # other rows
-    (folder / "ipvrm_config.json").unlink()
-    with pytest.raises(pytest.fail.Exception):
-        train(other_key)
+    monkeypatch.undo()
+    other = train(config("other", max_steps=1)).output_dir
+    stored = (folder / "reference_logprobs.safetensors").read_bytes()
+    for changes in ({"max_length": 40}, {"reference": str(other)}, {"mixed_precision": "bf16"}):
+        (folder / "ipvrm_config.json").unlink()
+        (folder / "reference_logprobs.safetensors").write_bytes(stored)
+        train(config(max_steps=1, **changes))
+        assert (folder / "reference_logprobs.safetensors").read_bytes() != stored, changes
+
+
+def test_dropout_of_the_starting_model_is_off(config, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "dropout")
+    path = tmp_path / "dropout" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.5}))
+    result = train(config(model=str(tmp_path / "dropout"), max_steps=1))
+    first = log_of(result.output_dir)[0]
+    assert (first["value_right"], first["value_wrong"]) == pytest.approx((0.0, 0.0), abs=1e-4)
+    assert json.loads((result.output_dir / "config.json").read_text())["attention_dropout"] == 0.5
 
 
 def test_dry_run_writes_nothing(config, capsys):
@@ -393,6 +407,8 @@ def test_resume_refuses_another_run(uninterrupted, tmp_path, rollouts):
     ):
         with pytest.raises(IpvrmError, match=f"not the run of the checkpoint; changed: .*{reason}"):
             train(copy_of(uninterrupted, folder, resume_from_checkpoint="latest", **changes))
+    (folder / "checkpoint-99").mkdir()  # without its state it is none
+    assert checkpoints(folder)[-1].name == "checkpoint-4"
     with pytest.raises(IpvrmError, match="not a checkpoint"):
         train(copy_of(uninterrupted, folder, resume_from_checkpoint=str(folder)))
     with pytest.raises(IpvrmError, match="no complete checkpoint"):
