@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CPP_SOURCES = ["csrc/bindings.cpp", "csrc/sequence_cpu.cpp"]
+CPP_SOURCES = ["csrc/bindings.cpp", "csrc/head_cpu.cpp", "csrc/sequence_cpu.cpp"]
 CUDA_SOURCES = ["csrc/sequence_cuda.cu"]
 CUDA_ARCHITECTURES = os.environ.get("IPVRM_CUDA_ARCHS", "80;90;100").split(";")
 
@@ -60,7 +60,14 @@ class BuildExtension(build_ext):
         if sys.platform == "win32":
             extension.extra_compile_args += ["/std:c++17", "/O2", "/openmp"]
             return
-        extension.extra_compile_args += ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+        extension.extra_compile_args += [
+            "-std=c++17",
+            "-O3",
+            "-fvisibility=hidden",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-g0",
+        ]
         if self._compiles_with("-fopenmp"):
             extension.extra_compile_args += ["-fopenmp"]
             extension.extra_link_args += ["-fopenmp"]

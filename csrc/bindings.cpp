@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "head_cpu.h"
 #include "sequence_cpu.h"
 #ifdef IPVRM_WITH_CUDA
 #include "sequence_cuda.h"
@@ -17,6 +18,10 @@ using Address = std::uintptr_t;
 const float* in(Address address) { return reinterpret_cast<const float*>(address); }
 const int32_t* edges(Address address) { return reinterpret_cast<const int32_t*>(address); }
 float* out(Address address) { return reinterpret_cast<float*>(address); }
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 }  // namespace
 
@@ -55,6 +60,61 @@ PYBIND11_MODULE(_C, m) {
       "prefix_value_loss_bwd_cpu",
       [](Address slope, Address cu, Address scale, Address dl, int64_t B, float beta, int threads) {
         ipvrm::prefix_value_loss_bwd_cpu(in(slope), edges(cu), in(scale), out(dl), B, beta, threads);
+      },
+      no_gil);
+
+  // Head ops: (scale, limit) is a LogitTransform, (top, sumexp, sum_z_exp) a RowState, (count, cand_ids, cand_z, threshold,
+  // slots, capacity, log_min_prob) CandidateBuffers.
+  m.def(
+      "head_forward_tile_cpu",
+      [](Address tile, int64_t rows, int64_t cols, int64_t col0, Address bias, float scale, float limit, Address top,
+         Address sumexp, Address sum_z_exp, Address ids, Address id_z, int64_t K, Address count, Address cand_ids,
+         Address cand_z, Address threshold, int64_t slots, int64_t capacity, float log_min_prob, Address expectation,
+         int64_t D, int threads) {
+        ipvrm::head_forward_tile_cpu(
+            out(tile), rows, cols, col0, in(bias), {scale, limit}, {out(top), at<double>(sumexp), at<double>(sum_z_exp)},
+            at<int64_t>(ids), out(id_z), K,
+            {at<int32_t>(count), at<int32_t>(cand_ids), out(cand_z), out(threshold), slots, capacity, log_min_prob},
+            out(expectation), D, threads);
+      },
+      no_gil);
+  m.def(
+      "head_finish_cpu",
+      [](Address top, Address sumexp, Address sum_z_exp, Address ids, Address id_z, int64_t rows, int64_t K, int64_t V,
+         Address lse, Address lse_low, Address entropy, Address logprobs, Address expectation, int64_t D, int threads) {
+        ipvrm::head_finish_cpu({out(top), at<double>(sumexp), at<double>(sum_z_exp)}, at<int64_t>(ids), in(id_z), rows, K, V,
+                               out(lse), out(lse_low), out(entropy), out(logprobs), out(expectation), D, threads);
+      },
+      no_gil);
+  m.def(
+      "head_candidates_cpu",
+      [](Address top, Address sumexp, Address count, Address cand_ids, Address cand_z, Address threshold, int64_t slots,
+         int64_t capacity, float log_min_prob, int64_t rows, int64_t K, Address ids, Address logprobs, Address counts,
+         int threads) {
+        ipvrm::head_candidates_cpu(
+            {out(top), at<double>(sumexp), nullptr},
+            {at<int32_t>(count), at<int32_t>(cand_ids), out(cand_z), out(threshold), slots, capacity, log_min_prob}, rows, K,
+            at<int64_t>(ids), out(logprobs), at<int64_t>(counts), threads);
+      },
+      no_gil);
+  m.def(
+      "head_upstream_cpu",
+      [](Address dlogprobs, Address dlse, Address dentropy, Address ids, int64_t N, int64_t K, int64_t V, Address total,
+         Address active, int threads) {
+        ipvrm::head_upstream_cpu(in(dlogprobs), in(dlse), in(dentropy), at<int64_t>(ids), N, K, V, at<double>(total),
+                                 at<uint8_t>(active), threads);
+      },
+      no_gil);
+  m.def(
+      "head_backward_tile_cpu",
+      [](Address tile, Address dz, int64_t rows, int64_t cols, int64_t col0, Address index, int64_t row0, bool gather,
+         bool transformed, Address bias, float scale, float limit, Address dlogprobs, Address ids, int64_t K, Address total,
+         Address lse, Address lse_low, Address dentropy, Address entropy, int threads) {
+        ipvrm::head_backward_tile_cpu(in(tile), out(dz), rows, cols, col0, at<int64_t>(index), row0, gather, transformed,
+                                      in(bias), {scale, limit},
+                                      {in(dlogprobs), at<int64_t>(ids), K, at<double>(total), in(lse), in(lse_low),
+                                       in(dentropy), in(entropy)},
+                                      threads);
       },
       no_gil);
 

@@ -16,23 +16,68 @@ namespace ipvrm {
 
 enum class Weighting : int { uniform = 0, late = 1, early = 2 };
 
-// exp(-|z|) to 1 ulp or so; 1.2e-38 where |z| > 87.3 (no denormals).
-IPVRM_HD float exp_negative_abs(float z) {
-  const float x = -fabsf(z);
-  const float clamped = x < -87.33654f ? -87.33654f : x;
-  const int32_t n = static_cast<int32_t>(clamped * 1.44269504f - 0.5f);  // truncation rounds to nearest for x <= 0
+// exp(x) for x in [-88, 0] to 1 ulp or so (a little above 0 is fine); 0 below -87.68, where it would be denormal.
+IPVRM_HD float exp_in_range(float x) {
+  const int32_t n = static_cast<int32_t>(x * 1.44269504f - 0.5f);  // truncation rounds to nearest for x <= 0
   const float nf = static_cast<float>(n);
-  const float r = (clamped - nf * 0.693359375f) + nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
-  float p = 1.3888889e-3f;                                               // Taylor, |r| <= 0.35: error below 2^-25
+  const float r = (x - nf * 0.693359375f) + nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
+  float p = 1.3888889e-3f;                                         // Taylor, |r| <= 0.35: error below 2^-25
   p = p * r + 8.3333333e-3f;
   p = p * r + 4.16666667e-2f;
   p = p * r + 1.66666667e-1f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
-  const int32_t bits = (n + 127) << 23;
+  const int32_t bits = (n + 127) << 23;  // n = -127 gives a scale of 0
   float scale;
   memcpy(&scale, &bits, sizeof scale);
   return p * scale;
+}
+
+// exp(-|z|); 1.2e-38 where |z| > 87.3 (no denormals).
+IPVRM_HD float exp_negative_abs(float z) {
+  const float x = -fabsf(z);
+  return exp_in_range(x < -87.33654f ? -87.33654f : x);
+}
+
+// exp(x) for x <= 0 (a little above is fine), 0 below -87.68; NaN stays NaN.
+IPVRM_HD float exp_nonpositive(float x) { return exp_in_range(x < -88.0f ? -88.0f : x); }
+
+// tanh to 3e-7, relative where |x| is small: Eigen's 13/6 rational approximation, free of branches.
+IPVRM_HD float tanh_rational(float x) {
+  const float low = x < -7.90531110f ? -7.90531110f : x;
+  const float c = low > 7.90531110f ? 7.90531110f : low;
+  const float q = c * c;
+  float p = -2.76076847742355e-16f;
+  p = p * q + 2.00018790482477e-13f;
+  p = p * q - 8.60467152213735e-11f;
+  p = p * q + 5.12229709037114e-08f;
+  p = p * q + 1.48572235717979e-05f;
+  p = p * q + 6.37261928875436e-04f;
+  p = p * q + 4.89352455891786e-03f;
+  float d = 1.19825839466702e-06f;
+  d = d * q + 1.18534705686654e-04f;
+  d = d * q + 2.26843463243900e-03f;
+  d = d * q + 4.89352518554385e-03f;
+  return c * p / d;
+}
+
+// From h.w + b to the transformed logit: limit * tanh(x * scale), or x * scale where there is no softcap (limit 0).
+struct LogitTransform {
+  float scale;
+  float limit;
+  IPVRM_HD float linear(float x) const { return x * scale; }
+  IPVRM_HD float capped(float x) const { return limit * tanh_rational(x * scale); }
+  IPVRM_HD float capped_slope(float z) const {  // dz/dx from z
+    const float t = z / limit;
+    return (1.0f - t) * (1.0f + t) * (scale * limit);
+  }
+};
+
+// -p (G + g_H (log p + H)): the dense part of dL/dz, with G = sum_k g_k - g_lse.
+IPVRM_HD float logprob_slope(float log_p, float total) { return -exp_nonpositive(log_p) * total; }
+IPVRM_HD float logprob_slope(float log_p, float total, float dentropy, float entropy) {
+  const float finite = log_p < -88.0f ? -88.0f : log_p;  // p is 0 there, and 0 * -inf is not
+  return -exp_nonpositive(log_p) * (total + dentropy * (finite + entropy));
 }
 
 // log(1 + u) for u in [0, 1]: 2 atanh(u / (2 + u)), which keeps the relative accuracy of small u.

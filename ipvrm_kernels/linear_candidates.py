@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, head_cpu
 from .head import (
     Transform,
     check_ids,
@@ -63,7 +63,29 @@ def linear_candidates_reference(
     )  # fmt: skip
 
 
-IMPLS = {"torch": linear_candidates_reference}
+def _cpp_candidates(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None, transform: Transform,
+    min_prob: float | None, K: int, return_entropy: bool, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Exact {p >= min_prob}; a plain top-k picks by z, so tokens whose z differ by less than a log-prob's
+    rounding come best first rather than by id."""
+    if min_prob is None:
+        rule = head_cpu.Candidates(min(K, weight.shape[0]), -math.inf)
+    else:
+        rule = head_cpu.Candidates(num_slots("linear_candidates", min_prob, None), math.log(min_prob))
+    ids = hidden.new_empty((len(hidden), 0), dtype=torch.int64) if sampled is None else sampled[:, None]
+    result = head_cpu.forward(
+        "linear_candidates", hidden, weight, bias, ids, transform, entropy=return_entropy, candidates=rule,
+        slots=K, deterministic=deterministic,
+    )  # fmt: skip
+    sampled_logprobs = result.lse.new_empty(0) if sampled is None else result.logprobs.view(-1)
+    return (
+        result.candidate_ids, result.candidate_logprobs, result.counts, result.lse, result.entropy,
+        sampled_logprobs,
+    )  # fmt: skip
+
+
+IMPLS = {"cpp": _cpp_candidates, "torch": linear_candidates_reference}
 
 
 @torch.library.custom_op("ipvrm::linear_candidates", mutates_args=())

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, head_cpu
 from .head import (
     Launchers,
     Transform,
@@ -111,7 +111,38 @@ def _torch_backward(
     return head_gradients(da, hidden, weight, bias, transform.dtype, needs)
 
 
-IMPLS = {"torch": Launchers(_torch_forward, _torch_backward)}
+def _cpp_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
+    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    result = head_cpu.forward(
+        "linear_logprobs", hidden, weight, bias, ids, transform, entropy=return_entropy,
+        expectation=frozen_head, limit=max_workspace_bytes, deterministic=deterministic,
+    )  # fmt: skip
+    return (
+        result.logprobs, result.lse, result.entropy, result.expectation if frozen_head else result.lse_low,
+    )  # fmt: skip
+
+
+def _cpp_backward(
+    dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    logprobs: Tensor, lse: Tensor, entropy: Tensor, expectation: Tensor, transform: Transform,
+    needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    frozen = expectation.dim() == 2  # else it holds what rounding lse to fp32 lost
+    lse_low = None if frozen else expectation
+    up = head_cpu.make_upstream(dlogprobs, dlse, dentropy, ids, weight.shape[0], lse, lse_low, entropy)
+    if frozen and dentropy is None:
+        dhidden = head_cpu.frozen_backward(up, weight, logprobs, expectation, transform)
+        return dhidden, lse.new_empty(0), lse.new_empty(0)
+    return head_cpu.backward(
+        "linear_logprobs", up, hidden, weight, bias, transform, needs,
+        limit=max_workspace_bytes, deterministic=deterministic,
+    )  # fmt: skip
+
+
+IMPLS = {"cpp": Launchers(_cpp_forward, _cpp_backward), "torch": Launchers(_torch_forward, _torch_backward)}
 
 
 @torch.library.custom_op("ipvrm::linear_logprobs_fwd", mutates_args=())
@@ -136,7 +167,8 @@ def _(
 ):  # fmt: skip
     lse = hidden.new_empty(hidden.shape[0], dtype=out_dtype(hidden))
     entropy = lse.new_empty(lse.shape if return_entropy else 0)
-    return lse.new_empty(ids.shape), lse, entropy, lse.new_empty(hidden.shape if frozen_head else 0)
+    saved = hidden.shape if frozen_head else lse.shape if impl == "cpp" else 0
+    return lse.new_empty(ids.shape), lse, entropy, lse.new_empty(saved)
 
 
 @torch.library.custom_op("ipvrm::linear_logprobs_bwd", mutates_args=())

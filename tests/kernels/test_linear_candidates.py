@@ -153,7 +153,7 @@ def test_agrees_with_linear_logprobs(impl, device):
     sampled = torch.randint(-1, 131, (30,), device=device)
     out = linear_candidates(hidden, weight, sampled=sampled, return_entropy=True, impl=impl)
     ids = torch.cat([sampled[:, None], out.ids], 1)
-    again = linear_logprobs(hidden, weight, ids, return_entropy=True)
+    again = linear_logprobs(hidden, weight, ids, return_entropy=True, impl=impl)
     atol = 0 if impl == "torch" else 1e-5
     both = torch.cat([out.sampled_logprobs[:, None], out.logprobs], 1)
     torch.testing.assert_close(both, again.logprobs, rtol=0, atol=atol)

@@ -1,0 +1,66 @@
+// CPU kernels of the head ops: what happens to a tile (rows, cols) of h.w while it is in cache. fp32 contiguous tiles whose
+// first column is token `col0`; ids are int64, and one outside the vocabulary is no token. The matmuls are the caller's.
+#pragma once
+
+#include <cstdint>
+
+#include "token_math.h"
+
+namespace ipvrm {
+
+// What a block of rows knows after some columns: max z, sum exp(z - max), sum (z - max) exp(z - max) (null if unwanted).
+struct RowState {
+  float* top;
+  double* sumexp;
+  double* sum_z_exp;
+};
+
+// Per row up to `capacity` tokens above `threshold`, of which the best `slots` survive a pruning. With `log_min_prob` the
+// threshold follows the log-sum-exp so far, without (-inf) the slots-th best value.
+struct CandidateBuffers {
+  int32_t* count;    // (rows,)
+  int32_t* ids;      // (rows, capacity)
+  float* z;          // (rows, capacity)
+  float* threshold;  // (rows,)
+  int64_t slots;
+  int64_t capacity;
+  float log_min_prob;
+};
+
+// h.w to z in place; the state takes in this tile; id_z (rows, K) gets z of the ids in it; candidates (count null if
+// unwanted) are emitted. With `expectation` (rows, D) the tile becomes exp(z - max) dz/da and its rows are rescaled.
+void head_forward_tile_cpu(float* tile, int64_t rows, int64_t cols, int64_t col0, const float* bias,
+                           LogitTransform transform, RowState state, const int64_t* ids, float* id_z, int64_t K,
+                           CandidateBuffers candidates, float* expectation, int64_t D, int num_threads);
+
+// lse, what rounding it to fp32 lost, entropy (the latter two null if unwanted), logprobs (rows, K); expectation /= sumexp.
+void head_finish_cpu(RowState state, const int64_t* ids, const float* id_z, int64_t rows, int64_t K, int64_t V, float* lse,
+                     float* lse_low, float* entropy, float* logprobs, float* expectation, int64_t D, int num_threads);
+
+// Sorted (rows, K) ids and log-probs, padded with -1 and -inf, and their counts.
+void head_candidates_cpu(RowState state, CandidateBuffers candidates, int64_t rows, int64_t K, int64_t* ids, float* logprobs,
+                         int64_t* counts, int num_threads);
+
+// total[n] = sum_k dlogprobs - dlse, active[n] = whether any upstream gradient of row n is not 0. Any may be null.
+void head_upstream_cpu(const float* dlogprobs, const float* dlse, const float* dentropy, const int64_t* ids, int64_t N,
+                       int64_t K, int64_t V, double* total, uint8_t* active, int num_threads);
+
+// Upstream gradients and statistics of all rows; dlogprobs and dentropy may be null.
+struct RowGradients {
+  const float* dlogprobs;  // (N, K)
+  const int64_t* ids;      // (N, K)
+  int64_t K;
+  const double* total;
+  const float* lse;
+  const float* lse_low;  // may be null
+  const float* dentropy;
+  const float* entropy;
+};
+
+// dz/d(h.w + b) dL/dz of a tile. Row i of `out` is row index[i] (i + row0 where index is null) of the batch; it is read from
+// row i of `tile`, or from row index[i] - row0 if `gather`. `transformed`: the tile holds z already. `out` may be `tile`.
+void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t cols, int64_t col0, const int64_t* index,
+                            int64_t row0, bool gather, bool transformed, const float* bias, LogitTransform transform,
+                            RowGradients gradients, int num_threads);
+
+}  // namespace ipvrm
