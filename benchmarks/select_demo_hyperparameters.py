@@ -29,9 +29,9 @@ from ipvrm.run_folder import manifest, write_json
 RESULTS = Path(__file__).parent / "results" / "demo_selection.json"
 SEED = 1  # the demo's default is 0
 EPOCHS = 3
-FIRST_RATE, OTHER_RATES = 3e-4, (1e-3,)
+FIRST_RATE, OTHER_RATES = 1e-3, (3e-4, 2e-3)
 CANDIDATES = {
-    "ipvrm": [(50.0, 1.0), (50.0, 5.0), (10.0, 1.0), (10.0, 5.0)],
+    "ipvrm": [(50.0, 1.0), (50.0, 5.0), (10.0, 1.0)],
     "implicit_prm": [(1.0, None), (0.3, None), (0.05, None)],
 }
 
@@ -89,7 +89,6 @@ def main() -> None:
         arguments.output,
         {
             "chosen": chosen,
-            "committed": [asdict(choice) for choice in CHOICES],
             "tried": tried,
             "sizes": asdict(FULL),
             "manifest": manifest(

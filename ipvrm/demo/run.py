@@ -80,7 +80,7 @@ def run_demo(
 
 def prepare(stages: "Stages", sizes: Sizes, seed: int) -> None:
     """The stages that need no reward model: base model and rollouts."""
-    names = ("multiple_of", "hidden_size", "num_layers", "base_steps", "base_batch")
+    names = ("multiple_of", "hidden_size", "num_layers", "base_max_steps", "base_batch")
     base = {name: getattr(sizes, name) for name in names}
     stages.folder(
         "base",
@@ -183,11 +183,11 @@ def _train_base(folder: Path, sizes: Sizes, seed: int, progress: Progress) -> No
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, sizes.hidden_size, sizes.num_layers, seed)
-    with progress.bar("base model", sizes.base_steps) as update:
-        loss = train_base(
+    with progress.bar("base model", sizes.base_max_steps) as update:
+        steps, loss = train_base(
             model,
             tokenizer,
-            steps=sizes.base_steps,
+            max_steps=sizes.base_max_steps,
             batch_size=sizes.base_batch,
             multiple_of=sizes.multiple_of,
             seed=seed,
@@ -196,4 +196,4 @@ def _train_base(folder: Path, sizes: Sizes, seed: int, progress: Progress) -> No
     save_model(model, folder)
     tokenizer.save_pretrained(folder)
     parameters = sum(p.numel() for p in model.parameters())
-    write_json(folder / "base.json", {"parameters": parameters, "steps": sizes.base_steps, "loss": loss})
+    write_json(folder / "base.json", {"parameters": parameters, "steps": steps, "loss": loss})

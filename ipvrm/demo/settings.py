@@ -26,7 +26,7 @@ class Sizes:
     """Numbers added and subtracted are multiples of this; 10 makes the task easy to learn."""
     hidden_size: int = 96
     num_layers: int = 3
-    base_steps: int = 1100
+    base_max_steps: int = 1600
     base_batch: int = 16
     train_problems: int = 1024
     rollouts_per_problem: int = 4
@@ -41,7 +41,7 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     multiple_of=10,
-    base_steps=200,
+    base_max_steps=400,
     train_problems=128,
     validation_traces=64,
     test_traces=128,
@@ -64,9 +64,9 @@ class Choice:
     rule: str
 
 
-# Chosen by benchmarks/select_demo_hyperparameters.py, see the module docstring.
+# Chosen by benchmarks/select_demo_hyperparameters.py; the numbers: benchmarks/results/demo_selection.json.
 CHOICES = (
-    Choice("ipvrm", beta=50.0, margin=1.0, learning_rate=3e-4, num_train_epochs=3, rule="step"),
-    Choice("implicit_prm", beta=1.0, margin=None, learning_rate=3e-4, num_train_epochs=3, rule="step"),
+    Choice("ipvrm", beta=50.0, margin=1.0, learning_rate=1e-3, num_train_epochs=3, rule="mean_diff"),
+    Choice("implicit_prm", beta=1.0, margin=None, learning_rate=1e-3, num_train_epochs=3, rule="step"),
 )
 NAMES = {"ipvrm": "IPVRM", "implicit_prm": "Implicit PRM"}

@@ -23,7 +23,7 @@ from ipvrm.evaluate.thresholds import f1_of_hits, hits, sweep
 MINI = Sizes(
     hidden_size=32,
     num_layers=2,
-    base_steps=20,
+    base_max_steps=20,
     base_batch=8,
     train_problems=48,
     rollouts_per_problem=4,
@@ -202,7 +202,7 @@ def test_a_base_model_that_never_errs_is_refused(tmp_path, monkeypatch):
         return [[noisy_solution(p, 0.0, rng) for _ in range(per_problem)] for p in problems]
 
     monkeypatch.setattr(rollouts, "sample", right)
-    sizes = dataclasses.replace(MINI, base_steps=1, train_problems=4, validation_traces=4, test_traces=4)
+    sizes = dataclasses.replace(MINI, base_max_steps=1, train_problems=4, validation_traces=4, test_traces=4)
     with pytest.raises(IpvrmError, match="0 of the 4 validation traces hold a mistake"):
         run_demo(DemoConfig(str(tmp_path / "demo")), progress=False, sizes=sizes)
 

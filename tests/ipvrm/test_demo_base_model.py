@@ -42,7 +42,7 @@ def test_training_lowers_the_loss_on_the_solution_only(tokenizer, model):
     train_base(
         model,
         tokenizer,
-        steps=40,
+        max_steps=40,
         batch_size=8,
         multiple_of=10,
         seed=0,
@@ -56,7 +56,7 @@ def test_training_lowers_the_loss_on_the_solution_only(tokenizer, model):
 def test_training_is_deterministic(tokenizer):
     def weights():
         model = make_model(tokenizer, 16, 1, seed=3)
-        train_base(model, tokenizer, steps=3, batch_size=4, multiple_of=1, seed=5)
+        train_base(model, tokenizer, max_steps=3, batch_size=4, multiple_of=1, seed=5)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(weights(), weights())
