@@ -31,9 +31,7 @@ NOT_TRAINED_HERE = {
 
 
 def check_objective(objective: str) -> None:
-    """Raises IpvrmError, with the reason, for an objective that cannot be trained from single labelled
-    responses.
-    """
+    """Raises IpvrmError, with the reason, for an objective that single labelled responses cannot train."""
     if objective in BETA:
         return
     reason = NOT_TRAINED_HERE.get(objective, "it is unknown")
@@ -45,8 +43,9 @@ def loss_denominator(
     reduction: Reduction = "sequence_mean",
     prefix_weighting: PrefixWeighting = "uniform",
 ) -> float:
-    """What the summed loss of responses of `lengths` tokens is divided by: B, or under token_mean sum_b
-    sum_t omega_t.
+    """What the summed loss of B responses of `lengths` tokens is divided by.
+
+    B under `sequence_mean`, sum_b sum_t omega_t under `token_mean`.
     """
     if reduction == "sequence_mean":
         return float(len(lengths))
@@ -92,7 +91,7 @@ def ipvrm_loss(
     )
     with torch.no_grad():
         if reduction == "sequence_mean":
-            own = outcome.new_tensor(float(outcome.numel()))
+            own = outcome.new_full((), outcome.numel())
         else:
             own = _omega_sum(cu_seqlens, prefix_weighting)
         values = prefix_values(log_ratio, cu_seqlens, beta=beta)
@@ -117,7 +116,7 @@ def implicit_prm_loss(
     total = torch.nn.functional.binary_cross_entropy_with_logits(
         final, outcome.to(final.dtype), reduction="sum"
     )
-    own = outcome.new_tensor(float(outcome.numel()))
+    own = outcome.new_full((), outcome.numel())
     loss = total / (own if denominator is None else denominator)
     with torch.no_grad():
         return loss, _metrics(total, own, values.mean_value, cu_seqlens, outcome)
@@ -128,14 +127,17 @@ def _omega_sum(cu_seqlens: Tensor, prefix_weighting: PrefixWeighting) -> Tensor:
     if prefix_weighting == "uniform":
         return lengths.sum()
     if prefix_weighting == "late":
-        return ((lengths + 1) / 2)[lengths > 0].sum()
+        return torch.where(lengths > 0, (lengths + 1) / 2, 0.0).sum()
     return torch.where(lengths > 1, (lengths - 1) / 2, lengths).sum()
 
 
 def _metrics(
     loss_sum: Tensor, count: Tensor, mean_value: Tensor, cu_seqlens: Tensor, outcome: Tensor
 ) -> Metrics:
-    """`mean_value` (N,). A value of exactly 0 (model = reference) counts as half right."""
+    """`mean_value` (N,). A value of exactly 0 (model = reference) counts as half right.
+
+    Counts are filled on the device (`new_full`): copying a Python number there (`new_tensor`) would wait for it.
+    """
     lengths = cu_seqlens.diff()
     sign = 2 * outcome.to(mean_value.dtype) - 1  # (B,)
     per_token = sign.repeat_interleave(lengths, output_size=mean_value.numel())  # (N,)
@@ -145,9 +147,9 @@ def _metrics(
         "loss": (loss_sum.detach(), count),
         "prefix_accuracy": (
             _agreement(per_token * mean_value),
-            mean_value.new_tensor(float(mean_value.numel())),
+            mean_value.new_full((), mean_value.numel()),
         ),
-        "outcome_accuracy": (_agreement(sign * final), right.new_tensor(float(right.numel()))),
+        "outcome_accuracy": (_agreement(sign * final), right.new_full((), right.numel())),
         "value_right": ((final * right).sum(), right.sum()),
         "value_wrong": ((final * (1 - right)).sum(), (1 - right).sum()),
     }

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from ipvrm import IpvrmError
-from ipvrm.objectives import METRICS, check_objective, implicit_prm_loss, ipvrm_loss, loss_denominator
+from ipvrm.objectives import (
+    METRICS,
+    _omega_sum,
+    check_objective,
+    implicit_prm_loss,
+    ipvrm_loss,
+    loss_denominator,
+)
 from ipvrm_kernels import pack
 
 GOLDEN = Path(os.environ.get("IPVRM_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
@@ -87,6 +94,12 @@ def test_sum_over_a_split_with_the_whole_denominator(reduction, weighting):
     assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
     assert loss_sum / count == pytest.approx(whole.item(), rel=1e-6)
     torch.testing.assert_close(torch.autograd.grad(parts, log_ratio)[0], gradient)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "late", "early"])
+def test_the_denominator_needs_no_device_sync(weighting):
+    """On the meta device nothing has a value, so whatever would wait for one raises."""
+    assert _omega_sum(CU_SEQLENS.to("meta"), weighting).shape == ()
 
 
 @pytest.mark.parametrize(
