@@ -1,4 +1,4 @@
-"""`ipvrm eval processbench`: find the first wrong step of a solution (method, section 4).
+"""`ipvrm eval processbench`: find the first wrong step of a solution.
 
 Every solution is scored once, with all four rules. Two threshold protocols are reported, always labelled:
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ipvrm import IpvrmError
-from ipvrm.evaluate.steps import RULES, STEP_FORMAT, STEP_SEPARATOR
+from ipvrm.evaluate.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
 from ipvrm.evaluate.thresholds import (
     f1_report,
     finite_or_none,
@@ -112,11 +112,13 @@ def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
         What results.json holds.
 
     Raises:
-        IpvrmError: unreadable data or model, or an output folder with scores made under other settings.
+        IpvrmError: unreadable data or model, a bad step format, or an output folder with scores made under
+            other settings.
     """
     from ipvrm.progress import Progress
     from ipvrm.reward_model import RewardModel
 
+    check_step_format(config.step_format)
     subsets = {Path(path).stem: read_items(path, config.limit) for path in config.data}
     if len(subsets) != len(config.data) or not subsets:
         raise IpvrmError(f"--data: every subset needs a file of its own name; got {', '.join(config.data)}")

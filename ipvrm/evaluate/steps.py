@@ -44,16 +44,11 @@ def render_steps(
         included, so `ends[-1] == len(text)`.
 
     Raises:
-        IpvrmError: no steps, or a format without `{step}` or with another field than `{i}` and `{step}`.
+        IpvrmError: no steps, or a format that `check_step_format` refuses.
     """
     if len(steps) == 0:
         raise IpvrmError("render_steps: a solution must have at least one step; got an empty list")
-    fields = {name for _, name, _, _ in Formatter().parse(step_format) if name is not None}
-    if "step" not in fields or not fields <= {"i", "step"}:
-        raise IpvrmError(
-            "render_steps: step_format must contain {step} and may contain {i}, nothing else; "
-            f"got {step_format!r} with the fields {sorted(fields)}"
-        )
+    check_step_format(step_format)
     text, ends = "", []
     for i, step in enumerate(steps):
         text += step_format.format(i=i + 1, step=step)
@@ -61,6 +56,21 @@ def render_steps(
             text += step_separator
         ends.append(len(text))
     return text, ends
+
+
+def check_step_format(step_format: str) -> None:
+    """Raises IpvrmError for a format that cannot be filled, lacks `{step}`, or has fields besides `{i}`."""
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(step_format) if name is not None}
+        if fields <= {"i", "step"}:
+            step_format.format(i=1, step="")
+    except ValueError as error:
+        raise IpvrmError(f"step_format {step_format!r} is not a format string: {error}") from error
+    if "step" not in fields or not fields <= {"i", "step"}:
+        raise IpvrmError(
+            "step_format must contain {step} and may contain {i}, nothing else; "
+            f"got {step_format!r} with the fields {sorted(fields)}"
+        )
 
 
 def step_of_token(offsets: Sequence[tuple[int, int]], ends: Sequence[int]) -> Tensor:

@@ -172,6 +172,12 @@ def test_stored_scores_of_other_settings_are_refused(config):
         evaluate(dataclasses.replace(config, step_separator=" ;"), progress=False)
 
 
+def test_a_bad_step_format_leaves_the_output_folder_free(config):
+    with pytest.raises(IpvrmError, match="step_format"):
+        evaluate(dataclasses.replace(config, step_format="{step"), progress=False)
+    evaluate(config, progress=False)
+
+
 def test_without_the_transfer_subset_the_table_says_so(config):
     results = evaluate(dataclasses.replace(config, data=config.data[1:]), progress=False)
     assert results["subsets"]["math"]["rules"]["step"]["transfer"] is None

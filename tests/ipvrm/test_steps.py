@@ -33,6 +33,12 @@ def test_render_refuses_formats_that_lose_the_step(step_format):
         render_steps(["a"], step_format)
 
 
+@pytest.mark.parametrize("step_format", ["{step", "{step:d}", "{step!x}"])
+def test_render_refuses_formats_that_cannot_be_filled(step_format):
+    with pytest.raises(IpvrmError, match="is not a format string"):
+        render_steps(["a"], step_format)
+
+
 def test_render_refuses_no_steps():
     with pytest.raises(IpvrmError, match="at least one step"):
         render_steps([])
