@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from ipvrm import IpvrmError
 from ipvrm.data import BadRow, OnBadRow, report_bad_rows
-from ipvrm.model import local_folder
+from ipvrm.evaluate.steps import STEP_FORMAT, STEP_SEPARATOR, check_step_format
+from ipvrm.model import local_folder, weights_hash
 from ipvrm.progress import Progress
 from ipvrm.reward_model import BATCH_TOKENS, CONFIG_NAME, RewardModel, Score
 from ipvrm.run_folder import write_text
@@ -21,9 +22,9 @@ CHUNK = 64  # solutions scored, and written, at a time
 class ScoreConfig:
     """Step scores of solutions.
 
-    In: one {"problem": text, "steps": [text, ...]} a line, `id` optional. Out: one {"line", "id",
-        "step_scores",
-    "step_ends", "value", "mean_value", "first_error"} a line. An interrupted run goes on where it stopped.
+    In: one {"problem": text, "steps": [text, ...]} a line, `id` optional.
+    Out: one {"line", "id", "step_scores", "step_ends", "value", "mean_value", "first_error"} a line.
+    An interrupted run goes on where it stopped.
     """
 
     model: str
@@ -38,9 +39,9 @@ class ScoreConfig:
     """What the score of a step is (Eq. 31, Eq. 30, mean_value at its end, its mean TD)."""
     threshold: float = 0.5
     """first_error is the first step with sigmoid(score) below it."""
-    step_format: str = "Step {i}: {step}"
+    step_format: str = STEP_FORMAT
     """How a step is written; {i} is its number from 1, {step} its text."""
-    step_separator: str = "\n\n"
+    step_separator: str = STEP_SEPARATOR
     """What stands between two steps."""
     batch_tokens: int = BATCH_TOKENS
     """Most tokens of a padded forward."""
@@ -62,9 +63,12 @@ def score_file(config: ScoreConfig, progress: bool = True) -> int:
     """Scores `config.input` into `config.output` and returns the number of lines written.
 
     Raises:
-        IpvrmError: unreadable input, a reward model that cannot be loaded, or bad lines under
-            `on_bad_row="error"`.
+        IpvrmError: settings out of range, unreadable input, a reward model that cannot be loaded, or bad
+            lines under `on_bad_row="error"`.
     """
+    check_step_format(config.step_format)
+    if not 0.0 <= config.threshold <= 1.0:
+        raise IpvrmError(f"--threshold must lie in [0, 1]; got {config.threshold}")
     shown = Progress(enabled=progress)
     source = Path(config.input)
     items, bad = _read(source)
@@ -101,7 +105,7 @@ def score_file(config: ScoreConfig, progress: bool = True) -> int:
 
 def _read(path: Path) -> tuple[list[_Item], list[BadRow]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut texts at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise IpvrmError(f"--input {path}: cannot be read: {error}") from error
     items, bad = [], []
@@ -123,13 +127,8 @@ def _read(path: Path) -> tuple[list[_Item], list[BadRow]]:
                 raise ValueError(f"`steps` must be a list of texts, none empty; got {steps!r:.40}")
             items.append(_Item(number, record.get("id"), problem, steps))
         except ValueError as error:
-            bad.append(
-                BadRow(
-                    str(path),
-                    number,
-                    f"{'not valid ' if isinstance(error, json.JSONDecodeError) else ''}{error}",
-                )
-            )
+            reason = f"not valid JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+            bad.append(BadRow(str(path), number, reason))
     if not items:
         raise IpvrmError(
             f"--input {path}: no usable line ({len(bad)} bad)" + (f"; the first: {bad[0]}" if bad else "")
@@ -181,6 +180,7 @@ def _key(config: ScoreConfig, source: Path) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(source.read_bytes())
     digest.update((local_folder(config.model) / CONFIG_NAME).read_bytes())
+    digest.update(weights_hash(config.model).encode())
     return digest.hexdigest()[:12]
 
 

@@ -65,7 +65,7 @@ def texts_of(path: str | Path) -> Iterator[str]:
         elif path.suffix == ".json":
             yield from _strings(json.loads(path.read_text(encoding="utf-8")))
         elif path.suffix == ".jsonl":
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines cuts at U+2028 too
                 if line.strip():
                     yield from _strings(json.loads(line))
         else:

@@ -216,7 +216,7 @@ def test_tiny_model_reads_every_kind_of_text(tmp_path, capsys):
 
     (tmp_path / "a.txt").write_text("plain words plain words")
     (tmp_path / "b.json").write_text(json.dumps([{"problem": "nested", "steps": ["words", "words"]}]))
-    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "lines"}) + "\n\n")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "lines\u2028"}, ensure_ascii=False) + "\n\n")
     pyarrow.parquet.write_table(
         pyarrow.table({"text": ["columns columns"], "n": [1]}), tmp_path / "d.parquet"
     )

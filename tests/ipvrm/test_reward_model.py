@@ -201,6 +201,28 @@ def test_score_command(home, problems, tmp_path, reward_model):
     assert [p.name for p in output.parent.iterdir()] == ["scores.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--threshold", "2"], "--threshold must lie in"),
+        (["--step_format", "{step"], "is not a format string"),
+        (["--step_format", "Step {i}"], "step_format must contain {step}"),
+    ],
+)
+def test_score_command_refuses_settings_before_it_starts(home, problems, tmp_path, capsys, flags, reason):
+    output = tmp_path / "scores.jsonl"
+    assert score_command(home, problems, output, "--on_bad_row", "skip", *flags) == 2
+    error = capsys.readouterr().err
+    assert reason in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.glob("*scores*"))
+
+
+def test_score_command_reads_a_line_separator_inside_a_text(home, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"problem": "a\u2028b", "steps": ["c\x85d"]}\n', encoding="utf-8")
+    assert score_command(home, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+
+
 def test_score_command_names_bad_lines(home, problems, tmp_path, capsys):
     lines = problems.read_text().splitlines()
     lines[1:1] = ['{"problem": "p"', '{"problem": "p", "steps": []}', '{"steps": ["a"]}', '["a"]']
@@ -209,7 +231,7 @@ def test_score_command_names_bad_lines(home, problems, tmp_path, capsys):
     assert score_command(home, problems, output) == 2
     error = capsys.readouterr().err
     for line, reason in (
-        (2, "not valid"),
+        (2, "not valid JSON: "),
         (3, "`steps` must be"),
         (4, "`problem` must be"),
         (5, "must be an object"),
@@ -244,6 +266,17 @@ def test_score_command_goes_on_where_it_stopped(home, problems, tmp_path, monkey
     assert score_command(home, problems, output) == 0
     assert counted == [64, 6, 6]
     assert output.read_text() == whole.read_text()
+
+
+def test_score_command_does_not_go_on_with_other_weights(home, problems, tmp_path):
+    from ipvrm.score import ScoreConfig, _key
+
+    shutil.copytree(home / "runs" / "rm", tmp_path / "rm")
+    config = ScoreConfig(str(tmp_path / "rm"), str(problems), str(tmp_path / "out.jsonl"))
+    before = _key(config, problems)
+    assert _key(config, problems) == before
+    shutil.copy(home / "base" / "model.safetensors", tmp_path / "rm" / "model.safetensors")
+    assert _key(config, problems) != before
 
 
 def test_on_real_rows(data_dir, tmp_path, tiny_folder):
