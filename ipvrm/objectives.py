@@ -136,7 +136,7 @@ def _metrics(
 ) -> Metrics:
     """`mean_value` (N,). A value of exactly 0 (model = reference) counts as half right.
 
-    Counts are filled on the device (`new_full`): copying a Python number there (`new_tensor`) would wait for it.
+    Counts are filled on the device (`new_full`): `new_tensor` copies a number there and waits for it.
     """
     lengths = cu_seqlens.diff()
     sign = 2 * outcome.to(mean_value.dtype) - 1  # (B,)

@@ -1,1 +1,1 @@
-"""Evaluation: step scores, ProcessBench and Best-of-N (method, section 4)."""
+"""Evaluation: step scores, ProcessBench and Best-of-N."""
