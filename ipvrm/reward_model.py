@@ -1,5 +1,4 @@
-"""A trained implicit reward model: the policy-shaped model, its reference, and what turns log-ratios into
-scores.
+"""A trained implicit reward model: the model, its reference, and what turns log-ratios into scores.
 
 l_t = log pi_phi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t),   V_t = beta * sum_{i<=t} l_i   (Eq. 5)
 """
@@ -15,7 +14,14 @@ from torch import Tensor, nn
 
 from ipvrm import IpvrmError
 from ipvrm.data import Response, Row, collate, length_sorted_microbatches, tokenize
-from ipvrm.evaluate.steps import first_error, render_steps, step_of_token, step_scores
+from ipvrm.evaluate.steps import (
+    STEP_FORMAT,
+    STEP_SEPARATOR,
+    first_error,
+    render_steps,
+    step_of_token,
+    step_scores,
+)
 from ipvrm.evaluate.steps import step_ends as last_token_of_steps
 from ipvrm.model import (
     load_model,
@@ -49,6 +55,16 @@ class RewardModelInfo:
     reference_hash: str
     template_hash: str
     versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SolutionTokens:
+    """One solution of T response tokens (end of turn included) and S steps."""
+
+    log_ratio: Tensor  # (T,) fp32, l_t
+    steps_of_token: Tensor  # (T,) int64, -1 outside every step
+    num_steps: int
+    num_tokens: int  # prompt and response
 
 
 @dataclass(frozen=True)
@@ -152,6 +168,42 @@ class RewardModel:
                 result[index] = part.clone()
         return result
 
+    def solution_log_ratios(
+        self,
+        items: Sequence[tuple[str, Sequence[str]]],
+        *,
+        step_format: str = STEP_FORMAT,
+        step_separator: str = STEP_SEPARATOR,
+        max_length: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[SolutionTokens | None]:
+        """l_t and step of every token of many solutions, in the order given; one forward of each model.
+
+        Args:
+            items: (problem, steps) pairs.
+            step_format, step_separator: how the steps are written as the assistant's turn (`render_steps`).
+            max_length: most tokens of prompt and response; None stands for a longer solution, never cut.
+            batch_tokens: most tokens of a padded micro-batch.
+
+        Raises:
+            IpvrmError: a bad `step_format`, or a solution without steps or that the chat template refuses;
+                the message holds its position, counted from 1.
+        """
+        rendered = [render_steps(steps, step_format, step_separator) for _, steps in items]
+        rows = [
+            Row(f"item:{number}", problem, text)
+            for number, ((problem, _), (text, _)) in enumerate(zip(items, rendered, strict=True), 1)
+        ]
+        responses = tokenize(rows, self.tokenizer, max_length=max_length, with_offsets=True).responses
+        log_ratios = self.token_log_ratios(responses, batch_tokens)
+        found: list[SolutionTokens | None] = [None] * len(items)
+        for response, log_ratio in zip(responses, log_ratios, strict=True):
+            index = int(response.source.rpartition(":")[2]) - 1
+            ends = rendered[index][1]
+            of_token = step_of_token(response.offsets or (), ends)
+            found[index] = SolutionTokens(log_ratio, of_token, len(ends), len(response.input_ids))
+        return found
+
     def score(self, problem: str, steps: Sequence[str], **options: Any) -> Score:
         """Scores the steps of one solution; `options` are those of `score_many`."""
         return self.score_many([(problem, steps)], **options)[0]
@@ -160,8 +212,8 @@ class RewardModel:
         self,
         items: Sequence[tuple[str, Sequence[str]]],
         *,
-        step_format: str = "Step {i}: {step}",
-        step_separator: str = "\n\n",
+        step_format: str = STEP_FORMAT,
+        step_separator: str = STEP_SEPARATOR,
         rule: str = "step",
         threshold: float = 0.5,
         batch_tokens: int = BATCH_TOKENS,
@@ -169,44 +221,31 @@ class RewardModel:
         """Scores the steps of many solutions, one forward of each model per micro-batch.
 
         Args:
-            items: (problem, steps) pairs.
-            step_format, step_separator: how the steps are written as the assistant's turn (`render_steps`).
+            items, step_format, step_separator, batch_tokens: as in `solution_log_ratios`.
             rule: step | prefix | mean | mean_diff (`step_scores`).
             threshold: on sigmoid(score), for `first_error`.
 
         Raises:
-            IpvrmError: a solution that cannot be written as the assistant's turn; the message holds its
-                position.
-            ValueError: from `render_steps` and `step_scores`.
+            IpvrmError: from `solution_log_ratios`.
+            ValueError: an unknown rule, or a threshold outside [0, 1].
         """
-        rendered = [render_steps(steps, step_format, step_separator) for _, steps in items]
-        rows = [
-            Row(f"item:{number}", problem, text)
-            for number, ((problem, _), (text, _)) in enumerate(zip(items, rendered, strict=True), 1)
-        ]
-        responses = tokenize(rows, self.tokenizer, max_length=None, with_offsets=True).responses
-        log_ratios = self.token_log_ratios(responses, batch_tokens)
-        return [
-            self._score(response, log_ratio, ends, rule, threshold)
-            for response, log_ratio, (_, ends) in zip(responses, log_ratios, rendered, strict=True)
-        ]
+        solutions = self.solution_log_ratios(
+            items, step_format=step_format, step_separator=step_separator, batch_tokens=batch_tokens
+        )
+        return [self._score(s, rule, threshold) for s in solutions if s is not None]  # no length limit: all
 
-    def _score(
-        self, response: Response, log_ratio: Tensor, ends: Sequence[int], rule: str, threshold: float
-    ) -> Score:
+    def _score(self, solution: SolutionTokens, rule: str, threshold: float) -> Score:
         from ipvrm_kernels import prefix_values
 
-        of_token = step_of_token(response.offsets or (), ends)
-        scores = step_scores(log_ratio, of_token, self.info.beta, rule, len(ends))
-        values = prefix_values(
-            log_ratio, torch.tensor([0, len(log_ratio)], dtype=torch.int32), beta=self.info.beta
-        )
+        log_ratio, beta = solution.log_ratio, self.info.beta
+        scores = step_scores(log_ratio, solution.steps_of_token, beta, rule, solution.num_steps)
+        values = prefix_values(log_ratio, torch.tensor([0, len(log_ratio)], dtype=torch.int32), beta=beta)
         return Score(
             prefix_values=values.value,
             td=values.td,
             mean_values=values.mean_value,
             step_scores=scores,
-            step_ends=last_token_of_steps(of_token, len(ends)),
+            step_ends=last_token_of_steps(solution.steps_of_token, solution.num_steps),
             first_error=first_error(scores, threshold),
         )
 

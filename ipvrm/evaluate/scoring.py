@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from ipvrm.data import Row, tokenize
-from ipvrm.evaluate.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, render_steps, step_of_token, step_scores
-from ipvrm.reward_model import BATCH_TOKENS, RewardModel
+from ipvrm.evaluate.steps import RULES, step_scores
+from ipvrm.reward_model import RewardModel
 
 
 @dataclass(frozen=True)
@@ -16,49 +16,33 @@ class SolutionScores:
 
     log_ratio: Tensor  # (T,) fp32
     steps_of_token: Tensor  # (T,) int64, -1 outside every step
+    num_steps: int
     num_tokens: int  # prompt and response
     by_rule: dict[str, list[float]]  # rule -> S scores
 
-    @property
-    def num_steps(self) -> int:
-        return len(self.by_rule["step"])
-
 
 def score_solutions(
-    reward_model: RewardModel,
-    items: Sequence[tuple[str, Sequence[str]]],
-    *,
-    step_format: str = STEP_FORMAT,
-    step_separator: str = STEP_SEPARATOR,
-    max_length: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    reward_model: RewardModel, items: Sequence[tuple[str, Sequence[str]]], **options: Any
 ) -> list[SolutionScores | None]:
     """Scores of many solutions, in the order given; None for one of more than `max_length` tokens.
 
     Args:
         items: (problem, steps) pairs.
-        step_format, step_separator: how the steps are written as the assistant's turn (`render_steps`).
-        max_length: most tokens of prompt and response; a longer solution is left out whole, never cut.
-        batch_tokens: most tokens of a padded micro-batch.
+        options: step_format, step_separator, max_length, batch_tokens of `RewardModel.solution_log_ratios`.
 
     Raises:
-        IpvrmError: a solution without steps or that the chat template refuses, or a bad `step_format`.
+        IpvrmError: from `RewardModel.solution_log_ratios`.
     """
-    rendered = [render_steps(steps, step_format, step_separator) for _, steps in items]
-    rows = [
-        Row(f"item:{i}", problem, text)
-        for i, ((problem, _), (text, _)) in enumerate(zip(items, rendered, strict=True))
-    ]
-    tokenized = tokenize(rows, reward_model.tokenizer, max_length=max_length, with_offsets=True)
-    log_ratios = reward_model.token_log_ratios(tokenized.responses, batch_tokens)
-    result: list[SolutionScores | None] = [None] * len(items)
-    for response, log_ratio in zip(tokenized.responses, log_ratios, strict=True):
-        index = int(response.source.rpartition(":")[2])
-        ends = rendered[index][1]
-        of_token = step_of_token(response.offsets or (), ends)
+    beta = reward_model.info.beta
+    result: list[SolutionScores | None] = []
+    for found in reward_model.solution_log_ratios(items, **options):
+        if found is None:
+            result.append(None)
+            continue
+        log_ratio = found.log_ratio.double()
         by_rule = {
-            rule: step_scores(log_ratio.double(), of_token, reward_model.info.beta, rule, len(ends)).tolist()
+            rule: step_scores(log_ratio, found.steps_of_token, beta, rule, found.num_steps).tolist()
             for rule in RULES
         }
-        result[index] = SolutionScores(log_ratio, of_token, len(response.input_ids), by_rule)
+        result.append(SolutionScores(**vars(found), by_rule=by_rule))
     return result
