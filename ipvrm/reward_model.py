@@ -138,11 +138,12 @@ class RewardModel:
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)
-        source = (
-            getattr(getattr(self.reference, "config", None), "_name_or_path", "") or self.info.reference_given
-        )
-        entries: dict[str, Any] = {**reference_entries(source, folder)}
-        info = replace(self.info, **entries, versions=versions())
+        info = replace(self.info, versions=versions())
+        # The two entries are the same for a Hub name, which stays; a path is seen from the new folder.
+        if info.reference != info.reference_given or Path(info.reference).is_dir():
+            loaded_from = getattr(getattr(self.reference, "config", None), "_name_or_path", "")
+            entries: dict[str, Any] = {**reference_entries(loaded_from or info.reference_given, folder)}
+            info = replace(info, **entries)
         write_info(folder, info)
 
     @torch.no_grad()
@@ -294,7 +295,8 @@ def find_reference(folder: Path, info: RewardModelInfo, given: str | Path | None
     Raises:
         IpvrmError: it is not where it was, or its weights are others; the message says what to pass.
     """
-    places = [given] if given is not None else [folder / info.reference, info.reference, info.reference_given]
+    beside = (folder / info.reference).absolute()  # an absolute path is never taken for a Hub name
+    places = [given] if given is not None else [beside, info.reference, info.reference_given]
     tried = []
     for place in dict.fromkeys(map(str, places)):
         try:

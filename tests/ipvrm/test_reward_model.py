@@ -13,6 +13,7 @@ from ipvrm.data import Response
 from ipvrm.reward_config import RewardConfig
 from ipvrm.train_rm import train_reward_model
 
+HUB_NAMES = ("reference", "reference_given")
 PROBLEM, STEPS = "What is 1 + 2?", ["carry 0.", "carry 1 and more.", "Answer: 3"]
 
 
@@ -117,6 +118,26 @@ def test_save_and_load_round_trip(reward_model, home, tmp_path):
     assert again.info.reference == "../../base"
     a, b = reward_model.score(PROBLEM, STEPS), again.score(PROBLEM, STEPS)
     assert torch.equal(a.prefix_values, b.prefix_values)
+
+
+def test_a_reference_from_the_hub_keeps_its_name(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "runs" / "rm", tmp_path / "rm")
+    path = tmp_path / "rm" / "ipvrm_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(HUB_NAMES, "someone/base")))
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append(name)
+        return str(home / "base")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)  # "rm/<reference>" looks like a Hub name
+    RewardModel.from_pretrained("rm", device="cpu").save_pretrained("copy")
+    stored = json.loads((tmp_path / "copy" / "ipvrm_config.json").read_text())
+    assert [stored[name] for name in HUB_NAMES] == ["someone/base"] * 2
+    path.write_text(json.dumps(stored | dict.fromkeys(HUB_NAMES, "base-of-someone")))
+    RewardModel.from_pretrained("rm", device="cpu")
+    assert set(asked) == {"someone/base", "base-of-someone"}
 
 
 def test_the_reference_survives_moving_the_parent(home, tmp_path, reward_model):
