@@ -23,10 +23,11 @@ from torch import Tensor
 
 from .backend import native_call
 from .head import Transform, transform_slope
-from .head_blocks import COLUMNS, WORKSPACE, Operand, blocks, kept_rows, make_plan, reads_directly
+from .head_blocks import COLUMNS, Operand, blocks, kept_rows, make_plan, reads_directly
 
 # rows whose z must fit for keeping it to pay: frozen head, and trainable, where every block rewrites dweight
 LEAST_KEPT = (64, 256)
+GATHERED = 2**20  # bytes of gathered weight rows at a time
 
 
 class Candidates(NamedTuple):
@@ -206,7 +207,7 @@ def backward(
     h_blocks = Operand(hidden, transform.dtype, R, padded)
     w_blocks = Operand(weight, transform.dtype, C)
     with torch.autocast("cpu", enabled=False):
-        for c0, c1 in blocks(V, C if n else V + 1):
+        for c0, c1 in blocks(V if n else 0, C):
             w = w_blocks.block(c0, c1)
             dw = chunk[: c1 - c0] if narrow else dweight[c0:c1]
             for r0, r1 in blocks(n, R):
@@ -221,7 +222,7 @@ def backward(
                     dw.addmm_(a.T, h, beta=0 if r0 == 0 else 1)
                 if needs[2]:
                     dbias[c0:c1] += a.sum(0)
-            if narrow and n:
+            if narrow:
                 dweight[c0:c1] = dw
     return scatter_rows(dhidden, up.active, N), dweight, dbias
 
@@ -329,7 +330,7 @@ def frozen_backward(
     used_first = torch.sort(owned.to(torch.uint8), dim=1, descending=True, stable=True)[1]
     used = int(owned.sum(1).max()) if owned.numel() else 0  # unused slots cost nothing
     order = used_first[:, :used]
-    size = max(1, WORKSPACE // 4 // max(1, used * weight.shape[1] * 4))
+    size = max(1, GATHERED // max(1, used * weight.shape[1] * 4))
     for r0, r1 in blocks(len(dhidden) if used else 0, size):
         at = order[r0:r1]
         ids, g, log_p, real = (x[r0:r1].gather(1, at) for x in (up.ids, up.dlogprobs, logprobs, owned))
