@@ -2,8 +2,8 @@
 and p20/p80.
 
 GPU rounds are timed with CUDA events after a 256 MiB write that flushes L2; CPU rounds with perf_counter.
-Peak memory is what a contender allocates above what its inputs hold (CUDA only: the CPU allocator keeps no
-such count).
+Peak memory is what a contender allocates above its inputs, outputs included: CUDA's own count, and on
+the CPU the running sum of the allocations that the profiler records.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def measure(
             times[name].append(_once(run, flush))
         if time.perf_counter() > stop and len(next(iter(times.values()))) >= min_rounds:
             break
-    peaks = {name: _peak_mib(run) if device == "cuda" else None for name, run in contenders.items()}
+    peaks = {name: _peak_mib(run, device) for name, run in contenders.items()}
     yardstick = next(iter(case.contenders))
     base = statistics.median(times[yardstick]) if yardstick in times else float("nan")
     rows = []
@@ -108,13 +108,29 @@ def _once(run: Callable[[], Any], flush: torch.Tensor | None) -> float:
     return start_event.elapsed_time(end_event)
 
 
-def _peak_mib(run: Callable[[], Any]) -> float:
+def _peak_mib(run: Callable[[], Any], device: str) -> float:
+    if device != "cuda":
+        return _cpu_peak(run) / 2**20
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _cpu_peak(run: Callable[[], Any]) -> int:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        kept = run()
+    alive = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    del kept
+    return peak
 
 
 def assert_close(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

@@ -18,7 +18,10 @@ import torch
 from benchmarks.machine import describe
 from benchmarks.measure import Row, markdown, measure
 
-MODULES = ("head", "segment_scan", "prefix_values", "prefix_value_loss")
+MODULES = (
+    "linear_logprobs", "linear_candidates", "linear_distrl_loss",
+    "segment_scan", "prefix_values", "prefix_value_loss",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

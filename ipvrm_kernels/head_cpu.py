@@ -1,18 +1,21 @@
 """The tile driver of the head ops on the CPU: BLAS for the matmuls, C++ while a tile is in cache.
 
-A tile h.w (R, C) is made by one matmul into a reused fp32 buffer and finished by csrc/head_cpu.cpp. Rows are blocked as well as the vocabulary, so scratch memory does not grow with N: a plan picks
-R and C so that tile, upcast operands and chunk of dweight fit into `max_workspace_bytes`, 64 MiB by default.
-bf16 and fp16 operands are upcast block by block; logits are never rounded.
+A tile h.w (R, C) is made by one matmul into a reused fp32 buffer and finished by csrc/head_cpu.cpp. Rows are
+blocked as well as the vocabulary, so scratch memory does not grow with N: a plan picks R and C so that tile,
+upcast operands and chunk of dweight fit into `max_workspace_bytes`, 64 MiB by default. bf16 and fp16 operands
+are upcast block by block; logits are never rounded.
 
 Forward: per block of rows one pass over the vocabulary. A frozen head's expectation E = sum_v p_v z'_v w_v is
 carried along like a flash attention's output. Backward: per vocabulary chunk the tile again, dz in its place,
 dhidden += dz w and dweight = dz.T h; rows without upstream gradient are left out of all three matmuls.
+A scalar loss, whose gradient is known as soon as the log-probs are, keeps z of a block of rows between the
+two passes instead, which saves a matmul (`fused_gradients`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,12 +23,11 @@ from torch import Tensor
 
 from .backend import native_call
 from .head import Transform, transform_slope
+from .head_blocks import COLUMNS, Operand, blocks, kept_rows, make_plan, reads_directly
 
-WORKSPACE = 64 * 2**20
-RESERVE = 2**20  # of it, for what a matmul's views and conversions allocate on the way
-ROWS, COLUMNS = 1024, 1024  # of a tile where memory allows: 4 MiB of logits
-LEAST = 16  # rows and columns of the smallest tile
-FIXED_ROWS = 128  # of every matmul in deterministic mode
+# rows whose z must fit for keeping it to pay: frozen head, and trainable, where every block rewrites dweight
+LEAST_KEPT = (64, 256)
+GATHERED = 2**20  # bytes of gathered weight rows at a time
 
 
 class Candidates(NamedTuple):
@@ -52,102 +54,11 @@ class Forward(NamedTuple):
     counts: Tensor  # (N,) int64
 
 
-class Operand:
-    """Blocks of a matrix's rows in fp32: slices where BLAS reads them as they are, else copies in one buffer.
-
-    `padded_to` makes every block that many rows, zero below its last.
-    """
-
-    def __init__(self, x: Tensor, dtype: torch.dtype, most: int, padded_to: int = 0) -> None:
-        self.x, self.dtype, self.padded = x, dtype, padded_to > 0
-        self.direct = reads_directly(x, dtype) and not self.padded
-        self.most = max(most, padded_to)
-        self.buffer: Tensor | None = None
-        self.held = (-1, -1)  # the block in the buffer
-
-    def block(self, start: int, stop: int, rows: Tensor | None = None) -> Tensor:
-        """Rows start .. stop of x, or of x[rows]; one operand is always asked with the same rows."""
-        if self.direct and rows is None:
-            return self.x[start:stop]
-        if self.buffer is None:
-            self.buffer = self.x.new_empty((self.most, self.x.shape[1]), dtype=torch.float32)
-        out = self.buffer[: stop - start]
-        if self.held != (start, stop):
-            self.held = (start, stop)
-            if rows is not None and self.direct:
-                torch.index_select(self.x, 0, rows[start:stop], out=out)
-            else:
-                part = self.x[start:stop] if rows is None else self.x.index_select(0, rows[start:stop])
-                out.copy_(part.to(self.dtype) if part.dtype != self.dtype else part)
-            if self.padded:
-                self.buffer[stop - start :] = 0
-        return self.buffer if self.padded else out
-
-
-def reads_directly(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether slices of x are fp32 operands as they are: no rounding to `dtype`, no upcast, BLAS strides."""
-    return x.dtype == dtype == torch.float32 and 1 in x.stride()
-
-
-class Plan(NamedTuple):
-    """Tile sizes; `padded` is the fixed number of rows of every matmul in deterministic mode, else 0."""
-
-    rows: int
-    columns: int
-    padded: int
-
-
-def make_plan(
-    op: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None, deterministic: bool,
-    *, N: int, per_row: int = 0, per_column: int = 0, gathers: bool = False,
-) -> Plan:  # fmt: skip
-    """The largest tiles up to ROWS x COLUMNS whose scratch memory fits; refuses with the least that works.
-
-    N: rows of the batch; per_row, per_column: bytes that the caller needs besides tile and operands;
-    gathers: rows of hidden are copied even where BLAS could read them.
-    """
-    V, D = weight.shape
-    copied = []  # bytes per row of hidden and of weight
-    for x, forced in ((hidden, gathers or deterministic), (weight, False)):
-        converts = x.dtype != dtype or dtype != torch.float32
-        direct = reads_directly(x, dtype) and not forced
-        copied.append(0 if direct else D * (4 + 2 * converts))
-
-    def scratch(R: int, C: int) -> int:
-        matrices = 4 * R * C + R * copied[0] + C * copied[1]
-        return matrices + R * (per_row + 64) + C * per_column + RESERVE * (limit is None)
-
-    most = WORKSPACE if limit is None else limit
-    R, C = min(ROWS, max(N, 1)), min(COLUMNS, V)
-    least_rows, least_columns = min(R, LEAST), min(C, LEAST)
-    if deterministic:
-        R = least_rows = FIXED_ROWS
-    least = scratch(least_rows, least_columns)
-    if least > most:
-        if limit is not None:
-            raise ValueError(
-                f"{op}: max_workspace_bytes must be at least {least} for impl='cpp', whose smallest tiles need "
-                f"that much, got {limit}"
-            )
-        return Plan(least_rows, least_columns, FIXED_ROWS if deterministic else 0)
-    while scratch(R, C) > most:
-        if least_rows == R or C > max(R, least_columns):
-            C = max(C // 2, least_columns)
-        else:
-            R = max(R // 2, least_rows)
-    return Plan(R, C, FIXED_ROWS if deterministic else 0)
-
-
 def native_transform(transform: Transform) -> tuple[float, float]:
     """(scale, limit) of csrc's LogitTransform: z = limit * tanh(x * scale), or x * scale without softcap."""
     if transform.softcap is None:
         return transform.scale / transform.temperature, 0.0
     return transform.scale / transform.softcap, transform.softcap / transform.temperature
-
-
-def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, total, size):
-        yield start, min(start + size, total)
 
 
 def wide_bias(bias: Tensor | None) -> Tensor | None:
@@ -244,8 +155,10 @@ class Upstream(NamedTuple):
         self, tile: Tensor, out: Tensor, rows: tuple[int, int], col0: int, bias: Tensor | None,
         transform: Transform, *, kept: bool,
     ) -> None:  # fmt: skip
-        """out (rows, C) = dL/d(h.w + b) of rows r0 .. r1 of `active`. The tile holds h.w of these rows, or, if
-        `kept`, z of all rows."""
+        """out (rows, C) = dL/d(h.w + b) of rows r0 .. r1 of `active`.
+
+        The tile holds h.w of these rows, or, if `kept`, z of all rows.
+        """
         index = None if self.active is None else self.active[rows[0] :]
         native_call(
             "head_backward_tile_cpu", tile, out, rows[1] - rows[0], tile.shape[1], col0, index,
@@ -275,11 +188,11 @@ def make_upstream(
 
 def backward(
     op: str, up: Upstream, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform,
-    needs: Sequence[bool], *, limit: int | None = None, deterministic: bool = False,
+    needs: Sequence[bool], *, limit: int | None = None, deterministic: bool = False, wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dhidden fp32, dweight in weight's dtype, dbias fp32), 0 elements where not needed."""
+    """(dhidden, dweight, dbias), empty where not needed; fp32, but dweight in its own dtype unless `wide`."""
     (N, D), V, n = hidden.shape, weight.shape[0], up.num_rows
-    narrow = needs[1] and weight.dtype != torch.float32
+    narrow = needs[1] and not wide and weight.dtype != torch.float32
     plan = make_plan(
         op, hidden, weight, transform.dtype, limit, deterministic, N=n, gathers=up.active is not None,
         per_row=4 * D * deterministic, per_column=4 * D * narrow,
@@ -287,14 +200,14 @@ def backward(
     R, C, padded = plan
     bias = wide_bias(bias)
     dhidden = torch.zeros((n, D) if needs[0] else 0)
-    dweight = torch.zeros((V, D) if needs[1] else 0, dtype=weight.dtype)
+    dweight = torch.zeros((V, D) if needs[1] else 0, dtype=weight.dtype if narrow else torch.float32)
     dbias = torch.zeros(V if needs[2] else 0)
     tile = torch.empty(max(R, padded) * C)
     chunk = torch.empty((C, D) if narrow else 0)
     h_blocks = Operand(hidden, transform.dtype, R, padded)
     w_blocks = Operand(weight, transform.dtype, C)
     with torch.autocast("cpu", enabled=False):
-        for c0, c1 in blocks(V, C if n else V + 1):
+        for c0, c1 in blocks(V if n else 0, C):
             w = w_blocks.block(c0, c1)
             dw = chunk[: c1 - c0] if narrow else dweight[c0:c1]
             for r0, r1 in blocks(n, R):
@@ -309,7 +222,7 @@ def backward(
                     dw.addmm_(a.T, h, beta=0 if r0 == 0 else 1)
                 if needs[2]:
                     dbias[c0:c1] += a.sum(0)
-            if narrow and n:
+            if narrow:
                 dweight[c0:c1] = dw
     return scatter_rows(dhidden, up.active, N), dweight, dbias
 
@@ -319,6 +232,91 @@ def scatter_rows(rows: Tensor, index: Tensor | None, N: int) -> Tensor:
     if index is None or not rows.numel():
         return rows if index is None or rows.dim() == 1 else rows.new_zeros(N, rows.shape[1])
     return rows.new_zeros(N, rows.shape[1]).index_copy_(0, index, rows)
+
+
+def fused_gradients(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
+    slopes: Callable[[int, int, Tensor], Tensor], needs: Sequence[bool], *,
+    limit: int | None = None, deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dhidden, dweight, dbias) in fp32 of a scalar loss; 0 elements where not needed.
+
+    slopes(r0, r1, logprobs (r1 - r0, K)) is called once for every row, in order, and returns dloss/dlogprobs.
+    """
+    (N, D), (V, K) = hidden.shape, (weight.shape[0], ids.shape[1])
+    ids = ids.contiguous()
+    R = kept_rows(N, hidden, weight, transform.dtype, limit)
+    if not any(needs) or deterministic or R == 0 or min(N, LEAST_KEPT[bool(needs[1])]) > R:
+        result = forward(op, hidden, weight, bias, ids, transform, limit=limit, deterministic=deterministic)
+        dlogprobs = slopes(0, N, result.logprobs)
+        if not any(needs):
+            return torch.empty(0), torch.empty(0), torch.empty(0)
+        up = make_upstream(dlogprobs, None, None, ids, V, result.lse, result.lse_low, result.entropy)
+        return backward(
+            op,
+            up,
+            hidden,
+            weight,
+            bias,
+            transform,
+            needs,
+            limit=limit,
+            deterministic=deterministic,
+            wide=True,
+        )
+
+    dhidden = torch.zeros((N, D) if needs[0] else 0)
+    dweight = torch.zeros((V, D) if needs[1] else 0)
+    dbias = torch.zeros(V if needs[2] else 0)
+    new, bias = torch.empty, wide_bias(bias)
+    kept = [new(R * (c1 - c0)) for c0, c1 in blocks(V, COLUMNS)]  # z of a block of rows, tile by tile
+    spare, spare_h = (
+        new(R * min(COLUMNS, V)),
+        new((R, D) if R < N or not reads_directly(hidden, transform.dtype) else 0),
+    )
+    lse, lse_low, top = new(R), new(R), new(R)
+    sumexp = new(R, dtype=torch.float64)
+    id_z, logprobs = new(R, K), new(R, K)
+    w_blocks = Operand(weight, transform.dtype, COLUMNS)
+    with torch.autocast("cpu", enabled=False):
+        for r0, r1 in blocks(N, R):
+            rows = r1 - r0
+            h = Operand(hidden, transform.dtype, R).block(r0, r1)
+            top.fill_(-math.inf)
+            sumexp.zero_()
+            for (c0, c1), room in zip(blocks(V, COLUMNS), kept, strict=True):
+                z = room[: rows * (c1 - c0)].view(rows, -1)
+                torch.mm(h, w_blocks.block(c0, c1).T, out=z)
+                native_call(
+                    "head_forward_tile_cpu", z, rows, c1 - c0, c0, None if bias is None else bias[c0:],
+                    *native_transform(transform), top, sumexp, None, ids[r0:r1], id_z, K,
+                    None, None, None, None, 0, 0, -math.inf, None, D,
+                )  # fmt: skip
+            native_call(
+                "head_finish_cpu", top, sumexp, None, ids[r0:r1], id_z, rows, K, V, lse, lse_low, None,
+                logprobs, None, D,
+            )  # fmt: skip
+            dlogprobs = slopes(r0, r1, logprobs[:rows])
+            up = make_upstream(dlogprobs, None, None, ids[r0:r1], V, lse, lse_low, lse)
+            n = up.num_rows
+            if n == 0:
+                continue
+            if up.active is not None:
+                h = torch.index_select(h, 0, up.active, out=spare_h[:n])
+            dh = new((n, D)) if up.active is not None and needs[0] else dhidden[r0:r1]
+            for (c0, c1), room in zip(blocks(V, COLUMNS), kept, strict=True):
+                z = room[: rows * (c1 - c0)].view(rows, -1)
+                a = z if up.active is None else spare[: n * (c1 - c0)].view(n, -1)
+                up.write_slopes(z, a, (0, n), c0, bias, transform, kept=True)
+                if needs[0]:
+                    dh.addmm_(a, w_blocks.block(c0, c1), beta=0 if c0 == 0 else 1)
+                if needs[1]:
+                    dweight[c0:c1].addmm_(a.T, h)
+                if needs[2]:
+                    dbias[c0:c1] += a.sum(0)
+            if needs[0] and up.active is not None:
+                dhidden[r0:r1].index_copy_(0, up.active, dh)
+    return dhidden, dweight, dbias
 
 
 def frozen_backward(
@@ -332,7 +330,7 @@ def frozen_backward(
     used_first = torch.sort(owned.to(torch.uint8), dim=1, descending=True, stable=True)[1]
     used = int(owned.sum(1).max()) if owned.numel() else 0  # unused slots cost nothing
     order = used_first[:, :used]
-    size = max(1, WORKSPACE // 4 // max(1, used * weight.shape[1] * 4))
+    size = max(1, GATHERED // max(1, used * weight.shape[1] * 4))
     for r0, r1 in blocks(len(dhidden) if used else 0, size):
         at = order[r0:r1]
         ids, g, log_p, real = (x[r0:r1].gather(1, at) for x in (up.ids, up.dlogprobs, logprobs, owned))

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, head_cpu
 from .clipped_surrogate import check_clips, clipped_surrogate_reference  # the formula; no kernel is shared
 from .head import (
     Transform,
@@ -106,26 +106,33 @@ def row_weights(
     return per_row / (denominator if denominator is not None else max(computed, 1))
 
 
+def branch_weights(batch: Batch, objective: Objective, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,), (N, K) the factors of every element's loss in its branch: reduction, and pi_old of candidates."""
+    N = batch.token_ids.shape[0]
+    weight = row_weights(batch.cu_seqlens, N, objective.reduction, batch.token_denominator, like)
+    old_prob = batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf).exp()
+    if objective.candidate_reduction == "old_prob_mean":
+        total = old_prob.sum() if batch.candidate_denominator is None else batch.candidate_denominator
+        return weight, torch.where(total > 0, old_prob / total, 0.0)
+    divisor = batch.candidate_denominator
+    rows = row_weights(batch.cu_seqlens, N, objective.candidate_reduction, divisor, like)
+    return weight, torch.where(old_prob > 0, old_prob * rows[:, None], 0.0)
+
+
 def linear_distrl_loss_reference(
-    logprobs: Tensor, candidate_logprobs: Tensor, batch: Batch, objective: Objective
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logprobs: Tensor, candidate_logprobs: Tensor, batch: Batch, objective: Objective,
+    weights: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """From log-probs (N,), (N, K) in plain PyTorch: (loss, token_loss, candidate_loss, metrics (M, 2),
     dlogprobs (N,),
-    dcandidate_logprobs (N, K)), the last two the gradients of loss; loss is differentiable as well."""
+    dcandidate_logprobs (N, K)), the last two the gradients of loss; loss is differentiable as well.
+    weights: the rows' `branch_weights`, where these are some rows of a larger batch."""
     N = logprobs.shape[0]
     clips, dual_clip = objective.clips, objective.dual_clip
     old = batch.old_logprobs.masked_fill(batch.token_ids < 0, -math.inf)
     old_candidates = batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf)
     old_prob = old_candidates.exp()  # (N, K), 0 at unused slots
-
-    weight = row_weights(batch.cu_seqlens, N, objective.reduction, batch.token_denominator, logprobs)
-    if objective.candidate_reduction == "old_prob_mean":
-        total = old_prob.sum() if batch.candidate_denominator is None else batch.candidate_denominator
-        candidate_weight = torch.where(total > 0, old_prob / total, 0.0)
-    else:
-        divisor = batch.candidate_denominator
-        rows = row_weights(batch.cu_seqlens, N, objective.candidate_reduction, divisor, logprobs)
-        candidate_weight = torch.where(old_prob > 0, old_prob * rows[:, None], 0.0)
+    weight, candidate_weight = branch_weights(batch, objective, logprobs) if weights is None else weights
 
     loss, clipped, dual, slope = clipped_surrogate_reference(
         logprobs, old, batch.advantages, clips[0], clips[1], dual_clip
@@ -177,8 +184,34 @@ def _torch_forward(
     return loss, token_loss, candidate_loss, metrics, *gradients
 
 
+def _cpp_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
+    objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    weights = branch_weights(batch, objective, batch.old_logprobs)
+    sums = [torch.zeros(()), torch.zeros(()), torch.zeros(()), torch.zeros(len(METRICS), 2)]
+
+    def slopes(r0: int, r1: int, logprobs: Tensor) -> Tensor:
+        rows = {name: getattr(batch, name)[r0:r1] for name in Batch._fields[:6]}
+        part = batch._replace(**rows)
+        factors = (weights[0][r0:r1], weights[1][r0:r1])
+        *added, dtoken, dcandidates = linear_distrl_loss_reference(
+            logprobs[:, 0], logprobs[:, 1:], part, objective, factors
+        )
+        for total, x in zip(sums, added, strict=True):
+            total += x
+        return torch.cat([dtoken[:, None], dcandidates], 1)
+
+    ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
+    gradients = head_cpu.fused_gradients(
+        OP, hidden, weight, bias, ids, transform, slopes, needs,
+        limit=max_workspace_bytes, deterministic=deterministic,
+    )  # fmt: skip
+    return *sums, *gradients
+
+
 # each forms (loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias) in one call
-IMPLS = {"torch": _torch_forward}
+IMPLS = {"cpp": _cpp_forward, "torch": _torch_forward}
 
 
 @torch.library.custom_op("ipvrm::linear_distrl_loss_fwd", mutates_args=())

@@ -1,0 +1,119 @@
+"""How the CPU head ops cut rows and vocabulary into blocks, so that scratch memory is flat in N."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORKSPACE = 64 * 2**20
+RESERVE = 2**20  # of it, for what a matmul's views and conversions allocate on the way
+ROWS, COLUMNS = 1024, 1024  # of a tile where memory allows: 4 MiB of logits
+LEAST = 16  # rows and columns of the smallest tile
+FIXED_ROWS = 128  # of every matmul in deterministic mode
+
+
+class Operand:
+    """Blocks of a matrix's rows in fp32: slices where BLAS reads them as they are, else copies in one buffer.
+
+    `padded_to` makes every block that many rows, zero below its last.
+    """
+
+    def __init__(self, x: Tensor, dtype: torch.dtype, most: int, padded_to: int = 0) -> None:
+        self.x, self.dtype, self.padded = x, dtype, padded_to > 0
+        self.direct = reads_directly(x, dtype) and not self.padded
+        self.most = max(most, padded_to)
+        self.buffer: Tensor | None = None
+        self.held = (-1, -1)  # the block in the buffer
+
+    def block(self, start: int, stop: int, rows: Tensor | None = None) -> Tensor:
+        """Rows start .. stop of x, or of x[rows]; one operand is always asked with the same rows."""
+        if self.direct and rows is None:
+            return self.x[start:stop]
+        if self.buffer is None:
+            self.buffer = self.x.new_empty((self.most, self.x.shape[1]), dtype=torch.float32)
+        out = self.buffer[: stop - start]
+        if self.held != (start, stop):
+            self.held = (start, stop)
+            if rows is not None and self.direct:
+                torch.index_select(self.x, 0, rows[start:stop], out=out)
+            else:
+                part = self.x[start:stop] if rows is None else self.x.index_select(0, rows[start:stop])
+                out.copy_(part.to(self.dtype) if part.dtype != self.dtype else part)
+            if self.padded:
+                self.buffer[stop - start :] = 0
+        return self.buffer if self.padded else out
+
+
+def reads_directly(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether slices of x are fp32 operands as they are: no rounding to `dtype`, no upcast, BLAS strides."""
+    return x.dtype == dtype == torch.float32 and 1 in x.stride()
+
+
+class Plan(NamedTuple):
+    """Tile sizes; `padded` is the fixed number of rows of every matmul in deterministic mode, else 0."""
+
+    rows: int
+    columns: int
+    padded: int
+
+
+def make_plan(
+    op: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None, deterministic: bool,
+    *, N: int, per_row: int = 0, per_column: int = 0, gathers: bool = False,
+) -> Plan:  # fmt: skip
+    """The largest tiles up to ROWS x COLUMNS whose scratch memory fits; refuses with the least that works.
+
+    N: rows of the batch; per_row, per_column: bytes that the caller needs besides tile and operands;
+    gathers: rows of hidden are copied even where BLAS could read them.
+    """
+    V, D = weight.shape
+    copied = []  # bytes per row of hidden and of weight
+    for x, forced in ((hidden, gathers or deterministic), (weight, False)):
+        converts = x.dtype != dtype or dtype != torch.float32
+        direct = reads_directly(x, dtype) and not forced
+        copied.append(0 if direct else D * (4 + 2 * converts))
+
+    def scratch(R: int, C: int) -> int:
+        matrices = 4 * R * C + R * copied[0] + C * copied[1]
+        return matrices + R * (per_row + 64) + C * per_column + RESERVE * (limit is None)
+
+    most = WORKSPACE if limit is None else limit
+    R, C = min(ROWS, max(N, 1)), min(COLUMNS, V)
+    least_rows, least_columns = min(R, LEAST), min(C, LEAST)
+    if deterministic:
+        R = least_rows = FIXED_ROWS
+    least = scratch(least_rows, least_columns)
+    if least > most:
+        if limit is not None:
+            raise ValueError(
+                f"{op}: max_workspace_bytes must be at least {least} for impl='cpp', what its smallest tiles "
+                f"need, got {limit}"
+            )
+        return Plan(least_rows, least_columns, FIXED_ROWS if deterministic else 0)
+    while scratch(R, C) > most:
+        if least_rows == R or max(R, least_columns) < C:
+            C = max(C // 2, least_columns)
+        else:
+            R = max(R // 2, least_rows)
+    return Plan(R, C, FIXED_ROWS if deterministic else 0)
+
+
+def kept_rows(N: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None) -> int:
+    """Rows whose z fits into the workspace beside everything else; blocks of equal size, at most N."""
+    V, D = weight.shape
+    free = WORKSPACE - RESERVE if limit is None else limit
+    if not reads_directly(weight, dtype):
+        free -= 6 * D * min(COLUMNS, V)
+    per_row = 4 * (V + min(COLUMNS, V)) + 14 * D + 64
+    most = max(free // per_row, 0)
+    if most == 0 or N == 0:
+        return 0
+    return -(-N // -(-N // most))
+
+
+def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, total, size):
+        yield start, min(start + size, total)

@@ -1,0 +1,310 @@
+"""The C++ head ops: scratch memory, rows that cost nothing, full candidate buffers, tile edges, faults."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ipvrm_kernels import (
+    backend,
+    head_blocks,
+    head_cpu,
+    linear_candidates,
+    linear_distrl_loss,
+    linear_logprobs,
+)
+from ipvrm_kernels.head import Transform
+
+MIB = 2**20
+PLAIN = Transform(1.0, None, 1.0, torch.float32)
+pytestmark = pytest.mark.skipif(not backend.HAS_CPP, reason="the extension is not built")
+
+
+def peak_bytes(run):
+    """(peak of the CPU allocator above the start while `run` runs, bytes of the tensors it returns)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        out = run()
+    events = recorded.profiler.kineto_results.events()
+    alive = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    assert peak > 0, "the profiler recorded no allocation"
+    return peak, sum(x.nbytes for x in out if x is not None)
+
+
+class Matmuls(TorchDispatchMode):
+    """Counts the multiply-adds of every matmul."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            a, b = args[-2:]
+            self.total += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def case(N, D=32, V=16_000, K=4, dtype=torch.float32):
+    hidden = torch.randn(N, D).to(dtype)
+    weight = (torch.randn(V, D) / D**0.5 * 3).to(dtype)
+    return hidden, weight, torch.randint(0, V, (N, K))
+
+
+def run_op(name, hidden, weight, ids, **options):
+    """Every tensor that one step with the op leaves behind: outputs and gradients."""
+    hidden = hidden.detach().requires_grad_()
+    weight = weight.detach().requires_grad_(name not in ("frozen", "forward"))
+    leaves = [hidden, weight] if weight.requires_grad else [hidden]
+    if name == "candidates":
+        return tuple(linear_candidates(hidden, weight, sampled=ids[:, 0], return_entropy=True, impl="cpp"))
+    if name == "distrl":
+        N, K = ids.shape
+        old, advantages = torch.full((N, K), -3.0), torch.ones(N, K)
+        out = linear_distrl_loss(
+            hidden, weight, ids[:, 0], ids, old[:, 0], old, advantages[:, 0], advantages,
+            torch.tensor([0, N]).int(), clip_low=0.99, clip_high=50.0, impl="cpp", **options,
+        )  # fmt: skip
+        return torch.autograd.grad(out.loss, leaves)
+    if name == "forward":
+        with torch.no_grad():
+            return tuple(linear_logprobs(hidden, weight, ids, return_entropy=True, impl="cpp", **options))
+    logprobs = linear_logprobs(hidden, weight, ids, impl="cpp", **options).logprobs
+    return (logprobs, *torch.autograd.grad(logprobs.sum(), leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["forward", "candidates", "trainable", "frozen", "distrl"])
+def test_scratch_memory_is_flat_in_rows(name, dtype):
+    """At most 64 MiB above outputs, gradients and one fp32 (N, D); an (N, V) tensor would be 92 MiB."""
+    scratch = []
+    for N in (1500, 3000):
+        inputs = case(N, dtype=dtype)
+        peak, kept = peak_bytes(lambda inputs=inputs: run_op(name, *inputs))
+        kept += 4 * inputs[0].numel()
+        # distrl's formed gradients are fp32 and scaled afresh by every backward: one more copy of each
+        kept += 4 * sum(x.numel() for x in inputs[:2]) if name == "distrl" else 0
+        scratch.append(peak - kept)
+    assert scratch[1] <= 64 * MIB, scratch
+    assert scratch[1] - scratch[0] <= 200 * 1500  # at most 200 bytes a row: ids, log-probs
+
+
+@pytest.mark.parametrize("limit", [1 * MIB, 3 * MIB])
+@pytest.mark.parametrize("name", ["forward", "trainable", "frozen", "distrl"])
+def test_workspace_is_honoured(name, limit):
+    inputs = case(700, V=3000)
+    bound = dict(max_workspace_bytes=limit)
+    expected = run_op(name, *inputs)
+    run_op(name, *inputs, **bound)
+    peak, kept = peak_bytes(lambda: run_op(name, *inputs, **bound))
+    kept += sum(4 * x.numel() for x in inputs[:2]) * (2 if name == "distrl" else 1) + 200 * 700
+    assert peak - kept <= limit
+    for mine, theirs in zip(run_op(name, *inputs, **bound), expected, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["forward", "trainable", "distrl"])
+def test_too_small_a_workspace_is_refused_with_the_least_that_works(name):
+    inputs = case(70, V=300)
+    with pytest.raises(
+        ValueError, match=r"max_workspace_bytes must be at least \d+ for impl='cpp'"
+    ) as caught:
+        run_op(name, *inputs, max_workspace_bytes=100)
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    run_op(name, *inputs, max_workspace_bytes=least)
+    with pytest.raises(ValueError, match=f"at least {least} "):
+        run_op(name, *inputs, max_workspace_bytes=least - 1)
+
+
+def test_rows_without_gradient_cost_nothing():
+    """Gradients of the other rows alone, in as many multiply-adds."""
+    hidden, weight, ids = case(300, D=16, V=500)
+    upstream = torch.randn(ids.shape)
+    upstream[torch.randperm(300)[:180]] = 0
+    rows = (upstream != 0).any(1)
+
+    def gradients(hidden, ids, upstream):
+        result = head_cpu.forward("op", hidden, weight, None, ids, PLAIN)
+        up = head_cpu.make_upstream(
+            upstream, None, None, ids, 500, result.lse, result.lse_low, result.entropy
+        )
+        with Matmuls() as counted:
+            out = head_cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, True))
+        return counted.total, out
+
+    total, (dhidden, dweight, dbias) = gradients(hidden, ids, upstream)
+    total_alone, alone = gradients(hidden[rows], ids[rows], upstream[rows])
+    assert total == total_alone == 3 * 120 * 16 * 500
+    assert (dhidden[~rows] == 0).all()
+    torch.testing.assert_close(dhidden[rows], alone[0])
+    torch.testing.assert_close(dweight, alone[1])
+    torch.testing.assert_close(dbias, alone[2])
+    nothing, zeros = gradients(hidden, ids, torch.zeros_like(upstream))
+    assert nothing == 0 and all((x == 0).all() for x in zeros)
+
+
+@pytest.mark.parametrize("needs", [(True, True, False), (True, False, False), (False, True, False)], ids=str)
+def test_a_fused_loss_costs_three_matmuls_and_clipped_rows_one(needs, monkeypatch):
+    monkeypatch.setattr(head_blocks, "WORKSPACE", 3 * MIB)  # several blocks of rows
+    hidden, weight, ids = case(1000, D=16, V=700)
+    upstream = torch.randn(ids.shape)
+    upstream[::3] = 0
+    blocks = []
+
+    def slopes(r0, r1, logprobs):
+        blocks.append((r0, r1))
+        return upstream[r0:r1]
+
+    with Matmuls() as counted:
+        got = head_cpu.fused_gradients("op", hidden, weight, None, ids, PLAIN, slopes, needs)
+    assert len(blocks) > 1 and blocks[0][0] == 0 and blocks[-1][1] == 1000
+    active = int((upstream != 0).any(1).sum())
+    assert counted.total == (1000 + sum(needs) * active) * 16 * 700
+    leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    logprobs = linear_logprobs(*leaves, ids).logprobs
+    expected = torch.autograd.grad((logprobs * upstream).sum(), leaves)
+    for mine, theirs, need in zip(got, expected, needs, strict=False):
+        if need:
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_fused_gradients_without_room_to_keep_z(dtype, monkeypatch):
+    """The recompute path gives the same fp32 gradients, tiny ones of fp16 weights included."""
+    hidden, weight, ids = case(50, D=16, V=300, dtype=dtype)
+    transform = PLAIN._replace(dtype=dtype)
+
+    def gradients():
+        return head_cpu.fused_gradients(
+            "op",
+            hidden,
+            weight,
+            None,
+            ids,
+            transform,
+            lambda r0, r1, x: torch.full_like(x, 1e-9),
+            (True, True, False),
+        )
+
+    kept = gradients()
+    monkeypatch.setattr(head_cpu, "kept_rows", lambda *_: 0)
+    for mine, theirs in zip(gradients(), kept, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-15)
+
+
+def test_deterministic_rows_do_not_depend_on_their_neighbours():
+    hidden, weight, _ = case(200, D=24, V=131)
+    ids = torch.randint(0, 131, (200, 2))
+
+    def both(rows):
+        leaf = hidden[rows].detach().requires_grad_()
+        out = linear_logprobs(leaf, weight.requires_grad_(), ids[rows], deterministic=True, impl="cpp")
+        return out.logprobs.detach(), *torch.autograd.grad(out.logprobs.sum(), leaf)
+
+    whole, part = both(slice(0, 200)), both(slice(150, 157))
+    for all_rows, few in zip(whole, part, strict=True):
+        assert torch.equal(all_rows[150:157], few)
+
+
+@pytest.mark.parametrize(("min_prob", "top_k"), [(0.1, None), (0.02, 3), (None, 1), (None, 5), (None, 200)])
+@pytest.mark.parametrize("step", [0.3, 0.0, -0.3], ids=["rising", "tied", "falling"])
+def test_full_candidate_buffers(min_prob, top_k, step, monkeypatch):
+    """Rising logits emit candidates in every tile, more than a buffer holds: pruned, and still exact."""
+    monkeypatch.setattr(head_blocks, "COLUMNS", 16)
+    V = 900
+    z = torch.arange(V, dtype=torch.float32)[:, None] * step
+    rule = head_cpu.Candidates(head_cpu_slots(min_prob, top_k), 0.0)
+    if step > 0 and min_prob is not None:  # emissions, had nothing been pruned
+        running = torch.stack([z[: c + 16, 0].logsumexp(0) for c in range(0, V, 16)]).repeat_interleave(16)[
+            :V
+        ]
+        assert (z[:, 0] > running + math.log(min_prob)).sum() > 2 * rule.capacity
+    one = torch.ones(3, 1)
+    mine = linear_candidates(one, z, min_prob=min_prob, top_k=top_k, impl="cpp")
+    theirs = linear_candidates(one, z, min_prob=min_prob, top_k=top_k, impl="torch")
+    assert torch.equal(mine.ids, theirs.ids) and torch.equal(mine.counts, theirs.counts)
+    torch.testing.assert_close(mine.logprobs, theirs.logprobs)
+
+
+def head_cpu_slots(min_prob, top_k):
+    return top_k if min_prob is None else math.floor(1 / min_prob + 1e-4)
+
+
+def errors(inputs, upstream, impl, dtype, **options):
+    """Log-probs, lse, entropy and gradients, all in fp64."""
+    hidden, weight, bias, ids, frozen = inputs
+    leaves = [x.to(dtype) if dtype else x.clone() for x in (hidden, weight, bias)]
+    trained = [x.requires_grad_() for x in leaves[: 1 if frozen else 3]]
+    out = linear_logprobs(*leaves[:2], ids, bias=leaves[2], return_entropy=True, impl=impl, **options)
+    picked = torch.where(ids >= 0, out.logprobs, 0.0)
+    outputs = [picked, out.lse, out.entropy][: 2 if frozen else 3]
+    found = torch.autograd.grad(
+        outputs, trained, [u.to(x.dtype) for u, x in zip(upstream, outputs, strict=False)]
+    )
+    return [x.detach().double() for x in (*outputs, *found)]
+
+
+def check_tiles(N, D, V, K, seed, level, rows, columns, dtype=torch.float32, frozen=False, **options):
+    """The bound of test_linear_logprobs.py with tiles far smaller than the batch: every edge is crossed."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(N, D, generator=g) * level).to(dtype)
+    weight = (torch.randn(V, D, generator=g) / D**0.5).to(dtype)
+    bias, ids = torch.randn(V, generator=g), torch.randint(-1, V, (N, K), generator=g)
+    upstream = [torch.randn(s, generator=g) for s in ((N, K), (N,), (N,))]
+    inputs = (hidden, weight, bias, ids, frozen)
+    exact = errors(inputs, upstream, "torch", torch.float64, **options)
+    plain = errors(inputs, upstream, "torch", torch.float32, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_blocks, "ROWS", rows)
+        patch.setattr(head_blocks, "COLUMNS", columns)
+        mine = errors(inputs, upstream, "cpp", None, **options)
+    top = (exact[1].abs().max().item() if N else 0.0) + 8 * level
+    for x, y, truth in zip(mine, plain, exact, strict=True):
+        if truth.numel():
+            # a gradient in a narrow dtype is rounded once to it
+            narrow = torch.finfo(dtype).eps * truth.abs().max() if dtype != torch.float32 else 0.0
+            slack = 8 * torch.finfo(torch.float32).eps * max(1.0, top)
+            assert (x - truth).abs().max() <= 2 * (y - truth).abs().max() + slack + narrow
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    N=st.integers(0, 70), D=st.integers(1, 20), V=st.integers(1, 150), K=st.integers(0, 5),
+    level=st.floats(0.01, 20), seed=st.integers(0, 2**31), rows=st.sampled_from((16, 24, 1024)),
+    columns=st.sampled_from((16, 33, 1024)), frozen=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    softcap=st.none() | st.floats(1.0, 30.0), temperature=st.floats(0.5, 2.0),
+)  # fmt: skip
+def test_any_tiles(N, D, V, K, seed, level, rows, columns, dtype, frozen, softcap, temperature):
+    check_tiles(
+        N, D, V, K, seed, level, rows, columns, dtype, frozen, softcap=softcap, temperature=temperature
+    )
+
+
+@pytest.mark.parametrize("fault", ["tail tile lost", "ids one column off", "upstream of the first rows"])
+def test_seeded_faults_are_caught(fault, monkeypatch):
+    arguments = (50, 8, 75, 3, 0, 2.0, 16, 32)
+    check_tiles(*arguments)
+    real = head_cpu.native_call
+
+    def faulty(name, *args):
+        args = list(args)
+        if fault == "tail tile lost" and name == "head_forward_tile_cpu" and args[2] < 32:
+            return
+        if fault == "ids one column off" and name == "head_forward_tile_cpu":
+            args[3] -= 1
+        if fault == "upstream of the first rows" and name == "head_backward_tile_cpu":
+            args[6] = 0
+        real(name, *args)
+
+    monkeypatch.setattr(head_cpu, "native_call", faulty)
+    with pytest.raises(AssertionError):
+        check_tiles(*arguments)
