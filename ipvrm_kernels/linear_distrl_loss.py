@@ -44,6 +44,9 @@ from .head import (
 from .linear_logprobs import IMPLS as LOGPROB_IMPLS
 from .packing import check_cu_seqlens, check_cu_seqlens_shape, lengths, segment_ids
 
+if backend.HAS_TRITON:
+    from . import head_triton, head_triton_backward
+
 OP = "linear_distrl_loss"
 REDUCTIONS = ("sequence_mean", "token_mean")
 CANDIDATE_REDUCTIONS = (*REDUCTIONS, "old_prob_mean")
@@ -177,8 +180,43 @@ def _torch_forward(
     return loss, token_loss, candidate_loss, metrics, *gradients
 
 
+def _triton_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
+    objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Four matmuls: the log-probs, then logits again chunk by chunk for the gradients the loss then knows."""
+    limit, explicit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE, max_workspace_bytes is not None
+    ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
+    with torch.cuda.device_of(hidden):
+        ops = head_triton.operands(hidden, weight, bias, transform, limit)
+        stats = head_triton.stats(ops, False)
+        logprobs, lse = stats.logprobs(head_triton.id_logits(ops, ids)), stats.lse()
+        loss, token_loss, candidate_loss, metrics, *slopes = linear_distrl_loss_reference(
+            logprobs[:, 0], logprobs[:, 1:], batch, objective
+        )
+        gradients: tuple[Tensor, ...] = (lse.new_empty(0), lse.new_empty(0), lse.new_empty(0))
+        if any(needs):
+            dlogprobs = torch.cat([slopes[0][:, None], slopes[1]], 1)
+            up = head_triton_backward.upstream_gradients(ids, weight.shape[0], dlogprobs, None, None)
+            gradients = head_triton_backward.gradients(
+                OP,
+                ops,
+                torch.float32,
+                ids,
+                logprobs,
+                lse,
+                stats.lse_remainder(lse),
+                lse,
+                up,
+                needs,
+                limit,
+                explicit,
+            )
+    return loss, token_loss, candidate_loss, metrics, *gradients
+
+
 # each forms (loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias) in one call
-IMPLS = {"torch": _torch_forward}
+IMPLS = {"triton": _triton_forward, "torch": _torch_forward}
 
 
 @torch.library.custom_op("ipvrm::linear_distrl_loss_fwd", mutates_args=())
