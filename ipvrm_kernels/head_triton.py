@@ -1,13 +1,13 @@
 """The head's tile driver in Triton: one pass over the vocabulary that leaves statistics instead of logits.
 
-Every program computes tiles of z (BLOCK_N rows x BLOCK_V columns, fp32) and folds each into a running
-(max, sum exp(z - max), sum (z - max) exp(z - max)) of its rows, written once per split of TILES_PER_SPLIT
-tiles and merged in a fixed order by a second kernel. The difference is taken before the scale of exp2: scaling
-z first would save one multiplication and cost the digits of lse that p near 1 needs. Splits depend on V alone,
-so a row's result depends neither on N nor on its position. Where candidates are wanted the maximum of every
-GROUP columns is stored as well. Logits of given ids come from a gather-dot: the diagonal of a small tile of
-gathered rows, wasteful but far below the matmul, and accumulated by the same instructions in the same order
-as the tiles behind lse.
+Every program computes tiles of z (BLOCK_N rows x BLOCK_V columns, fp32) and folds each into a running (max,
+sum exp(z - max), sum (z - max) exp(z - max)) of its rows, written once per split of TILES_PER_SPLIT tiles
+and merged in a fixed order by a second kernel. The difference is taken before the scale of exp2: scaling z
+first would save one multiplication and cost the digits of lse that p near 1 needs. Splits depend on V
+alone, so a row's result depends neither on N nor on its position. Where candidates are wanted the maximum
+of every GROUP columns is stored as well. Logits of given ids come from a gather-dot: the diagonal of a
+small tile of gathered rows, wasteful but far below the matmul, and accumulated by the same instructions in
+the same order as the tiles behind lse.
 
 Operands come through tensor descriptors (TMA) on compute capability 9 and up, through pointers elsewhere or
 where a row is not 16-byte aligned. Descriptors pad with zeros: the vocabulary's tail is masked to -inf.

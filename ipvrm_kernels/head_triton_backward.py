@@ -1,13 +1,14 @@
 """Gradients of the head ops in Triton: the vocabulary in chunks, logits recomputed tile by tile.
 
 For each chunk of columns: a kernel multiplies a tile again and turns it, still in registers, into the dense
-part of da = dL/d(h.w + b), stored once in the operands' dtype; the N * K entries at ids are overwritten from
-fp32 (dense and sparse part are rounded together); then dhidden += da @ weight and dweight = da.T @ hidden by
-the vendor's matmul with fp32 results. dweight of a chunk is complete, so it is written once, and no (V, D) fp32
-buffer exists.
+part of da = dL/d(h.w + b), stored once in the operands' dtype; the N * K entries at ids are overwritten
+from fp32 (dense and sparse part are rounded together); then dhidden += da @ weight and dweight = da.T @
+hidden by the vendor's matmul with fp32 results. dweight of a chunk is complete, so it is written once, and
+no (V, D) fp32 buffer exists.
 
-Frozen head: E' = sum over v not in ids of p_v z'_v w_v is formed in the forward by the same kernels (upstream
--1, the ids zeroed), and dhidden = -G E' + sum_k (g_k - G p_k) z'_k w_k over distinct ids, in fp32.
+Frozen head: E' = sum over v not in ids of p_v z'_v w_v is formed in the forward by the same kernels
+(upstream -1, the ids zeroed), and dhidden = -G E' + sum_k (g_k - G p_k) z'_k w_k over distinct ids, in
+fp32.
 
 fp16 operands: da is scaled by a power of two, so that the largest upstream gradient is near 1, and scaled
 back in fp32. fp32 operands: the vendor's matmul follows torch.backends.cuda.matmul.
