@@ -102,7 +102,7 @@ def check(inputs, impl, device, frozen=(), upstream=True, **options):
 @pytest.mark.parametrize("N", [0, 1, 63, 1000])
 @pytest.mark.parametrize("V", [1, 50, 257, 1030])
 def test_shapes(impl, device, N, V, poisoned):
-    N = min(N, 300) if backend.INTERPRETED else N  # slow; three blocks of rows show as much
+    N = min(N, 150) if backend.INTERPRETED else N  # slow; two blocks of rows show as much
     check(case(N=N, V=V), impl, device, bias=True)
 
 
