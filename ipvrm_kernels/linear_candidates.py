@@ -63,7 +63,7 @@ def linear_candidates_reference(
     )  # fmt: skip
 
 
-def _cpp_candidates(
+def _cpp(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None, transform: Transform,
     min_prob: float | None, K: int, return_entropy: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -85,7 +85,142 @@ def _cpp_candidates(
     )  # fmt: skip
 
 
-IMPLS = {"cpp": _cpp_candidates, "torch": linear_candidates_reference}
+if backend.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from . import head_triton
+
+    @triton.jit
+    def _select_groups_kernel(
+        group_max_ptr,  # (N, num_groups) maximum of z over every GROUP columns
+        least_ptr,  # (N,) the z below which nothing is a candidate
+        groups_ptr,  # (N, SLOTS) out: group numbers, -1 if unused
+        N, num_groups,  # scalars
+        SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    ):  # fmt: skip
+        rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+        groups = tl.arange(0, BLOCK_GROUPS)  # (BLOCK_GROUPS,)
+        inside = (rows < N)[:, None] & (groups < num_groups)[None, :]  # (BLOCK_N, BLOCK_GROUPS)
+        where = rows[:, None] * num_groups + groups[None, :]  # (BLOCK_N, BLOCK_GROUPS)
+        z = tl.load(group_max_ptr + where, mask=inside, other=-float("inf"))  # (BLOCK_N, BLOCK_GROUPS)
+        least = tl.load(least_ptr + rows, mask=rows < N, other=float("inf"))  # (BLOCK_N,)
+        slot = 0
+        best = tl.max(z, 1)  # (BLOCK_N,)
+        found = (best >= least) & (best > -float("inf"))  # (BLOCK_N,)
+        while (slot < SLOTS) & (tl.max(found.to(tl.int32), 0) > 0):
+            # equal maxima: the lower group first, so that ties go to the lower id
+            equal = (z == best[:, None]) & inside  # (BLOCK_N, BLOCK_GROUPS)
+            matches = tl.where(equal, groups[None, :], BLOCK_GROUPS)  # (BLOCK_N, BLOCK_GROUPS)
+            group = tl.min(matches, 1)  # (BLOCK_N,)
+            tl.store(groups_ptr + rows * SLOTS + slot, group, mask=found & (group < num_groups))
+            z = tl.where(groups[None, :] == group[:, None], -float("inf"), z)  # (BLOCK_N, BLOCK_GROUPS)
+            best = tl.max(z, 1)  # (BLOCK_N,)
+            found = (best >= least) & (best > -float("inf"))  # (BLOCK_N,)
+            slot += 1
+
+    @triton.jit
+    def _best_candidates_kernel(
+        ids_ptr,  # (N, M) columns of the selected groups, -1 if unused
+        logprobs_ptr,  # (N, M)
+        best_ids_ptr,  # (N, K) out, filled with -1
+        best_logprobs_ptr,  # (N, K) out, filled with -inf
+        counts_ptr,  # (N,) out
+        N, M, V, K, low,  # scalars; low = log(min_prob) or -inf
+        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    ):  # fmt: skip
+        rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+        columns = tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+        inside = (rows < N)[:, None] & (columns < M)[None, :]  # (BLOCK_N, BLOCK_M)
+        where = rows[:, None] * M + columns[None, :]  # (BLOCK_N, BLOCK_M)
+        ids = tl.load(ids_ptr + where, mask=inside, other=-1)  # (BLOCK_N, BLOCK_M)
+        log_p = tl.load(logprobs_ptr + where, mask=ids >= 0, other=-float("inf"))  # (BLOCK_N, BLOCK_M)
+        log_p = tl.where((log_p >= low) & (log_p > -float("inf")), log_p, -float("inf"))  # (BLOCK_N, BLOCK_M)
+        count = tl.zeros((BLOCK_N,), tl.int32)  # (BLOCK_N,)
+        slot = 0
+        best = tl.max(log_p, 1)  # (BLOCK_N,)
+        found = best > -float("inf")  # (BLOCK_N,)
+        while (slot < K) & (tl.max(found.to(tl.int32), 0) > 0):
+            matches = tl.where(log_p == best[:, None], ids, V)  # (BLOCK_N, BLOCK_M)
+            id = tl.min(matches, 1)  # (BLOCK_N,) the lowest id among equals
+            tl.store(best_ids_ptr + rows * K + slot, id.to(tl.int64), mask=found)
+            tl.store(best_logprobs_ptr + rows * K + slot, best, mask=found)
+            log_p = tl.where(ids == id[:, None], -float("inf"), log_p)  # (BLOCK_N, BLOCK_M)
+            count += found.to(tl.int32)
+            best = tl.max(log_p, 1)  # (BLOCK_N,)
+            found = best > -float("inf")  # (BLOCK_N,)
+            slot += 1
+        tl.store(counts_ptr + rows, count.to(tl.int64), mask=rows < N)
+
+
+def _triton(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None, transform: Transform,
+    min_prob: float | None, K: int, return_entropy: bool, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """A candidate's group has a maximum at least as large, so the K best groups hold the K best tokens."""
+    N, V = hidden.shape[0], weight.shape[0]
+    num_groups = -(-V // head_triton.GROUP)
+    row_bytes = 4 * num_groups + 16 * min(K, num_groups) * head_triton.GROUP
+    block = max(1, head_triton.DEFAULT_WORKSPACE // 2 // row_bytes)  # rows at a time
+    parts = [
+        _triton_rows(hidden[i : i + block], weight, bias, None if sampled is None else sampled[i : i + block],
+                     transform, min_prob, K, return_entropy)
+        for i in range(0, max(N, 1), block)
+    ]  # fmt: skip
+    ids, logprobs, counts, lse, entropy, sampled_logprobs = (
+        column[0] if len(parts) == 1 else torch.cat(column) for column in zip(*parts, strict=True)
+    )
+    return ids, logprobs, counts, lse, entropy, sampled_logprobs
+
+
+def _triton_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None, transform: Transform,
+    min_prob: float | None, K: int, return_entropy: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    (N, V), device, GROUP = (hidden.shape[0], weight.shape[0]), hidden.device, head_triton.GROUP
+    low = -math.inf if min_prob is None else math.log(min_prob)
+    num_groups = -(-V // GROUP)
+    slots = min(K, num_groups)
+    M = slots * GROUP
+    with torch.cuda.device_of(hidden):
+        ops = head_triton.operands(hidden, weight, bias, transform)
+        group_max = torch.empty((N, num_groups), dtype=torch.float32, device=device)
+        stats = head_triton.stats(ops, return_entropy, group_max)
+        lse = stats.lse()
+        best_ids = torch.full((N, K), -1, dtype=torch.int64, device=device)
+        best_logprobs = torch.full((N, K), -math.inf, dtype=torch.float32, device=device)
+        counts = torch.zeros(N, dtype=torch.int64, device=device)
+        if N:
+            # tile and gather-dot may round apart: look a little below the threshold, decide on the log-prob
+            slack = 1e-5 * (1 + lse.abs() + stats.top.abs())
+            least = torch.full_like(lse, -math.inf) if min_prob is None else lse + low - slack
+            groups = torch.full((N, slots), -1, dtype=torch.int32, device=device)
+            BLOCK_GROUPS = triton.next_power_of_2(num_groups)
+            rows = max(1, 65536 // BLOCK_GROUPS) if backend.INTERPRETED else 1
+            _select_groups_kernel[(triton.cdiv(N, rows),)](
+                group_max, least, groups, N, num_groups, SLOTS=slots, BLOCK_N=rows, BLOCK_GROUPS=BLOCK_GROUPS,
+                num_warps=8 if BLOCK_GROUPS > 2048 else 4,
+            )  # fmt: skip
+            if device.type == "cpu":  # the interpreter pays for unused slots, and reading costs it nothing
+                slots = max(1, int((groups >= 0).sum(1).max()))
+                groups, M = groups[:, :slots], slots * GROUP
+            columns = groups[:, :, None] * GROUP + torch.arange(GROUP, dtype=torch.int32, device=device)
+            columns = torch.where((groups[:, :, None] >= 0) & (columns < V), columns, -1).view(N, M)
+            log_p = stats.logprobs(head_triton.id_logits(ops, columns))
+            BLOCK_M = triton.next_power_of_2(M)
+            rows = max(1, 65536 // BLOCK_M) if backend.INTERPRETED else 1
+            _best_candidates_kernel[(triton.cdiv(N, rows),)](
+                columns, log_p, best_ids, best_logprobs, counts, N, M, V, K, low,
+                BLOCK_N=rows, BLOCK_M=BLOCK_M,
+            )  # fmt: skip
+        picked = lse.new_empty(0)
+        if sampled is not None:
+            picked = stats.logprobs(head_triton.id_logits(ops, sampled[:, None].contiguous()))[:, 0]
+    entropy = stats.entropy() if return_entropy else lse.new_empty(0)
+    return best_ids, best_logprobs, counts, lse, entropy, picked
+
+
+IMPLS = {"triton": _triton, "cpp": _cpp, "torch": linear_candidates_reference}
 
 
 @torch.library.custom_op("ipvrm::linear_candidates", mutates_args=())

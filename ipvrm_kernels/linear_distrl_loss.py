@@ -1,20 +1,16 @@
-"""linear_distrl_loss: the two-branch clipped policy loss from hidden states, gradients included, without
-logits.
+"""linear_distrl_loss: the two-branch clipped policy loss from hidden states, gradients included, no logits.
 
     l(c)         = the clipped surrogate of log pi(c | s_t) = log_softmax(z_t)[c], see `clipped_surrogate`
     L_token      = (1/B) sum_b 1/T_b sum_t l(y_t)                                                     Eq. 12
     L_candidates = (1/B) sum_b 1/T_b sum_t sum_{c in C_t} pi_old(c | s_t) l(c)                        Eq. 11
     loss         = L_token + alpha * L_candidates                                                     Eq. 14
 
-Other reductions: token_mean divides by the number of tokens instead, old_prob_mean (candidates) by the sum
-    of pi_old.
+Other reductions: token_mean divides by the number of tokens, old_prob_mean (candidates) by the sum of pi_old.
 
 The loss is a scalar whose gradient by every log-prob is known as soon as the log-probs are, so the forward
-forms
-dhidden, dweight and dbias (for upstream 1, as fp32 accumulators) and the backward scales them: three
-matmuls, two
-for a frozen head. Sampled token and candidates share one pass over the vocabulary; unused slots (-1) cost
-nothing.
+forms dhidden, dweight and dbias (for upstream 1, as fp32 accumulators) and the backward scales them: three
+matmuls where a block's logits fit the workspace, two for a frozen head. Sampled token and candidates share
+one pass over the vocabulary; unused slots (-1) cost nothing.
 
 Shapes: hidden (N, D), weight (V, D), token_ids (N,), candidate_ids (N, K), cu_seqlens (B+1,).
 """
@@ -43,6 +39,9 @@ from .head import (
 )
 from .linear_logprobs import IMPLS as LOGPROB_IMPLS
 from .packing import check_cu_seqlens, check_cu_seqlens_shape, lengths, segment_ids
+
+if backend.HAS_TRITON:
+    from . import head_triton, head_triton_backward
 
 OP = "linear_distrl_loss"
 REDUCTIONS = ("sequence_mean", "token_mean")
@@ -210,8 +209,43 @@ def _cpp_forward(
     return *sums, *gradients
 
 
+def _triton_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
+    objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Four matmuls: the log-probs, then logits again chunk by chunk for the gradients the loss then knows."""
+    limit, explicit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE, max_workspace_bytes is not None
+    ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
+    with torch.cuda.device_of(hidden):
+        ops = head_triton.operands(hidden, weight, bias, transform, limit)
+        stats = head_triton.stats(ops, False)
+        logprobs, lse = stats.logprobs(head_triton.id_logits(ops, ids)), stats.lse()
+        loss, token_loss, candidate_loss, metrics, *slopes = linear_distrl_loss_reference(
+            logprobs[:, 0], logprobs[:, 1:], batch, objective
+        )
+        gradients: tuple[Tensor, ...] = (lse.new_empty(0), lse.new_empty(0), lse.new_empty(0))
+        if any(needs):
+            dlogprobs = torch.cat([slopes[0][:, None], slopes[1]], 1)
+            up = head_triton_backward.upstream_gradients(ids, weight.shape[0], dlogprobs, None, None)
+            gradients = head_triton_backward.gradients(
+                OP,
+                ops,
+                torch.float32,
+                ids,
+                logprobs,
+                lse,
+                stats.lse_remainder(lse),
+                lse,
+                up,
+                needs,
+                limit,
+                explicit,
+            )
+    return loss, token_loss, candidate_loss, metrics, *gradients
+
+
 # each forms (loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias) in one call
-IMPLS = {"cpp": _cpp_forward, "torch": _torch_forward}
+IMPLS = {"triton": _triton_forward, "cpp": _cpp_forward, "torch": _torch_forward}
 
 
 @torch.library.custom_op("ipvrm::linear_distrl_loss_fwd", mutates_args=())

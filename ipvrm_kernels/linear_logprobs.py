@@ -44,6 +44,9 @@ from .head import (
     transformed_logits,
 )
 
+if backend.HAS_TRITON:
+    from . import head_triton, head_triton_backward
+
 
 class LinearLogprobs(NamedTuple):
     """logprobs shaped like ids, lse (N,), entropy (N,) or None; fp32, in nats; fp64 for fp64 inputs."""
@@ -142,7 +145,50 @@ def _cpp_backward(
     )  # fmt: skip
 
 
-IMPLS = {"cpp": Launchers(_cpp_forward, _cpp_backward), "torch": Launchers(_torch_forward, _torch_backward)}
+def _triton_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
+    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    limit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE
+    ids = ids.contiguous()
+    with torch.cuda.device_of(hidden):
+        ops = head_triton.operands(hidden, weight, bias, transform, limit)
+        stats = head_triton.stats(ops, return_entropy)
+        logprobs, lse = stats.logprobs(head_triton.id_logits(ops, ids)), stats.lse()
+        expectation = remainder = stats.lse_remainder(lse)  # (N,) takes the place of the expectation
+        if frozen_head:
+            explicit = max_workspace_bytes is not None
+            expectation = head_triton_backward.expectation(ops, ids, lse, remainder, limit, explicit)
+    return logprobs, lse, stats.entropy() if return_entropy else lse.new_empty(0), expectation
+
+
+def _triton_backward(
+    dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    logprobs: Tensor, lse: Tensor, entropy: Tensor, expectation: Tensor, transform: Transform,
+    needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    limit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE
+    ids = ids.contiguous()
+    with torch.cuda.device_of(hidden):
+        ops = head_triton.operands(hidden, weight, bias, transform, limit)
+        up = head_triton_backward.upstream_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
+        frozen = expectation.dim() == 2
+        if frozen and dentropy is None:
+            dhidden = head_triton_backward.frozen_dhidden(ops, ids, logprobs, lse, up, expectation)
+            return dhidden, lse.new_empty(0), lse.new_empty(0)
+        return head_triton_backward.gradients(
+            "linear_logprobs", ops, weight.dtype, ids, logprobs, lse,
+            torch.zeros_like(lse) if frozen else expectation, entropy, up, needs, limit,
+            max_workspace_bytes is not None,
+        )  # fmt: skip
+
+
+IMPLS = {
+    "triton": Launchers(_triton_forward, _triton_backward),
+    "cpp": Launchers(_cpp_forward, _cpp_backward),
+    "torch": Launchers(_torch_forward, _torch_backward),
+}
 
 
 @torch.library.custom_op("ipvrm::linear_logprobs_fwd", mutates_args=())
@@ -167,7 +213,8 @@ def _(
 ):  # fmt: skip
     lse = hidden.new_empty(hidden.shape[0], dtype=out_dtype(hidden))
     entropy = lse.new_empty(lse.shape if return_entropy else 0)
-    saved = hidden.shape if frozen_head else lse.shape if impl == "cpp" else 0
+    # the expectation, or (N,) what rounding lse to fp32 lost
+    saved = hidden.shape if frozen_head else lse.shape if impl != "torch" else 0
     return lse.new_empty(ids.shape), lse, entropy, lse.new_empty(saved)
 
 

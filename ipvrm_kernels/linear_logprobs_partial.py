@@ -41,6 +41,9 @@ from .head import (
 )
 from .linear_logprobs import LinearLogprobs
 
+if backend.HAS_TRITON:
+    from . import head_triton, head_triton_backward
+
 OP = "linear_logprobs_partial"
 
 
@@ -91,7 +94,44 @@ def _shifted(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return shifted, shifted.exp(), top
 
 
-IMPLS = {"torch": Launchers(linear_logprobs_partial_reference, _torch_backward)}
+def _triton_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(hidden):
+        ops = head_triton.operands(hidden, weight, bias, transform)
+        stats = head_triton.stats(ops, True)
+        top, sumexp, sum_z_exp = (x.clone() for x in stats)  # outputs of an op may not share memory
+        return top, sumexp, sum_z_exp, head_triton.id_logits(ops, ids.contiguous())
+
+
+def _triton_backward(
+    dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """linear_logprobs with max in place of lse: da = e (dsumexp + dsum_z_exp (1 + z - max)) + ids."""
+    V, ids = weight.shape[0], ids.contiguous()
+    with torch.cuda.device_of(hidden):
+        ops = head_triton.operands(hidden, weight, bias, transform)
+        top = head_triton.stats(ops, False).top
+        top = torch.where(top == -math.inf, 0.0, top)
+        total = torch.zeros_like(top)  # the G of `linear_logprobs`, for da = -e (G + g_H (z - max)) + sparse
+        for d in (dsumexp, dsum_z_exp):
+            total = total if d is None else total - d
+        up = head_triton_backward.upstream_gradients(ids, V, did_logits, None, None)
+        dentropy = None if dsum_z_exp is None else -dsum_z_exp
+        up = up._replace(total=total, lse=up.total - total, entropy=dentropy)
+        zeros, limit = torch.zeros_like(top), head_triton.DEFAULT_WORKSPACE
+        shifted = head_triton.id_logits(ops, ids) - top[:, None]
+        return head_triton_backward.gradients(
+            OP, ops, weight.dtype, ids, shifted.clamp(max=0), top, zeros, zeros, up, needs, limit, False
+        )
+
+
+IMPLS = {
+    "triton": Launchers(_triton_forward, _triton_backward),
+    "torch": Launchers(linear_logprobs_partial_reference, _torch_backward),
+}
 
 
 @torch.library.custom_op("ipvrm::linear_logprobs_partial_fwd", mutates_args=())

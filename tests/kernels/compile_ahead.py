@@ -1,18 +1,20 @@
 """Compile every Triton kernel for sm_80, sm_90 and sm_100 without a GPU; print one JSON object for each.
 
 Run by test_ahead_of_time.py in its own process, since the interpreter and the compiler exclude each other, or
-by hand: python tests/kernels/compile_ahead.py
+by hand: python tests/kernels/compile_ahead.py [80] [90] [100]
 """
 
 import importlib
 import json
 import re
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -22,8 +24,14 @@ segment_scan = importlib.import_module("ipvrm_kernels.segment_scan")
 prefix_values = importlib.import_module("ipvrm_kernels.prefix_values")
 prefix_value_loss = importlib.import_module("ipvrm_kernels.prefix_value_loss")
 
+head_triton = importlib.import_module("ipvrm_kernels.head_triton")
+head_triton_backward = importlib.import_module("ipvrm_kernels.head_triton_backward")
+linear_candidates = importlib.import_module("ipvrm_kernels.linear_candidates")
+
 warnings.filterwarnings("ignore")
-POINTERS = {"cu_seqlens_ptr": "*i32"}
+POINTERS = {"cu_seqlens_ptr": "*i32", "groups_ptr": "*i32", "counts_ptr": "*i64", "best_ids_ptr": "*i64"}
+FLOATS = ("decay", "beta", "margin", "scale", "cap", "factor", "slope", "low")
+ALIGNED = ("D", "C", "hidden_stride", "weight_stride")  # multiples of 16, as in every model
 # kernel, constexprs of its main configurations
 CASES = [
     (segment_scan._segment_scan_kernel, {"REVERSE": True, "BLOCK_T": 1024}),
@@ -42,6 +50,45 @@ CASES = [
     ),
     (prefix_value_loss._prefix_value_loss_bwd_kernel, {"BLOCK_T": prefix_value_loss.BLOCK_T}),
 ]
+
+
+def head_cases(capability):
+    """(kernel, constexprs, types, options) of the head in bf16 and fp32."""
+    for (architecture, kind), config in head_triton.CONFIGS.items():
+        if architecture != f"sm_{capability}" or kind == "master":  # master: half's kernels and a conversion
+            continue
+        own, tma = "fp32" if kind == "fp32" else "bf16", capability >= 90
+
+        def operand(rows, columns, own=own, tma=tma):
+            return f"tensordesc<{own}[{rows}, {columns}]>" if tma else f"*{own}"
+
+        types = dict(
+            hidden=operand(config.BLOCK_N, config.BLOCK_D), weight=operand(config.BLOCK_V, config.BLOCK_D),
+            da=operand(config.BLOCK_N, config.BLOCK_V), bias_ptr=f"*{own}", hidden_ptr=f"*{own}",
+            weight_ptr=f"*{own}", da_ptr=f"*{own}", ids_ptr="*i64",
+        )  # fmt: skip
+        tiles = dict(HAS_BIAS=False, HAS_SOFTCAP=False, ENTROPY=True, ROW_GROUP=64, TMA=tma, UPCAST=False,
+                     FLATTEN=tma, BLOCK_N=config.BLOCK_N, BLOCK_V=config.BLOCK_V, BLOCK_D=config.BLOCK_D,
+                     )  # fmt: skip
+        options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+        split = dict(TILES_PER_SPLIT=head_triton.TILES_PER_SPLIT, GROUP=head_triton.GROUP)
+        for groups in (False, True) if (capability, kind) == (90, "half") else (True,):
+            yield head_triton._head_stats_kernel, {**tiles, **split, "GROUPS": groups}, types, options
+        yield head_triton_backward._head_dz_kernel, {**tiles, "ENTROPY": False}, types, options
+        gather = dict(BLOCK_IDS=64, BLOCK_D=config.BLOCK_D, HAS_BIAS=False, HAS_SOFTCAP=False, UPCAST=False)
+        yield head_triton._id_logits_kernel, gather, types, dict(num_warps=4, num_stages=3)
+        if kind == "fp32":
+            continue
+        yield head_triton._merge_stats_kernel, dict(ENTROPY=True, BLOCK_S=256, BLOCK_N=8), types, {}
+        sparse = dict(HAS_SOFTCAP=False, ENTROPY=False, DISTINCT=False, BLOCK_N=64, BLOCK_K=16)
+        yield head_triton_backward._id_gradients_kernel, sparse, types, {}
+        yield head_triton_backward._patch_kernel, dict(ZERO=False, BLOCK=256), types, {}
+        rows = dict(ROUND=tl.bfloat16, BLOCK_N=8, BLOCK_D=256)
+        yield head_triton_backward._id_rows_kernel, rows, types, {}
+        select = dict(SLOTS=10, BLOCK_N=1, BLOCK_GROUPS=8192)
+        yield linear_candidates._select_groups_kernel, select, types, dict(num_warps=8)
+        best = dict(BLOCK_N=1, BLOCK_M=512)
+        yield linear_candidates._best_candidates_kernel, best, {**types, "ids_ptr": "*i32"}, {}
 
 
 def resources(ptx, capability):
@@ -66,20 +113,37 @@ def resources(ptx, capability):
     return dict(registers=int(registers[1]), spill_stores=int(spills[1]), spill_loads=int(spills[2]))
 
 
+def compiled(kernel, constexprs, capability, types, options, scalar):
+    """One JSON record: resources, and which of the architecture's instructions the code uses."""
+    signature = {name: "constexpr" if name in constexprs else scalar for name in kernel.arg_names}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            continue
+        if name.endswith("_ptr") or name in types:
+            signature[name] = types.get(name, POINTERS.get(name, "*fp32"))
+        elif name in FLOATS:
+            signature[name] = "fp32"
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+        if scalar == "i32" and (name in ALIGNED or signature[name].startswith("*"))
+    }  # fmt: skip
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = built.asm["ptx"]
+    return dict(
+        kernel=kernel.__name__, constexprs={k: str(v) for k, v in constexprs.items()}, sm=capability,
+        operands=types.get("weight_ptr", "").lstrip("*"), shared=built.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"), tma=ptx.count("cp.async.bulk.tensor"),
+        **resources(ptx, capability),
+    )  # fmt: skip
+
+
 def main():
-    for kernel, constexprs in CASES:
-        signature = {name: "constexpr" if name in constexprs else "fp32" for name in kernel.arg_names}
-        for name in kernel.arg_names:
-            if name.endswith("_ptr"):
-                signature[name] = POINTERS.get(name, "*fp32")
-        for capability in (80, 90, 100):
-            built = triton.compile(
-                ASTSource(kernel, signature, constexprs), target=GPUTarget("cuda", capability, 32)
-            )
-            record = dict(
-                kernel=kernel.__name__, constexprs=constexprs, sm=capability, shared=built.metadata.shared
-            )
-            print(json.dumps({**record, **resources(built.asm["ptx"], capability)}), flush=True)
+    for capability in [int(argument) for argument in sys.argv[1:]] or (80, 90, 100):
+        for kernel, constexprs in CASES:
+            print(json.dumps(compiled(kernel, constexprs, capability, {}, {}, "fp32")), flush=True)
+        for kernel, constexprs, types, options in head_cases(capability):
+            print(json.dumps(compiled(kernel, constexprs, capability, types, options, "i32")), flush=True)
 
 
 if __name__ == "__main__":

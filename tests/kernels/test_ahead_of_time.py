@@ -13,7 +13,8 @@ import pytest
 from ipvrm_kernels import backend
 
 HERE = Path(__file__).parent
-BUDGET = 120  # seconds, of the suite's twelve minutes
+BUDGET = 120  # seconds, of the suite's twelve minutes; twice that fails
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one block can have
 CSRC = HERE.parents[1] / "csrc"
 
 
@@ -30,9 +31,21 @@ def test_triton_kernels_compile_without_spills(tmp_path):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)  # compile for real, whatever an earlier run left
     command = [sys.executable, str(HERE / "compile_ahead.py")]
-    result = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=BUDGET)
-    assert result.returncode == 0, result.stderr[-4000:]
-    records = [json.loads(line) for line in result.stdout.splitlines()]
+    runs = [
+        subprocess.Popen(
+            [*command, str(sm)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
+        for sm in SHARED_LIMIT
+    ]
+    records = []
+    try:
+        for run in runs:
+            output, errors = run.communicate(timeout=2 * BUDGET)
+            assert run.returncode == 0, errors[-4000:]
+            records += [json.loads(line) for line in output.splitlines()]
+    finally:
+        for run in runs:
+            run.kill()
     assert {record["sm"] for record in records} == {80, 90, 100}
     written = {
         name for path in (HERE.parents[1] / "ipvrm_kernels").glob("*.py")
@@ -43,6 +56,15 @@ def test_triton_kernels_compile_without_spills(tmp_path):
     for record in records:
         assert record["spill_stores"] == 0 and record["spill_loads"] == 0, f"spills: {record}"
         assert 0 < record["registers"] <= 255
+        assert record["shared"] <= SHARED_LIMIT[record["sm"]], f"shared memory: {record}"
+    tiled = [r for r in records if r["kernel"] in ("_head_stats_kernel", "_head_dz_kernel")]
+    assert {(r["sm"], r["operands"]) for r in tiled} == {
+        (s, o) for s in SHARED_LIMIT for o in ("bf16", "fp32")
+    }
+    for record in tiled:
+        assert (record["tma"] > 0) == (record["sm"] >= 90), f"operands do not come through TMA: {record}"
+        if record["sm"] == 90 and record["operands"] == "bf16":
+            assert record["wgmma"] > 0, f"no wgmma: {record}"
 
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")

@@ -11,7 +11,7 @@ import pytest
 from ipvrm_kernels import backend
 
 HERE = Path(__file__).parent
-BUDGET = 180  # seconds, of the suite's twelve minutes
+BUDGET = 180  # seconds, of the suite's twelve minutes; twice that fails
 MODULES = sorted(path.name for path in HERE.glob("test_*.py") if "\nOP = " in path.read_text())
 
 
@@ -25,7 +25,7 @@ def test_triton_kernels_in_the_interpreter():
     ]  # fmt: skip
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
     result = subprocess.run(
-        command, capture_output=True, text=True, env=env, cwd=HERE.parents[1], check=False, timeout=BUDGET
+        command, capture_output=True, text=True, env=env, cwd=HERE.parents[1], check=False, timeout=2 * BUDGET
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipvrm_kernels import linear_logprobs
+from ipvrm_kernels import backend, linear_logprobs
 from ipvrm_kernels.linear_logprobs import IMPLS
 
 OP = "linear_logprobs"
@@ -82,6 +82,10 @@ def check(inputs, impl, device, frozen=(), upstream=True, **options):
 
     exact = results(plain, inputs, torch.float64, frozen=frozen, upstream=upstream)
     single = results(plain, inputs, torch.float32, frozen=frozen, upstream=upstream)
+    if impl == "triton" and inputs["hidden"].dtype in (torch.bfloat16, torch.float16):
+        # da is rounded once to the operands' dtype for the tensor cores: so is plain PyTorch's
+        half = inputs["hidden"].dtype
+        single[3:] = results(plain, inputs, half, frozen=frozen, upstream=upstream)[3:]
     got = results(ours, inputs, None, device, frozen=frozen, upstream=upstream)
     doubles = [None if inputs[k] is None else inputs[k].double() for k in ("hidden", "weight", "bias")]
     z = naive(*doubles, inputs["ids"], **options)[3]
@@ -98,6 +102,7 @@ def check(inputs, impl, device, frozen=(), upstream=True, **options):
 @pytest.mark.parametrize("N", [0, 1, 63, 1000])
 @pytest.mark.parametrize("V", [1, 50, 257, 1030])
 def test_shapes(impl, device, N, V, poisoned):
+    N = min(N, 150) if backend.INTERPRETED else N  # slow; two blocks of rows show as much
     check(case(N=N, V=V), impl, device, bias=True)
 
 
