@@ -1,5 +1,4 @@
-"""Implicit prefix-value reward models (arXiv 2604.13197): train them from outcome labels, score steps with
-them.
+"""Implicit prefix-value reward models (arXiv 2604.13197), trained from outcome labels, to score steps.
 
 `import ipvrm` is cheap: the public names below load their module on first use.
 """

@@ -1,5 +1,4 @@
-"""Checkpoints of a training run: everything an update depends on, as safetensors and JSON; nothing is
-unpickled.
+"""Checkpoints of a training run: all that an update depends on, as safetensors and JSON; no pickles.
 
 A checkpoint is a Hugging Face model folder (fp32 master weights) plus `optimizer.safetensors`,
 `rng.safetensors` and `trainer_state.json`. It is written to a temporary folder and renamed, so a killed
@@ -41,8 +40,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: str | Path, resume_from: str) -> Path:
-    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `latest` for the newest in
-    `output_dir`.
+    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `latest` of `output_dir`.
 
     Raises:
         IpvrmError: there is none; the message lists those that exist.
@@ -59,8 +57,8 @@ def find_checkpoint(output_dir: str | Path, resume_from: str) -> Path:
     if not (path / STATE).is_file():
         names = ", ".join(p.name for p in found) or "none"
         raise IpvrmError(
-            f"--resume_from_checkpoint {resume_from}: not a checkpoint ({STATE} is missing); in "
-            f"{output_dir}: {names}"
+            f"--resume_from_checkpoint {resume_from}: not a checkpoint ({STATE} is missing); "
+            f"in {output_dir}: {names}"
         )
     return path
 
@@ -126,9 +124,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def check_same_run(stored: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises IpvrmError that names every setting in which a resumed run differs from the one it goes on
-    with.
-    """
+    """Raises IpvrmError that names every setting in which a resumed run differs from its checkpoint."""
     words = {
         "start_hash": "the starting model",
         "reference_hash": "the reference",
@@ -141,7 +137,6 @@ def check_same_run(stored: dict[str, Any], now: dict[str, Any]) -> None:
     ]
     if changed:
         raise IpvrmError(
-            "--resume_from_checkpoint: this is not the run of the checkpoint; changed: "
-            f"{', '.join(changed)}. "
-            "Put them back, or start a new run in another --output_dir"
+            "--resume_from_checkpoint: this is not the run of the checkpoint; "
+            f"changed: {', '.join(changed)}. Put them back, or start a new run in another --output_dir"
         )

@@ -14,9 +14,7 @@ from ipvrm import IpvrmError, __version__
 
 @dataclass(frozen=True)
 class Command:
-    """`module` holds the dataclass `config` and the function `run` that takes it (or, without one, the
-    arguments).
-    """
+    """`module` holds the dataclass `config` and the function `run` that takes it (else the arguments)."""
 
     help: str
     module: str
@@ -139,9 +137,7 @@ def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
 
 
 def _yaml_flags(config_class: type, path: Path) -> list[str]:
-    """The file's entries as flags, so that both ways of setting a value parse alike (`5e-7` is a text in
-    YAML).
-    """
+    """The file's entries as flags, so that both parse alike (`5e-7` is a text in YAML)."""
     import yaml
 
     try:

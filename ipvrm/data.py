@@ -147,8 +147,8 @@ def tokenize(
         raise IpvrmError(f"on_long must be 'drop' or 'truncate'; got {on_long!r}")
     if not tokenizer.is_fast:
         raise IpvrmError(
-            f"{type(tokenizer).__name__} gives no character offsets; a tokenizer.json (fast tokenizer) is "
-            "needed"
+            f"{type(tokenizer).__name__} gives no character offsets; "
+            "a tokenizer.json (fast tokenizer) is needed"
         )
     encoder = _Encoder(tokenizer, with_offsets)
     responses: list[Response] = []
@@ -228,8 +228,8 @@ class _Encoder:
             return f"the chat template refuses the conversation: {error}"
         if not whole.startswith(text):
             return (
-                "the chat template writes the prompt differently when an answer follows; it must be a "
-                "prefix of the whole"
+                "the chat template writes the prompt differently when an answer follows; "
+                "it must be a prefix of the whole"
             )
         return text, whole
 
@@ -241,17 +241,16 @@ class _Encoder:
             return "the prompt has no tokens; the first response token would have nothing that predicts it"
         if tuple(ids[:P]) != prompt_ids:
             return (
-                "the prompt's tokens are not a prefix of the whole's (a token spans their boundary); end "
-                "the prompt with a space or newline"
+                "the prompt's tokens are not a prefix of the whole's (a token spans their boundary); "
+                "end the prompt with a space or newline"
             )
         content = row.response.strip()  # templates may strip it
         begin = text.find(content, len(prompt))
         if begin < 0:
             return "the chat template rewrites the response's text"
         end = begin + len(content)
-        origin = begin - row.response.index(
-            content
-        )  # where the response starts, or would without the stripping
+        # where the response starts, or would without the stripping
+        origin = begin - row.response.index(content)
         if text.startswith(row.response, origin):
             begin, end = origin, origin + len(row.response)
         offsets = encoding.offsets
@@ -308,8 +307,7 @@ def length_sorted_microbatches(
 
     Args:
         max_rows: most rows of a micro-batch.
-        max_tokens: most tokens of a padded micro-batch (rows times the longest); a single longer row stands
-            alone.
+        max_tokens: most tokens of a padded micro-batch (rows times the longest); a longer row stands alone.
     """
     values = np.asarray(list(lengths))
     batches: list[list[int]] = []

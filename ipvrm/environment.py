@@ -32,8 +32,8 @@ def report() -> str:
     import ipvrm_kernels
 
     lines = [
-        f"platform    {platform.platform()}, {os.cpu_count()} CPUs, torch uses {torch.get_num_threads()} "
-        "threads"
+        f"platform    {platform.platform()}, {os.cpu_count()} CPUs, "
+        f"torch uses {torch.get_num_threads()} threads"
     ]
     lines.append("device      " + _devices())
     found = versions() | {name: installed_version(name) for name in MORE_PACKAGES}
@@ -43,9 +43,8 @@ def report() -> str:
     lines.append("OpenMP      " + (", ".join(runtimes) or "no runtime found"))
     if len(runtimes) > 1:
         lines.append(
-            "            WARNING: two runtimes in one process compete for the cores; reinstall ipvrm with "
-            "the compiler "
-            "whose runtime torch brings, or without (CXX=false pip install .)"
+            "            WARNING: two runtimes in one process compete for the cores; reinstall ipvrm "
+            "with the compiler whose runtime torch brings, or without (CXX=false pip install .)"
         )
     return "\n".join(lines)
 

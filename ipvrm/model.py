@@ -1,5 +1,4 @@
-"""Causal language models: hidden states, head, log-probabilities, fingerprints. The only module that knows
-transformers.
+"""Causal language models: hidden states, head, log-probabilities, fingerprints.
 
 The transformer body runs on right-padded sequences; only the states that predict response tokens reach the
 head, packed (N, D), through `ipvrm_kernels.linear_logprobs`. The body runs without an attention mask: under
@@ -42,9 +41,7 @@ __all__ = [
 ]
 
 # Config entries that scale the logits, with the power in which they enter. Granite divides by
-# `logits_scaling` and
-# HyperCLOVA X multiplies by it, so `check_head` compares with the model's own logits whatever this table
-# says.
+# `logits_scaling` and HyperCLOVA X multiplies by it, so `check_head` compares with the model's own logits.
 LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "output_multiplier": 1, "lm_head_multiplier": 1}
 MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
 VALUE_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "RewardModel")
@@ -61,8 +58,7 @@ class Head:
 
 
 def local_folder(name: str | Path) -> Path:
-    """The folder that holds model `name`: itself, or the snapshot of a Hub name (downloaded unless
-    HF_HUB_OFFLINE=1).
+    """The folder of model `name`: itself, or a Hub name's snapshot (downloaded unless HF_HUB_OFFLINE=1).
 
     Raises:
         IpvrmError: neither a folder with a config.json nor a Hub model that can be reached.
@@ -98,8 +94,7 @@ def load_model(
         dtype: of the weights; "auto" keeps the stored one.
 
     Raises:
-        IpvrmError: not a causal LM, no safetensors weights, or a head that cannot be used (`head`,
-            `check_head`).
+        IpvrmError: not a causal LM, no safetensors weights, or a head that `check_head` refuses.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,9 +103,8 @@ def load_model(
     for architecture in stated:
         if architecture.endswith(VALUE_HEADS):
             raise IpvrmError(
-                f"{name}: {architecture} has a value head and no vocabulary head; the objectives ipvrm and "
-                "implicit_prm "
-                "are defined on log-probabilities, so start from a causal LM"
+                f"{name}: {architecture} has a value head and no vocabulary head; the objectives ipvrm "
+                "and implicit_prm are defined on log-probabilities, so start from a causal LM"
             )
     if not list(folder.glob("*.safetensors")):
         raise IpvrmError(f"{name}: no *.safetensors file; pickled weights are not loaded, convert them first")
@@ -185,8 +179,8 @@ def head(model: nn.Module) -> Head:
     """The vocabulary head of a causal LM, tied or not, with its logit transform.
 
     Raises:
-        IpvrmError: an adapter on the head, a quantised head, a sharded (DTensor) or empty (meta, ZeRO-3)
-            weight.
+        IpvrmError: an adapter on the head, or a weight that is quantised, sharded (DTensor) or empty (meta,
+            ZeRO-3).
     """
     module = cast(Any, model).get_output_embeddings()
     name = type(model).__name__
@@ -194,20 +188,19 @@ def head(model: nn.Module) -> Head:
         raise IpvrmError(f"{name}: no vocabulary head; it must be a causal LM")
     if hasattr(module, "base_layer") or hasattr(module, "lora_A") or hasattr(module, "modules_to_save"):
         raise IpvrmError(
-            f"{name}: the head carries an adapter ({type(module).__name__}), which a matmul with its weight "
-            "would ignore; "
-            "merge it (model.merge_and_unload()) or leave the head out of target_modules"
+            f"{name}: the head carries an adapter ({type(module).__name__}), which a matmul with its "
+            "weight would ignore; merge it (model.merge_and_unload()) or leave the head out of target_modules"
         )
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise IpvrmError(
-            f"{name}: the head ({type(module).__name__}) has no floating-point weight; a quantised head is "
-            "not supported"
+            f"{name}: the head ({type(module).__name__}) has no floating-point weight; "
+            "a quantised head is not supported"
         )
     if type(weight).__name__ == "DTensor" or type(weight.data).__name__ == "DTensor":
         raise IpvrmError(
-            f"{name}: the head's weight is sharded (DTensor); gather it first or leave the head out of the "
-            "sharding plan"
+            f"{name}: the head's weight is sharded (DTensor); gather it first "
+            "or leave the head out of the sharding plan"
         )
     if weight.is_meta or weight.numel() == 0 or weight.ndim != 2:
         raise IpvrmError(
@@ -229,8 +222,7 @@ def head(model: nn.Module) -> Head:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Compares `head` with the model's own logits on two tokens, so that an unknown logit transform is
-    refused.
+    """Compares `head` with the model's own logits on two tokens: an unknown logit transform is refused.
 
     Raises:
         IpvrmError: the two differ, or any reason of `head`.
@@ -248,10 +240,9 @@ def check_head(model: nn.Module) -> None:
         own, ours, rtol=allowed, atol=allowed * float(own.abs().max())
     ):
         raise IpvrmError(
-            f"{type(model).__name__}: its logits are not softcap(scale * (hidden @ head.T + bias)) with "
-            "scale "
-            f"{parts.logit_scale:g} and softcap {parts.softcap}; it transforms them in a way that ipvrm "
-            "does not know"
+            f"{type(model).__name__}: its logits are not softcap(scale * (hidden @ head.T + bias)) "
+            f"with scale {parts.logit_scale:g} and softcap {parts.softcap}; "
+            "it transforms them in a way that ipvrm does not know"
         )
 
 
@@ -273,9 +264,7 @@ def response_logprobs(model: nn.Module, batch: Batch, temperature: float = 1.0) 
 
 
 class ResponseLogprobs(nn.Module):
-    """`response_logprobs` as a module, so that body and head run inside one forward of a distributed
-    wrapper.
-    """
+    """`response_logprobs` as a module: a distributed wrapper sees body and head in one forward."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -286,9 +275,7 @@ class ResponseLogprobs(nn.Module):
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout rate of the modules to 0: a log-ratio under dropout would be noise against the
-    reference.
-    """
+    """Sets every dropout rate of the modules to 0: dropout would make the log-ratios noise."""
     for module in model.modules():
         for name in ("p",) if isinstance(module, nn.Dropout) else ("dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
@@ -303,8 +290,10 @@ def memory_estimate(
     mixed_precision: str = "no",
     gradient_checkpointing: bool = False,
 ) -> dict[str, int]:
-    """Rough bytes per device that training takes: fp32 weights, gradients and Adam's two moments, and the
-    activations of a micro-batch of `rows` responses of `length` tokens. Loads no weights.
+    """Rough bytes per device that training takes, without loading any weights.
+
+    They are fp32 weights, gradients and Adam's two moments, and the activations of a micro-batch of `rows`
+    sequences of `length` tokens.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

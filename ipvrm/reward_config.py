@@ -9,8 +9,7 @@ from ipvrm.data import OnBadRow, OnLong
 from ipvrm.objectives import BETA, Objective, check_objective
 
 # A resumed run may change these: they do not decide the weights, or their contents are compared by hash.
-# Another split
-# of the optimizer batch (per_device_train_batch_size, number of ranks) changes them by rounding only.
+# Another split of the optimizer batch (per_device_train_batch_size, ranks) changes them by rounding only.
 FREE_ON_RESUME = {
     "model",
     "reference",
@@ -103,8 +102,8 @@ def resolve(config: RewardConfig) -> RewardConfig:
     """`config` with the defaults of its objective and preset filled in.
 
     Raises:
-        IpvrmError: an objective that makes no sense here, a flag that the objective does not have, or a
-            value out of range.
+        IpvrmError: an objective that makes no sense here, a flag that it does not have, or a value out of
+            range.
     """
     check_objective(config.objective)
     if config.preset not in ("paper", "release"):
@@ -115,8 +114,8 @@ def resolve(config: RewardConfig) -> RewardConfig:
         margin = margin if margin is not None else (0.0 if config.preset == "release" else 5.0)
     elif margin is not None or config.prefix_weighting != "uniform":
         raise IpvrmError(
-            f"objective {config.objective!r} judges the whole response: it has no margin and no prefix "
-            "weighting"
+            f"objective {config.objective!r} judges the whole response: "
+            "it has no margin and no prefix weighting"
         )
     positive = (
         "learning_rate",
@@ -160,9 +159,7 @@ def objective_of(config: RewardConfig) -> Objective:
 
 
 def learning_rate_factor(step: int, total: int, config: RewardConfig) -> float:
-    """Factor on the learning rate in update `step` (from 0) of `total`: linear warm-up, then one decay to
-    0.
-    """
+    """Factor on the learning rate in update `step` (from 0) of `total`: linear warm-up, one decay to 0."""
     warmup = math.ceil(total * config.warmup_ratio)
     if step < warmup:
         return (step + 1) / warmup

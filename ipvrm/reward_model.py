@@ -108,13 +108,12 @@ class RewardModel:
         """Loads a run folder and the reference that its `ipvrm_config.json` names.
 
         Args:
-            reference: folder or Hub name of the reference where it has moved; its weights must be the
+            reference: where the reference is if it has moved (folder or Hub name); its weights must be the
                 recorded ones.
             device: default is the first accelerator, else the CPU.
 
         Raises:
-            IpvrmError: no `ipvrm_config.json`, a missing reference, other weights or another template than
-                recorded.
+            IpvrmError: no `ipvrm_config.json`, no reference with the recorded weights, or another template.
         """
         folder = local_folder(folder)
         info = read_info(folder)
@@ -308,8 +307,7 @@ def find_reference(folder: Path, info: RewardModelInfo, given: str | Path | None
             return local
         tried.append(f"{place} (other weights or config, sha256 {found[:12]})")
     raise IpvrmError(
-        f"{folder}: its reference model (sha256 {info.reference_hash[:12]}) was not found; tried "
-        f"{', '.join(tried)}. "
-        "Log-ratios against another reference are meaningless: pass the right one with reference=... "
-        "(--reference)"
+        f"{folder}: its reference model (sha256 {info.reference_hash[:12]}) was not found; "
+        f"tried {', '.join(tried)}. Log-ratios against another reference are meaningless: "
+        "pass the right one with reference=... (--reference)"
     )

@@ -26,9 +26,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used. `row` counts from 1: the line of a JSONL file, the record of a JSON or
-    parquet file.
-    """
+    """A row that cannot be used. `row` counts from 1: a line of JSONL, a record of JSON or parquet."""
 
     file: str
     row: int
@@ -44,11 +42,9 @@ def read_rows(
     """Reads a `.parquet`, `.jsonl` or `.json` file of rollouts.
 
     Args:
-        path: rows with `conversation` (messages, assistant last) or `prompt` (text or messages) and
-            `response`,
-            and `label` (0 or 1).
-        on_bad_row: `error` raises with the first rows that are wrong; `skip` leaves them out and returns
-            them.
+        path: rows with `conversation` (messages, assistant last), or `prompt` (text or messages) and
+            `response`; and `label` (0 or 1).
+        on_bad_row: `error` raises with the first bad rows; `skip` leaves them out and returns them.
         require_label: False accepts rows without a label.
 
     Raises:
@@ -69,9 +65,7 @@ def read_rows(
 
 
 def report_bad_rows(bad: Sequence[BadRow], on_bad_row: OnBadRow, *, total: int) -> None:
-    """Raises IpvrmError with file, row number and reason of the first bad rows unless they are to be
-    skipped.
-    """
+    """Raises IpvrmError with file, row and reason of the first bad rows unless they are to be skipped."""
     if on_bad_row not in ("error", "skip"):
         raise IpvrmError(f"on_bad_row must be 'error' or 'skip'; got {on_bad_row!r}")
     if bad and on_bad_row == "error":
@@ -127,8 +121,8 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
     columns = [name for name in COLUMNS if name in present]
     if "conversation" not in columns and not {"prompt", "response"} <= set(columns):
         raise IpvrmError(
-            f"{path}: needs a column `conversation`, or `prompt` and `response`; its columns are "
-            f"{', '.join(present)}"
+            f"{path}: needs a column `conversation`, or `prompt` and `response`; "
+            f"its columns are {', '.join(present)}"
         )
     for batch in file.iter_batches(columns=columns):
         yield from batch.to_pylist()

@@ -30,9 +30,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`write_text` of `value` as indented JSON. Raises ValueError on NaN and infinities, which JSON does not
-    have.
-    """
+    """`write_text` of `value` as indented JSON. Raises ValueError on NaN and infinities: JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
 
 
@@ -49,8 +47,7 @@ def read_json(path: str | Path) -> Any:
 class JsonlLog:
     """One JSON object a line, flushed as it is written.
 
-    `after_step` (resume): records whose `step` is larger are dropped first, and so is a torn last line; None
-    starts afresh.
+    `after_step` (resume): records of later steps and a torn last line are dropped first; None starts afresh.
     """
 
     def __init__(self, path: str | Path, *, after_step: int | None = None):
@@ -85,10 +82,9 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def save_folder(path: str | Path) -> Iterator[Path]:
-    """Yields an empty temporary sibling folder; on success flushes it and renames it to `path`, on error
-    deletes it.
+    """Yields an empty temporary sibling folder, in the end renamed to `path`, or deleted on an error.
 
-    A folder that is already at `path` is replaced.
+    It is flushed to disk first. A folder that is already at `path` is replaced.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,23 +141,13 @@ def versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout this package runs from (`+changes` when it has local changes), None outside of
-    one.
-    """
+    """Commit of the checkout this package runs from, `+changes` when it has any; None outside of one."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     try:
-        command = [
-            "git",
-            "-C",
-            str(root),
-            "describe",
-            "--always",
-            "--dirty=+changes",
-            "--abbrev=40",
-            "--exclude=*",
-        ]
+        command = ["git", "-C", str(root), "describe"]
+        command += ["--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
@@ -170,9 +156,7 @@ def _git_commit() -> str | None:
 def manifest(
     command: str | None = None, *, seeds: dict[str, int] | None = None, **extra: Any
 ) -> dict[str, Any]:
-    """What is needed to repeat a run: command, commit, seeds, versions, platform. `command` defaults to this
-    process's.
-    """
+    """What is needed to repeat a run; `command` is this process's unless given."""
     if command is None:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {

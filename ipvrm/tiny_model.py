@@ -1,5 +1,4 @@
-"""`ipvrm make-tiny-model`: a byte-level BPE trained on given texts and a small random Qwen3, as a Hugging
-Face folder.
+"""`ipvrm make-tiny-model`: a byte-level BPE trained on given texts and a small random Qwen3, in one folder.
 
 For trying a pipeline end to end without downloading anything. The same texts and flags give the same folder.
 """
@@ -36,9 +35,7 @@ class TinyModelConfig:
     output_dir: str
     """Folder to write; must not exist or be empty."""
     texts: tuple[str, ...]
-    """Files to train the tokenizer on: .parquet, .jsonl, .json (every string in them), anything else as
-    text.
-    """
+    """Files to train the tokenizer on: every string of a .parquet, .jsonl or .json; else the whole text."""
     vocab_size: int = 6144
     """Most entries of the vocabulary, special tokens included; fewer when the texts hold fewer pairs."""
     hidden_size: int = 96
@@ -86,17 +83,15 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
-    """A byte-level BPE (any text round-trips) with ChatML special tokens and template, as a fast
-    tokenizer.
-    """
+    """A fast tokenizer: byte-level BPE (any text round-trips) with ChatML special tokens and template."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     least = NUM_BYTES + len(SPECIAL_TOKENS)
     if vocab_size < least:
         raise IpvrmError(
-            f"make-tiny-model: vocab_size must be at least {least} (bytes and special tokens); got "
-            f"{vocab_size}"
+            f"make-tiny-model: vocab_size must be at least {least} (bytes and special tokens); "
+            f"got {vocab_size}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -123,9 +118,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def random_qwen3(tokenizer: Any, config: TinyModelConfig) -> Any:
-    """A Qwen3ForCausalLM with random fp32 weights drawn from `config.seed`, its vocabulary the
-    tokenizer's.
-    """
+    """A Qwen3ForCausalLM over the tokenizer's vocabulary, with random fp32 weights from `config.seed`."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -134,8 +127,8 @@ def random_qwen3(tokenizer: Any, config: TinyModelConfig) -> Any:
         or config.num_attention_heads % config.num_key_value_heads
     ):
         raise IpvrmError(
-            "make-tiny-model: hidden_size must be a multiple of num_attention_heads, and that of "
-            "num_key_value_heads; "
+            "make-tiny-model: hidden_size must be a multiple of num_attention_heads, "
+            "and that of num_key_value_heads; "
             f"got {config.hidden_size}, {config.num_attention_heads}, {config.num_key_value_heads}"
         )
     with torch.random.fork_rng():

@@ -105,8 +105,8 @@ class _Run:
         self.config = config
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise IpvrmError(
-                f"train-rm runs under data parallelism; {self.accelerator.distributed_type} is not "
-                "supported yet"
+                "train-rm runs under data parallelism; "
+                f"{self.accelerator.distributed_type} is not supported yet"
             )
         self.main = self.accelerator.is_main_process
         self.progress = Progress(enabled=progress and self.main)
@@ -116,8 +116,8 @@ class _Run:
             self.resumed = checkpoint.find_checkpoint(self.output, config.resume_from_checkpoint)
         elif checkpoint.checkpoints(self.output) or (self.output / CONFIG_NAME).exists():
             raise IpvrmError(
-                f"{self.output} holds a run already; add --resume_from_checkpoint latest, or name another "
-                "--output_dir"
+                f"{self.output} holds a run already; add --resume_from_checkpoint latest, "
+                "or name another --output_dir"
             )
         self.reference_name = config.reference or config.model
         if self.output.resolve() in (Path(config.model).resolve(), Path(self.reference_name).resolve()):
@@ -283,9 +283,7 @@ class _Run:
         return self._finish(means, validation)
 
     def _update(self, step: int, interrupt: Interrupt) -> tuple[dict[str, tuple[float, float]], float, bool]:
-        """One optimizer update. Returns the metric sums and the gradient norm over all ranks, and the signal
-        to stop, if any.
-        """
+        """One optimizer update: metric sums and gradient norm over all ranks, and whether one is to stop."""
         config, data = self.config, self.data
         ranks = self.accelerator.num_processes
         epoch, position = divmod(step, self.updates_per_epoch)
@@ -331,9 +329,7 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Metrics of the validation set: sums and counts over all micro-batches and ranks, then one
-        division.
-        """
+        """Metrics of the validation set: sums over all micro-batches and ranks, then one division."""
         data = self.eval_data
         if data is None:
             return {}
@@ -429,8 +425,8 @@ class _Run:
         saved = checkpoint.checkpoints(self.output)
         place = f"the last checkpoint, {saved[-1]}, is intact" if saved else "no checkpoint was written yet"
         return IpvrmError(
-            f"update {step}: summed loss {loss}, gradient norm {grad_norm}; stopped before the weights took "
-            f"it; {place}. "
+            f"update {step}: summed loss {loss}, gradient norm {grad_norm}; "
+            f"stopped before the weights took it; {place}. "
             "Lower --learning_rate or --max_grad_norm, or look at the rows of this batch"
         )
 

@@ -123,8 +123,7 @@ def sweep(scores: Scores, labels: Sequence[int]) -> tuple[Threshold, FirstErrorF
     """The threshold with the best F1 among all thresholds, and that F1 (see the module docstring).
 
     Raises:
-        ValueError: labels that do not fit, scores that are not numbers, or a class without items (F1 has no
-            meaning there).
+        ValueError: labels that do not fit, scores that are not numbers, or a class without items.
     """
     checked, label_array = _checked(scores, labels)
     num_erroneous, num_correct = int((label_array >= 0).sum()), int((label_array < 0).sum())

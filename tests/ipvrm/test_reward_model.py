@@ -301,9 +301,7 @@ def test_score_command_does_not_go_on_with_other_weights(home, problems, tmp_pat
 
 
 def test_on_real_rows(data_dir, tmp_path, tiny_folder):
-    """The real path on 32 rows: train-rm on rollouts, then ProcessBench; near chance, and every file is
-    there.
-    """
+    """The real path on 32 rows: train-rm on rollouts, then ProcessBench; near chance, every file there."""
     import pyarrow.parquet
 
     rows = pyarrow.parquet.read_table(data_dir / "rm" / "qwen3_0.6b_pointwise.parquet")

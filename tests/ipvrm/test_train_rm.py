@@ -1,6 +1,4 @@
-"""Training: what a run folder holds, that the split does not matter, that an interrupted run ends with the
-same bits.
-"""
+"""Training: the run folder, the same result however a batch is split, the same bits after an interruption."""
 
 import json
 import os
@@ -128,9 +126,7 @@ def test_run_folder(config, tiny_folder, rollouts):
 
 
 def test_it_learns(config, tmp_path):
-    """The second word tells right from wrong: validation accuracy goes from a half to nearly 1 at every
-    prefix but one.
-    """
+    """The second word tells right from wrong: validation goes from chance to every response told apart."""
     data = tmp_path / "words.jsonl"
     with open(data, "w") as file:
         for number in range(64):
@@ -147,9 +143,7 @@ def test_it_learns(config, tmp_path):
 
 
 def test_the_gradient_step_by_hand(config, tiny_folder, rollouts):
-    """One update against plain PyTorch: full logits, the formula of Eq. 9, AdamW; no fused op, no batching
-    of ours.
-    """
+    """One update against plain PyTorch: full logits, the formula of Eq. 9, AdamW, one row at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     result = train(config(max_steps=1, global_batch_size=44, max_grad_norm=0.0, weight_decay=0.1))
@@ -179,8 +173,7 @@ def test_the_gradient_step_by_hand(config, tiny_folder, rollouts):
     optimizer.step()
     for name, parameter in model.named_parameters():
         got = weights(result.output_dir)[name]
-        # Adam's first step has the size of lr wherever |gradient| >> eps, so signs and decay are what is
-        # compared.
+        # Adam's first step has the size of lr wherever |gradient| >> eps: signs and decay are compared.
         close = (got - parameter).abs() < 2e-5
         assert close.float().mean() > 0.99, name
 
@@ -189,8 +182,7 @@ def test_the_gradient_step_by_hand(config, tiny_folder, rollouts):
 @pytest.mark.parametrize("preset", ["paper", "release"])
 def test_the_split_does_not_matter(config, objective, preset):
     """16 = 1 x 16, 4 x 4 (by rows), 16 x 1; the third update of the epoch has 12 rows."""
-    # A large epsilon makes Adam's step proportional to the gradient; else entries near 0 step by their
-    # rounding's sign.
+    # A large epsilon makes Adam's step proportional to the gradient; else rounding decides the sign near 0.
     common = {
         "objective": objective,
         "preset": preset,
@@ -368,9 +360,7 @@ def copy_of(settings, folder, **changes):
 
 
 def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
-    """From each checkpoint, and by name as well as `latest`; logging every 3 updates spans checkpoints at 2
-    and 4.
-    """
+    """From each checkpoint, by name and as `latest`; logging every 3 updates spans those at 2 and 4."""
     whole = Path(uninterrupted.output_dir)
     assert [p.name for p in checkpoints(whole)] == ["checkpoint-2", "checkpoint-4"]
     for step in (2, 4):
