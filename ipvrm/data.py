@@ -89,12 +89,12 @@ class Batch:
 # -------------------------------------------------------------------------------------------------- tokens
 
 
-def end_of_turn_id(tokenizer: Any, model: Any = None) -> int:
+def end_of_turn_id(tokenizer: Any) -> int:
     """Id of the token that ends the assistant's turn: the first special token that the chat template writes
-    behind the assistant's text, else the tokenizer's `eos_token`, else the model's `eos_token_id`.
+    behind the assistant's text, else the tokenizer's `eos_token`.
 
     Raises:
-        IpvrmError: there is none of the three.
+        IpvrmError: there is neither.
     """
     if tokenizer.chat_template is not None:
         probe = "ipvrm-probe"
@@ -109,14 +109,11 @@ def end_of_turn_id(tokenizer: Any, model: Any = None) -> int:
         for token_id in tokenizer(tail, add_special_tokens=False)["input_ids"]:
             if token_id in special:
                 return int(token_id)
-    if tokenizer.eos_token_id is not None:
-        return int(tokenizer.eos_token_id)
-    eos = getattr(getattr(model, "config", None), "eos_token_id", None)
-    if eos is None:
+    if tokenizer.eos_token_id is None:
         raise IpvrmError(
             "the tokenizer has no token that ends a turn; set its eos_token or its chat template"
         )
-    return int(eos[0] if isinstance(eos, list) else eos)
+    return int(tokenizer.eos_token_id)
 
 
 def tokenize(

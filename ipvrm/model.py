@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ipvrm import IpvrmError
-from ipvrm.data import Batch, end_of_turn_id
+from ipvrm.data import Batch
 
 __all__ = [
     "Head",
     "ResponseLogprobs",
     "check_head",
     "disable_dropout",
-    "end_of_turn_id",
     "head",
     "hidden_states",
     "load_model",

@@ -184,6 +184,9 @@ def test_end_of_turn_is_the_templates_not_the_tokenizers(tokenizer):
     assert end_of_turn_id(other) == tokenizer.convert_tokens_to_ids("<|im_end|>")
     other.chat_template = None
     assert end_of_turn_id(other) == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    other.eos_token = None
+    with pytest.raises(IpvrmError, match="no token that ends a turn"):
+        end_of_turn_id(other)
 
 
 def test_end_of_turn_text_inside_the_response_does_not_end_it(tokenizer):
