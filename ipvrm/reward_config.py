@@ -136,7 +136,12 @@ def resolve(config: RewardConfig) -> RewardConfig:
     ):
         if (number := getattr(config, name)) is not None and number < 1:
             raise IpvrmError(f"{name} must be at least 1; got {number}")
-    for name in ("save_steps", "weight_decay", "max_grad_norm", "warmup_ratio"):
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise IpvrmError(f"{name} must lie in [0, 1); got {getattr(config, name)}")
+    if not 0 <= config.warmup_ratio <= 1:
+        raise IpvrmError(f"warmup_ratio must lie in [0, 1]; got {config.warmup_ratio}")
+    for name in ("save_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "seed"):
         if not getattr(config, name) >= 0:
             raise IpvrmError(f"{name} must not be negative; got {getattr(config, name)}")
     if not (math.isfinite(beta) and beta > 0):
