@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CPP_SOURCES = ["csrc/bindings.cpp", "csrc/head_cpu.cpp", "csrc/sequence_cpu.cpp"]
 CUDA_SOURCES = ["csrc/sequence_cuda.cu"]
-CUDA_ARCHITECTURES = os.environ.get("IPVRM_CUDA_ARCHS", "80;90;100").split(";")
+CUDA_ARCHITECTURES = ("80", "90", "100")  # those that this nvcc knows, and PTX of the newest of them
 
 
 def find_nvcc() -> str | None:
@@ -87,10 +87,20 @@ class BuildExtension(build_ext):
 
     def _add_cuda(self, extension: Extension, nvcc: str) -> None:
         objects = []
+        known = subprocess.run(
+            [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False
+        ).stdout.split()
+        architectures = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
+        if not architectures:
+            message = f"ipvrm: {nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}; impl='cuda' is off"
+            if os.environ.get("IPVRM_CUDA") == "1":
+                raise SystemExit(message)
+            print(message, file=sys.stderr)
+            return
         gencode = []
-        for arch in CUDA_ARCHITECTURES:
+        for arch in architectures:
             gencode += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-        newest = CUDA_ARCHITECTURES[-1]
+        newest = architectures[-1]
         gencode += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
         for source in CUDA_SOURCES:
             target = Path(self.build_temp) / (Path(source).stem + ".cu.o")

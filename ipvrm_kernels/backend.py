@@ -93,7 +93,7 @@ def why_not(impl: str, device_type: str) -> str | None:
         if not HAS_CPP:
             return f"the extension ipvrm_kernels._C cannot be imported ({_EXTENSION_ERROR})"
         if not HAS_CUDA:
-            return "the extension was built without nvcc (IPVRM_CUDA=1 insists on it at build time)"
+            return "the extension holds no CUDA kernels; a build with IPVRM_CUDA=1 says why"
         return None if device_type == "cuda" else f"it runs on CUDA tensors, not on {device_type}"
     return f"no such implementation; the names are {', '.join(IMPL_NAMES)}"
 

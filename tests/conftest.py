@@ -1,0 +1,31 @@
+"""Seconds of each part of the suite against its budget, printed after the run (2 idle cores)."""
+
+from collections import defaultdict
+
+BUDGETS = {
+    "interpreter": 180,
+    "ahead of time": 120,
+    "install": 120,
+    "end to end and faults": 240,
+    "kernels": 240,
+}
+_seconds = defaultdict(float)
+
+
+def _part(nodeid):
+    for word, part in (("test_interpreter", "interpreter"), ("test_ahead_of_time", "ahead of time")):
+        if word in nodeid:
+            return part
+    if "test_install" in nodeid:
+        return "install"
+    return "kernels" if "tests/kernels" in nodeid else "end to end and faults"
+
+
+def pytest_runtest_logreport(report):
+    _seconds[_part(report.nodeid)] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    for part, seconds in sorted(_seconds.items()):
+        over = ", OVER" if seconds > BUDGETS[part] else ""
+        terminalreporter.write_line(f"{part}: {seconds:.0f} s of a budget of {BUDGETS[part]} s{over}")
