@@ -33,7 +33,7 @@ from ipvrm.model import (
     template_hash,
     weights_hash,
 )
-from ipvrm.run_folder import read_json, versions, write_json
+from ipvrm.run_folder import move_into, read_json, save_folder, versions, write_json
 
 CONFIG_NAME = "ipvrm_config.json"
 BATCH_TOKENS = 8192
@@ -135,15 +135,18 @@ class RewardModel:
         """Writes model, tokenizer and `ipvrm_config.json`; the reference is named, not copied."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, folder)
-        self.tokenizer.save_pretrained(folder)
         info = replace(self.info, versions=versions())
         # The two entries are the same for a Hub name, which stays; a path is seen from the new folder.
         if info.reference != info.reference_given or Path(info.reference).is_dir():
             loaded_from = getattr(getattr(self.reference, "config", None), "_name_or_path", "")
             entries: dict[str, Any] = {**reference_entries(loaded_from or info.reference_given, folder)}
             info = replace(info, **entries)
-        write_info(folder, info)
+        whole = folder / ".saving"
+        with save_folder(whole) as temporary:
+            save_model(self.model, temporary)
+            self.tokenizer.save_pretrained(temporary)
+            write_info(temporary, info)
+        move_into(whole, folder, last=CONFIG_NAME)
 
     @torch.no_grad()
     def token_log_ratios(

@@ -112,7 +112,7 @@ def train_choice(stages: "Stages", name: str, choice: Choice, seed: int) -> None
         num_train_epochs=choice.num_train_epochs,
         warmup_ratio=0.05,
         global_batch_size=64,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=32,
         max_length=256,
         logging_steps=4,
         save_steps=0,

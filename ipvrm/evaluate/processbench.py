@@ -122,6 +122,10 @@ def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
     subsets = {Path(path).stem: read_items(path, config.limit) for path in config.data}
     if len(subsets) != len(config.data) or not subsets:
         raise IpvrmError(f"--data: every subset needs a file of its own name; got {', '.join(config.data)}")
+    for name in ("max_length", "batch_tokens", "limit", "bootstrap_resamples"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise IpvrmError(f"--{name} must be at least 1; got {value}")
     shown = Progress(enabled=progress)
     reward_model = RewardModel.from_pretrained(config.model, reference=config.reference)
     output = Path(config.output_dir)

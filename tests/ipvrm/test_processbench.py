@@ -178,6 +178,12 @@ def test_a_bad_step_format_leaves_the_output_folder_free(config):
     evaluate(config, progress=False)
 
 
+@pytest.mark.parametrize("name", ["max_length", "batch_tokens", "limit", "bootstrap_resamples"])
+def test_sizes_below_one_are_refused(config, name):
+    with pytest.raises(IpvrmError, match=f"--{name} must be at least 1; got 0"):
+        evaluate(dataclasses.replace(config, **{name: 0}), progress=False)
+
+
 def test_without_the_transfer_subset_the_table_says_so(config):
     results = evaluate(dataclasses.replace(config, data=config.data[1:]), progress=False)
     assert results["subsets"]["math"]["rules"]["step"]["transfer"] is None

@@ -120,6 +120,21 @@ def test_save_and_load_round_trip(reward_model, home, tmp_path):
     assert torch.equal(a.prefix_values, b.prefix_values)
 
 
+def test_a_failed_save_leaves_what_was_there(reward_model, home, monkeypatch):
+    folder = home / "elsewhere" / "kept"
+    reward_model.save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert not [name for name in before if name.startswith(".")]
+
+    def fails(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("ipvrm.reward_model.write_info", fails)
+    with pytest.raises(OSError, match="no space"):
+        reward_model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_reference_from_the_hub_keeps_its_name(home, tmp_path, monkeypatch):
     shutil.copytree(home / "runs" / "rm", tmp_path / "rm")
     path = tmp_path / "rm" / "ipvrm_config.json"
