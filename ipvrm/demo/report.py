@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm.demo.figures import MISSING, draw_trace
-from ipvrm.demo.settings import BUDGETS, NAMES
+from ipvrm.demo.settings import NAMES
 from ipvrm.evaluate.thresholds import Interval
 from ipvrm.run_folder import read_json, write_json, write_text
 
@@ -196,9 +196,9 @@ def _facts(results: dict[str, Any]) -> list[str]:
 
 
 def _stage_line(results: dict[str, Any]) -> str:
-    stages = results["stages"]
+    stages, budgets = results["stages"], results["budgets"]
     parts = [
-        f"{name} {stage['seconds']:.0f} s" + (f" of {BUDGETS[name]:g}" if name in BUDGETS else "")
+        f"{name} {stage['seconds']:.0f} s" + (f" of {budgets[name]:g}" if name in budgets else "")
         for name, stage in stages.items()
     ]
     return "time: " + ", ".join(parts) + f"; {sum(s['seconds'] for s in stages.values()):.0f} s in all"

@@ -54,7 +54,8 @@ def run_demo(
     sizes = sizes or (QUICK if config.quick else FULL)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    stages = Stages(output, Progress(enabled=progress))
+    budgets = BUDGETS if sizes == FULL else {}
+    stages = Stages(output, Progress(enabled=progress), budgets)
     prepare(stages, sizes, config.seed)
     for choice in choices:
         train_choice(stages, f"reward-{choice.objective}", choice, config.seed)
@@ -73,6 +74,7 @@ def run_demo(
         "rollouts": read_json(output / "rollouts" / "counts.json"),
         **read_json(output / "evaluation" / "evaluation.json"),
         "stages": stages.done,
+        "budgets": budgets,
         "manifest": manifest(seeds={"demo": config.seed}),
     }
     return write_report(output, results, show=progress)
@@ -127,9 +129,10 @@ def train_choice(stages: "Stages", name: str, choice: Choice, seed: int) -> None
 class Stages:
     """Finished parts of the output folder, and what each was made from."""
 
-    def __init__(self, output: Path, progress: Progress):
+    def __init__(self, output: Path, progress: Progress, budgets: dict[str, float] | None = None):
         self.output = output
         self.progress = progress
+        self.budgets = budgets or {}
         self.done: dict[str, dict[str, Any]] = {}
 
     def folder(
@@ -167,7 +170,7 @@ class Stages:
             self.done[name] = stored
             self.progress.note(f"{name}: done before ({stored['seconds']:.0f} s)")
             return True
-        budget = f" (budget {BUDGETS[name]:g} s)" if name in BUDGETS else ""
+        budget = f" (budget {self.budgets[name]:g} s)" if name in self.budgets else ""
         self.progress.note(f"{name}{budget} ...")
         return False
 

@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 
 # Seconds on two idle cores.
-BUDGETS = {"base": 60, "rollouts": 30, "reward-ipvrm": 37.5, "reward-implicit_prm": 37.5, "evaluation": 30}
+BUDGETS: dict[str, float] = {
+    "base": 60,
+    "rollouts": 30,
+    "reward-ipvrm": 37.5,
+    "reward-implicit_prm": 37.5,
+    "evaluation": 30,
+}
 
 
 @dataclass(frozen=True)
@@ -13,7 +19,7 @@ class DemoConfig:
     output_dir: str = "runs/demo"
     """Folder for models, tables and the picture; finished stages in it are reused."""
     quick: bool = False
-    """A one-minute smoke run: the same stages, too small to learn much."""
+    """A one-minute smoke run: the same stages on an easier task (multiples of ten) and little data."""
     seed: int = 0
     """Of everything that is drawn: problems, weights, samples, orders, intervals."""
 
