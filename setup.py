@@ -150,7 +150,7 @@ def extensions() -> list[Extension]:
             "ipvrm_kernels._C",
             sources=CPP_SOURCES,
             include_dirs=[pybind11.get_include(), "csrc"],
-            depends=[str(p) for p in sorted((ROOT / "csrc").glob("*"))],
+            depends=[f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob("*"))],
             language="c++",
         )
     ]
