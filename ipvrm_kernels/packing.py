@@ -5,6 +5,8 @@ Sequence b owns rows cu_seqlens[b] : cu_seqlens[b+1]; it may be empty.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,27 @@ def check_cu_seqlens_shape(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
         )
     if cu_seqlens.device != packed.device:
         raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, the packed tensor on {packed.device}")
+
+
+def checked_tokens(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`tokens` (N,) in the dtype the sequence ops compute in: fp32, or fp64 as given.
+
+    Raises: ValueError unless it is (N,) floating point and cu_seqlens is (B+1,) int32 on its device.
+    """
+    if tokens.dim() != 1 or not tokens.is_floating_point():
+        raise ValueError(
+            f"{op}: {name} must be (N,) floating point, got {tuple(tokens.shape)} {tokens.dtype}"
+        )
+    check_cu_seqlens_shape(op, cu_seqlens, tokens)
+    return tokens if tokens.dtype == torch.float64 else tokens.float()
+
+
+def checked_finite(op: str, name: str, value: float) -> float:
+    """`value` as a finite float, else ValueError."""
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return value
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, N: int) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .packing import check_cu_seqlens, check_cu_seqlens_shape, lengths, positions, segment_ids
+from .packing import check_cu_seqlens, checked_finite, checked_tokens, lengths, positions, segment_ids
 from .segment_scan import segment_scan_reference  # what a running sum means; no kernel is shared
 
 if backend.HAS_TRITON:
@@ -350,15 +350,8 @@ def prefix_value_loss(
     Raises: ValueError on a wrong shape, dtype, device, option or value.
     """
     op = "prefix_value_loss"
-    if log_ratio.dim() != 1 or not log_ratio.is_floating_point():
-        raise ValueError(
-            f"{op}: log_ratio must be (N,) floating point, got {tuple(log_ratio.shape)} {log_ratio.dtype}"
-        )
-    check_cu_seqlens_shape(op, cu_seqlens, log_ratio)
-    beta = float(beta)
-    if not math.isfinite(beta):
-        raise ValueError(f"{op}: beta must be finite, got {beta}")
-    log_ratio = log_ratio if log_ratio.dtype == torch.float64 else log_ratio.float()
+    log_ratio = checked_tokens(op, "log_ratio", log_ratio, cu_seqlens)
+    beta = checked_finite(op, "beta", beta)
     B = cu_seqlens.shape[0] - 1
     if prefix_weighting not in WEIGHTINGS:
         raise ValueError(
@@ -366,8 +359,8 @@ def prefix_value_loss(
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if isinstance(margin, (int, float)) and not math.isfinite(margin):
-        raise ValueError(f"{op}: margin must be finite, got {margin}")
+    if isinstance(margin, (int, float)):
+        margin = checked_finite(op, "margin", margin)
 
     def per_sequence(name: str, given: float | Tensor) -> Tensor:
         if not isinstance(given, Tensor) or given.dim() == 0:

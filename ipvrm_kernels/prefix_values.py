@@ -14,14 +14,13 @@ once and keeps the running sum in a register; eager PyTorch pads to (B, T) and p
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backend
-from .packing import check_cu_seqlens, check_cu_seqlens_shape, positions
+from .packing import check_cu_seqlens, checked_finite, checked_tokens, positions
 from .segment_scan import segment_scan_reference  # what a running sum means; no kernel is shared
 
 if backend.HAS_TRITON:
@@ -261,14 +260,7 @@ def prefix_values(
     Raises: ValueError on a wrong shape, dtype, device, impl, beta, or cu_seqlens.
     """
     op = "prefix_values"
-    if log_ratio.dim() != 1 or not log_ratio.is_floating_point():
-        raise ValueError(
-            f"{op}: log_ratio must be (N,) floating point, got {tuple(log_ratio.shape)} {log_ratio.dtype}"
-        )
-    check_cu_seqlens_shape(op, cu_seqlens, log_ratio)
-    beta = float(beta)
-    if not math.isfinite(beta):
-        raise ValueError(f"{op}: beta must be finite, got {beta}")
-    log_ratio = log_ratio if log_ratio.dtype == torch.float64 else log_ratio.float()
-    chosen = backend.choose("prefix_values", IMPLS, impl, log_ratio)
+    log_ratio = checked_tokens(op, "log_ratio", log_ratio, cu_seqlens)
+    beta = checked_finite(op, "beta", beta)
+    chosen = backend.choose(op, IMPLS, impl, log_ratio)
     return PrefixValues(*_prefix_values(log_ratio, cu_seqlens, beta, chosen))

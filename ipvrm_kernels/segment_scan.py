@@ -10,14 +10,13 @@ and one write per token: eager PyTorch needs a padded copy and, for decay != 1, 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backend
-from .packing import check_cu_seqlens, check_cu_seqlens_shape, segment_ids
+from .packing import check_cu_seqlens, checked_finite, checked_tokens, segment_ids
 
 if backend.HAS_TRITON:
     import triton
@@ -143,11 +142,6 @@ def segment_scan(
     Returns: (N,) fp32 (fp64 for fp64 input). Differentiable in x, any number of times.
     Raises: ValueError on a wrong shape, dtype, device, decay or impl, or if cu_seqlens does not rise to N.
     """
-    if x.dim() != 1 or not x.is_floating_point():
-        raise ValueError(f"segment_scan: x must be (N,) floating point, got {tuple(x.shape)} {x.dtype}")
-    check_cu_seqlens_shape("segment_scan", cu_seqlens, x)
-    decay = float(decay)
-    if not math.isfinite(decay):
-        raise ValueError(f"segment_scan: decay must be finite, got {decay}")
-    x = x if x.dtype == torch.float64 else x.float()
+    x = checked_tokens("segment_scan", "x", x, cu_seqlens)
+    decay = checked_finite("segment_scan", "decay", decay)
     return _segment_scan(x, cu_seqlens, decay, bool(reverse), backend.choose("segment_scan", IMPLS, impl, x))
