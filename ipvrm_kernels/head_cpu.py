@@ -15,7 +15,7 @@ two passes instead, which saves a matmul (`fused_gradients`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,22 +73,31 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, padded: int) -> None:
         out.addmm_(a, b)
 
 
-def forward(
+class Sums(NamedTuple):
+    """What a block of rows knows after the last column; views of reused buffers."""
+
+    top: Tensor  # (R,) max z
+    sumexp: Tensor  # (R,) fp64 sum exp(z - max)
+    sum_z_exp: Tensor | None  # (R,) fp64 sum (z - max) exp(z - max)
+    id_z: Tensor  # (R, K) z of the ids that exist, else unwritten
+    buffers: tuple[Tensor | float | None, ...]  # csrc's CandidateBuffers
+
+
+def sweep(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    *, entropy: bool = False, expectation: bool = False, candidates: Candidates | None = None, slots: int = 0,
+    *, entropy: bool, expectation: Tensor | None = None, candidates: Candidates | None = None,
     limit: int | None = None, deterministic: bool = False,
-) -> Forward:  # fmt: skip
-    """One pass over the vocabulary for every block of rows; ids (N, K) int64, K may be 0."""
+) -> Iterator[tuple[int, int, Sums]]:  # fmt: skip
+    """One pass over the vocabulary for every block of rows r0 .. r1; ids (N, K) contiguous, K may be 0.
+
+    expectation: (N, D) zeros; a block's rows hold sum_v exp(z - max) z' w_v when it is handed out.
+    """
     (N, D), V, K = hidden.shape, weight.shape[0], ids.shape[1]
     kept = candidates or Candidates(0, -math.inf)
-    per_row = 4 * K + (8 * kept.capacity if candidates else 0) + 4 * D * (expectation and deterministic)
+    per_row = 4 * K + (8 * kept.capacity if candidates else 0)
+    per_row += 4 * D * (expectation is not None and deterministic)
     plan = make_plan(op, hidden, weight, transform.dtype, limit, deterministic, N=N, per_row=per_row)
-    new = torch.empty
-    ids, bias = ids.contiguous(), wide_bias(bias)
-    result = Forward(
-        new(N, K), new(N), new(N), new(N if entropy else 0), torch.zeros((N, D) if expectation else 0),
-        new((N, slots), dtype=torch.int64), new(N, slots), new(N if candidates else 0, dtype=torch.int64),
-    )  # fmt: skip
+    new, bias = torch.empty, wide_bias(bias)
     R, C, padded = plan
     tile = new(max(R, padded) * C)
     top, sums = new(R), new((2, R), dtype=torch.float64)
@@ -102,37 +111,72 @@ def forward(
     )  # fmt: skip
     h_blocks = Operand(hidden, transform.dtype, R, padded)
     w_blocks = Operand(weight, transform.dtype, C)
-    sum_z_exp = sums[1] if entropy else None
-    with torch.autocast("cpu", enabled=False):
-        for r0, r1 in blocks(N, R):
-            h = h_blocks.block(r0, r1)
-            top.fill_(-math.inf)
-            sums.zero_()
-            count.zero_()
-            threshold.fill_(-math.inf)
-            block_ids = ids[r0:r1]
-            E = result.expectation[r0:r1] if expectation else None
+    state = Sums(top, sums[0], sums[1] if entropy else None, id_z, buffers)
+    for r0, r1 in blocks(N, R):
+        h = h_blocks.block(r0, r1)
+        top.fill_(-math.inf)
+        sums.zero_()
+        count.zero_()
+        threshold.fill_(-math.inf)
+        E = None if expectation is None else expectation[r0:r1]
+        with torch.autocast("cpu", enabled=False):
             for c0, c1 in blocks(V, C):
                 w = w_blocks.block(c0, c1)
                 z = tile[: len(h) * len(w)].view(len(h), len(w))
                 torch.mm(h, w.T, out=z)
                 native_call(
                     "head_forward_tile_cpu", z, r1 - r0, c1 - c0, c0, None if bias is None else bias[c0:],
-                    *native_transform(transform), top, sums[0], sum_z_exp, block_ids, id_z, K, *buffers, E, D,
+                    *native_transform(transform), top, sums[0], state.sum_z_exp, ids[r0:r1], id_z, K,
+                    *buffers, E, D,
                 )  # fmt: skip
                 if E is not None:
                     add_product(E, z, w, padded)
+        yield r0, r1, state
+
+
+def forward(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
+    *, entropy: bool = False, expectation: bool = False, candidates: Candidates | None = None, slots: int = 0,
+    limit: int | None = None, deterministic: bool = False,
+) -> Forward:  # fmt: skip
+    """One pass over the vocabulary for every block of rows; ids (N, K) int64, K may be 0."""
+    (N, D), V, K = hidden.shape, weight.shape[0], ids.shape[1]
+    new, ids = torch.empty, ids.contiguous()
+    result = Forward(
+        new(N, K), new(N), new(N), new(N if entropy else 0), torch.zeros((N, D) if expectation else 0),
+        new((N, slots), dtype=torch.int64), new(N, slots), new(N if candidates else 0, dtype=torch.int64),
+    )  # fmt: skip
+    blocks_done = sweep(
+        op, hidden, weight, bias, ids, transform, entropy=entropy, candidates=candidates, limit=limit,
+        expectation=result.expectation if expectation else None, deterministic=deterministic,
+    )  # fmt: skip
+    for r0, r1, (top, sumexp, sum_z_exp, id_z, buffers) in blocks_done:
+        native_call(
+            "head_finish_cpu", top, sumexp, sum_z_exp, ids[r0:r1], id_z, r1 - r0, K, V,
+            result.lse[r0:r1], result.lse_low[r0:r1], result.entropy[r0:r1] if entropy else None,
+            result.logprobs[r0:r1], result.expectation[r0:r1] if expectation else None, D,
+        )  # fmt: skip
+        if candidates:
             native_call(
-                "head_finish_cpu", top, sums[0], sum_z_exp, block_ids, id_z, r1 - r0, K, V,
-                result.lse[r0:r1], result.lse_low[r0:r1], result.entropy[r0:r1] if entropy else None,
-                result.logprobs[r0:r1], E, D,
+                "head_candidates_cpu", top, sumexp, *buffers, r1 - r0, slots,
+                result.candidate_ids[r0:r1], result.candidate_logprobs[r0:r1], result.counts[r0:r1],
             )  # fmt: skip
-            if candidates:
-                native_call(
-                    "head_candidates_cpu", top, sums[0], *buffers, r1 - r0, slots,
-                    result.candidate_ids[r0:r1], result.candidate_logprobs[r0:r1], result.counts[r0:r1],
-                )  # fmt: skip
     return result
+
+
+def partial_sums(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(max, sumexp, sum_z_exp) (N,) and z at ids (N, K), -inf where an id is -1; all fp32."""
+    N, K = ids.shape
+    ids = ids.contiguous()
+    sums, id_logits = torch.empty(3, N), torch.empty(N, K)
+    for r0, r1, state in sweep(op, hidden, weight, bias, ids, transform, entropy=True):
+        for out, part in zip(sums, state[:3], strict=True):
+            out[r0:r1] = part[: r1 - r0]
+        id_logits[r0:r1] = state.id_z[: r1 - r0].masked_fill(ids[r0:r1] < 0, -math.inf)
+    top, sumexp, sum_z_exp = (x.clone() for x in sums)  # outputs of an op may not share memory
+    return top, sumexp, sum_z_exp, id_logits
 
 
 class Upstream(NamedTuple):

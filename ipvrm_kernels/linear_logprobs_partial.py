@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, head_cpu
 from .head import (
     Launchers,
     Transform,
@@ -128,8 +128,34 @@ def _triton_backward(
         )
 
 
+def _cpp_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return head_cpu.partial_sums(OP, hidden, weight, bias, ids, transform)
+
+
+def _cpp_backward(
+    dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """linear_logprobs with max in place of lse, as in `_triton_backward`."""
+    zeros = torch.zeros(len(hidden))
+    top = zeros.clone()
+    for r0, r1, state in head_cpu.sweep(OP, hidden, weight, bias, ids[:, :0], transform, entropy=False):
+        top[r0:r1] = state.top[: r1 - r0]
+    top = torch.where(top == -math.inf, 0.0, top)
+    dentropy = None if dsum_z_exp is None else -dsum_z_exp
+    up = head_cpu.make_upstream(did_logits, dsumexp, dentropy, ids, weight.shape[0], top, None, zeros)
+    total = torch.zeros(len(hidden), dtype=torch.float64)
+    for d in (dsumexp, dsum_z_exp):
+        total = total if d is None else total - d
+    return head_cpu.backward(OP, up._replace(total=total), hidden, weight, bias, transform, needs)
+
+
 IMPLS = {
     "triton": Launchers(_triton_forward, _triton_backward),
+    "cpp": Launchers(_cpp_forward, _cpp_backward),
     "torch": Launchers(linear_logprobs_partial_reference, _torch_backward),
 }
 
