@@ -1,28 +1,26 @@
-"""linear_logprobs against the bare `hidden @ weight.T`, eager PyTorch on full logits and torch's chunked op.
+"""linear_logprobs against the bare `hidden @ weight.T`, eager PyTorch on full logits and the peers installed.
 
-Forward: lse, log-prob of one token per row, entropy. Forward + backward: log-probs of K tokens per row;
-linear_cross_entropy knows one token only, so its rows stand beside ours at one token and at K.
+Forward: lse, log-prob of one token per row, entropy. Forward + backward: log-probs of K tokens per row; the
+peers know one token a row only, so their rows stand beside ours at one token and at K. Growth: the same work
+for 8 times the rows, as a multiple of the smaller batch's time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.heads import K, inputs, shapes
+from benchmarks.heads import K, Shape, inputs, shapes
 from benchmarks.measure import Case, assert_close
-from benchmarks.sequences import runnable
+from benchmarks.peers import OneToken, one_token
+from benchmarks.sequences import kernels
 from ipvrm_kernels import linear_logprobs
 
-
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """torch's chunked linear_cross_entropy, in torch releases that have it."""
-    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
-    return F.linear_cross_entropy(hidden, weight, target, reduction="sum", options=options)
+OP = "linear_logprobs"
+GROWTH = 8
 
 
 def eager(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
@@ -32,84 +30,110 @@ def eager(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[T
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
-    has_chunked = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
     for shape in shapes(device, quick):
-        hidden, weight, ids = inputs(shape, device)
-        sampled = ids[:, 0].contiguous()
-
-        def matmul(hidden: Tensor = hidden, weight: Tensor = weight) -> Tensor:
-            return hidden @ weight.T
-
-        ours = {name: _forward(hidden, weight, sampled, name) for name in runnable("linear_logprobs", device)}
-        contenders: dict[str, Callable[[], Any]] = {"matmul": matmul, **ours}
-        contenders["eager log_softmax"] = torch.no_grad()(
-            lambda hidden=hidden, weight=weight, one=sampled[:, None]: eager(hidden, weight, one, True)
-        )
-        if has_chunked:
-            contenders["F.linear_cross_entropy"] = torch.no_grad()(
-                lambda hidden=hidden, weight=weight, t=sampled: chunked_cross_entropy(hidden, weight, t)
-            )
-
-        def check_values(ours=ours, hidden=hidden, weight=weight, sampled=sampled) -> None:
-            expected = eager(hidden[:64].float(), weight.float(), sampled[:64, None], True)
-            for name, run in ours.items():
-                out = run()
-                assert_close(f"{name} log-probs", out.logprobs[:64], expected[0][:, 0], 1e-3)
-                assert_close(f"{name} entropy", out.entropy[:64], expected[1], 1e-3)
-
-        yield Case(
-            "linear_logprobs", f"{shape} lse + sampled + entropy", contenders, check_values, shape.flops
-        )
-
+        yield _forward(shape, device)
         for frozen in (False, True):
-            leaves = [hidden.detach().requires_grad_()]
-            head = weight.detach().requires_grad_(not frozen)
-            leaves += [] if frozen else [head]
-            upstream = torch.randn(ids.shape, device=device)
-            steps = {
-                name: _step(leaves, head, ids, upstream, name) for name in runnable("linear_logprobs", device)
-            }
-            contenders = {"matmul": matmul, **steps}
-
-            def eager_step(leaves=tuple(leaves), head=head, ids=ids, upstream=upstream):
-                return torch.autograd.grad((eager(leaves[0], head, ids, False)[0] * upstream).sum(), leaves)
-
-            contenders["eager log_softmax"] = eager_step
-            if has_chunked:
-                contenders["F.linear_cross_entropy, one id"] = (
-                    lambda leaves=tuple(leaves), head=head, t=sampled: torch.autograd.grad(
-                        chunked_cross_entropy(leaves[0], head, t), leaves
-                    )
-                )
-
-            def check_gradients(
-                steps=steps, hidden=hidden, weight=weight, ids=ids, upstream=upstream
-            ) -> None:
-                leaf = hidden[:16].detach().float().requires_grad_()
-                logp = eager(leaf, weight.float(), ids[:16], False)[0]
-                (expected,) = torch.autograd.grad((logp * upstream[:16]).sum(), leaf)
-                for name, step in steps.items():
-                    tolerance = 2e-2 if hidden.dtype == torch.bfloat16 else 1e-4
-                    assert_close(f"{name} d hidden", step()[0][:16].float(), expected, tolerance)
-
-            kind = "frozen" if frozen else "trainable"
-            name = f"{shape} K={K} forward+backward {kind} head"
-            yield Case("linear_logprobs", name, contenders, check_gradients, shape.flops)
+            yield _step(shape, device, frozen)
+    for frozen in (False, True):
+        yield _growth(shapes(device, quick)[0], device, frozen)
 
 
-def _forward(hidden: Tensor, weight: Tensor, sampled: Tensor, impl: str) -> Callable[[], Any]:
-    def run() -> Any:
-        with torch.no_grad():
-            return linear_logprobs(hidden, weight, sampled, return_entropy=True, impl=impl)
+def _forward(shape: Shape, device: str) -> Case:
+    hidden, weight, ids = inputs(shape, device)
+    sampled = ids[:, 0].contiguous()
+    peers, absent = one_token(device)
 
-    return run
+    def ours(impl: str) -> Callable[[], Any]:
+        return lambda: linear_logprobs(hidden, weight, sampled, return_entropy=True, impl=impl)
+
+    def peer(function: OneToken) -> Callable[[], Any]:
+        return torch.no_grad()(lambda: function(hidden, weight, sampled))
+
+    implementations = kernels(OP, device)
+    contenders: dict[str, Callable[[], Any]] = {
+        "matmul": lambda: hidden @ weight.T,
+        **{name: ours(name) for name in implementations},
+        "eager log_softmax": lambda: eager(hidden, weight, sampled[:, None], True),
+        **{name: peer(function) for name, function in peers.items()},
+    }
+
+    def check(results: Mapping[str, Any]) -> None:
+        log_p, entropy = eager(hidden.float(), weight.float(), sampled[:, None], True)
+        for name in implementations:
+            assert_close(f"{name} log-probs", results[name].logprobs, log_p[:, 0], 1e-3)
+            assert_close(f"{name} entropy", results[name].entropy, entropy, 1e-3)
+        for name in peers.keys() & results.keys():
+            assert_close(name, results[name], -log_p.sum(), 1e-2)
+
+    return Case(OP, f"{shape} lse + sampled + entropy", contenders, check, shape.flops, absent=absent)
 
 
-def _step(
-    leaves: list[Tensor], head: Tensor, ids: Tensor, upstream: Tensor, impl: str
-) -> Callable[[], tuple[Tensor, ...]]:
-    def run() -> tuple[Tensor, ...]:
-        out = linear_logprobs(leaves[0], head, ids, impl=impl)
-        return torch.autograd.grad((out.logprobs * upstream).sum(), leaves)
+def _step(shape: Shape, device: str, frozen: bool) -> Case:
+    hidden, weight, ids = inputs(shape, device)
+    sampled, upstream = ids[:, 0].contiguous(), torch.randn(ids.shape, device=device)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_(not frozen))[: 1 if frozen else 2]
+    peers, absent = one_token(device)
 
-    return run
+    def ours(impl: str, ids: Tensor, upstream: Tensor) -> Callable[[], Any]:
+        def run() -> tuple[Tensor, ...]:
+            out = linear_logprobs(hidden, weight, ids, impl=impl)
+            return torch.autograd.grad(out.logprobs, leaves, upstream)
+
+        return run
+
+    def peer(function: OneToken) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(function(hidden, weight, sampled), leaves)
+
+    def eager_step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(eager(hidden, weight, ids, False)[0], leaves, upstream)
+
+    minus_one = -torch.ones_like(sampled, dtype=torch.float32)
+    implementations = kernels(OP, device)
+    one_id = {f"{name}, one id": ours(name, sampled, minus_one) for name in implementations}
+    contenders: dict[str, Callable[[], Any]] = {
+        "matmul": lambda: hidden.detach() @ weight.detach().T,
+        **{name: ours(name, ids, upstream) for name in implementations},
+        "eager log_softmax": eager_step,
+        **one_id,
+        **{f"{name}, one id": peer(function) for name, function in peers.items()},
+    }
+
+    def check(results: Mapping[str, Any]) -> None:
+        tolerance = 2e-2 if shape.dtype == torch.bfloat16 else 1e-4
+        for name, gradients in results.items():
+            if name == "matmul":
+                continue
+            expected = results[next(iter(one_id)) if name.endswith("one id") else "eager log_softmax"]
+            for mine, theirs in zip(gradients, expected, strict=True):
+                assert_close(name, mine, theirs, tolerance)
+
+    kind = "frozen" if frozen else "trainable"
+    title = f"{shape} K={K} forward+backward {kind} head"
+    late = {f"{name}, one id": reason for name, reason in absent.items()}
+    return Case(OP, title, contenders, check, shape.flops, absent=late)
+
+
+def _growth(shape: Shape, device: str, frozen: bool) -> Case:
+    """The default implementation at N and GROWTH * N rows; the first row's memory must be the last's."""
+    contenders: dict[str, Callable[[], Any]] = {}
+    large = shape._replace(N=GROWTH * shape.N)
+    hidden, weight, ids = inputs(large, device)
+    upstream = torch.randn(ids.shape, device=device)
+    weight.requires_grad_(not frozen)
+    for N in (shape.N, large.N):
+        rows = hidden[:N].clone().requires_grad_()
+        leaves = (rows,) if frozen else (rows, weight)
+
+        def run(rows: Tensor = rows, leaves: tuple[Tensor, ...] = leaves, N: int = N) -> tuple[Tensor, ...]:
+            out = linear_logprobs(rows, weight, ids[:N])
+            return torch.autograd.grad(out.logprobs, leaves, upstream[:N])
+
+        contenders[f"N={N}"] = run
+
+    def check(results: Mapping[str, Any]) -> None:
+        small, big = (results[name][0] for name in contenders)
+        assert_close("rows of the larger batch", big[: shape.N], small, 1e-4)
+
+    kind = "frozen" if frozen else "trainable"
+    title = f"D={shape.D} V={shape.V} K={K} growth with N, {kind} head"
+    return Case(OP, title, contenders, check, min_rounds=3)

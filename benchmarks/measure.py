@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +24,12 @@ class Case:
     op: str
     shape: str
     contenders: dict[str, Callable[[], Any]]
-    check: Callable[[], None]  # raises if the contenders disagree; runs before any timing
+    # given every contender's result by name, before any timing; raises AssertionError if they disagree
+    check: Callable[[Mapping[str, Any]], None]
     flops: float = 0.0  # of the yardstick, 0 where it is not a matmul
     num_bytes: float = 0.0  # least traffic of the op, 0 where that is not the point
+    min_rounds: int = 5
+    absent: Mapping[str, str] = field(default_factory=dict)  # contenders that cannot run here, and why
 
 
 @dataclass(frozen=True)
@@ -50,36 +53,32 @@ class Row:
         return asdict(self)
 
 
-def measure(
-    case: Case, device: str, seconds: float = 3.0, min_rounds: int = 5, max_rounds: int = 200
-) -> list[Row]:
+def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200) -> list[Row]:
     """Time every contender of `case` in turn for about `seconds`, after its check (which may raise)."""
-    case.check()
     contenders = dict(case.contenders)
-    errors: dict[str, str] = {}
-    for name in list(contenders):  # warm-up; a contender that cannot run is a row that says so
+    errors = dict(case.absent)
+    results, peaks = {}, {}
+    for name in list(contenders):  # a contender that cannot run is a row that says so
         try:
-            contenders[name]()
+            contenders[name]()  # compiles and allocates what later calls reuse
+            results[name], peaks[name] = _with_peak_mib(contenders[name], device)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             del contenders[name]
+    case.check(results)
+    results.clear()
     flush = torch.empty(64 * 2**20, dtype=torch.float32, device=device) if device == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in contenders}
     stop = time.perf_counter() + seconds
     while contenders and len(next(iter(times.values()))) < max_rounds:
         for name, run in contenders.items():
             times[name].append(_once(run, flush))
-        if time.perf_counter() > stop and len(next(iter(times.values()))) >= min_rounds:
+        if time.perf_counter() > stop and len(next(iter(times.values()))) >= case.min_rounds:
             break
-    peaks = {name: _peak_mib(run, device) for name, run in contenders.items()}
     yardstick = next(iter(case.contenders))
     base = statistics.median(times[yardstick]) if yardstick in times else float("nan")
     rows = []
-    for name in case.contenders:
-        if name in errors:
-            nan = float("nan")
-            rows.append(Row(case.op, case.shape, name, nan, nan, nan, nan, None, None, None, 0, errors[name]))
-            continue
+    for name in contenders:
         ordered = sorted(times[name])
         median = statistics.median(ordered)
         rows.append(
@@ -91,6 +90,9 @@ def measure(
                 len(ordered),
             )
         )  # fmt: skip
+    nan = float("nan")
+    for name, reason in errors.items():
+        rows.append(Row(case.op, case.shape, name, nan, nan, nan, nan, None, None, None, 0, reason))
     return rows
 
 
@@ -108,29 +110,24 @@ def _once(run: Callable[[], Any], flush: torch.Tensor | None) -> float:
     return start_event.elapsed_time(end_event)
 
 
-def _peak_mib(run: Callable[[], Any], device: str) -> float:
-    if device != "cuda":
-        return _cpu_peak(run) / 2**20
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _cpu_peak(run: Callable[[], Any]) -> int:
+def _with_peak_mib(run: Callable[[], Any], device: str) -> tuple[Any, float]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run()
+        torch.cuda.synchronize()
+        return result, (torch.cuda.max_memory_allocated() - before) / 2**20
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
-        kept = run()
+        result = run()
     alive = peak = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()
         peak = max(peak, alive)
-    del kept
-    return peak
+    return result, peak / 2**20
 
 
 def assert_close(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

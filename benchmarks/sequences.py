@@ -22,6 +22,11 @@ def runnable(op: str, device: str) -> list[str]:
     return [name for name in ipvrm_kernels.OPS[op] if why_not(name, device) is None]
 
 
+def kernels(op: str, device: str) -> list[str]:
+    """`runnable` without the reference, whose place in a benchmark eager PyTorch takes."""
+    return [name for name in runnable(op, device) if name != "torch"]
+
+
 def forward_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
     """A call that runs `function` on x and takes its gradient: (loss, dx)."""
     leaf = x.detach().requires_grad_()
