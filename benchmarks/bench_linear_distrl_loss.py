@@ -1,5 +1,5 @@
-"""linear_distrl_loss forward + backward against its eager composition on full logits, and what unused candidate
-slots cost."""
+"""linear_distrl_loss forward + backward against its eager composition on full logits, and what unused
+candidate slots cost."""
 
 from __future__ import annotations
 

@@ -158,6 +158,6 @@ def markdown(rows: Iterable[Row]) -> str:
         lines.append(
             f"| {row.op} | {row.shape} | {row.contender} | {row.median_ms:.3f} "
             f"| {row.p20_ms:.3f} | {row.p80_ms:.3f} | {row.ratio:.3f} | {cell(row.peak_mib, 0)} "
-            f"| {cell(row.tflops, 1)} | {cell(row.gb_per_s, 1)} |"
+            f"| {cell(row.tflops, 2)} | {cell(row.gb_per_s, 1)} |"
         )
     return "\n".join(lines)

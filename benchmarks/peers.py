@@ -1,4 +1,4 @@
-"""The packages people use instead: the log-prob of one token per row from hidden states, by each that is here.
+"""The packages people use instead: the log-prob of one token per row from hidden states, by each of them.
 
 Every peer is called as its own documentation calls it, and is skipped with a reason where it is not installed
 or does not run on the device.

@@ -259,8 +259,9 @@ def merge_partials(partials: Sequence[Partial], *, return_entropy: bool = False)
     """Join the shards of a vocabulary, in the order given, to what `linear_logprobs` returns for the whole
     head.
 
-    Args: partials of disjoint shards that cover the vocabulary, equal shapes; e.g. the all-gather of every
-        rank's.
+    Args: partials of disjoint shards that cover the vocabulary, equal shapes. Vocabulary parallel: all-gather
+        every rank's, put one's own (with its graph) back in its place, and all-reduce the gradient of hidden;
+        the others' values need no graph, since each rank's backward reaches its own shard.
     Returns: LinearLogprobs; differentiable in the partials' sumexp, sum_z_exp and id_logits.
     Raises: ValueError on an empty sequence or differing shapes.
     """
