@@ -552,3 +552,53 @@ def test_two_gloo_processes_give_the_update_of_one(config, tmp_path):
         "0",
         "1",
     }
+
+
+WIDE = 32_000  # a vocabulary beside which everything else in the run below is small
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory, tiny_folder, tokenizer):
+    """The tiny model's tokenizer under a head of 32,000 tokens (its spare ids never occur)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    config = AutoConfig.from_pretrained(tiny_folder, vocab_size=WIDE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def peak_of(run):
+    """Highest sum of live CPU tensors while `run` runs, in bytes."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as recorded:
+        run()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize("fault", [False, True], ids=["as is", "full logits"])
+def test_no_logits_in_a_training_run(config, wide_folder, rollouts, tokenizer, monkeypatch, fault):
+    """Reference pass, update and saving stay far below one (N_response, V) tensor; full logits do not."""
+    answers = [
+        json.loads(line)["conversation"][-1]["content"] for line in Path(rollouts).read_text().splitlines()
+    ]
+    logits = 4 * WIDE * sum(len(ids) for ids in tokenizer(answers).input_ids)  # bytes of (N_response, V)
+    if fault:
+        monkeypatch.setattr("ipvrm.model.response_logprobs", full_logits)
+    one_batch = dict(max_steps=1, global_batch_size=44, per_device_train_batch_size=44)
+    peak = peak_of(lambda: train(config(model=str(wide_folder), **one_batch)))
+    assert (peak < 0.5 * logits) == (not fault), f"{peak / 2**20:.0f} MiB, logits {logits / 2**20:.0f} MiB"
+
+
+def full_logits(model, batch, temperature=1.0):
+    """What the op replaces."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits / temperature
+    flat = logits.flatten(0, 1).index_select(0, batch.positions).log_softmax(-1)
+    return flat.gather(1, batch.token_ids[:, None])[:, 0]
