@@ -13,6 +13,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at import: the profiler's own notices, two a contender
+
 import torch
 
 from benchmarks.machine import describe

@@ -292,7 +292,7 @@ def linear_candidates(
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 
     Returns: Candidates, detached; sorted by log-prob descending, ties to the lower id; unused slots -1 and
-    -inf.
+        -inf. Where a plain top-k ends among tokens whose log-probs round alike, the larger logit stays.
     Raises: ValueError as `linear_logprobs`, and on min_prob or top_k out of range or both None.
     """
     op = "linear_candidates"
