@@ -172,7 +172,8 @@ def partial_sums(
     ids = ids.contiguous()
     sums, id_logits = torch.empty(3, N), torch.empty(N, K)
     for r0, r1, state in sweep(op, hidden, weight, bias, ids, transform, entropy=True):
-        for out, part in zip(sums, state[:3], strict=True):
+        assert state.sum_z_exp is not None
+        for out, part in zip(sums, (state.top, state.sumexp, state.sum_z_exp), strict=True):
             out[r0:r1] = part[: r1 - r0]
         id_logits[r0:r1] = state.id_z[: r1 - r0].masked_fill(ids[r0:r1] < 0, -math.inf)
     top, sumexp, sum_z_exp = (x.clone() for x in sums)  # outputs of an op may not share memory

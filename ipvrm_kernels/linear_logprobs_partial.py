@@ -65,18 +65,20 @@ def linear_logprobs_partial_reference(
     column.
     """
     z = transformed_logits(hidden, weight, bias, transform)
-    shifted, e, top = _shifted(z)
+    top = z.amax(1)
+    shifted = z - _finite(top)[:, None]
+    e = shifted.exp()
     return top, e.sum(1), times_log(e, shifted).sum(1), select_ids(z, ids)
 
 
 def _torch_backward(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, top: Tensor, transform: Transform,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     z = transformed_logits(hidden, weight, bias, transform)
-    shifted, e, _ = _shifted(z)
-    da = torch.zeros_like(z)
+    shifted = z - _finite(top)[:, None]
+    e, da = shifted.exp(), torch.zeros_like(z)
     if dsumexp is not None:
         da += dsumexp[:, None] * e
     if dsum_z_exp is not None:
@@ -87,11 +89,9 @@ def _torch_backward(
     return head_gradients(da, hidden, weight, bias, transform.dtype, needs)
 
 
-def _shifted(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(z - m, exp(z - m), m) with m the row's maximum; a row of -inf has exp = 0."""
-    top = z.amax(1)
-    shifted = z - torch.where(top == -math.inf, 0.0, top)[:, None]
-    return shifted, shifted.exp(), top
+def _finite(top: Tensor) -> Tensor:
+    """The maximum to subtract: 0 for a row of -inf, whose exp is then 0."""
+    return torch.where(top == -math.inf, 0.0, top)
 
 
 def _triton_forward(
@@ -106,15 +106,14 @@ def _triton_forward(
 
 def _triton_backward(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, top: Tensor, transform: Transform,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """linear_logprobs with max in place of lse: da = e (dsumexp + dsum_z_exp (1 + z - max)) + ids."""
     V, ids = weight.shape[0], ids.contiguous()
     with torch.cuda.device_of(hidden):
         ops = head_triton.operands(hidden, weight, bias, transform)
-        top = head_triton.stats(ops, False).top
-        top = torch.where(top == -math.inf, 0.0, top)
+        top = _finite(top)
         total = torch.zeros_like(top)  # the G of `linear_logprobs`, for da = -e (G + g_H (z - max)) + sparse
         for d in (dsumexp, dsum_z_exp):
             total = total if d is None else total - d
@@ -136,15 +135,12 @@ def _cpp_forward(
 
 def _cpp_backward(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, top: Tensor, transform: Transform,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """linear_logprobs with max in place of lse, as in `_triton_backward`."""
-    zeros = torch.zeros(len(hidden))
-    top = zeros.clone()
-    for r0, r1, state in head_cpu.sweep(OP, hidden, weight, bias, ids[:, :0], transform, entropy=False):
-        top[r0:r1] = state.top[: r1 - r0]
-    top = torch.where(top == -math.inf, 0.0, top)
+    top = _finite(top)
+    zeros = torch.zeros_like(top)
     dentropy = None if dsum_z_exp is None else -dsum_z_exp
     up = head_cpu.make_upstream(did_logits, dsumexp, dentropy, ids, weight.shape[0], top, None, zeros)
     total = torch.zeros(len(hidden), dtype=torch.float64)
@@ -183,26 +179,26 @@ def _(hidden, weight, bias, ids, scale, softcap, temperature, dtype, impl):
 @torch.library.custom_op("ipvrm::linear_logprobs_partial_bwd", mutates_args=())
 def _backward_op(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, top: Tensor,
     scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, needs: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     transform = Transform(scale, softcap, temperature, dtype)
     gradients = IMPLS[impl].backward(
-        dsumexp, dsum_z_exp, did_logits, hidden, weight, bias, ids, transform, needs
+        dsumexp, dsum_z_exp, did_logits, hidden, weight, bias, ids, top, transform, needs
     )
     return cast_gradients(gradients, (hidden, weight, bias), needs)
 
 
 @_backward_op.register_fake
-def _(dsumexp, dsum_z_exp, did_logits, hidden, weight, bias, ids, scale, softcap, temperature, dtype, needs,
-      impl):  # fmt: skip
+def _(dsumexp, dsum_z_exp, did_logits, hidden, weight, bias, ids, top, scale, softcap, temperature, dtype,
+      needs, impl):  # fmt: skip
     return fake_gradients(hidden, weight, bias, needs)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(*inputs[:4])
+    ctx.save_for_backward(*inputs[:4], output[0])
     ctx.transform, ctx.impl = inputs[4:8], inputs[8]
 
 
