@@ -27,6 +27,8 @@ from ipvrm.prompt_groups import (
     PromptGroups,
     Reduce,
     batch_moments,
+    check_edges,
+    check_like,
     checked_outcome,
     described,
     moments,
@@ -35,8 +37,6 @@ from ipvrm.prompt_groups import (
     wide,
 )
 from ipvrm_kernels import segment_scan
-from ipvrm_kernels.backend import checks_values
-from ipvrm_kernels.packing import check_cu_seqlens, check_cu_seqlens_shape
 
 EPS = 1e-6
 StdFloor = Literal["add", "clamp"]
@@ -126,11 +126,8 @@ def temporal_difference(
 
 def last_tokens(op: str, cu_seqlens: Tensor, packed: Tensor) -> Tensor:
     """(N,) bool, the last token of each sequence of `packed` (N, ...). Raises ValueError on bad edges."""
-    check_cu_seqlens_shape(op, cu_seqlens, packed)
-    N = packed.shape[0]
-    if checks_values(cu_seqlens):
-        check_cu_seqlens(op, cu_seqlens, N)
-    starts = torch.zeros(N + 1, dtype=torch.bool, device=packed.device)
+    check_edges(op, cu_seqlens, packed)
+    starts = torch.zeros(packed.shape[0] + 1, dtype=torch.bool, device=packed.device)
     # an empty sequence marks the edge of its neighbour again
     return starts.index_fill_(0, cu_seqlens[1:].long(), True)[1:]
 
@@ -218,7 +215,7 @@ def distrl_advantages(
     op = "distrl_advantages"
     if td.dim() != 1 or not td.is_floating_point():
         raise ValueError(f"{op}: td must be (N,) floating point, got {described(td)}")
-    check_cu_seqlens_shape(op, cu_seqlens, td)
+    check_edges(op, cu_seqlens, td)
     N, B = td.shape[0], cu_seqlens.shape[0] - 1
     if candidate_td.dim() != 2:
         raise ValueError(f"{op}: candidate_td must be (N, K), got {described(candidate_td)}")
@@ -260,11 +257,3 @@ def distrl_advantages(
 
 def _divisor(std: Tensor, floor: StdFloor) -> Tensor:
     return std + EPS if floor == "add" else std.clamp(min=EPS)
-
-
-def check_like(op: str, name: str, x: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError, as `op`, unless x is floating point of this shape on the device of `like`."""
-    if x.shape != shape or not x.is_floating_point():
-        raise ValueError(f"{op}: {name} must be floating point of shape {tuple(shape)}, got {described(x)}")
-    if x.device != like.device:
-        raise ValueError(f"{op}: {name} is on {x.device}, the others on {like.device}")

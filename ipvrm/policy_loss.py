@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ipvrm.advantages import check_like, last_tokens
+from ipvrm.advantages import last_tokens
 from ipvrm.presets import Preset, by_preset
-from ipvrm.prompt_groups import described
+from ipvrm.prompt_groups import check_edges, check_like, described
 from ipvrm_kernels import Candidates, DistRLLoss, clipped_surrogate, linear_candidates
 from ipvrm_kernels.linear_distrl_loss import METRICS
 
@@ -108,7 +108,7 @@ def distrl_loss(
         ("candidate_advantages", candidate_advantages, (N, K)),
     ):
         check_like(op, name, x, logprobs, shape)
-    last_tokens(op, cu_seqlens, logprobs)  # its checks
+    check_edges(op, cu_seqlens, logprobs)
     for name, given, offered in (
         ("reduction", config.reduction, REDUCTIONS),
         ("candidate_reduction", config.candidate_reduction, (*REDUCTIONS, "old_prob_mean")),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ipvrm_kernels import segment_scan
 from ipvrm_kernels.backend import checks_values
+from ipvrm_kernels.packing import check_cu_seqlens, check_cu_seqlens_shape
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -100,6 +101,22 @@ def wide(x: Tensor) -> Tensor:
 def described(x: Tensor) -> str:
     """For error messages."""
     return f"{tuple(x.shape)} {x.dtype}"
+
+
+def check_like(op: str, name: str, x: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError, as `op`, unless x is floating point of this shape on the device of `like`."""
+    if x.shape != shape or not x.is_floating_point():
+        raise ValueError(f"{op}: {name} must be floating point of shape {tuple(shape)}, got {described(x)}")
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, the others on {like.device}")
+
+
+def check_edges(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
+    """Raises ValueError, as `op`, unless cu_seqlens is (B + 1,) int32 and rises from 0 to N; its values are read
+    on the CPU, and under `set_checks(True)`."""
+    check_cu_seqlens_shape(op, cu_seqlens, packed)
+    if checks_values(cu_seqlens):
+        check_cu_seqlens(op, cu_seqlens, packed.shape[0])
 
 
 def checked_outcome(op: str, outcome: Tensor, group: Tensor) -> Tensor:

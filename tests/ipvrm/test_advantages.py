@@ -157,7 +157,7 @@ def test_paper_by_hand():
 
 def test_release_by_hand():
     got = distrl_advantages(*BY_HAND, config=RELEASE)
-    # centred by the batch mean 1, over sigma_V 1: 0 -1 2 -1; lambda 1: -1 -1 1 -1; mean -1/2, var 3/4 * 4/3 = 1
+    # centred by the batch mean 1, over sigma_V 1: 0 -1 2 -1; lambda 1: -1 -1 1 -1; mean -1/2, var 3/4 * 4/3
     assert got.gae.tolist() == pytest.approx([-0.5, -0.5, 1.5, -0.5], rel=1e-5)
     assert got.advantages.tolist() == pytest.approx([0.975, 0.975, -0.925, -1.025], rel=1e-5)
     assert got.candidate_advantages.flatten().tolist() == pytest.approx([2, 0, 0, 0, 1, -1, 0, 0], rel=1e-5)
