@@ -9,16 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipvrm import (
+    AdvantageConfig,
     CandidateConfig,
     IpvrmError,
     PolicyLossConfig,
     candidate_mask,
+    distrl_advantages,
     distrl_loss,
     force_sampled,
     policy_loss,
     select_candidates,
+    temporal_difference,
 )
-from ipvrm_kernels import linear_distrl_loss
+from ipvrm_kernels import linear_distrl_loss, linear_logprobs
 
 PAPER, RELEASE = PolicyLossConfig.preset("paper"), PolicyLossConfig.preset("release")
 CONFIGS = {
@@ -27,10 +30,6 @@ CONFIGS = {
     "token_mean": replace(PAPER, reduction="token_mean", candidate_reduction="token_mean", alpha=2.0),
     "mixed": replace(RELEASE, reduction="sequence_mean", candidate_clip_low=0.05, dual_clip=1.2),
 }
-NAMES = (
-    "logprobs", "candidate_logprobs", "old_logprobs", "old_candidate_logprobs", "advantages",
-    "candidate_advantages", "cu_seqlens",
-)  # fmt: skip
 
 
 def inputs(seed=0, lengths=(5, 1, 0, 9, 2), K=4, V=30):
@@ -235,6 +234,36 @@ def test_nan_is_not_hidden():
         spoiled.view(-1)[(spoiled.view(-1) > -math.inf).nonzero()[0]] = math.nan
         arguments = (spoiled, new_candidates) if spoiled.dim() == 1 else (new, spoiled)
         assert distrl_loss(*arguments, **rest).loss.isnan()
+
+
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_a_step_is_the_same_code_under_both_presets(preset):
+    """From hidden states of three models to the gradient; at the first update every ratio is 1."""
+    torch.manual_seed(0)
+    V, cu = 40, torch.tensor([0, 6, 7, 15, 20], dtype=torch.int32)
+    hidden, rm_hidden, weight = torch.randn(20, 16), torch.randn(20, 16), torch.randn(V, 16)
+    token_ids, outcome = torch.randint(V, (20,)), torch.tensor([1.0, 0, 0, 1])
+
+    old = select_candidates(hidden, weight, token_ids, cu, config=CandidateConfig.preset(preset))
+    rm = linear_logprobs(rm_hidden, weight, torch.cat([token_ids[:, None], old.ids], 1)).logprobs
+    got = distrl_advantages(
+        temporal_difference(rm[:, 0], old.sampled_logprobs, cu),
+        temporal_difference(rm[:, 1:], old.logprobs, cu),
+        outcome, cu, torch.tensor([0, 0, 1, 1]), 2, config=AdvantageConfig.preset(preset),
+    )  # fmt: skip
+    leaf = hidden.clone().requires_grad_()
+    out = linear_distrl_loss(
+        leaf, weight, token_ids, old.ids, old.sampled_logprobs, old.logprobs, got.advantages,
+        got.candidate_advantages, cu, **PolicyLossConfig.preset(preset).options(),
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.isfinite() and leaf.grad.isfinite().all() and leaf.grad.abs().max() > 0
+    assert out.metrics["token_clip_fraction"][0] == 0 and out.metrics["candidate_clip_fraction"][0] == 0
+    assert abs(out.metrics["token_kl"][0]) < 1e-4
+    assert out.metrics["candidates_per_row"][0] == old.counts.sum() > 0
+    assert (got.candidate_advantages[old.ids < 0] == 0).all()
+    last = (cu[1:] - 1).long()
+    assert (old.counts[last] == 0).all() and (got.candidate_advantages[last] == 0).all()
 
 
 # ------------------------------------------------------------------------------------------- seeded faults
