@@ -40,7 +40,7 @@ def parts(folder: Path) -> list[Part]:
     run = [python, "-m", "benchmarks.run", "--device", "cuda"]
     bench = [
         Part(f"bench_{name}", [*run, "--op", name, "--json", str(folder / f"{name}.json")], limit)
-        for name, limit in zip(MODULES, (90, 40, 40, 25, 25, 25), strict=True)
+        for name, limit in zip(MODULES, (90, 40, 40, 25, 25, 25, 25), strict=True)
     ]  # fmt: skip
     build = [python, "setup.py", "build_ext", "--inplace"]
     tests = [python, "-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider"]

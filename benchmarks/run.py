@@ -21,6 +21,7 @@ from benchmarks.measure import Row, markdown, measure
 MODULES = (
     "linear_logprobs", "linear_candidates", "linear_distrl_loss",
     "segment_scan", "prefix_values", "prefix_value_loss",
+    "clipped_surrogate",
 )  # fmt: skip
 
 

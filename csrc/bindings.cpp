@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 
 #include "head_cpu.h"
+#include "policy_cpu.h"
 #include "sequence_cpu.h"
 #ifdef IPVRM_WITH_CUDA
+#include "policy_cuda.h"
 #include "sequence_cuda.h"
 #endif
 
@@ -118,6 +120,22 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil);
 
+  // Policy losses: (low, high, dual) is a Clips.
+  m.def(
+      "clipped_surrogate_fwd_cpu",
+      [](Address logprobs, Address old, Address advantages, int64_t count, float low, float high, float dual, Address loss,
+         Address clipped, Address dual_clipped, Address slope, int threads) {
+        ipvrm::clipped_surrogate_fwd_cpu(in(logprobs), in(old), in(advantages), count, {low, high, dual}, out(loss),
+                                         at<uint8_t>(clipped), at<uint8_t>(dual_clipped), out(slope), threads);
+      },
+      no_gil);
+  m.def(
+      "clipped_surrogate_bwd_cpu",
+      [](Address dloss, Address slope, Address dlogprobs, int64_t count, int threads) {
+        ipvrm::clipped_surrogate_bwd_cpu(in(dloss), in(slope), out(dlogprobs), count, threads);
+      },
+      no_gil);
+
 #ifdef IPVRM_WITH_CUDA
   m.attr("has_cuda") = true;
   const auto stream_of = [](Address stream) { return reinterpret_cast<void*>(stream); };
@@ -155,6 +173,20 @@ PYBIND11_MODULE(_C, m) {
       "prefix_value_loss_bwd_cuda",
       [=](Address slope, Address cu, Address scale, Address dl, int64_t B, float beta, Address stream) {
         ipvrm::prefix_value_loss_bwd_cuda(in(slope), edges(cu), in(scale), out(dl), B, beta, stream_of(stream));
+      },
+      no_gil);
+  m.def(
+      "clipped_surrogate_fwd_cuda",
+      [=](Address logprobs, Address old, Address advantages, int64_t count, float low, float high, float dual, Address loss,
+          Address clipped, Address dual_clipped, Address slope, Address stream) {
+        ipvrm::clipped_surrogate_fwd_cuda(in(logprobs), in(old), in(advantages), count, {low, high, dual}, out(loss),
+                                          at<uint8_t>(clipped), at<uint8_t>(dual_clipped), out(slope), stream_of(stream));
+      },
+      no_gil);
+  m.def(
+      "clipped_surrogate_bwd_cuda",
+      [=](Address dloss, Address slope, Address dlogprobs, int64_t count, Address stream) {
+        ipvrm::clipped_surrogate_bwd_cuda(in(dloss), in(slope), out(dlogprobs), count, stream_of(stream));
       },
       no_gil);
 #else

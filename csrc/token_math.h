@@ -1,4 +1,4 @@
-// Per-token mathematics of the sequence ops, compiled by g++ and nvcc alike, so that the CPU tests run the lines the
+// Per-token mathematics, compiled by g++ and nvcc alike, so that the CPU tests run the lines the
 // GPU runs. Branch-free, so that g++ vectorises loops over these functions. Equation numbers are the paper's.
 #pragma once
 
@@ -42,6 +42,31 @@ IPVRM_HD float exp_negative_abs(float z) {
 // exp(x) for x <= 0 (a little above is fine), 0 below -87.68; NaN stays NaN.
 IPVRM_HD float exp_nonpositive(float x) { return exp_in_range(x < -88.0f ? -88.0f : x); }
 
+// exp(x) for any x to 1 ulp or so: denormal, 0 and inf where exp(x) is; NaN stays NaN.
+IPVRM_HD float exp_any(float x) {
+  const float low = x < -104.0f ? -104.0f : x;
+  const float c = low > 89.0f ? 89.0f : low;
+  const float shifted = c * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its lowest bits become round(c / ln 2)
+  const float nf = shifted - 12582912.0f;
+  const float r = (c - nf * 0.693359375f) + nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
+  float p = 1.98412698e-4f;                                        // Taylor, |r| <= 0.35: error below 2^-27
+  p = p * r + 1.38888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  uint32_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  const int32_t n = static_cast<int32_t>(bits - 0x4B400000u);
+  const int32_t half = n >> 1;  // 2^n in two factors: n = 128 and n = -149 are no exponents of a float
+  const uint32_t first = static_cast<uint32_t>(half + 127) << 23, second = static_cast<uint32_t>(n - half + 127) << 23;
+  float a, b;
+  memcpy(&a, &first, sizeof a);
+  memcpy(&b, &second, sizeof b);
+  return p * a * b;
+}
+
 // tanh to 3e-7, relative where |x| is small: Eigen's 13/6 rational approximation, free of branches.
 IPVRM_HD float tanh_rational(float x) {
   const float low = x < -7.90531110f ? -7.90531110f : x;
@@ -79,6 +104,37 @@ IPVRM_HD float logprob_slope(float log_p, float total, float dentropy, float ent
   const float finite = log_p < -88.0f ? -88.0f : log_p;  // p is 0 there, and 0 * -inf is not
   return -exp_nonpositive(log_p) * (total + dentropy * (finite + entropy));
 }
+
+// The interval that rho is clipped to, and the multiple of |A| that a loss with A < 0 never exceeds (inf: no dual clip).
+struct Clips {
+  float low;
+  float high;
+  float dual;
+};
+
+// max(-A rho, -A clip(rho)) with rho = exp(logprob - old_logprob), Eq. 11 and 12, and its derivative by logprob.
+struct Surrogate {
+  float loss;
+  float slope;
+  int32_t clipped;  // 0 or 1; with bool g++ keeps the struct in memory and its loops scalar
+  int32_t dual_clipped;
+};
+IPVRM_HD Surrogate clipped_surrogate(float logprob, float old_logprob, float advantage, Clips clips) {
+  const float rho = exp_any(logprob - old_logprob);
+  const float above = rho < clips.low ? clips.low : rho;
+  const float unclipped = -advantage * rho;
+  const float bounded = -advantage * (above > clips.high ? clips.high : above);
+  const float larger = bounded > unclipped ? bounded : unclipped;  // NaN if either is
+  const float ceiling = -advantage * clips.dual;
+  // selected last and without short cuts: a branch before the exp would keep the loop from being vectorised
+  const bool counted = (old_logprob != -INFINITY) & (advantage != 0.0f);
+  const bool clipped = counted & (bounded > unclipped);
+  const bool dual_clipped = counted & (advantage < 0.0f) & (larger > ceiling);
+  const float loss = dual_clipped ? ceiling : larger;
+  return {counted ? loss : 0.0f, counted & !clipped & !dual_clipped ? unclipped : 0.0f, clipped, dual_clipped};
+}
+// The slope against an upstream gradient, which must not be read where the slope is 0: a NaN there stays out.
+IPVRM_HD float clipped_surrogate_slope(float dloss, float slope) { return slope != 0.0f ? dloss * slope : 0.0f; }
 
 // log(1 + u) for u in [0, 1]: 2 atanh(u / (2 + u)), which keeps the relative accuracy of small u.
 IPVRM_HD float log1p_unit(float u) {

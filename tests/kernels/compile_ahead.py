@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 # modules, not the functions of the same names that the package exports
 segment_scan = importlib.import_module("ipvrm_kernels.segment_scan")
 prefix_values = importlib.import_module("ipvrm_kernels.prefix_values")
+clipped_surrogate = importlib.import_module("ipvrm_kernels.clipped_surrogate")
 prefix_value_loss = importlib.import_module("ipvrm_kernels.prefix_value_loss")
 
 head_triton = importlib.import_module("ipvrm_kernels.head_triton")
@@ -29,8 +30,10 @@ head_triton_backward = importlib.import_module("ipvrm_kernels.head_triton_backwa
 linear_candidates = importlib.import_module("ipvrm_kernels.linear_candidates")
 
 warnings.filterwarnings("ignore")
-POINTERS = {"cu_seqlens_ptr": "*i32", "groups_ptr": "*i32", "counts_ptr": "*i64", "best_ids_ptr": "*i64"}
+POINTERS = {"cu_seqlens_ptr": "*i32", "groups_ptr": "*i32", "counts_ptr": "*i64", "best_ids_ptr": "*i64",
+            "clipped_ptr": "*i1", "dual_clipped_ptr": "*i1"}  # fmt: skip
 FLOATS = ("decay", "beta", "margin", "scale", "cap", "factor", "slope", "low")
+INTEGERS = ("count",)
 ALIGNED = ("D", "C", "hidden_stride", "weight_stride")  # multiples of 16, as in every model
 # kernel, constexprs of its main configurations
 CASES = [
@@ -49,6 +52,8 @@ CASES = [
         for weighting in prefix_value_loss.WEIGHTINGS
     ),
     (prefix_value_loss._prefix_value_loss_bwd_kernel, {"BLOCK_T": prefix_value_loss.BLOCK_T}),
+    (clipped_surrogate._clipped_surrogate_fwd_kernel, {"BLOCK": clipped_surrogate.BLOCK}),
+    (clipped_surrogate._clipped_surrogate_bwd_kernel, {"BLOCK": clipped_surrogate.BLOCK}),
 ]
 
 
@@ -123,6 +128,8 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
             signature[name] = types.get(name, POINTERS.get(name, "*fp32"))
         elif name in FLOATS:
             signature[name] = "fp32"
+        elif name in INTEGERS:
+            signature[name] = "i32"
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
         if scalar == "i32" and (name in ALIGNED or signature[name].startswith("*"))

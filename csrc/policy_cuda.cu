@@ -1,0 +1,62 @@
+// Policy losses on NVIDIA GPUs: one thread per element, neighbours in neighbouring threads.
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "policy_cuda.h"
+#include "token_math.h"
+
+namespace ipvrm {
+namespace {
+
+constexpr int kThreads = 256;
+
+void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": launch failed: " + cudaGetErrorString(error));
+}
+
+__global__ void __launch_bounds__(kThreads)
+clipped_surrogate_fwd_kernel(const float* __restrict__ logprobs, const float* __restrict__ old_logprobs,
+                             const float* __restrict__ advantages, int64_t count, Clips clips, float* __restrict__ loss,
+                             uint8_t* __restrict__ clipped, uint8_t* __restrict__ dual_clipped,
+                             float* __restrict__ slope) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const Surrogate s = clipped_surrogate(logprobs[i], old_logprobs[i], advantages[i], clips);
+  loss[i] = s.loss;
+  slope[i] = s.slope;
+  clipped[i] = s.clipped;
+  dual_clipped[i] = s.dual_clipped;
+}
+
+__global__ void __launch_bounds__(kThreads)
+clipped_surrogate_bwd_kernel(const float* __restrict__ dloss, const float* __restrict__ slope,
+                             float* __restrict__ dlogprobs, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < count) dlogprobs[i] = clipped_surrogate_slope(dloss[i], slope[i]);
+}
+
+cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
+unsigned grid(int64_t count) { return static_cast<unsigned>((count + kThreads - 1) / kThreads); }
+
+}  // namespace
+
+void clipped_surrogate_fwd_cuda(const float* logprobs, const float* old_logprobs, const float* advantages, int64_t count,
+                                Clips clips, float* loss, uint8_t* clipped, uint8_t* dual_clipped, float* slope,
+                                void* stream) {
+  if (count == 0) return;
+  clipped_surrogate_fwd_kernel<<<grid(count), kThreads, 0, as_stream(stream)>>>(
+      logprobs, old_logprobs, advantages, count, clips, loss, clipped, dual_clipped, slope);
+  check_launch("clipped_surrogate");
+}
+
+void clipped_surrogate_bwd_cuda(const float* dloss, const float* slope, float* dlogprobs, int64_t count, void* stream) {
+  if (count == 0) return;
+  clipped_surrogate_bwd_kernel<<<grid(count), kThreads, 0, as_stream(stream)>>>(dloss, slope, dlogprobs, count);
+  check_launch("clipped_surrogate backward");
+}
+
+}  // namespace ipvrm
