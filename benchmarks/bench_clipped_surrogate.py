@@ -22,9 +22,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         advantages = torch.randn(count, device=device)
         upstream = torch.rand(count, device=device)  # the reduction's weights
 
-        def eager(
-            x: Tensor, old: Tensor = old, a: Tensor = advantages, upstream: Tensor = upstream
-        ) -> Tensor:
+        def eager(x: Tensor, old=old, a=advantages, upstream=upstream) -> Tensor:
             rho = torch.exp(x - old)
             loss = -torch.minimum(rho * a, rho.clamp(1 - LOW, 1 + HIGH) * a)
             return loss @ upstream
@@ -32,8 +30,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         contenders = {"eager": forward_backward(eager, x)}
         for impl in runnable(OP, device):
 
-            def ours(x: Tensor, impl: str = impl, old: Tensor = old, a: Tensor = advantages,
-                     upstream: Tensor = upstream) -> Tensor:  # fmt: skip
+            def ours(x: Tensor, impl=impl, old=old, a=advantages, upstream=upstream) -> Tensor:
                 out = clipped_surrogate(x, old, a, clip_low=LOW, clip_high=HIGH, impl=impl)
                 return out.loss @ upstream
 

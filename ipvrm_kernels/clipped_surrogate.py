@@ -72,7 +72,7 @@ if backend.HAS_TRITON:
         high,  # scalar, 1 + clip_high
         dual,  # scalar, inf: no dual clip
     ):
-        """loss, slope, clipped, dual_clipped, each (BLOCK,); NaN passes through, since no maximum may eat it."""
+        """loss, slope, clipped, dual_clipped, each (BLOCK,); tl.maximum would lose a NaN."""
         counted = (old_logprobs != float("-inf")) & (advantages != 0.0)  # (BLOCK,)
         a = tl.where(counted, -advantages, 0.0)  # (BLOCK,)
         rho = tl.exp(tl.where(counted, logprobs - old_logprobs, 0.0))  # (BLOCK,)
@@ -133,8 +133,8 @@ def clip_bounds(clip_low: float, clip_high: float, dual_clip: float | None) -> t
 
 
 def _empty_outputs(logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    flags = (torch.empty_like(logprobs, dtype=torch.bool) for _ in range(2))
-    return torch.empty_like(logprobs), *flags, torch.empty_like(logprobs)
+    clipped, dual_clipped = (torch.empty_like(logprobs, dtype=torch.bool) for _ in range(2))
+    return torch.empty_like(logprobs), clipped, dual_clipped, torch.empty_like(logprobs)
 
 
 def _triton_forward(
