@@ -25,6 +25,17 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// In the order in which ipvrm_kernels/distrl_objective.py passes them.
+ipvrm::PolicyRows policy_rows(Address logprobs, Address token_ids, Address candidate_ids, Address old, Address candidate_old,
+                              Address advantages, Address candidate_advantages, Address cu, int64_t B, int64_t row0,
+                              int64_t n, int64_t K) {
+  return {in(logprobs), at<int64_t>(token_ids), at<int64_t>(candidate_ids), in(old), in(candidate_old), in(advantages),
+          in(candidate_advantages), edges(cu), B, row0, n, K};
+}
+ipvrm::Branch branch(int reduction, float divisor, float low, float high, float dual) {
+  return {static_cast<ipvrm::Reduction>(reduction), divisor, {low, high, dual}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -135,6 +146,23 @@ PYBIND11_MODULE(_C, m) {
         ipvrm::clipped_surrogate_bwd_cpu(in(dloss), in(slope), out(dlogprobs), count, threads);
       },
       no_gil);
+  m.def(
+      "distrl_objective_cpu",
+      [](Address logprobs, Address token_ids, Address candidate_ids, Address old, Address candidate_old,
+         Address advantages, Address candidate_advantages, Address cu, int64_t B, int64_t row0, int64_t n, int64_t K,
+         int token_reduction, float token_divisor, float token_low, float token_high, int candidate_reduction,
+         float candidate_divisor, float candidate_low, float candidate_high, float dual, float alpha, Address loss,
+         Address token_loss, Address candidate_loss, Address metrics, Address dlogprobs, Address partial, int64_t block_rows,
+         int threads) {
+        ipvrm::distrl_objective_cpu(
+            policy_rows(logprobs, token_ids, candidate_ids, old, candidate_old, advantages, candidate_advantages, cu, B,
+                        row0, n, K),
+            branch(token_reduction, token_divisor, token_low, token_high, dual),
+            branch(candidate_reduction, candidate_divisor, candidate_low, candidate_high, dual), alpha,
+            {out(loss), out(token_loss), out(candidate_loss), out(metrics), out(dlogprobs)}, at<double>(partial), block_rows,
+            threads);
+      },
+      no_gil);
 
 #ifdef IPVRM_WITH_CUDA
   m.attr("has_cuda") = true;
@@ -187,6 +215,24 @@ PYBIND11_MODULE(_C, m) {
       "clipped_surrogate_bwd_cuda",
       [=](Address dloss, Address slope, Address dlogprobs, int64_t count, Address stream) {
         ipvrm::clipped_surrogate_bwd_cuda(in(dloss), in(slope), out(dlogprobs), count, stream_of(stream));
+      },
+      no_gil);
+  m.def(
+      "distrl_objective_cuda",
+      [=](Address logprobs, Address token_ids, Address candidate_ids, Address old, Address candidate_old,
+          Address advantages, Address candidate_advantages, Address cu, int64_t B, int64_t row0, int64_t n, int64_t K,
+          int token_reduction, float token_divisor, float token_low, float token_high, int candidate_reduction,
+          float candidate_divisor, float candidate_low, float candidate_high, float dual, float alpha, Address loss,
+          Address token_loss, Address candidate_loss, Address metrics, Address dlogprobs, Address partial, int blocks,
+          Address token_denominator, Address candidate_denominator, Address stream) {
+        ipvrm::distrl_objective_cuda(
+            policy_rows(logprobs, token_ids, candidate_ids, old, candidate_old, advantages, candidate_advantages, cu, B,
+                        row0, n, K),
+            branch(token_reduction, token_divisor, token_low, token_high, dual),
+            branch(candidate_reduction, candidate_divisor, candidate_low, candidate_high, dual),
+            in(token_denominator), in(candidate_denominator), alpha,
+            {out(loss), out(token_loss), out(candidate_loss), out(metrics), out(dlogprobs)}, out(partial), blocks,
+            stream_of(stream));
       },
       no_gil);
 #else

@@ -136,6 +136,59 @@ IPVRM_HD Surrogate clipped_surrogate(float logprob, float old_logprob, float adv
 // The slope against an upstream gradient, which must not be read where the slope is 0: a NaN there stays out.
 IPVRM_HD float clipped_surrogate_slope(float dloss, float slope) { return slope != 0.0f ? dloss * slope : 0.0f; }
 
+// How the losses of a branch are averaged; index = ipvrm_kernels/distrl_objective.py's CANDIDATE_REDUCTIONS.
+enum class Reduction : int { sequence_mean = 0, token_mean = 1, old_prob_mean = 2 };
+
+// A branch of the DistRL objective: what its divisor is, and its clips.
+struct Branch {
+  Reduction reduction;
+  float divisor;
+  Clips clips;
+  // The factor of every loss in a row whose sequence has `length` tokens.
+  IPVRM_HD float factor(int32_t length) const {
+    if (reduction == Reduction::old_prob_mean) return divisor > 0.0f ? 1.0f / divisor : 0.0f;
+    return (reduction == Reduction::sequence_mean ? 1.0f / static_cast<float>(length) : 1.0f) / divisor;
+  }
+};
+
+// One used element of the objective: its loss and slope times prob * factor (Eq. 11; prob is 1 in Eq. 12), and its
+// statistics. A prob that underflows must not meet its infinite rho.
+struct ObjectiveTerm {
+  float loss;
+  float slope;
+  float kl;
+  int32_t clipped;
+  int32_t dual_clipped;
+};
+IPVRM_HD ObjectiveTerm objective_term(float logprob, float old_logprob, float advantage, float prob, float factor,
+                                      Clips clips) {
+  const Surrogate s = clipped_surrogate(logprob, old_logprob, advantage, clips);
+  const float weight = prob * factor;
+  const float kl = prob * (old_logprob - logprob);
+  return {weight > 0.0f ? weight * s.loss : 0.0f, weight > 0.0f ? weight * s.slope : 0.0f, prob > 0.0f ? kl : 0.0f,
+          s.clipped, s.dual_clipped};
+}
+
+// The objective's sums over elements: for the tokens, then for the candidates, kBranchSums each; then the mass of pi_old.
+enum ObjectiveSum : int { kLoss, kClipped, kDualClipped, kKl, kUsed, kBranchSums, kMass = 2 * kBranchSums, kObjectiveSums };
+
+// From the sums of `rows` rows to loss, token_loss, candidate_loss and the (sum, count) of every entry of METRICS.
+IPVRM_HD void finish_objective(const double* sums, int64_t rows, float alpha, float* loss, float* token_loss,
+                               float* candidate_loss, float* metrics) {
+  const double* candidates = sums + kBranchSums;
+  *loss = static_cast<float>(sums[kLoss] + alpha * candidates[kLoss]);
+  *token_loss = static_cast<float>(sums[kLoss]);
+  *candidate_loss = static_cast<float>(candidates[kLoss]);
+  for (int i = 0; i < 6; ++i) {
+    const double* branch = i < 3 ? sums : candidates;
+    metrics[2 * i] = static_cast<float>(branch[kClipped + i % 3]);
+    metrics[2 * i + 1] = static_cast<float>(branch[kUsed]);
+  }
+  metrics[12] = static_cast<float>(candidates[kUsed]);
+  metrics[14] = static_cast<float>(sums[kMass]);
+  metrics[13] = metrics[15] = static_cast<float>(rows);
+}
+
 // log(1 + u) for u in [0, 1]: 2 atanh(u / (2 + u)), which keeps the relative accuracy of small u.
 IPVRM_HD float log1p_unit(float u) {
   const float s = u / (2.0f + u);
