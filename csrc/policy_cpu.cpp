@@ -150,7 +150,7 @@ void distrl_objective_cpu(PolicyRows rows, Branch tokens, Branch candidates, flo
                           double* partial, int64_t block_rows, int num_threads) {
   const Branch branches[2] = {tokens, candidates};
   const int64_t blocks = (rows.n + block_rows - 1) / block_rows;
-  const int threads = rows.n * (rows.K + 1) < 16384 ? 1 : num_threads;
+  const int threads = rows.n * (rows.K + 1) < 65536 ? 1 : num_threads;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t block = 0; block < blocks; ++block) {
     objective_block(rows, block * block_rows, std::min(rows.n, (block + 1) * block_rows), branches, alpha,

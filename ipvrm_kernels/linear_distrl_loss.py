@@ -8,9 +8,10 @@
 Other reductions: token_mean divides by the number of tokens, old_prob_mean (candidates) by the sum of pi_old.
 
 The loss is a scalar whose gradient by every log-prob is known as soon as the log-probs are, so the forward
-forms dhidden, dweight and dbias (for upstream 1, as fp32 accumulators) and the backward scales them: three
-matmuls where a block's logits fit the workspace, two for a frozen head. Sampled token and candidates share
-one pass over the vocabulary; unused slots (-1) cost nothing.
+forms dhidden, dweight and dbias (for upstream 1, as fp32 accumulators) and the backward scales them: in
+place, once; compiled or with create_graph, into copies. Three matmuls where a block's logits fit the
+workspace, two for a frozen head. Sampled token and candidates share one pass over the vocabulary; unused
+slots (-1) cost nothing.
 
 Shapes: hidden (N, D), weight (V, D), token_ids (N,), candidate_ids (N, K), cu_seqlens (B+1,).
 """
@@ -186,7 +187,7 @@ def _backward_op(
     bias: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients times dloss, cast once; never in place, so that a second backward scales them afresh."""
+    """The gradients times dloss, cast once; out of place, for compiled graphs and create_graph."""
     return cast_gradients([g * dloss for g in gradients], (hidden, weight, bias), needs)
 
 
@@ -200,14 +201,30 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*detached)
     ctx.save_for_backward(*inputs[:3], *output[4:])
+    ctx.scaled = False
+
+
+def _is_plain_backward(*tensors: Tensor) -> bool:
+    """Whether nothing traces this backward and nobody will differentiate it."""
+    traced = torch.compiler.is_compiling() or any(type(x) is not Tensor for x in tensors)  # fake, functional
+    return not traced and not torch.is_grad_enabled()
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
     if dloss is None:
         return (None,) * 25
+    if ctx.scaled:
+        raise RuntimeError(
+            f"{OP}: a second backward through one call is not supported: the first scaled in place the "
+            "gradients that the forward had formed, and gave them away; evaluate the loss again"
+        )
     hidden, weight, bias, *formed = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    gradients = _backward_op(dloss, formed, hidden, weight, bias, needs)
+    if _is_plain_backward(dloss, *formed):
+        ctx.scaled = True  # a copy would be a second fp32 dweight
+        gradients = cast_gradients([g.mul_(dloss) for g in formed], (hidden, weight, bias), needs)
+    else:
+        gradients = _backward_op(dloss, formed, hidden, weight, bias, needs)
     return *(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 22
 
 
@@ -301,7 +318,7 @@ def linear_distrl_loss(
     token_loss, candidate_loss and metrics are detached. metrics maps the names in `METRICS` to (sum, count).
     Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that
         do not rise
-    from 0 to N. RuntimeError on double backward.
+    from 0 to N. RuntimeError on double backward, and on a second backward through one call.
     """
     transform = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
     check_row_ids(OP, "token_ids", token_ids, hidden, (1,))
