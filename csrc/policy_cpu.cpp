@@ -16,10 +16,11 @@ namespace ipvrm {
 namespace {
 
 constexpr int64_t kBlock = 4096;
+constexpr int64_t kThreaded = 65536;  // elements; below, a thread team costs more than it saves
 
 template <typename Body>
 void for_each_block(int64_t count, int num_threads, const Body& body) {
-  const int threads = count < 16384 ? 1 : num_threads;  // below this a thread team costs more than it saves
+  const int threads = count < kThreaded ? 1 : num_threads;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t first = 0; first < count; first += kBlock) body(first, std::min(kBlock, count - first));
 }
@@ -150,7 +151,7 @@ void distrl_objective_cpu(PolicyRows rows, Branch tokens, Branch candidates, flo
                           double* partial, int64_t block_rows, int num_threads) {
   const Branch branches[2] = {tokens, candidates};
   const int64_t blocks = (rows.n + block_rows - 1) / block_rows;
-  const int threads = rows.n * (rows.K + 1) < 65536 ? 1 : num_threads;
+  const int threads = rows.n * (rows.K + 1) < kThreaded ? 1 : num_threads;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t block = 0; block < blocks; ++block) {
     objective_block(rows, block * block_rows, std::min(rows.n, (block + 1) * block_rows), branches, alpha,

@@ -159,6 +159,8 @@ def test_ratio_to_an_ulp_at_any_size(impl, device):
 def test_many_elements(impl, device, count, poisoned):
     """Every block and thread, a tail that fills no vector, and no element misplaced: the oracle in fp64."""
     new, old = -3 * torch.rand(2, count)
+    for bound in (0.8, 1.28, 1.5):  # no rho that rounding puts on either side of a clip
+        new = torch.where(((new - old).exp() - bound).abs() < 1e-5, old, new)
     advantage = torch.randn(count)
     old[::5], advantage[::7] = -math.inf, 0.0
     got = run(new, old, advantage, impl, device, dual_clip=1.5)
