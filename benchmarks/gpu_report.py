@@ -40,7 +40,7 @@ def parts(folder: Path) -> list[Part]:
     run = [python, "-m", "benchmarks.run", "--device", "cuda"]
     bench = [
         Part(f"bench_{name}", [*run, "--op", name, "--json", str(folder / f"{name}.json")], limit)
-        for name, limit in zip(MODULES, (80, 30, 30, 40, 20, 20, 20, 40, 15), strict=True)
+        for name, limit in zip(MODULES, (80, 30, 30, 40, 20, 20, 20, 20, 40, 15), strict=True)
     ]  # fmt: skip
     build = [python, "setup.py", "build_ext", "--inplace"]
     tests = [python, "-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider"]

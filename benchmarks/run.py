@@ -22,7 +22,8 @@ from benchmarks.measure import Row, markdown, measure
 
 MODULES = (
     "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
-    "segment_scan", "prefix_values", "prefix_value_loss", "reward_step", "advantages",
+    "segment_scan", "prefix_values", "prefix_value_loss", "clipped_surrogate",
+    "reward_step", "advantages",
 )  # fmt: skip
 
 

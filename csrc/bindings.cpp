@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 
 #include "head_cpu.h"
+#include "policy_cpu.h"
 #include "sequence_cpu.h"
 #ifdef IPVRM_WITH_CUDA
+#include "policy_cuda.h"
 #include "sequence_cuda.h"
 #endif
 
@@ -21,6 +23,17 @@ float* out(Address address) { return reinterpret_cast<float*>(address); }
 template <typename T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+// In the order in which ipvrm_kernels/distrl_objective.py passes them.
+ipvrm::PolicyRows policy_rows(Address logprobs, Address token_ids, Address candidate_ids, Address old, Address candidate_old,
+                              Address advantages, Address candidate_advantages, Address cu, int64_t B, int64_t row0,
+                              int64_t n, int64_t K) {
+  return {in(logprobs), at<int64_t>(token_ids), at<int64_t>(candidate_ids), in(old), in(candidate_old), in(advantages),
+          in(candidate_advantages), edges(cu), B, row0, n, K};
+}
+ipvrm::Branch branch(int reduction, float divisor, float low, float high, float dual) {
+  return {static_cast<ipvrm::Reduction>(reduction), divisor, {low, high, dual}};
 }
 
 }  // namespace
@@ -118,6 +131,39 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil);
 
+  // Policy losses: (low, high, dual) is a Clips.
+  m.def(
+      "clipped_surrogate_fwd_cpu",
+      [](Address logprobs, Address old, Address advantages, int64_t count, float low, float high, float dual, Address loss,
+         Address clipped, Address dual_clipped, Address slope, int threads) {
+        ipvrm::clipped_surrogate_fwd_cpu(in(logprobs), in(old), in(advantages), count, {low, high, dual}, out(loss),
+                                         at<uint8_t>(clipped), at<uint8_t>(dual_clipped), out(slope), threads);
+      },
+      no_gil);
+  m.def(
+      "clipped_surrogate_bwd_cpu",
+      [](Address dloss, Address slope, Address dlogprobs, int64_t count, int threads) {
+        ipvrm::clipped_surrogate_bwd_cpu(in(dloss), in(slope), out(dlogprobs), count, threads);
+      },
+      no_gil);
+  m.def(
+      "distrl_objective_cpu",
+      [](Address logprobs, Address token_ids, Address candidate_ids, Address old, Address candidate_old,
+         Address advantages, Address candidate_advantages, Address cu, int64_t B, int64_t row0, int64_t n, int64_t K,
+         int token_reduction, float token_divisor, float token_low, float token_high, int candidate_reduction,
+         float candidate_divisor, float candidate_low, float candidate_high, float dual, float alpha, Address loss,
+         Address token_loss, Address candidate_loss, Address metrics, Address dlogprobs, Address partial, int64_t block_rows,
+         int threads) {
+        ipvrm::distrl_objective_cpu(
+            policy_rows(logprobs, token_ids, candidate_ids, old, candidate_old, advantages, candidate_advantages, cu, B,
+                        row0, n, K),
+            branch(token_reduction, token_divisor, token_low, token_high, dual),
+            branch(candidate_reduction, candidate_divisor, candidate_low, candidate_high, dual), alpha,
+            {out(loss), out(token_loss), out(candidate_loss), out(metrics), out(dlogprobs)}, at<double>(partial), block_rows,
+            threads);
+      },
+      no_gil);
+
 #ifdef IPVRM_WITH_CUDA
   m.attr("has_cuda") = true;
   const auto stream_of = [](Address stream) { return reinterpret_cast<void*>(stream); };
@@ -155,6 +201,38 @@ PYBIND11_MODULE(_C, m) {
       "prefix_value_loss_bwd_cuda",
       [=](Address slope, Address cu, Address scale, Address dl, int64_t B, float beta, Address stream) {
         ipvrm::prefix_value_loss_bwd_cuda(in(slope), edges(cu), in(scale), out(dl), B, beta, stream_of(stream));
+      },
+      no_gil);
+  m.def(
+      "clipped_surrogate_fwd_cuda",
+      [=](Address logprobs, Address old, Address advantages, int64_t count, float low, float high, float dual, Address loss,
+          Address clipped, Address dual_clipped, Address slope, Address stream) {
+        ipvrm::clipped_surrogate_fwd_cuda(in(logprobs), in(old), in(advantages), count, {low, high, dual}, out(loss),
+                                          at<uint8_t>(clipped), at<uint8_t>(dual_clipped), out(slope), stream_of(stream));
+      },
+      no_gil);
+  m.def(
+      "clipped_surrogate_bwd_cuda",
+      [=](Address dloss, Address slope, Address dlogprobs, int64_t count, Address stream) {
+        ipvrm::clipped_surrogate_bwd_cuda(in(dloss), in(slope), out(dlogprobs), count, stream_of(stream));
+      },
+      no_gil);
+  m.def(
+      "distrl_objective_cuda",
+      [=](Address logprobs, Address token_ids, Address candidate_ids, Address old, Address candidate_old,
+          Address advantages, Address candidate_advantages, Address cu, int64_t B, int64_t row0, int64_t n, int64_t K,
+          int token_reduction, float token_divisor, float token_low, float token_high, int candidate_reduction,
+          float candidate_divisor, float candidate_low, float candidate_high, float dual, float alpha, Address loss,
+          Address token_loss, Address candidate_loss, Address metrics, Address dlogprobs, Address partial, int blocks,
+          Address token_denominator, Address candidate_denominator, Address stream) {
+        ipvrm::distrl_objective_cuda(
+            policy_rows(logprobs, token_ids, candidate_ids, old, candidate_old, advantages, candidate_advantages, cu, B,
+                        row0, n, K),
+            branch(token_reduction, token_divisor, token_low, token_high, dual),
+            branch(candidate_reduction, candidate_divisor, candidate_low, candidate_high, dual),
+            in(token_denominator), in(candidate_denominator), alpha,
+            {out(loss), out(token_loss), out(candidate_loss), out(metrics), out(dlogprobs)}, out(partial), blocks,
+            stream_of(stream));
       },
       no_gil);
 #else

@@ -1,4 +1,4 @@
-// Per-token mathematics of the sequence ops, compiled by g++ and nvcc alike, so that the CPU tests run the lines the
+// Per-token mathematics, compiled by g++ and nvcc alike, so that the CPU tests run the lines the
 // GPU runs. Branch-free, so that g++ vectorises loops over these functions. Equation numbers are the paper's.
 #pragma once
 
@@ -42,6 +42,31 @@ IPVRM_HD float exp_negative_abs(float z) {
 // exp(x) for x <= 0 (a little above is fine), 0 below -87.68; NaN stays NaN.
 IPVRM_HD float exp_nonpositive(float x) { return exp_in_range(x < -88.0f ? -88.0f : x); }
 
+// exp(x) for any x to 1 ulp or so: denormal, 0 and inf where exp(x) is; NaN stays NaN.
+IPVRM_HD float exp_any(float x) {
+  const float low = x < -104.0f ? -104.0f : x;
+  const float c = low > 89.0f ? 89.0f : low;
+  const float shifted = c * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its lowest bits become round(c / ln 2)
+  const float nf = shifted - 12582912.0f;
+  const float r = (c - nf * 0.693359375f) + nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
+  float p = 1.98412698e-4f;                                        // Taylor, |r| <= 0.35: error below 2^-27
+  p = p * r + 1.38888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  uint32_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  const int32_t n = static_cast<int32_t>(bits - 0x4B400000u);
+  const int32_t half = n >> 1;  // 2^n in two factors: n = 128 and n = -149 are no exponents of a float
+  const uint32_t first = static_cast<uint32_t>(half + 127) << 23, second = static_cast<uint32_t>(n - half + 127) << 23;
+  float a, b;
+  memcpy(&a, &first, sizeof a);
+  memcpy(&b, &second, sizeof b);
+  return p * a * b;
+}
+
 // tanh to 3e-7, relative where |x| is small: Eigen's 13/6 rational approximation, free of branches.
 IPVRM_HD float tanh_rational(float x) {
   const float low = x < -7.90531110f ? -7.90531110f : x;
@@ -78,6 +103,90 @@ IPVRM_HD float logprob_slope(float log_p, float total) { return -exp_nonpositive
 IPVRM_HD float logprob_slope(float log_p, float total, float dentropy, float entropy) {
   const float finite = log_p < -88.0f ? -88.0f : log_p;  // p is 0 there, and 0 * -inf is not
   return -exp_nonpositive(log_p) * (total + dentropy * (finite + entropy));
+}
+
+// The interval that rho is clipped to, and the multiple of |A| that a loss with A < 0 never exceeds (inf: no dual clip).
+struct Clips {
+  float low;
+  float high;
+  float dual;
+};
+
+// max(-A rho, -A clip(rho)) with rho = exp(logprob - old_logprob), Eq. 11 and 12, and its derivative by logprob.
+struct Surrogate {
+  float loss;
+  float slope;
+  int32_t clipped;  // 0 or 1; with bool g++ keeps the struct in memory and its loops scalar
+  int32_t dual_clipped;
+};
+IPVRM_HD Surrogate clipped_surrogate(float logprob, float old_logprob, float advantage, Clips clips) {
+  const float rho = exp_any(logprob - old_logprob);
+  const float above = rho < clips.low ? clips.low : rho;
+  const float unclipped = -advantage * rho;
+  const float bounded = -advantage * (above > clips.high ? clips.high : above);
+  const float larger = bounded > unclipped ? bounded : unclipped;  // NaN if either is
+  const float ceiling = -advantage * clips.dual;
+  // selected last and without short cuts: a branch before the exp would keep the loop from being vectorised
+  const bool counted = (old_logprob != -INFINITY) & (advantage != 0.0f);
+  const bool clipped = counted & (bounded > unclipped);
+  const bool dual_clipped = counted & (advantage < 0.0f) & (larger > ceiling);
+  const float loss = dual_clipped ? ceiling : larger;
+  return {counted ? loss : 0.0f, counted & !clipped & !dual_clipped ? unclipped : 0.0f, clipped, dual_clipped};
+}
+// The slope against an upstream gradient, which must not be read where the slope is 0: a NaN there stays out.
+IPVRM_HD float clipped_surrogate_slope(float dloss, float slope) { return slope != 0.0f ? dloss * slope : 0.0f; }
+
+// How the losses of a branch are averaged; index = ipvrm_kernels/distrl_objective.py's CANDIDATE_REDUCTIONS.
+enum class Reduction : int { sequence_mean = 0, token_mean = 1, old_prob_mean = 2 };
+
+// A branch of the DistRL objective: what its divisor is, and its clips.
+struct Branch {
+  Reduction reduction;
+  float divisor;
+  Clips clips;
+  // The factor of every loss in a row whose sequence has `length` tokens.
+  IPVRM_HD float factor(int32_t length) const {
+    if (reduction == Reduction::old_prob_mean) return divisor > 0.0f ? 1.0f / divisor : 0.0f;
+    return (reduction == Reduction::sequence_mean ? 1.0f / static_cast<float>(length) : 1.0f) / divisor;
+  }
+};
+
+// One used element of the objective: its loss and slope times prob * factor (Eq. 11; prob is 1 in Eq. 12), and its
+// statistics. A prob that underflows must not meet its infinite rho.
+struct ObjectiveTerm {
+  float loss;
+  float slope;
+  float kl;
+  int32_t clipped;
+  int32_t dual_clipped;
+};
+IPVRM_HD ObjectiveTerm objective_term(float logprob, float old_logprob, float advantage, float prob, float factor,
+                                      Clips clips) {
+  const Surrogate s = clipped_surrogate(logprob, old_logprob, advantage, clips);
+  const float weight = prob * factor;
+  const float kl = prob * (old_logprob - logprob);
+  return {weight > 0.0f ? weight * s.loss : 0.0f, weight > 0.0f ? weight * s.slope : 0.0f, prob > 0.0f ? kl : 0.0f,
+          s.clipped, s.dual_clipped};
+}
+
+// The objective's sums over elements: for the tokens, then for the candidates, kBranchSums each; then the mass of pi_old.
+enum ObjectiveSum : int { kLoss, kClipped, kDualClipped, kKl, kUsed, kBranchSums, kMass = 2 * kBranchSums, kObjectiveSums };
+
+// From the sums of `rows` rows to loss, token_loss, candidate_loss and the (sum, count) of every entry of METRICS.
+IPVRM_HD void finish_objective(const double* sums, int64_t rows, float alpha, float* loss, float* token_loss,
+                               float* candidate_loss, float* metrics) {
+  const double* candidates = sums + kBranchSums;
+  *loss = static_cast<float>(sums[kLoss] + alpha * candidates[kLoss]);
+  *token_loss = static_cast<float>(sums[kLoss]);
+  *candidate_loss = static_cast<float>(candidates[kLoss]);
+  for (int i = 0; i < 6; ++i) {
+    const double* branch = i < 3 ? sums : candidates;
+    metrics[2 * i] = static_cast<float>(branch[kClipped + i % 3]);
+    metrics[2 * i + 1] = static_cast<float>(branch[kUsed]);
+  }
+  metrics[12] = static_cast<float>(candidates[kUsed]);
+  metrics[14] = static_cast<float>(sums[kMass]);
+  metrics[13] = metrics[15] = static_cast<float>(rows);
 }
 
 // log(1 + u) for u in [0, 1]: 2 atanh(u / (2 + u)), which keeps the relative accuracy of small u.

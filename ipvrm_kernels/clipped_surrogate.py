@@ -20,6 +20,12 @@ from torch import Tensor
 from . import backend
 from .head import refuse_double_backward
 
+if backend.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+BLOCK = 1024
+
 
 class ClippedSurrogate(NamedTuple):
     """loss (to be minimised; fp32, fp64 for fp64); clipped: the clipped branch is strictly larger;
@@ -55,8 +61,137 @@ def _torch_backward(dloss: Tensor, slope: Tensor) -> Tensor:
     )  # selects: a NaN upstream of an unused element stays out
 
 
+if backend.HAS_TRITON:
+
+    @triton.jit
+    def surrogate(
+        logprobs,  # (BLOCK,)
+        old_logprobs,  # (BLOCK,)
+        advantages,  # (BLOCK,)
+        low,  # scalar, 1 - clip_low
+        high,  # scalar, 1 + clip_high
+        dual,  # scalar, inf: no dual clip
+    ):
+        """loss, slope, clipped, dual_clipped, each (BLOCK,); tl.maximum would lose a NaN."""
+        counted = (old_logprobs != float("-inf")) & (advantages != 0.0)  # (BLOCK,)
+        a = tl.where(counted, -advantages, 0.0)  # (BLOCK,)
+        rho = tl.exp(tl.where(counted, logprobs - old_logprobs, 0.0))  # (BLOCK,)
+        within = tl.where(rho < low, low, tl.where(rho > high, high, rho))  # (BLOCK,)
+        unclipped = a * rho  # (BLOCK,)
+        bounded = a * within  # (BLOCK,)
+        clipped = bounded > unclipped  # (BLOCK,)
+        loss = tl.where(clipped, bounded, unclipped)  # (BLOCK,)
+        ceiling = tl.where(a > 0.0, a * dual, float("inf"))  # (BLOCK,)
+        dual_clipped = loss > ceiling  # (BLOCK,)
+        slope = tl.where(clipped | dual_clipped, 0.0, unclipped)  # (BLOCK,)
+        return tl.where(dual_clipped, ceiling, loss), slope, clipped, dual_clipped
+
+    @triton.jit
+    def _clipped_surrogate_fwd_kernel(
+        logprobs_ptr,  # (count,)
+        old_logprobs_ptr,  # (count,)
+        advantages_ptr,  # (count,)
+        loss_ptr,  # (count,)
+        clipped_ptr,  # (count,) bool
+        dual_clipped_ptr,  # (count,) bool
+        slope_ptr,  # (count,)
+        count,  # scalar
+        low,  # scalar
+        high,  # scalar
+        dual,  # scalar
+        BLOCK: tl.constexpr,
+    ):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+        valid = at < count  # (BLOCK,)
+        logprobs = tl.load(logprobs_ptr + at, mask=valid, other=0.0)  # (BLOCK,)
+        old_logprobs = tl.load(old_logprobs_ptr + at, mask=valid, other=0.0)  # (BLOCK,)
+        advantages = tl.load(advantages_ptr + at, mask=valid, other=0.0)  # (BLOCK,)
+        loss, slope, clipped, dual_clipped = surrogate(logprobs, old_logprobs, advantages, low, high, dual)
+        tl.store(loss_ptr + at, loss, mask=valid)
+        tl.store(clipped_ptr + at, clipped, mask=valid)
+        tl.store(dual_clipped_ptr + at, dual_clipped, mask=valid)
+        tl.store(slope_ptr + at, slope, mask=valid)
+
+    @triton.jit
+    def _clipped_surrogate_bwd_kernel(
+        dloss_ptr,  # (count,)
+        slope_ptr,  # (count,)
+        dlogprobs_ptr,  # (count,)
+        count,  # scalar
+        BLOCK: tl.constexpr,
+    ):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+        valid = at < count  # (BLOCK,)
+        dloss = tl.load(dloss_ptr + at, mask=valid, other=0.0)  # (BLOCK,)
+        slope = tl.load(slope_ptr + at, mask=valid, other=0.0)  # (BLOCK,)
+        tl.store(dlogprobs_ptr + at, tl.where(slope != 0.0, dloss * slope, 0.0), mask=valid)
+
+
+def clip_bounds(clip_low: float, clip_high: float, dual_clip: float | None) -> tuple[float, float, float]:
+    """csrc's Clips: the interval of rho, and the multiple of |A| that bounds a loss with A < 0."""
+    return 1 - clip_low, 1 + clip_high, math.inf if dual_clip is None else dual_clip
+
+
+def _empty_outputs(logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    clipped, dual_clipped = (torch.empty_like(logprobs, dtype=torch.bool) for _ in range(2))
+    return torch.empty_like(logprobs), clipped, dual_clipped, torch.empty_like(logprobs)
+
+
+def _triton_forward(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
+    clip_low: float, clip_high: float, dual_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs, count = _empty_outputs(logprobs), logprobs.numel()
+    if count:
+        with torch.cuda.device_of(logprobs):
+            _clipped_surrogate_fwd_kernel[(triton.cdiv(count, BLOCK),)](
+                logprobs, old_logprobs, advantages, *outputs, count,
+                *clip_bounds(clip_low, clip_high, dual_clip), BLOCK=BLOCK,
+            )  # fmt: skip
+    return outputs
+
+
+def _triton_backward(dloss: Tensor, slope: Tensor) -> Tensor:
+    dlogprobs, count = torch.empty_like(slope), slope.numel()
+    if count:
+        with torch.cuda.device_of(slope):
+            _clipped_surrogate_bwd_kernel[(triton.cdiv(count, BLOCK),)](
+                dloss, slope, dlogprobs, count, BLOCK=BLOCK
+            )
+    return dlogprobs
+
+
+def _native_forward(device: str) -> Any:
+    def run(
+        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
+        clip_low: float, clip_high: float, dual_clip: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        outputs = _empty_outputs(logprobs)
+        backend.native_call(
+            f"clipped_surrogate_fwd_{device}", logprobs, old_logprobs, advantages, logprobs.numel(),
+            *clip_bounds(clip_low, clip_high, dual_clip), *outputs,
+        )  # fmt: skip
+        return outputs
+
+    return run
+
+
+def _native_backward(device: str) -> Any:
+    def run(dloss: Tensor, slope: Tensor) -> Tensor:
+        dlogprobs = torch.empty_like(slope)
+        backend.native_call(f"clipped_surrogate_bwd_{device}", dloss, slope, dlogprobs, slope.numel())
+        return dlogprobs
+
+    return run
+
+
 # each value: (forward, backward)
-IMPLS = {"torch": (clipped_surrogate_reference, _torch_backward)}
+IMPLS = {
+    "cuda": (_native_forward("cuda"), _native_backward("cuda")),
+    "triton": (_triton_forward, _triton_backward),
+    "cpp": (_native_forward("cpu"), _native_backward("cpu")),
+    "torch": (clipped_surrogate_reference, _torch_backward),
+}
 
 
 @torch.library.custom_op("ipvrm::clipped_surrogate_fwd", mutates_args=())

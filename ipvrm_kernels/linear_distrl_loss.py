@@ -8,9 +8,10 @@
 Other reductions: token_mean divides by the number of tokens, old_prob_mean (candidates) by the sum of pi_old.
 
 The loss is a scalar whose gradient by every log-prob is known as soon as the log-probs are, so the forward
-forms dhidden, dweight and dbias (for upstream 1, as fp32 accumulators) and the backward scales them: three
-matmuls where a block's logits fit the workspace, two for a frozen head. Sampled token and candidates share
-one pass over the vocabulary; unused slots (-1) cost nothing.
+forms dhidden, dweight and dbias (for upstream 1, as fp32 accumulators) and the backward scales them: in
+place, once; compiled or with create_graph, into copies. Three matmuls where a block's logits fit the
+workspace, two for a frozen head. Sampled token and candidates share one pass over the vocabulary; unused
+slots (-1) cost nothing.
 
 Shapes: hidden (N, D), weight (V, D), token_ids (N,), candidate_ids (N, K), cu_seqlens (B+1,).
 """
@@ -24,8 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, head_cpu
-from .clipped_surrogate import check_clips, clipped_surrogate_reference  # the formula; no kernel is shared
+from . import backend, distrl_objective, head_cpu
+from .clipped_surrogate import check_clips
+from .distrl_objective import CANDIDATE_REDUCTIONS, METRICS, REDUCTIONS, Batch, Objective
+from .distrl_objective import IMPLS as OBJECTIVE_IMPLS
 from .head import (
     Transform,
     cast_gradients,
@@ -38,24 +41,12 @@ from .head import (
     refuse_double_backward,
 )
 from .linear_logprobs import IMPLS as LOGPROB_IMPLS
-from .packing import check_cu_seqlens, check_cu_seqlens_shape, lengths, segment_ids
+from .packing import check_cu_seqlens, check_cu_seqlens_shape
 
 if backend.HAS_TRITON:
     from . import head_triton, head_triton_backward
 
 OP = "linear_distrl_loss"
-REDUCTIONS = ("sequence_mean", "token_mean")
-CANDIDATE_REDUCTIONS = (*REDUCTIONS, "old_prob_mean")
-METRICS = (
-    "token_clip_fraction",  # of the sampled tokens, those whose clipped branch is strictly larger
-    "token_dual_clip_fraction",
-    "token_kl",  # mean of old - new
-    "candidate_clip_fraction",  # of the used candidates
-    "candidate_dual_clip_fraction",
-    "candidate_kl",  # mean over used candidates of pi_old * (old - new)
-    "candidates_per_row",
-    "candidate_mass",  # sum of pi_old over a row's candidates, mean over rows
-)
 
 
 class DistRLLoss(NamedTuple):
@@ -69,97 +60,6 @@ class DistRLLoss(NamedTuple):
     metrics: dict[str, tuple[Tensor, Tensor]]
 
 
-class Objective(NamedTuple):
-    """The scalar options of the loss; clips = (low, high) of tokens, then of candidates."""
-
-    alpha: float
-    clips: Sequence[float]
-    dual_clip: float | None
-    reduction: str
-    candidate_reduction: str
-
-
-class Batch(NamedTuple):
-    """What the loss is evaluated on, floats in fp32 (fp64)."""
-
-    token_ids: Tensor  # (N,)
-    candidate_ids: Tensor  # (N, K)
-    old_logprobs: Tensor  # (N,)
-    old_candidate_logprobs: Tensor  # (N, K)
-    advantages: Tensor  # (N,)
-    candidate_advantages: Tensor  # (N, K)
-    cu_seqlens: Tensor  # (B+1,)
-    token_denominator: Tensor | None  # ()
-    candidate_denominator: Tensor | None  # ()
-
-
-def row_weights(
-    cu_seqlens: Tensor, N: int, reduction: str, denominator: Tensor | None, like: Tensor
-) -> Tensor:
-    """(N,) the factor of each row's loss in its branch, for sequence_mean and token_mean."""
-    if reduction == "sequence_mean":
-        per_row = 1 / lengths(cu_seqlens).to(like.dtype)[segment_ids(cu_seqlens, N)]
-        computed: float = cu_seqlens.shape[0] - 1
-    else:
-        per_row, computed = like.new_ones(N), N
-    return per_row / (denominator if denominator is not None else max(computed, 1))
-
-
-def branch_weights(batch: Batch, objective: Objective, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,), (N, K) the factors of every element's loss in its branch: reduction, and pi_old of candidates."""
-    N = batch.token_ids.shape[0]
-    weight = row_weights(batch.cu_seqlens, N, objective.reduction, batch.token_denominator, like)
-    old_prob = batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf).exp()
-    if objective.candidate_reduction == "old_prob_mean":
-        total = old_prob.sum() if batch.candidate_denominator is None else batch.candidate_denominator
-        return weight, torch.where(total > 0, old_prob / total, 0.0)
-    divisor = batch.candidate_denominator
-    rows = row_weights(batch.cu_seqlens, N, objective.candidate_reduction, divisor, like)
-    return weight, torch.where(old_prob > 0, old_prob * rows[:, None], 0.0)
-
-
-def linear_distrl_loss_reference(
-    logprobs: Tensor, candidate_logprobs: Tensor, batch: Batch, objective: Objective,
-    weights: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """From log-probs (N,), (N, K) in plain PyTorch: (loss, token_loss, candidate_loss, metrics (M, 2),
-    dlogprobs (N,),
-    dcandidate_logprobs (N, K)), the last two the gradients of loss; loss is differentiable as well.
-    weights: the rows' `branch_weights`, where these are some rows of a larger batch."""
-    N = logprobs.shape[0]
-    clips, dual_clip = objective.clips, objective.dual_clip
-    old = batch.old_logprobs.masked_fill(batch.token_ids < 0, -math.inf)
-    old_candidates = batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf)
-    old_prob = old_candidates.exp()  # (N, K), 0 at unused slots
-    weight, candidate_weight = branch_weights(batch, objective, logprobs) if weights is None else weights
-
-    loss, clipped, dual, slope = clipped_surrogate_reference(
-        logprobs, old, batch.advantages, clips[0], clips[1], dual_clip
-    )
-    candidate_loss, candidate_clipped, candidate_dual, candidate_slope = clipped_surrogate_reference(
-        candidate_logprobs, old_candidates, batch.candidate_advantages, clips[2], clips[3], dual_clip
-    )
-    counts = candidate_weight > 0  # a pi_old that underflows must not meet its infinite rho
-    candidate_loss = torch.where(counts, candidate_weight * candidate_loss, 0.0)
-    candidate_slope = torch.where(counts, candidate_weight * candidate_slope, 0.0)
-    token_total, candidate_total = (weight * loss).sum(), candidate_loss.sum()
-
-    used, used_candidates = old != -math.inf, old_candidates != -math.inf
-    num_tokens, num_candidates, num_rows = used.sum(), used_candidates.sum(), torch.full_like(used.sum(), N)
-    kl = torch.where(used, old - logprobs, 0.0).sum()
-    candidate_kl = torch.where(old_prob > 0, old_prob * (old_candidates - candidate_logprobs), 0.0).sum()
-    pairs = (
-        (clipped.sum(), num_tokens), (dual.sum(), num_tokens), (kl, num_tokens),
-        (candidate_clipped.sum(), num_candidates), (candidate_dual.sum(), num_candidates),
-        (candidate_kl, num_candidates), (num_candidates, num_rows), (old_prob.sum(), num_rows),
-    )  # fmt: skip
-    metrics = torch.stack([torch.stack([x.to(logprobs.dtype) for x in pair]) for pair in pairs])
-    return (
-        token_total + objective.alpha * candidate_total, token_total, candidate_total, metrics,
-        weight * slope, objective.alpha * candidate_slope,
-    )  # fmt: skip
-
-
 def _torch_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
@@ -170,43 +70,36 @@ def _torch_forward(
     logprobs, lse, entropy, absent = head.forward(
         hidden, weight, bias, ids, transform, False, False, None, deterministic
     )
-    loss, token_loss, candidate_loss, metrics, *slopes = linear_distrl_loss_reference(
-        logprobs[:, 0], logprobs[:, 1:], batch, objective
-    )
+    divisors = distrl_objective.batch_divisors(batch, objective)
+    *outputs, dlogprobs = OBJECTIVE_IMPLS["torch"](logprobs, batch, objective, divisors)
     gradients: tuple[Tensor, ...] = (absent, absent.clone(), absent.clone())
     if any(needs):
-        dlogprobs = torch.cat([slopes[0][:, None], slopes[1]], 1)
         gradients = head.backward(
             dlogprobs, None, None, hidden, weight, bias, ids, logprobs, lse, entropy, absent, transform,
             needs, None, deterministic,
         )  # fmt: skip
-    return loss, token_loss, candidate_loss, metrics, *gradients
+    return *outputs, *gradients
 
 
 def _cpp_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    weights = branch_weights(batch, objective, batch.old_logprobs)
-    sums = [torch.zeros(()), torch.zeros(()), torch.zeros(()), torch.zeros(len(METRICS), 2)]
+    divisors = distrl_objective.batch_divisors(batch, objective)
+    sums = [torch.zeros(shape, dtype=torch.float64) for shape in ((), (), (), (len(METRICS), 2))]
 
     def slopes(r0: int, r1: int, logprobs: Tensor) -> Tensor:
-        rows = {name: getattr(batch, name)[r0:r1] for name in Batch._fields[:6]}
-        part = batch._replace(**rows)
-        factors = (weights[0][r0:r1], weights[1][r0:r1])
-        *added, dtoken, dcandidates = linear_distrl_loss_reference(
-            logprobs[:, 0], logprobs[:, 1:], part, objective, factors
-        )
+        *added, dlogprobs = OBJECTIVE_IMPLS["cpp"](logprobs, batch.rows(r0, r1), objective, divisors, r0)
         for total, x in zip(sums, added, strict=True):
             total += x
-        return torch.cat([dtoken[:, None], dcandidates], 1)
+        return dlogprobs
 
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     gradients = head_cpu.fused_gradients(
         OP, hidden, weight, bias, ids, transform, slopes, needs,
         limit=max_workspace_bytes, deterministic=deterministic,
     )  # fmt: skip
-    return *sums, *gradients
+    return *(total.float() for total in sums), *gradients
 
 
 def _triton_forward(
@@ -220,12 +113,10 @@ def _triton_forward(
         ops = head_triton.operands(hidden, weight, bias, transform, limit)
         stats = head_triton.stats(ops, False)
         logprobs, lse = stats.logprobs(head_triton.id_logits(ops, ids)), stats.lse()
-        loss, token_loss, candidate_loss, metrics, *slopes = linear_distrl_loss_reference(
-            logprobs[:, 0], logprobs[:, 1:], batch, objective
-        )
+        divisors = distrl_objective.batch_divisors(batch, objective)
+        *outputs, dlogprobs = OBJECTIVE_IMPLS["triton"](logprobs, batch, objective, divisors)
         gradients: tuple[Tensor, ...] = (lse.new_empty(0), lse.new_empty(0), lse.new_empty(0))
         if any(needs):
-            dlogprobs = torch.cat([slopes[0][:, None], slopes[1]], 1)
             up = head_triton_backward.upstream_gradients(ids, weight.shape[0], dlogprobs, None, None)
             gradients = head_triton_backward.gradients(
                 OP,
@@ -241,7 +132,7 @@ def _triton_forward(
                 limit,
                 explicit,
             )
-    return loss, token_loss, candidate_loss, metrics, *gradients
+    return *outputs, *gradients
 
 
 # each forms (loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias) in one call
@@ -257,10 +148,11 @@ def _forward_op(
     alpha: float, clips: list[float], dual_clip: float | None, reduction: str, candidate_reduction: str,
     needs: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    batch = Batch(
+    tensors = (
         token_ids, candidate_ids, old_logprobs, old_candidate_logprobs, advantages, candidate_advantages,
         cu_seqlens, token_denominator, candidate_denominator,
     )  # fmt: skip
+    batch = Batch._make(None if x is None else x.contiguous() for x in tensors)
     if backend.checks_values(hidden):
         _check_values(batch, weight.shape[0])
     loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias = IMPLS[impl](
@@ -295,7 +187,7 @@ def _backward_op(
     bias: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients times dloss, cast once; never in place, so that a second backward scales them afresh."""
+    """The gradients times dloss, cast once; out of place, for compiled graphs and create_graph."""
     return cast_gradients([g * dloss for g in gradients], (hidden, weight, bias), needs)
 
 
@@ -309,14 +201,30 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*detached)
     ctx.save_for_backward(*inputs[:3], *output[4:])
+    ctx.scaled = False
+
+
+def _is_plain_backward(*tensors: Tensor) -> bool:
+    """Whether nothing traces this backward and nobody will differentiate it."""
+    traced = torch.compiler.is_compiling() or any(type(x) is not Tensor for x in tensors)  # fake, functional
+    return not traced and not torch.is_grad_enabled()
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
     if dloss is None:
         return (None,) * 25
+    if ctx.scaled:
+        raise RuntimeError(
+            f"{OP}: a second backward through one call is not supported: the first scaled in place the "
+            "gradients that the forward had formed, and gave them away; evaluate the loss again"
+        )
     hidden, weight, bias, *formed = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    gradients = _backward_op(dloss, formed, hidden, weight, bias, needs)
+    if _is_plain_backward(dloss, *formed):
+        ctx.scaled = True  # a copy would be a second fp32 dweight
+        gradients = cast_gradients([g.mul_(dloss) for g in formed], (hidden, weight, bias), needs)
+    else:
+        gradients = _backward_op(dloss, formed, hidden, weight, bias, needs)
     return *(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 22
 
 
@@ -410,7 +318,7 @@ def linear_distrl_loss(
     token_loss, candidate_loss and metrics are detached. metrics maps the names in `METRICS` to (sum, count).
     Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that
         do not rise
-    from 0 to N. RuntimeError on double backward.
+    from 0 to N. RuntimeError on double backward, and on a second backward through one call.
     """
     transform = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
     check_row_ids(OP, "token_ids", token_ids, hidden, (1,))

@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 # modules, not the functions of the same names that the package exports
 segment_scan = importlib.import_module("ipvrm_kernels.segment_scan")
 prefix_values = importlib.import_module("ipvrm_kernels.prefix_values")
+clipped_surrogate = importlib.import_module("ipvrm_kernels.clipped_surrogate")
+distrl_objective = importlib.import_module("ipvrm_kernels.distrl_objective")
 prefix_value_loss = importlib.import_module("ipvrm_kernels.prefix_value_loss")
 
 head_triton = importlib.import_module("ipvrm_kernels.head_triton")
@@ -29,8 +31,12 @@ head_triton_backward = importlib.import_module("ipvrm_kernels.head_triton_backwa
 linear_candidates = importlib.import_module("ipvrm_kernels.linear_candidates")
 
 warnings.filterwarnings("ignore")
-POINTERS = {"cu_seqlens_ptr": "*i32", "groups_ptr": "*i32", "counts_ptr": "*i64", "best_ids_ptr": "*i64"}
+POINTERS = {
+    "cu_seqlens_ptr": "*i32", "groups_ptr": "*i32", "counts_ptr": "*i64", "best_ids_ptr": "*i64",
+    "token_ids_ptr": "*i64", "candidate_ids_ptr": "*i64", "clipped_ptr": "*i1", "dual_clipped_ptr": "*i1",
+}  # fmt: skip
 FLOATS = ("decay", "beta", "margin", "scale", "cap", "factor", "slope", "low")
+INTEGERS = ("count", "B", "K", "num_halvings", "row0", "num_rows", "num_blocks")
 ALIGNED = ("D", "C", "hidden_stride", "weight_stride")  # multiples of 16, as in every model
 # kernel, constexprs of its main configurations
 CASES = [
@@ -49,6 +55,25 @@ CASES = [
         for weighting in prefix_value_loss.WEIGHTINGS
     ),
     (prefix_value_loss._prefix_value_loss_bwd_kernel, {"BLOCK_T": prefix_value_loss.BLOCK_T}),
+    (clipped_surrogate._clipped_surrogate_fwd_kernel, {"BLOCK": clipped_surrogate.BLOCK}),
+    (clipped_surrogate._clipped_surrogate_bwd_kernel, {"BLOCK": clipped_surrogate.BLOCK}),
+    *(
+        (
+            distrl_objective._distrl_objective_kernel,
+            dict(
+                TOKEN_REDUCTION=token,
+                CANDIDATE_REDUCTION=candidates,
+                TOKEN_POINTER=given,
+                CANDIDATE_POINTER=given,
+                BLOCK=distrl_objective.BLOCK,
+            ),
+        )
+        for token, candidates, given in (
+            ("sequence_mean", "sequence_mean", False),  # paper
+            ("token_mean", "old_prob_mean", True),  # release
+        )
+    ),
+    (distrl_objective._finish_objective_kernel, {"BLOCK": 128}),
 ]
 
 
@@ -123,6 +148,8 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
             signature[name] = types.get(name, POINTERS.get(name, "*fp32"))
         elif name in FLOATS:
             signature[name] = "fp32"
+        elif name in INTEGERS:
+            signature[name] = "i32"
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
         if scalar == "i32" and (name in ALIGNED or signature[name].startswith("*"))

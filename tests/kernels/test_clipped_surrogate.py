@@ -137,6 +137,40 @@ def test_overflowing_ratio(impl, device):
     assert clipped.tolist() == [True, False, False] and dual.tolist() == [False, False, True]
 
 
+def test_ratio_to_an_ulp_at_any_size(impl, device):
+    """loss = rho (A = -1, nothing clips) from the least to the greatest finite exp, its edges, inf and 0."""
+    x = torch.linspace(-87.0, 88.5, 40_001)
+    ones = torch.ones_like(x)
+    rho, slope, clipped, _ = run(x, 0 * x, -ones, impl, device, clip_low=1.0)
+    exact = x.double().exp()
+    bound = 1.1 * 2.0**-23  # measured 0.71 (cpp), 0.53 (torch)
+    if impl == "triton":  # NumPy's is good to 2.6; the GPU's exp2 takes a rounded product of x
+        bound = 2.6 * 2.0**-23 + x.abs().double() * 2.0**-24
+    assert ((rho - exact).abs() <= bound * exact).all()
+    assert not clipped.any()
+    small = x < 88  # run() multiplied the gradient by an upstream of up to 1.5 and divided it again
+    torch.testing.assert_close(slope[small], rho[small], rtol=1e-6, atol=0)
+    edges = torch.tensor([-math.inf, -1e30, -104.5, -100.0, -88.0, 0.0, 88.72, 88.73, 1e30, math.inf])
+    rho = run(edges, torch.zeros(10), -torch.ones(10), impl, device, clip_low=1.0)[0]
+    torch.testing.assert_close(rho, edges.exp().double(), rtol=1e-5, atol=2.0**-126)
+
+
+@pytest.mark.parametrize("count", [4095, 4097, 70_001])
+def test_many_elements(impl, device, count, poisoned):
+    """Every block and thread, a tail that fills no vector, and no element misplaced: the oracle in fp64."""
+    new, old = -3 * torch.rand(2, count)
+    for bound in (0.8, 1.28, 1.5):  # no rho that rounding puts on either side of a clip
+        new = torch.where(((new - old).exp() - bound).abs() < 1e-5, old, new)
+    advantage = torch.randn(count)
+    old[::5], advantage[::7] = -math.inf, 0.0
+    got = run(new, old, advantage, impl, device, dual_clip=1.5)
+    loss, clipped, dual, slope = clipped_surrogate_reference(
+        new.double(), old.double(), advantage.double(), 0.2, 0.28, 1.5
+    )
+    for mine, truth in zip(got, (loss, slope, clipped, dual), strict=True):
+        torch.testing.assert_close(mine.double(), truth.double(), rtol=1e-5, atol=0)
+
+
 def test_nan_is_not_hidden(impl, device):
     new = torch.tensor([math.nan, -1.0, -1.0, -1.0])
     old = torch.tensor([-1.0, math.nan, -1.0, -1.0])
@@ -224,6 +258,7 @@ def test_opcheck_and_compile(impl, device):
         torch.library.opcheck(
             torch.ops.ipvrm.clipped_surrogate_fwd, (new, old, advantage, 0.2, 0.28, dual, impl)
         )
+    torch.library.opcheck(torch.ops.ipvrm.clipped_surrogate_bwd, (old, advantage, new.detach(), impl))
 
     def loss(new):
         return clipped_surrogate(new, old, advantage, dual_clip=3.0, impl=impl).loss.sum() * 2

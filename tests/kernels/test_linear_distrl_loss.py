@@ -291,7 +291,7 @@ def test_seeded_faults_are_caught(impl, device, fault, monkeypatch):
             flat = torch.where(batch.candidate_ids >= 0, 0.0, -math.inf).to(hidden.dtype)
             batch = batch._replace(old_candidate_logprobs=flat)
         if fault == "row 0 for every row":
-            batch = batch._replace(advantages=batch.advantages[:1].expand_as(batch.advantages))
+            batch = batch._replace(advantages=batch.advantages[:1].repeat(len(batch.advantages)))
         if fault == "alpha twice":
             objective = objective._replace(alpha=objective.alpha**2)
         return real(hidden, weight, bias, batch, transform, objective, *rest)

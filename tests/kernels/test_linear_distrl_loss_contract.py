@@ -108,21 +108,43 @@ def test_without_gradients(impl, device):
     assert plain.loss == quiet.loss == call(inputs, impl=impl).loss
 
 
-def test_backward_twice_scales_once(impl, device):
+def trained(device):
     inputs = arguments(device)
-    inputs["hidden"].requires_grad_()
-    inputs["weight"].requires_grad_()
+    return inputs, [inputs[name].requires_grad_() for name in ("hidden", "weight")]
+
+
+def test_second_backward_is_refused_and_spoils_no_gradient(impl, device):
+    """The first scales the formed gradients in place: .grad may own their storage from then on."""
+    inputs, variables = trained(device)
+    expected = torch.autograd.grad(call(inputs, impl=impl).loss, variables)
     loss = call(inputs, impl=impl).loss
-    variables = (inputs["hidden"], inputs["weight"])
-    once = torch.autograd.grad(loss, variables, torch.tensor(3.0, device=device), retain_graph=True)
-    again = torch.autograd.grad(loss, variables, torch.tensor(3.0, device=device), retain_graph=True)
-    plain = torch.autograd.grad(loss, variables, retain_graph=True)
-    for a, b, c in zip(once, again, plain, strict=True):
-        assert torch.equal(a, b)
-        torch.testing.assert_close(a, 3 * c)
-    (gradient,) = torch.autograd.grad(loss, inputs["hidden"], create_graph=True)
+    (3 * loss).backward(retain_graph=True)
+    for x, gradient in zip(variables, expected, strict=True):
+        torch.testing.assert_close(x.grad, 3 * gradient)
+    kept = [x.grad.clone() for x in variables]
+    for retain in (True, False):
+        with pytest.raises(
+            RuntimeError, match="linear_distrl_loss: a second backward .* evaluate the loss again"
+        ):
+            loss.backward(retain_graph=retain)
+        assert all(torch.equal(x.grad, before) for x, before in zip(variables, kept, strict=True))
+    call(inputs, impl=impl).loss.backward()  # accumulates onto what the first call left
+    for x, gradient in zip(variables, expected, strict=True):
+        torch.testing.assert_close(x.grad, 4 * gradient)
+
+
+def test_create_graph_scales_into_copies(impl, device):
+    """Any number of times, and one plain backward after them; only its own derivative is refused."""
+    inputs, variables = trained(device)
+    loss, three = call(inputs, impl=impl).loss, torch.tensor(3.0, device=device)
+    once, again = (torch.autograd.grad(loss, variables, three, create_graph=True) for _ in range(2))
     with pytest.raises(RuntimeError, match="linear_distrl_loss: double backward is not supported"):
-        gradient.sum().backward()
+        once[0].sum().backward(retain_graph=True)
+    for a, b, c in zip(once, again, torch.autograd.grad(loss, variables, retain_graph=True), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a.detach(), 3 * c)
+    with pytest.raises(RuntimeError, match="linear_distrl_loss: a second backward"):
+        torch.autograd.grad(loss, variables, create_graph=True)
 
 
 def test_autocast(impl, device):
@@ -163,5 +185,6 @@ def test_opcheck_and_compile(impl, device):
     compiled = torch.compile(total, fullgraph=True)
     mine, theirs = (f(*variables, bias) for f in (compiled, total))
     torch.testing.assert_close(mine, theirs)
-    mine, theirs = (torch.autograd.grad(x[0], (*variables, bias)) for x in (mine, theirs))
-    torch.testing.assert_close(mine, theirs)
+    once, again = (torch.autograd.grad(mine[0], (*variables, bias), retain_graph=r) for r in (True, False))
+    torch.testing.assert_close(once, again)  # compiled, the gradients are scaled into copies
+    torch.testing.assert_close(once, torch.autograd.grad(theirs[0], (*variables, bias)))

@@ -1,0 +1,410 @@
+"""The objective of linear_distrl_loss from log-probs: losses, metrics and each log-prob's gradient at once.
+
+    loss = sum_n w_n l(y_n) + alpha sum_n u_n sum_k pi_old(c_nk) l(c_nk)                       Eq. 11, 12, 14
+
+l is the clipped surrogate; w and u are the factors of a row's losses: 1 / (T_b B) for sequence_mean, 1 / N
+for token_mean, 1 / sum pi_old for old_prob_mean, or the caller's denominators in place of B, N and the sum.
+Eager PyTorch makes about sixty small ops of it. Here every element is read once and an unused one costs a
+comparison; sums of blocks are added in a fixed order, in fp64.
+
+Shapes: logprobs and dlogprobs (n, 1 + K), the sampled token first; the rest as in `Batch`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .clipped_surrogate import clip_bounds, clipped_surrogate_reference  # the formula; no kernel is shared
+from .packing import lengths
+
+if backend.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from .clipped_surrogate import surrogate
+
+REDUCTIONS = ("sequence_mean", "token_mean")
+CANDIDATE_REDUCTIONS = (*REDUCTIONS, "old_prob_mean")  # index = csrc/token_math.h's Reduction
+METRICS = (  # order: csrc/token_math.h's finish_objective
+    "token_clip_fraction",  # of the sampled tokens, those whose clipped branch is strictly larger
+    "token_dual_clip_fraction",
+    "token_kl",  # mean of old - new
+    "candidate_clip_fraction",  # of the used candidates
+    "candidate_dual_clip_fraction",
+    "candidate_kl",  # mean over used candidates of pi_old * (old - new)
+    "candidates_per_row",
+    "candidate_mass",  # sum of pi_old over a row's candidates, mean over rows
+)
+SUMS = 11  # per branch loss, clipped, dual clipped, kl, used; then the mass: csrc/token_math.h's ObjectiveSum
+BLOCK_ROWS = 256  # on the CPU
+BLOCK = 1024  # elements of a Triton program
+CUDA_THREADS, CUDA_BLOCKS = 256, 1024  # the latter: at most, each striding over the elements
+
+
+class Objective(NamedTuple):
+    """The scalar options of the loss; clips = (low, high) of tokens, then of candidates."""
+
+    alpha: float
+    clips: Sequence[float]
+    dual_clip: float | None
+    reduction: str
+    candidate_reduction: str
+
+
+class Batch(NamedTuple):
+    """What the loss is evaluated on, contiguous, floats in fp32 (fp64)."""
+
+    token_ids: Tensor  # (N,) int64, -1 unused
+    candidate_ids: Tensor  # (N, K) int64, -1 unused
+    old_logprobs: Tensor  # (N,) -inf unused
+    old_candidate_logprobs: Tensor  # (N, K) -inf unused
+    advantages: Tensor  # (N,)
+    candidate_advantages: Tensor  # (N, K)
+    cu_seqlens: Tensor  # (B+1,)
+    token_denominator: Tensor | None  # ()
+    candidate_denominator: Tensor | None  # ()
+
+    def rows(self, r0: int, r1: int) -> Batch:
+        """Rows r0 .. r1, with the edges and denominators of the whole batch."""
+        return self._replace(**{name: getattr(self, name)[r0:r1] for name in self._fields[:6]})
+
+
+class Divisors(NamedTuple):
+    """What the factors of the two branches are divided by, for the whole batch at any rows."""
+
+    tokens: float | Tensor
+    candidates: float | Tensor
+
+
+class Evaluated(NamedTuple):
+    """Of some rows; over blocks of rows the first four add up."""
+
+    loss: Tensor  # ()
+    token_loss: Tensor  # ()
+    candidate_loss: Tensor  # ()
+    metrics: Tensor  # (len(METRICS), 2)
+    dlogprobs: Tensor  # (n, 1 + K), of loss
+
+
+def batch_divisors(batch: Batch, objective: Objective) -> Divisors:
+    """The caller's denominators or, where there are none, the batch's own B, N or sum of pi_old. No sync."""
+    N, B = batch.token_ids.shape[0], batch.cu_seqlens.shape[0] - 1
+    counts: dict[str, float | Tensor] = {"sequence_mean": float(max(B, 1)), "token_mean": float(max(N, 1))}
+    if objective.candidate_reduction == "old_prob_mean" and batch.candidate_denominator is None:
+        counts["old_prob_mean"] = old_probs(batch).sum()
+    tokens, candidates = batch.token_denominator, batch.candidate_denominator
+    return Divisors(
+        counts[objective.reduction] if tokens is None else tokens,
+        counts[objective.candidate_reduction] if candidates is None else candidates,
+    )
+
+
+def old_probs(batch: Batch) -> Tensor:
+    """(N, K) pi_old, 0 at unused slots."""
+    return batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf).exp()
+
+
+def row_weights(batch: Batch, reduction: str, divisor: float | Tensor, row0: int, like: Tensor) -> Tensor:
+    """(n,) the factor of each row's loss in its branch; row0: the first row's place in the whole batch."""
+    n = batch.token_ids.shape[0]
+    if reduction == "old_prob_mean":
+        total = torch.as_tensor(divisor, dtype=like.dtype, device=like.device)
+        return torch.where(total > 0, 1 / total, 0.0).expand(n)
+    if reduction == "token_mean":
+        return like.new_ones(n) / divisor
+    at = torch.arange(row0, row0 + n, dtype=torch.int32, device=like.device)
+    segment = torch.searchsorted(batch.cu_seqlens, at, right=True) - 1
+    return 1 / lengths(batch.cu_seqlens).to(like.dtype)[segment] / divisor
+
+
+def branch_weights(
+    batch: Batch, objective: Objective, divisors: Divisors, row0: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(n,), (n, K) the factors of every element's loss in its branch: reduction, and pi_old of candidates."""
+    old_prob = old_probs(batch)
+    rows = row_weights(batch, objective.candidate_reduction, divisors.candidates, row0, like)
+    return (
+        row_weights(batch, objective.reduction, divisors.tokens, row0, like),
+        torch.where(old_prob > 0, old_prob * rows[:, None], 0.0),
+    )
+
+
+def distrl_objective_reference(
+    logprobs: Tensor, batch: Batch, objective: Objective, divisors: Divisors, row0: int = 0
+) -> Evaluated:
+    """In plain PyTorch; loss is differentiable as well. batch: the rows of logprobs, the first being row0."""
+    clips, dual_clip = objective.clips, objective.dual_clip
+    new, new_candidates = logprobs[:, 0], logprobs[:, 1:]
+    old = batch.old_logprobs.masked_fill(batch.token_ids < 0, -math.inf)
+    old_candidates = batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf)
+    old_prob = old_candidates.exp()  # (n, K), 0 at unused slots
+    weight, candidate_weight = branch_weights(batch, objective, divisors, row0, logprobs)
+
+    loss, clipped, dual, slope = clipped_surrogate_reference(
+        new, old, batch.advantages, clips[0], clips[1], dual_clip
+    )
+    candidate_loss, candidate_clipped, candidate_dual, candidate_slope = clipped_surrogate_reference(
+        new_candidates, old_candidates, batch.candidate_advantages, clips[2], clips[3], dual_clip
+    )
+    counts = candidate_weight > 0  # a pi_old that underflows must not meet its infinite rho
+    candidate_loss = torch.where(counts, candidate_weight * candidate_loss, 0.0)
+    candidate_slope = torch.where(counts, candidate_weight * candidate_slope, 0.0)
+    token_total, candidate_total = (weight * loss).sum(), candidate_loss.sum()
+
+    used, used_candidates = old != -math.inf, old_candidates != -math.inf
+    num_tokens, num_candidates = used.sum(), used_candidates.sum()
+    num_rows = torch.full_like(num_tokens, len(logprobs))
+    kl = torch.where(used, old - new, 0.0).sum()
+    candidate_kl = torch.where(old_prob > 0, old_prob * (old_candidates - new_candidates), 0.0).sum()
+    pairs = (
+        (clipped.sum(), num_tokens), (dual.sum(), num_tokens), (kl, num_tokens),
+        (candidate_clipped.sum(), num_candidates), (candidate_dual.sum(), num_candidates),
+        (candidate_kl, num_candidates), (num_candidates, num_rows), (old_prob.sum(), num_rows),
+    )  # fmt: skip
+    return Evaluated(
+        token_total + objective.alpha * candidate_total, token_total, candidate_total,
+        torch.stack([torch.stack([x.to(logprobs.dtype) for x in pair]) for pair in pairs]),
+        torch.cat([(weight * slope)[:, None], objective.alpha * candidate_slope], 1),
+    )  # fmt: skip
+
+
+if backend.HAS_TRITON:
+
+    @triton.jit
+    def _inverse_length(
+        row,  # (BLOCK,) int64
+        cu_seqlens_ptr,  # (B+1,)
+        B,  # scalar
+        num_halvings,  # scalar: B.bit_length()
+    ):
+        """(BLOCK,) 1 / tokens of the sequence that owns each row."""
+        low = tl.zeros_like(row)  # (BLOCK,) cu_seqlens[low] <= row < cu_seqlens[high]
+        high = low + B  # (BLOCK,)
+        for _ in range(num_halvings):
+            middle = (low + high) // 2  # (BLOCK,)
+            left = tl.load(cu_seqlens_ptr + middle) <= row  # (BLOCK,)
+            low = tl.where(left, middle, low)  # (BLOCK,)
+            high = tl.where(left, high, middle)  # (BLOCK,)
+        first = tl.load(cu_seqlens_ptr + low)  # (BLOCK,)
+        last = tl.load(cu_seqlens_ptr + tl.minimum(low + 1, B))  # (BLOCK,)
+        return 1.0 / (last - first).to(tl.float32)
+
+    @triton.jit
+    def _pick(
+        x,  # (16,)
+        i,  # scalar
+    ):
+        return tl.sum(tl.where(tl.arange(0, 16) == i, x, 0.0), 0)
+
+    @triton.jit
+    def _distrl_objective_kernel(
+        logprobs_ptr,  # (n, 1 + K)
+        token_ids_ptr,  # (n,)
+        candidate_ids_ptr,  # (n, K)
+        old_logprobs_ptr,  # (n,)
+        old_candidate_logprobs_ptr,  # (n, K)
+        advantages_ptr,  # (n,)
+        candidate_advantages_ptr,  # (n, K)
+        cu_seqlens_ptr,  # (B+1,)
+        token_divisor_ptr,  # () or unread
+        candidate_divisor_ptr,  # () or unread
+        dlogprobs_ptr,  # (n, 1 + K)
+        partial_ptr,  # (num_blocks, 16)
+        B,  # scalars from here on
+        num_halvings,
+        row0,
+        num_rows,
+        K,
+        token_divisor,
+        candidate_divisor,
+        token_low,
+        token_high,
+        candidate_low,
+        candidate_high,
+        dual,
+        alpha,
+        TOKEN_REDUCTION: tl.constexpr,
+        CANDIDATE_REDUCTION: tl.constexpr,
+        TOKEN_POINTER: tl.constexpr,
+        CANDIDATE_POINTER: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        if TOKEN_POINTER:
+            token_divisor = tl.load(token_divisor_ptr)
+        if CANDIDATE_POINTER:
+            candidate_divisor = tl.load(candidate_divisor_ptr)
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,) in (n, 1 + K)
+        row = at // (K + 1)  # (BLOCK,)
+        k = at - row * (K + 1) - 1  # (BLOCK,) -1: the sampled token
+        valid = row < num_rows  # (BLOCK,)
+        is_token = valid & (k < 0)  # (BLOCK,)
+        is_candidate = valid & (k >= 0)  # (BLOCK,)
+        slot = row * K + k  # (BLOCK,) in (n, K)
+        token_id = tl.load(token_ids_ptr + row, mask=is_token, other=-1)  # (BLOCK,)
+        candidate_id = tl.load(candidate_ids_ptr + slot, mask=is_candidate, other=-1)  # (BLOCK,)
+        none = float("-inf")
+        token_old = tl.load(old_logprobs_ptr + row, mask=token_id >= 0, other=none)  # (BLOCK,)
+        candidate_old = tl.load(
+            old_candidate_logprobs_ptr + slot, mask=candidate_id >= 0, other=none
+        )  # (BLOCK,)
+        old = tl.where(is_token, token_old, candidate_old)  # (BLOCK,) -inf: unused
+        used_token = is_token & (old != none)  # (BLOCK,)
+        used_candidate = is_candidate & (old != none)  # (BLOCK,)
+        token_advantage = tl.load(advantages_ptr + row, mask=used_token, other=0.0)  # (BLOCK,)
+        advantage = tl.load(candidate_advantages_ptr + slot, mask=used_candidate, other=0.0)  # (BLOCK,)
+        advantage = tl.where(used_token, token_advantage, advantage)  # (BLOCK,)
+        new = tl.load(logprobs_ptr + at, mask=used_token | used_candidate, other=0.0)  # (BLOCK,)
+
+        low = tl.where(is_token, token_low, candidate_low)  # (BLOCK,)
+        high = tl.where(is_token, token_high, candidate_high)  # (BLOCK,)
+        loss, slope, clipped, dual_clipped = surrogate(new, old, advantage, low, high, dual)  # (BLOCK,) each
+        prob = tl.where(used_token, 1.0, tl.where(used_candidate, tl.exp(old), 0.0))  # (BLOCK,)
+        inverse_length = 1.0
+        if TOKEN_REDUCTION == "sequence_mean" or CANDIDATE_REDUCTION == "sequence_mean":
+            inverse_length = _inverse_length(row0 + row, cu_seqlens_ptr, B, num_halvings)  # (BLOCK,)
+        token_factor = 1.0 / token_divisor
+        if TOKEN_REDUCTION == "sequence_mean":
+            token_factor = inverse_length / token_divisor  # (BLOCK,)
+        candidate_factor = 1.0 / candidate_divisor
+        if CANDIDATE_REDUCTION == "sequence_mean":
+            candidate_factor = inverse_length / candidate_divisor  # (BLOCK,)
+        if CANDIDATE_REDUCTION == "old_prob_mean":
+            candidate_factor = tl.where(candidate_divisor > 0.0, candidate_factor, 0.0)
+        weight = prob * tl.where(is_token, token_factor, candidate_factor)  # (BLOCK,)
+        loss = tl.where(weight > 0.0, weight * loss, 0.0)  # a pi_old of 0 must not meet its infinite rho
+        slope = tl.where(weight > 0.0, weight * slope, 0.0)  # (BLOCK,)
+        kl = tl.where(prob > 0.0, prob * (old - new), 0.0)  # (BLOCK,)
+        tl.store(dlogprobs_ptr + at, tl.where(used_candidate, alpha * slope, slope), mask=valid)
+
+        sums_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * 16
+        tl.store(sums_ptr + 0, tl.sum(tl.where(used_token, loss, 0.0), 0))
+        tl.store(sums_ptr + 1, tl.sum((used_token & clipped).to(tl.float32), 0))
+        tl.store(sums_ptr + 2, tl.sum((used_token & dual_clipped).to(tl.float32), 0))
+        tl.store(sums_ptr + 3, tl.sum(tl.where(used_token, kl, 0.0), 0))
+        tl.store(sums_ptr + 4, tl.sum(used_token.to(tl.float32), 0))
+        tl.store(sums_ptr + 5, tl.sum(tl.where(used_candidate, loss, 0.0), 0))
+        tl.store(sums_ptr + 6, tl.sum((used_candidate & clipped).to(tl.float32), 0))
+        tl.store(sums_ptr + 7, tl.sum((used_candidate & dual_clipped).to(tl.float32), 0))
+        tl.store(sums_ptr + 8, tl.sum(tl.where(used_candidate, kl, 0.0), 0))
+        tl.store(sums_ptr + 9, tl.sum(used_candidate.to(tl.float32), 0))
+        tl.store(sums_ptr + 10, tl.sum(tl.where(used_candidate, prob, 0.0), 0))
+
+    @triton.jit
+    def _finish_objective_kernel(
+        partial_ptr,  # (num_blocks, 16)
+        loss_ptr,  # ()
+        token_loss_ptr,  # ()
+        candidate_loss_ptr,  # ()
+        metrics_ptr,  # (8, 2)
+        num_blocks,  # scalar
+        num_rows,  # scalar
+        alpha,  # scalar
+        BLOCK: tl.constexpr,
+    ):
+        column = tl.arange(0, 16)  # (16,)
+        total = tl.zeros((BLOCK, 16), tl.float64)  # (BLOCK, 16)
+        for first in range(0, num_blocks, BLOCK):
+            block = first + tl.arange(0, BLOCK)  # (BLOCK,)
+            mask = (block < num_blocks)[:, None] & (column < 11)[None, :]  # (BLOCK, 16)
+            total += tl.load(partial_ptr + block[:, None] * 16 + column[None, :], mask=mask, other=0.0)
+        sums = tl.sum(total, 0)  # (16,)
+        token_loss, candidate_loss = _pick(sums, 0), _pick(sums, 5)
+        tl.store(loss_ptr, token_loss + alpha * candidate_loss)
+        tl.store(token_loss_ptr, token_loss)
+        tl.store(candidate_loss_ptr, candidate_loss)
+        num_tokens, num_candidates = _pick(sums, 4), _pick(sums, 9)
+        for i in tl.static_range(3):
+            tl.store(metrics_ptr + 2 * i, _pick(sums, 1 + i))
+            tl.store(metrics_ptr + 2 * i + 1, num_tokens)
+            tl.store(metrics_ptr + 2 * i + 6, _pick(sums, 6 + i))
+            tl.store(metrics_ptr + 2 * i + 7, num_candidates)
+        tl.store(metrics_ptr + 12, num_candidates)
+        tl.store(metrics_ptr + 13, num_rows)
+        tl.store(metrics_ptr + 14, _pick(sums, 10))
+        tl.store(metrics_ptr + 15, num_rows)
+
+
+def _empty(logprobs: Tensor) -> Evaluated:
+    new = logprobs.new_empty
+    return Evaluated(new(()), new(()), new(()), new(len(METRICS), 2), torch.empty_like(logprobs))
+
+
+def _triton(
+    logprobs: Tensor, batch: Batch, objective: Objective, divisors: Divisors, row0: int = 0
+) -> Evaluated:
+    out, (n, columns), B = _empty(logprobs), logprobs.shape, batch.cu_seqlens.shape[0] - 1
+    num_blocks = triton.cdiv(n * columns, BLOCK)
+    partial = logprobs.new_empty(num_blocks, 16)
+    pointers = [x if isinstance(x, Tensor) else None for x in divisors]
+    numbers = [0.0 if isinstance(x, Tensor) else x for x in divisors]
+    bounds = _bounds(objective)
+    with torch.cuda.device_of(logprobs):
+        if num_blocks:
+            _distrl_objective_kernel[(num_blocks,)](
+                logprobs, *batch[:7], *(partial if x is None else x for x in pointers), out.dlogprobs,
+                partial, B, B.bit_length(), row0, n, columns - 1, *numbers, *bounds[0][:2], *bounds[1],
+                objective.alpha,
+                TOKEN_REDUCTION=objective.reduction, CANDIDATE_REDUCTION=objective.candidate_reduction,
+                TOKEN_POINTER=pointers[0] is not None, CANDIDATE_POINTER=pointers[1] is not None, BLOCK=BLOCK,
+            )  # fmt: skip
+        _finish_objective_kernel[(1,)](partial, *out[:4], num_blocks, n, objective.alpha, BLOCK=128)
+    return out
+
+
+def _bounds(objective: Objective) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """csrc's Clips of both branches."""
+    low, high, candidate_low, candidate_high = objective.clips
+    return (
+        clip_bounds(low, high, objective.dual_clip),
+        clip_bounds(candidate_low, candidate_high, objective.dual_clip),
+    )
+
+
+def _native_arguments(
+    logprobs: Tensor, batch: Batch, objective: Objective, numbers: Sequence[float], row0: int, out: Evaluated
+) -> tuple[Any, ...]:
+    """What the native kernels take first: rows, the two branches, alpha, outputs."""
+    n, columns = logprobs.shape
+    kinds = (objective.reduction, objective.candidate_reduction)
+    branches = [
+        (CANDIDATE_REDUCTIONS.index(kind), number, low, high)
+        for kind, number, (low, high, _) in zip(kinds, numbers, _bounds(objective), strict=True)
+    ]
+    return (
+        logprobs, *batch[:7], batch.cu_seqlens.shape[0] - 1, row0, n, columns - 1, *branches[0], *branches[1],
+        _bounds(objective)[0][2], objective.alpha, *out,
+    )  # fmt: skip
+
+
+def _cpp(
+    logprobs: Tensor, batch: Batch, objective: Objective, divisors: Divisors, row0: int = 0
+) -> Evaluated:
+    out = _empty(logprobs)
+    num_blocks = -(-len(logprobs) // BLOCK_ROWS)
+    partial = torch.empty((num_blocks, SUMS), dtype=torch.float64)
+    arguments = _native_arguments(logprobs, batch, objective, [float(x) for x in divisors], row0, out)
+    backend.native_call("distrl_objective_cpu", *arguments, partial, BLOCK_ROWS)
+    return out
+
+
+def _cuda(
+    logprobs: Tensor, batch: Batch, objective: Objective, divisors: Divisors, row0: int = 0
+) -> Evaluated:
+    out = _empty(logprobs)
+    num_blocks = min(-(-logprobs.numel() // CUDA_THREADS), CUDA_BLOCKS)
+    partial = logprobs.new_empty(num_blocks, SUMS)
+    pointers = [x if isinstance(x, Tensor) else None for x in divisors]
+    numbers = [0.0 if isinstance(x, Tensor) else x for x in divisors]
+    arguments = _native_arguments(logprobs, batch, objective, numbers, row0, out)
+    backend.native_call("distrl_objective_cuda", *arguments, partial, num_blocks, *pointers)
+    return out
+
+
+# each evaluates some rows: (logprobs, their batch, objective, the whole batch's divisors, row0)
+IMPLS = {"cuda": _cuda, "triton": _triton, "cpp": _cpp, "torch": distrl_objective_reference}

@@ -1,0 +1,235 @@
+"""The objective from log-probs against Python floats, element by element; blocks of rows; a million terms."""
+
+import math
+
+import pytest
+import torch
+
+from ipvrm_kernels import backend
+from ipvrm_kernels.distrl_objective import (
+    CANDIDATE_REDUCTIONS,
+    IMPLS,
+    METRICS,
+    REDUCTIONS,
+    Batch,
+    Divisors,
+    Objective,
+    batch_divisors,
+)
+
+OP = "linear_distrl_loss"
+CLIPS = (0.2, 0.28, 0.1, 0.15)
+
+
+def case(lengths=(5, 0, 1, 9, 3), K=4, seed=0, drift=0.5):
+    """(logprobs, batch) with each kind of unused element and every extreme of a used one."""
+    g = torch.Generator().manual_seed(seed)
+    N = sum(lengths)
+    old = -3 * torch.rand(N, 1 + K, generator=g)
+    new = (old + drift * torch.randn(N, 1 + K, generator=g)).clamp(max=0)
+    advantages = torch.randn(N, 1 + K, generator=g)
+    ids = torch.randint(0, 99, (N, 1 + K), generator=g)
+    flat = ids.view(-1), old.view(-1), new.view(-1), advantages.view(-1)
+    kinds = torch.randint(0, 16, (ids.numel(),), generator=g)
+    for kind, changes in enumerate(
+        (
+            (-1, None, math.nan, math.nan),  # unused, though its old log-prob is finite
+            (-1, -math.inf, None, None),
+            (None, -math.inf, math.inf, math.nan),
+            (-1, math.nan, None, None),
+            (None, None, None, 0.0),  # says nothing, but counts
+            (None, -200.0, 0.0, 1.0),  # pi_old underflows, rho overflows: clipped
+            (None, None, -math.inf, -1.0),  # rho = 0; its KL is infinite
+        )
+    ):
+        for x, value in zip(flat, changes, strict=True):
+            if value is not None:
+                x[kinds == kind] = value
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (ids, old, advantages)]
+    return new, Batch(*parts[0], *parts[1], *parts[2], cu_seqlens, None, None)
+
+
+def surrogate(new, old, advantage, low, high, dual):
+    """loss, slope, clipped, dual clipped of one used element in Python floats."""
+    if advantage == 0:
+        return 0.0, 0.0, False, False
+    rho = math.exp(new - old) if new - old < 700 else math.inf
+    unclipped, bounded = -advantage * rho, -advantage * min(max(rho, 1 - low), 1 + high)
+    loss, clipped = max(unclipped, bounded), bounded > unclipped
+    if dual is not None and advantage < 0 and loss > -dual * advantage:
+        return -dual * advantage, 0.0, clipped, True
+    return loss, 0.0 if clipped else unclipped, clipped, False
+
+
+def oracle(logprobs, batch, objective):
+    """(loss, token_loss, candidate_loss, metrics, dlogprobs) of a whole batch."""
+    N, columns = logprobs.shape
+    edges = batch.cu_seqlens.tolist()
+    T = [last - first for first, last in zip(edges, edges[1:], strict=False) for _ in range(last - first)]
+    ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1).tolist()
+    olds = torch.cat([batch.old_logprobs[:, None], batch.old_candidate_logprobs], 1)
+    probs = olds.exp().double().tolist()  # in fp32, where exp(-200) is 0
+    advantages = torch.cat([batch.advantages[:, None], batch.candidate_advantages], 1).tolist()
+    used = [(n, k) for n in range(N) for k in range(columns) if ids[n][k] >= 0 and olds[n, k] != -math.inf]
+    mass = sum(probs[n][k] for n, k in used if k)
+    totals = {"sequence_mean": len(edges) - 1, "token_mean": N, "old_prob_mean": mass}
+    divisors = []
+    for kind, given in zip(objective[3:], batch[7:], strict=True):
+        divisors.append(totals[kind] if given is None else float(given))
+    losses, metrics = [0.0, 0.0], [[0.0, 0.0] for _ in METRICS]
+    slopes = torch.zeros(N, columns, dtype=torch.float64)
+    for n, k in used:
+        b = int(k > 0)  # the branch
+        clips = objective.clips[2 * b : 2 * b + 2]
+        new, old, prob = logprobs[n, k].item(), olds[n, k].item(), probs[n][k] if k else 1.0
+        loss, slope, clipped, dual = surrogate(new, old, advantages[n][k], *clips, objective.dual_clip)
+        weight = prob / divisors[b] / (T[n] if objective[3 + b] == "sequence_mean" else 1)
+        if weight > 0:
+            losses[b] += weight * loss
+            slopes[n, k] = (objective.alpha if k else 1.0) * weight * slope
+        for i, x in enumerate((clipped, dual, prob * (old - new) if prob > 0 else 0.0)):
+            metrics[3 * b + i][0] += x
+            metrics[3 * b + i][1] += 1
+    metrics[6][:] = [sum(k > 0 for _, k in used), N]
+    metrics[7][:] = [mass, N]
+    values = (losses[0] + objective.alpha * losses[1], *losses, metrics)
+    return *(torch.tensor(x, dtype=torch.float64) for x in values), slopes
+
+
+def evaluate(impl, device, logprobs, batch, objective, rows=None):
+    """The implementation's result on the CPU in fp64, of all rows or of rows[0] .. rows[1]."""
+    moved = Batch._make(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch)
+    divisors = batch_divisors(moved, objective)
+    r0, r1 = rows or (0, len(logprobs))
+    out = IMPLS[impl](logprobs[r0:r1].contiguous().to(device), moved.rows(r0, r1), objective, divisors, r0)
+    assert all(x.dtype == torch.float32 and x.is_contiguous() for x in out)
+    return [x.cpu().double() for x in out]
+
+
+def check(impl, device, logprobs, batch, objective):
+    for mine, truth in zip(
+        evaluate(impl, device, logprobs, batch, objective), oracle(logprobs, batch, objective), strict=True
+    ):
+        torch.testing.assert_close(mine, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("candidate_reduction", CANDIDATE_REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+@pytest.mark.parametrize("given", [False, True], ids=["computed", "given"])
+def test_every_kind_of_element(impl, device, reduction, candidate_reduction, dual_clip, given, poisoned):
+    logprobs, batch = case((15, 0, 1, 19, 8), drift=1.0)
+    if given:
+        batch = batch._replace(
+            token_denominator=torch.tensor(7.0), candidate_denominator=torch.tensor(2.5)
+        )  # fmt: skip
+    objective = Objective(0.3, CLIPS, dual_clip, reduction, candidate_reduction)
+    check(impl, device, logprobs, batch, objective)
+    clipped, dual, _, candidate_clipped, candidate_dual, *_ = oracle(logprobs, batch, objective)[3][:, 0]
+    assert clipped > 0 and candidate_clipped > 0  # or the comparison would prove little
+    assert (dual > 0) == (candidate_dual > 0) == (dual_clip is not None)
+
+
+@pytest.mark.parametrize("K", [0, 1, 10])
+@pytest.mark.parametrize(
+    "lengths", [(), (0,), (0, 0, 1), (1,), (300, 0, 700), (2,) * 300], ids=lambda x: str(x)[:20]
+)
+def test_shapes(impl, device, lengths, K):
+    logprobs, batch = case(lengths, K)
+    for reductions in (("sequence_mean", "sequence_mean"), ("token_mean", "old_prob_mean")):
+        check(impl, device, logprobs, batch, Objective(0.3, CLIPS, 3.0, *reductions))
+
+
+@pytest.mark.parametrize("reductions", [("sequence_mean", "sequence_mean"), ("token_mean", "old_prob_mean")])
+def test_blocks_of_rows_add_up(impl, device, reductions):
+    """Edges inside sequences; the factors are those of the whole batch."""
+    logprobs, batch = case((5, 0, 40, 1, 9))
+    objective = Objective(0.3, CLIPS, 1.5, *reductions)
+    whole = evaluate(impl, device, logprobs, batch, objective)
+    edges = (0, 3, 5, 5, 17, 55)
+    blocks = [
+        evaluate(impl, device, logprobs, batch, objective, rows)
+        for rows in zip(edges, edges[1:], strict=False)
+    ]
+    for i, truth in enumerate(whole):
+        parts = [block[i] for block in blocks]
+        torch.testing.assert_close(torch.cat(parts) if i == 4 else sum(parts), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_a_million_elements_keep_fp32_accuracy(impl, device):
+    """Every sum to a few eps of the sum of its terms' sizes, and the same bits whatever the thread count."""
+    if backend.INTERPRETED:
+        pytest.skip("a million elements are the native kernels' matter")
+    lengths = (40_000, 1, 59_999)
+    g = torch.Generator().manual_seed(0)
+    old = -3 * torch.rand(100_000, 11, generator=g)
+    new = (old + 0.3 * torch.randn(old.shape, generator=g)).clamp(max=0)
+    advantages = torch.randn(old.shape, generator=g)
+    ids = torch.where(torch.rand(old.shape, generator=g) < 0.9, 5, -1)
+    parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (ids, old, advantages)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    batch = Batch(*parts[0], *parts[1], *parts[2], cu_seqlens, None, None)
+    objective = Objective(0.3, CLIPS, 1.5, "token_mean", "old_prob_mean")
+    wide = Batch._make(x.double() if x is not None and x.is_floating_point() else x for x in batch)
+    truth = IMPLS["torch"](new.double(), wide, objective, batch_divisors(wide, objective))
+    mine = evaluate(impl, device, new, batch, objective)
+    positive = wide._replace(
+        advantages=wide.advantages.abs(), candidate_advantages=wide.candidate_advantages.abs()
+    )
+    sizes = IMPLS["torch"](new.double(), positive, objective, batch_divisors(positive, objective))
+    eps = torch.finfo(torch.float32).eps
+    for i in range(3):
+        assert abs(mine[i] - truth[i]) <= 4 * eps * sizes[i].abs()
+    counts = [0, 1, 3, 4, 6]  # clipped elements: a rho within rounding of the clip may fall on either side
+    assert ((mine[3] - truth[3])[counts].abs() <= 20).all()
+    torch.testing.assert_close(mine[3][[2, 5, 7]], truth[3][[2, 5, 7]], rtol=1e-5, atol=0)
+    if impl == "cpp":
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(3 - min(threads, 2))
+            again = evaluate(impl, device, new, batch, objective)
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(x, y) for x, y in zip(mine, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    "fault", ["row0 ignored", "a candidate's alpha", "unused slots counted", "B of a block"]
+)
+def test_seeded_faults_are_caught(impl, device, fault, monkeypatch):
+    real = IMPLS[impl]
+
+    def faulty(logprobs, batch, objective, divisors, row0=0):
+        if fault == "row0 ignored":
+            row0 = 0
+        if fault == "a candidate's alpha":
+            objective = objective._replace(alpha=1.0)
+        if fault == "unused slots counted":
+            batch = batch._replace(candidate_ids=batch.candidate_ids.abs())
+        if fault == "B of a block":
+            divisors = Divisors(1.0, 1.0)
+        return real(logprobs, batch, objective, divisors, row0)
+
+    def both():
+        test_blocks_of_rows_add_up(impl, device, ("sequence_mean", "sequence_mean"))
+        test_every_kind_of_element(impl, device, "sequence_mean", "sequence_mean", 1.5, False, None)
+
+    both()
+    monkeypatch.setitem(IMPLS, impl, faulty)
+    with pytest.raises(AssertionError):
+        both()
+
+
+@pytest.mark.skipif(
+    not (backend.HAS_CUDA and torch.cuda.is_available()), reason="no GPU, or no CUDA kernels in the extension"
+)
+def test_cuda_kernels(monkeypatch):
+    for reductions in (("sequence_mean", "sequence_mean"), ("token_mean", "old_prob_mean")):
+        test_blocks_of_rows_add_up("cuda", "cuda", reductions)
+        for given in (False, True):
+            test_every_kind_of_element("cuda", "cuda", *reductions, 1.5, given, None)
+    for lengths in ((), (0, 0, 1), (300, 0, 700)):
+        test_shapes("cuda", "cuda", lengths, 10)
+    test_a_million_elements_keep_fp32_accuracy("cuda", "cuda")
+    test_seeded_faults_are_caught("cuda", "cuda", "row0 ignored", monkeypatch)
