@@ -1,10 +1,12 @@
-// Sequence ops on the CPU: OpenMP over sequences; inside one, blocks of tokens that stay in L1: a serial scan in fp64
-// (a running sum over 32k tokens keeps fp32 accuracy; the add is latency-bound either way), then a vectorised epilogue.
+// Sequence ops on the CPU: OpenMP over sequences, or over the pieces of one that is too long for one thread. Inside a
+// piece, blocks of tokens that stay in L1: a vector scan, then a vectorised epilogue. Running sums are fp32 within
+// kScan tokens and fp64 between them, so that 32k tokens keep fp32 accuracy without fp64's latency at every token.
 // target_clones compiles each hot loop for AVX-512, AVX2 and the baseline and picks one when the library is loaded.
 
 #include "sequence_cpu.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "token_math.h"
 
@@ -17,135 +19,404 @@
 namespace ipvrm {
 namespace {
 
-constexpr int64_t kBlock = 512;
+constexpr int kLanes = 16;      // floats in the widest vector: block loops run whole vectors, the last one padded with zeros
+constexpr int kBlock = 1024;    // tokens: four buffers of a block fit L1
+constexpr int kScan = 64;       // tokens between two roundings of the fp64 carry
+constexpr int kLossBlock = 256;  // losses summed in fp32 before they join an fp64 sum
+constexpr int kMaxThreads = 256;
+constexpr int64_t kLeastRows = 16384;   // below this a thread team costs more than it saves
+constexpr int64_t kLeastSplit = 16384;  // below this a sequence is not worth two passes and two barriers
 
-template <typename Body>
-void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num_threads, const Body& body) {
-  const int64_t num_rows = cu_seqlens[num_sequences];
-  const int threads = num_rows < 16384 ? 1 : num_threads;  // below this a thread team costs more than it saves
-  const int chunk = static_cast<int>(std::clamp<int64_t>(num_sequences / (16 * threads), 1, 256));
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
-  for (int64_t b = 0; b < num_sequences; ++b) {
-    const int64_t start = cu_seqlens[b];
-    const int64_t length = cu_seqlens[b + 1] - start;
-    if (length > 0) body(b, start, length);
+constexpr float kZeros[kBlock] = {};
+
+// 1 / t at [t - 1], so that short sequences, the many, divide once less per token.
+constexpr int kTable = 8192;
+constexpr struct Reciprocals {
+  float at[kTable] = {};
+  constexpr Reciprocals() {
+    for (int i = 0; i < kTable; ++i) at[i] = 1.0f / static_cast<float>(i + 1);
   }
+} kReciprocals;
+
+int vectors(int count) { return (count + kLanes - 1) / kLanes; }
+
+// The block as it is, or where it ends in the middle of a vector, a copy padded with zeros.
+const float* padded(const float* block, int count, float* copy) {
+  if (count % kLanes == 0) return block;
+  std::copy(block, block + count, copy);
+  std::fill(copy + count, copy + vectors(count) * kLanes, 0.0f);
+  return copy;
 }
 
-IPVRM_SIMD void prefix_values_block(const float* __restrict sums, const float* __restrict log_ratio,
-                                    float* __restrict value, float* __restrict mean_value, float* __restrict prob,
-                                    float* __restrict td, int64_t first, int64_t count, float beta) {
-  for (int64_t i = 0; i < count; ++i) {
-    const PrefixValue v = prefix_value(sums[i], beta, static_cast<float>(static_cast<int32_t>(first + i + 1)));
+// Where to write a block in whole vectors: in place, or a buffer that `settle` copies from.
+float* whole(float* block, int count, float* buffer) { return count % kLanes == 0 ? block : buffer; }
+void settle(float* block, int count, const float* written) {
+  if (written != block) std::copy(written, written + count, block);
+}
+
+// 1 / t for t = before+1 .. before+count in whole vectors: the table, or beyond its end `buffer`, filled.
+IPVRM_SIMD const float* inverse_positions(int before, int count, float* buffer) {
+  if (before + kBlock <= kTable) return kReciprocals.at + before;
+  for (int i = 0; i < kLanes * vectors(count); ++i) buffer[i] = 1.0f / static_cast<float>(before + i + 1);
+  return buffer;
+}
+
+// sums[i] = carry + x[0] + .. + x[i]; returns the new carry.
+IPVRM_SIMD double scan_block(const float* __restrict x, float* __restrict sums, int count, double carry) {
+  for (int first = 0; first < vectors(count); first += kScan / kLanes) {
+    const float base = static_cast<float>(carry);
+    const int n = std::min(kScan / kLanes, vectors(count) - first);
+    const float* from = x + kLanes * first;
+    float* to = sums + kLanes * first;
+    float sum = 0.0f;
+#pragma omp simd reduction(inscan, + : sum)
+    for (int i = 0; i < kLanes * n; ++i) {
+      sum += from[i];
+#pragma omp scan inclusive(sum)
+      to[i] = base + sum;
+    }
+    carry += sum;
+  }
+  return carry;
+}
+
+// sums[i] = factor * (carry + x[i] + .. + x[end]); returns the new carry.
+IPVRM_SIMD double reverse_scan_block(const float* __restrict x, float* __restrict sums, int count, double carry,
+                                     float factor) {
+  for (int last = vectors(count); last > 0; last -= kScan / kLanes) {
+    const float base = static_cast<float>(carry);
+    const int n = std::min(kScan / kLanes, last);
+    const float* from = x + kLanes * last - 1;
+    float* to = sums + kLanes * last - 1;
+    float sum = 0.0f;
+#pragma omp simd reduction(inscan, + : sum)
+    for (int i = 0; i < kLanes * n; ++i) {
+      sum += from[-i];
+#pragma omp scan inclusive(sum)
+      to[-i] = factor * (base + sum);
+    }
+    carry += sum;
+  }
+  return carry;
+}
+
+IPVRM_SIMD void prefix_values_block(const float* __restrict sums, float* __restrict value, float* __restrict mean_value,
+                                    float* __restrict prob, int before, int count, float beta) {
+  for (int i = 0; i < kLanes * vectors(count); ++i) {
+    const PrefixValue v = prefix_value(sums[i], beta, static_cast<float>(before + i + 1));
     value[i] = v.value;
     mean_value[i] = v.mean_value;
     prob[i] = v.prob;
-    td[i] = beta * log_ratio[i];
   }
+}
+
+IPVRM_SIMD void multiply_block(const float* __restrict x, float* __restrict y, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; ++i) y[i] = factor * x[i];
+}
+
+IPVRM_SIMD void add_product_block(const float* __restrict x, float* __restrict y, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; ++i) y[i] += factor * x[i];
 }
 
 IPVRM_SIMD void prefix_slopes_block(const float* __restrict dvalue, const float* __restrict dmean_value,
                                     const float* __restrict dprob, const float* __restrict prob,
-                                    float* __restrict slope, int64_t first, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    slope[i] = prefix_value_slope(dvalue ? dvalue[i] : 0.0f, dmean_value ? dmean_value[i] : 0.0f,
-                                  dprob ? dprob[i] : 0.0f, prob[i], static_cast<float>(static_cast<int32_t>(first + i + 1)));
+                                    float* __restrict slope, int before, int count) {
+  for (int i = 0; i < count; ++i) {
+    slope[i] = prefix_value_slope(dvalue[i], dmean_value[i], dprob[i], prob[i], static_cast<float>(before + i + 1));
   }
 }
 
-// Returns the block's sum of omega_t * loss_t; fills its slopes.
-IPVRM_SIMD float margin_loss_block(const float* __restrict sums, float* __restrict slope, int64_t first,
-                                   int64_t count, float beta, float sign, float margin, float scale, PrefixWeights weights) {
-  float losses[kBlock];
-  for (int64_t i = 0; i < count; ++i) {
-    const float t = static_cast<float>(static_cast<int32_t>(first + i + 1));
-    const MarginLoss at = margin_loss(beta * sums[i] / t, sign, margin);
-    const float omega = weights.at(t);
-    losses[i] = omega * at.loss;
-    slope[i] = scale * omega * at.derivative / t;
-  }
+// Returns the block's sum of omega_t * loss_t; fills its slopes. factor is sign * beta, scale carries the sign as well.
+IPVRM_SIMD double margin_loss_block(const float* __restrict sums, const float* __restrict inverse_t,
+                                    float* __restrict slope, int before, int count, float factor, float margin,
+                                    float scale, PrefixWeights weights) {
   double total = 0.0;
-  for (int64_t i = 0; i < count; ++i) total += losses[i];
-  return static_cast<float>(total);
+  for (int first = 0; first < count; first += kLossBlock) {
+    const int n = vectors(std::min(kLossBlock, count - first));
+    float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+    for (int i = 0; i < kLanes * n; ++i) {
+      const int j = first + i;
+      const float omega = weights.at(static_cast<float>(before + j + 1));
+      const MarginLoss at = margin_loss(factor * (sums[j] * inverse_t[j]), 1.0f, margin);
+      part += j < count ? omega * at.loss : 0.0f;
+      slope[j] = scale * (omega * inverse_t[j]) * at.derivative;
+    }
+    total += part;
+  }
+  return total;
 }
+
+// Tokens first .. last-1 of the sequence that has rows start .. start+length-1. first is a multiple of kBlock.
+struct Piece {
+  int64_t sequence, start;
+  int length, first, last;
+};
+
+template <typename Body>
+void forward_blocks(const Piece& piece, const Body& body) {
+  for (int first = piece.first; first < piece.last; first += kBlock) {
+    body(piece.start + first, first, std::min(kBlock, piece.last - first));
+  }
+}
+
+template <typename Body>
+void reverse_blocks(const Piece& piece, const Body& body) {
+  if (piece.first >= piece.last) return;
+  for (int first = piece.first + (piece.last - 1 - piece.first) / kBlock * kBlock; first >= piece.first; first -= kBlock) {
+    body(piece.start + first, first, std::min(kBlock, piece.last - first));
+  }
+}
+
+// Runs `op` over every sequence that has tokens:
+//   op.sum(piece) -> what the piece adds to the carry of those scanned after it (double)
+//   op.run(piece, carry) -> its outputs are written; returns its share of the sequence's total (double)
+//   op.finish(sequence, length, total)
+// A sequence longer than half of one thread's share of the rows is cut into a piece per thread: a pass of sums, then one of
+// outputs. Blocks lie alike in both cases, so that the cut does not change what is rounded.
+template <typename Op>
+void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num_threads, const Op& op) {
+  const int64_t num_rows = cu_seqlens[num_sequences];
+  const int threads = num_rows < kLeastRows ? 1 : std::clamp(num_threads, 1, kMaxThreads);
+  const int64_t split_above = threads == 1 ? num_rows : std::max(num_rows / (2 * threads), kLeastSplit);
+  const int chunk = static_cast<int>(std::clamp<int64_t>(num_sequences / (16 * threads), 1, 256));
+  int32_t longest = 0;
+#pragma omp simd reduction(max : longest)
+  for (int64_t b = 0; b < num_sequences; ++b) longest = std::max(longest, cu_seqlens[b + 1] - cu_seqlens[b]);
+  double sums[kMaxThreads], totals[kMaxThreads];
+#pragma omp parallel num_threads(threads)
+  {
+    for (int64_t b = 0; longest > split_above && b < num_sequences; ++b) {
+      const int length = cu_seqlens[b + 1] - cu_seqlens[b];
+      if (length <= split_above) continue;
+      const int step = ((length - 1) / kBlock / threads + 1) * kBlock;
+      const auto piece = [&](int p) {
+        return Piece{b, cu_seqlens[b], length, std::min(p * step, length), std::min((p + 1) * step, length)};
+      };
+#pragma omp for schedule(static, 1)
+      for (int p = 0; p < threads; ++p) sums[p] = op.sum(piece(p));
+#pragma omp for schedule(static, 1)
+      for (int p = 0; p < threads; ++p) {
+        double carry = 0.0;
+        for (int q = Op::kReverse ? threads - 1 : 0; q != p; q += Op::kReverse ? -1 : 1) carry += sums[q];
+        totals[p] = op.run(piece(p), carry);
+      }
+#pragma omp single
+      {
+        double total = 0.0;
+        for (int p = 0; p < threads; ++p) total += totals[p];
+        op.finish(b, length, total);
+      }
+    }
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t b = 0; b < num_sequences; ++b) {
+      const int length = cu_seqlens[b + 1] - cu_seqlens[b];
+      if (length > 0 && length <= split_above) {
+        op.finish(b, length, op.run({b, cu_seqlens[b], length, 0, length}, 0.0));
+      }
+    }
+  }
+}
+
+// What a running sum of `x` over a piece adds to the carry.
+double piece_sum(const float* x, const Piece& piece) {
+  float copy[kBlock], sums[kBlock];
+  double carry = 0.0;
+  forward_blocks(piece, [&](int64_t row, int, int count) {
+    carry = scan_block(padded(x + row, count, copy), sums, count, carry);
+  });
+  return carry;
+}
+
+struct ScanForward {
+  static constexpr bool kReverse = false;
+  const float* x;
+  float* y;
+  double sum(const Piece& piece) const { return piece_sum(x, piece); }
+  double run(const Piece& piece, double carry) const {
+    float copy[kBlock], buffer[kBlock];
+    forward_blocks(piece, [&](int64_t row, int, int count) {
+      float* out = whole(y + row, count, buffer);
+      carry = scan_block(padded(x + row, count, copy), out, count, carry);
+      settle(y + row, count, out);
+    });
+    return 0.0;
+  }
+  void finish(int64_t, int, double) const {}
+};
+
+// factor times the running sum from each sequence's end.
+struct ScanReverse {
+  static constexpr bool kReverse = true;
+  const float* x;
+  float* y;
+  float factor;
+  double sum(const Piece& piece) const {
+    float copy[kBlock], sums[kBlock];
+    double carry = 0.0;
+    reverse_blocks(piece, [&](int64_t row, int, int count) {
+      carry = reverse_scan_block(padded(x + row, count, copy), sums, count, carry, 1.0f);
+    });
+    return carry;
+  }
+  double run(const Piece& piece, double carry) const {
+    float copy[kBlock], buffer[kBlock];
+    reverse_blocks(piece, [&](int64_t row, int, int count) {
+      float* out = whole(y + row, count, buffer);
+      carry = reverse_scan_block(padded(x + row, count, copy), out, count, carry, factor);
+      settle(y + row, count, out);
+    });
+    return 0.0;
+  }
+  void finish(int64_t, int, double) const {}
+};
+
+struct PrefixValuesForward {
+  static constexpr bool kReverse = false;
+  const float* log_ratio;
+  float *value, *mean_value, *prob, *td;
+  float beta;
+  double sum(const Piece& piece) const { return piece_sum(log_ratio, piece); }
+  double run(const Piece& piece, double carry) const {
+    float copy[kBlock], sums[kBlock], buffers[3][kBlock];
+    forward_blocks(piece, [&](int64_t row, int before, int count) {
+      carry = scan_block(padded(log_ratio + row, count, copy), sums, count, carry);
+      float* out[3] = {whole(value + row, count, buffers[0]), whole(mean_value + row, count, buffers[1]),
+                       whole(prob + row, count, buffers[2])};
+      prefix_values_block(sums, out[0], out[1], out[2], before, count, beta);
+      settle(value + row, count, out[0]);
+      settle(mean_value + row, count, out[1]);
+      settle(prob + row, count, out[2]);
+      multiply_block(log_ratio + row, td + row, count, beta);
+    });
+    return 0.0;
+  }
+  void finish(int64_t, int, double) const {}
+};
+
+struct PrefixValuesBackward {
+  static constexpr bool kReverse = true;
+  const float *dvalue, *dmean_value, *dprob, *dtd, *prob;  // the first four may be null
+  float* dlog_ratio;
+  float beta;
+  static const float* at(const float* gradient, int64_t row) { return gradient ? gradient + row : kZeros; }
+  const float* slopes(int64_t row, int before, int count, float* slope) const {
+    prefix_slopes_block(at(dvalue, row), at(dmean_value, row), at(dprob, row), prob + row, slope, before, count);
+    std::fill(slope + count, slope + kLanes * vectors(count), 0.0f);
+    return slope;
+  }
+  double sum(const Piece& piece) const {
+    float slope[kBlock], sums[kBlock];
+    double carry = 0.0;
+    reverse_blocks(piece, [&](int64_t row, int before, int count) {
+      carry = reverse_scan_block(slopes(row, before, count, slope), sums, count, carry, 1.0f);
+    });
+    return carry;
+  }
+  double run(const Piece& piece, double carry) const {
+    float slope[kBlock], buffer[kBlock];
+    reverse_blocks(piece, [&](int64_t row, int before, int count) {
+      float* out = whole(dlog_ratio + row, count, buffer);
+      carry = reverse_scan_block(slopes(row, before, count, slope), out, count, carry, beta);
+      settle(dlog_ratio + row, count, out);
+      if (dtd) add_product_block(dtd + row, dlog_ratio + row, count, beta);
+    });
+    return 0.0;
+  }
+  void finish(int64_t, int, double) const {}
+};
+
+struct LossForward {
+  static constexpr bool kReverse = false;
+  const float *log_ratio, *outcome, *margin, *weight;
+  float *sums, *slope;
+  float beta;
+  Weighting kind;
+  bool per_sequence;
+  float scale(int64_t b, const PrefixWeights& weights) const { return per_sequence ? weight[b] / weights.sum : weight[b]; }
+  double sum(const Piece& piece) const { return piece_sum(log_ratio, piece); }
+  double run(const Piece& piece, double carry) const {
+    const int64_t b = piece.sequence;
+    const PrefixWeights weights = prefix_weights(kind, static_cast<float>(piece.length));
+    const float sign = 2.0f * outcome[b] - 1.0f;
+    float copy[kBlock], prefix_sums[kBlock], buffer[kBlock], inverse[kBlock];
+    double total = 0.0;
+    forward_blocks(piece, [&](int64_t row, int before, int count) {
+      carry = scan_block(padded(log_ratio + row, count, copy), prefix_sums, count, carry);
+      float* out = whole(slope + row, count, buffer);
+      total += margin_loss_block(prefix_sums, inverse_positions(before, count, inverse), out, before, count, sign * beta,
+                                 margin[b], sign * scale(b, weights), weights);
+      settle(slope + row, count, out);
+    });
+    return total;
+  }
+  void finish(int64_t b, int length, double total) const {
+    const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
+    sums[2 * b] = static_cast<float>(scale(b, weights) * total);
+    sums[2 * b + 1] = per_sequence ? 1.0f : weights.sum;
+  }
+};
 
 }  // namespace
 
+bool edges_rise_cpu(const int32_t* cu_seqlens, int64_t num_sequences, int64_t num_rows) {
+  bool rises = cu_seqlens[0] == 0 && cu_seqlens[num_sequences] == num_rows;
+  for (int64_t b = 0; b < num_sequences; ++b) rises &= cu_seqlens[b] <= cu_seqlens[b + 1];
+  return rises;
+}
+
+bool loss_inputs_valid_cpu(const int32_t* cu_seqlens, const float* outcome, const float* margin, const float* weight,
+                           const float* denominator, int64_t num_sequences, int64_t num_rows) {
+  bool valid = edges_rise_cpu(cu_seqlens, num_sequences, num_rows);
+  for (int64_t b = 0; b < num_sequences; ++b) {
+    valid &= (outcome[b] == 0.0f) | (outcome[b] == 1.0f);
+    valid &= std::isfinite(margin[b]) & std::isfinite(weight[b]);
+  }
+  return valid && (!denominator || (*denominator > 0.0f && std::isfinite(*denominator)));
+}
+
 void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, float decay,
                       bool reverse, int num_threads) {
-  for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t, int64_t start, int64_t length) {
+  if (decay == 1.0f && reverse) return for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanReverse{x, y, 1.0f});
+  if (decay == 1.0f) return for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanForward{x, y});
+  const auto scan = [&](int64_t start, int64_t end) {
     double carry = 0.0;
     if (reverse) {
-      for (int64_t i = start + length - 1; i >= start; --i) y[i] = static_cast<float>(carry = x[i] + decay * carry);
+      for (int64_t i = end - 1; i >= start; --i) y[i] = static_cast<float>(carry = x[i] + decay * carry);
     } else {
-      for (int64_t i = start; i < start + length; ++i) y[i] = static_cast<float>(carry = x[i] + decay * carry);
+      for (int64_t i = start; i < end; ++i) y[i] = static_cast<float>(carry = x[i] + decay * carry);
     }
-  });
+  };
+  const int64_t num_rows = cu_seqlens[num_sequences];
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_rows < kLeastRows ? 1 : num_threads)
+  for (int64_t b = 0; b < num_sequences; ++b) scan(cu_seqlens[b], cu_seqlens[b + 1]);
 }
 
 void prefix_values_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value,
                            float* prob, float* td, int64_t num_sequences, float beta, int num_threads) {
-  for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t, int64_t start, int64_t length) {
-    float sums[kBlock];
-    double carry = 0.0;
-    for (int64_t first = 0; first < length; first += kBlock) {
-      const int64_t count = std::min(kBlock, length - first);
-      const int64_t row = start + first;
-      for (int64_t i = 0; i < count; ++i) sums[i] = static_cast<float>(carry += log_ratio[row + i]);
-      prefix_values_block(sums, log_ratio + row, value + row, mean_value + row, prob + row, td + row, first, count, beta);
-    }
-  });
+  for_each_sequence(cu_seqlens, num_sequences, num_threads,
+                    PrefixValuesForward{log_ratio, value, mean_value, prob, td, beta});
 }
 
 void prefix_values_bwd_cpu(const float* dvalue, const float* dmean_value, const float* dprob, const float* dtd,
                            const float* prob, const int32_t* cu_seqlens, float* dlog_ratio, int64_t num_sequences,
                            float beta, int num_threads) {
-  const auto at = [](const float* p, int64_t row) { return p ? p + row : nullptr; };
-  for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t, int64_t start, int64_t length) {
-    float slope[kBlock];
-    double carry = 0.0;
-    for (int64_t block = (length - 1) / kBlock; block >= 0; --block) {
-      const int64_t first = block * kBlock;
-      const int64_t count = std::min(kBlock, length - first);
-      const int64_t row = start + first;
-      prefix_slopes_block(at(dvalue, row), at(dmean_value, row), at(dprob, row), prob + row, slope, first, count);
-      for (int64_t i = count - 1; i >= 0; --i) {
-        carry += slope[i];
-        dlog_ratio[row + i] = beta * (static_cast<float>(carry) + (dtd ? dtd[row + i] : 0.0f));
-      }
-    }
-  });
+  for_each_sequence(cu_seqlens, num_sequences, num_threads,
+                    PrefixValuesBackward{dvalue, dmean_value, dprob, dtd, prob, dlog_ratio, beta});
 }
 
 void prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, const float* outcome,
                                const float* margin, const float* weight, float* sums, float* slope,
                                int64_t num_sequences, float beta, int weighting, bool per_sequence, int num_threads) {
-  const auto kind = static_cast<Weighting>(weighting);
   std::fill(sums, sums + 2 * num_sequences, 0.0f);
-  for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t b, int64_t start, int64_t length) {
-    const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
-    const float scale = per_sequence ? weight[b] / weights.sum : weight[b];
-    const float sign = 2.0f * outcome[b] - 1.0f;
-    float prefix_sums[kBlock];
-    double carry = 0.0, total = 0.0;
-    for (int64_t first = 0; first < length; first += kBlock) {
-      const int64_t count = std::min(kBlock, length - first);
-      const int64_t row = start + first;
-      for (int64_t i = 0; i < count; ++i) prefix_sums[i] = static_cast<float>(carry += log_ratio[row + i]);
-      total += margin_loss_block(prefix_sums, slope + row, first, count, beta, sign, margin[b], scale, weights);
-    }
-    sums[2 * b] = static_cast<float>(scale * total);
-    sums[2 * b + 1] = per_sequence ? 1.0f : weights.sum;
-  });
+  for_each_sequence(cu_seqlens, num_sequences, num_threads,
+                    LossForward{log_ratio, outcome, margin, weight, sums, slope, beta, static_cast<Weighting>(weighting),
+                                per_sequence});
 }
 
 void prefix_value_loss_bwd_cpu(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
                                int64_t num_sequences, float beta, int num_threads) {
-  const float factor = beta * *scale;
-  for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t, int64_t start, int64_t length) {
-    double carry = 0.0;
-    for (int64_t i = start + length - 1; i >= start; --i) dlog_ratio[i] = factor * static_cast<float>(carry += slope[i]);
-  });
+  for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanReverse{slope, dlog_ratio, beta * *scale});
 }
 
 }  // namespace ipvrm
