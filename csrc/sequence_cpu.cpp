@@ -130,17 +130,21 @@ IPVRM_SIMD void prefix_slopes_block(const float* __restrict dvalue, const float*
 IPVRM_SIMD double margin_loss_block(const float* __restrict sums, const float* __restrict inverse_t,
                                     float* __restrict slope, int before, int count, float factor, float margin,
                                     float scale, PrefixWeights weights) {
+  const float last = static_cast<float>(before + count);  // compared as a float: g++ would split the loop at an integer
   double total = 0.0;
   for (int first = 0; first < count; first += kLossBlock) {
+    const int t0 = before + first + 1;
     const int n = vectors(std::min(kLossBlock, count - first));
+    const float *__restrict sum = sums + first, *__restrict inverse = inverse_t + first;  // under -fwrapv an index
+    float* __restrict out = slope + first;                                               // first + i would gather
     float part = 0.0f;
 #pragma omp simd reduction(+ : part)
     for (int i = 0; i < kLanes * n; ++i) {
-      const int j = first + i;
-      const float omega = weights.at(static_cast<float>(before + j + 1));
-      const MarginLoss at = margin_loss(factor * (sums[j] * inverse_t[j]), 1.0f, margin);
-      part += j < count ? omega * at.loss : 0.0f;
-      slope[j] = scale * (omega * inverse_t[j]) * at.derivative;
+      const float t = static_cast<float>(t0 + i);
+      const float omega = weights.at(t);
+      const MarginLoss at = margin_loss(factor * (sum[i] * inverse[i]), 1.0f, margin);
+      part += t > last ? 0.0f : omega * at.loss;
+      out[i] = scale * (omega * inverse[i]) * at.derivative;
     }
     total += part;
   }

@@ -52,9 +52,9 @@ def checks_values(tensor: Tensor) -> bool:
 
 
 def native_call(name: str, *args: Any) -> Any:
-    """What `name` of the extension returns: tensors as addresses, None as 0, then the thread count or CUDA stream.
+    """Call `name` of the extension: tensors as addresses, None as 0, then the thread count or CUDA stream.
 
-    Only called after `choose` has said that the extension can run.
+    Returns what it returns. Only called after `choose` has said that the extension can run.
     """
     assert _C is not None
     plain = [arg.data_ptr() if isinstance(arg, Tensor) else 0 if arg is None else arg for arg in args]

@@ -245,7 +245,8 @@ def _prefix_value_loss(
     if denominator is not None:
         scale = 1 / denominator
     elif per_sequence:
-        scale = torch.full((), 1 / max(B, 1), dtype=total.dtype, device=total.device)  # an empty sequence counts and adds 0
+        # an empty sequence counts and adds 0
+        scale = torch.full((), 1 / max(B, 1), dtype=total.dtype, device=total.device)
     else:
         scale = torch.where(counted > 0, 1 / counted, 0.0)
     return total * scale, slope, scale
@@ -264,7 +265,9 @@ def _prefix_value_loss_bwd(
     return IMPLS[impl][1](slope, cu_seqlens.contiguous(), scale.contiguous(), beta)
 
 
-def _bwd_fake(log_ratio: Tensor, slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str) -> Tensor:
+def _bwd_fake(
+    log_ratio: Tensor, slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str
+) -> Tensor:
     return torch.empty_like(slope)
 
 

@@ -205,7 +205,9 @@ def _prefix_values(
     return IMPLS[impl][0](log_ratio.contiguous(), cu_seqlens.contiguous(), beta)
 
 
-def _fake(log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N = log_ratio.shape[0]
     return log_ratio.new_empty(N), log_ratio.new_empty(N), log_ratio.new_empty(N), log_ratio.new_empty(N)
 
@@ -227,8 +229,8 @@ def _bwd_fake(
 
 def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
-        "prefix_values: its gradient cannot be differentiated; build the values from segment_scan where a second "
-        "derivative is needed"
+        "prefix_values: its gradient cannot be differentiated; build the values from segment_scan where a "
+        "second derivative is needed"
     )
 
 
