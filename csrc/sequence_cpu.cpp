@@ -61,8 +61,8 @@ IPVRM_SIMD const float* inverse_positions(int before, int count, float* buffer) 
   return buffer;
 }
 
-// sums[i] = carry + x[0] + .. + x[i]; returns the new carry.
-IPVRM_SIMD double scan_block(const float* __restrict x, float* __restrict sums, int count, double carry) {
+// sums[i] = factor * (carry + x[0] + .. + x[i]); returns the new carry.
+IPVRM_SIMD double scan_block(const float* __restrict x, float* __restrict sums, int count, double carry, float factor) {
   for (int first = 0; first < vectors(count); first += kScan / kLanes) {
     const float base = static_cast<float>(carry);
     const int n = std::min(kScan / kLanes, vectors(count) - first);
@@ -73,7 +73,7 @@ IPVRM_SIMD double scan_block(const float* __restrict x, float* __restrict sums, 
     for (int i = 0; i < kLanes * n; ++i) {
       sum += from[i];
 #pragma omp scan inclusive(sum)
-      to[i] = base + sum;
+      to[i] = factor * (base + sum);
     }
     carry += sum;
   }
@@ -100,11 +100,10 @@ IPVRM_SIMD double reverse_scan_block(const float* __restrict x, float* __restric
   return carry;
 }
 
-IPVRM_SIMD void prefix_values_block(const float* __restrict sums, float* __restrict value, float* __restrict mean_value,
-                                    float* __restrict prob, int before, int count, float beta) {
+IPVRM_SIMD void prefix_values_block(const float* __restrict value, float* __restrict mean_value,
+                                    float* __restrict prob, int before, int count) {
   for (int i = 0; i < kLanes * vectors(count); ++i) {
-    const PrefixValue v = prefix_value(sums[i], beta, static_cast<float>(before + i + 1));
-    value[i] = v.value;
+    const PrefixValue v = prefix_value(value[i], 1.0f, static_cast<float>(before + i + 1));
     mean_value[i] = v.mean_value;
     prob[i] = v.prob;
   }
@@ -126,25 +125,26 @@ IPVRM_SIMD void prefix_slopes_block(const float* __restrict dvalue, const float*
   }
 }
 
-// Returns the block's sum of omega_t * loss_t; fills its slopes. factor is sign * beta, scale carries the sign as well.
-IPVRM_SIMD double margin_loss_block(const float* __restrict sums, const float* __restrict inverse_t,
-                                    float* __restrict slope, int before, int count, float factor, float margin,
-                                    float scale, PrefixWeights weights) {
+// values[i] = -sign * value_t, scale = -sign * d sums / d (omega_t loss_t). Returns the block's sum of omega_t * loss_t;
+// fills its slopes.
+IPVRM_SIMD double margin_loss_block(const float* __restrict values, const float* __restrict inverse_t,
+                                    float* __restrict slope, int before, int count, float margin, float scale,
+                                    PrefixWeights weights) {
+  const float constant = scale * weights.constant, linear = scale * weights.slope;
   const float last = static_cast<float>(before + count);  // compared as a float: g++ would split the loop at an integer
   double total = 0.0;
   for (int first = 0; first < count; first += kLossBlock) {
     const int t0 = before + first + 1;
     const int n = vectors(std::min(kLossBlock, count - first));
-    const float *__restrict sum = sums + first, *__restrict inverse = inverse_t + first;  // under -fwrapv an index
+    const float *__restrict value = values + first, *__restrict inverse = inverse_t + first;  // under -fwrapv an index
     float* __restrict out = slope + first;                                               // first + i would gather
     float part = 0.0f;
 #pragma omp simd reduction(+ : part)
     for (int i = 0; i < kLanes * n; ++i) {
       const float t = static_cast<float>(t0 + i);
-      const float omega = weights.at(t);
-      const MarginLoss at = margin_loss(factor * (sum[i] * inverse[i]), 1.0f, margin);
-      part += t > last ? 0.0f : omega * at.loss;
-      out[i] = scale * (omega * inverse[i]) * at.derivative;
+      const MarginLoss at = margin_loss(value[i] * inverse[i], -1.0f, margin);
+      part += t > last ? 0.0f : weights.at(t) * at.loss;
+      out[i] = (constant * inverse[i] + linear) * at.derivative;  // scale * omega_t / t
     }
     total += part;
   }
@@ -227,7 +227,7 @@ double piece_sum(const float* x, const Piece& piece) {
   float copy[kBlock], sums[kBlock];
   double carry = 0.0;
   forward_blocks(piece, [&](int64_t row, int, int count) {
-    carry = scan_block(padded(x + row, count, copy), sums, count, carry);
+    carry = scan_block(padded(x + row, count, copy), sums, count, carry, 1.0f);
   });
   return carry;
 }
@@ -241,7 +241,7 @@ struct ScanForward {
     float copy[kBlock], buffer[kBlock];
     forward_blocks(piece, [&](int64_t row, int, int count) {
       float* out = whole(y + row, count, buffer);
-      carry = scan_block(padded(x + row, count, copy), out, count, carry);
+      carry = scan_block(padded(x + row, count, copy), out, count, carry, 1.0f);
       settle(y + row, count, out);
     });
     return 0.0;
@@ -282,12 +282,12 @@ struct PrefixValuesForward {
   float beta;
   double sum(const Piece& piece) const { return piece_sum(log_ratio, piece); }
   double run(const Piece& piece, double carry) const {
-    float copy[kBlock], sums[kBlock], buffers[3][kBlock];
+    float copy[kBlock], buffers[3][kBlock];
     forward_blocks(piece, [&](int64_t row, int before, int count) {
-      carry = scan_block(padded(log_ratio + row, count, copy), sums, count, carry);
       float* out[3] = {whole(value + row, count, buffers[0]), whole(mean_value + row, count, buffers[1]),
                        whole(prob + row, count, buffers[2])};
-      prefix_values_block(sums, out[0], out[1], out[2], before, count, beta);
+      carry = scan_block(padded(log_ratio + row, count, copy), out[0], count, carry, beta);
+      prefix_values_block(out[0], out[1], out[2], before, count);
       settle(value + row, count, out[0]);
       settle(mean_value + row, count, out[1]);
       settle(prob + row, count, out[2]);
@@ -342,14 +342,14 @@ struct LossForward {
   double run(const Piece& piece, double carry) const {
     const int64_t b = piece.sequence;
     const PrefixWeights weights = prefix_weights(kind, static_cast<float>(piece.length));
-    const float sign = 2.0f * outcome[b] - 1.0f;
-    float copy[kBlock], prefix_sums[kBlock], buffer[kBlock], inverse[kBlock];
+    const float against = 1.0f - 2.0f * outcome[b];  // -sign
+    float copy[kBlock], values[kBlock], buffer[kBlock], inverse[kBlock];
     double total = 0.0;
     forward_blocks(piece, [&](int64_t row, int before, int count) {
-      carry = scan_block(padded(log_ratio + row, count, copy), prefix_sums, count, carry);
+      carry = scan_block(padded(log_ratio + row, count, copy), values, count, carry, against * beta);
       float* out = whole(slope + row, count, buffer);
-      total += margin_loss_block(prefix_sums, inverse_positions(before, count, inverse), out, before, count, sign * beta,
-                                 margin[b], sign * scale(b, weights), weights);
+      total += margin_loss_block(values, inverse_positions(before, count, inverse), out, before, count, margin[b],
+                                 against * scale(b, weights), weights);
       settle(slope + row, count, out);
     });
     return total;
