@@ -23,6 +23,7 @@ constexpr int kLanes = 16;      // floats in the widest vector: block loops run 
 constexpr int kBlock = 1024;    // tokens: four buffers of a block fit L1
 constexpr int kScan = 64;       // tokens between two roundings of the fp64 carry
 constexpr int kLossBlock = 256;  // losses summed in fp32 before they join an fp64 sum
+constexpr int kShort = 64;       // tokens of a sequence that shares its block with its neighbours; at most kScan
 constexpr int kMaxThreads = 256;
 constexpr int64_t kLeastRows = 16384;   // below this a thread team costs more than it saves
 constexpr int64_t kLeastSplit = 16384;  // below this a sequence is not worth two passes and two barriers
@@ -100,12 +101,11 @@ IPVRM_SIMD double reverse_scan_block(const float* __restrict x, float* __restric
   return carry;
 }
 
-IPVRM_SIMD void prefix_values_block(const float* __restrict value, float* __restrict mean_value,
-                                    float* __restrict prob, int before, int count) {
+IPVRM_SIMD void prefix_values_block(const float* __restrict value, const float* __restrict inverse_t,
+                                    float* __restrict mean_value, float* __restrict prob, int count) {
   for (int i = 0; i < kLanes * vectors(count); ++i) {
-    const PrefixValue v = prefix_value(value[i], 1.0f, static_cast<float>(before + i + 1));
-    mean_value[i] = v.mean_value;
-    prob[i] = v.prob;
+    mean_value[i] = value[i] * inverse_t[i];
+    prob[i] = sigmoid(mean_value[i]);
   }
 }
 
@@ -119,9 +119,9 @@ IPVRM_SIMD void add_product_block(const float* __restrict x, float* __restrict y
 
 IPVRM_SIMD void prefix_slopes_block(const float* __restrict dvalue, const float* __restrict dmean_value,
                                     const float* __restrict dprob, const float* __restrict prob,
-                                    float* __restrict slope, int before, int count) {
+                                    const float* __restrict inverse_t, float* __restrict slope, int count) {
   for (int i = 0; i < count; ++i) {
-    slope[i] = prefix_value_slope(dvalue[i], dmean_value[i], dprob[i], prob[i], static_cast<float>(before + i + 1));
+    slope[i] = dvalue[i] + inverse_t[i] * prefix_value_slope(0.0f, dmean_value[i], dprob[i], prob[i], 1.0f);
   }
 }
 
@@ -151,11 +151,79 @@ IPVRM_SIMD double margin_loss_block(const float* __restrict values, const float*
   return total;
 }
 
+// The same for a run of short sequences with each token's margin, scale and omega; leaves omega_t * loss_t in `omega`.
+IPVRM_SIMD void margin_loss_run(const float* __restrict values, const float* __restrict inverse_t,
+                                const float* __restrict margin, const float* __restrict scale, float* __restrict omega,
+                                float* __restrict slope, int count) {
+  for (int i = 0; i < kLanes * vectors(count); ++i) {
+    const MarginLoss at = margin_loss(values[i] * inverse_t[i], -1.0f, margin[i]);
+    slope[i] = scale[i] * (omega[i] * inverse_t[i]) * at.derivative;
+    omega[i] *= at.loss;
+  }
+}
+
 // Tokens first .. last-1 of the sequence that has rows start .. start+length-1. first is a multiple of kBlock.
 struct Piece {
   int64_t sequence, start;
   int length, first, last;
 };
+
+// Consecutive sequences of at most kShort tokens each and kBlock in all, treated as one block. Each is scanned in whole
+// vectors; what it writes beyond its own tokens is written over by the neighbour that is scanned after it.
+struct Run {
+  int64_t sequence;        // the first
+  const int32_t* edges;    // of the first
+  int num_sequences;
+  int64_t row() const { return edges[0]; }
+  int count() const { return edges[num_sequences] - edges[0]; }
+  int offset(int k) const { return edges[k] - edges[0]; }
+  int length(int k) const { return edges[k + 1] - edges[k]; }
+};
+
+void clear_tail(const Run& run, float* y) { std::fill(y + run.count(), y + run.count() + kLanes, 0.0f); }
+
+// A block of a run: room for a vector before and after it.
+struct RunBuffer {
+  float room[kLanes + kBlock + kLanes];
+  float* tokens() { return room + kLanes; }
+  float* load(const float* x, const Run& run) {
+    std::fill(room, room + kLanes, 0.0f);
+    std::copy(x + run.row(), x + run.row() + run.count(), tokens());
+    clear_tail(run, tokens());
+    return tokens();
+  }
+  void store(float* y, const Run& run) { std::copy(tokens(), tokens() + run.count(), y + run.row()); }
+};
+
+// y = fill(k, t - 1) at the token t of sequence k of the run.
+template <typename Fill>
+void fill_run(const Run& run, float* y, const Fill& fill) {
+  for (int k = 0; k < run.num_sequences; ++k) {
+    float* to = y + run.offset(k);
+    for (int i = 0; i < kLanes * vectors(run.length(k)); ++i) to[i] = fill(k, i);
+  }
+  clear_tail(run, y);
+}
+
+const float* inverse_positions(const Run& run, float* buffer) {
+  fill_run(run, buffer, [](int, int i) { return kReciprocals.at[i]; });
+  return buffer;
+}
+
+template <typename Factor>
+void scan_run(const Run& run, const float* x, float* y, const Factor& factor) {
+  for (int k = 0; k < run.num_sequences; ++k) {
+    scan_block(x + run.offset(k), y + run.offset(k), run.length(k), 0.0, factor(k));
+  }
+  clear_tail(run, y);
+}
+
+void reverse_scan_run(const Run& run, const float* x, float* y, float factor) {
+  for (int k = run.num_sequences - 1; k >= 0; --k) {
+    const int first = run.offset(k + 1) - kLanes * vectors(run.length(k));  // whole vectors that end where it ends
+    reverse_scan_block(x + first, y + first, run.length(k), 0.0, factor);
+  }
+}
 
 template <typename Body>
 void forward_blocks(const Piece& piece, const Body& body) {
@@ -176,6 +244,7 @@ void reverse_blocks(const Piece& piece, const Body& body) {
 //   op.sum(piece) -> what the piece adds to the carry of those scanned after it (double)
 //   op.run(piece, carry) -> its outputs are written; returns its share of the sequence's total (double)
 //   op.finish(sequence, length, total)
+//   op.run_short(run) does all of it for a run of short sequences.
 // A sequence longer than half of one thread's share of the rows is cut into a piece per thread: a pass of sums, then one of
 // outputs. Blocks lie alike in both cases, so that the cut does not change what is rounded.
 template <typename Op>
@@ -212,11 +281,22 @@ void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num
         op.finish(b, length, total);
       }
     }
-#pragma omp for schedule(dynamic, chunk)
-    for (int64_t b = 0; b < num_sequences; ++b) {
-      const int length = cu_seqlens[b + 1] - cu_seqlens[b];
-      if (length > 0 && length <= split_above) {
-        op.finish(b, length, op.run({b, cu_seqlens[b], length, 0, length}, 0.0));
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t group = 0; group < num_sequences; group += chunk) {
+      const int64_t end = std::min(group + chunk, num_sequences);
+      for (int64_t b = group, next; b < end; b = next) {
+        const int length = cu_seqlens[b + 1] - cu_seqlens[b];
+        next = b + 1;
+        if (length > split_above) continue;
+        if (length > kShort) {
+          op.finish(b, length, op.run({b, cu_seqlens[b], length, 0, length}, 0.0));
+          continue;
+        }
+        const auto joins = [&](int64_t c) {
+          return cu_seqlens[c + 1] - cu_seqlens[c] <= kShort && cu_seqlens[c + 1] - cu_seqlens[b] <= kBlock;
+        };
+        while (next < end && joins(next)) ++next;
+        op.run_short({b, cu_seqlens + b, static_cast<int>(next - b)});
       }
     }
   }
@@ -247,6 +327,11 @@ struct ScanForward {
     return 0.0;
   }
   void finish(int64_t, int, double) const {}
+  void run_short(const Run& run) const {
+    RunBuffer in, out;
+    scan_run(run, in.load(x, run), out.tokens(), [](int) { return 1.0f; });
+    out.store(y, run);
+  }
 };
 
 // factor times the running sum from each sequence's end.
@@ -273,6 +358,11 @@ struct ScanReverse {
     return 0.0;
   }
   void finish(int64_t, int, double) const {}
+  void run_short(const Run& run) const {
+    RunBuffer in, out;
+    reverse_scan_run(run, in.load(x, run), out.tokens(), factor);
+    out.store(y, run);
+  }
 };
 
 struct PrefixValuesForward {
@@ -282,12 +372,12 @@ struct PrefixValuesForward {
   float beta;
   double sum(const Piece& piece) const { return piece_sum(log_ratio, piece); }
   double run(const Piece& piece, double carry) const {
-    float copy[kBlock], buffers[3][kBlock];
+    float copy[kBlock], inverse[kBlock], buffers[3][kBlock];
     forward_blocks(piece, [&](int64_t row, int before, int count) {
       float* out[3] = {whole(value + row, count, buffers[0]), whole(mean_value + row, count, buffers[1]),
                        whole(prob + row, count, buffers[2])};
       carry = scan_block(padded(log_ratio + row, count, copy), out[0], count, carry, beta);
-      prefix_values_block(out[0], out[1], out[2], before, count);
+      prefix_values_block(out[0], inverse_positions(before, count, inverse), out[1], out[2], count);
       settle(value + row, count, out[0]);
       settle(mean_value + row, count, out[1]);
       settle(prob + row, count, out[2]);
@@ -296,6 +386,16 @@ struct PrefixValuesForward {
     return 0.0;
   }
   void finish(int64_t, int, double) const {}
+  void run_short(const Run& run) const {
+    RunBuffer in, values, means, probs, inverse;
+    scan_run(run, in.load(log_ratio, run), values.tokens(), [&](int) { return beta; });
+    prefix_values_block(values.tokens(), inverse_positions(run, inverse.tokens()), means.tokens(), probs.tokens(),
+                        run.count());
+    values.store(value, run);
+    means.store(mean_value, run);
+    probs.store(prob, run);
+    multiply_block(log_ratio + run.row(), td + run.row(), run.count(), beta);
+  }
 };
 
 struct PrefixValuesBackward {
@@ -304,30 +404,39 @@ struct PrefixValuesBackward {
   float* dlog_ratio;
   float beta;
   static const float* at(const float* gradient, int64_t row) { return gradient ? gradient + row : kZeros; }
-  const float* slopes(int64_t row, int before, int count, float* slope) const {
-    prefix_slopes_block(at(dvalue, row), at(dmean_value, row), at(dprob, row), prob + row, slope, before, count);
+  void slopes(int64_t row, const float* inverse_t, int count, float* slope) const {
+    prefix_slopes_block(at(dvalue, row), at(dmean_value, row), at(dprob, row), prob + row, inverse_t, slope, count);
     std::fill(slope + count, slope + kLanes * vectors(count), 0.0f);
-    return slope;
   }
   double sum(const Piece& piece) const {
-    float slope[kBlock], sums[kBlock];
+    float slope[kBlock], inverse[kBlock], sums[kBlock];
     double carry = 0.0;
     reverse_blocks(piece, [&](int64_t row, int before, int count) {
-      carry = reverse_scan_block(slopes(row, before, count, slope), sums, count, carry, 1.0f);
+      slopes(row, inverse_positions(before, count, inverse), count, slope);
+      carry = reverse_scan_block(slope, sums, count, carry, 1.0f);
     });
     return carry;
   }
   double run(const Piece& piece, double carry) const {
-    float slope[kBlock], buffer[kBlock];
+    float slope[kBlock], inverse[kBlock], buffer[kBlock];
     reverse_blocks(piece, [&](int64_t row, int before, int count) {
       float* out = whole(dlog_ratio + row, count, buffer);
-      carry = reverse_scan_block(slopes(row, before, count, slope), out, count, carry, beta);
+      slopes(row, inverse_positions(before, count, inverse), count, slope);
+      carry = reverse_scan_block(slope, out, count, carry, beta);
       settle(dlog_ratio + row, count, out);
       if (dtd) add_product_block(dtd + row, dlog_ratio + row, count, beta);
     });
     return 0.0;
   }
   void finish(int64_t, int, double) const {}
+  void run_short(const Run& run) const {
+    RunBuffer slope, inverse, out;
+    std::fill(slope.room, slope.tokens(), 0.0f);
+    slopes(run.row(), inverse_positions(run, inverse.tokens()), run.count(), slope.tokens());
+    reverse_scan_run(run, slope.tokens(), out.tokens(), beta);
+    out.store(dlog_ratio, run);
+    if (dtd) add_product_block(dtd + run.row(), dlog_ratio + run.row(), run.count(), beta);
+  }
 };
 
 struct LossForward {
@@ -358,6 +467,33 @@ struct LossForward {
     const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
     sums[2 * b] = static_cast<float>(scale(b, weights) * total);
     sums[2 * b + 1] = per_sequence ? 1.0f : weights.sum;
+  }
+  void run_short(const Run& run) const {
+    RunBuffer in, values, margins, scales, omegas, slopes, inverse;
+    const auto against = [&](int k) { return 1.0f - 2.0f * outcome[run.sequence + k]; };
+    scan_run(run, in.load(log_ratio, run), values.tokens(), [&](int k) { return against(k) * beta; });
+    inverse_positions(run, inverse.tokens());
+    for (int k = 0; k < run.num_sequences; ++k) {
+      const int64_t b = run.sequence + k;
+      const PrefixWeights weights = prefix_weights(kind, static_cast<float>(run.length(k)));
+      const float factor = against(k) * scale(b, weights);
+      float *margin_to = margins.tokens() + run.offset(k), *scale_to = scales.tokens() + run.offset(k);
+      float* omega_to = omegas.tokens() + run.offset(k);
+      for (int i = 0; i < kLanes * vectors(run.length(k)); ++i) {
+        margin_to[i] = margin[b];
+        scale_to[i] = factor;
+        omega_to[i] = weights.at(static_cast<float>(i + 1));
+      }
+    }
+    for (RunBuffer* buffer : {&margins, &scales, &omegas}) clear_tail(run, buffer->tokens());
+    margin_loss_run(values.tokens(), inverse.tokens(), margins.tokens(), scales.tokens(), omegas.tokens(),
+                    slopes.tokens(), run.count());
+    slopes.store(slope, run);
+    for (int k = 0; k < run.num_sequences; ++k) {
+      double total = 0.0;
+      for (int i = run.offset(k); i < run.offset(k + 1); ++i) total += omegas.tokens()[i];
+      if (run.length(k) > 0) finish(run.sequence + k, run.length(k), total);
+    }
   }
 };
 
