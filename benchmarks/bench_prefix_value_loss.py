@@ -1,5 +1,5 @@
-"""prefix_value_loss forward + backward against the padded eager composition of Eq. 9: end to end through autograd,
-and as `raw`, the two kernel calls alone. Eager pays for its padding in the ragged batches (T=1..)."""
+"""prefix_value_loss forward + backward against the padded eager composition of Eq. 9: end to end through
+autograd, and as `raw`, the two kernel calls alone. In ragged batches (T=1..) eager pays for its padding."""
 
 from __future__ import annotations
 

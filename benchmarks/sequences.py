@@ -13,7 +13,7 @@ import ipvrm_kernels
 from ipvrm_kernels import unpack
 from ipvrm_kernels.backend import why_not
 
-# (B, T, ragged): every sequence T long, or lengths uniform in 1..T. The last three: many short, few long, one.
+# (B, T, ragged): every sequence T long, or lengths uniform in 1..T
 FULL = (
     (256, 2048, False), (256, 2048, True), (10_000, 25, False), (10_000, 50, True),
     (4, 32_768, False), (4, 32_768, True), (1, 32_768, False),
