@@ -1,45 +1,72 @@
-"""prefix_value_loss forward + backward, end to end through autograd, against the padded eager composition
-of Eq. 9."""
+"""prefix_value_loss forward + backward against the padded eager composition of Eq. 9: end to end through
+autograd, and as `raw`, the two kernel calls alone. In ragged batches (T=1..) eager pays for its padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.measure import Case, assert_close
-from benchmarks.sequences import edges, forward_backward, runnable
+from benchmarks.sequences import Batch, batches, forward_backward, runnable
 from ipvrm_kernels import prefix_value_loss
+from ipvrm_kernels.prefix_value_loss import IMPLS
 
 OP = "prefix_value_loss"
+BETA, MARGIN = 10.0, 5.0
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
-    for B, T in ((256, 512),) if quick else ((256, 2048), (10_000, 25), (4, 32_768)):
-        cu = edges([T] * B, device)
-        x = 0.05 * torch.randn(B * T, device=device)
-        outcome = (torch.arange(B, device=device) % 2).float()
-        mask = torch.ones(B, T, device=device)
-
-        def eager(x: torch.Tensor, mask=mask, outcome=outcome, B: int = B, T: int = T) -> torch.Tensor:
-            mean = 10.0 * (x.view(B, T) * mask).cumsum(1) / mask.cumsum(1)
-            per_token = F.softplus(5.0 - (2 * outcome - 1)[:, None] * mean) * mask
-            return (per_token.sum(1) / mask.sum(1)).mean()
-
-        contenders = {"padded eager": forward_backward(eager, x)}
+    for batch in batches(device, quick, level=0.05):
+        contenders = {"padded eager": forward_backward(_eager(batch), batch.padded)}
         for impl in runnable(OP, device):
+            contenders[impl] = forward_backward(_ours(batch, impl), batch.packed)
+            if impl != "torch":
+                contenders[f"{impl} raw"] = _raw(batch, impl)
 
-            def ours(x: torch.Tensor, impl: str = impl, cu=cu, outcome=outcome) -> torch.Tensor:
-                return prefix_value_loss(x, cu, outcome, impl=impl)
-
-            contenders[impl] = forward_backward(ours, x)
-
-        def check(contenders: dict = contenders) -> None:
+        def check(contenders: dict = contenders, batch: Batch = batch) -> None:
             loss, gradient = contenders["padded eager"]()
             for name, run in contenders.items():
                 got_loss, got_gradient = run()
+                if name.endswith("raw"):  # (B, 2) sums, each sequence already divided by its length
+                    got_loss = got_loss[:, 0].mean()
                 assert_close(name, got_loss, loss, 1e-5)
-                assert_close(name, got_gradient, gradient, 1e-4)
+                if name != "padded eager":
+                    assert_close(name, got_gradient, batch.pack(gradient), 1e-4)
 
-        yield Case(OP, f"B={B} T={T} forward+backward", contenders, check, num_bytes=16 * B * T)
+        num_bytes = 16 * batch.packed.shape[0]
+        yield Case(OP, f"{batch.name} forward+backward", contenders, check, num_bytes=num_bytes)
+
+
+def _eager(batch: Batch) -> Callable[[Tensor], Tensor]:
+    def run(padded: Tensor) -> Tensor:
+        mask = batch.mask
+        mean = BETA * (padded * mask).cumsum(1) / mask.cumsum(1)
+        per_token = F.softplus(MARGIN - (2 * batch.outcome - 1)[:, None] * mean) * mask
+        return (per_token.sum(1) / mask.sum(1)).mean()
+
+    return run
+
+
+def _ours(batch: Batch, impl: str) -> Callable[[Tensor], Tensor]:
+    def run(packed: Tensor) -> Tensor:
+        return prefix_value_loss(packed, batch.cu_seqlens, batch.outcome, beta=BETA, margin=MARGIN, impl=impl)
+
+    return run
+
+
+def _raw(batch: Batch, impl: str) -> Callable[[], tuple[Tensor, Tensor]]:
+    forward, backward = IMPLS[impl]
+    B = batch.outcome.shape[0]
+    margin, weight = torch.full_like(batch.outcome, MARGIN), torch.ones_like(batch.outcome)
+    scale = torch.full((), 1 / B, device=batch.packed.device)
+
+    def run() -> tuple[Tensor, Tensor]:
+        sums, slope = forward(
+            batch.packed, batch.cu_seqlens, batch.outcome, margin, weight, BETA, "uniform", True
+        )
+        return sums, backward(slope, batch.cu_seqlens, scale, BETA)
+
+    return run

@@ -8,32 +8,33 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.measure import Case, assert_close
-from benchmarks.sequences import edges, runnable
-from ipvrm_kernels import segment_scan, unpack
+from benchmarks.sequences import Batch, batches, runnable
+from ipvrm_kernels import segment_scan
 
 OP = "segment_scan"
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
-    for B, T in ((256, 512), (16, 4096)) if quick else ((256, 2048), (10_000, 25), (4, 32_768)):
-        cu = edges([T] * B, device)
-        x = torch.randn(B * T, device=device)
-        padded = unpack(x, cu, T)
+    for batch in batches(device, quick, level=1.0):
 
-        def loop(padded: torch.Tensor = padded, T: int = T) -> torch.Tensor:
+        def loop(padded: torch.Tensor = batch.padded) -> torch.Tensor:
             carry, columns = torch.zeros_like(padded[:, 0]), []
-            for t in reversed(range(T)):
+            for t in reversed(range(padded.shape[1])):
                 carry = padded[:, t] + 0.95 * carry
                 columns.append(carry)
             return torch.stack(columns[::-1], dim=1)
 
         contenders = {"padded loop": loop}
         for impl in runnable(OP, device):
-            contenders[impl] = lambda impl=impl, x=x, cu=cu: segment_scan(x, cu, 0.95, True, impl=impl)
+            contenders[impl] = lambda impl=impl, b=batch: segment_scan(
+                b.packed, b.cu_seqlens, 0.95, True, impl=impl
+            )
 
-        def check(contenders: dict = contenders, loop=loop) -> None:
-            expected = loop().reshape(-1)
+        def check(contenders: dict = contenders, loop=loop, batch: Batch = batch) -> None:
+            expected = batch.pack(loop())
             for name, run in contenders.items():
-                assert_close(name, run().reshape(-1), expected, 1e-5)
+                if name != "padded loop":
+                    assert_close(name, run(), expected, 1e-5)
 
-        yield Case(OP, f"B={B} T={T} reverse decay=0.95", contenders, check, num_bytes=8 * B * T)
+        num_bytes = 8 * batch.packed.shape[0]
+        yield Case(OP, f"{batch.name} reverse decay=0.95", contenders, check, num_bytes=num_bytes)

@@ -42,6 +42,15 @@ PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
 
   m.def(
+      "edges_rise_cpu",
+      [](Address cu, int64_t B, int64_t N, int) { return ipvrm::edges_rise_cpu(edges(cu), B, N); }, no_gil);
+  m.def(
+      "loss_inputs_valid_cpu",
+      [](Address cu, Address outcome, Address margin, Address weight, Address denominator, int64_t B, int64_t N, int) {
+        return ipvrm::loss_inputs_valid_cpu(edges(cu), in(outcome), in(margin), in(weight), in(denominator), B, N);
+      },
+      no_gil);
+  m.def(
       "segment_scan_cpu",
       [](Address x, Address cu, Address y, int64_t B, float decay, bool reverse, int threads) {
         ipvrm::segment_scan_cpu(in(x), edges(cu), out(y), B, decay, reverse, threads);

@@ -1,10 +1,12 @@
-// Sequence ops on the CPU: OpenMP over sequences; inside one, blocks of tokens that stay in L1: a serial scan in fp64
-// (a running sum over 32k tokens keeps fp32 accuracy; the add is latency-bound either way), then a vectorised epilogue.
+// Sequence ops on the CPU: OpenMP over sequences, or over the pieces of one that is too long for one thread. Inside a
+// piece, blocks of tokens that stay in L1: a vector scan, then a vectorised epilogue. Running sums are fp32 within
+// kScan tokens and fp64 between them, so that 32k tokens keep fp32 accuracy without fp64's latency at every token.
 // target_clones compiles each hot loop for AVX-512, AVX2 and the baseline and picks one when the library is loaded.
 
 #include "sequence_cpu.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "token_math.h"
 
@@ -17,135 +19,544 @@
 namespace ipvrm {
 namespace {
 
-constexpr int64_t kBlock = 512;
+constexpr int kLanes = 16;      // floats in the widest vector: block loops run whole vectors, the last one padded with zeros
+constexpr int kBlock = 1024;    // tokens: four buffers of a block fit L1
+constexpr int kScan = 64;       // tokens between two roundings of the fp64 carry
+constexpr int kLossBlock = 256;  // losses summed in fp32 before they join an fp64 sum
+constexpr int kShort = 64;       // tokens of a sequence that shares its block with its neighbours; at most kScan
+constexpr int kMaxThreads = 256;
+constexpr int64_t kLeastRows = 16384;   // below this a thread team costs more than it saves
+constexpr int64_t kLeastSplit = 16384;  // below this a sequence is not worth two passes and two barriers
 
-template <typename Body>
-void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num_threads, const Body& body) {
-  const int64_t num_rows = cu_seqlens[num_sequences];
-  const int threads = num_rows < 16384 ? 1 : num_threads;  // below this a thread team costs more than it saves
-  const int chunk = static_cast<int>(std::clamp<int64_t>(num_sequences / (16 * threads), 1, 256));
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
-  for (int64_t b = 0; b < num_sequences; ++b) {
-    const int64_t start = cu_seqlens[b];
-    const int64_t length = cu_seqlens[b + 1] - start;
-    if (length > 0) body(b, start, length);
+constexpr float kZeros[kBlock] = {};
+
+// 1 / t at [t - 1], so that short sequences, the many, divide once less per token.
+constexpr int kTable = 8192;
+constexpr struct Reciprocals {
+  float at[kTable] = {};
+  constexpr Reciprocals() {
+    for (int i = 0; i < kTable; ++i) at[i] = 1.0f / static_cast<float>(i + 1);
+  }
+} kReciprocals;
+
+int vectors(int count) { return (count + kLanes - 1) / kLanes; }
+
+// The block as it is, or where it ends in the middle of a vector, a copy padded with zeros.
+const float* padded(const float* block, int count, float* copy) {
+  if (count % kLanes == 0) return block;
+  std::copy(block, block + count, copy);
+  std::fill(copy + count, copy + vectors(count) * kLanes, 0.0f);
+  return copy;
+}
+
+// Where to write a block in whole vectors: in place, or a buffer that `settle` copies from.
+float* whole(float* block, int count, float* buffer) { return count % kLanes == 0 ? block : buffer; }
+void settle(float* block, int count, const float* written) {
+  if (written != block) std::copy(written, written + count, block);
+}
+
+// 1 / t for t = before+1 .. before+count in whole vectors: the table, or beyond its end `buffer`, filled.
+IPVRM_SIMD const float* inverse_positions(int before, int count, float* buffer) {
+  if (before + kBlock <= kTable) return kReciprocals.at + before;
+  for (int i = 0; i < kLanes * vectors(count); ++i) buffer[i] = 1.0f / static_cast<float>(before + i + 1);
+  return buffer;
+}
+
+// sums[i] = factor * (carry + x[0] + .. + x[i]); returns the new carry.
+IPVRM_SIMD double scan_block(const float* __restrict x, float* __restrict sums, int count, double carry, float factor) {
+  for (int first = 0; first < vectors(count); first += kScan / kLanes) {
+    const float base = static_cast<float>(carry);
+    const int n = std::min(kScan / kLanes, vectors(count) - first);
+    const float* from = x + kLanes * first;
+    float* to = sums + kLanes * first;
+    float sum = 0.0f;
+#pragma omp simd reduction(inscan, + : sum)
+    for (int i = 0; i < kLanes * n; ++i) {
+      sum += from[i];
+#pragma omp scan inclusive(sum)
+      to[i] = factor * (base + sum);
+    }
+    carry += sum;
+  }
+  return carry;
+}
+
+// sums[i] = factor * (carry + x[i] + .. + x[end]); returns the new carry.
+IPVRM_SIMD double reverse_scan_block(const float* __restrict x, float* __restrict sums, int count, double carry,
+                                     float factor) {
+  for (int last = vectors(count); last > 0; last -= kScan / kLanes) {
+    const float base = static_cast<float>(carry);
+    const int n = std::min(kScan / kLanes, last);
+    const float* from = x + kLanes * last - 1;
+    float* to = sums + kLanes * last - 1;
+    float sum = 0.0f;
+#pragma omp simd reduction(inscan, + : sum)
+    for (int i = 0; i < kLanes * n; ++i) {
+      sum += from[-i];
+#pragma omp scan inclusive(sum)
+      to[-i] = factor * (base + sum);
+    }
+    carry += sum;
+  }
+  return carry;
+}
+
+IPVRM_SIMD void prefix_values_block(const float* __restrict value, const float* __restrict inverse_t,
+                                    float* __restrict mean_value, float* __restrict prob, int count) {
+  for (int i = 0; i < kLanes * vectors(count); ++i) {
+    mean_value[i] = value[i] * inverse_t[i];
+    prob[i] = sigmoid(mean_value[i]);
   }
 }
 
-IPVRM_SIMD void prefix_values_block(const float* __restrict sums, const float* __restrict log_ratio,
-                                    float* __restrict value, float* __restrict mean_value, float* __restrict prob,
-                                    float* __restrict td, int64_t first, int64_t count, float beta) {
-  for (int64_t i = 0; i < count; ++i) {
-    const PrefixValue v = prefix_value(sums[i], beta, static_cast<float>(static_cast<int32_t>(first + i + 1)));
-    value[i] = v.value;
-    mean_value[i] = v.mean_value;
-    prob[i] = v.prob;
-    td[i] = beta * log_ratio[i];
-  }
+IPVRM_SIMD void multiply_block(const float* __restrict x, float* __restrict y, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; ++i) y[i] = factor * x[i];
+}
+
+IPVRM_SIMD void add_product_block(const float* __restrict x, float* __restrict y, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; ++i) y[i] += factor * x[i];
 }
 
 IPVRM_SIMD void prefix_slopes_block(const float* __restrict dvalue, const float* __restrict dmean_value,
                                     const float* __restrict dprob, const float* __restrict prob,
-                                    float* __restrict slope, int64_t first, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    slope[i] = prefix_value_slope(dvalue ? dvalue[i] : 0.0f, dmean_value ? dmean_value[i] : 0.0f,
-                                  dprob ? dprob[i] : 0.0f, prob[i], static_cast<float>(static_cast<int32_t>(first + i + 1)));
+                                    const float* __restrict inverse_t, float* __restrict slope, int count) {
+  for (int i = 0; i < count; ++i) {
+    slope[i] = dvalue[i] + inverse_t[i] * prefix_value_slope(0.0f, dmean_value[i], dprob[i], prob[i], 1.0f);
   }
 }
 
-// Returns the block's sum of omega_t * loss_t; fills its slopes.
-IPVRM_SIMD float margin_loss_block(const float* __restrict sums, float* __restrict slope, int64_t first,
-                                   int64_t count, float beta, float sign, float margin, float scale, PrefixWeights weights) {
-  float losses[kBlock];
-  for (int64_t i = 0; i < count; ++i) {
-    const float t = static_cast<float>(static_cast<int32_t>(first + i + 1));
-    const MarginLoss at = margin_loss(beta * sums[i] / t, sign, margin);
-    const float omega = weights.at(t);
-    losses[i] = omega * at.loss;
-    slope[i] = scale * omega * at.derivative / t;
-  }
+// values[i] = -sign * value_t, scale = -sign * d sums / d (omega_t loss_t). Returns the block's sum of omega_t * loss_t;
+// fills its slopes.
+IPVRM_SIMD double margin_loss_block(const float* __restrict values, const float* __restrict inverse_t,
+                                    float* __restrict slope, int before, int count, float margin, float scale,
+                                    PrefixWeights weights) {
+  const float constant = scale * weights.constant, linear = scale * weights.slope;
+  const float last = static_cast<float>(before + count);  // compared as a float: g++ would split the loop at an integer
   double total = 0.0;
-  for (int64_t i = 0; i < count; ++i) total += losses[i];
-  return static_cast<float>(total);
+  for (int first = 0; first < count; first += kLossBlock) {
+    const int t0 = before + first + 1;
+    const int n = vectors(std::min(kLossBlock, count - first));
+    const float *__restrict value = values + first, *__restrict inverse = inverse_t + first;  // under -fwrapv an index
+    float* __restrict out = slope + first;                                               // first + i would gather
+    float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+    for (int i = 0; i < kLanes * n; ++i) {
+      const float t = static_cast<float>(t0 + i);
+      const MarginLoss at = margin_loss(value[i] * inverse[i], -1.0f, margin);
+      part += t > last ? 0.0f : weights.at(t) * at.loss;
+      out[i] = (constant * inverse[i] + linear) * at.derivative;  // scale * omega_t / t
+    }
+    total += part;
+  }
+  return total;
 }
+
+// The same for a run of short sequences with each token's margin, scale and omega; leaves omega_t * loss_t in `omega`.
+IPVRM_SIMD void margin_loss_run(const float* __restrict values, const float* __restrict inverse_t,
+                                const float* __restrict margin, const float* __restrict scale, float* __restrict omega,
+                                float* __restrict slope, int count) {
+  for (int i = 0; i < kLanes * vectors(count); ++i) {
+    const MarginLoss at = margin_loss(values[i] * inverse_t[i], -1.0f, margin[i]);
+    slope[i] = scale[i] * (omega[i] * inverse_t[i]) * at.derivative;
+    omega[i] *= at.loss;
+  }
+}
+
+// Tokens first .. last-1 of the sequence that has rows start .. start+length-1. first is a multiple of kBlock.
+struct Piece {
+  int64_t sequence, start;
+  int length, first, last;
+};
+
+// Consecutive sequences of at most kShort tokens each and kBlock in all, treated as one block. Each is scanned in whole
+// vectors; what it writes beyond its own tokens is written over by the neighbour that is scanned after it.
+struct Run {
+  int64_t sequence;        // the first
+  const int32_t* edges;    // of the first
+  int num_sequences;
+  int64_t row() const { return edges[0]; }
+  int count() const { return edges[num_sequences] - edges[0]; }
+  int offset(int k) const { return edges[k] - edges[0]; }
+  int length(int k) const { return edges[k + 1] - edges[k]; }
+};
+
+void clear_tail(const Run& run, float* y) { std::fill(y + run.count(), y + run.count() + kLanes, 0.0f); }
+
+// A block of a run: room for a vector before and after it.
+struct RunBuffer {
+  float room[kLanes + kBlock + kLanes];
+  float* tokens() { return room + kLanes; }
+  float* load(const float* x, const Run& run) {
+    std::fill(room, room + kLanes, 0.0f);
+    std::copy(x + run.row(), x + run.row() + run.count(), tokens());
+    clear_tail(run, tokens());
+    return tokens();
+  }
+  void store(float* y, const Run& run) { std::copy(tokens(), tokens() + run.count(), y + run.row()); }
+};
+
+// y = fill(k, t - 1) at the token t of sequence k of the run.
+template <typename Fill>
+void fill_run(const Run& run, float* y, const Fill& fill) {
+  for (int k = 0; k < run.num_sequences; ++k) {
+    float* to = y + run.offset(k);
+    for (int i = 0; i < kLanes * vectors(run.length(k)); ++i) to[i] = fill(k, i);
+  }
+  clear_tail(run, y);
+}
+
+const float* inverse_positions(const Run& run, float* buffer) {
+  fill_run(run, buffer, [](int, int i) { return kReciprocals.at[i]; });
+  return buffer;
+}
+
+template <typename Factor>
+void scan_run(const Run& run, const float* x, float* y, const Factor& factor) {
+  for (int k = 0; k < run.num_sequences; ++k) {
+    scan_block(x + run.offset(k), y + run.offset(k), run.length(k), 0.0, factor(k));
+  }
+  clear_tail(run, y);
+}
+
+void reverse_scan_run(const Run& run, const float* x, float* y, float factor) {
+  for (int k = run.num_sequences - 1; k >= 0; --k) {
+    const int first = run.offset(k + 1) - kLanes * vectors(run.length(k));  // whole vectors that end where it ends
+    reverse_scan_block(x + first, y + first, run.length(k), 0.0, factor);
+  }
+}
+
+template <typename Body>
+void forward_blocks(const Piece& piece, const Body& body) {
+  for (int first = piece.first; first < piece.last; first += kBlock) {
+    body(piece.start + first, first, std::min(kBlock, piece.last - first));
+  }
+}
+
+template <typename Body>
+void reverse_blocks(const Piece& piece, const Body& body) {
+  if (piece.first >= piece.last) return;
+  for (int first = piece.first + (piece.last - 1 - piece.first) / kBlock * kBlock; first >= piece.first; first -= kBlock) {
+    body(piece.start + first, first, std::min(kBlock, piece.last - first));
+  }
+}
+
+// Runs `op` over every sequence that has tokens:
+//   op.sum(piece) -> what the piece adds to the carry of those scanned after it (double)
+//   op.run(piece, carry) -> its outputs are written; returns its share of the sequence's total (double)
+//   op.finish(sequence, length, total)
+//   op.run_short(run) does all of it for a run of short sequences.
+// A sequence longer than half of one thread's share of the rows is cut into a piece per thread: a pass of sums, then one of
+// outputs. Blocks lie alike in both cases, so that the cut does not change what is rounded.
+template <typename Op>
+void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num_threads, const Op& op) {
+  const int64_t num_rows = cu_seqlens[num_sequences];
+  const int threads = num_rows < kLeastRows ? 1 : std::clamp(num_threads, 1, kMaxThreads);
+  const int64_t split_above = threads == 1 ? num_rows : std::max(num_rows / (2 * threads), kLeastSplit);
+  const int chunk = static_cast<int>(std::clamp<int64_t>(num_sequences / (16 * threads), 1, 256));
+  int32_t longest = 0;
+#pragma omp simd reduction(max : longest)
+  for (int64_t b = 0; b < num_sequences; ++b) longest = std::max(longest, cu_seqlens[b + 1] - cu_seqlens[b]);
+  double sums[kMaxThreads], totals[kMaxThreads];
+#pragma omp parallel num_threads(threads)
+  {
+    for (int64_t b = 0; longest > split_above && b < num_sequences; ++b) {
+      const int length = cu_seqlens[b + 1] - cu_seqlens[b];
+      if (length <= split_above) continue;
+      const int step = ((length - 1) / kBlock / threads + 1) * kBlock;
+      const auto piece = [&](int p) {
+        return Piece{b, cu_seqlens[b], length, std::min(p * step, length), std::min((p + 1) * step, length)};
+      };
+#pragma omp for schedule(static, 1)
+      for (int p = 0; p < threads; ++p) sums[p] = op.sum(piece(p));
+#pragma omp for schedule(static, 1)
+      for (int p = 0; p < threads; ++p) {
+        double carry = 0.0;
+        for (int q = Op::kReverse ? threads - 1 : 0; q != p; q += Op::kReverse ? -1 : 1) carry += sums[q];
+        totals[p] = op.run(piece(p), carry);
+      }
+#pragma omp single
+      {
+        double total = 0.0;
+        for (int p = 0; p < threads; ++p) total += totals[p];
+        op.finish(b, length, total);
+      }
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t group = 0; group < num_sequences; group += chunk) {
+      const int64_t end = std::min(group + chunk, num_sequences);
+      for (int64_t b = group, next; b < end; b = next) {
+        const int length = cu_seqlens[b + 1] - cu_seqlens[b];
+        next = b + 1;
+        if (length > split_above) continue;
+        if (length > kShort) {
+          op.finish(b, length, op.run({b, cu_seqlens[b], length, 0, length}, 0.0));
+          continue;
+        }
+        const auto joins = [&](int64_t c) {
+          return cu_seqlens[c + 1] - cu_seqlens[c] <= kShort && cu_seqlens[c + 1] - cu_seqlens[b] <= kBlock;
+        };
+        while (next < end && joins(next)) ++next;
+        op.run_short({b, cu_seqlens + b, static_cast<int>(next - b)});
+      }
+    }
+  }
+}
+
+// What a running sum of `x` over a piece adds to the carry.
+double piece_sum(const float* x, const Piece& piece) {
+  float copy[kBlock], sums[kBlock];
+  double carry = 0.0;
+  forward_blocks(piece, [&](int64_t row, int, int count) {
+    carry = scan_block(padded(x + row, count, copy), sums, count, carry, 1.0f);
+  });
+  return carry;
+}
+
+struct ScanForward {
+  static constexpr bool kReverse = false;
+  const float* x;
+  float* y;
+  double sum(const Piece& piece) const { return piece_sum(x, piece); }
+  double run(const Piece& piece, double carry) const {
+    float copy[kBlock], buffer[kBlock];
+    forward_blocks(piece, [&](int64_t row, int, int count) {
+      float* out = whole(y + row, count, buffer);
+      carry = scan_block(padded(x + row, count, copy), out, count, carry, 1.0f);
+      settle(y + row, count, out);
+    });
+    return 0.0;
+  }
+  void finish(int64_t, int, double) const {}
+  void run_short(const Run& run) const {
+    RunBuffer in, out;
+    scan_run(run, in.load(x, run), out.tokens(), [](int) { return 1.0f; });
+    out.store(y, run);
+  }
+};
+
+// factor times the running sum from each sequence's end.
+struct ScanReverse {
+  static constexpr bool kReverse = true;
+  const float* x;
+  float* y;
+  float factor;
+  double sum(const Piece& piece) const {
+    float copy[kBlock], sums[kBlock];
+    double carry = 0.0;
+    reverse_blocks(piece, [&](int64_t row, int, int count) {
+      carry = reverse_scan_block(padded(x + row, count, copy), sums, count, carry, 1.0f);
+    });
+    return carry;
+  }
+  double run(const Piece& piece, double carry) const {
+    float copy[kBlock], buffer[kBlock];
+    reverse_blocks(piece, [&](int64_t row, int, int count) {
+      float* out = whole(y + row, count, buffer);
+      carry = reverse_scan_block(padded(x + row, count, copy), out, count, carry, factor);
+      settle(y + row, count, out);
+    });
+    return 0.0;
+  }
+  void finish(int64_t, int, double) const {}
+  void run_short(const Run& run) const {
+    RunBuffer in, out;
+    reverse_scan_run(run, in.load(x, run), out.tokens(), factor);
+    out.store(y, run);
+  }
+};
+
+struct PrefixValuesForward {
+  static constexpr bool kReverse = false;
+  const float* log_ratio;
+  float *value, *mean_value, *prob, *td;
+  float beta;
+  double sum(const Piece& piece) const { return piece_sum(log_ratio, piece); }
+  double run(const Piece& piece, double carry) const {
+    float copy[kBlock], inverse[kBlock], buffers[3][kBlock];
+    forward_blocks(piece, [&](int64_t row, int before, int count) {
+      float* out[3] = {whole(value + row, count, buffers[0]), whole(mean_value + row, count, buffers[1]),
+                       whole(prob + row, count, buffers[2])};
+      carry = scan_block(padded(log_ratio + row, count, copy), out[0], count, carry, beta);
+      prefix_values_block(out[0], inverse_positions(before, count, inverse), out[1], out[2], count);
+      settle(value + row, count, out[0]);
+      settle(mean_value + row, count, out[1]);
+      settle(prob + row, count, out[2]);
+      multiply_block(log_ratio + row, td + row, count, beta);
+    });
+    return 0.0;
+  }
+  void finish(int64_t, int, double) const {}
+  void run_short(const Run& run) const {
+    RunBuffer in, values, means, probs, inverse;
+    scan_run(run, in.load(log_ratio, run), values.tokens(), [&](int) { return beta; });
+    prefix_values_block(values.tokens(), inverse_positions(run, inverse.tokens()), means.tokens(), probs.tokens(),
+                        run.count());
+    values.store(value, run);
+    means.store(mean_value, run);
+    probs.store(prob, run);
+    multiply_block(log_ratio + run.row(), td + run.row(), run.count(), beta);
+  }
+};
+
+struct PrefixValuesBackward {
+  static constexpr bool kReverse = true;
+  const float *dvalue, *dmean_value, *dprob, *dtd, *prob;  // the first four may be null
+  float* dlog_ratio;
+  float beta;
+  static const float* at(const float* gradient, int64_t row) { return gradient ? gradient + row : kZeros; }
+  void slopes(int64_t row, const float* inverse_t, int count, float* slope) const {
+    prefix_slopes_block(at(dvalue, row), at(dmean_value, row), at(dprob, row), prob + row, inverse_t, slope, count);
+    std::fill(slope + count, slope + kLanes * vectors(count), 0.0f);
+  }
+  double sum(const Piece& piece) const {
+    float slope[kBlock], inverse[kBlock], sums[kBlock];
+    double carry = 0.0;
+    reverse_blocks(piece, [&](int64_t row, int before, int count) {
+      slopes(row, inverse_positions(before, count, inverse), count, slope);
+      carry = reverse_scan_block(slope, sums, count, carry, 1.0f);
+    });
+    return carry;
+  }
+  double run(const Piece& piece, double carry) const {
+    float slope[kBlock], inverse[kBlock], buffer[kBlock];
+    reverse_blocks(piece, [&](int64_t row, int before, int count) {
+      float* out = whole(dlog_ratio + row, count, buffer);
+      slopes(row, inverse_positions(before, count, inverse), count, slope);
+      carry = reverse_scan_block(slope, out, count, carry, beta);
+      settle(dlog_ratio + row, count, out);
+      if (dtd) add_product_block(dtd + row, dlog_ratio + row, count, beta);
+    });
+    return 0.0;
+  }
+  void finish(int64_t, int, double) const {}
+  void run_short(const Run& run) const {
+    RunBuffer slope, inverse, out;
+    std::fill(slope.room, slope.tokens(), 0.0f);
+    slopes(run.row(), inverse_positions(run, inverse.tokens()), run.count(), slope.tokens());
+    reverse_scan_run(run, slope.tokens(), out.tokens(), beta);
+    out.store(dlog_ratio, run);
+    if (dtd) add_product_block(dtd + run.row(), dlog_ratio + run.row(), run.count(), beta);
+  }
+};
+
+struct LossForward {
+  static constexpr bool kReverse = false;
+  const float *log_ratio, *outcome, *margin, *weight;
+  float *sums, *slope;
+  float beta;
+  Weighting kind;
+  bool per_sequence;
+  float scale(int64_t b, const PrefixWeights& weights) const { return per_sequence ? weight[b] / weights.sum : weight[b]; }
+  double sum(const Piece& piece) const { return piece_sum(log_ratio, piece); }
+  double run(const Piece& piece, double carry) const {
+    const int64_t b = piece.sequence;
+    const PrefixWeights weights = prefix_weights(kind, static_cast<float>(piece.length));
+    const float against = 1.0f - 2.0f * outcome[b];  // -sign
+    float copy[kBlock], values[kBlock], buffer[kBlock], inverse[kBlock];
+    double total = 0.0;
+    forward_blocks(piece, [&](int64_t row, int before, int count) {
+      carry = scan_block(padded(log_ratio + row, count, copy), values, count, carry, against * beta);
+      float* out = whole(slope + row, count, buffer);
+      total += margin_loss_block(values, inverse_positions(before, count, inverse), out, before, count, margin[b],
+                                 against * scale(b, weights), weights);
+      settle(slope + row, count, out);
+    });
+    return total;
+  }
+  void finish(int64_t b, int length, double total) const {
+    const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
+    sums[2 * b] = static_cast<float>(scale(b, weights) * total);
+    sums[2 * b + 1] = per_sequence ? 1.0f : weights.sum;
+  }
+  void run_short(const Run& run) const {
+    RunBuffer in, values, margins, scales, omegas, slopes, inverse;
+    const auto against = [&](int k) { return 1.0f - 2.0f * outcome[run.sequence + k]; };
+    scan_run(run, in.load(log_ratio, run), values.tokens(), [&](int k) { return against(k) * beta; });
+    inverse_positions(run, inverse.tokens());
+    for (int k = 0; k < run.num_sequences; ++k) {
+      const int64_t b = run.sequence + k;
+      const PrefixWeights weights = prefix_weights(kind, static_cast<float>(run.length(k)));
+      const float factor = against(k) * scale(b, weights);
+      float *margin_to = margins.tokens() + run.offset(k), *scale_to = scales.tokens() + run.offset(k);
+      float* omega_to = omegas.tokens() + run.offset(k);
+      for (int i = 0; i < kLanes * vectors(run.length(k)); ++i) {
+        margin_to[i] = margin[b];
+        scale_to[i] = factor;
+        omega_to[i] = weights.at(static_cast<float>(i + 1));
+      }
+    }
+    for (RunBuffer* buffer : {&margins, &scales, &omegas}) clear_tail(run, buffer->tokens());
+    margin_loss_run(values.tokens(), inverse.tokens(), margins.tokens(), scales.tokens(), omegas.tokens(),
+                    slopes.tokens(), run.count());
+    slopes.store(slope, run);
+    for (int k = 0; k < run.num_sequences; ++k) {
+      double total = 0.0;
+      for (int i = run.offset(k); i < run.offset(k + 1); ++i) total += omegas.tokens()[i];
+      if (run.length(k) > 0) finish(run.sequence + k, run.length(k), total);
+    }
+  }
+};
 
 }  // namespace
 
+bool edges_rise_cpu(const int32_t* cu_seqlens, int64_t num_sequences, int64_t num_rows) {
+  bool rises = cu_seqlens[0] == 0 && cu_seqlens[num_sequences] == num_rows;
+  for (int64_t b = 0; b < num_sequences; ++b) rises &= cu_seqlens[b] <= cu_seqlens[b + 1];
+  return rises;
+}
+
+bool loss_inputs_valid_cpu(const int32_t* cu_seqlens, const float* outcome, const float* margin, const float* weight,
+                           const float* denominator, int64_t num_sequences, int64_t num_rows) {
+  bool valid = edges_rise_cpu(cu_seqlens, num_sequences, num_rows);
+  for (int64_t b = 0; b < num_sequences; ++b) {
+    valid &= (outcome[b] == 0.0f) | (outcome[b] == 1.0f);
+    valid &= std::isfinite(margin[b]) & std::isfinite(weight[b]);
+  }
+  return valid && (!denominator || (*denominator > 0.0f && std::isfinite(*denominator)));
+}
+
 void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, float decay,
                       bool reverse, int num_threads) {
-  for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t, int64_t start, int64_t length) {
+  if (decay == 1.0f && reverse) return for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanReverse{x, y, 1.0f});
+  if (decay == 1.0f) return for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanForward{x, y});
+  const auto scan = [&](int64_t start, int64_t end) {
     double carry = 0.0;
     if (reverse) {
-      for (int64_t i = start + length - 1; i >= start; --i) y[i] = static_cast<float>(carry = x[i] + decay * carry);
+      for (int64_t i = end - 1; i >= start; --i) y[i] = static_cast<float>(carry = x[i] + decay * carry);
     } else {
-      for (int64_t i = start; i < start + length; ++i) y[i] = static_cast<float>(carry = x[i] + decay * carry);
+      for (int64_t i = start; i < end; ++i) y[i] = static_cast<float>(carry = x[i] + decay * carry);
     }
-  });
+  };
+  const int64_t num_rows = cu_seqlens[num_sequences];
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_rows < kLeastRows ? 1 : num_threads)
+  for (int64_t b = 0; b < num_sequences; ++b) scan(cu_seqlens[b], cu_seqlens[b + 1]);
 }
 
 void prefix_values_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value,
                            float* prob, float* td, int64_t num_sequences, float beta, int num_threads) {
-  for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t, int64_t start, int64_t length) {
-    float sums[kBlock];
-    double carry = 0.0;
-    for (int64_t first = 0; first < length; first += kBlock) {
-      const int64_t count = std::min(kBlock, length - first);
-      const int64_t row = start + first;
-      for (int64_t i = 0; i < count; ++i) sums[i] = static_cast<float>(carry += log_ratio[row + i]);
-      prefix_values_block(sums, log_ratio + row, value + row, mean_value + row, prob + row, td + row, first, count, beta);
-    }
-  });
+  for_each_sequence(cu_seqlens, num_sequences, num_threads,
+                    PrefixValuesForward{log_ratio, value, mean_value, prob, td, beta});
 }
 
 void prefix_values_bwd_cpu(const float* dvalue, const float* dmean_value, const float* dprob, const float* dtd,
                            const float* prob, const int32_t* cu_seqlens, float* dlog_ratio, int64_t num_sequences,
                            float beta, int num_threads) {
-  const auto at = [](const float* p, int64_t row) { return p ? p + row : nullptr; };
-  for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t, int64_t start, int64_t length) {
-    float slope[kBlock];
-    double carry = 0.0;
-    for (int64_t block = (length - 1) / kBlock; block >= 0; --block) {
-      const int64_t first = block * kBlock;
-      const int64_t count = std::min(kBlock, length - first);
-      const int64_t row = start + first;
-      prefix_slopes_block(at(dvalue, row), at(dmean_value, row), at(dprob, row), prob + row, slope, first, count);
-      for (int64_t i = count - 1; i >= 0; --i) {
-        carry += slope[i];
-        dlog_ratio[row + i] = beta * (static_cast<float>(carry) + (dtd ? dtd[row + i] : 0.0f));
-      }
-    }
-  });
+  for_each_sequence(cu_seqlens, num_sequences, num_threads,
+                    PrefixValuesBackward{dvalue, dmean_value, dprob, dtd, prob, dlog_ratio, beta});
 }
 
 void prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, const float* outcome,
                                const float* margin, const float* weight, float* sums, float* slope,
                                int64_t num_sequences, float beta, int weighting, bool per_sequence, int num_threads) {
-  const auto kind = static_cast<Weighting>(weighting);
   std::fill(sums, sums + 2 * num_sequences, 0.0f);
-  for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t b, int64_t start, int64_t length) {
-    const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
-    const float scale = per_sequence ? weight[b] / weights.sum : weight[b];
-    const float sign = 2.0f * outcome[b] - 1.0f;
-    float prefix_sums[kBlock];
-    double carry = 0.0, total = 0.0;
-    for (int64_t first = 0; first < length; first += kBlock) {
-      const int64_t count = std::min(kBlock, length - first);
-      const int64_t row = start + first;
-      for (int64_t i = 0; i < count; ++i) prefix_sums[i] = static_cast<float>(carry += log_ratio[row + i]);
-      total += margin_loss_block(prefix_sums, slope + row, first, count, beta, sign, margin[b], scale, weights);
-    }
-    sums[2 * b] = static_cast<float>(scale * total);
-    sums[2 * b + 1] = per_sequence ? 1.0f : weights.sum;
-  });
+  for_each_sequence(cu_seqlens, num_sequences, num_threads,
+                    LossForward{log_ratio, outcome, margin, weight, sums, slope, beta, static_cast<Weighting>(weighting),
+                                per_sequence});
 }
 
 void prefix_value_loss_bwd_cpu(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
                                int64_t num_sequences, float beta, int num_threads) {
-  const float factor = beta * *scale;
-  for_each_sequence(cu_seqlens, num_sequences, num_threads, [&](int64_t, int64_t start, int64_t length) {
-    double carry = 0.0;
-    for (int64_t i = start + length - 1; i >= start; --i) dlog_ratio[i] = factor * static_cast<float>(carry += slope[i]);
-  });
+  for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanReverse{slope, dlog_ratio, beta * *scale});
 }
 
 }  // namespace ipvrm

@@ -5,6 +5,13 @@
 
 namespace ipvrm {
 
+// Whether cu_seqlens rises from 0 to num_rows without decreasing.
+bool edges_rise_cpu(const int32_t* cu_seqlens, int64_t num_sequences, int64_t num_rows);
+
+// Whether moreover every outcome is 0 or 1, every margin and weight finite, and *denominator (may be null) positive and finite.
+bool loss_inputs_valid_cpu(const int32_t* cu_seqlens, const float* outcome, const float* margin, const float* weight,
+                           const float* denominator, int64_t num_sequences, int64_t num_rows);
+
 void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, float decay,
                       bool reverse, int num_threads);
 

@@ -33,10 +33,24 @@ IPVRM_HD float exp_in_range(float x) {
   return p * scale;
 }
 
-// exp(-|z|); 1.2e-38 where |z| > 87.3 (no denormals).
+// exp(-|z|) to 1 ulp; 1.6e-38 where |z| > 87 (no denormals). NaN stays NaN.
 IPVRM_HD float exp_negative_abs(float z) {
-  const float x = -fabsf(z);
-  return exp_in_range(x < -87.33654f ? -87.33654f : x);
+  const float a = fabsf(z);
+  const float x = a > 87.0f ? 87.0f : a;
+  const int32_t n = static_cast<int32_t>(x * 1.44269504f + 0.5f);  // truncation rounds to nearest for x >= 0
+  const float nf = static_cast<float>(n);
+  const float r = (nf * 0.693359375f - x) - nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
+  float p = 1.38144673e-3f;                                       // minimax, |r| <= 0.347: error 3e-9
+  p = p * r + 8.36878084e-3f;
+  p = p * r + 4.16683927e-2f;
+  p = p * r + 1.66665196e-1f;
+  p = p * r + 0.49999994f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const int32_t bits = (127 - n) << 23;
+  float scale;
+  memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
 }
 
 // exp(x) for x <= 0 (a little above is fine), 0 below -87.68; NaN stays NaN.
@@ -189,18 +203,18 @@ IPVRM_HD void finish_objective(const double* sums, int64_t rows, float alpha, fl
   metrics[13] = metrics[15] = static_cast<float>(rows);
 }
 
-// log(1 + u) for u in [0, 1]: 2 atanh(u / (2 + u)), which keeps the relative accuracy of small u.
+// log(1 + u) for u in [0, 1] as u times a polynomial, which keeps the relative accuracy of small u: 1.5 ulp, no division.
 IPVRM_HD float log1p_unit(float u) {
-  const float s = u / (2.0f + u);
-  const float q = s * s;
-  float p = 6.6666667e-2f;
-  p = p * q + 7.6923077e-2f;
-  p = p * q + 9.0909091e-2f;
-  p = p * q + 1.11111111e-1f;
-  p = p * q + 1.42857143e-1f;
-  p = p * q + 0.2f;
-  p = p * q + 3.33333333e-1f;
-  return 2.0f * (s + s * q * p);
+  float p = 5.36482455e-3f;  // minimax of log(1 + u) / u: relative error 3e-8
+  p = p * u - 3.00657917e-2f;
+  p = p * u + 7.92045370e-2f;
+  p = p * u - 1.37538031e-1f;
+  p = p * u + 1.91536546e-1f;
+  p = p * u - 2.48571634e-1f;
+  p = p * u + 3.33213240e-1f;
+  p = p * u - 4.99996483e-1f;
+  p = p * u + 1.0f;
+  return p * u;
 }
 
 IPVRM_HD float sigmoid(float z) {
@@ -229,7 +243,7 @@ struct MarginLoss {
 IPVRM_HD MarginLoss margin_loss(float mean_value, float sign, float margin) {
   const float z = margin - sign * mean_value;
   const float e = exp_negative_abs(z);
-  const float softplus = 0.5f * (z + fabsf(z)) + log1p_unit(e);
+  const float softplus = (z > 0.0f ? z : 0.0f) + log1p_unit(e);
   return {softplus, -sign * ((z < 0.0f ? e : 1.0f) / (1.0f + e))};
 }
 

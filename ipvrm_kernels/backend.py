@@ -51,19 +51,18 @@ def checks_values(tensor: Tensor) -> bool:
     return _checks or tensor.device.type == "cpu"
 
 
-def native_call(name: str, *args: Any) -> None:
+def native_call(name: str, *args: Any) -> Any:
     """Call `name` of the extension: tensors as addresses, None as 0, then the thread count or CUDA stream.
 
-    Only called after `choose` has said that the extension can run.
+    Returns what it returns. Only called after `choose` has said that the extension can run.
     """
     assert _C is not None
     plain = [arg.data_ptr() if isinstance(arg, Tensor) else 0 if arg is None else arg for arg in args]
     if name.endswith("_cpu"):
-        getattr(_C, name)(*plain, torch.get_num_threads())
-        return
+        return getattr(_C, name)(*plain, torch.get_num_threads())
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     with torch.cuda.device(device):
-        getattr(_C, name)(*plain, torch.cuda.current_stream().cuda_stream)
+        return getattr(_C, name)(*plain, torch.cuda.current_stream().cuda_stream)
 
 
 def why_not(impl: str, device_type: str) -> str | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import backend
 from .packing import check_cu_seqlens, checked_finite, checked_tokens, lengths, positions, segment_ids
+from .registration import register
 from .segment_scan import segment_scan_reference  # what a running sum means; no kernel is shared
 
 if backend.HAS_TRITON:
@@ -236,47 +237,45 @@ IMPLS = {
 }
 
 
-@torch.library.custom_op("ipvrm::prefix_value_loss", mutates_args=())
 def _prefix_value_loss(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
     denominator: Tensor | None, beta: float, weighting: str, per_sequence: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss (), slope (N,), scale ()): d loss / d log_ratio = beta * scale * reverse scan of slope."""
     B = cu_seqlens.shape[0] - 1
+    log_ratio, cu_seqlens = log_ratio.contiguous(), cu_seqlens.contiguous()
+    outcome, margin, weight = outcome.contiguous(), margin.contiguous(), weight.contiguous()
     if backend.checks_values(log_ratio):
         _check_loss_values(cu_seqlens, log_ratio.shape[0], outcome, margin, weight, denominator)
     forward, _ = IMPLS[impl]
-    sums, slope = forward(
-        log_ratio.contiguous(), cu_seqlens.contiguous(), outcome.contiguous(), margin.contiguous(),
-        weight.contiguous(), beta, weighting, per_sequence,
-    )  # fmt: skip
+    sums, slope = forward(log_ratio, cu_seqlens, outcome, margin, weight, beta, weighting, per_sequence)
     total, counted = sums.sum(0).unbind()
     if denominator is not None:
         scale = 1 / denominator
     elif per_sequence:
-        scale = torch.full_like(total, 1 / max(B, 1))  # an empty sequence counts and adds 0
+        # an empty sequence counts and adds 0
+        scale = torch.full((), 1 / max(B, 1), dtype=total.dtype, device=total.device)
     else:
         scale = torch.where(counted > 0, 1 / counted, 0.0)
     return total * scale, slope, scale
 
 
-@_prefix_value_loss.register_fake
-def _(
+def _fake(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
     denominator: Tensor | None, beta: float, weighting: str, per_sequence: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return log_ratio.new_empty(()), log_ratio.new_empty(log_ratio.shape[0]), log_ratio.new_empty(())
 
 
-@torch.library.custom_op("ipvrm::prefix_value_loss_bwd", mutates_args=())
 def _prefix_value_loss_bwd(
     log_ratio: Tensor, slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str
 ) -> Tensor:  # log_ratio only tells autograd what the gradient depends on
     return IMPLS[impl][1](slope, cu_seqlens.contiguous(), scale.contiguous(), beta)
 
 
-@_prefix_value_loss_bwd.register_fake
-def _(log_ratio: Tensor, slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str) -> Tensor:
+def _bwd_fake(
+    log_ratio: Tensor, slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str
+) -> Tensor:
     return torch.empty_like(slope)
 
 
@@ -287,7 +286,7 @@ def _refuse(ctx: Any, *_: Any) -> None:
     )
 
 
-_prefix_value_loss_bwd.register_autograd(_refuse)
+_bwd_op = register(_prefix_value_loss_bwd, _bwd_fake, _refuse)
 
 
 def _loss_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -302,17 +301,24 @@ def _loss_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
     if dloss is None:
         return (None,) * 10
     log_ratio, cu_seqlens, slope, scale = ctx.saved_tensors
-    gradient = _prefix_value_loss_bwd(log_ratio, slope, cu_seqlens, dloss * scale, ctx.beta, ctx.impl)
+    gradient = _bwd_op(log_ratio, slope, cu_seqlens, dloss * scale, ctx.beta, ctx.impl)
     return gradient, *(None,) * 9
 
 
-_prefix_value_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
+_loss_op = register(_prefix_value_loss, _fake, _loss_backward, _loss_setup)
 
 
 def _check_loss_values(
     cu_seqlens: Tensor, N: int, outcome: Tensor, margin: Tensor, weight: Tensor, denominator: Tensor | None
 ) -> None:
     op = "prefix_value_loss"
+    per_sequence = (outcome, margin, weight)
+    if backend.HAS_CPP and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in per_sequence):
+        B = cu_seqlens.shape[0] - 1
+        if backend.native_call(
+            "loss_inputs_valid_cpu", cu_seqlens, outcome, margin, weight, denominator, B, N
+        ):
+            return  # in one pass over B instead of a dozen torch calls; those below find the words
     check_cu_seqlens(op, cu_seqlens, N)
     if not bool(((outcome == 0) | (outcome == 1)).all()):
         wrong = outcome[(outcome != 0) & (outcome != 1)]
@@ -371,8 +377,10 @@ def prefix_value_loss(
         margin = checked_finite(op, "margin", margin)
 
     def per_sequence(name: str, given: float | Tensor) -> Tensor:
-        if not isinstance(given, Tensor) or given.dim() == 0:
-            return log_ratio.new_ones(B) * given
+        if not isinstance(given, Tensor):
+            return torch.full((B,), given, dtype=log_ratio.dtype, device=log_ratio.device)
+        if given.dim() == 0:
+            return log_ratio.new_ones(B) * given.detach()
         if given.shape != (B,) or given.device != log_ratio.device:
             raise ValueError(
                 f"{op}: {name} must be ({B},) on {log_ratio.device}, "
@@ -393,7 +401,7 @@ def prefix_value_loss(
                 f"{op}: denominator must be a number or 0-d, got shape {tuple(denominator.shape)}"
             )
         denominator = denominator.detach().to(log_ratio.device, log_ratio.dtype)
-    loss, _, _ = _prefix_value_loss(
+    loss, _, _ = _loss_op(
         log_ratio, cu_seqlens, per_sequence("outcome", outcome), per_sequence("margin", margin),
         per_sequence("weight", 1.0 if weight is None else weight), denominator,
         beta, prefix_weighting, reduction == "sequence_mean", backend.choose(op, IMPLS, impl, log_ratio),

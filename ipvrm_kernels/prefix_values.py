@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import backend
 from .packing import check_cu_seqlens, checked_finite, checked_tokens, positions
+from .registration import register
 from .segment_scan import segment_scan_reference  # what a running sum means; no kernel is shared
 
 if backend.HAS_TRITON:
@@ -196,7 +197,6 @@ IMPLS = {
 }
 
 
-@torch.library.custom_op("ipvrm::prefix_values", mutates_args=())
 def _prefix_values(
     log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,13 +205,13 @@ def _prefix_values(
     return IMPLS[impl][0](log_ratio.contiguous(), cu_seqlens.contiguous(), beta)
 
 
-@_prefix_values.register_fake
-def _(log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N = log_ratio.shape[0]
     return log_ratio.new_empty(N), log_ratio.new_empty(N), log_ratio.new_empty(N), log_ratio.new_empty(N)
 
 
-@torch.library.custom_op("ipvrm::prefix_values_bwd", mutates_args=())
 def _prefix_values_bwd(
     dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
     prob: Tensor, cu_seqlens: Tensor, beta: float, impl: str,
@@ -220,12 +220,21 @@ def _prefix_values_bwd(
     return IMPLS[impl][1](*grads, prob, cu_seqlens.contiguous(), beta)
 
 
-@_prefix_values_bwd.register_fake
-def _(
+def _bwd_fake(
     dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
     prob: Tensor, cu_seqlens: Tensor, beta: float, impl: str,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(prob)
+
+
+def _refuse(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "prefix_values: its gradient cannot be differentiated; build the values from segment_scan where a "
+        "second derivative is needed"
+    )
+
+
+_bwd_op = register(_prefix_values_bwd, _bwd_fake, _refuse)
 
 
 def _values_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -238,10 +247,10 @@ def _values_backward(ctx: Any, *grads: Tensor | None) -> Any:
     if all(grad is None for grad in grads):
         return None, None, None, None
     cu_seqlens, prob = ctx.saved_tensors
-    return _prefix_values_bwd(*grads, prob, cu_seqlens, ctx.beta, ctx.impl), None, None, None
+    return _bwd_op(*grads, prob, cu_seqlens, ctx.beta, ctx.impl), None, None, None
 
 
-_prefix_values.register_autograd(_values_backward, setup_context=_values_setup)
+_values_op = register(_prefix_values, _fake, _values_backward, _values_setup)
 
 
 def prefix_values(
@@ -263,4 +272,4 @@ def prefix_values(
     log_ratio = checked_tokens(op, "log_ratio", log_ratio, cu_seqlens)
     beta = checked_finite(op, "beta", beta)
     chosen = backend.choose(op, IMPLS, impl, log_ratio)
-    return PrefixValues(*_prefix_values(log_ratio, cu_seqlens, beta, chosen))
+    return PrefixValues(*_values_op(log_ratio, cu_seqlens, beta, chosen))

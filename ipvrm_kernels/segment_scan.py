@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import backend
 from .packing import check_cu_seqlens, checked_finite, checked_tokens, segment_ids
+from .registration import register
 
 if backend.HAS_TRITON:
     import triton
@@ -101,7 +102,6 @@ def _native(device: str) -> Any:
 IMPLS = {"cuda": _native("cuda"), "triton": _triton, "cpp": _native("cpu"), "torch": segment_scan_reference}
 
 
-@torch.library.custom_op("ipvrm::segment_scan", mutates_args=())
 def _segment_scan(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> Tensor:
     if backend.checks_values(x):
         check_cu_seqlens("segment_scan", cu_seqlens, x.shape[0])
@@ -109,8 +109,7 @@ def _segment_scan(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, im
     return y.clone() if y.data_ptr() == x.data_ptr() else y  # the reference returns its input for N < 2
 
 
-@_segment_scan.register_fake
-def _(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> Tensor:
+def _fake(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -121,10 +120,10 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> Any:
     (cu_seqlens,) = ctx.saved_tensors
-    return _segment_scan(dy, cu_seqlens, ctx.decay, not ctx.reverse, ctx.impl), None, None, None, None
+    return _scan_op(dy, cu_seqlens, ctx.decay, not ctx.reverse, ctx.impl), None, None, None, None
 
 
-_segment_scan.register_autograd(_backward, setup_context=_setup_context)
+_scan_op = register(_segment_scan, _fake, _backward, _setup_context)
 
 
 def segment_scan(
@@ -144,4 +143,4 @@ def segment_scan(
     """
     x = checked_tokens("segment_scan", "x", x, cu_seqlens)
     decay = checked_finite("segment_scan", "decay", decay)
-    return _segment_scan(x, cu_seqlens, decay, bool(reverse), backend.choose("segment_scan", IMPLS, impl, x))
+    return _scan_op(x, cu_seqlens, decay, bool(reverse), backend.choose("segment_scan", IMPLS, impl, x))

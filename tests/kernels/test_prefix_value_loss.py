@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipvrm_kernels import pack, prefix_value_loss, prefix_values, unpack
-from ipvrm_kernels.prefix_value_loss import prefix_value_loss_reference
+from ipvrm_kernels import backend, pack, prefix_value_loss, prefix_values, unpack
+from ipvrm_kernels.prefix_value_loss import IMPLS, prefix_value_loss_reference
 
 OP = "prefix_value_loss"
 GOLDEN = Path(os.environ.get("IPVRM_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 RELEASES = sorted(GOLDEN.glob("release_*.npz"))
-LENGTHS = ([0], [1], [2, 1], [5, 0, 1, 63, 2], [1023, 1025, 1024], [4500, 7])
+LENGTHS = (
+    [0], [1], [2, 1], [5, 0, 1, 63, 2], [15, 16, 17, 64, 65, 0, 1], [1023, 1025, 1024], [4500, 7],
+)  # fmt: skip
 
 
 def edges(lengths, device="cpu"):
@@ -62,7 +64,7 @@ def value_and_gradient(function, log_ratio, dtype, device="cpu"):
     return loss.detach().double().cpu(), gradient.double().cpu()
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: str(lengths[:7]))
 @pytest.mark.parametrize("weighting", ["uniform", "late", "early"])
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 def test_value_and_gradient(impl, device, lengths, weighting, reduction, poisoned):
@@ -221,13 +223,111 @@ def test_any_shape(lengths, weighting, reduction, beta, seed):
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-def test_seeded_fault_dropped_carry_is_caught():
-    """A scan restarted at row 512, a block edge of the C++ kernel, moves the loss beyond the bound."""
-    inputs = case([1024], level=0.3)
+@pytest.mark.parametrize("edge", [64, 512, 1024])
+def test_seeded_fault_dropped_carry_is_caught(edge):
+    """A scan that forgets its carry where a block of the C++ kernel ends misses the bound."""
+    lengths = [2 * edge]
+    inputs = case(lengths)
     x = inputs["log_ratio"] + 0.2
-    right = prefix_value_loss(x, edges([1024]), inputs["outcome"])
-    wrong = prefix_value_loss(x, edges([512, 512]), inputs["outcome"].repeat(2))
-    assert (right - wrong).abs() > 1e-3
+    keywords = dict(outcome=inputs["outcome"], margin=inputs["margin"], weight=inputs["weight"])
+
+    def right(x):
+        return prefix_value_loss(x, edges(lengths), **keywords)
+
+    def broken(x):
+        halves = {key: value.repeat(2) for key, value in keywords.items()}
+        return prefix_value_loss(x, edges([edge, edge]), **halves)
+
+    exact = value_and_gradient(
+        lambda x: oracle(x, lengths, beta=10.0, weighting="uniform", reduction="sequence_mean", **keywords),
+        x, torch.float64,
+    )  # fmt: skip
+    for function, passes in ((right, True), (broken, False)):
+        for got, truth in zip(value_and_gradient(function, x, torch.float32), exact, strict=True):
+            assert ((got - truth).abs().max() <= 1e-5 * truth.abs().max()) == passes
+
+
+@pytest.mark.skipif(not backend.HAS_CPP, reason="the extension ipvrm_kernels._C is not built")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("weighting", ["uniform", "late", "early"])
+def test_a_long_sequence_is_cut_into_pieces(threads, weighting, poisoned):
+    """40,000 and 70,000 tokens: by one thread whole, by three in pieces; both as near to fp64 as PyTorch.
+
+    The short ones fill several blocks that they share.
+    """
+    lengths = [50, 70_000, 3, 1030, 40_000] + [3] * 700 + [0, 70] + [40] * 30
+    inputs = case(lengths, level=0.05)
+    log_ratio = inputs.pop("log_ratio") + 0.01
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = value_and_gradient(
+            lambda x: prefix_value_loss(
+                x, edges(lengths), **inputs, prefix_weighting=weighting, impl="cpp"
+            ),
+            log_ratio, torch.float32,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+
+    def plain(x):
+        return oracle(x, lengths, beta=10.0, weighting=weighting, reduction="sequence_mean", **inputs)
+
+    exact = value_and_gradient(plain, log_ratio, torch.float64)
+    single = value_and_gradient(plain, log_ratio, torch.float32)
+    for mine, theirs, truth in zip(got, single, exact, strict=True):
+        scale = 8 * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (mine - truth).abs().max() <= 2 * (theirs - truth).abs().max() + scale
+    if weighting != "early":  # whose omega goes to 0 as 1 - t/T: no relative accuracy in fp32
+        # each token of the gradient on its own scale: the small ones at the end are not lost in large sums
+        assert ((got[1] - exact[1]) / exact[1]).abs().max() < 2e-6
+
+
+@pytest.mark.skipif(not backend.HAS_CPP, reason="the extension ipvrm_kernels._C is not built")
+def test_softplus_and_sigmoid_keep_relative_accuracy():
+    """One-token sequences with x = 0: the loss of each is softplus(margin), its slope -sigmoid(margin)."""
+    z = torch.cat([torch.linspace(-86.9, 86.9, 20_001), torch.tensor([0.0, -0.0, 1e-6, -1e-6, 1e4, 3e38])])
+    B = z.shape[0]
+    forward, _ = IMPLS["cpp"]
+    ones = torch.ones(B)
+    sums, slope = forward(torch.zeros(B), edges([1] * B), ones, z, ones, 10.0, "uniform", True)
+    exact = F.softplus(z.double(), threshold=1000)
+    ulp = torch.finfo(torch.float32).eps
+    assert ((sums[:, 0].double() - exact) / exact).abs().max() < 4 * ulp
+    assert ((slope.double() + torch.sigmoid(z.double())) / torch.sigmoid(z.double())).abs().max() < 4 * ulp
+    # below -87 both are held at a normal number instead of going on into denormals
+    far = torch.tensor([-88.0, -1e4, -3e38])
+    sums, slope = forward(torch.zeros(3), edges([1] * 3), ones[:3], far, ones[:3], 10.0, "uniform", True)
+    assert (sums[:, 0] < 2e-38).all() and (slope.abs() < 2e-38).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("lengths", [[9, 20, 9], [1500, 1500, 1500]], ids=str)
+def test_a_bad_token_stays_where_it_is(impl, device, value, lengths):
+    """Its own sequence's gradient and the loss show it; its neighbours' gradients do not change."""
+    inputs = {key: tensor.to(device) for key, tensor in case(lengths).items()}
+    x = inputs.pop("log_ratio")
+    bad = x.clone()
+    bad[lengths[0] + 4] = value
+    gradients = []
+    for tokens in (x, bad):
+        leaf = tokens.clone().requires_grad_()
+        loss = prefix_value_loss(leaf, edges(lengths, device), **inputs, impl=impl)
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    assert math.isnan(loss.item()) == math.isnan(value) or math.isinf(loss.item())
+    for rows in (slice(0, lengths[0]), slice(lengths[0] + lengths[1], None)):
+        torch.testing.assert_close(gradients[1][rows], gradients[0][rows], rtol=0, atol=0)
+
+
+def test_the_backward_can_run_twice(impl, device):
+    inputs = {key: value.to(device) for key, value in case([5, 90]).items()}
+    leaf = inputs.pop("log_ratio").requires_grad_()
+    loss = prefix_value_loss(leaf, edges([5, 90], device), **inputs, impl=impl)
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(second, kept, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64])

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
-from ipvrm_kernels import prefix_values
+from ipvrm_kernels import backend, prefix_values
 from ipvrm_kernels.prefix_values import prefix_values_reference
 
 OP = "prefix_values"
-LENGTHS = ([0], [1], [5, 0, 1, 63, 2], [1023, 1025, 1024], [4500])
+LENGTHS = (
+    [0], [1], [5, 0, 1, 63, 2], [15, 16, 17, 64, 65, 0, 1], [1023, 1025, 1024], [4500],
+)  # fmt: skip
 NAMES = ("value", "mean_value", "prob", "td")
 
 
@@ -36,7 +38,7 @@ def assert_as_good_as_torch(got, plain, exact, scale):
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: str(lengths[:7]))
 @pytest.mark.parametrize("level", [0.05, 3.0])
 def test_values_and_gradients(impl, device, lengths, level, poisoned):
     N = sum(lengths)
@@ -62,6 +64,21 @@ def test_values_and_gradients(impl, device, lengths, level, poisoned):
     assert_as_good_as_torch(leaf.grad, runs[torch.float32][1], exact, scale)
 
 
+@pytest.mark.skipif(not backend.HAS_CPP, reason="the extension ipvrm_kernels._C is not built")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_long_sequence_is_cut_into_pieces(threads, poisoned):
+    """Above 8192 tokens (no table of 1/t) and cut among three threads: as near to fp64 as PyTorch is."""
+    lengths = [50, 40_000, 3, 1030, 9001] + [3] * 700 + [0, 70] + [40] * 30
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        test_values_and_gradients("cpp", "cpu", lengths, 0.05, None)
+        for used in NAMES:
+            test_unused_outputs_have_no_gradient("cpp", "cpu", used, [20_000, 3])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_sequences(impl, device):
     x = torch.zeros(0, device=device, requires_grad=True)
     sum(part.sum() for part in prefix_values(x, edges([], device), impl=impl)).backward()
@@ -81,8 +98,8 @@ def test_hand_worked(impl, device):
 
 
 @pytest.mark.parametrize("used", NAMES)
-def test_unused_outputs_have_no_gradient(impl, device, used):
-    lengths = [3, 1030]
+@pytest.mark.parametrize("lengths", [[3, 1030]], ids=str)
+def test_unused_outputs_have_no_gradient(impl, device, used, lengths):
     x = 0.1 * torch.randn(sum(lengths))
     leaf = x.to(device, copy=True).requires_grad_()
     getattr(prefix_values(leaf, edges(lengths, device), impl=impl), used).square().sum().backward()

@@ -5,11 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipvrm_kernels import segment_scan
+from ipvrm_kernels import backend, segment_scan
 from ipvrm_kernels.segment_scan import segment_scan_reference
 
 OP = "segment_scan"
-LENGTHS = ([], [0], [1], [0, 1, 0], [5, 0, 1, 63, 2], [1024, 1025, 1023], [5000, 3])
+LENGTHS = (
+    [], [0], [1], [0, 1, 0], [5, 0, 1, 63, 2], [15, 16, 17, 64, 65, 0, 1], [1024, 1025, 1023], [5000, 3],
+)  # fmt: skip
 
 
 def edges(lengths, device="cpu"):
@@ -36,7 +38,7 @@ def bound(x, lengths, decay):
     return 16 * torch.finfo(torch.float32).eps * max(scale, 1e-30)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: str(lengths[:7]))
 @pytest.mark.parametrize(
     ("decay", "reverse"), [(1.0, False), (1.0, True), (0.95, False), (0.5, True), (0.0, True)]
 )
@@ -89,6 +91,36 @@ def test_long_sequence_keeps_fp32_accuracy(impl, device):
     torch.testing.assert_close(y[-1].item(), 40_000 * x[0].item(), rtol=2e-5, atol=0)
 
 
+@pytest.mark.skipif(not backend.HAS_CPP, reason="the extension ipvrm_kernels._C is not built")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_long_sequence_is_cut_into_pieces(threads, reverse, poisoned):
+    """Same-signed tokens, so that sums grow to 1e6 times a token: 2 ulp of each sum, whole or in pieces."""
+    lengths = [50, 40_000, 3, 1030, 200_000] + [3] * 700 + [0, 70] + [40] * 30
+    x = 0.5 + torch.rand(sum(lengths))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = segment_scan(x, edges(lengths), reverse=reverse, impl="cpp").double()
+    finally:
+        torch.set_num_threads(before)
+    exact = torch.cat(
+        [row.flip(0).cumsum(0).flip(0) if reverse else row.cumsum(0) for row in x.double().split(lengths)]
+    )
+    assert ((y - exact) / exact).abs().max() < 2 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_a_bad_token_leaves_those_before_it(impl, device, value, decay):
+    x = torch.ones(2100, device=device)
+    x[1100] = value
+    y = segment_scan(x, edges([2100], device), decay, impl=impl)
+    clean = segment_scan(torch.ones_like(x), edges([2100], device), decay, impl=impl)
+    torch.testing.assert_close(y[:1100], clean[:1100], rtol=1e-6, atol=0)
+    assert not y[1100:].isfinite().any()
+
+
 def test_nan_stays_in_its_sequence(impl, device):
     x = torch.ones(9, device=device)
     x[1] = float("nan")
@@ -120,11 +152,12 @@ def test_any_shape(lengths, decay, reverse, seed):
         torch.testing.assert_close(y, expected, rtol=0, atol=bound(x, lengths, decay))
 
 
-def test_seeded_fault_carry_reset_is_caught():
+@pytest.mark.parametrize("edge", [64, 1024])
+def test_seeded_fault_carry_reset_is_caught(edge):
     """A scan that forgets its carry at a block edge must fail the comparison the tests above make."""
-    lengths = [1025]
-    x = torch.randn(1025)
-    broken = torch.cat([segment_scan(x[:1024], edges([1024])), x[1024:]])
+    lengths = [edge + 1]
+    x = torch.randn(edge + 1)
+    broken = torch.cat([segment_scan(x[:edge], edges([edge])), x[edge:]])
     with pytest.raises(AssertionError):
         torch.testing.assert_close(
             broken.double(), loop(x, lengths, 1.0, False), rtol=0, atol=bound(x, lengths, 1.0)
