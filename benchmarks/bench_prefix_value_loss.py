@@ -3,7 +3,8 @@ autograd, and as `raw`, the two kernel calls alone. In ragged batches (T=1..) ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,9 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
             if impl != "torch":
                 contenders[f"{impl} raw"] = _raw(batch, impl)
 
-        def check(contenders: dict = contenders, batch: Batch = batch) -> None:
-            loss, gradient = contenders["padded eager"]()
-            for name, run in contenders.items():
-                got_loss, got_gradient = run()
+        def check(results: Mapping[str, Any], batch: Batch = batch) -> None:
+            loss, gradient = results["padded eager"]
+            for name, (got_loss, got_gradient) in results.items():
                 if name.endswith("raw"):  # (B, 2) sums, each sequence already divided by its length
                     got_loss = got_loss[:, 0].mean()
                 assert_close(name, got_loss, loss, 1e-5)

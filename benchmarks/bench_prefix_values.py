@@ -3,7 +3,8 @@ only)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -26,10 +27,10 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         for impl in runnable(OP, device):
             contenders[impl] = lambda impl=impl, b=batch: prefix_values(b.packed, b.cu_seqlens, impl=impl)
 
-        def check(contenders: dict = contenders, eager=eager, batch: Batch = batch) -> None:
-            for name, run in contenders.items():
+        def check(results: Mapping[str, Any], batch: Batch = batch) -> None:
+            for name, values in results.items():
                 if name != "padded eager":
-                    for got, expected in zip(run(), eager(), strict=True):
+                    for got, expected in zip(values, results["padded eager"], strict=True):
                         assert_close(name, got, batch.pack(expected), 1e-5)
 
         yield Case(OP, batch.name, contenders, check, num_bytes=20 * batch.packed.shape[0])

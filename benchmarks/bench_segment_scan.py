@@ -3,7 +3,8 @@ use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -30,11 +31,11 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
                 b.packed, b.cu_seqlens, 0.95, True, impl=impl
             )
 
-        def check(contenders: dict = contenders, loop=loop, batch: Batch = batch) -> None:
-            expected = batch.pack(loop())
-            for name, run in contenders.items():
+        def check(results: Mapping[str, Any], batch: Batch = batch) -> None:
+            expected = batch.pack(results["padded loop"])
+            for name, result in results.items():
                 if name != "padded loop":
-                    assert_close(name, run(), expected, 1e-5)
+                    assert_close(name, result, expected, 1e-5)
 
         num_bytes = 8 * batch.packed.shape[0]
         yield Case(OP, f"{batch.name} reverse decay=0.95", contenders, check, num_bytes=num_bytes)
