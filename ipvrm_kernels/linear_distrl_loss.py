@@ -41,7 +41,7 @@ from .linear_logprobs import IMPLS as LOGPROB_IMPLS
 from .packing import check_cu_seqlens, check_cu_seqlens_shape, lengths, segment_ids
 
 if backend.HAS_TRITON:
-    from . import head_triton, head_triton_backward
+    from . import head_triton, head_triton_stored
 
 OP = "linear_distrl_loss"
 REDUCTIONS = ("sequence_mean", "token_mean")
@@ -213,35 +213,27 @@ def _triton_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Four matmuls: the log-probs, then logits again chunk by chunk for the gradients the loss then knows."""
+    """Three matmuls, two for a frozen head, where probabilities fit the workspace; else one more."""
     limit, explicit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE, max_workspace_bytes is not None
+    weights = branch_weights(batch, objective, batch.old_logprobs)
+    new = batch.old_logprobs.new_zeros
+    sums = [new(()), new(()), new(()), new((len(METRICS), 2))]
+
+    def slopes(r0: int, r1: int, logprobs: Tensor) -> Tensor:
+        rows = {name: getattr(batch, name)[r0:r1] for name in Batch._fields[:6]}
+        factors = (weights[0][r0:r1], weights[1][r0:r1])
+        *added, dtoken, dcandidates = linear_distrl_loss_reference(
+            logprobs[:, 0], logprobs[:, 1:], batch._replace(**rows), objective, factors
+        )
+        for total, x in zip(sums, added, strict=True):
+            total += x
+        return torch.cat([dtoken[:, None], dcandidates], 1)
+
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     with torch.cuda.device_of(hidden):
         ops = head_triton.operands(hidden, weight, bias, transform, limit)
-        stats = head_triton.stats(ops, False)
-        logprobs, lse = stats.logprobs(head_triton.id_logits(ops, ids)), stats.lse()
-        loss, token_loss, candidate_loss, metrics, *slopes = linear_distrl_loss_reference(
-            logprobs[:, 0], logprobs[:, 1:], batch, objective
-        )
-        gradients: tuple[Tensor, ...] = (lse.new_empty(0), lse.new_empty(0), lse.new_empty(0))
-        if any(needs):
-            dlogprobs = torch.cat([slopes[0][:, None], slopes[1]], 1)
-            up = head_triton_backward.upstream_gradients(ids, weight.shape[0], dlogprobs, None, None)
-            gradients = head_triton_backward.gradients(
-                OP,
-                ops,
-                torch.float32,
-                ids,
-                logprobs,
-                lse,
-                stats.lse_remainder(lse),
-                lse,
-                up,
-                needs,
-                limit,
-                explicit,
-            )
-    return loss, token_loss, candidate_loss, metrics, *gradients
+        gradients = head_triton_stored.fused_gradients(OP, ops, ids, slopes, needs, limit, explicit)
+    return *sums, *gradients
 
 
 # each forms (loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias) in one call

@@ -45,7 +45,7 @@ from .head import (
 )
 
 if backend.HAS_TRITON:
-    from . import head_triton, head_triton_backward
+    from . import head_triton, head_triton_backward, head_triton_stored
 
 
 class LinearLogprobs(NamedTuple):
@@ -149,15 +149,22 @@ def _triton_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
     return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    limit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE
+    """Two matmuls for a frozen head where its probabilities fit the workspace, else three, else one."""
+    limit, explicit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE, max_workspace_bytes is not None
     ids = ids.contiguous()
     with torch.cuda.device_of(hidden):
         ops = head_triton.operands(hidden, weight, bias, transform, limit)
-        stats = head_triton.stats(ops, return_entropy)
+        if frozen_head:
+            R = head_triton_stored.stored_rows(ops, ids.shape[1], return_entropy, False, limit)
+            if R:
+                return head_triton_stored.stored_expectation(ops, ids, return_entropy, R)
+        at_once = head_triton.stats_rows(
+            "linear_logprobs", ops, ids.shape[1], return_entropy, limit, explicit
+        )
+        stats = head_triton.stats(ops, return_entropy, rows_at_once=at_once)
         logprobs, lse = stats.logprobs(head_triton.id_logits(ops, ids)), stats.lse()
         expectation = remainder = stats.lse_remainder(lse)  # (N,) takes the place of the expectation
         if frozen_head:
-            explicit = max_workspace_bytes is not None
             expectation = head_triton_backward.expectation(ops, ids, lse, remainder, limit, explicit)
     return logprobs, lse, stats.entropy() if return_entropy else lse.new_empty(0), expectation
 

@@ -71,7 +71,7 @@ def head_cases(capability):
                      FLATTEN=tma, BLOCK_N=config.BLOCK_N, BLOCK_V=config.BLOCK_V, BLOCK_D=config.BLOCK_D,
                      )  # fmt: skip
         options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-        split = dict(TILES_PER_SPLIT=head_triton.TILES_PER_SPLIT, GROUP=head_triton.GROUP)
+        split = dict(GROUP=head_triton.GROUP, MAX_LIFT=head_triton.MAX_LIFT)
         for groups in (False, True) if (capability, kind) == (90, "half") else (True,):
             yield head_triton._head_stats_kernel, {**tiles, **split, "GROUPS": groups}, types, options
         yield head_triton_backward._head_dz_kernel, {**tiles, "ENTROPY": False}, types, options
