@@ -157,6 +157,7 @@ def _id_gradients_kernel(
         lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
         t = tl.where(p > 0, log_p + lse[:, None], 0.0) / cap  # (BLOCK_N, BLOCK_K)
         da *= (1 - t) * (1 + t)
+    da = tl.where((g == 0) & (rest == 0), 0.0, da)  # (BLOCK_N, BLOCK_K) whatever the row holds
     if DISTINCT:
         owned = owned & (earlier == 0)  # (BLOCK_N, BLOCK_K)
     tl.store(out_ptr + where, tl.where(owned, da, 0.0), mask=inside)
@@ -457,13 +458,17 @@ def gradients(
     C = chunk_columns(op, ops, ids.shape[1], weight_dtype, needs, True, limit, explicit)
     order, count = active_first(up)
     values = id_gradients(ops, ids, logprobs, lse, entropy, up, distinct=False)
-    entropy = lse if up.entropy is None else entropy
-    per_row = [x.index_select(0, order) for x in (ids, values, lse, remainder, entropy, up.total)]
-    dentropy = None if up.entropy is None else up.entropy.index_select(0, order)
-    rows = Rows(*per_row, dentropy=dentropy, num_active=count)
-    dhidden, dweight, dbias = _sorted_gradients(
-        ops.of_rows(ops.hidden.index_select(0, order)), rows, C, weight_dtype, needs, scale
-    )
+
+    def take(x: Tensor) -> Tensor:
+        return x.index_select(0, order)
+
+    rows = Rows(
+        take(ids), take(values), take(lse), take(remainder), take(lse if up.entropy is None else entropy),
+        take(up.total), None if up.entropy is None else take(up.entropy), count,
+    )  # fmt: skip
+    hidden = take(ops.hidden)
+    zero_rows(hidden, torch.arange(len(order), device=order.device) >= count)  # 0 * NaN would reach dweight
+    dhidden, dweight, dbias = _sorted_gradients(ops.of_rows(hidden), rows, C, weight_dtype, needs, scale)
     if needs[0]:
         dhidden = torch.empty_like(dhidden).index_copy_(0, order, dhidden)
     return dhidden, dweight, dbias
