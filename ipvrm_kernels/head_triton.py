@@ -49,19 +49,26 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_sm: int = 1
+    softcap_V: int | None = None  # BLOCK_V with a softcap, whose tanh takes registers, if not the same
+
+    def of(self, softcap: float | None) -> Config:
+        """The same with BLOCK_V for this softcap."""
+        if softcap is None or self.softcap_V is None:
+            return self
+        return self._replace(BLOCK_V=self.softcap_V)
 
 
 # (architecture, kind of operands): half, a half hidden state with an fp32 weight, fp32 without tensor cores.
 # Chosen from the compiler's report (no spills, within shared memory), not yet timed; a plain table, so that
 # no call ever autotunes.
 CONFIGS: dict[tuple[str, str], Config] = {
-    ("sm_90", "half"): Config(128, 256, 64, 8, 3),
+    ("sm_90", "half"): Config(128, 256, 64, 8, 3, softcap_V=128),
     ("sm_90", "master"): Config(128, 128, 64, 8, 3),
     ("sm_90", "fp32"): Config(64, 64, 32, 8, 3, 2),
     ("sm_100", "half"): Config(128, 128, 64, 8, 4),
     ("sm_100", "master"): Config(128, 128, 64, 8, 3),
     ("sm_100", "fp32"): Config(64, 64, 32, 8, 3, 2),
-    ("sm_80", "half"): Config(128, 128, 32, 8, 4),
+    ("sm_80", "half"): Config(128, 128, 32, 8, 4, softcap_V=64),
     ("sm_80", "master"): Config(128, 64, 32, 8, 3),
     ("sm_80", "fp32"): Config(64, 64, 16, 8, 3, 2),
     ("interpreter", "half"): Config(128, 128, 16, 4, 1),
@@ -329,7 +336,7 @@ def operands(
         major = torch.cuda.get_device_capability(device)[0]
         architecture = "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
         tma, programs = major >= 9, torch.cuda.get_device_properties(device).multi_processor_count
-    config = CONFIGS[architecture, kind]
+    config = CONFIGS[architecture, kind].of(transform.softcap)
     tma = tma and _aligned(hidden) and _aligned(weight)
     bias = None if bias is None else bias.contiguous()
     copied = sum(

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from . import backend
 from .head_triton import (
+    Config,
     Operands,
     _load_tile,
     _tile_position,
@@ -377,10 +378,17 @@ class Rows(NamedTuple):
     num_active: Tensor  # () int32
 
 
+def scatter_config(config: Config) -> Config:
+    """Narrower tiles: scattered rows take an address for each element, and this launch is rare and short."""
+    return config._replace(BLOCK_V=min(64, config.BLOCK_V))
+
+
 def launch_dz(
     ops: Operands, rows: Rows, da: Tensor, start: int, slope: float, target: Tensor | None = None
 ) -> None:
     """Dense da (N, C) of columns start .. start + C, in row n, or in row target[n] of da."""
+    if target is not None:
+        ops = ops._replace(config=scatter_config(ops.config))
     (N, D), V, C, config = ops.hidden.shape, ops.weight.shape[0], da.shape[1], ops.config
     items, transform = triton.cdiv(N, config.BLOCK_N) * (C // config.BLOCK_V), ops.transform
     _head_dz_kernel[(min(ops.programs, items),)](

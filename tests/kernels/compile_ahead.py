@@ -29,7 +29,10 @@ head_triton_backward = importlib.import_module("ipvrm_kernels.head_triton_backwa
 linear_candidates = importlib.import_module("ipvrm_kernels.linear_candidates")
 
 warnings.filterwarnings("ignore")
-POINTERS = {"cu_seqlens_ptr": "*i32", "groups_ptr": "*i32", "counts_ptr": "*i64", "best_ids_ptr": "*i64"}
+POINTERS = {
+    "cu_seqlens_ptr": "*i32", "groups_ptr": "*i32", "counts_ptr": "*i64", "best_ids_ptr": "*i64",
+    "count_ptr": "*i32", "target_ptr": "*i64", "flags_ptr": "*i1",
+}  # fmt: skip
 FLOATS = ("decay", "beta", "margin", "scale", "cap", "factor", "slope", "low")
 ALIGNED = ("D", "C", "hidden_stride", "weight_stride")  # multiples of 16, as in every model
 # kernel, constexprs of its main configurations
@@ -64,17 +67,24 @@ def head_cases(capability):
 
         types = dict(
             hidden=operand(config.BLOCK_N, config.BLOCK_D), weight=operand(config.BLOCK_V, config.BLOCK_D),
-            da=operand(config.BLOCK_N, config.BLOCK_V), bias_ptr=f"*{own}", hidden_ptr=f"*{own}",
-            weight_ptr=f"*{own}", da_ptr=f"*{own}", ids_ptr="*i64",
+            da=operand(config.BLOCK_N, config.BLOCK_V), stored=operand(config.BLOCK_N, config.BLOCK_V),
+            bias_ptr=f"*{own}", hidden_ptr=f"*{own}", weight_ptr=f"*{own}", da_ptr=f"*{own}",
+            x_ptr=f"*{own}", ids_ptr="*i64",
         )  # fmt: skip
         tiles = dict(HAS_BIAS=False, HAS_SOFTCAP=False, ENTROPY=True, ROW_GROUP=64, TMA=tma, UPCAST=False,
                      FLATTEN=tma, BLOCK_N=config.BLOCK_N, BLOCK_V=config.BLOCK_V, BLOCK_D=config.BLOCK_D,
                      )  # fmt: skip
         options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
         split = dict(GROUP=head_triton.GROUP, MAX_LIFT=head_triton.MAX_LIFT)
-        for groups in (False, True) if (capability, kind) == (90, "half") else (True,):
-            yield head_triton._head_stats_kernel, {**tiles, **split, "GROUPS": groups}, types, options
-        yield head_triton_backward._head_dz_kernel, {**tiles, "ENTROPY": False}, types, options
+        for groups, store in ((True, False), (False, True)):
+            stats = {**tiles, **split, "GROUPS": groups, "STORE": store}
+            yield head_triton._head_stats_kernel, stats, types, options
+        dense = {**tiles, "ENTROPY": False}
+        yield head_triton_backward._head_dz_kernel, {**dense, "SCATTER": False}, types, options
+        narrow = head_triton_backward.scatter_config(config).BLOCK_V
+        scattered = {**types, "da": f"*{own}", "weight": operand(narrow, config.BLOCK_D)}
+        dense |= dict(SCATTER=True, BLOCK_V=narrow)
+        yield head_triton_backward._head_dz_kernel, dense, scattered, options
         gather = dict(BLOCK_IDS=64, BLOCK_D=config.BLOCK_D, HAS_BIAS=False, HAS_SOFTCAP=False, UPCAST=False)
         yield head_triton._id_logits_kernel, gather, types, dict(num_warps=4, num_stages=3)
         if kind == "fp32":
@@ -83,6 +93,9 @@ def head_cases(capability):
         sparse = dict(HAS_SOFTCAP=False, ENTROPY=False, DISTINCT=False, BLOCK_N=64, BLOCK_K=16)
         yield head_triton_backward._id_gradients_kernel, sparse, types, {}
         yield head_triton_backward._patch_kernel, dict(ZERO=False, BLOCK=256), types, {}
+        yield head_triton_backward._zero_rows_kernel, dict(BLOCK=4096), types, {}
+        sums = dict(HAS_FACTOR=True, BLOCK_N=32, BLOCK_C=128)
+        yield head_triton_backward._column_sums_kernel, sums, types, {}
         rows = dict(ROUND=tl.bfloat16, BLOCK_N=8, BLOCK_D=256)
         yield head_triton_backward._id_rows_kernel, rows, types, {}
         select = dict(SLOTS=10, BLOCK_N=1, BLOCK_GROUPS=8192)
