@@ -48,30 +48,18 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .head_triton import (
-    MAX_LIFT,
-    Operands,
-    Stats,
-    Stored,
-    id_logits,
-    padded_columns,
-    partial_bytes,
-    scalar_bytes,
-    stats,
-    stats_rows,
-)
+from .head_triton import MAX_LIFT, Stats, Stored, id_logits, partial_bytes, stats, stats_rows
 from .head_triton_backward import (
     Rows,
-    Upstream,
     add_column_sums,
     add_product,
+    chunk_columns,
     gradients,
-    id_gradients,
     launch_dz,
-    patch,
-    upstream_gradients,
     zero_rows,
 )
+from .head_triton_ids import Upstream, id_gradients, patch, upstream_gradients
+from .head_triton_tiles import Operands, padded_columns, scalar_bytes
 
 FAR = 20.0  # nats between ref and the row's maximum above which e is written again
 SPARSE = 1e-17  # of the largest gradient at an id, below which a row's dense part is dropped
@@ -172,6 +160,8 @@ def fused_gradients(
     transform, device = ops.transform, ops.hidden.device
     R = stored_rows(ops, K, False, needs[1], limit) if any(needs) else 0
     if R == 0:
+        if any(needs):  # refuses before anything is computed
+            chunk_columns(op, ops, K, torch.float32, needs, True, limit, explicit)
         z = id_logits(ops, ids)
         s = stats(ops, False, rows_at_once=stats_rows(op, ops, K, False, limit, explicit))
         logprobs, lse = s.logprobs(z), s.lse()

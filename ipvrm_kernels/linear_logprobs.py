@@ -45,7 +45,7 @@ from .head import (
 )
 
 if backend.HAS_TRITON:
-    from . import head_triton, head_triton_backward, head_triton_stored
+    from . import head_triton, head_triton_backward, head_triton_ids, head_triton_stored
 
 
 class LinearLogprobs(NamedTuple):
@@ -179,10 +179,10 @@ def _triton_backward(
     ids = ids.contiguous()
     with torch.cuda.device_of(hidden):
         ops = head_triton.operands(hidden, weight, bias, transform, limit)
-        up = head_triton_backward.upstream_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
+        up = head_triton_ids.upstream_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
         frozen = expectation.dim() == 2
         if frozen and dentropy is None:
-            dhidden = head_triton_backward.frozen_dhidden(ops, ids, logprobs, lse, up, expectation)
+            dhidden = head_triton_ids.frozen_dhidden(ops, ids, logprobs, lse, up, expectation)
             return dhidden, lse.new_empty(0), lse.new_empty(0)
         return head_triton_backward.gradients(
             "linear_logprobs", ops, weight.dtype, ids, logprobs, lse,
@@ -301,7 +301,8 @@ def linear_logprobs(
         max_workspace_bytes: upper limit of scratch memory; refused with the least that works (impl="torch"
             holds (N, V) tensors).
         deterministic: bitwise the same result for a row whatever N and its neighbours. impl="torch" is
-            repeatable run to run, but its vendor matmul may sum in another order at another N.
+            repeatable run to run, but its vendor matmul may sum in another order at another N; so are the
+            gradients of impl="triton", whose outputs hold the guarantee with or without this option.
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 
     Returns: LinearLogprobs, fp32 (fp64 for fp64 inputs), log-probs <= 0. All three are differentiable once in

@@ -203,7 +203,7 @@ def test_only_row_blocks_with_a_gradient_are_multiplied(impl, device, monkeypatc
     ids = torch.randint(0, 300, (400, 1), device=device)
     keep = torch.randperm(400, device=device) < 30
     gradients(lambda h, w: linear_logprobs(h, w, ids, impl=impl).logprobs[keep].sum(), hidden, weight)
-    block = importlib.import_module("ipvrm_kernels.head_triton").CONFIGS["interpreter", "fp32"].BLOCK_N
+    block = importlib.import_module("ipvrm_kernels.head_triton_tiles").CONFIGS["interpreter", "fp32"].BLOCK_N
     assert seen[0] == (30, list(range(block))) or device != "cpu"
 
 

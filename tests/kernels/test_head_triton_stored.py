@@ -205,6 +205,15 @@ def test_fp32_master_of_which_no_copy_fits(impl, device, limit, monkeypatch):
         torch.testing.assert_close(mine.double(), truth, rtol=0, atol=2**-7 * truth.abs().max().item())
 
 
+def test_products_are_fp32_under_autocast(impl, device):
+    """The gradients of a fused loss are formed in its forward, where autocast may be on."""
+    inputs = case()
+    whole = fused(inputs, device)[0]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = fused(inputs, device)[0]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, whole, strict=True))
+
+
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_only_what_is_needed(impl, device, needs):
     inputs = case()
