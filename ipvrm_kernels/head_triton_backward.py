@@ -176,17 +176,16 @@ def _adds_to_fp32(device: torch.device) -> bool:
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, fresh: bool = False) -> None:
     """out (rows, columns) fp32 += a @ b, or = if fresh, from operands of one dtype, rounded nowhere."""
-    with torch.autocast(out.device.type, enabled=False):
-        if a.dtype == torch.float32 or a.device.type == "cpu":
-            out.addmm_(a.float(), b.float(), beta=0 if fresh else 1)
-        elif fresh:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-        elif _adds_to_fp32(a.device):
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:  # a part of the rows at a time, so that the product stays in L2
-            for first in range(0, len(out), PRODUCT_ROWS):
-                rows = slice(first, first + PRODUCT_ROWS)
-                out[rows] += torch.mm(a[rows], b, out_dtype=torch.float32)
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        out.addmm_(a.float(), b.float(), beta=0 if fresh else 1)
+    elif fresh:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif _adds_to_fp32(a.device):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:  # a part of the rows at a time, so that the product stays in L2
+        for first in range(0, len(out), PRODUCT_ROWS):
+            rows = slice(first, first + PRODUCT_ROWS)
+            out[rows] += torch.mm(a[rows], b, out_dtype=torch.float32)
 
 
 def chunk_columns(
