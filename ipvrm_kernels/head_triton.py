@@ -1,115 +1,52 @@
 """The head's tile driver in Triton: one pass over the vocabulary that leaves statistics instead of logits.
 
-Every program computes tiles of z (BLOCK_N rows x BLOCK_V columns, fp32) and folds each into a running (max,
-sum exp(z - max), sum (z - max) exp(z - max)) of its rows, written once per split of TILES_PER_SPLIT tiles
-and merged in a fixed order by a second kernel. The difference is taken before the scale of exp2: scaling z
-first would save one multiplication and cost the digits of lse that p near 1 needs. Splits depend on V
-alone, so a row's result depends neither on N nor on its position. Where candidates are wanted the maximum
-of every GROUP columns is stored as well. Logits of given ids come from a gather-dot: the diagonal of a
-small tile of gathered rows, wasteful but far below the matmul, and accumulated by the same instructions in
-the same order as the tiles behind lse.
+Every program computes tiles of z (BLOCK_N rows x BLOCK_V columns, fp32) and leaves of each the (max,
+sum exp(z - max), sum (z - max) exp(z - max)) of its rows, merged in a fixed order by a second kernel: 8 or
+12 bytes for BLOCK_V logits, and no value carried from tile to tile (Triton 3.6 cannot flatten a loop that
+carries one). The difference is taken before the scale of exp2: scaling z first would save one
+multiplication and cost the digits of lse that p near 1 needs. Tiles depend on V alone, so a row's result
+depends neither on N nor on its position. Where candidates are wanted the maximum of every GROUP columns is
+stored as well; where gradients or an expectation follow, unnormalised probabilities (head_triton_stored.py).
+Logits of given ids come from a gather-dot: the diagonal of a small tile of gathered rows, wasteful but far
+below the matmul, and accumulated by the same instructions in the same order as the tiles behind lse.
 
-Operands come through tensor descriptors (TMA) on compute capability 9 and up, through pointers elsewhere or
-where a row is not 16-byte aligned. Descriptors pad with zeros: the vocabulary's tail is masked to -inf.
+Deterministic, always: no atomics, and statistics and logits of ids of a row are bitwise the same whatever N,
+its position, its neighbours and the workspace. Gradients end in the vendor's matmul: bitwise the same from
+run to run at equal shapes, but its order of summation may change with N.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import backend
-from .head import Transform
+from .head_triton_tiles import (
+    DEFAULT_WORKSPACE,
+    Operands,
+    _load_tile,
+    _tile_position,
+    _transform,
+    described,
+    num_splits,
+    operands,
+    refuse_workspace,
+    scalar_bytes,
+    tile_arguments,
+    transform_arguments,
+)
 
-# tiles between two writes of the statistics; with BLOCK_V it fixes the splits
-TILES_PER_SPLIT = 2 if backend.INTERPRETED else 4
+__all__ = ["DEFAULT_WORKSPACE", "GROUP", "id_logits", "operands", "stats", "stats_rows"]  # for op files
+
 GROUP = 32  # columns that share one stored maximum
-ROWS_IN_L2 = 16 << 20  # bytes of hidden that one sweep over the vocabulary works on
 # (row, id) pairs of one gather-dot, the diagonal of a small tile
 BLOCK_IDS = 128 if backend.INTERPRETED else 64
-DEFAULT_WORKSPACE = 1 << 30
-
-
-class Config(NamedTuple):
-    """Tile shape and pipeline of the kernels that multiply."""
-
-    BLOCK_N: int
-    BLOCK_V: int
-    BLOCK_D: int
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int = 1
-
-
-# (architecture, kind of operands): half, a half hidden state with an fp32 weight, fp32 without tensor cores.
-# Chosen from the compiler's report (no spills, within shared memory), not yet timed; a plain table, so that
-# no call ever autotunes.
-CONFIGS: dict[tuple[str, str], Config] = {
-    ("sm_90", "half"): Config(128, 256, 64, 8, 3),
-    ("sm_90", "master"): Config(128, 128, 64, 8, 3),
-    ("sm_90", "fp32"): Config(64, 64, 32, 8, 3, 2),
-    ("sm_100", "half"): Config(128, 128, 64, 8, 4),
-    ("sm_100", "master"): Config(128, 128, 64, 8, 3),
-    ("sm_100", "fp32"): Config(64, 64, 32, 8, 3, 2),
-    ("sm_80", "half"): Config(128, 128, 32, 8, 4),
-    ("sm_80", "master"): Config(128, 64, 32, 8, 3),
-    ("sm_80", "fp32"): Config(64, 64, 32, 8, 3, 2),
-    ("interpreter", "half"): Config(128, 128, 16, 4, 1),
-    ("interpreter", "fp32"): Config(128, 128, 16, 4, 1),
-}
-
-
-@triton.jit
-def _load_tile(x, row, column, num_rows, num_columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-               TMA: tl.constexpr):  # fmt: skip
-    """Tile (ROWS, COLUMNS) of x (num_rows, num_columns) at (row, column), zero outside."""
-    if TMA:
-        tile = x.load([row, column])  # (ROWS, COLUMNS)
-    else:
-        rows = row + tl.arange(0, ROWS)  # (ROWS,)
-        columns = column + tl.arange(0, COLUMNS)  # (COLUMNS,)
-        inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]  # (ROWS, COLUMNS)
-        offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]  # (ROWS, COLUMNS)
-        tile = tl.load(x + offsets, mask=inside, other=0.0)  # (ROWS, COLUMNS)
-    return tile
-
-
-@triton.jit
-def _tanh(x):
-    """tanh to a few ulp: its odd series near 0, where the quotient would cancel; shape of x."""
-    square = x * x  # like x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    e = tl.exp2(tl.abs(x) * (-2 * 1.4426950408889634))  # like x
-    quotient = (1 - e) / (1 + e)  # like x
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -quotient, quotient))
-
-
-@triton.jit
-def _transform(a, scale, cap, factor, HAS_SOFTCAP: tl.constexpr):
-    """(z, dz/da / constant slope) from a = h.w + b; factor folds the scales, cap is softcap's."""
-    slope = 1.0  # like a if HAS_SOFTCAP
-    if HAS_SOFTCAP:
-        t = _tanh(a * scale / cap)  # like a
-        z = t * factor  # like a
-        slope = (1 - t) * (1 + t)  # like a
-    else:
-        z = a * factor  # like a
-    return z, slope
-
-
-@triton.jit
-def _tile_position(item, row_blocks, num_columns, ROW_GROUP: tl.constexpr):
-    """(row block, column block) of item: all row blocks of a group, then the next column, then the group."""
-    group = item // (ROW_GROUP * num_columns)
-    first = group * ROW_GROUP
-    size = tl.minimum(row_blocks - first, ROW_GROUP)
-    within = item - first * num_columns
-    return first + within % size, within // size
+# largest power of e by which a stored value may exceed 1; sums of those stay far inside fp32 and bf16
+MAX_LIFT = 30.0
 
 
 @triton.jit
@@ -121,25 +58,19 @@ def _head_stats_kernel(
     sumexp_ptr,  # (S, N)
     sum_z_exp_ptr,  # (S, N)
     group_max_ptr,  # (N, num_groups)
-    N, D, V, hidden_stride, weight_stride, num_groups,  # scalars
+    ref_ptr,  # (N,)
+    stored,  # (N, C) descriptor or pointer, see `Stored`
+    N, D, V, C, hidden_stride, weight_stride, num_groups,  # scalars
     scale, cap, factor,  # scalars, see _transform
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GROUPS: tl.constexpr,
-    TILES_PER_SPLIT: tl.constexpr, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+    STORE: tl.constexpr, MAX_LIFT: tl.constexpr, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    row_blocks = tl.cdiv(N, BLOCK_N)
-    splits = tl.cdiv(V, BLOCK_V * TILES_PER_SPLIT)
-    first, step = tl.program_id(0), tl.num_programs(0)
-    tiles = tl.cdiv(row_blocks * splits - first, step) * TILES_PER_SPLIT  # of this program
-    top = tl.full((BLOCK_N,), -float("inf"), tl.float32)  # (BLOCK_N,) running maximum of z
-    sumexp = tl.zeros((BLOCK_N,), tl.float32)  # (BLOCK_N,)
-    sum_z_exp = tl.zeros((BLOCK_N,), tl.float32)  # (BLOCK_N,)
-    for tile in tl.range(0, tiles, flatten=FLATTEN):
-        item = first + (tile // TILES_PER_SPLIT) * step
+    row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
+    for item in tl.range(tl.program_id(0), row_blocks * splits, tl.num_programs(0), flatten=FLATTEN):
         row_block, split = _tile_position(item, row_blocks, splits, ROW_GROUP)
-        row = row_block * BLOCK_N
-        column = (split * TILES_PER_SPLIT + tile % TILES_PER_SPLIT) * BLOCK_V
+        row, column = row_block * BLOCK_N, split * BLOCK_V
         a = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)  # (BLOCK_N, BLOCK_V)
         for k in tl.range(0, D, BLOCK_D):
             h = _load_tile(hidden, row, k, N, D, hidden_stride, BLOCK_N, BLOCK_D, TMA)  # (BLOCK_N, BLOCK_D)
@@ -154,7 +85,7 @@ def _head_stats_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)  # (BLOCK_V,)
             a += bias[None, :]
-        z, _ = _transform(a, scale, cap, factor, HAS_SOFTCAP)  # (BLOCK_N, BLOCK_V)
+        z, bend = _transform(a, scale, cap, factor, HAS_SOFTCAP)  # (BLOCK_N, BLOCK_V)
         z = tl.where((columns < V)[None, :], z, -float("inf"))  # (BLOCK_N, BLOCK_V)
         rows = row + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
         if GROUPS:
@@ -164,27 +95,27 @@ def _head_stats_kernel(
             inside = (rows < N)[:, None] & (groups < num_groups)[None, :]  # (BLOCK_N, BLOCK_V/GROUP)
             where = rows.to(tl.int64)[:, None] * num_groups + groups[None, :]  # (BLOCK_N, BLOCK_V/GROUP)
             tl.store(group_max_ptr + where, group_max, mask=inside)
-            tile_top = tl.max(group_max, 1)  # (BLOCK_N,)
+            top = tl.max(group_max, 1)  # (BLOCK_N,)
         else:
-            tile_top = tl.max(z, 1)  # (BLOCK_N,)
-        fresh = tile % TILES_PER_SPLIT == 0  # a new split starts
-        old = tl.where(fresh, -float("inf"), top)  # (BLOCK_N,)
-        top = tl.maximum(old, tile_top)  # (BLOCK_N,)
+            top = tl.max(z, 1)  # (BLOCK_N,)
         shift = tl.where(top == -float("inf"), 0.0, top)  # (BLOCK_N,) rows of -inf alone have sums of 0
-        e = tl.exp(z - shift[:, None])  # (BLOCK_N, BLOCK_V)
-        decay = tl.exp(old - shift)  # (BLOCK_N,)
+        # the floor keeps (z - top) e at 0 * finite where a token is masked, and lets NaN through
+        z = tl.maximum(z - shift[:, None], -1e4, propagate_nan=tl.PropagateNan.ALL)  # (BLOCK_N, BLOCK_V)
+        e = tl.exp(z)  # (BLOCK_N, BLOCK_V)
+        out = split.to(tl.int64) * N + rows  # (BLOCK_N,)
+        tl.store(top_ptr + out, top, mask=rows < N)
+        tl.store(sumexp_ptr + out, tl.sum(e, 1), mask=rows < N)
         if ENTROPY:
-            drop = tl.where(old == -float("inf"), 0.0, old - shift)  # (BLOCK_N,)
-            z_exp = tl.sum(tl.where(e > 0, (z - shift[:, None]) * e, 0.0), 1)  # (BLOCK_N,)
-            kept = tl.where(fresh, 0.0, (sum_z_exp + drop * sumexp) * decay)  # (BLOCK_N,)
-            sum_z_exp = kept + z_exp  # (BLOCK_N,)
-        sumexp = tl.where(fresh, 0.0, sumexp * decay) + tl.sum(e, 1)  # (BLOCK_N,)
-        if tile % TILES_PER_SPLIT == TILES_PER_SPLIT - 1:
-            out = split.to(tl.int64) * N + rows  # (BLOCK_N,)
-            tl.store(top_ptr + out, top, mask=rows < N)
-            tl.store(sumexp_ptr + out, sumexp, mask=rows < N)
-            if ENTROPY:
-                tl.store(sum_z_exp_ptr + out, sum_z_exp, mask=rows < N)
+            tl.store(sum_z_exp_ptr + out, tl.sum(z * e, 1), mask=rows < N)
+        if STORE:
+            ref = tl.load(ref_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
+            lift = tl.exp(tl.minimum(shift - ref, MAX_LIFT))  # (BLOCK_N,) one exp for each element is enough
+            e = e * lift[:, None] * bend  # (BLOCK_N, BLOCK_V)
+            if TMA:
+                stored.store([row, column], e.to(stored.dtype))
+            else:
+                where = rows.to(tl.int64)[:, None] * C + columns[None, :]  # (BLOCK_N, BLOCK_V)
+                tl.store(stored + where, e.to(stored.dtype.element_ty), mask=(rows < N)[:, None])
 
 
 @triton.jit
@@ -198,21 +129,32 @@ def _merge_stats_kernel(
     N, S,  # scalars
     ENTROPY: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    splits = tl.arange(0, BLOCK_S)  # (BLOCK_S,)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-    inside = (splits < S)[:, None] & (rows < N)[None, :]  # (BLOCK_S, BLOCK_N)
-    where = splits.to(tl.int64)[:, None] * N + rows[None, :]  # (BLOCK_S, BLOCK_N)
-    top = tl.load(top_ptr + where, mask=inside, other=-float("inf"))  # (BLOCK_S, BLOCK_N)
-    sumexp = tl.load(sumexp_ptr + where, mask=inside, other=0.0)  # (BLOCK_S, BLOCK_N)
-    merged_top = tl.max(top, 0)  # (BLOCK_N,)
-    drop = tl.where(top == -float("inf"), 0.0, top - merged_top[None, :])  # (BLOCK_S, BLOCK_N)
-    factor = tl.exp(drop)  # (BLOCK_S, BLOCK_N)
+    merged_top = tl.full((BLOCK_N,), -float("inf"), tl.float32)  # (BLOCK_N,)
+    for first in range(0, S, BLOCK_S):
+        splits = first + tl.arange(0, BLOCK_S)  # (BLOCK_S,)
+        inside = (splits < S)[:, None] & (rows < N)[None, :]  # (BLOCK_S, BLOCK_N)
+        where = splits.to(tl.int64)[:, None] * N + rows[None, :]  # (BLOCK_S, BLOCK_N)
+        top = tl.load(top_ptr + where, mask=inside, other=-float("inf"))  # (BLOCK_S, BLOCK_N)
+        merged_top = tl.maximum(merged_top, tl.max(top, 0))  # (BLOCK_N,)
+    merged_sumexp = tl.zeros((BLOCK_N,), tl.float32)  # (BLOCK_N,)
+    merged_sum_z_exp = tl.zeros((BLOCK_N,), tl.float32)  # (BLOCK_N,)
+    for first in range(0, S, BLOCK_S):
+        splits = first + tl.arange(0, BLOCK_S)  # (BLOCK_S,)
+        inside = (splits < S)[:, None] & (rows < N)[None, :]  # (BLOCK_S, BLOCK_N)
+        where = splits.to(tl.int64)[:, None] * N + rows[None, :]  # (BLOCK_S, BLOCK_N)
+        top = tl.load(top_ptr + where, mask=inside, other=-float("inf"))  # (BLOCK_S, BLOCK_N)
+        sumexp = tl.load(sumexp_ptr + where, mask=inside, other=0.0)  # (BLOCK_S, BLOCK_N)
+        drop = tl.where(top == -float("inf"), 0.0, top - merged_top[None, :])  # (BLOCK_S, BLOCK_N)
+        factor = tl.exp(drop)  # (BLOCK_S, BLOCK_N)
+        merged_sumexp += tl.sum(sumexp * factor, 0)
+        if ENTROPY:
+            sum_z_exp = tl.load(sum_z_exp_ptr + where, mask=inside, other=0.0)  # (BLOCK_S, BLOCK_N)
+            merged_sum_z_exp += tl.sum((sum_z_exp + drop * sumexp) * factor, 0)
     tl.store(merged_top_ptr + rows, merged_top, mask=rows < N)
-    tl.store(merged_sumexp_ptr + rows, tl.sum(sumexp * factor, 0), mask=rows < N)
+    tl.store(merged_sumexp_ptr + rows, merged_sumexp, mask=rows < N)
     if ENTROPY:
-        sum_z_exp = tl.load(sum_z_exp_ptr + where, mask=inside, other=0.0)  # (BLOCK_S, BLOCK_N)
-        merged = tl.sum((sum_z_exp + drop * sumexp) * factor, 0)  # (BLOCK_N,)
-        tl.store(merged_sum_z_exp_ptr + rows, merged, mask=rows < N)
+        tl.store(merged_sum_z_exp_ptr + rows, merged_sum_z_exp, mask=rows < N)
 
 
 @triton.jit
@@ -253,16 +195,11 @@ def _id_logits_kernel(
     tl.store(z_ptr + slots, tl.where(owned, z, -float("inf")), mask=slots < num_ids)
 
 
-class Operands(NamedTuple):
-    """What every head kernel multiplies: unit inner strides, hidden of the operands' dtype."""
+class Stored(NamedTuple):
+    """exp(z - ref) * softcap's slope factor, in the operands' dtype, and its reference."""
 
-    hidden: Tensor  # (N, D)
-    weight: Tensor  # (V, D), of hidden's dtype or converted tile by tile
-    bias: Tensor | None  # (V,)
-    transform: Transform
-    config: Config
-    tma: bool
-    programs: int
+    ref: Tensor  # (N,) finite; a value is capped where its tile's maximum exceeds ref by more than MAX_LIFT
+    values: Tensor  # (N, C), C = `padded_columns`
 
 
 class Stats(NamedTuple):
@@ -292,90 +229,69 @@ class Stats(NamedTuple):
         return (z - self.top[:, None] - self.sumexp.log()[:, None]).clamp(max=0)
 
 
-def operands(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, limit: int = DEFAULT_WORKSPACE
-) -> Operands:
-    """Round hidden, and the weight where its copy fits in half of `limit` bytes, and look up the tiles."""
-    device, dtype = hidden.device, transform.dtype
-    hidden = unit_rows(hidden.to(dtype))
-    fits = device.type == "cpu" or weight.numel() * dtype.itemsize <= limit // 2
-    weight = unit_rows(weight.to(dtype) if weight.dtype != dtype and fits else weight)
-    kind = "fp32" if dtype == torch.float32 else "half" if weight.dtype == dtype else "master"
-    if device.type == "cpu":
-        architecture, tma, programs = "interpreter", True, 3  # several items for each program
-    else:
-        major = torch.cuda.get_device_capability(device)[0]
-        architecture = "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
-        tma, programs = major >= 9, torch.cuda.get_device_properties(device).multi_processor_count
-    config = CONFIGS[architecture, kind]
-    tma = tma and all(
-        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (hidden, weight)
-    )
-    bias = None if bias is None else bias.contiguous()
-    return Operands(hidden, weight, bias, transform, config, tma, programs * config.programs_per_sm)
+def partial_bytes(ops: Operands, entropy: bool) -> int:
+    """Bytes that the statistics of one row take before they are merged."""
+    return 4 * (3 if entropy else 2) * num_splits(ops)
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """x (rows, columns) with rows that lie contiguous, copied only if they do not."""
-    return x if x.stride(1) == 1 and (x.shape[0] < 2 or x.stride(0) >= x.shape[1]) else x.contiguous()
+def stats_rows(op: str, ops: Operands, K: int, entropy: bool, limit: int, explicit: bool) -> int:
+    """Rows whose statistics may wait for their merge at once; a forward then stays within `limit` bytes."""
+    N, block = ops.hidden.shape[0], ops.config.BLOCK_N
+    fixed, row = ops.copied + N * scalar_bytes(K), partial_bytes(ops, entropy)
+    if explicit:
+        refuse_workspace(op, fixed + min(N, block) * row, limit)
+    return max(block, (limit - fixed) // row // block * block)
 
 
-def described(x: Tensor, rows: int, columns: int, tma: bool) -> Any:
-    """A descriptor of tiles (rows, columns) of x, or x itself for pointers."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]) if tma else x
+def stats(
+    ops: Operands, entropy: bool, group_max: Tensor | None = None, stored: Stored | None = None,
+    rows_at_once: int | None = None,
+) -> Stats:  # fmt: skip
+    """One pass over the vocabulary.
+
+    Fills group_max (N, ceil(V / GROUP)) with maxima of z, or stored.values, if given; both need all rows at
+    once.
+    """
+    N, device = ops.hidden.shape[0], ops.hidden.device
+    merged = torch.empty((3 if entropy else 2, N), dtype=torch.float32, device=device)
+    step = min(N, rows_at_once or N)
+    partial = torch.empty((len(merged), num_splits(ops), step), dtype=torch.float32, device=device)
+    for r0 in range(0, N, max(1, step)):
+        rows = ops if step == N else ops.of_rows(ops.hidden[r0 : r0 + step])
+        _partial_stats(rows, partial, merged[:, r0 : r0 + step], group_max, stored)
+    return Stats(merged[0], merged[1], merged[-1])
 
 
-def transform_arguments(transform: Transform) -> tuple[float, float, float]:
-    """(scale, cap, factor) of `_transform`."""
-    if transform.softcap is None:
-        return 1.0, 1.0, transform.scale / transform.temperature
-    return transform.scale, transform.softcap, transform.softcap / transform.temperature
-
-
-def num_splits(V: int, config: Config) -> int:
-    """S, a function of V and the table alone."""
-    return -(-V // (config.BLOCK_V * TILES_PER_SPLIT))
-
-
-def tile_arguments(ops: Operands) -> dict[str, Any]:
-    """The keyword arguments that the kernels with tiles share."""
-    config = ops.config
-    row_bytes = config.BLOCK_N * ops.hidden.shape[1] * ops.hidden.element_size()
-    return dict(
-        BLOCK_N=config.BLOCK_N, BLOCK_V=config.BLOCK_V, BLOCK_D=config.BLOCK_D, TMA=ops.tma,
-        ROW_GROUP=triton.next_power_of_2(max(1, ROWS_IN_L2 // row_bytes)), UPCAST=backend.INTERPRETED,
-        FLATTEN=ops.tma,  # one pipeline across tiles; with pointers its addresses spill
-        num_warps=config.num_warps, num_stages=config.num_stages,
+def _partial_stats(
+    ops: Operands, partial: Tensor, merged: Tensor, group_max: Tensor | None, stored: Stored | None
+) -> None:
+    """The same for rows whose partial statistics (2 or 3, S, >= rows) fit."""
+    (N, D), V, config, S = ops.hidden.shape, ops.weight.shape[0], ops.config, num_splits(ops)
+    entropy = len(merged) == 3
+    first, second, third = (partial[i].view(-1) for i in (0, 1, -1))  # third is not written without entropy
+    _head_stats_kernel[(min(ops.programs, triton.cdiv(N, config.BLOCK_N) * S),)](
+        described(ops.hidden, config.BLOCK_N, config.BLOCK_D, ops.tma),
+        described(ops.weight, config.BLOCK_V, config.BLOCK_D, ops.tma),
+        partial if ops.bias is None else ops.bias, first, second, third,
+        partial if group_max is None else group_max,
+        partial if stored is None else stored.ref,
+        partial if stored is None else described(stored.values, config.BLOCK_N, config.BLOCK_V, ops.tma),
+        N, D, V, 0 if stored is None else stored.values.stride(0), ops.hidden.stride(0), ops.weight.stride(0),
+        0 if group_max is None else group_max.shape[1], *transform_arguments(ops.transform),
+        HAS_BIAS=ops.bias is not None, HAS_SOFTCAP=ops.transform.softcap is not None, ENTROPY=entropy,
+        GROUPS=group_max is not None, STORE=stored is not None, MAX_LIFT=MAX_LIFT, GROUP=GROUP,
+        **tile_arguments(ops),
+    )  # fmt: skip
+    BLOCK_N = 128 if backend.INTERPRETED else 8
+    _merge_stats_kernel[(triton.cdiv(N, BLOCK_N),)](
+        first, second, third, merged[0], merged[1], merged[-1], N, S,
+        ENTROPY=entropy, BLOCK_S=min(256, triton.next_power_of_2(S)), BLOCK_N=BLOCK_N,
     )  # fmt: skip
 
 
-def stats(ops: Operands, entropy: bool, group_max: Tensor | None = None) -> Stats:
-    """One pass over the vocabulary; fills group_max (N, ceil(V / GROUP)) with maxima of z if given."""
-    (N, D), V, config = ops.hidden.shape, ops.weight.shape[0], ops.config
-    S = num_splits(V, config)
-    partial = torch.empty((3 if entropy else 2, S, N), dtype=torch.float32, device=ops.hidden.device)
-    merged = torch.empty((3 if entropy else 2, N), dtype=torch.float32, device=ops.hidden.device)
-    third = (lambda x: x[2]) if entropy else (lambda x: x[0])  # never written without entropy
-    if N:
-        items = triton.cdiv(N, config.BLOCK_N) * S
-        _head_stats_kernel[(min(ops.programs, items),)](
-            described(ops.hidden, config.BLOCK_N, config.BLOCK_D, ops.tma),
-            described(ops.weight, config.BLOCK_V, config.BLOCK_D, ops.tma),
-            partial if ops.bias is None else ops.bias, partial[0], partial[1], third(partial),
-            partial if group_max is None else group_max,
-            N, D, V, ops.hidden.stride(0), ops.weight.stride(0),
-            0 if group_max is None else group_max.shape[1], *transform_arguments(ops.transform),
-            HAS_BIAS=ops.bias is not None,
-            HAS_SOFTCAP=ops.transform.softcap is not None, ENTROPY=entropy, GROUPS=group_max is not None,
-            TILES_PER_SPLIT=TILES_PER_SPLIT, GROUP=GROUP, **tile_arguments(ops),
-        )  # fmt: skip
-        BLOCK_S = triton.next_power_of_2(S)
-        rows = max(1, min(16, 2048 // BLOCK_S))
-        _merge_stats_kernel[(triton.cdiv(N, rows),)](
-            partial[0], partial[1], third(partial), merged[0], merged[1], third(merged), N, S,
-            ENTROPY=entropy, BLOCK_S=BLOCK_S, BLOCK_N=rows,
-        )  # fmt: skip
-    return Stats(merged[0], merged[1], third(merged))
+def id_warps(dtype: torch.dtype) -> int:
+    """Warps of one gather-dot; fp32 runs without tensor cores and would spill with four."""
+    return 8 if dtype == torch.float32 else 4
 
 
 def id_logits(ops: Operands, ids: Tensor) -> Tensor:
@@ -389,6 +305,6 @@ def id_logits(ops: Operands, ids: Tensor) -> Tensor:
             *transform_arguments(ops.transform),
             HAS_BIAS=ops.bias is not None, HAS_SOFTCAP=ops.transform.softcap is not None,
             BLOCK_IDS=BLOCK_IDS, BLOCK_D=ops.config.BLOCK_D,
-            UPCAST=backend.INTERPRETED, num_warps=4, num_stages=3,
+            UPCAST=backend.INTERPRETED, num_warps=id_warps(ops.hidden.dtype), num_stages=3,
         )  # fmt: skip
     return z

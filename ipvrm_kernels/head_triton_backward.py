@@ -1,4 +1,4 @@
-"""Gradients of the head ops in Triton: the vocabulary in chunks, logits recomputed tile by tile.
+"""Gradients of the head ops in Triton by recomputation: the vocabulary in chunks, logits again tile by tile.
 
 For each chunk of columns: a kernel multiplies a tile again and turns it, still in registers, into the dense
 part of da = dL/d(h.w + b), stored once in the operands' dtype; the N * K entries at ids are overwritten
@@ -6,9 +6,9 @@ from fp32 (dense and sparse part are rounded together); then dhidden += da @ wei
 hidden by the vendor's matmul with fp32 results. dweight of a chunk is complete, so it is written once, and
 no (V, D) fp32 buffer exists.
 
-Frozen head: E' = sum over v not in ids of p_v z'_v w_v is formed in the forward by the same kernels
-(upstream -1, the ids zeroed), and dhidden = -G E' + sum_k (g_k - G p_k) z'_k w_k over distinct ids, in
-fp32.
+Rows without upstream gradient (prompts, padding, clipped tokens) go last, by a stable partition on the
+device: the kernel reads the number of the others from memory, so nothing waits for the host, multiplies
+only their tiles, and the rest of da is zeroed once for all chunks.
 
 fp16 operands: da is scaled by a power of two, so that the largest upstream gradient is near 1, and scaled
 back in fp32. fp32 operands: the vendor's matmul follows torch.backends.cuda.matmul.
@@ -16,6 +16,7 @@ back in fp32. fp32 operands: the vendor's matmul follows torch.backends.cuda.mat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,15 +26,21 @@ import triton.language as tl
 from torch import Tensor
 
 from . import backend
-from .head_triton import (
+from .head_triton_ids import Upstream, active_first, id_gradients, patch
+from .head_triton_tiles import (
+    Config,
     Operands,
     _load_tile,
     _tile_position,
     _transform,
     described,
+    refuse_workspace,
+    scalar_bytes,
     tile_arguments,
     transform_arguments,
 )
+
+PRODUCT_ROWS = 4096  # of a product that is added where addmm cannot
 
 
 @triton.jit
@@ -46,14 +53,17 @@ def _head_dz_kernel(
     total_ptr,  # (N,) G
     dentropy_ptr,  # (N,)
     entropy_ptr,  # (N,)
+    count_ptr,  # () rows to compute, the first of N
+    target_ptr,  # (N,) rows of da to write them to, if SCATTER
     da,  # (N, C) descriptor or pointer
     N, D, V, start, C, hidden_stride, weight_stride,  # scalars; columns start .. start + C
     scale, cap, factor, slope,  # scalars, see _transform; slope = logit_scale / temperature
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROW_GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, SCATTER: tl.constexpr,
+    ROW_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    row_blocks, column_blocks = tl.cdiv(N, BLOCK_N), C // BLOCK_V
+    count = tl.load(count_ptr)
+    row_blocks, column_blocks = tl.cdiv(count, BLOCK_N), C // BLOCK_V
     for item in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=FLATTEN):
         row_block, column_block = _tile_position(item, row_blocks, column_blocks, ROW_GROUP)
         row, column = row_block * BLOCK_N, start + column_block * BLOCK_V
@@ -88,7 +98,12 @@ def _head_dz_kernel(
         else:
             dense = p * (total * -slope)[:, None]  # (BLOCK_N, BLOCK_V)
         dense = dense * bend  # (BLOCK_N, BLOCK_V)
-        if TMA:
+        dense = tl.where((rows < count)[:, None], dense, 0.0)  # (BLOCK_N, BLOCK_V) whatever a row holds
+        if SCATTER:
+            targets = tl.load(target_ptr + rows, mask=rows < count, other=0)  # (BLOCK_N,)
+            where = targets[:, None] * C + (columns - start)[None, :]  # (BLOCK_N, BLOCK_V)
+            tl.store(da + where, dense.to(da.dtype.element_ty), mask=(rows < count)[:, None])
+        elif TMA:
             da.store([row, column - start], dense.to(da.dtype))
         else:
             where = rows.to(tl.int64)[:, None] * C + (columns - start)[None, :]  # (BLOCK_N, BLOCK_V)
@@ -96,241 +111,172 @@ def _head_dz_kernel(
 
 
 @triton.jit
-def _id_gradients_kernel(
-    ids_ptr,  # (N, K)
-    logprobs_ptr,  # (N, K)
-    g_ptr,  # (N, K) upstream of the log-probs
-    lse_ptr,  # (N,)
-    dlse_ptr,  # (N,)
-    dentropy_ptr,  # (N,)
-    entropy_ptr,  # (N,)
-    out_ptr,  # (N, K) da at ids, duplicates summed
-    N, K, V, cap, slope,  # scalars; cap = softcap / temperature
-    HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, DISTINCT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-    slots = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-    inside = (rows < N)[:, None] & (slots < K)[None, :]  # (BLOCK_N, BLOCK_K)
-    where = rows[:, None] * K + slots[None, :]  # (BLOCK_N, BLOCK_K)
-    ids = tl.load(ids_ptr + where, mask=inside, other=-1)  # (BLOCK_N, BLOCK_K)
-    owned = (ids >= 0) & (ids < V)  # (BLOCK_N, BLOCK_K)
-    log_p = tl.load(logprobs_ptr + where, mask=owned, other=-float("inf"))  # (BLOCK_N, BLOCK_K)
-    g = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)  # (BLOCK_N, BLOCK_K) sum over the slots of the same id
-    dlse = tl.load(dlse_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
-    rest = g - dlse[:, None]  # (BLOCK_N, BLOCK_K) G - g, summed directly
-    earlier = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)  # (BLOCK_N, BLOCK_K) of them, before this one
-    for k in range(0, K):
-        id = tl.load(ids_ptr + rows * K + k, mask=rows < N, other=-1)  # (BLOCK_N,)
-        g_k = tl.load(g_ptr + rows * K + k, mask=rows < N, other=0.0)  # (BLOCK_N,)
-        same = owned & (ids == id[:, None])  # (BLOCK_N, BLOCK_K)
-        g += tl.where(same, g_k[:, None], 0.0)  # selected before it is summed
-        rest += tl.where(same, 0.0, g_k[:, None])
-        earlier += (same & (slots > k)[None, :]).to(tl.int32)
-    p = tl.exp(log_p)  # (BLOCK_N, BLOCK_K)
-    small = -log_p * (1 + log_p / 2 * (1 + log_p / 3 * (1 + log_p / 4)))  # (BLOCK_N, BLOCK_K)
-    one_minus_p = tl.where(log_p > -0.02, small, 1 - p)  # (BLOCK_N, BLOCK_K) keeps its digits as p nears 1
-    if ENTROPY:
-        entropy = tl.load(entropy_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
-        dentropy = tl.load(dentropy_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
-        surprise = tl.where(p > 0, log_p + entropy[:, None], 0.0)  # (BLOCK_N, BLOCK_K)
-        rest += dentropy[:, None] * surprise
-    da = (g * one_minus_p - p * rest) * slope  # (BLOCK_N, BLOCK_K) = (g - p G') slope
-    if HAS_SOFTCAP:
-        lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
-        t = tl.where(p > 0, log_p + lse[:, None], 0.0) / cap  # (BLOCK_N, BLOCK_K)
-        da *= (1 - t) * (1 + t)
-    if DISTINCT:
-        owned = owned & (earlier == 0)  # (BLOCK_N, BLOCK_K)
-    tl.store(out_ptr + where, tl.where(owned, da, 0.0), mask=inside)
+def _zero_rows_kernel(
+    x_ptr,  # (N, C)
+    flags_ptr,  # (N,) rows to zero are not 0
+    C,  # scalar
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(flags_ptr + row) != 0:
+        for first in range(0, C, BLOCK):
+            columns = first + tl.arange(0, BLOCK)  # (BLOCK,)
+            zeros = tl.zeros((BLOCK,), x_ptr.dtype.element_ty)  # (BLOCK,)
+            tl.store(x_ptr + row * C + columns, zeros, mask=columns < C)
 
 
 @triton.jit
-def _patch_kernel(
-    ids_ptr,  # (N * K,)
-    values_ptr,  # (N * K,)
-    da_ptr,  # (N, C)
-    num_ids, K, start, end, C,  # scalars; columns start .. end of the vocabulary
-    ZERO: tl.constexpr, BLOCK: tl.constexpr,
+def _column_sums_kernel(
+    x_ptr,  # (N, C)
+    factor_ptr,  # (N,)
+    out_ptr,  # (num_columns,), added to
+    N, C, num_columns,  # scalars
+    HAS_FACTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    slots = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
-    ids = tl.load(ids_ptr + slots, mask=slots < num_ids, other=-1)  # (BLOCK,)
-    inside = (ids >= start) & (ids < end)  # (BLOCK,)
-    values = tl.zeros((BLOCK,), tl.float32)  # (BLOCK,)
-    if not ZERO:
-        values = tl.load(values_ptr + slots, mask=inside, other=0.0)  # (BLOCK,)
-    where = slots // K * C + tl.where(inside, ids - start, 0)  # (BLOCK,)
-    tl.store(da_ptr + where, values.to(da_ptr.dtype.element_ty), mask=inside)
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+    total = tl.zeros((BLOCK_C,), tl.float64)  # (BLOCK_C,) N terms that cancel; reads bound it, not adds
+    for first in range(0, N, BLOCK_N):
+        rows = first + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+        inside = (rows < N)[:, None] & (columns < num_columns)[None, :]  # (BLOCK_N, BLOCK_C)
+        where = rows.to(tl.int64)[:, None] * C + columns[None, :]  # (BLOCK_N, BLOCK_C)
+        x = tl.load(x_ptr + where, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_C)
+        if HAS_FACTOR:
+            x *= tl.load(factor_ptr + rows, mask=rows < N, other=0.0)[:, None]
+        total += tl.sum(x, 0).to(tl.float64)
+    owned = columns < num_columns  # (BLOCK_C,)
+    before = tl.load(out_ptr + columns, mask=owned, other=0.0)  # (BLOCK_C,)
+    tl.store(out_ptr + columns, (before + total).to(tl.float32), mask=owned)
 
 
-@triton.jit
-def _id_rows_kernel(
-    expectation_ptr,  # (N, D)
-    total_ptr,  # (N,) G
-    weight_ptr,  # (V, D)
-    ids_ptr,  # (N, K)
-    values_ptr,  # (N, K)
-    dhidden_ptr,  # (N, D)
-    N, K, D, V, weight_stride,  # scalars
-    ROUND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-    inside = (rows < N)[:, None] & (columns < D)[None, :]  # (BLOCK_N, BLOCK_D)
-    where = rows[:, None] * D + columns[None, :]  # (BLOCK_N, BLOCK_D)
-    total = tl.load(total_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
-    d = -total[:, None] * tl.load(expectation_ptr + where, mask=inside, other=0.0)  # (BLOCK_N, BLOCK_D)
-    for k in range(0, K):
-        ids = tl.load(ids_ptr + rows * K + k, mask=rows < N, other=-1)  # (BLOCK_N,)
-        owned = (ids >= 0) & (ids < V)  # (BLOCK_N,)
-        values = tl.load(values_ptr + rows * K + k, mask=owned, other=0.0)  # (BLOCK_N,)
-        from_weight = (
-            tl.where(owned, ids, 0)[:, None] * weight_stride + columns[None, :]
-        )  # (BLOCK_N, BLOCK_D)
-        w = tl.load(weight_ptr + from_weight, mask=inside & owned[:, None], other=0.0)  # (BLOCK_N, BLOCK_D)
-        d += values[:, None] * w.to(ROUND).to(tl.float32)
-    tl.store(dhidden_ptr + where, d, mask=inside)
+def zero_rows(x: Tensor, flags: Tensor) -> None:
+    """x (N, C) = 0 in rows whose flag (N,) is set; the others are not touched."""
+    if len(x):
+        _zero_rows_kernel[(len(x),)](x, flags, x.stride(0), BLOCK=4096)
 
 
-class Upstream(NamedTuple):
-    """Gradients that reach the op's outputs; zeros at slots that hold no token."""
-
-    logprobs: Tensor  # (N, K)
-    total: Tensor  # (N,) G = sum_k g_k - g_lse
-    lse: Tensor  # (N,)
-    entropy: Tensor | None  # (N,)
-
-
-def upstream_gradients(
-    ids: Tensor, V: int, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
-) -> Upstream:
-    """Absent gradients are zeros; NaN at unused slots never enters a sum."""
-    owned = (ids >= 0) & (ids < V)
-    g = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-    if dlogprobs is not None:
-        g = torch.where(owned, dlogprobs, 0.0)
-    dlse = g.new_zeros(g.shape[0]) if dlse is None else dlse.contiguous()
-    return Upstream(
-        g.contiguous(), g.sum(1) - dlse, dlse, None if dentropy is None else dentropy.contiguous()
-    )
+def add_column_sums(out: Tensor, x: Tensor, factor: Tensor | None = None) -> None:
+    """out (C,) += sum_n factor[n] * x[n, :] for x (N, C), in fp64 from row to row."""
+    BLOCK_N, BLOCK_C = (256, 1024) if backend.INTERPRETED else (32, 128)
+    _column_sums_kernel[(triton.cdiv(len(out), BLOCK_C),)](
+        x, out if factor is None else factor, out, len(x), x.stride(0), len(out),
+        HAS_FACTOR=factor is not None, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C,
+    )  # fmt: skip
 
 
-def id_gradients(
-    ops: Operands, ids: Tensor, logprobs: Tensor, lse: Tensor, entropy: Tensor, up: Upstream, distinct: bool
-) -> Tensor:
-    """da (N, K) at ids, duplicates summed (and zero but for the first of them if `distinct`)."""
-    N, K = ids.shape
-    values, transform = torch.empty(ids.shape, dtype=torch.float32, device=ids.device), ops.transform
-    if ids.numel():
-        BLOCK_K = min(128, triton.next_power_of_2(K))
-        BLOCK_N = (16384 if backend.INTERPRETED else 1024) // BLOCK_K
-        _id_gradients_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(K, BLOCK_K))](
-            ids, logprobs, up.logprobs, lse, up.lse, up.total if up.entropy is None else up.entropy, entropy,
-            values, N, K, ops.weight.shape[0], (transform.softcap or 1.0) / transform.temperature,
-            transform.scale / transform.temperature, HAS_SOFTCAP=transform.softcap is not None,
-            ENTROPY=up.entropy is not None, DISTINCT=distinct,
-            BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
-        )  # fmt: skip
-    return values
+@functools.cache
+def _adds_to_fp32(device: torch.device) -> bool:
+    """Whether this torch's addmm takes a half product and an fp32 addend (2.9 refuses it)."""
+    half, wide = torch.zeros(8, 8, dtype=torch.bfloat16, device=device), torch.zeros(8, 8, device=device)
+    try:
+        torch.addmm(wide, half, half, out_dtype=torch.float32, out=wide)
+    except RuntimeError:
+        return False
+    return True
 
 
-def chunk_columns(op: str, ops: Operands, needs: Sequence[bool], limit: int, explicit: bool) -> int:
-    """C, the columns of one chunk, so that scratch memory stays within `limit` bytes."""
+def add_product(out: Tensor, a: Tensor, b: Tensor, fresh: bool = False) -> None:
+    """out (rows, columns) fp32 += a @ b, or = if fresh, from operands of one dtype, rounded nowhere."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        out.addmm_(a.float(), b.float(), beta=0 if fresh else 1)
+    elif fresh:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif _adds_to_fp32(a.device):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:  # a part of the rows at a time, so that the product stays in L2
+        for first in range(0, len(out), PRODUCT_ROWS):
+            rows = slice(first, first + PRODUCT_ROWS)
+            out[rows] += torch.mm(a[rows], b, out_dtype=torch.float32)
+
+
+def chunk_columns(
+    op: str, ops: Operands, K: int, weight_dtype: torch.dtype, needs: Sequence[bool], gathered: bool,
+    limit: int, explicit: bool,
+) -> int:  # fmt: skip
+    """C, the columns of one chunk, so that scratch memory stays within `limit` bytes.
+
+    That is what exists besides the inputs, the outputs of a forward, and the gradients, in fp32 but for
+    dweight.
+    """
     (N, D), V, step = ops.hidden.shape, ops.weight.shape[0], ops.config.BLOCK_V
     size, cast = ops.hidden.element_size(), ops.weight.dtype != ops.hidden.dtype
-    fixed = N * D * 4 if needs[0] else 0  # a chunk's dhidden
-    column = N * size + (D * 4 if needs[1] else 0) + (D * size if cast else 0)
-    if explicit and fixed + step * column > limit:
-        raise ValueError(
-            f"{op}: max_workspace_bytes must be at least {fixed + step * column} for impl='triton' with these"
-            f" shapes, got {limit}; pass fewer rows at a time or raise it"
-        )
+    fixed = ops.copied + N * scalar_bytes(K)
+    narrow = needs[1] and weight_dtype != torch.float32  # a chunk's dweight before it is rounded
+    column = max(1, N) * size + 4 * D * narrow + D * size * cast
+    scattered = fixed + 4 * N * D if gathered and needs[0] else 0  # dhidden again, in the rows' order
+    fixed += N * D * size if gathered else 0
+    if explicit:
+        refuse_workspace(op, max(fixed + step * column, scattered), limit)
     whole = -(-V // step) * step
     return max(step, min(whole, (limit - fixed) // column // step * step))
 
 
-def dense_chunks(
-    op: str, ops: Operands, ids: Tensor, values: Tensor | None,
-    lse: Tensor, remainder: Tensor, entropy: Tensor, up: Upstream,
-    needs: Sequence[bool], limit: int, explicit: bool, visit: Callable[[int, int, Tensor], None],
-) -> None:  # fmt: skip
-    """Call visit(start, end, da (N, end - start)) for each chunk; da at ids from values, 0 if None."""
-    (N, D), V, K = ops.hidden.shape, ops.weight.shape[0], ids.shape[1]
-    C = chunk_columns(op, ops, needs, limit, explicit)
-    config, transform = ops.config, ops.transform
+class Rows(NamedTuple):
+    """Per-row inputs of da, in the order of ops.hidden; the first `num_active` have a gradient."""
+
+    ids: Tensor  # (N, K)
+    values: Tensor | None  # (N, K) da at ids, None for zeros
+    lse: Tensor  # (N,)
+    remainder: Tensor  # (N,) of lse
+    entropy: Tensor  # (N,)
+    total: Tensor  # (N,) G
+    dentropy: Tensor | None  # (N,)
+    num_active: Tensor  # () int32
+
+
+def scatter_config(config: Config) -> Config:
+    """Narrower tiles: scattered rows take an address for each element, and this launch is rare and short."""
+    return config._replace(BLOCK_V=min(64, config.BLOCK_V))
+
+
+def launch_dz(
+    ops: Operands, rows: Rows, da: Tensor, start: int, slope: float, target: Tensor | None = None
+) -> None:
+    """Dense da (N, C) of columns start .. start + C, in row n, or in row target[n] of da."""
+    if target is not None:
+        ops = ops._replace(config=scatter_config(ops.config))
+    (N, D), V, C, config = ops.hidden.shape, ops.weight.shape[0], da.shape[1], ops.config
+    items, transform = triton.cdiv(N, config.BLOCK_N) * (C // config.BLOCK_V), ops.transform
+    _head_dz_kernel[(min(ops.programs, items),)](
+        described(ops.hidden, config.BLOCK_N, config.BLOCK_D, ops.tma),
+        described(ops.weight, config.BLOCK_V, config.BLOCK_D, ops.tma),
+        rows.lse if ops.bias is None else ops.bias, rows.lse, rows.remainder, rows.total,
+        rows.total if rows.dentropy is None else rows.dentropy, rows.entropy, rows.num_active,
+        rows.num_active if target is None else target,
+        described(da, config.BLOCK_N, config.BLOCK_V, ops.tma and target is None),
+        N, D, V, start, C, ops.hidden.stride(0), ops.weight.stride(0),
+        *transform_arguments(transform), slope,
+        HAS_BIAS=ops.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
+        ENTROPY=rows.dentropy is not None, SCATTER=target is not None, **tile_arguments(ops),
+    )  # fmt: skip
+
+
+def dense_chunks(ops: Operands, rows: Rows, C: int, visit: Callable[[int, int, Tensor], None]) -> None:
+    """Call visit(start, end, da (N, end - start)) for each chunk of C columns."""
+    N, V, transform = ops.hidden.shape[0], ops.weight.shape[0], ops.transform
     da = torch.empty((N, C), dtype=ops.hidden.dtype, device=ops.hidden.device)
+    zero_rows(da, torch.arange(N, device=da.device) >= rows.num_active)  # once: no chunk writes there
     for start in range(0, V if N else 0, C):
         end = min(start + C, V)
-        items = triton.cdiv(N, config.BLOCK_N) * (C // config.BLOCK_V)
-        _head_dz_kernel[(min(ops.programs, items),)](
-            described(ops.hidden, config.BLOCK_N, config.BLOCK_D, ops.tma),
-            described(ops.weight, config.BLOCK_V, config.BLOCK_D, ops.tma),
-            lse if ops.bias is None else ops.bias, lse, remainder, up.total,
-            up.total if up.entropy is None else up.entropy, entropy,
-            described(da, config.BLOCK_N, config.BLOCK_V, ops.tma),
-            N, D, V, start, C, ops.hidden.stride(0), ops.weight.stride(0),
-            *transform_arguments(transform), transform.scale / transform.temperature,
-            HAS_BIAS=ops.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
-            ENTROPY=up.entropy is not None, **tile_arguments(ops),
-        )  # fmt: skip
-        if K:
-            block = 8192 if backend.INTERPRETED else 256
-            _patch_kernel[(triton.cdiv(N * K, block),)](
-                ids, lse if values is None else values, da, N * K, K, start, end, C,
-                ZERO=values is None, BLOCK=block,
-            )  # fmt: skip
+        launch_dz(ops, rows, da, start, transform.scale / transform.temperature)
+        patch(rows.values, rows.ids, da, start, end)
         visit(start, end, da[:, : end - start])
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 from operands of one dtype, rounded nowhere."""
-    if a.dtype == torch.float32 or a.device.type == "cpu":
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def expectation(
     ops: Operands, ids: Tensor, lse: Tensor, remainder: Tensor, limit: int, explicit: bool
 ) -> Tensor:
-    """E' (N, D) fp32 of a frozen head."""
-    result = torch.zeros(ops.hidden.shape, dtype=torch.float32, device=ops.hidden.device)
-    up = Upstream(lse, torch.full_like(lse, -1), lse, None)
+    """E' (N, D) fp32 of a frozen head, by recomputation."""
+    (N, D), K = ops.hidden.shape, ids.shape[1]
+    needs = (True, False, False)
+    C = chunk_columns("linear_logprobs", ops, K, torch.float32, needs, False, limit, explicit)
+    result = torch.empty((N, D), dtype=torch.float32, device=ops.hidden.device)
+    count = torch.full((), N, dtype=torch.int32, device=lse.device)
 
     def visit(start: int, end: int, da: Tensor) -> None:
-        result.add_(matmul(da, ops.weight[start:end].to(da.dtype)))
+        add_product(result, da, ops.weight[start:end].to(da.dtype), fresh=start == 0)
 
-    dense_chunks(
-        "linear_logprobs",
-        ops,
-        ids,
-        None,
-        lse,
-        remainder,
-        lse,
-        up,
-        (True, False, False),
-        limit,
-        explicit,
-        visit,
-    )
+    dense_chunks(ops, Rows(ids, None, lse, remainder, lse, torch.full_like(lse, -1), None, count), C, visit)
     return result
-
-
-def frozen_dhidden(
-    ops: Operands, ids: Tensor, logprobs: Tensor, lse: Tensor, up: Upstream, expected: Tensor
-) -> Tensor:
-    """dhidden (N, D) fp32 from E' and the weight's rows at ids."""
-    (N, D), (V, K) = ops.hidden.shape, (ops.weight.shape[0], ids.shape[1])
-    values = id_gradients(ops, ids, logprobs, lse, lse, up, distinct=True)
-    dhidden = torch.empty_like(expected)
-    if N:
-        BLOCK_N, BLOCK_D = (512, 32) if backend.INTERPRETED else (8, 256)
-        _id_rows_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(D, BLOCK_D))](
-            expected, up.total, ops.weight, ids, values, dhidden, N, K, D, V, ops.weight.stride(0),
-            ROUND={torch.float32: tl.float32, torch.float16: tl.float16}.get(ops.hidden.dtype, tl.bfloat16),
-            BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
-        )  # fmt: skip
-    return dhidden
 
 
 def gradients(
@@ -338,35 +284,61 @@ def gradients(
     remainder: Tensor, entropy: Tensor, up: Upstream, needs: Sequence[bool], limit: int, explicit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dhidden fp32, dweight in weight_dtype, dbias fp32), 0 elements if not needed."""
-    (N, D), V = ops.hidden.shape, ops.weight.shape[0]
     scale = None
-    if ops.hidden.dtype == torch.float16 and N:
+    if ops.hidden.dtype == torch.float16 and len(lse):
         most = up.logprobs.abs().sum(1) + up.total.abs()
         most = most.amax() if up.entropy is None else torch.maximum(most.amax(), up.entropy.abs().amax())
         scale = torch.where(most > 0, torch.exp2(-torch.log2(most).ceil()), 1.0)  # () stays on the device
         dentropy = None if up.entropy is None else up.entropy * scale
         up = Upstream(up.logprobs * scale, up.total * scale, up.lse * scale, dentropy)
+    C = chunk_columns(op, ops, ids.shape[1], weight_dtype, needs, True, limit, explicit)
+    order, count = active_first(up)
     values = id_gradients(ops, ids, logprobs, lse, entropy, up, distinct=False)
 
-    def new(need: bool, dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.zeros(shape if need else (0,), dtype=dtype, device=ops.hidden.device)
+    def take(x: Tensor) -> Tensor:
+        return x.index_select(0, order)
 
-    dhidden, dbias = new(needs[0], torch.float32, N, D), new(needs[2], torch.float32, V)
-    dweight = new(needs[1], weight_dtype, V if N == 0 else 0, D)
-    if needs[1] and N:
-        dweight = torch.empty((V, D), dtype=weight_dtype, device=ops.hidden.device)
+    rows = Rows(
+        take(ids), take(values), take(lse), take(remainder), take(lse if up.entropy is None else entropy),
+        take(up.total), None if up.entropy is None else take(up.entropy), count,
+    )  # fmt: skip
+    hidden = take(ops.hidden)
+    zero_rows(hidden, torch.arange(len(order), device=order.device) >= count)  # 0 * NaN would reach dweight
+    dhidden, dweight, dbias = _sorted_gradients(ops.of_rows(hidden), rows, C, weight_dtype, needs, scale)
+    if needs[0]:
+        dhidden = torch.empty_like(dhidden).index_copy_(0, order, dhidden)
+    return dhidden, dweight, dbias
+
+
+def _sorted_gradients(
+    ops: Operands, rows: Rows, C: int, weight_dtype: torch.dtype, needs: Sequence[bool], scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of rows in the order of `active_first`; da holds `scale` times theirs."""
+    (N, D), V = ops.hidden.shape, ops.weight.shape[0]
+
+    def new(need: bool, dtype: torch.dtype, *shape: int) -> Tensor:
+        make = torch.empty if N else torch.zeros
+        return make(shape if need else (0,), dtype=dtype, device=ops.hidden.device)
+
+    dhidden, dweight = new(needs[0], torch.float32, N, D), new(needs[1], weight_dtype, V, D)
+    dbias = new(needs[2], torch.float32, V).zero_()
 
     def visit(start: int, end: int, da: Tensor) -> None:
         if needs[0]:
-            dhidden.add_(matmul(da, ops.weight[start:end].to(da.dtype)))
+            add_product(dhidden, da, ops.weight[start:end].to(da.dtype), fresh=start == 0)
         if needs[1]:
-            part = matmul(da.T, ops.hidden)
-            dweight[start:end] = part if scale is None else part / scale
+            target = part = dweight[start:end]
+            if weight_dtype != torch.float32:
+                part = torch.empty(target.shape, dtype=torch.float32, device=target.device)
+            add_product(part, da.T, ops.hidden, fresh=True)
+            if scale is not None:
+                part /= scale
+            if part is not target:
+                target.copy_(part)
         if needs[2]:
-            part = da.sum(0, dtype=torch.float64).float()  # N terms that cancel; reads bound it, not adds
-            dbias[start:end] = part if scale is None else part / scale
+            add_column_sums(dbias[start:end], da)
 
-    dense_chunks(op, ops, ids, values, lse, remainder, entropy, up, needs, limit, explicit, visit)
-    if scale is not None and needs[0]:
-        dhidden /= scale
+    dense_chunks(ops, rows, C, visit)
+    if scale is not None:
+        dhidden, dbias = dhidden.div_(scale), dbias.div_(scale)
     return dhidden, dweight, dbias

@@ -19,7 +19,7 @@ Shapes: hidden (N, D), weight (V, D), token_ids (N,), candidate_ids (N, K), cu_s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ from .linear_logprobs import IMPLS as LOGPROB_IMPLS
 from .packing import check_cu_seqlens, check_cu_seqlens_shape
 
 if backend.HAS_TRITON:
-    from . import head_triton, head_triton_backward
+    from . import head_triton, head_triton_stored
 
 OP = "linear_distrl_loss"
 
@@ -81,19 +81,31 @@ def _torch_forward(
     return *outputs, *gradients
 
 
-def _cpp_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
-    objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _by_rows(
+    impl: str, batch: Batch, objective: Objective
+) -> tuple[list[Tensor], Callable[[int, int, Tensor], Tensor]]:
+    """(running loss, token_loss, candidate_loss, metrics in fp64; slopes(r0, r1, logprobs (r1 - r0, 1 + K))).
+
+    slopes evaluates these rows, adds to the sums and returns dloss/dlogprobs.
+    """
     divisors = distrl_objective.batch_divisors(batch, objective)
-    sums = [torch.zeros(shape, dtype=torch.float64) for shape in ((), (), (), (len(METRICS), 2))]
+    shapes: tuple[tuple[int, ...], ...] = ((), (), (), (len(METRICS), 2))
+    sums = [batch.old_logprobs.new_zeros(shape, dtype=torch.float64) for shape in shapes]
 
     def slopes(r0: int, r1: int, logprobs: Tensor) -> Tensor:
-        *added, dlogprobs = OBJECTIVE_IMPLS["cpp"](logprobs, batch.rows(r0, r1), objective, divisors, r0)
+        *added, dlogprobs = OBJECTIVE_IMPLS[impl](logprobs, batch.rows(r0, r1), objective, divisors, r0)
         for total, x in zip(sums, added, strict=True):
             total += x
         return dlogprobs
 
+    return sums, slopes
+
+
+def _cpp_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
+    objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    sums, slopes = _by_rows("cpp", batch, objective)
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     gradients = head_cpu.fused_gradients(
         OP, hidden, weight, bias, ids, transform, slopes, needs,
@@ -106,33 +118,14 @@ def _triton_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Four matmuls: the log-probs, then logits again chunk by chunk for the gradients the loss then knows."""
+    """Three matmuls, two for a frozen head, where probabilities fit the workspace; else one more."""
     limit, explicit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE, max_workspace_bytes is not None
+    sums, slopes = _by_rows("triton", batch, objective)
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     with torch.cuda.device_of(hidden):
         ops = head_triton.operands(hidden, weight, bias, transform, limit)
-        stats = head_triton.stats(ops, False)
-        logprobs, lse = stats.logprobs(head_triton.id_logits(ops, ids)), stats.lse()
-        divisors = distrl_objective.batch_divisors(batch, objective)
-        *outputs, dlogprobs = OBJECTIVE_IMPLS["triton"](logprobs, batch, objective, divisors)
-        gradients: tuple[Tensor, ...] = (lse.new_empty(0), lse.new_empty(0), lse.new_empty(0))
-        if any(needs):
-            up = head_triton_backward.upstream_gradients(ids, weight.shape[0], dlogprobs, None, None)
-            gradients = head_triton_backward.gradients(
-                OP,
-                ops,
-                torch.float32,
-                ids,
-                logprobs,
-                lse,
-                stats.lse_remainder(lse),
-                lse,
-                up,
-                needs,
-                limit,
-                explicit,
-            )
-    return *outputs, *gradients
+        gradients = head_triton_stored.fused_gradients(OP, ops, ids, slopes, needs, limit, explicit)
+    return *(total.float() for total in sums), *gradients
 
 
 # each forms (loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias) in one call

@@ -45,7 +45,7 @@ from .head import (
 )
 
 if backend.HAS_TRITON:
-    from . import head_triton, head_triton_backward
+    from . import head_triton, head_triton_backward, head_triton_ids, head_triton_stored
 
 
 class LinearLogprobs(NamedTuple):
@@ -149,15 +149,22 @@ def _triton_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
     return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    limit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE
+    """Two matmuls for a frozen head where its probabilities fit the workspace, else three, else one."""
+    limit, explicit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE, max_workspace_bytes is not None
     ids = ids.contiguous()
     with torch.cuda.device_of(hidden):
         ops = head_triton.operands(hidden, weight, bias, transform, limit)
-        stats = head_triton.stats(ops, return_entropy)
+        if frozen_head:
+            R = head_triton_stored.stored_rows(ops, ids.shape[1], return_entropy, False, limit)
+            if R:
+                return head_triton_stored.stored_expectation(ops, ids, return_entropy, R)
+        at_once = head_triton.stats_rows(
+            "linear_logprobs", ops, ids.shape[1], return_entropy, limit, explicit
+        )
+        stats = head_triton.stats(ops, return_entropy, rows_at_once=at_once)
         logprobs, lse = stats.logprobs(head_triton.id_logits(ops, ids)), stats.lse()
         expectation = remainder = stats.lse_remainder(lse)  # (N,) takes the place of the expectation
         if frozen_head:
-            explicit = max_workspace_bytes is not None
             expectation = head_triton_backward.expectation(ops, ids, lse, remainder, limit, explicit)
     return logprobs, lse, stats.entropy() if return_entropy else lse.new_empty(0), expectation
 
@@ -172,10 +179,10 @@ def _triton_backward(
     ids = ids.contiguous()
     with torch.cuda.device_of(hidden):
         ops = head_triton.operands(hidden, weight, bias, transform, limit)
-        up = head_triton_backward.upstream_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
+        up = head_triton_ids.upstream_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
         frozen = expectation.dim() == 2
         if frozen and dentropy is None:
-            dhidden = head_triton_backward.frozen_dhidden(ops, ids, logprobs, lse, up, expectation)
+            dhidden = head_triton_ids.frozen_dhidden(ops, ids, logprobs, lse, up, expectation)
             return dhidden, lse.new_empty(0), lse.new_empty(0)
         return head_triton_backward.gradients(
             "linear_logprobs", ops, weight.dtype, ids, logprobs, lse,
@@ -294,7 +301,8 @@ def linear_logprobs(
         max_workspace_bytes: upper limit of scratch memory; refused with the least that works (impl="torch"
             holds (N, V) tensors).
         deterministic: bitwise the same result for a row whatever N and its neighbours. impl="torch" is
-            repeatable run to run, but its vendor matmul may sum in another order at another N.
+            repeatable run to run, but its vendor matmul may sum in another order at another N; so are the
+            gradients of impl="triton", whose outputs hold the guarantee with or without this option.
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 
     Returns: LinearLogprobs, fp32 (fp64 for fp64 inputs), log-probs <= 0. All three are differentiable once in

@@ -42,7 +42,7 @@ from .head import (
 from .linear_logprobs import LinearLogprobs
 
 if backend.HAS_TRITON:
-    from . import head_triton, head_triton_backward
+    from . import head_triton, head_triton_backward, head_triton_ids
 
 OP = "linear_logprobs_partial"
 
@@ -117,7 +117,7 @@ def _triton_backward(
         total = torch.zeros_like(top)  # the G of `linear_logprobs`, for da = -e (G + g_H (z - max)) + sparse
         for d in (dsumexp, dsum_z_exp):
             total = total if d is None else total - d
-        up = head_triton_backward.upstream_gradients(ids, V, did_logits, None, None)
+        up = head_triton_ids.upstream_gradients(ids, V, did_logits, None, None)
         dentropy = None if dsum_z_exp is None else -dsum_z_exp
         up = up._replace(total=total, lse=up.total - total, entropy=dentropy)
         zeros, limit = torch.zeros_like(top), head_triton.DEFAULT_WORKSPACE

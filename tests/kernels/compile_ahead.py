@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -28,12 +29,15 @@ prefix_value_loss = importlib.import_module("ipvrm_kernels.prefix_value_loss")
 
 head_triton = importlib.import_module("ipvrm_kernels.head_triton")
 head_triton_backward = importlib.import_module("ipvrm_kernels.head_triton_backward")
+head_triton_ids = importlib.import_module("ipvrm_kernels.head_triton_ids")
+head_triton_tiles = importlib.import_module("ipvrm_kernels.head_triton_tiles")
 linear_candidates = importlib.import_module("ipvrm_kernels.linear_candidates")
 
 warnings.filterwarnings("ignore")
 POINTERS = {
     "cu_seqlens_ptr": "*i32", "groups_ptr": "*i32", "counts_ptr": "*i64", "best_ids_ptr": "*i64",
     "token_ids_ptr": "*i64", "candidate_ids_ptr": "*i64", "clipped_ptr": "*i1", "dual_clipped_ptr": "*i1",
+    "count_ptr": "*i32", "target_ptr": "*i64", "flags_ptr": "*i1",
 }  # fmt: skip
 FLOATS = ("decay", "beta", "margin", "scale", "cap", "factor", "slope", "low")
 INTEGERS = ("count", "B", "K", "num_halvings", "row0", "num_rows", "num_blocks")
@@ -79,7 +83,7 @@ CASES = [
 
 def head_cases(capability):
     """(kernel, constexprs, types, options) of the head in bf16 and fp32."""
-    for (architecture, kind), config in head_triton.CONFIGS.items():
+    for (architecture, kind), config in head_triton_tiles.CONFIGS.items():
         if architecture != f"sm_{capability}" or kind == "master":  # master: half's kernels and a conversion
             continue
         own, tma = "fp32" if kind == "fp32" else "bf16", capability >= 90
@@ -89,27 +93,44 @@ def head_cases(capability):
 
         types = dict(
             hidden=operand(config.BLOCK_N, config.BLOCK_D), weight=operand(config.BLOCK_V, config.BLOCK_D),
-            da=operand(config.BLOCK_N, config.BLOCK_V), bias_ptr=f"*{own}", hidden_ptr=f"*{own}",
-            weight_ptr=f"*{own}", da_ptr=f"*{own}", ids_ptr="*i64",
+            da=operand(config.BLOCK_N, config.BLOCK_V), stored=operand(config.BLOCK_N, config.BLOCK_V),
+            bias_ptr=f"*{own}", hidden_ptr=f"*{own}", weight_ptr=f"*{own}", da_ptr=f"*{own}",
+            x_ptr=f"*{own}", ids_ptr="*i64",
         )  # fmt: skip
         tiles = dict(HAS_BIAS=False, HAS_SOFTCAP=False, ENTROPY=True, ROW_GROUP=64, TMA=tma, UPCAST=False,
                      FLATTEN=tma, BLOCK_N=config.BLOCK_N, BLOCK_V=config.BLOCK_V, BLOCK_D=config.BLOCK_D,
                      )  # fmt: skip
         options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-        split = dict(TILES_PER_SPLIT=head_triton.TILES_PER_SPLIT, GROUP=head_triton.GROUP)
-        for groups in (False, True) if (capability, kind) == (90, "half") else (True,):
-            yield head_triton._head_stats_kernel, {**tiles, **split, "GROUPS": groups}, types, options
-        yield head_triton_backward._head_dz_kernel, {**tiles, "ENTROPY": False}, types, options
+        split = dict(GROUP=head_triton.GROUP, MAX_LIFT=head_triton.MAX_LIFT)
+        for groups, store in ((True, False), (False, True)):
+            stats = {**tiles, **split, "GROUPS": groups, "STORE": store}
+            yield head_triton._head_stats_kernel, stats, types, options
+        dense = {**tiles, "ENTROPY": False}
+        yield head_triton_backward._head_dz_kernel, {**dense, "SCATTER": False}, types, options
+        narrow = head_triton_backward.scatter_config(config).BLOCK_V
+        scattered = {**types, "da": f"*{own}", "weight": operand(narrow, config.BLOCK_D)}
+        dense |= dict(SCATTER=True, BLOCK_V=narrow)
+        yield head_triton_backward._head_dz_kernel, dense, scattered, options
+        if config.softcap_V is not None:
+            wide = dict(HAS_BIAS=True, HAS_SOFTCAP=True, BLOCK_V=config.softcap_V)
+            stats, shape = {**stats, **wide}, operand(config.BLOCK_N, config.softcap_V)
+            capped = {**types, "weight": operand(config.softcap_V, config.BLOCK_D), "stored": shape}
+            yield head_triton._head_stats_kernel, stats, capped, options
         gather = dict(BLOCK_IDS=64, BLOCK_D=config.BLOCK_D, HAS_BIAS=False, HAS_SOFTCAP=False, UPCAST=False)
-        yield head_triton._id_logits_kernel, gather, types, dict(num_warps=4, num_stages=3)
+        warps = head_triton.id_warps(torch.float32 if kind == "fp32" else torch.bfloat16)
+        gather_options = dict(num_warps=warps, num_stages=3)
+        yield head_triton._id_logits_kernel, gather, types, gather_options
         if kind == "fp32":
             continue
         yield head_triton._merge_stats_kernel, dict(ENTROPY=True, BLOCK_S=256, BLOCK_N=8), types, {}
         sparse = dict(HAS_SOFTCAP=False, ENTROPY=False, DISTINCT=False, BLOCK_N=64, BLOCK_K=16)
-        yield head_triton_backward._id_gradients_kernel, sparse, types, {}
-        yield head_triton_backward._patch_kernel, dict(ZERO=False, BLOCK=256), types, {}
+        yield head_triton_ids._id_gradients_kernel, sparse, types, {}
+        yield head_triton_ids._patch_kernel, dict(ZERO=False, BLOCK=256), types, {}
+        yield head_triton_backward._zero_rows_kernel, dict(BLOCK=4096), types, {}
+        sums = dict(HAS_FACTOR=True, BLOCK_N=32, BLOCK_C=128)
+        yield head_triton_backward._column_sums_kernel, sums, types, {}
         rows = dict(ROUND=tl.bfloat16, BLOCK_N=8, BLOCK_D=256)
-        yield head_triton_backward._id_rows_kernel, rows, types, {}
+        yield head_triton_ids._id_rows_kernel, rows, types, {}
         select = dict(SLOTS=10, BLOCK_N=1, BLOCK_GROUPS=8192)
         yield linear_candidates._select_groups_kernel, select, types, dict(num_warps=8)
         best = dict(BLOCK_N=1, BLOCK_M=512)

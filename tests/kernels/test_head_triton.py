@@ -1,5 +1,6 @@
 """The Triton head driver where it could go wrong: groups, splits, chunks, neighbours, refused workspaces."""
 
+import importlib
 import math
 import re
 
@@ -79,30 +80,153 @@ def gradients(function, *variables, **options):
     return torch.autograd.grad(function(*required, **options), required)
 
 
-def test_workspace_is_honoured_or_refused_with_the_least_that_works(impl, device):
-    """One chunk of the vocabulary or many give the same gradients; a byte less than the least is refused."""
-    hidden, weight = torch.randn(70, 24, device=device), torch.randn(900, 24, device=device)
-    ids = torch.randint(-1, 900, (70, 3), device=device)
-    used = ids >= 0
+def least_workspace(run):
+    """The least limit that `run(limit)` accepts, by its own messages; a byte less is refused."""
+    least = 1
+    while True:
+        try:
+            run(least)
+        except ValueError as error:
+            message = re.fullmatch(r"linear_\w+: max_workspace_bytes must be at least (\d+) .* got (\d+);.*",
+                                   str(error))  # fmt: skip
+            assert message and int(message[2]) == least < int(message[1])
+            least = int(message[1])
+        else:
+            break
+    with pytest.raises(ValueError, match=f"at least {least} .* got {least - 1}"):
+        run(least - 1)
+    return least
 
-    def loss(hidden, weight, limit=None):
-        out = linear_logprobs(hidden, weight, ids, max_workspace_bytes=limit, impl=impl)
-        return torch.where(used, out.logprobs, 0.0).sum() + out.lse.square().sum()
 
-    with pytest.raises(ValueError, match="linear_logprobs: max_workspace_bytes must be at least") as caught:
-        gradients(loss, hidden, weight, limit=1000)
-    least = int(re.search(r"at least (\d+)", str(caught.value))[1])
-    with pytest.raises(ValueError, match=f"at least {least} "):
-        gradients(loss, hidden, weight, limit=least - 1)
-    whole = gradients(loss, hidden, weight)
-    for mine, theirs in zip(gradients(loss, hidden, weight, limit=least), whole, strict=True):
+def peak_bytes(run):
+    """The largest sum of what `run` allocates on the CPU, and what it returns."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        result = run()
+    alive = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak, result
+
+
+def num_bytes(*tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def policy_loss(hidden, weight, bias, ids, limit, impl):
+    """linear_distrl_loss of which every sampled token has a gradient."""
+    N, device = ids.shape[0], ids.device
+    cu_seqlens = torch.tensor([0, N], dtype=torch.int32, device=device)
+    old = [-20 * torch.ones(ids[:, 0].shape, device=device), -torch.ones(ids[:, 1:].shape, device=device)]
+    up = [torch.full(x.shape, -1.0, device=device) for x in old]
+    return linear_distrl_loss(
+        hidden, weight, ids[:, 0], ids[:, 1:], *old, *up, cu_seqlens, bias=bias, dual_clip=None,
+        max_workspace_bytes=limit, impl=impl,
+    ).loss  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["forward", "frozen", "trainable", "policy", "frozen policy"])
+def test_workspace_is_honoured_or_refused_with_the_least_that_works(impl, device, path):
+    """Allocations above inputs, outputs, gradients and one fp32 (N, D) stay within the limit, least and up,
+    and the results are those without a limit."""
+    N, D, V = 150, 32, 1050
+    hidden, weight, bias = (torch.randn(shape, device=device) for shape in ((N, D), (V, D), (V,)))
+    ids = torch.randint(0, V, (N, 3), device=device)
+    trained = path in ("trainable", "policy")
+
+    def run(limit):
+        grad = path != "forward"
+        h = hidden.detach().requires_grad_(grad)
+        w, b = (x.detach().requires_grad_(trained) for x in (weight, bias))
+        if "policy" in path:
+            loss = policy_loss(h, w, b, ids, limit, impl)
+        else:
+            out = linear_logprobs(
+                h, w, ids, bias=b, return_entropy=True, max_workspace_bytes=limit, impl=impl
+            )
+            if not grad:
+                return list(out)
+            loss = out.logprobs.sum() + out.lse.square().sum()
+        return [loss.detach(), *torch.autograd.grad(loss, (h, w, b) if trained else (h,))]
+
+    whole = run(None)
+    least = least_workspace(run)
+    for limit in (least, least * 3 // 2, least * 100):
+        peak, found = peak_bytes(lambda limit=limit: run(limit))
+        for mine, theirs in zip(found, whole, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * max(1, theirs.abs().max().item()))
+        outputs = 4 * N * (3 + 2) * (path != "forward")  # log-probs, lse, entropy wait for the backward
+        kept = num_bytes(*found) * (1 + ("policy" in path)) + outputs + 4 * N * D * (path != "forward")
+        own = 4 * N * 8 + 4 * N * D  # the loss of this test itself
+        assert peak <= limit + kept + own or device != "cpu"
+
+
+def test_rows_without_a_gradient_are_left_out(impl, device):
+    """They may hold NaN: their dhidden is exactly 0, and the others' gradients are those without them."""
+    hidden, weight = torch.randn(150, 24, device=device), torch.randn(300, 24, device=device)
+    ids, bias = torch.randint(0, 300, (150, 2), device=device), torch.randn(300, device=device)
+    idle = torch.arange(150, device=device) % 5 < 3
+    hidden[::10] = math.nan
+
+    def run(rows):
+        variables = [x.detach().clone().requires_grad_() for x in (hidden[rows], weight, bias)]
+        out = linear_logprobs(variables[0], variables[1], ids[rows], bias=variables[2], return_entropy=True,
+                              impl=impl)  # fmt: skip
+        keep = ~idle[rows]
+        up = [torch.where(keep.view(-1, *[1] * (x.dim() - 1)), x.detach().sin(), 0.0) for x in out]
+        return torch.autograd.grad(out, variables, up)
+
+    whole, part = run(slice(None)), run(~idle)
+    assert (whole[0][idle] == 0).all() and all(x.isfinite().all() for x in whole)
+    torch.testing.assert_close(whole[0][~idle], part[0], rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(whole[1:], part[1:], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    cu_seqlens = torch.tensor([0, 70], dtype=torch.int32, device=device)
-    old = [-torch.ones(shape, device=device) for shape in (70, (70, 2), 70, (70, 2))]
-    arguments = (ids[:, 0], ids[:, 1:], *old)
-    with pytest.raises(ValueError, match="linear_distrl_loss: max_workspace_bytes must be at least"):
-        linear_distrl_loss(hidden, weight.clone().requires_grad_(), *arguments, cu_seqlens,
-                           max_workspace_bytes=1000, impl=impl)  # fmt: skip
+    idle[:] = True
+    assert all((x == 0).all() for x in run(slice(None)))
+
+
+def test_only_row_blocks_with_a_gradient_are_multiplied(impl, device, monkeypatch):
+    """30 of 400 rows have one: da of the first block of rows is computed, the rest of it is zeroed once."""
+    backward = importlib.import_module("ipvrm_kernels.head_triton_backward")
+    seen, real = [], backward.launch_dz
+
+    def spied(ops, rows, da, *rest):
+        marked = da.fill_(7.0) if not seen else da
+        real(ops, rows, marked, *rest)
+        seen.append((int(rows.num_active), (da != 7).any(1).nonzero()[:, 0].tolist()))
+
+    monkeypatch.setattr(backward, "launch_dz", spied)
+    hidden, weight = torch.randn(400, 24, device=device), torch.randn(300, 24, device=device)
+    ids = torch.randint(0, 300, (400, 1), device=device)
+    keep = torch.randperm(400, device=device) < 30
+    gradients(lambda h, w: linear_logprobs(h, w, ids, impl=impl).logprobs[keep].sum(), hidden, weight)
+    block = importlib.import_module("ipvrm_kernels.head_triton_tiles").CONFIGS["interpreter", "fp32"].BLOCK_N
+    assert seen[0] == (30, list(range(block))) or device != "cpu"
+
+
+def test_gradients_repeat_bitwise(impl, device):
+    """Run to run at equal shapes, and log-probs whatever the workspace; the vendor's matmul may sum in
+    another order at another N."""
+    hidden, weight = torch.randn(150, 24, device=device), torch.randn(900, 24, device=device)
+    ids = torch.randint(-1, 900, (150, 3), device=device)
+
+    def run(trained, limit=None):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        out = linear_logprobs(h, w, ids, deterministic=True, max_workspace_bytes=limit, impl=impl)
+        loss = torch.where(ids >= 0, out.logprobs, 0.0).sum() + out.lse.sum()
+        found = torch.autograd.grad(loss, (h, w) if trained else h)
+        return [out.logprobs.detach(), out.lse.detach()], found
+
+    for trained in (False, True):
+        (outputs, first), (again, second) = run(trained), run(trained)
+        assert all(
+            torch.equal(x, y) for x, y in zip(outputs + list(first), again + list(second), strict=True)
+        )
+        small, _ = run(trained, 600_000)
+        assert all(torch.equal(x, y) for x, y in zip(outputs, small, strict=True))
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -1,0 +1,232 @@
+"""Gradients and expectations of the head ops in Triton from stored probabilities: no logit is formed twice.
+
+The pass over the vocabulary that yields the statistics also writes, for a block of R rows,
+
+    e[n, v] = exp(z[n, v] - ref[n]) * f[n, v]        f = softcap's slope factor (1 without softcap)
+
+in the operands' dtype (bf16 or fp32, whose exponents reach from e**-87 to e**88). ref is any number near
+the row's maximum that is known before the pass: the largest of its id logits and of the first tile's.
+Storing e in bf16 rounds what would be rounded as da anyway, by 2**-9 relative; logits are never rounded.
+With top, sumexp of the merged statistics, slope = logit_scale / temperature, G the row's upstream gradient,
+
+    dense da[n, v] = -G slope f p = r[n] e[n, v],    r = -G slope exp(ref - top) / sumexp
+
+so that with A = e, its entries at the ids replaced by v / r (v: the whole gradient there, dense and sparse
+part rounded together, fp32)
+
+    dhidden = diag(r) (A @ weight),  dweight += A.T @ (r * hidden),  dbias += A.T @ r
+
+r is applied in fp32 to the first product and folded into a rounded copy of hidden for the second.
+linear_distrl_loss takes three matmuls, two with a frozen head; linear_logprobs with a frozen head two, with
+E' = slope exp(ref - top) / sumexp * (A @ weight), A = e with zeros at the ids.
+
+Three kinds of rows need care, all found and treated on the device:
+- |top - ref| > FAR: a second launch over those rows alone writes e again with ref = top. Until then a value
+  is capped at e**MAX_LIFT, so that nothing overflows in rows that need no second launch.
+- |r| < SPARSE * |v|: G cancels while single gradients do not, and v / r could overflow. A is v alone, r = 1;
+  the dense part that is dropped is below e**FAR * SPARSE < 1e-8 of v.
+- no gradient: r = 0 and v = 0, and e is finite: exact zeros. Where the row's logits are not, A is zeroed.
+
+Rows per block: as many as fit the workspace. Every block reads the weight twice more and reads and writes
+dweight once more, so below LEAST_ROWS (and for fp16, whose range is too small for e) logits are recomputed
+instead (head_triton_backward.py). That is the whole rule: dtype and workspace.
+
+Estimates, not measured: H200 (790 TFLOP/s bf16, 4.3 TB/s), N=8192, V=151936, D=1024, one matmul 3.2 ms:
+- e is written once and read twice, 6 bytes per logit, 7.5 GB or 1.7 ms where nothing overlaps; with 1024
+  operations per byte the reads of the two products should hide behind them.
+- 1 GiB holds 3,400 rows: 3 blocks; each reads 2 x 0.31 GB of weight and moves 1.2 GB of dweight, 0.4 ms.
+- three matmuls 9.7 ms + 1.3 (blocks) + 0 to 1.7: 3.4 to 4.0 matmuls for linear_distrl_loss; for a frozen head
+  two, 6.4 ms + 0.4 + 0 to 1.2: 2.1 to 2.5. Recomputation: one matmul more.
+- D=4096, one matmul 12.9 ms: the blocks cost 5.2 ms, e still 1.7: 3.4 to 3.5 and 2.1 to 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .head_triton import MAX_LIFT, Stats, Stored, id_logits, partial_bytes, stats, stats_rows
+from .head_triton_backward import (
+    Rows,
+    add_column_sums,
+    add_product,
+    chunk_columns,
+    gradients,
+    launch_dz,
+    zero_rows,
+)
+from .head_triton_ids import Upstream, id_gradients, patch, upstream_gradients
+from .head_triton_tiles import Operands, padded_columns, scalar_bytes
+
+FAR = 20.0  # nats between ref and the row's maximum above which e is written again
+SPARSE = 1e-17  # of the largest gradient at an id, below which a row's dense part is dropped
+assert MAX_LIFT > FAR  # a capped value is always written again where it matters
+# rows per block from which storing pays, frozen and trainable head: where the traffic of the blocks, 4 or 12
+# bytes per weight, equals the matmul saved, at 184 operations per byte of an H200 (estimated)
+LEAST_ROWS = (128, 128) if backend.INTERPRETED else (384, 1024)
+CAST_BYTES = 32 << 20  # of an fp32 weight, rounded at a time
+
+
+def stored_rows(ops: Operands, K: int, entropy: bool, trained: bool, limit: int) -> int:
+    """Rows of one block, 0 where logits are recomputed instead: see `stored_bytes`."""
+    N, block = ops.hidden.shape[0], ops.config.BLOCK_N
+    if ops.hidden.dtype == torch.float16 or N == 0:
+        return 0
+    fixed, row = stored_bytes(ops, K, entropy)
+    most = max(0, limit - fixed) // row
+    if most < N:
+        most = most // block * block
+        if most < LEAST_ROWS[trained]:
+            return 0
+    num_blocks = -(-N // most)
+    return min(N, -(-N // (num_blocks * block)) * block)
+
+
+def stored_bytes(ops: Operands, K: int, entropy: bool) -> tuple[int, int]:
+    """(bytes, bytes for each row of a block) of scratch memory."""
+    N, D = ops.hidden.shape
+    size = ops.hidden.element_size()
+    cast = cast_rows(ops) * D * size if ops.weight.dtype != ops.hidden.dtype else 0
+    row = padded_columns(ops) * size + partial_bytes(ops, entropy) + D * size + scalar_bytes(K)
+    return ops.copied + N * scalar_bytes(K) + cast, row
+
+
+def cast_rows(ops: Operands) -> int:
+    """Rows of an fp32 weight that are rounded to the operands' dtype at a time."""
+    return max(ops.config.BLOCK_V, CAST_BYTES // (ops.hidden.shape[1] * ops.hidden.element_size()))
+
+
+def project(out: Tensor, a: Tensor, ops: Operands) -> None:
+    """out (n, D) fp32 = a (n, V) @ weight."""
+    V, step = ops.weight.shape[0], ops.weight.shape[0]
+    if ops.weight.dtype != a.dtype:
+        step = cast_rows(ops)
+    for start in range(0, V, step):
+        weight = ops.weight[start : start + step].to(a.dtype)
+        add_product(out, a[:, start : start + step], weight, fresh=start == 0)
+
+
+def stored_stats(ops: Operands, z: Tensor, entropy: bool, values: Tensor) -> tuple[Stats, Stored]:
+    """Statistics of the rows, and e in values (n, C); z (n, K): their id logits."""
+    tile = ops.config.BLOCK_V
+    first = ops._replace(weight=ops.weight[:tile], bias=None if ops.bias is None else ops.bias[:tile])
+    ref = stats(first, False).top
+    if z.shape[1]:
+        ref = torch.maximum(ref, z.amax(1))
+    stored = Stored(torch.where(ref.isfinite(), ref, 0.0), values)
+    return stats(ops, entropy, stored=stored), stored
+
+
+def rewrite_far_rows(
+    ops: Operands, stored: Stored, top: Tensor, wanted: Tensor | None, scratch: Tensor
+) -> Tensor:
+    """ref (n,) after e of those rows (if wanted (n,)) that lie FAR from theirs is written with ref = top."""
+    far = ((top - stored.ref).abs() > FAR) & top.isfinite()
+    if wanted is not None:
+        far &= wanted
+    ref = torch.where(far, top, stored.ref)
+    order = torch.sort((~far).to(torch.int8), stable=True)[1]
+    torch.index_select(ops.hidden, 0, order, out=scratch)
+    zero, sorted_ref = torch.zeros_like(ref), ref[order]
+    rows = Rows(order, None, sorted_ref, zero, zero, zero - 1, None, far.sum(dtype=torch.int32))
+    launch_dz(ops.of_rows(scratch), rows, stored.values, 0, 1.0, order)
+    return ref
+
+
+def row_factors(
+    slope: float, s: Stats, ref: Tensor, up: Upstream, active: Tensor, id_da: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(r (n,), v / r (n, K), rows of A to clear (n,)) as the module's docstring says."""
+    r = torch.where(active, up.total * (torch.exp(ref - s.top) / s.sumexp) * -slope, 0.0)
+    sparse = active & (r.abs() < id_da.abs().amax(1) * SPARSE)
+    broken = ~active & ~(s.top.isfinite() & s.sumexp.isfinite())
+    r = torch.where(sparse, 1.0, r)
+    at_ids = torch.where(active[:, None], id_da / torch.where(r == 0, 1.0, r)[:, None], 0.0)
+    return r, at_ids, sparse | broken
+
+
+def fused_gradients(
+    op: str, ops: Operands, ids: Tensor, slopes: Callable[[int, int, Tensor], Tensor], needs: Sequence[bool],
+    limit: int, explicit: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dhidden, dweight, dbias) in fp32 of a scalar loss, for ids (N, K), K > 0; 0 elements if not needed.
+
+    slopes(r0, r1, logprobs (r1 - r0, K)) is called once for every row, in order, and returns dloss/dlogprobs.
+    """
+    (N, D), (V, K) = ops.hidden.shape, (ops.weight.shape[0], ids.shape[1])
+    transform, device = ops.transform, ops.hidden.device
+    R = stored_rows(ops, K, False, needs[1], limit) if any(needs) else 0
+    if R == 0:
+        if any(needs):  # refuses before anything is computed
+            chunk_columns(op, ops, K, torch.float32, needs, True, limit, explicit)
+        z = id_logits(ops, ids)
+        s = stats(ops, False, rows_at_once=stats_rows(op, ops, K, False, limit, explicit))
+        logprobs, lse = s.logprobs(z), s.lse()
+        up = upstream_gradients(ids, V, slopes(0, N, logprobs), None, None)
+        if not any(needs):
+            return lse.new_empty(0), lse.new_empty(0), lse.new_empty(0)
+        remainder = s.lse_remainder(lse)
+        return gradients(
+            op, ops, torch.float32, ids, logprobs, lse, remainder, lse, up, needs, limit, explicit
+        )
+
+    def new(need: bool, *shape: int) -> Tensor:
+        return torch.empty(shape if need else (0,), dtype=torch.float32, device=device)
+
+    dhidden, dweight, dbias = new(needs[0], N, D), new(needs[1], V, D), new(needs[2], V).zero_()
+    buffer = torch.empty((R, padded_columns(ops)), dtype=ops.hidden.dtype, device=device)
+    spare = torch.empty((R, D), dtype=ops.hidden.dtype, device=device)
+    for r0 in range(0, N, R):
+        r1 = min(r0 + R, N)
+        rows, at, scratch = ops.of_rows(ops.hidden[r0:r1]), ids[r0:r1], spare[: r1 - r0]
+        z = id_logits(rows, at)
+        s, stored = stored_stats(rows, z, False, buffer[: r1 - r0])
+        logprobs, lse, A = s.logprobs(z), s.lse(), stored.values[:, :V]
+        up = upstream_gradients(at, V, slopes(r0, r1, logprobs), None, None)
+        id_da = id_gradients(rows, at, logprobs, lse, lse, up, distinct=False)
+        active = (up.logprobs != 0).any(1) | (up.total != 0)
+        ref = rewrite_far_rows(rows, stored, s.top, active, scratch)
+        r, at_ids, cleared = row_factors(transform.scale / transform.temperature, s, ref, up, active, id_da)
+        zero_rows(stored.values, cleared)
+        patch(at_ids, at, stored.values, 0, V)
+        if needs[0]:
+            project(dhidden[r0:r1], A, ops)
+            dhidden[r0:r1] *= r[:, None]
+        if needs[1]:
+            torch.mul(rows.hidden, r[:, None], out=scratch)
+            add_product(dweight, A.T, scratch.masked_fill_(~active[:, None], 0), fresh=r0 == 0)
+        if needs[2]:
+            add_column_sums(dbias, A, r)
+    return dhidden, dweight, dbias
+
+
+def stored_expectation(
+    ops: Operands, ids: Tensor, entropy: bool, R: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs (N, K), lse (N,), entropy (N,) or empty, E' (N, D)) of a frozen head, R rows at a time."""
+    (N, D), (V, K) = ops.hidden.shape, (ops.weight.shape[0], ids.shape[1])
+    transform, device = ops.transform, ops.hidden.device
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    logprobs, lse, entropies, expectation = new(N, K), new(N), new(N if entropy else 0), new(N, D)
+    buffer = torch.empty((R, padded_columns(ops)), dtype=ops.hidden.dtype, device=device)
+    spare = torch.empty((R, D), dtype=ops.hidden.dtype, device=device)
+    for r0 in range(0, N, R):
+        r1 = min(r0 + R, N)
+        rows, at = ops.of_rows(ops.hidden[r0:r1]), ids[r0:r1]
+        z = id_logits(rows, at)
+        s, stored = stored_stats(rows, z, entropy, buffer[: r1 - r0])
+        logprobs[r0:r1], lse[r0:r1] = s.logprobs(z), s.lse()
+        if entropy:
+            entropies[r0:r1] = s.entropy()
+        ref = rewrite_far_rows(rows, stored, s.top, None, spare[: r1 - r0])
+        patch(None, at, stored.values, 0, V)
+        project(expectation[r0:r1], stored.values[:, :V], ops)
+        factor = torch.exp(ref - s.top) / s.sumexp * (transform.scale / transform.temperature)
+        expectation[r0:r1] *= factor[:, None]
+    return logprobs, lse, entropies, expectation
