@@ -1,165 +1,25 @@
-// Sequence ops on the CPU: OpenMP over sequences, or over the pieces of one that is too long for one thread. Inside a
-// piece, blocks of tokens that stay in L1: a vector scan, then a vectorised epilogue. Running sums are fp32 within
-// kScan tokens and fp64 between them, so that 32k tokens keep fp32 accuracy without fp64's latency at every token.
-// target_clones compiles each hot loop for AVX-512, AVX2 and the baseline and picks one when the library is loaded.
+// Sequence ops on the CPU: OpenMP over sequences. A sequence too long for one thread is cut into pieces, short neighbours
+// share a block; the loops over a block's tokens are in sequence_blocks.h.
 
 #include "sequence_cpu.h"
 
 #include <algorithm>
 #include <cmath>
 
+#include "sequence_blocks.h"
 #include "token_math.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define IPVRM_SIMD __attribute__((target_clones("avx512f", "avx2", "default"), flatten))
-#else
-#define IPVRM_SIMD
-#endif
 
 namespace ipvrm {
 namespace {
 
-constexpr int kLanes = 16;      // floats in the widest vector: block loops run whole vectors, the last one padded with zeros
-constexpr int kBlock = 1024;    // tokens: four buffers of a block fit L1
-constexpr int kScan = 64;       // tokens between two roundings of the fp64 carry
-constexpr int kLossBlock = 256;  // losses summed in fp32 before they join an fp64 sum
-constexpr int kShort = 64;       // tokens of a sequence that shares its block with its neighbours; at most kScan
+constexpr int kShort = 64;  // tokens of a sequence that shares its block with its neighbours
 constexpr int kMaxThreads = 256;
 constexpr int64_t kLeastRows = 16384;   // below this a thread team costs more than it saves
 constexpr int64_t kLeastSplit = 16384;  // below this a sequence is not worth two passes and two barriers
 
-constexpr float kZeros[kBlock] = {};
-
-// 1 / t at [t - 1], so that short sequences, the many, divide once less per token.
-constexpr int kTable = 8192;
-constexpr struct Reciprocals {
-  float at[kTable] = {};
-  constexpr Reciprocals() {
-    for (int i = 0; i < kTable; ++i) at[i] = 1.0f / static_cast<float>(i + 1);
-  }
-} kReciprocals;
-
-int vectors(int count) { return (count + kLanes - 1) / kLanes; }
-
-// The block as it is, or where it ends in the middle of a vector, a copy padded with zeros.
-const float* padded(const float* block, int count, float* copy) {
-  if (count % kLanes == 0) return block;
-  std::copy(block, block + count, copy);
-  std::fill(copy + count, copy + vectors(count) * kLanes, 0.0f);
-  return copy;
-}
-
-// Where to write a block in whole vectors: in place, or a buffer that `settle` copies from.
-float* whole(float* block, int count, float* buffer) { return count % kLanes == 0 ? block : buffer; }
-void settle(float* block, int count, const float* written) {
-  if (written != block) std::copy(written, written + count, block);
-}
-
-// 1 / t for t = before+1 .. before+count in whole vectors: the table, or beyond its end `buffer`, filled.
-IPVRM_SIMD const float* inverse_positions(int before, int count, float* buffer) {
-  if (before + kBlock <= kTable) return kReciprocals.at + before;
-  for (int i = 0; i < kLanes * vectors(count); ++i) buffer[i] = 1.0f / static_cast<float>(before + i + 1);
-  return buffer;
-}
-
-// sums[i] = factor * (carry + x[0] + .. + x[i]); returns the new carry.
-IPVRM_SIMD double scan_block(const float* __restrict x, float* __restrict sums, int count, double carry, float factor) {
-  for (int first = 0; first < vectors(count); first += kScan / kLanes) {
-    const float base = static_cast<float>(carry);
-    const int n = std::min(kScan / kLanes, vectors(count) - first);
-    const float* from = x + kLanes * first;
-    float* to = sums + kLanes * first;
-    float sum = 0.0f;
-#pragma omp simd reduction(inscan, + : sum)
-    for (int i = 0; i < kLanes * n; ++i) {
-      sum += from[i];
-#pragma omp scan inclusive(sum)
-      to[i] = factor * (base + sum);
-    }
-    carry += sum;
-  }
-  return carry;
-}
-
-// sums[i] = factor * (carry + x[i] + .. + x[end]); returns the new carry.
-IPVRM_SIMD double reverse_scan_block(const float* __restrict x, float* __restrict sums, int count, double carry,
-                                     float factor) {
-  for (int last = vectors(count); last > 0; last -= kScan / kLanes) {
-    const float base = static_cast<float>(carry);
-    const int n = std::min(kScan / kLanes, last);
-    const float* from = x + kLanes * last - 1;
-    float* to = sums + kLanes * last - 1;
-    float sum = 0.0f;
-#pragma omp simd reduction(inscan, + : sum)
-    for (int i = 0; i < kLanes * n; ++i) {
-      sum += from[-i];
-#pragma omp scan inclusive(sum)
-      to[-i] = factor * (base + sum);
-    }
-    carry += sum;
-  }
-  return carry;
-}
-
-IPVRM_SIMD void prefix_values_block(const float* __restrict value, const float* __restrict inverse_t,
-                                    float* __restrict mean_value, float* __restrict prob, int count) {
-  for (int i = 0; i < kLanes * vectors(count); ++i) {
-    mean_value[i] = value[i] * inverse_t[i];
-    prob[i] = sigmoid(mean_value[i]);
-  }
-}
-
-IPVRM_SIMD void multiply_block(const float* __restrict x, float* __restrict y, int64_t count, float factor) {
-  for (int64_t i = 0; i < count; ++i) y[i] = factor * x[i];
-}
-
-IPVRM_SIMD void add_product_block(const float* __restrict x, float* __restrict y, int64_t count, float factor) {
-  for (int64_t i = 0; i < count; ++i) y[i] += factor * x[i];
-}
-
-IPVRM_SIMD void prefix_slopes_block(const float* __restrict dvalue, const float* __restrict dmean_value,
-                                    const float* __restrict dprob, const float* __restrict prob,
-                                    const float* __restrict inverse_t, float* __restrict slope, int count) {
-  for (int i = 0; i < count; ++i) {
-    slope[i] = dvalue[i] + inverse_t[i] * prefix_value_slope(0.0f, dmean_value[i], dprob[i], prob[i], 1.0f);
-  }
-}
-
-// values[i] = -sign * value_t, scale = -sign * d sums / d (omega_t loss_t). Returns the block's sum of omega_t * loss_t;
-// fills its slopes.
-IPVRM_SIMD double margin_loss_block(const float* __restrict values, const float* __restrict inverse_t,
-                                    float* __restrict slope, int before, int count, float margin, float scale,
-                                    PrefixWeights weights) {
-  const float constant = scale * weights.constant, linear = scale * weights.slope;
-  const float last = static_cast<float>(before + count);  // compared as a float: g++ would split the loop at an integer
-  double total = 0.0;
-  for (int first = 0; first < count; first += kLossBlock) {
-    const int t0 = before + first + 1;
-    const int n = vectors(std::min(kLossBlock, count - first));
-    const float *__restrict value = values + first, *__restrict inverse = inverse_t + first;  // under -fwrapv an index
-    float* __restrict out = slope + first;                                               // first + i would gather
-    float part = 0.0f;
-#pragma omp simd reduction(+ : part)
-    for (int i = 0; i < kLanes * n; ++i) {
-      const float t = static_cast<float>(t0 + i);
-      const MarginLoss at = margin_loss(value[i] * inverse[i], -1.0f, margin);
-      part += t > last ? 0.0f : weights.at(t) * at.loss;
-      out[i] = (constant * inverse[i] + linear) * at.derivative;  // scale * omega_t / t
-    }
-    total += part;
-  }
-  return total;
-}
-
-// The same for a run of short sequences with each token's margin, scale and omega; leaves omega_t * loss_t in `omega`.
-IPVRM_SIMD void margin_loss_run(const float* __restrict values, const float* __restrict inverse_t,
-                                const float* __restrict margin, const float* __restrict scale, float* __restrict omega,
-                                float* __restrict slope, int count) {
-  for (int i = 0; i < kLanes * vectors(count); ++i) {
-    const MarginLoss at = margin_loss(values[i] * inverse_t[i], -1.0f, margin[i]);
-    slope[i] = scale[i] * (omega[i] * inverse_t[i]) * at.derivative;
-    omega[i] *= at.loss;
-  }
+// Sequences that a thread takes at a time: few enough to balance, many enough not to queue for.
+int chunk_size(int64_t num_sequences, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(num_sequences / (16 * threads), 1, 256));
 }
 
 // Tokens first .. last-1 of the sequence that has rows start .. start+length-1. first is a multiple of kBlock.
@@ -171,8 +31,8 @@ struct Piece {
 // Consecutive sequences of at most kShort tokens each and kBlock in all, treated as one block. Each is scanned in whole
 // vectors; what it writes beyond its own tokens is written over by the neighbour that is scanned after it.
 struct Run {
-  int64_t sequence;        // the first
-  const int32_t* edges;    // of the first
+  int64_t sequence;      // the first
+  const int32_t* edges;  // of the first
   int num_sequences;
   int64_t row() const { return edges[0]; }
   int count() const { return edges[num_sequences] - edges[0]; }
@@ -246,13 +106,13 @@ void reverse_blocks(const Piece& piece, const Body& body) {
 //   op.finish(sequence, length, total)
 //   op.run_short(run) does all of it for a run of short sequences.
 // A sequence longer than half of one thread's share of the rows is cut into a piece per thread: a pass of sums, then one of
-// outputs. Blocks lie alike in both cases, so that the cut does not change what is rounded.
+// outputs. Blocks lie alike whole or cut: only the fp64 sums between them are added in another order.
 template <typename Op>
 void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num_threads, const Op& op) {
   const int64_t num_rows = cu_seqlens[num_sequences];
   const int threads = num_rows < kLeastRows ? 1 : std::clamp(num_threads, 1, kMaxThreads);
   const int64_t split_above = threads == 1 ? num_rows : std::max(num_rows / (2 * threads), kLeastSplit);
-  const int chunk = static_cast<int>(std::clamp<int64_t>(num_sequences / (16 * threads), 1, 256));
+  const int chunk = chunk_size(num_sequences, threads);
   int32_t longest = 0;
 #pragma omp simd reduction(max : longest)
   for (int64_t b = 0; b < num_sequences; ++b) longest = std::max(longest, cu_seqlens[b + 1] - cu_seqlens[b]);
@@ -527,8 +387,9 @@ void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64
       for (int64_t i = start; i < end; ++i) y[i] = static_cast<float>(carry = x[i] + decay * carry);
     }
   };
-  const int64_t num_rows = cu_seqlens[num_sequences];
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_rows < kLeastRows ? 1 : num_threads)
+  const int threads = cu_seqlens[num_sequences] < kLeastRows ? 1 : num_threads;
+  const int chunk = chunk_size(num_sequences, threads);
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
   for (int64_t b = 0; b < num_sequences; ++b) scan(cu_seqlens[b], cu_seqlens[b + 1]);
 }
 
