@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .clipped_surrogate import clip_bounds, clipped_surrogate_reference  # the formula; no kernel is shared
+from .clipped_surrogate import clip_bounds, clipped_surrogate_reference  # the formula; no launch is shared
 from .packing import lengths
 
 if backend.HAS_TRITON:
