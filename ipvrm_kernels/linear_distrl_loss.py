@@ -180,7 +180,7 @@ def _backward_op(
     bias: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients times dloss, cast once; out of place, for compiled graphs and create_graph."""
+    """The gradients times dloss, cast once; out of place, for compiled graphs and graphs that are kept."""
     return cast_gradients([g * dloss for g in gradients], (hidden, weight, bias), needs)
 
 
@@ -194,27 +194,21 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*detached)
     ctx.save_for_backward(*inputs[:3], *output[4:])
-    ctx.scaled = False
 
 
-def _is_plain_backward(*tensors: Tensor) -> bool:
-    """Whether nothing traces this backward and nobody will differentiate it."""
+def _is_last_backward(*tensors: Tensor) -> bool:
+    """Whether this call's graph is freed after this backward, with nothing tracing or differentiating it."""
     traced = torch.compiler.is_compiling() or any(type(x) is not Tensor for x in tensors)  # fake, functional
-    return not traced and not torch.is_grad_enabled()
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph or create_graph
+    return not traced and not kept
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
     if dloss is None:
         return (None,) * 25
-    if ctx.scaled:
-        raise RuntimeError(
-            f"{OP}: a second backward through one call is not supported: the first scaled in place the "
-            "gradients that the forward had formed, and gave them away; evaluate the loss again"
-        )
     hidden, weight, bias, *formed = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    if _is_plain_backward(dloss, *formed):
-        ctx.scaled = True  # a copy would be a second fp32 dweight
+    if _is_last_backward(dloss, *formed):  # in place: a copy would be a second fp32 dweight
         gradients = cast_gradients([g.mul_(dloss) for g in formed], (hidden, weight, bias), needs)
     else:
         gradients = _backward_op(dloss, formed, hidden, weight, bias, needs)
@@ -302,16 +296,16 @@ def linear_distrl_loss(
         candidate_reduction: None (as reduction) | "sequence_mean" | "token_mean" | "old_prob_mean" (sum /
             sum of pi_old).
         token_denominator, candidate_denominator: number or 0-d tensor replacing the divisor computed from
-            this call
-            (B, N or the sum of pi_old), so that the losses of micro-batches add up to the whole batch's.
+            this call (B, N or the sum of pi_old), so that the losses of micro-batches add up to the whole
+            batch's.
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 
     Returns: DistRLLoss, fp32 (fp64 for fp64 hidden). Only `loss` is differentiable (once, in hidden, weight
-        and bias);
-    token_loss, candidate_loss and metrics are detached. metrics maps the names in `METRICS` to (sum, count).
-    Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that
-        do not rise
-    from 0 to N. RuntimeError on double backward, and on a second backward through one call.
+        and bias); token_loss, candidate_loss and metrics are detached. metrics maps the names in `METRICS` to
+        (sum, count). A backward that frees the graph scales the formed gradients in place; with
+        retain_graph=True it scales copies, a second (V, D) fp32 tensor for a trainable head.
+    Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that do
+        not rise from 0 to N. RuntimeError on double backward.
     """
     transform = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
     check_row_ids(OP, "token_ids", token_ids, hidden, (1,))
