@@ -38,6 +38,7 @@ Estimates, not measured: H200 (790 TFLOP/s bf16, 4.3 TB/s), N=8192, V=151936, D=
 - three matmuls 9.7 ms + 1.3 (blocks) + 0 to 1.7: 3.4 to 4.0 matmuls for linear_distrl_loss; for a frozen head
   two, 6.4 ms + 0.4 + 0 to 1.2: 2.1 to 2.5. Recomputation: one matmul more.
 - D=4096, one matmul 12.9 ms: the blocks cost 5.2 ms, e still 1.7: 3.4 to 3.5 and 2.1 to 2.2.
+- not counted: the epilogue of the pass (one exp per logit, 0.35 ms at 16 per clock and multiprocessor).
 """
 
 from __future__ import annotations
