@@ -1,7 +1,7 @@
-"""linear_logprobs against the bare `hidden @ weight.T`, eager PyTorch on full logits (as it is, compiled, and in
-the released slices of 64 rows) and the peers installed.
+"""linear_logprobs against the bare `hidden @ weight.T`, log-softmax of full logits (eager, compiled, in the
+released slices of 64 rows) and the peers installed.
 
-Forward: lse, log-prob of one token per row, entropy. Forward + backward: log-probs of K tokens per row; the
+Forward: lse, log-prob of one token per row, entropy (the released slices and the peers: log-prob alone). Forward + backward: log-probs of K tokens per row; the
 peers know one token a row only, so their rows stand beside ours at one token and at K.
 """
 

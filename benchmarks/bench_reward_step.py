@@ -28,7 +28,7 @@ SLICE = 64
 def cases(device: str, quick: bool) -> Iterator[Case]:
     model = qwen3(device, quick)
     vocabulary = model.config.vocab_size
-    batch = ragged_batch(device, vocabulary)
+    batch = ragged_batch(device, vocabulary, quick)
     B, N = len(batch.outcome), len(batch.token_ids)
     reference = response_logprobs(model, batch).detach() + 0.02 * torch.randn(N, device=device)
     parameters = list(model.parameters())

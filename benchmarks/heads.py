@@ -82,7 +82,7 @@ GPU_FULL = (
 
 
 def shapes(device: str, quick: bool) -> list[Shape]:
-    """The shapes with targets and one real head, or one small shape (CPU) or real one (GPU) for a quick look."""
+    """The shapes with targets and one real head; for a quick look a small shape (CPU) or the first (GPU)."""
     if device == "cuda":
         return [_of(name, N, torch.bfloat16, ids) for name, N, ids in GPU_DEFAULT[: 1 if quick else None]]
     if quick:
@@ -116,8 +116,8 @@ class Calibrated(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"calibrated: {self.mean_candidates:.2f} candidates a row with {100 * self.mean_mass:.1f} % of the "
-            f"mass, entropy {self.mean_entropy:.2f}"
+            f"calibrated: {self.mean_candidates:.2f} candidates a row with {100 * self.mean_mass:.1f} % of "
+            f"the mass, entropy {self.mean_entropy:.2f}"
         )
 
 

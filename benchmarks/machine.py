@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "ipvrm", "torch", "triton", "transformers", "numpy", "cut-cross-entropy", "liger-kernel", "trl", "quack-kernels",
+    "ipvrm", "torch", "triton", "transformers", "numpy", "cut-cross-entropy", "liger-kernel", "trl",
+    "quack-kernels",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 

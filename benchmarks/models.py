@@ -30,9 +30,9 @@ def qwen3(device: str, quick: bool) -> Any:
     return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32).train()
 
 
-def ragged_batch(device: str, vocabulary: int) -> Batch:
-    """SEQUENCES of 8 x 2048 (GPU) or 8 x 256 tokens at most; a quarter of that at least, as rollouts are ragged."""
-    T = 2048 if device == "cuda" else 256
+def ragged_batch(device: str, vocabulary: int, quick: bool) -> Batch:
+    """SEQUENCES of at most 2048 (GPU), 256 or 128 (CPU) tokens and at least a quarter: rollouts are ragged."""
+    T = 2048 if device == "cuda" else 128 if quick else 256
     lengths = torch.linspace(T // 4, T, SEQUENCES).long().tolist()  # of prompt and response
     rows = [
         Response(tuple(torch.randint(3, vocabulary, (n,)).tolist()), PROMPT, b % 2)

@@ -36,7 +36,7 @@ MINUTES = dict(quick=3, default=10, full=20)
 
 
 def suite(name: str, device: str, mode: str) -> Iterator[Case]:
-    """The cases of one benchmark: `cases(device, quick)` of its module and, in a full run, its `full_cases`."""
+    """The cases of one benchmark: its module's `cases(device, quick)` and, in a full run, `full_cases`."""
     module = importlib.import_module(f"benchmarks.bench_{name}")
     yield from module.cases(device, mode == "quick")
     if mode == "full" and hasattr(module, "full_cases"):

@@ -136,8 +136,10 @@ def markdown(rows: Iterable[Row]) -> str:
 
 def markdown_growth(fits: Iterable[Growth]) -> str:
     """The fits as a Markdown table: exponents, and the ends of each curve."""
-    lines = ["| op | along the curve | contender | over | time ~ | memory ~ | ms at the ends | MiB at the ends |",
-             "|---|---|---|---|--:|--:|--:|--:|"]  # fmt: skip
+    lines = [
+        "| op | along | contender | over | time ~ | memory ~ | ms at the ends | MiB at the ends |",
+        "|---|---|---|---|--:|--:|--:|--:|",
+    ]
     for fit in fits:
         (x0, ms0, mib0), (x1, ms1, mib1) = fit.points[0], fit.points[-1]
         name = f"**{fit.contender}**" if is_ours(fit.contender) else fit.contender

@@ -30,8 +30,9 @@ class Screen:
         if not self.out.is_terminal:
             self.out = Console(width=PIPED_WIDTH)
         self.progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(), console=Console(stderr=True), transient=True,
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(),
+            TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
+            console=Console(stderr=True), transient=True,
         )  # fmt: skip
         self.task = self.progress.add_task("", total=len(ops))
         self.out.print(f"[bold]ipvrm bench[/] ({mode}) on {escape(conditions(machine))}", soft_wrap=True)
@@ -108,7 +109,8 @@ def case_table(rows: Sequence[Row]) -> Table:
         bar = "█" * max(1, round(BAR * row.ratio / max(longest, 1.0)))
         table.add_row(
             row.contender, *(milliseconds(t) for t in (row.median_ms, row.p20_ms, row.p80_ms)),
-            f"{row.ratio:.3f}", *(cell(getattr(row, field), digits) for _, field, digits in columns), bar, style=style,
+            f"{row.ratio:.3f}", *(cell(getattr(row, field), digits) for _, field, digits in columns), bar,
+            style=style,
         )  # fmt: skip
     failed = [f"{row.contender}: {row.error}" for row in rows if row.error]
     if failed:
