@@ -4,7 +4,8 @@ two-branch loss, backward; at 8 x 2048 (GPU) or 8 x 256 (CPU) tokens.
 Eager: full logits of both models, log_softmax, top-k, a loop over time for GAE, padded or packed as suits.
 Released: the same with log_softmax over 64 rows at a time. Ours: linear_candidates, linear_logprobs,
 segment_scan, linear_distrl_loss. All three take the same advantages from the same formulas (Eq. 8, 10-14,
-25-29), written once below. The policy is the behaviour policy, as in the first minibatch. MiB are above weights.
+25-29), written once below. The policy is the behaviour policy, as in the first minibatch. MiB are above
+weights.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""linear_distrl_loss forward + backward against its composition on full logits (eager, compiled, in the released
-slices of 64 rows) and liger's chunked GRPO loss (sampled tokens only, so beside ours without candidates); and
-what unused candidate slots cost.
+"""linear_distrl_loss forward + backward against its composition on full logits (eager, compiled, in the
+released slices of 64 rows) and liger's chunked GRPO loss (sampled tokens only, so beside ours without
+candidates); and what unused candidate slots cost.
 
 Calibrated rows: ten slots, of which 1.33 are used on average, as `linear_candidates` returns them. Random
 rows: K slots, all used.

@@ -31,7 +31,7 @@ def qwen3(device: str, quick: bool) -> Any:
 
 
 def ragged_batch(device: str, vocabulary: int, quick: bool) -> Batch:
-    """SEQUENCES of at most 2048 (GPU), 256 or 128 (CPU) tokens and at least a quarter: rollouts are ragged."""
+    """SEQUENCES of at most 2048 (GPU), 256 or 128 (CPU) tokens and at least a quarter, as rollouts."""
     T = 2048 if device == "cuda" else 128 if quick else 256
     lengths = torch.linspace(T // 4, T, SEQUENCES).long().tolist()  # of prompt and response
     rows = [

@@ -1,12 +1,13 @@
-"""PNG plots of measured rows (extra `plot`): bars of the ratio to the yardstick, and time and memory over N, V, K
-and T.
+"""PNG plots of measured rows (extra `plot`): bars of the ratio to the yardstick, and time and memory over
+N, V, K and T.
 
-Colours are Okabe and Ito's, told apart by the colour-blind; ours are blue and carry a dot or a bold name, and
-every case that we lose says so in its title.
+Colours are Okabe and Ito's, told apart by the colour-blind; ours are blue with a bold name or a thick line,
+and every case that we lose says so above its bars.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 except ImportError as error:
     raise SystemExit("plots need matplotlib: pip install 'ipvrm[plot]'") from error
 
@@ -93,8 +94,8 @@ def bars(
         _frame(axes, "x")
         axes.set_xscale("log")
         axes.set_xlim(least, limit)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_ticks(axes.xaxis)
+        axes.set_ylim(-0.8, len(case) - 0.3)
         axes.tick_params(axis="x", labelsize=8, colors=MUTED)
         axes.set_title(_wrapped(shape), loc="left", fontsize=9, color=INK, fontweight="bold", x=-0.36, pad=6)
         for offset, verdict in enumerate(results[shape]):
@@ -147,9 +148,9 @@ def lines(
             axes.set_yscale("log")
             ticks = [point[0] for point in max(group, key=lambda fit: len(fit.points)).points]
             axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.tick_params(labelsize=8, colors=MUTED)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            _log_ticks(axes.yaxis)
             axes.set_xlabel(AXES.get(axis, axis), fontsize=9, color=INK)
             axes.set_ylabel(unit, fontsize=9, color=INK)
             axes.legend(fontsize=8, frameon=False, loc="best")
@@ -184,7 +185,12 @@ def _colours(rows: Iterable[Row]) -> dict[str, str]:
 def _heading(figure: Any, total: float, title: str, machine: Mapping[str, Any]) -> None:
     figure.text(0.02, 1 - 0.3 / total, title, fontsize=13, fontweight="bold", color=INK)
     figure.text(
-        0.02, 1 - 0.62 / total, _wrapped(conditions(machine), 165), fontsize=7.5, color=MUTED, va="center"
+        0.02,
+        1 - 0.62 / total,
+        _wrapped(f"{conditions(machine)}. Blue: this package.", 160),
+        fontsize=7.5,
+        color=MUTED,
+        va="center",
     )
 
 
@@ -197,10 +203,15 @@ def _frame(axes: Any, grid: str) -> None:
     axes.set_axisbelow(True)
 
 
+def _log_ticks(axis: Any) -> None:
+    """1, 2 and 5 of every decade, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+
+
 def _wrapped(text: str, width: int = 100) -> str:
     """Broken at spaces into lines of at most `width`."""
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width))
 
 

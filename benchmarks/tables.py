@@ -44,7 +44,7 @@ class Growth(NamedTuple):
     contender: str
     points: list[tuple[int, float, float]]  # (x, ms, MiB), x rising
     exponent: float
-    memory_exponent: float  # 0 where memory stays within 1 MiB
+    memory_exponent: float
 
 
 def is_ours(contender: str) -> bool:
@@ -96,10 +96,7 @@ def growth(rows: Iterable[Row]) -> list[Growth]:
         if len(points) < 3:
             continue
         memory = [(x, max(mib, 2**-10)) for x, _, mib in points]
-        flat = max(mib for _, _, mib in points) - min(mib for _, _, mib in points) < 1
-        fits.append(
-            Growth(*key, points, slope([(x, ms) for x, ms, _ in points]), 0.0 if flat else slope(memory))
-        )
+        fits.append(Growth(*key, points, slope([(x, ms) for x, ms, _ in points]), slope(memory)))
     return fits
 
 
