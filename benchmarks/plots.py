@@ -26,7 +26,8 @@ from benchmarks.tables import Growth, by_case, conditions, growth, is_ours, mill
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e7eb"
 OURS = ("#0072B2", "#56B4E9", "#3a4cc0")  # cpp or cuda, triton, ipvrm
 YARDSTICK = "#8a949e"
-OTHERS = ("#E69F00", "#D55E00", "#009E73", "#CC79A7", "#b5a400", "#8c510a", "#7f3c8d", "#a6761d")
+FAMILIES = {"eager": "#E69F00", "padded": "#E69F00", "torch.compile": "#D55E00", "released": "#009E73"}
+OTHERS = ("#CC79A7", "#b5a400", "#8c510a", "#7f3c8d", "#a6761d", "#4d4d4d")
 LOST, WON = "#D55E00", "#00694d"
 MARKERS = "osD^vP*X"
 AXES = dict(N="N, rows", V="V, vocabulary size", K="K, token ids a row", T="T, tokens a sequence")
@@ -83,9 +84,13 @@ def bars(
                 continue
             axes.barh(y, row.ratio - least, left=least, height=0.72, color=colours[row.contender], zorder=3)
             memory = "" if row.peak_mib is None else f", {row.peak_mib:,.0f} MiB"
-            text = f" {row.ratio:.2f}  ({milliseconds(row.median_ms)} ms{memory})"
+            rate = "" if row.tokens_per_s is None else f", {row.tokens_per_s:,.0f} tokens/s"
+            text = f"{row.ratio:.2f}  ({milliseconds(row.median_ms)} ms{rate}{memory})"
             weight = "bold" if is_ours(row.contender) else "normal"
-            axes.text(row.ratio, y, text, va="center", fontsize=8, color=INK, fontweight=weight, zorder=4)
+            axes.annotate(
+                text, (row.ratio, y), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
+                fontweight=weight, zorder=6, bbox=dict(facecolor="white", edgecolor="none", pad=0.6),
+            )  # fmt: skip
         axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=5)
         axes.set_yticks(list(positions), [row.contender for row in case], fontsize=8.5)
         for label, row in zip(axes.get_yticklabels(), case, strict=True):
@@ -177,8 +182,8 @@ def _colours(rows: Iterable[Row]) -> dict[str, str]:
         elif name in FULL_LOGITS:
             chosen[name] = YARDSTICK
         else:
-            others = [c for c in chosen.values() if c in OTHERS]
-            chosen[name] = OTHERS[len(others) % len(OTHERS)]
+            others = {c for c in chosen.values() if c in OTHERS}
+            chosen[name] = FAMILIES.get(name.split()[0]) or OTHERS[len(others) % len(OTHERS)]
     return {row.contender: chosen[row.contender.partition(", ")[0]] for row in rows}
 
 
