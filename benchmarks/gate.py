@@ -110,7 +110,7 @@ def worse(measured: Ratios, committed: Ratios) -> list[str]:
 
 
 def judge(measure: Callable[[set[str] | None], Ratios], committed: Ratios) -> tuple[Ratios, list[str]]:
-    """(what was measured, what is worse); what is beyond the tolerance is measured again, the lower counts."""
+    """(measured, what is worse); what is beyond the tolerance is measured again, and the lower counts."""
     measured = measure(None)
     again = {name for name, found in measured.items() if worse({name: found}, committed)}
     if again:
