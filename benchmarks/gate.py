@@ -111,7 +111,7 @@ def worse(measured: Ratios, committed: Ratios) -> list[str]:
 
 def judge(measure: Callable[[set[str] | None], Ratios], committed: Ratios) -> tuple[Ratios, list[str]]:
     """(measured, what is worse); what is beyond the tolerance is measured again, and the lower counts."""
-    measured = measure(None)
+    measured = dict(measure(None))
     again = {name for name, found in measured.items() if worse({name: found}, committed)}
     if again:
         for name, found in measure(again).items():

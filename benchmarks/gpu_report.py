@@ -1,13 +1,13 @@
 """GPU evidence in one command: `python -m benchmarks.gpu_report [--out DIR] [--only PART ...] [--resume]`.
 
 Builds the extension, sweeps the Triton head's tiles (the winner becomes the default that everything after it
-uses), runs the tests and compute-sanitizer, times every benchmark, and reads the profiler's counters of the two
-main kernels. Each part is a process of its own with its own slice of the budget, so that one that fails or
-hangs loses nothing of the others; time that a part leaves is shared by those after it.
+uses), runs the tests and compute-sanitizer, times every benchmark, and reads the profiler's counters of the
+two main kernels. Each part is a process of its own with its own slice of the budget, so that one that fails
+or hangs loses nothing of the others; time that a part leaves is shared by those after it.
 
-After every part DIR/<gpu>-<date>.json and .md are rewritten. --only runs some parts again and --resume those that
-have not passed; both go on in the newest report of this GPU and commit. Exits 0 if every part passed, 1 if
-one did not, 2 without a GPU.
+After every part DIR/<gpu>-<date>.json and .md are rewritten. --only runs some parts again and --resume those
+that have not passed; both go on in the newest report of this GPU and commit. Exits 0 if every part passed, 1
+if one did not, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -78,12 +78,17 @@ def parts(folder: Path) -> list[Part]:
         Part("build", [python, "setup.py", "build_ext", "--inplace"], 0),
         Part("sweep", [*sweep, "--seconds", str(SLICES["sweep"] - 15)], 0),  # the rest is its start
         Part("tests", tests, 0),
-        Part("sanitizer", [sanitizer or "", "--error-exitcode", "1", *small], 0, _missing(sanitizer, "compute-sanitizer")),
+        Part(
+            "sanitizer", [sanitizer or "", "--error-exitcode", "1", *small], 0,
+            _missing(sanitizer, "compute-sanitizer"),
+        ),
         *(Part(name, command, 0) for name, command in benches),
         Part(
             "ncu",
-            [ncu or "", "--csv", "--metrics", ",".join(METRICS), "-k", KERNELS, "-c", "8", *small, "--target"],
-            0, _missing(ncu, "ncu"),
+            [ncu or "", "--csv", "--metrics", ",".join(METRICS), "-k", KERNELS, "-c", "8", *small]
+            + ["--target"],
+            0,
+            _missing(ncu, "ncu"),
         ),
     ]  # fmt: skip
     return [Part(p.name, p.command, SLICES.get(p.name, OTHER), p.missing) for p in listed]
@@ -109,8 +114,8 @@ def select(all_parts: Sequence[Part], only: Sequence[str] | None, passed: set[st
 def limit(part: Part, later: Sequence[Part], time_left: float) -> float:
     """Seconds for `part`: its share of what is left, by the slices of it and of those after it.
 
-    So what a part leaves is shared by those after it, and what a build overruns is taken from them all. No part
-    gets more than three times its slice: it has hung, and the rest should not pay for it.
+    So what a part leaves is shared by those after it, and what a build overruns is taken from them all. No
+    part gets more than three times its slice: it has hung, and the rest should not pay for it.
     """
     share = time_left * part.slice / (part.slice + sum(other.slice for other in later))
     return min(share, 3 * part.slice)

@@ -55,9 +55,7 @@ def sequences(device: str) -> None:
         "segment_scan": lambda impl: ipvrm_kernels.segment_scan(x, cu, 0.95, True, impl=impl),
         "prefix_values": lambda impl: torch.cat(ipvrm_kernels.prefix_values(x, cu, impl=impl)),
         "prefix_value_loss": lambda impl: ipvrm_kernels.prefix_value_loss(x, cu, outcome, impl=impl),
-        "clipped_surrogate": lambda impl: ipvrm_kernels.clipped_surrogate(
-            x, x.detach(), x.detach(), impl=impl
-        )[0],
+        "clipped_surrogate": lambda impl: ipvrm_kernels.clipped_surrogate(x, fixed, fixed, impl=impl)[0],
     }
     for op, call in calls.items():
         for impl in kernels(op, device):

@@ -80,7 +80,8 @@ class Row:
 def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200) -> list[Row]:
     """Time every contender of `case` in turn, after its check.
 
-    Rounds go on for about `seconds`; a contender that has used `seconds` by itself leaves after min_rounds.
+    Rounds go on for about `seconds`: after min_rounds a contender leaves that has used its equal share of them;
+    the yardstick stays to the last, so that every round has one.
     A contender that cannot run is a row with the reason; a case that fails its check is rows that say so.
     """
     contenders = dict(case.contenders)
@@ -96,20 +97,20 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
     try:
         case.check(results)
     except AssertionError as error:
-        reason = f"{WRONG}: {error or 'its check failed'}"
+        reason = f"{WRONG}: {str(error).partition(chr(10))[0] or 'its check failed'}"
         return [_failed(case, name, errors.get(name, reason)) for name in case.contenders]
     results.clear()
     flush = torch.empty(64 * 2**20, dtype=torch.float32, device=device) if device == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    stop = time.perf_counter() + seconds
+    yardstick = next(iter(case.contenders))
+    share = seconds * 1e3 / max(len(contenders), 1)
     for rounds in range(max_rounds):
-        late = rounds >= case.min_rounds
-        if late and time.perf_counter() > stop:
+        taking = {n for n in contenders if rounds < case.min_rounds or sum(times[n]) < share}
+        if not taking:
             break
         for name, run in contenders.items():
-            if not late or sum(times[name]) < seconds * 1e3:
+            if name in taking or name == yardstick:
                 times[name].append(once(run, flush))
-    yardstick = next(iter(case.contenders))
     base = statistics.median(times[yardstick]) if yardstick in times else math.nan
     rows = []
     for name in contenders:

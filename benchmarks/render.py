@@ -32,19 +32,20 @@ from benchmarks.tables import (
 RESULTS = ROOT / "benchmarks" / "results"
 INTRODUCTION = """# Benchmark results
 
-Written by `python -m benchmarks.render` from the JSON files in this folder; do not edit. Each file holds machine,
-versions, commit and command. The CPU files are made by
+Written by `python -m benchmarks.render` from the JSON files in this folder; do not edit. Each file holds
+machine, versions, commit and command. The CPU files are made by
 
 ```bash
-python -m benchmarks.run --full --json benchmarks/results/cpu-full.json --csv benchmarks/results/cpu-full.csv \\
-    --plot benchmarks/results/plots && python -m benchmarks.render
+python -m benchmarks.run --full --json benchmarks/results/cpu-full.json \\
+    --csv benchmarks/results/cpu-full.csv --plot benchmarks/results/plots && python -m benchmarks.render
 ```
 
 (about twenty minutes on two idle cores) and a GPU's by `python -m benchmarks.gpu_report && python -m
 benchmarks.render`. How it is measured: every contender's result is checked before anything is timed; then
 contenders take turns, and the median, the 20th and the 80th percentile of their times are kept; memory is the
-peak above inputs. Ratios are to the first contender of a case. Ours are bold (`cpp`, `cuda`, `triton`, `ipvrm`) and
-judged against the fastest other contender that does the same work; the bare matmul does less and is never one.
+peak above inputs. Ratios are to the first contender of a case. Ours are bold (`cpp`, `cuda`, `triton`,
+`ipvrm`) and judged against the fastest other contender that does the same work; the bare matmul does less and
+is never one.
 """
 
 
@@ -118,11 +119,12 @@ def _measured(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 def _summary(found: Sequence[Verdict]) -> str:
     counts = {name: sum(v.outcome == name for v in found) for name in ("won", "lost", "level")}
-    return f"Against the fastest other contender: {counts['won']} won, {counts['lost']} lost, {counts['level']} level."
+    text = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return f"Against the fastest other contender: {text}."
 
 
 def _ratios(rows: Sequence[Row]) -> str:
-    """One line a case that lies on no curve: ours and the fastest other contender, as ratios to the yardstick."""
+    """A line for each case that lies on no curve: ours and the fastest other, as ratios to the yardstick."""
     lines = ["| op | case | yardstick | ours | fastest other |", "|---|---|--:|--:|--:|"]
     for (op, shape), case in by_case(row for row in rows if not row.curve).items():
         done = [row for row in case if not row.error]

@@ -2,8 +2,8 @@
 
 From the configuration in use, all neighbours (one field one step away) are compiled side by side, checked
 against the first one's results and timed; the best becomes the next start, until none is better or the time
-is over. --write puts a winner that gains at least GAIN into ipvrm_kernels/tuned.json, where the package reads its
-defaults; --apply F does so from a report measured elsewhere.
+is over. --write puts a winner that gains at least GAIN into ipvrm_kernels/tuned.json, where the package reads
+its defaults; --apply F does so from a report measured elsewhere.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
 from benchmarks.heads import GPU_DEFAULT, MODELS, Shape, inputs
 from benchmarks.machine import ROOT, describe
@@ -132,11 +133,8 @@ class Trial:
                 assert_close(str(config), got.float(), wanted.float(), 2e-2)
             runs = (self.step, self.candidates)
             return sum(statistics.median(once(run, self.flush) for _ in range(ROUNDS)) for run in runs)
-        except (
-            RuntimeError,
-            AssertionError,
-        ) as error:  # Triton's OutOfResources and compile errors among them
-            print(f"{config}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        except (RuntimeError, AssertionError, TritonError) as error:  # wrong, or more than the GPU has
+            print(f"{config}: {type(error).__name__}: {error}", file=sys.stderr)
             return None
 
 

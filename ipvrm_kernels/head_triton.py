@@ -47,8 +47,8 @@ class Config(NamedTuple):
 
 
 # (architecture, kind of operands): half, a half hidden state with an fp32 weight, fp32 without tensor cores.
-# Chosen from the compiler's report (no spills, within shared memory), not yet timed; what a sweep on a GPU has
-# measured stands in tuned.json. A plain table, so that no call ever autotunes.
+# Chosen from the compiler's report (no spills, within shared memory), not yet timed; what a sweep on a GPU
+# has measured stands in tuned.json. A plain table, so that no call ever autotunes.
 CONFIGS: dict[tuple[str, str], Config] = {
     ("sm_90", "half"): Config(128, 256, 64, 8, 3),
     ("sm_90", "master"): Config(128, 128, 64, 8, 3),
