@@ -1,5 +1,10 @@
-"""linear_distrl_loss forward + backward against its eager composition on full logits, and what unused
-candidate slots cost."""
+"""linear_distrl_loss forward + backward against its composition on full logits (eager, compiled, in the
+released slices of 64 rows) and liger's chunked GRPO loss (sampled tokens only, so beside ours without
+candidates); and what unused candidate slots cost.
+
+Calibrated rows: ten slots, of which 1.33 are used on average, as `linear_candidates` returns them. Random
+rows: K slots, all used.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +14,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.heads import CANDIDATES_PER_ROW, K, Shape, inputs, shapes
+from benchmarks.heads import Shape, calibrated, inputs, more_shapes, shapes
 from benchmarks.measure import Case, assert_close
+from benchmarks.peers import compiled, grpo_loss, sliced_logprobs
 from benchmarks.sequences import edges, kernels
-from ipvrm_kernels import linear_distrl_loss, linear_logprobs
+from ipvrm_kernels import linear_candidates, linear_distrl_loss, linear_logprobs
 
 OP = "linear_distrl_loss"
+SEQUENCES = 8
+ALPHA, LOW, HIGH = 0.1, 0.2, 0.28
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     for shape in shapes(device, quick):
         for frozen in (False, True):
-            yield _step(shape, device, frozen)
-    yield _slots(shapes(device, quick)[0], device)
+            yield loss_case(Batch.calibrated(shape, device, frozen), device, with_grpo=not (quick or frozen))
+    first = shapes(device, quick)[0]
+    yield loss_case(Batch.random(first, device, frozen=False), device, with_grpo=False)
+    yield slots_case(first, device)
+
+
+def full_cases(device: str) -> Iterator[Case]:
+    for shape in more_shapes(device):
+        if shape.K in (1, 5, 10):
+            yield loss_case(Batch.random(shape, device, frozen=False), device, with_grpo=False)
 
 
 class Batch:
-    """A rollout of eight sequences with `num_slots` candidates a row, the policy a little off the old one."""
+    """A rollout of eight sequences, the policy a little off the old one."""
 
-    def __init__(self, shape: Shape, device: str, num_slots: int, frozen: bool) -> None:
-        self.hidden, self.weight, _ = inputs(shape, device)
-        self.ids = torch.randint(0, shape.V, (shape.N, 1 + num_slots), device=device)
+    def __init__(
+        self, shape: Shape, title: str, frozen: bool, hidden: Tensor, weight: Tensor, sampled: Tensor,
+        candidate_ids: Tensor,
+    ) -> None:  # fmt: skip
+        N = shape.N - shape.N % SEQUENCES
+        self.shape = shape = shape._replace(N=N)
+        kind = "frozen" if frozen else "trainable"
+        self.title, self.frozen = f"{shape} {title}, forward+backward {kind} head", frozen
+        self.ids = torch.cat([sampled[:N, None], candidate_ids[:N]], 1)
         with torch.no_grad():
-            now = linear_logprobs(self.hidden, self.weight, self.ids).logprobs
-        self.old = now + 0.2 * torch.randn_like(now)
+            now = linear_logprobs(hidden[:N], weight, self.ids).logprobs
+        self.old = now + 0.2 * torch.randn_like(now)  # -inf stays where a slot is unused
         self.advantages = torch.randn_like(now)
-        self.cu_seqlens = edges([shape.N // 8] * 8, device)
-        self.leaves = (self.hidden.requires_grad_(), self.weight.requires_grad_(not frozen))[: 2 - frozen]
+        self.cu_seqlens = edges([N // SEQUENCES] * SEQUENCES, str(hidden.device))
+        self.hidden = hidden[:N].clone().requires_grad_()
+        self.weight = weight.requires_grad_(not frozen)
+        self.leaves = (self.hidden, self.weight)[: 2 - frozen]
 
-    def fused(
-        self, impl: str | None, candidate_ids: Tensor | None = None
-    ) -> Callable[[], tuple[Tensor, ...]]:
-        ids, old, advantages = (x[:, 1:] for x in (self.ids, self.old, self.advantages))
-        ids = ids if candidate_ids is None else candidate_ids
-        old, advantages = old[:, : ids.shape[1]], advantages[:, : ids.shape[1]]
+    @classmethod
+    def calibrated(cls, shape: Shape, device: str, frozen: bool) -> Batch:
+        rows = calibrated(shape, device)
+        ids = linear_candidates(rows.hidden, rows.weight).ids
+        title = f"K={ids.shape[1]}, {rows}"
+        return cls(shape._replace(K=ids.shape[1]), title, frozen, rows.hidden, rows.weight, rows.sampled, ids)
+
+    @classmethod
+    def random(cls, shape: Shape, device: str, frozen: bool) -> Batch:
+        hidden, weight, ids = inputs(shape, device)
+        sampled = torch.randint(0, shape.V, (shape.N,), device=device)
+        return cls(shape, f"K={shape.K}, random: all used", frozen, hidden, weight, sampled, ids)
+
+    def fused(self, impl: str | None, slots: int | None = None) -> Callable[[], tuple[Tensor, ...]]:
+        """Ours on the first `slots` candidate slots (default: all)."""
+        last = None if slots is None else 1 + slots
+        ids, old, advantages = (x[:, 1:last] for x in (self.ids, self.old, self.advantages))
 
         def run() -> tuple[Tensor, ...]:
             out = linear_distrl_loss(
@@ -53,42 +88,94 @@ class Batch:
 
         return run
 
-    def eager(self) -> tuple[Tensor, ...]:
-        log_p = torch.log_softmax((self.hidden @ self.weight.T).float(), dim=1)
-        ratio = (log_p.gather(1, self.ids) - self.old).exp()
-        loss = -torch.minimum(ratio * self.advantages, ratio.clamp(0.8, 1.28) * self.advantages)
-        total = (loss[:, 0] + 0.1 * (self.old[:, 1:].exp() * loss[:, 1:]).sum(1)).mean()
-        return torch.autograd.grad(total, self.leaves)
+    def sampled_only(self, impl: str) -> Callable[[], tuple[Tensor, ...]]:
+        """Ours without candidates, one advantage a sequence, as GRPO has it."""
+        N = self.shape.N
+        none = self.old.new_zeros(N, 0)
+        advantages = self.sequence_advantages().repeat_interleave(N // SEQUENCES)
+
+        def run() -> tuple[Tensor, ...]:
+            out = linear_distrl_loss(
+                self.hidden, self.weight, self.ids[:, 0], self.ids[:, :0], self.old[:, 0], none,
+                advantages, none, self.cu_seqlens, impl=impl,
+            )  # fmt: skip
+            return torch.autograd.grad(out.loss, self.leaves)
+
+        return run
+
+    def sequence_advantages(self) -> Tensor:
+        return self.advantages[:: self.shape.N // SEQUENCES, 0].contiguous()
+
+    def composition(self, logprobs: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Any]:
+        """The loss on full logits, with the K + 1 log-probs from `logprobs(hidden, weight, ids)`."""
+        used = self.ids >= 0
+        ids, old = self.ids.clamp(min=0), self.old.masked_fill(~used, 0)
+        weight = torch.where(used, old.exp(), 0)
+
+        def run() -> tuple[Tensor, ...]:
+            ratio = (logprobs(self.hidden, self.weight, ids) - old).exp()
+            a = self.advantages
+            loss = -torch.minimum(ratio * a, ratio.clamp(1 - LOW, 1 + HIGH) * a)
+            total = (loss[:, 0] + ALPHA * (weight[:, 1:] * loss[:, 1:]).sum(1)).mean()
+            return torch.autograd.grad(total, self.leaves)
+
+        return run
 
 
-def _step(shape: Shape, device: str, frozen: bool) -> Case:
-    batch = Batch(shape, device, K, frozen)
-    implementations = kernels(OP, device)
-    contenders = {
+def eager(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return torch.log_softmax((hidden @ weight.T).float(), dim=1).gather(1, ids)
+
+
+def loss_case(batch: Batch, device: str, with_grpo: bool) -> Case:
+    shape, implementations = batch.shape, kernels(OP, device)
+    contenders: dict[str, Callable[[], Any]] = {
         "matmul": lambda: batch.hidden.detach() @ batch.weight.detach().T,
         **{name: batch.fused(name) for name in implementations},
-        "eager composition": batch.eager,
+        "eager composition": batch.composition(eager),
+        "torch.compile of eager": batch.composition(compiled(eager)),
+        "released 64-row slices": batch.composition(lambda h, w, ids: sliced_logprobs(h @ w.T, ids)),
     }
+    absent = {}
+    sampled_only = {f"{name}, sampled only": batch.sampled_only(name) for name in implementations}
+    if with_grpo:
+        grpo, reason = grpo_loss(device)
+        contenders |= sampled_only
+        if grpo is None:
+            absent["liger chunked GRPO, sampled only"] = reason
+        else:
+            ids, old = (x[:, 0].reshape(SEQUENCES, -1) for x in (batch.ids, batch.old))
+            advantages = batch.sequence_advantages()
+            hidden = batch.hidden.view(SEQUENCES, -1, shape.D)
+
+            def liger() -> tuple[Tensor, ...]:
+                return torch.autograd.grad(
+                    grpo(batch.hidden.view_as(hidden), batch.weight, ids, old, advantages), batch.leaves
+                )
+
+            contenders["liger chunked GRPO, sampled only"] = liger
 
     def check(results: Mapping[str, Any]) -> None:
-        for name in implementations:
-            for mine, theirs in zip(results[name], results["eager composition"], strict=True):
+        for name, gradients in results.items():
+            if name == "matmul":
+                continue
+            expected = results[next(iter(sampled_only)) if "sampled" in name else "eager composition"]
+            for mine, theirs in zip(gradients, expected, strict=True):
                 assert_close(f"{name} gradient", mine.float(), theirs.float(), 2e-2)
 
-    kind = "frozen" if frozen else "trainable"
-    return Case(OP, f"{shape} K={K} forward+backward {kind} head", contenders, check, shape.flops)
+    return Case(OP, batch.title, contenders, check, shape.flops, absent=absent, axes=shape.axes)
 
 
-def _slots(shape: Shape, device: str) -> Case:
-    """K = 10 slots of which CANDIDATES_PER_ROW are used on average, against K = 2 that hold the same ones."""
-    batch = Batch(shape, device, 10, False)
-    used = 1 + (torch.rand(shape.N, 1, device=device) < CANDIDATES_PER_ROW - 1).long()
-    ten = torch.where(torch.arange(10, device=device) < used, batch.ids[:, 1:], -1)
-    contenders = {"K=2": batch.fused(None, ten[:, :2]), "K=10": batch.fused(None, ten)}
+def slots_case(shape: Shape, device: str) -> Case:
+    """Ten slots of which two at most are used, against the K = 2 that hold the same candidates."""
+    batch = Batch.calibrated(shape, device, frozen=False)
+    batch.ids[:, 3:] = -1
+    batch.old[:, 3:] = -torch.inf
+    contenders = {"K=2": batch.fused(None, 2), "K=10": batch.fused(None)}
 
     def check(results: Mapping[str, Any]) -> None:
         for mine, theirs in zip(results["K=10"], results["K=2"], strict=True):
             assert_close("gradient", mine, theirs, 1e-4)
 
-    title = f"{shape} {used.float().mean().item():.2f} candidates a row, unused slots"
-    return Case(OP, title, contenders, check)
+    used = (batch.ids[:, 1:] >= 0).sum(1).float().mean().item()
+    title = f"{batch.shape}, {used:.2f} candidates a row, unused slots"
+    return Case(OP, title, contenders, check, min_rounds=5, axes=batch.shape.axes)

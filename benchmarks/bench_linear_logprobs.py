@@ -1,8 +1,9 @@
-"""linear_logprobs against the bare `hidden @ weight.T`, eager PyTorch on full logits and the peers installed.
+"""linear_logprobs against the bare `hidden @ weight.T`, log-softmax of full logits (eager, compiled, in the
+released slices of 64 rows) and the peers installed.
 
-Forward: lse, log-prob of one token per row, entropy. Forward + backward: log-probs of K tokens per row; the
-peers know one token a row only, so their rows stand beside ours at one token and at K. Growth: the same work
-for 8 times the rows, as a multiple of the smaller batch's time.
+Forward: lse, log-prob of one token per row, entropy; where a contender gives the log-prob alone, beside ours
+without entropy. Forward + backward: log-probs of K tokens per row; the peers know one token a row only, so
+their rows stand beside ours at one token.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.heads import K, Shape, inputs, shapes
+from benchmarks.heads import Shape, inputs, more_shapes, shapes
 from benchmarks.measure import Case, assert_close
-from benchmarks.peers import OneToken, one_token
+from benchmarks.peers import OneToken, compiled, one_token, sliced_logprobs
 from benchmarks.sequences import kernels
 from ipvrm_kernels import linear_logprobs
 
 OP = "linear_logprobs"
-GROWTH = 8
+ALONE = ", log-prob alone"
+LARGEST_TRAINED = 1 << 30  # bytes of weight up to which a CPU run takes its gradient, by every contender
 
 
 def eager(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
@@ -31,20 +33,27 @@ def eager(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[T
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     for shape in shapes(device, quick):
-        yield _forward(shape, device)
+        yield forward_case(shape, device)
         for frozen in (False, True):
-            yield _step(shape, device, frozen)
-    for frozen in (False, True):
-        yield _growth(shapes(device, quick)[0], device, frozen)
+            yield step_case(shape, device, frozen)
 
 
-def _forward(shape: Shape, device: str) -> Case:
+def full_cases(device: str) -> Iterator[Case]:
+    for shape in more_shapes(device):
+        large = device == "cpu" and shape.V * shape.D * shape.dtype.itemsize > LARGEST_TRAINED
+        if shape.K not in (1, 5, 10):
+            yield forward_case(shape, device)
+        yield step_case(shape, device, frozen=large)
+
+
+def forward_case(shape: Shape, device: str) -> Case:
     hidden, weight, ids = inputs(shape, device)
     sampled = ids[:, 0].contiguous()
     peers, absent = one_token(device)
+    compiled_eager = compiled(eager)
 
-    def ours(impl: str) -> Callable[[], Any]:
-        return lambda: linear_logprobs(hidden, weight, sampled, return_entropy=True, impl=impl)
+    def ours(impl: str, entropy: bool) -> Callable[[], Any]:
+        return lambda: linear_logprobs(hidden, weight, sampled, return_entropy=entropy, impl=impl)
 
     def peer(function: OneToken) -> Callable[[], Any]:
         return torch.no_grad()(lambda: function(hidden, weight, sampled))
@@ -52,9 +61,12 @@ def _forward(shape: Shape, device: str) -> Case:
     implementations = kernels(OP, device)
     contenders: dict[str, Callable[[], Any]] = {
         "matmul": lambda: hidden @ weight.T,
-        **{name: ours(name) for name in implementations},
+        **{name: ours(name, True) for name in implementations},
         "eager log_softmax": lambda: eager(hidden, weight, sampled[:, None], True),
-        **{name: peer(function) for name, function in peers.items()},
+        "torch.compile of eager": lambda: compiled_eager(hidden, weight, sampled[:, None], True),
+        **{f"{name}{ALONE}": ours(name, False) for name in implementations},
+        f"released 64-row slices{ALONE}": lambda: sliced_logprobs(hidden @ weight.T, sampled[:, None]),
+        **{f"{name}{ALONE}": peer(function) for name, function in peers.items()},
     }
 
     def check(results: Mapping[str, Any]) -> None:
@@ -62,17 +74,21 @@ def _forward(shape: Shape, device: str) -> Case:
         for name in implementations:
             assert_close(f"{name} log-probs", results[name].logprobs, log_p[:, 0], 1e-3)
             assert_close(f"{name} entropy", results[name].entropy, entropy, 1e-3)
-        for name in peers.keys() & results.keys():
-            assert_close(name, results[name], -log_p.sum(), 1e-2)
+        for name in peers:
+            if f"{name}{ALONE}" in results:
+                assert_close(name, results[f"{name}{ALONE}"], -log_p.sum(), 1e-2)
 
-    return Case(OP, f"{shape} lse + sampled + entropy", contenders, check, shape.flops, absent=absent)
+    title = f"{shape} lse + sampled + entropy"
+    late = {f"{name}{ALONE}": reason for name, reason in absent.items()}
+    return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes)
 
 
-def _step(shape: Shape, device: str, frozen: bool) -> Case:
+def step_case(shape: Shape, device: str, frozen: bool, with_peers: bool = True) -> Case:
     hidden, weight, ids = inputs(shape, device)
     sampled, upstream = ids[:, 0].contiguous(), torch.randn(ids.shape, device=device)
     leaves = (hidden.requires_grad_(), weight.requires_grad_(not frozen))[: 1 if frozen else 2]
-    peers, absent = one_token(device)
+    peers, absent = one_token(device) if with_peers else ({}, {})
+    compiled_eager = compiled(eager)
 
     def ours(impl: str, ids: Tensor, upstream: Tensor) -> Callable[[], Any]:
         def run() -> tuple[Tensor, ...]:
@@ -84,8 +100,11 @@ def _step(shape: Shape, device: str, frozen: bool) -> Case:
     def peer(function: OneToken) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(function(hidden, weight, sampled), leaves)
 
-    def eager_step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(eager(hidden, weight, ids, False)[0], leaves, upstream)
+    def full_logits(function: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(function(hidden, weight, ids, False)[0], leaves, upstream)
+
+    def released() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sliced_logprobs(hidden @ weight.T, ids), leaves, upstream)
 
     minus_one = -torch.ones_like(sampled, dtype=torch.float32)
     implementations = kernels(OP, device)
@@ -93,10 +112,15 @@ def _step(shape: Shape, device: str, frozen: bool) -> Case:
     contenders: dict[str, Callable[[], Any]] = {
         "matmul": lambda: hidden.detach() @ weight.detach().T,
         **{name: ours(name, ids, upstream) for name in implementations},
-        "eager log_softmax": eager_step,
-        **one_id,
-        **{f"{name}, one id": peer(function) for name, function in peers.items()},
+        "eager log_softmax": full_logits(eager),
     }
+    if with_peers:
+        contenders |= {
+            "torch.compile of eager": full_logits(compiled_eager),
+            "released 64-row slices": released,
+            **one_id,
+            **{f"{name}, one id": peer(function) for name, function in peers.items()},
+        }
 
     def check(results: Mapping[str, Any]) -> None:
         tolerance = 2e-2 if shape.dtype == torch.bfloat16 else 1e-4
@@ -108,32 +132,6 @@ def _step(shape: Shape, device: str, frozen: bool) -> Case:
                 assert_close(name, mine, theirs, tolerance)
 
     kind = "frozen" if frozen else "trainable"
-    title = f"{shape} K={K} forward+backward {kind} head"
+    title = f"{shape} K={shape.K} forward+backward {kind} head"
     late = {f"{name}, one id": reason for name, reason in absent.items()}
-    return Case(OP, title, contenders, check, shape.flops, absent=late)
-
-
-def _growth(shape: Shape, device: str, frozen: bool) -> Case:
-    """The default implementation at N and GROWTH * N rows; the first row's memory must be the last's."""
-    contenders: dict[str, Callable[[], Any]] = {}
-    large = shape._replace(N=GROWTH * shape.N)
-    hidden, weight, ids = inputs(large, device)
-    upstream = torch.randn(ids.shape, device=device)
-    weight.requires_grad_(not frozen)
-    for N in (shape.N, large.N):
-        rows = hidden[:N].clone().requires_grad_()
-        leaves = (rows,) if frozen else (rows, weight)
-
-        def run(rows: Tensor = rows, leaves: tuple[Tensor, ...] = leaves, N: int = N) -> tuple[Tensor, ...]:
-            out = linear_logprobs(rows, weight, ids[:N])
-            return torch.autograd.grad(out.logprobs, leaves, upstream[:N])
-
-        contenders[f"N={N}"] = run
-
-    def check(results: Mapping[str, Any]) -> None:
-        small, big = (results[name][0] for name in contenders)
-        assert_close("rows of the larger batch", big[: shape.N], small, 1e-4)
-
-    kind = "frozen" if frozen else "trainable"
-    title = f"D={shape.D} V={shape.V} K={K} growth with N, {kind} head"
-    return Case(OP, title, contenders, check, min_rounds=3)
+    return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes)

@@ -52,4 +52,5 @@ def _step(shape: Shape, device: str) -> Case:
             for mine, theirs in zip(results[name], results["eager"], strict=True):
                 assert_close(f"{name} gradient", mine, theirs, tolerance)
 
-    return Case(OP, f"{shape} K={K} forward+backward, one shard", contenders, check, shape.flops)
+    title = f"{shape} K={K} forward+backward, one shard"
+    return Case(OP, title, contenders, check, shape.flops, axes=shape.axes)

@@ -16,41 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import Case, assert_close
-from ipvrm.data import Response, collate
+from benchmarks.models import qwen3, ragged_batch, title
+from benchmarks.peers import sliced_logprobs
 from ipvrm.model import response_logprobs
 from ipvrm.objectives import ipvrm_loss
 
 OP = "reward_step"
-PROMPT = 16  # tokens of every prompt
 SLICE = 64
-
-
-def qwen3(device: str, quick: bool) -> Any:
-    """Random weights: Qwen3-0.6B's architecture on a GPU (bf16), four layers of half its width on a CPU."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    sizes = dict(vocab_size=32_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=4,
-                 num_attention_heads=8, num_key_value_heads=4, head_dim=64)  # fmt: skip
-    if quick:
-        sizes |= dict(vocab_size=8192, hidden_size=256, intermediate_size=768)
-    if device == "cuda":
-        sizes = dict(vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-                     num_attention_heads=16, num_key_value_heads=8, head_dim=128)  # fmt: skip
-    model = Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, use_cache=False, **sizes))
-    return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32).train()
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     model = qwen3(device, quick)
-    B, T = (8, 2048) if device == "cuda" else (8, 256)
-    lengths = torch.linspace(T // 4, T, B).long().tolist()  # of prompt and response; ragged, as rollouts are
     vocabulary = model.config.vocab_size
-    rows = [
-        Response(tuple(torch.randint(3, vocabulary, (n,)).tolist()), PROMPT, b % 2)
-        for b, n in enumerate(lengths)
-    ]
-    batch = collate(rows).to(device)
-    N = len(batch.token_ids)
+    batch = ragged_batch(device, vocabulary, quick)
+    B, N = len(batch.outcome), len(batch.token_ids)
     reference = response_logprobs(model, batch).detach() + 0.02 * torch.randn(N, device=device)
     parameters = list(model.parameters())
     width = batch.input_ids.shape[1]
@@ -63,9 +42,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
         targets = batch.input_ids[:, 1:].reshape(-1, 1)
         flat = logits.reshape(-1, vocabulary)
-        size = slice_rows or len(flat)
-        parts = zip(flat.split(size), targets.split(size), strict=True)
-        logprobs = torch.cat([F.log_softmax(z, 1).gather(1, t) for z, t in parts]).view(B, -1)
+        logprobs = sliced_logprobs(flat, targets, slice_rows or len(flat)).view(B, -1)
         keep = mask[:, :-1]
         mean = 10.0 * ((logprobs - padded[:, :-1]) * keep).cumsum(1) / keep.cumsum(1).clamp(min=1)
         per_token = F.softplus(5.0 - (2 * batch.outcome - 1)[:, None] * mean) * keep
@@ -79,17 +56,15 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
 
     def check(results: Mapping[str, Any]) -> None:
         for name, (loss, *gradients) in results.items():
-            expected, *others = results["full logits, eager"]
+            expected, *others = results["eager full logits"]
             assert_close(f"{name} loss", loss, expected, 1e-2 if device == "cuda" else 1e-5)
             if device != "cuda":  # bf16 logits of the eager paths are the less accurate ones
                 for mine, theirs in zip(gradients, others, strict=True):
                     assert_close(f"{name} gradient", mine, theirs, 1e-3)
 
     contenders = {
-        "full logits, eager": lambda: before(None),
-        "full logits, 64-row slices": lambda: before(SLICE),
+        "eager full logits": lambda: before(None),
+        "released 64-row slices": lambda: before(SLICE),
         "ipvrm": after,
     }
-    layers, D = model.config.num_hidden_layers, model.config.hidden_size
-    shape = f"{B} sequences, {N} response tokens, {layers} layers D={D} V={vocabulary}"
-    yield Case(OP, shape, contenders, check)
+    yield Case(OP, title(model, batch), contenders, check, tokens=int(batch.attention_mask.sum()))

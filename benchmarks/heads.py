@@ -1,14 +1,44 @@
-"""What the benchmarks of the head ops share: the shapes they are judged at and inputs like a model's."""
+"""What the benchmarks of the head ops share: the table of shapes and inputs, plain random and like a model's.
+
+Plain random rows are nearly flat: no token reaches p = 0.1. What a trained policy does is far from that, and
+emission, filtering and skipping all depend on it, so `calibrated` builds rows to a stated histogram: the
+paper's mean of 1.33 candidates of p >= 0.1 that hold 96 % of the mass.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-K = 8  # ids per row where gradients are taken
-CANDIDATES_PER_ROW = 1.33  # mean number of tokens with p >= 0.1 that the candidate benchmark is calibrated to
+K = 8  # ids per row where gradients are taken, unless a shape says otherwise
+MIN_PROB = 0.1
+SLOTS = 10  # floor(1 / MIN_PROB)
+CANDIDATES_PER_ROW = 1.33  # mean number of tokens with p >= MIN_PROB (Table 11 of the paper)
+MASS = 0.96  # mean of what they hold together
+# share of rows with 1, 2, 3, 4 candidates: its mean is CANDIDATES_PER_ROW
+HISTOGRAM = (0.75, 0.19, 0.04, 0.02)
+BACKGROUND = 1.5  # standard deviation of the logits of all other tokens before candidates are added
+
+
+class Model(NamedTuple):
+    """The head of a published model."""
+
+    name: str
+    D: int
+    V: int
+
+
+SPEC = Model("", 1024, 32_000)  # the CPU shape of the performance targets
+MODELS = {
+    "Qwen3-0.6B": Model("Qwen3-0.6B", 1024, 151_936),
+    "Qwen3-0.6B unpadded": Model("Qwen3-0.6B unpadded", 1024, 151_669),  # the tokenizer's own, odd size
+    "Qwen3-1.7B": Model("Qwen3-1.7B", 2048, 151_936),
+    "Qwen3-8B": Model("Qwen3-8B", 4096, 151_936),
+    "Llama-3.2-1B": Model("Llama-3.2-1B", 2048, 128_256),
+}
 
 
 class Shape(NamedTuple):
@@ -16,37 +46,146 @@ class Shape(NamedTuple):
     D: int
     V: int
     dtype: torch.dtype
+    K: int = K
+    model: str = ""
 
     def __str__(self) -> str:
-        return f"N={self.N} D={self.D} V={self.V} {str(self.dtype).removeprefix('torch.')}"
+        sizes = f"N={self.N} D={self.D} V={self.V} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.model} {sizes}".strip()
 
     @property
     def flops(self) -> float:
         return 2.0 * self.N * self.D * self.V
 
+    @property
+    def axes(self) -> dict[str, int]:
+        return dict(N=self.N, D=self.D, V=self.V, K=self.K)
+
+
+def _of(name: str, N: int, dtype: torch.dtype, ids: int = K) -> Shape:
+    model = MODELS.get(name, SPEC)
+    return Shape(N, model.D, model.V, dtype, ids, model.name)
+
+
+# (model, N, K) of what each device can afford, the first of each row being the one with targets
+CPU_DEFAULT = (("", 2048, K), ("Qwen3-0.6B", 64, K))
+CPU_FULL = (
+    ("Qwen3-0.6B", 64, 1), ("Qwen3-0.6B", 64, 5), ("Qwen3-0.6B", 64, 10), ("Qwen3-0.6B unpadded", 257, K),
+    ("Qwen3-1.7B", 64, K), ("Llama-3.2-1B", 64, K), ("Qwen3-8B", 64, K),
+)  # fmt: skip
+GPU_DEFAULT = (("Qwen3-0.6B", 8192, K), ("Qwen3-8B", 8192, K))
+GPU_FULL = (
+    ("Qwen3-0.6B", 64, K), ("Qwen3-0.6B", 8192, 1), ("Qwen3-0.6B", 8192, 5), ("Qwen3-0.6B", 8192, 10),
+    ("Qwen3-0.6B unpadded", 8191, K), ("Qwen3-1.7B", 8192, K), ("Llama-3.2-1B", 8192, K),
+    ("Qwen3-0.6B", 65_536, K), ("Qwen3-8B", 65_536, K),
+)  # fmt: skip
+
 
 def shapes(device: str, quick: bool) -> list[Shape]:
-    """The shapes with targets, and a small one for a quick look."""
+    """The shapes with targets and one real head; for a quick look a small shape (CPU) or the first (GPU)."""
     if device == "cuda":
-        wide = [Shape(8192, D, 151_936, torch.bfloat16) for D in (1024, 4096)]
-        return wide[:1] if quick else wide
-    return [Shape(512, 512, 8192, torch.float32)] if quick else [Shape(2048, 1024, 32_000, torch.float32)]
+        return [_of(name, N, torch.bfloat16, ids) for name, N, ids in GPU_DEFAULT[: 1 if quick else None]]
+    if quick:
+        return [Shape(512, 512, 8192, torch.float32)]
+    return [_of(name, N, torch.float32, ids) for name, N, ids in CPU_DEFAULT]
+
+
+def more_shapes(device: str) -> Iterator[Shape]:
+    """What a full run adds: every model, K in {1, 5, 10}, odd N and V, on a GPU up to 65,536 rows."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for name, N, ids in GPU_FULL if device == "cuda" else CPU_FULL:
+        yield _of(name, N, dtype, ids)
 
 
 def inputs(shape: Shape, device: str, level: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (N, D), weight (V, D) whose logits have standard deviation `level`, ids (N, K)."""
+    """hidden (N, D), weight (V, D) whose logits have standard deviation `level`, ids (N, K); all random."""
     hidden = torch.randn(shape.N, shape.D, device=device).to(shape.dtype)
     weight = (torch.randn(shape.V, shape.D, device=device) * shape.D**-0.5 * level).to(shape.dtype)
-    return hidden, weight, torch.randint(0, shape.V, (shape.N, K), device=device)
+    return hidden, weight, torch.randint(0, shape.V, (shape.N, shape.K), device=device)
 
 
-def calibrated(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden scaled so that 128 of its rows have about CANDIDATES_PER_ROW tokens of p >= 0.1 on average."""
-    z = hidden[:128].float() @ weight.float().T
-    best, chosen = float("inf"), 1.0
-    for step in range(60):
-        scale = 0.5 * 1.05**step
-        mean = (torch.softmax(z * scale, 1) >= 0.1).sum(1).float().mean().item()
-        if abs(mean - CANDIDATES_PER_ROW) < best:
-            best, chosen = abs(mean - CANDIDATES_PER_ROW), scale
-    return (hidden.float() * chosen).to(hidden.dtype)
+class Calibrated(NamedTuple):
+    """Rows like a trained model's, and what was measured on them."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    sampled: Tensor  # (N,) one token a row, drawn among its candidates by their probability
+    mean_candidates: float  # tokens of p >= MIN_PROB
+    mean_mass: float  # what they hold together
+    mean_entropy: float  # nats
+
+    def __str__(self) -> str:
+        return (
+            f"calibrated: {self.mean_candidates:.2f} candidates a row with {100 * self.mean_mass:.1f} % of "
+            f"the mass, entropy {self.mean_entropy:.2f}"
+        )
+
+
+def target_probabilities(N: int, generator: torch.Generator | None = None) -> Tensor:
+    """(N, len(HISTOGRAM)) fp32: probabilities of each row's candidates, 0 at unused places.
+
+    Counts follow HISTOGRAM as closely as N allows, in random order; the rest of the mass is exponential with
+    mean 1 - MASS, cut where the candidates would not fit; what lies above MIN_PROB is split uniformly.
+    """
+    places = len(HISTOGRAM)
+    quantiles = (torch.arange(N) + 0.5) / N
+    counts = torch.searchsorted(torch.tensor(HISTOGRAM).cumsum(0)[:-1].contiguous(), quantiles) + 1
+    counts = counts[torch.randperm(N, generator=generator)]  # (N,)
+    rest = -torch.rand(N, generator=generator).clamp(min=1e-6).log() * (1 - MASS)
+    floor = 1.02 * MIN_PROB  # away from the threshold, which rounding would decide
+    mass = 1 - rest.clamp(max=0.5)
+    used = torch.arange(places) < counts[:, None]
+    split = -torch.rand(N, places, generator=generator).clamp(min=1e-6).log() * used
+    split = split / split.sum(1, keepdim=True)
+    return (floor + (mass - counts * floor)[:, None] * split) * used
+
+
+def calibrated(shape: Shape, device: str) -> Calibrated:
+    """Rows of random candidates at `target_probabilities`, over a background of random logits.
+
+    hidden = background + sum_j a_j w_(c_j), with a from the Gram matrix of the candidates' weight rows, so
+    that their logits stand above the log-sum-exp of all others as the targets ask. Adding them moves the
+    others a little, so the step is repeated.
+    """
+    N, D, V = shape.N, shape.D, shape.V
+    target = target_probabilities(N).to(device)
+    used = target > 0
+    weight = (torch.randn(V, D, device=device) * D**-0.5).to(shape.dtype)
+    ids = torch.randint(0, V, target.shape, device=device)
+    rows = weight[ids].float()  # (N, places, D)
+    background = torch.randn(N, D, device=device) * BACKGROUND
+    gram = rows @ rows.mT + 1e-4 * torch.eye(target.shape[1], device=device)
+    wanted_odds = (target.log() - (1 - target.sum(1, keepdim=True)).log()).masked_fill(~used, 0)
+    hidden = background
+    for _ in range(4):
+        lse = _background_lse(hidden, weight, ids)  # (N, 1)
+        now = (rows @ hidden[:, :, None])[..., 0]  # (N, places) logits
+        missing = (wanted_odds + lse - now).masked_fill(~used, 0)
+        inverse = torch.where(used[:, :, None] & used[:, None], gram, torch.eye(gram.shape[1], device=device))
+        step = torch.linalg.solve(inverse, missing[..., None])  # (N, places, 1)
+        hidden = hidden + (rows * step).sum(1)
+    hidden = hidden.to(shape.dtype)
+    sampled = ids.gather(1, torch.multinomial(target, 1))[:, 0]
+    return Calibrated(hidden, weight, sampled.contiguous(), *measured(hidden, weight))
+
+
+def _background_lse(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """(N, 1) log-sum-exp over all tokens but ids (N, places), a block of rows at a time."""
+    parts = []
+    for h, i in zip(hidden.to(weight.dtype).split(256), ids.split(256), strict=True):
+        z = (h @ weight.T).float()
+        parts.append(z.scatter(1, i, -torch.inf).logsumexp(1, keepdim=True))
+    return torch.cat(parts)
+
+
+def measured(hidden: Tensor, weight: Tensor, rows: int = 1024) -> tuple[float, float, float]:
+    """Means over the first `rows`: tokens of p >= MIN_PROB, the mass they hold, entropy in nats."""
+    counts, mass, entropy = [], [], []
+    for h in hidden[:rows].detach().split(256):
+        log_p = torch.log_softmax((h @ weight.detach().T).float(), 1)
+        p = log_p.exp()
+        candidates = p >= MIN_PROB
+        counts.append(candidates.sum(1).float())
+        mass.append((p * candidates).sum(1))
+        entropy.append(-(p * log_p).sum(1))
+    return tuple(torch.cat(column).mean().item() for column in (counts, mass, entropy))  # type: ignore[return-value]

@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 
+PACKAGES = (
+    "ipvrm", "torch", "triton", "transformers", "numpy", "cut-cross-entropy", "liger-kernel", "trl",
+    "quack-kernels",
+)  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,7 +32,8 @@ def describe() -> dict[str, Any]:
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         python=platform.python_version(),
-        versions={name: _version(name) for name in ("ipvrm", "torch", "triton", "transformers", "numpy")},
+        load=round(os.getloadavg()[0], 1),  # of the last minute, before anything was measured
+        versions={name: _version(name) for name in PACKAGES},
         cuda=torch.version.cuda,
     )
 

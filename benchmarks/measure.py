@@ -8,18 +8,26 @@ the CPU the running sum of the allocations that the profiler records.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+WRONG = "WRONG RESULT"  # how the error of a row begins whose case failed its check
+FULL_LOGITS = ("matmul",)  # yardsticks that do less work than the op and so never win or lose against it
+OURS = ("cpp", "cuda", "triton", "ipvrm")  # first words of the contenders that this package stands for
+
 
 @dataclass(frozen=True)
 class Case:
-    """One row group: contenders that do the same work at one shape. The first contender is the yardstick."""
+    """One row group: contenders that do the same work at one shape. The first contender is the yardstick.
+
+    A contender called "name, variant" is compared with those of the same variant only.
+    """
 
     op: str
     shape: str
@@ -28,8 +36,12 @@ class Case:
     check: Callable[[Mapping[str, Any]], None]
     flops: float = 0.0  # of the yardstick, 0 where it is not a matmul
     num_bytes: float = 0.0  # least traffic of the op, 0 where that is not the point
-    min_rounds: int = 5
+    min_rounds: int = 3
     absent: Mapping[str, str] = field(default_factory=dict)  # contenders that cannot run here, and why
+    axes: Mapping[str, int] = field(default_factory=dict)  # sizes by letter: N, D, V, K, B, T
+    curve: str = ""  # the letter of `axes` that grows over the cases of this op and `series`
+    series: str = ""  # what stays the same along the curve
+    tokens: int = 0  # tokens that one call works through, 0 where that is not the point
 
 
 @dataclass(frozen=True)
@@ -48,35 +60,58 @@ class Row:
     gb_per_s: float | None
     rounds: int
     error: str = ""
+    axes: Mapping[str, int] = field(default_factory=dict)
+    curve: str = ""
+    series: str = ""
+    tokens_per_s: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has no NaN: None in its place."""
+        plain = asdict(self)
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in plain.items()}
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> Row:
+        """The inverse of `as_dict`."""
+        times = ("median_ms", "p20_ms", "p80_ms", "ratio")
+        return Row(**{k: math.nan if v is None and k in times else v for k, v in plain.items()})
 
 
 def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200) -> list[Row]:
-    """Time every contender of `case` in turn for about `seconds`, after its check (which may raise)."""
+    """Time every contender of `case` in turn, after its check.
+
+    Rounds go on for about `seconds`: after min_rounds a contender leaves that has used its equal share of them;
+    the yardstick stays to the last, so that every round has one.
+    A contender that cannot run is a row with the reason; a case that fails its check is rows that say so.
+    """
     contenders = dict(case.contenders)
     errors = dict(case.absent)
     results, peaks = {}, {}
-    for name in list(contenders):  # a contender that cannot run is a row that says so
+    for name in list(contenders):
         try:
             contenders[name]()  # compiles and allocates what later calls reuse
             results[name], peaks[name] = _with_peak_mib(contenders[name], device)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        except Exception as error:  # a peer may raise anything
+            errors[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             del contenders[name]
-    case.check(results)
+    try:
+        case.check(results)
+    except AssertionError as error:
+        reason = f"{WRONG}: {str(error).partition(chr(10))[0] or 'its check failed'}"
+        return [_failed(case, name, errors.get(name, reason)) for name in case.contenders]
     results.clear()
     flush = torch.empty(64 * 2**20, dtype=torch.float32, device=device) if device == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    stop = time.perf_counter() + seconds
-    while contenders and len(next(iter(times.values()))) < max_rounds:
-        for name, run in contenders.items():
-            times[name].append(_once(run, flush))
-        if time.perf_counter() > stop and len(next(iter(times.values()))) >= case.min_rounds:
-            break
     yardstick = next(iter(case.contenders))
-    base = statistics.median(times[yardstick]) if yardstick in times else float("nan")
+    share = seconds * 1e3 / max(len(contenders), 1)
+    for rounds in range(max_rounds):
+        taking = {n for n in contenders if rounds < case.min_rounds or sum(times[n]) < share}
+        if not taking:
+            break
+        for name, run in contenders.items():
+            if name in taking or name == yardstick:
+                times[name].append(once(run, flush))
+    base = statistics.median(times[yardstick]) if yardstick in times else math.nan
     rows = []
     for name in contenders:
         ordered = sorted(times[name])
@@ -87,16 +122,23 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
                 median / base, peaks[name],
                 case.flops / median / 1e9 if case.flops and name == yardstick else None,
                 case.num_bytes / median / 1e6 if case.num_bytes else None,
-                len(ordered),
+                len(ordered), axes=dict(case.axes), curve=case.curve, series=case.series,
+                tokens_per_s=case.tokens / median * 1e3 if case.tokens else None,
             )
         )  # fmt: skip
-    nan = float("nan")
-    for name, reason in errors.items():
-        rows.append(Row(case.op, case.shape, name, nan, nan, nan, nan, None, None, None, 0, reason))
-    return rows
+    return rows + [_failed(case, name, reason) for name, reason in errors.items()]
 
 
-def _once(run: Callable[[], Any], flush: torch.Tensor | None) -> float:
+def _failed(case: Case, name: str, reason: str) -> Row:
+    nan = math.nan
+    return Row(
+        case.op, case.shape, name, nan, nan, nan, nan, None, None, None, 0, reason,
+        axes=dict(case.axes), curve=case.curve, series=case.series,
+    )  # fmt: skip
+
+
+def once(run: Callable[[], Any], flush: torch.Tensor | None) -> float:
+    """Milliseconds of one call: CUDA events after a write over `flush`, which empties L2; else wall time."""
     if flush is None:
         start = time.perf_counter()
         run()
@@ -139,25 +181,3 @@ def assert_close(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance
     assert error <= tolerance * max(scale, 1e-30), (
         f"{name}: error {error:.2e} at scale {scale:.2e}, {tolerance=}"
     )
-
-
-def markdown(rows: Iterable[Row]) -> str:
-    """The rows as one Markdown table, in the order measured."""
-    lines = [
-        "| op | shape | contender | median ms | p20 | p80 | x yardstick | peak MiB | TFLOP/s | GB/s |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-
-    def cell(value: float | None, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    for row in rows:
-        if row.error:
-            lines.append(f"| {row.op} | {row.shape} | {row.contender} | {row.error} | | | | | | |")
-            continue
-        lines.append(
-            f"| {row.op} | {row.shape} | {row.contender} | {row.median_ms:.3f} "
-            f"| {row.p20_ms:.3f} | {row.p80_ms:.3f} | {row.ratio:.3f} | {cell(row.peak_mib, 0)} "
-            f"| {cell(row.tflops, 2)} | {cell(row.gb_per_s, 1)} |"
-        )
-    return "\n".join(lines)

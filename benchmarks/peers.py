@@ -1,4 +1,5 @@
-"""The packages people use instead: the log-prob of one token per row from hidden states, by each of them.
+"""What people use instead: the log-prob of one token per row from hidden states by each package that has one,
+liger's chunked GRPO loss, and the slices of 64 rows of the method's released formulation.
 
 Every peer is called as its own documentation calls it, and is skipped with a reason where it is not installed
 or does not run on the device.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,11 @@ from torch import Tensor
 
 # (hidden (N, D), weight (V, D), target (N,)) -> the sum of -log p(target)
 OneToken = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (hidden (B, T, D), weight (V, D), ids (B, T), old log-probs (B, T), advantages (B,)) -> the scalar loss
+GrpoLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+PACKAGES = dict(
+    cut_cross_entropy="cut-cross-entropy", trl="trl", liger_kernel="liger-kernel", quack="quack-kernels"
+)
 TRL_CHUNK = 32_768  # columns of the vocabulary at a time, as TRL's trainers pass
 
 
@@ -25,7 +32,7 @@ def one_token(device: str) -> tuple[dict[str, OneToken], dict[str, str]]:
 
     def offer(name: str, module: str, make: Callable[[], OneToken], runs: bool = True) -> None:
         if importlib.util.find_spec(module) is None:
-            absent[name] = f"not installed: pip install {module.replace('_', '-')}"
+            absent[name] = _not_installed(module)
         elif runs:
             peers[name] = make()
         else:
@@ -40,7 +47,40 @@ def one_token(device: str) -> tuple[dict[str, OneToken], dict[str, str]]:
     offer("cut-cross-entropy cce", "cut_cross_entropy", lambda: _cut_cross_entropy("cce"), on_gpu)
     offer("TRL chunked log-prob", "trl", _trl)
     offer("liger fused linear CE", "liger_kernel", _liger, on_gpu)
+    offer("quack linear CE", "quack", _quack, on_gpu)
     return peers, absent
+
+
+def grpo_loss(device: str) -> tuple[GrpoLoss | None, str]:
+    """(liger's chunked GRPO loss, "") or (None, why it is absent)."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None, _not_installed("liger_kernel")
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, epsilon_low=0.2, epsilon_high=0.28, loss_type="grpo", use_ref_model=False
+    )
+
+    def run(hidden: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        mask = torch.ones_like(old)
+        return loss(hidden, weight, ids, mask, advantages, old_per_token_logps=old)[0]
+
+    return run, ""
+
+
+def sliced_log_softmax(logits: Tensor, rows: int = 64) -> Tensor:
+    """(N, V) log-probs from full logits, 64 rows at a time, as the method was released."""
+    return torch.cat([torch.log_softmax(part.float(), 1) for part in logits.split(rows)])
+
+
+def sliced_logprobs(logits: Tensor, ids: Tensor, rows: int = 64) -> Tensor:
+    """(N, K) log-probs of ids from full logits, 64 rows at a time, as the method was released."""
+    parts = zip(logits.split(rows), ids.split(rows), strict=True)
+    return torch.cat([torch.log_softmax(z.float(), 1).gather(1, i) for z, i in parts])
+
+
+def _not_installed(module: str) -> str:
+    return f"not installed: pip install {PACKAGES[module]}"
 
 
 def _torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -74,3 +114,17 @@ def _liger() -> OneToken:
     return lambda hidden, weight, target: liger_fused_linear_cross_entropy(
         hidden, weight, target, reduction="sum"
     )
+
+
+def _quack() -> OneToken:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda hidden, weight, target: chunked_linear_cross_entropy(
+        hidden, weight, target, reduction="sum"
+    )
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile(function)`, compiled on first use and apart from what was compiled before it."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)

@@ -1,7 +1,9 @@
-"""Run benchmarks on this machine: `python -m benchmarks.run [--op NAME ...] [--quick] [--device cpu|cuda]
-[--json FILE]`.
+"""Measure this package against what you would otherwise use, on this machine.
 
-A table in the terminal; with --json the same rows with machine, versions, commit and command.
+    ipvrm bench [--op NAME ...] [--quick | --full] [--device cpu|cuda] [--json F] [--csv F] [--plot DIR]
+
+Tables appear as they are measured; files are rewritten after every case, so that a run that is killed keeps
+what it has. Exits 1 if an op gave a wrong result, 2 without the device.
 """
 
 from __future__ import annotations
@@ -11,53 +13,103 @@ import importlib
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at import: the profiler's own notices, two a contender
 
 import torch
 
+from benchmarks import terminal
 from benchmarks.machine import describe
-from benchmarks.measure import Row, markdown, measure
+from benchmarks.measure import WRONG, Case, Row, measure
+from benchmarks.tables import as_csv
 
 MODULES = (
     "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
     "segment_scan", "prefix_values", "prefix_value_loss", "clipped_surrogate",
-    "reward_step", "advantages",
+    "reward_step", "distrl_step", "advantages", "scaling",
 )  # fmt: skip
+SECONDS = dict(quick=0.4, default=2.0, full=3.0)  # of rounds a case, beyond the least number of rounds
+# What a run of everything takes on two idle cores, measured; printed before it starts.
+MINUTES = dict(quick=3, default=10, full=20)
+
+
+def suite(name: str, device: str, mode: str) -> Iterator[Case]:
+    """The cases of one benchmark: its module's `cases(device, quick)` and, in a full run, `full_cases`."""
+    module = importlib.import_module(f"benchmarks.bench_{name}")
+    yield from module.cases(device, mode == "quick")
+    if mode == "full" and hasattr(module, "full_cases"):
+        yield from module.full_cases(device)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ipvrm bench", description=__doc__)
+    description, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(prog="ipvrm bench", description=description)
     parser.add_argument(
-        "--op", nargs="+", choices=MODULES, default=MODULES, help="which benchmarks (default: all)"
+        "--op", nargs="+", choices=MODULES, default=MODULES, metavar="NAME",
+        help=f"which benchmarks (default: all): {', '.join(MODULES)}",
+    )  # fmt: skip
+    effort = parser.add_mutually_exclusive_group()
+    effort.add_argument("--quick", dest="mode", action="store_const", const="quick", help="small shapes")
+    effort.add_argument(
+        "--full",
+        dest="mode",
+        action="store_const",
+        const="full",
+        help="also every model's head and odd sizes",
     )
-    parser.add_argument("--quick", action="store_true", help="small shapes, a second each")
+    parser.set_defaults(mode="default")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, metavar="F", help="rows with machine, versions, commit, command")
+    parser.add_argument("--csv", type=Path, metavar="F", help="the same as a table")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="PNG plots (needs the extra `plot`)")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("ipvrm bench: --device cuda needs a GPU that torch can see", file=sys.stderr)
         return 2
+    if options.plot:
+        from benchmarks import plots  # before anything is measured: it may be missing
     torch.manual_seed(0)
+    machine, start = describe(), time.monotonic()
     rows: list[Row] = []
-    for name in options.op:
-        for case in importlib.import_module(f"benchmarks.bench_{name}").cases(options.device, options.quick):
-            print(f"{case.op}: {case.shape}", file=sys.stderr, flush=True)
-            rows += measure(case, options.device, seconds=1.0 if options.quick else 4.0)
-            if options.json:  # after every case, so that a killed run keeps what it measured
-                write_json(options.json, dict(machine=describe(), rows=[row.as_dict() for row in rows]))
-    print(markdown(rows))
-    return 0
+    screen = terminal.Screen(machine, options.op, options.mode)
+    if tuple(options.op) == MODULES and options.device == "cpu":
+        screen.note(f"everything, {options.mode}: about {MINUTES[options.mode]} minutes on two idle cores")
+    with screen:
+        for name in options.op:
+            for case in suite(name, options.device, options.mode):
+                screen.measuring(name, case)
+                new = measure(case, options.device, SECONDS[options.mode])
+                del case  # the next one is built while this name would still hold its tensors
+                rows += new
+                screen.measured(new)
+                machine["seconds"] = round(time.monotonic() - start)
+                if options.json:
+                    write_json(options.json, dict(machine=machine, rows=[row.as_dict() for row in rows]))
+                if options.csv:
+                    write_text(options.csv, as_csv(rows, machine))
+            screen.finished(name)
+    screen.summary(rows)
+    if options.plot:
+        for path in plots.draw(rows, machine, options.plot):
+            screen.note(f"plot: {path}")
+    screen.note(f"{len(rows)} rows in {machine['seconds']} s")
+    return 1 if any(row.error.startswith(WRONG) for row in rows) else 0
 
 
 def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write to a temporary name beside `path`, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 

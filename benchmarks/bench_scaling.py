@@ -1,0 +1,139 @@
+"""How time and memory grow: the head over N, V and K, the scans over the sequence length to 32,768 tokens.
+
+Each curve is a series of cases that differ in one size; the exponents are fitted over all its points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.bench_linear_logprobs import step_case
+from benchmarks.heads import Shape, inputs
+from benchmarks.measure import Case, assert_close
+from benchmarks.sequences import edges, forward_backward, kernels
+from ipvrm_kernels import linear_logprobs, prefix_value_loss, prefix_values, segment_scan
+
+OP = "scaling"
+LENGTHS = (512, 2048, 8192, 32_768)
+SEQUENCES = 4
+
+
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    small, dtype = device == "cpu", torch.float32 if device == "cpu" else torch.bfloat16
+    base = Shape(512, 256, 8192, dtype) if small else Shape(8192, 1024, 151_936, dtype)
+    if quick and small:
+        base = Shape(256, 128, 4096, dtype)
+    rows = (256, 1024, 4096, 16_384) if small else (1024, 8192, 65_536)
+    columns = (2048, 8192, 32_768, 131_072) if small else (32_000, 64_000, 128_256, 256_000)
+    for N in rows[: 3 if quick else None]:
+        yield head_case(base._replace(N=N), device, "N")
+    for V in columns[: 3 if quick else None]:
+        yield head_case(base._replace(V=V), device, "V")
+    for ids in (1, 2, 5, 10):
+        yield head_case(base._replace(K=ids), device, "K")
+    for make in (scan_case, values_case, loss_case):
+        for T in LENGTHS[: 3 if quick else None]:
+            yield make(T, device)
+
+
+def full_cases(device: str) -> Iterator[Case]:
+    if device == "cpu":  # the growth from N = 2048 to 16,384 that has a target; ours alone, it takes minutes
+        for N in (2048, 5792, 16_384):
+            yield target_case(Shape(N, 1024, 32_000, torch.float32), device)
+
+
+def head_case(shape: Shape, device: str, axis: str) -> Case:
+    """Forward + backward, trainable: the bare matmul, ours, eager."""
+    case = step_case(shape, device, frozen=False, with_peers=False)
+    fixed = " ".join(f"{letter}={size}" for letter, size in shape.axes.items() if letter != axis)
+    series = f"{fixed} log-probs forward+backward"
+    return replace(case, op=f"linear_logprobs over {axis}", curve=axis, series=series)
+
+
+def target_case(shape: Shape, device: str) -> Case:
+    hidden, weight, ids = inputs(shape, device)
+    upstream = torch.randn(ids.shape, device=device)
+    hidden.requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(linear_logprobs(hidden, weight, ids).logprobs, hidden, upstream)
+
+    (name,) = kernels("linear_logprobs", device)[:1]
+    series = f"D={shape.D} V={shape.V} K={shape.K} log-probs forward+backward, frozen head"
+    return Case(
+        "linear_logprobs over N", f"{shape} K={shape.K}, frozen head", {name: run}, lambda results: None,
+        axes=shape.axes, curve="N", series=series,
+    )  # fmt: skip
+
+
+def scan_case(T: int, device: str) -> Case:
+    cu, x = _packed(T, device)
+
+    def loop() -> Tensor:
+        padded = x.view(SEQUENCES, T)
+        carry, columns = torch.zeros_like(padded[:, 0]), []
+        for t in reversed(range(T)):
+            carry = padded[:, t] + 0.95 * carry
+            columns.append(carry)
+        return torch.stack(columns[::-1], dim=1)
+
+    ours = {
+        impl: lambda impl=impl: segment_scan(x, cu, 0.95, True, impl=impl)
+        for impl in kernels("segment_scan", device)
+    }
+    return _case("segment_scan", T, {"padded loop": loop, **ours}, 8)
+
+
+def values_case(T: int, device: str) -> Case:
+    cu, x = _packed(T, device)
+    count = torch.arange(1, T + 1, device=device, dtype=torch.float32)
+
+    def eager() -> tuple[Tensor, ...]:
+        value = 10.0 * x.view(SEQUENCES, T).cumsum(1)
+        mean = value / count
+        return value, mean, mean.sigmoid(), 10.0 * x
+
+    ours = {
+        impl: lambda impl=impl: prefix_values(x, cu, impl=impl) for impl in kernels("prefix_values", device)
+    }
+    return _case("prefix_values", T, {"padded eager": eager, **ours}, 20)
+
+
+def loss_case(T: int, device: str) -> Case:
+    cu, x = _packed(T, device)
+    outcome = (torch.arange(SEQUENCES, device=device) % 2).float()
+    count = torch.arange(1, T + 1, device=device, dtype=torch.float32)
+
+    def eager(x: Tensor) -> Tensor:
+        mean = 10.0 * x.view(SEQUENCES, T).cumsum(1) / count
+        return F.softplus(5.0 - (2 * outcome - 1)[:, None] * mean).mean()
+
+    ours = {
+        impl: forward_backward(lambda x, impl=impl: prefix_value_loss(x, cu, outcome, impl=impl), x)
+        for impl in kernels("prefix_value_loss", device)
+    }
+    return _case("prefix_value_loss", T, {"padded eager": forward_backward(eager, x), **ours}, 16)
+
+
+def _packed(T: int, device: str) -> tuple[Tensor, Tensor]:
+    return edges([T] * SEQUENCES, device), 0.05 * torch.randn(SEQUENCES * T, device=device)
+
+
+def _case(op: str, T: int, contenders: dict[str, Callable[[], Any]], bytes_per_token: int) -> Case:
+    def check(results: Mapping[str, Any]) -> None:
+        expected = next(iter(results.values()))
+        for name, result in results.items():
+            pairs = [(result, expected)] if isinstance(result, Tensor) else zip(result, expected, strict=True)
+            for got, wanted in pairs:
+                assert_close(name, got.reshape(-1), wanted.reshape(-1), 1e-4)
+
+    return Case(
+        f"{op} over T", f"B={SEQUENCES} T={T}", contenders, check, num_bytes=bytes_per_token * SEQUENCES * T,
+        axes=dict(B=SEQUENCES, T=T), curve="T", series=f"B={SEQUENCES}",
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""benchmarks/results/README.md from the JSON files beside it: `python -m benchmarks.render [--results DIR]`.
+
+Every number in it comes from a file in that folder. Files of `benchmarks.run` have rows, those of
+`benchmarks.gpu_report` parts; others are left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT
+from benchmarks.measure import Row
+from benchmarks.run import write_text
+from benchmarks.tables import (
+    Verdict,
+    by_case,
+    cell,
+    conditions,
+    growth,
+    is_ours,
+    markdown,
+    markdown_growth,
+    milliseconds,
+    verdicts,
+)
+
+RESULTS = ROOT / "benchmarks" / "results"
+INTRODUCTION = """# Benchmark results
+
+Written by `python -m benchmarks.render` from the JSON files in this folder; do not edit. Each file holds
+machine, versions, commit and command. The CPU files are made by
+
+```bash
+python -m benchmarks.run --full --json benchmarks/results/cpu-full.json \\
+    --csv benchmarks/results/cpu-full.csv --plot benchmarks/results/plots && python -m benchmarks.render
+```
+
+(about twenty minutes on two idle cores) and a GPU's by `python -m benchmarks.gpu_report && python -m
+benchmarks.render`. How it is measured: every contender's result is checked before anything is timed; then
+contenders take turns, and the median, the 20th and the 80th percentile of their times are kept; memory is the
+peak above inputs. Ratios are to the first contender of a case. Ours are bold (`cpp`, `cuda`, `triton`,
+`ipvrm`) and judged against the fastest other contender that does the same work; the bare matmul does less and
+is never one.
+"""
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results files in `folder` by name, in that order."""
+    files = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and "machine" in content and {"rows", "parts"} & content.keys():
+            files[path.name] = content
+    return files
+
+
+def page(files: Mapping[str, Mapping[str, Any]], plots: Sequence[str] = ()) -> str:
+    """The README: a chapter a file, pictures of plots/ at the end."""
+    chapters = [INTRODUCTION]
+    for name, content in files.items():
+        title = f"## [{name}]({name})\n"
+        if "parts" in content:
+            chapters.append(f"{title}\n{gpu_page(content, level='###')}")
+        else:
+            chapters.append(f"{title}\n{_measured(content['machine'], _rows(content))}")
+    if plots:
+        chapters.append(
+            "## Plots\n\n" + "\n\n".join(f"![{Path(plot).stem}]({plot})" for plot in plots) + "\n"
+        )
+    return "\n".join(chapters)
+
+
+def gpu_page(content: Mapping[str, Any], level: str = "#") -> str:
+    """A GPU report: parts, the sweep, counters, then what was measured."""
+    machine, parts = content["machine"], content["parts"]
+    lines = [
+        f"{level} {machine['device']}, {machine['date']}", "",
+        f"`{machine['command']}`", "",
+        "| part | status | seconds |", "|---|---|--:|",
+        *(f"| {name} | {part['status']} | {part['seconds']} |" for name, part in parts.items()), "",
+    ]  # fmt: skip
+    for part in parts.values():
+        if part.get("sweep"):
+            lines += [_sweep(part["sweep"]), ""]
+        if part.get("counters"):
+            lines += [_counters(part["counters"]), ""]
+    return "\n".join(lines) + "\n" + _measured(machine, _rows(content))
+
+
+def _rows(content: Mapping[str, Any]) -> list[Row]:
+    plain = content.get("rows") or [
+        r for part in content.get("parts", {}).values() for r in part.get("rows", [])
+    ]
+    return [Row.from_dict(row) for row in plain]
+
+
+def _measured(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    seconds = f", {machine['seconds']} s" if "seconds" in machine else ""
+    load = f", load {machine['load']} before it" if "load" in machine else ""
+    lines = [f"{conditions(machine)}{load}{seconds}.", "", f"`{machine['command']}`", ""]
+    if not rows:
+        return "\n".join([*lines, "No rows.", ""])
+    found = verdicts(rows)
+    lines += [_summary(found), "", _ratios(rows), ""]
+    lost = sorted((v for v in found if v.outcome == "lost"), key=lambda v: v.factor)
+    if lost:
+        lines += ["Lost:", "", *(f"- {v.op}, {v.shape}: {str(v).partition(': ')[2]}" for v in lost), ""]
+    fits = growth(rows)
+    if fits:
+        lines += [markdown_growth(fits), ""]
+    lines += ["<details><summary>every row</summary>", "", markdown(rows), "", "</details>", ""]
+    return "\n".join(lines)
+
+
+def _summary(found: Sequence[Verdict]) -> str:
+    counts = {name: sum(v.outcome == name for v in found) for name in ("won", "lost", "level")}
+    text = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return f"Against the fastest other contender: {text}."
+
+
+def _ratios(rows: Sequence[Row]) -> str:
+    """A line for each case that lies on no curve: ours and the fastest other, as ratios to the yardstick."""
+    lines = ["| op | case | yardstick | ours | fastest other |", "|---|---|--:|--:|--:|"]
+    for (op, shape), case in by_case(row for row in rows if not row.curve).items():
+        done = [row for row in case if not row.error]
+        ours = [row for row in done if is_ours(row.contender)]
+        if not ours:
+            continue
+        variant = ours[0].contender.partition(", ")[2]
+        others = [
+            row for row in done
+            if row not in ours and row.contender != "matmul" and row.contender.partition(", ")[2] == variant
+        ]  # fmt: skip
+        best = min(ours, key=lambda row: row.median_ms)
+        text = f"{case[0].contender} {milliseconds(case[0].median_ms)} ms" if not case[0].error else ""
+        other = ""
+        if others:
+            row = min(others, key=lambda row: row.median_ms)
+            other = f"{row.ratio:.2f} {row.contender}{_memory(row)}"
+        lines.append(
+            f"| {op} | {shape} | {text} | **{best.ratio:.2f}** {best.contender}{_memory(best)} | {other} |"
+        )
+    return "\n".join(lines)
+
+
+def _memory(row: Row) -> str:
+    rate = f", {cell(row.tokens_per_s, 0)} tokens/s" if row.tokens_per_s else ""
+    return f" ({cell(row.peak_mib, 0)} MiB{rate})"
+
+
+def _sweep(sweep: Mapping[str, Any]) -> str:
+    tried = [one for one in sweep["tried"] if one["ms"] is not None]
+    lines = [
+        f"Sweep of the Triton head's tiles, {sweep['architecture']} {sweep['kind']}, {sweep['shape']}: "
+        f"{len(sweep['tried'])} configurations, {len(tried)} ran.", "",
+        "| configuration | ms |", "|---|--:|",
+    ]  # fmt: skip
+    for one in sorted(tried, key=lambda one: one["ms"]):
+        marks = [name for name in ("start", "winner") if one["config"] == sweep[name]]
+        text = " ".join(f"{key}={value}" for key, value in one["config"].items())
+        lines.append(f"| {text}{' (' + ', '.join(marks) + ')' if marks else ''} | {one['ms']:.3f} |")
+    return "\n".join(lines)
+
+
+def _counters(launches: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(key for launch in launches for key in launch if key not in ("kernel", "grid")))
+    lines = ["| kernel | grid | " + " | ".join(names) + " |", "|---|---|" + "--:|" * len(names)]
+    for launch in launches:
+        cells = [launch["kernel"], launch["grid"], *(launch.get(name, "") for name in names)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    options = parser.parse_args(arguments)
+    folder = options.results
+    plots = [f"plots/{path.name}" for path in sorted((folder / "plots").glob("*.png"))]
+    files = load(folder)
+    write_text(folder / "README.md", page(files, plots))
+    print(f"written: {folder / 'README.md'} from {', '.join(files) or 'no files'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

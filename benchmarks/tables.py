@@ -1,0 +1,173 @@
+"""What measured rows say: who won by how much, how time and memory grow, and tables of both."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks.measure import FULL_LOGITS, OURS, Row
+
+LEVEL = 0.03  # medians this close are a draw
+
+
+class Verdict(NamedTuple):
+    """Our fastest contender of one case and variant against the fastest other one."""
+
+    op: str
+    shape: str
+    ours: str
+    other: str
+    factor: float  # time of the other / ours: above 1 we are faster
+
+    @property
+    def outcome(self) -> str:
+        return "level" if abs(self.factor - 1) <= LEVEL else "won" if self.factor > 1 else "lost"
+
+    def __str__(self) -> str:
+        if self.outcome == "level":
+            return f"level: {self.ours} and {self.other}"
+        if self.outcome == "won":
+            return f"won: {self.ours} {self.factor:.2f}x faster than {self.other}"
+        return f"LOST: {self.ours} {1 / self.factor:.2f}x slower than {self.other}"
+
+
+class Growth(NamedTuple):
+    """time ~ x ** exponent and memory ~ x ** memory_exponent along one curve, by least squares in logs."""
+
+    op: str
+    series: str
+    axis: str
+    contender: str
+    points: list[tuple[int, float, float]]  # (x, ms, MiB), x rising
+    exponent: float
+    memory_exponent: float
+
+
+def is_ours(contender: str) -> bool:
+    """Whether a contender is one of this package's fast implementations."""
+    return contender.replace(",", " ").split()[0] in OURS
+
+
+def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by (op, shape), in the order measured."""
+    cases: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        cases[row.op, row.shape].append(row)
+    return dict(cases)
+
+
+def verdicts(rows: Iterable[Row]) -> list[Verdict]:
+    """One for each case and variant that both we and somebody else ran."""
+    found = []
+    for (op, shape), case in by_case(rows).items():
+        variants: dict[str, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))
+        for row in case:
+            if not row.error and row.contender not in FULL_LOGITS:
+                variants[row.contender.partition(", ")[2]][is_ours(row.contender)].append(row)
+        for others, ours in variants.values():
+            if ours and others:
+                mine, best = (min(side, key=lambda row: row.median_ms) for side in (ours, others))
+                factor = best.median_ms / mine.median_ms
+                found.append(Verdict(op, shape, mine.contender, best.contender, factor))
+    return found
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """The exponent p of the best fit y = c * x ** p, least squares in logarithms."""
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    mean_x, mean_y = (sum(column) / len(logs) for column in zip(*logs, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+
+
+def growth(rows: Iterable[Row]) -> list[Growth]:
+    """A fit for every contender with at least three points on a curve."""
+    curves: dict[tuple[str, str, str, str], list[tuple[int, float, float]]] = defaultdict(list)
+    for row in rows:
+        if row.curve and not row.error:
+            point = (row.axes[row.curve], row.median_ms, row.peak_mib or 0.0)
+            curves[row.op, row.series, row.curve, row.contender].append(point)
+    fits = []
+    for key, points in curves.items():
+        points.sort()
+        if len(points) < 3:
+            continue
+        memory = [(x, max(mib, 2**-10)) for x, _, mib in points]
+        fits.append(Growth(*key, points, slope([(x, ms) for x, ms, _ in points]), slope(memory)))
+    return fits
+
+
+def cell(value: float | None, digits: int = 2) -> str:
+    """A number for a table, empty where there is none."""
+    return "" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits, whatever the size."""
+    return cell(value, max(0, 2 - math.floor(math.log10(value)) if value < 1e3 else 0))
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The rows as one Markdown table, in the order measured."""
+    rows = list(rows)
+    tokens = any(row.tokens_per_s for row in rows)
+    head = "| op | shape | contender | median ms | p20 | p80 | x yardstick | peak MiB | TFLOP/s | GB/s |"
+    lines = [head + (" tokens/s |" if tokens else ""), "|---|---|---|" + "--:|" * (7 + tokens)]
+    for row in rows:
+        start = f"| {row.op} | {row.shape} | {row.contender} "
+        if row.error:
+            lines.append(start + f"| {row.error.replace('|', '/')} |" + " |" * (6 + tokens))
+            continue
+        name = f"**{row.contender}**" if is_ours(row.contender) else row.contender
+        cells = [
+            row.op, row.shape, name, milliseconds(row.median_ms), milliseconds(row.p20_ms),
+            milliseconds(row.p80_ms), cell(row.ratio, 3), cell(row.peak_mib, 1), cell(row.tflops),
+            cell(row.gb_per_s, 1), *([cell(row.tokens_per_s, 0)] if tokens else []),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def markdown_growth(fits: Iterable[Growth]) -> str:
+    """The fits as a Markdown table: exponents, and the ends of each curve."""
+    lines = [
+        "| op | along | contender | over | time ~ | memory ~ | ms at the ends | MiB at the ends |",
+        "|---|---|---|---|--:|--:|--:|--:|",
+    ]
+    for fit in fits:
+        (x0, ms0, mib0), (x1, ms1, mib1) = fit.points[0], fit.points[-1]
+        name = f"**{fit.contender}**" if is_ours(fit.contender) else fit.contender
+        lines.append(
+            f"| {fit.op} | {fit.series} | {name} | {fit.axis} {x0:,} to {x1:,} "
+            f"| {fit.axis}^{fit.exponent:.2f} | {fit.axis}^{fit.memory_exponent:.2f} "
+            f"| {milliseconds(ms0)} to {milliseconds(ms1)} | {mib0:,.1f} to {mib1:,.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def conditions(machine: Mapping[str, Any]) -> str:
+    """One line: device, threads, versions, commit, date."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    where = machine["device"]
+    if where == "CPU":
+        where = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    modified = " (modified)" if machine["modified"] else ""
+    return f"{where}; {versions}; commit {machine['commit']}{modified}; {machine['date']}"
+
+
+def as_csv(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
+    """The rows as CSV below `# key: value` lines of the machine; sizes are columns of their own."""
+    out = io.StringIO()
+    for key, value in machine.items():
+        out.write(f"# {key}: {value}\n")
+    letters = sorted({letter for row in rows for letter in row.axes})
+    fields = [name for name in Row.__dataclass_fields__ if name != "axes"]
+    writer = csv.DictWriter(out, [*fields, *letters], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        plain = row.as_dict()
+        writer.writerow({**plain.pop("axes"), **plain})
+    return out.getvalue()
