@@ -37,9 +37,9 @@ BUDGET = 520.0  # seconds of everything
 LEAST = 5.0  # seconds a part is still started with
 # seconds of each part out of the budget; a benchmark that is not named here takes OTHER
 SLICES = dict(
-    build=90, sweep=60, tests=90, sanitizer=25, bench_linear_logprobs=50, bench_linear_candidates=20,
-    bench_linear_logprobs_partial=12, bench_linear_distrl_loss=35, bench_reward_step=22, bench_distrl_step=25,
-    bench_scaling=30, ncu=30,
+    build=90, sweep=60, tests=85, sanitizer=25, bench_linear_logprobs=45, bench_linear_candidates=20,
+    bench_linear_logprobs_partial=12, bench_linear_distrl_loss=30, bench_reward_step=20, bench_distrl_step=22,
+    bench_scaling=28, ncu=28,
 )  # fmt: skip
 OTHER = 9
 KERNELS = "regex:_head_(stats|dz)_kernel"
