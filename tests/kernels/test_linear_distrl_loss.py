@@ -129,6 +129,21 @@ def test_composition_options(impl, device, options):
     check(case(), impl, device, **options)
 
 
+def test_tied_head(impl, device):
+    """The head's weight is the embedding that the hidden states come from: both paths add up in its gradient."""
+    inputs = case(drift=1.0)
+    moved = {k: v.to(device) for k, v in inputs.items()}
+    table = moved["weight"].clone().requires_grad_()
+
+    def gradient(function, **options):
+        hidden = moved["hidden"] + torch.tanh(table[moved["token_ids"].clamp(min=0)])
+        loss = function({**moved, "hidden": hidden, "weight": table}, dual_clip=1.5, alpha=0.7, **options)[0]
+        return torch.autograd.grad(loss, table)[0]
+
+    mine, theirs = gradient(fused, impl=impl), gradient(composed)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
 def test_both_branches_clip_somewhere(impl, device):
     """The composition tests would prove little if nothing were clipped: here every kind of element occurs."""
     metrics = fused(case(drift=1.0), dual_clip=1.5, impl=impl).metrics if device == "cpu" else None
