@@ -130,7 +130,7 @@ def test_composition_options(impl, device, options):
 
 
 def test_tied_head(impl, device):
-    """The head's weight is the embedding that the hidden states come from: both paths add up in its gradient."""
+    """The weight is also the embedding behind the hidden states: both paths add up in its gradient."""
     inputs = case(drift=1.0)
     moved = {k: v.to(device) for k, v in inputs.items()}
     table = moved["weight"].clone().requires_grad_()
