@@ -36,7 +36,7 @@ START_SECONDS = 120.0  # a cold disk under many workers: importing sympy alone t
 ORPHAN_SECONDS = 30.0  # after its deadline a worker ends itself if its parent, itself killed, has not
 BOXED = re.compile(r"\\boxed\s*\{")
 ARITHMETIC = re.compile(r"[-+*/^().,\d\s]+")
-ANSWER_LINE = re.compile(r"^.*?\banswer\s*(?::|\bis\b:?)(.*)$", re.IGNORECASE)
+STATED = re.compile(r"^.*(?:####|\banswer[ \t]*(?::|is\b:?))(.*)$", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,20 @@ Verifier = Callable[[str, str], Verdict]
 
 
 def final_answer(response: str) -> str | None:
-    r"""The last `\boxed{...}`, else what follows the last `####`, else the last line's `Answer: ...` (or
-    `answer is ...`); without the dollar signs and the full stop around it. None where there is none.
+    r"""The last `\boxed{...}`, else the last `#### ...` or `Answer: ...` (`answer is ...`) of a line; without
+    the dollar signs, stars and full stop around it. None where there is none. A box comes first, as it does
+    for math-verify.
     """
-    found = None
+    stated = [match.group(1) for match in STATED.finditer(response)]
     for match in BOXED.finditer(response):
         depth = 1
         for end in range(match.end(), len(response)):
             depth += {"{": 1, "}": -1}.get(response[end], 0)
             if depth == 0:
-                found = response[match.end() : end]
+                stated.append(response[match.end() : end])
                 break
-    if found is None and "####" in response:
-        found = response.rpartition("####")[2].strip().partition("\n")[0]
-    if found is None:
-        lines = (ANSWER_LINE.match(line) for line in reversed(response.split("\n")))
-        found = next((match.group(1) for match in lines if match), None)
-    return (found.strip(" \t*").removesuffix(".").strip().strip("$").strip() or None) if found else None
+    bare = (text.strip(" \t*$").rstrip(" \t*$.") for text in reversed(stated))
+    return next((text for text in bare if text), None)
 
 
 def verify_string(response: str, answer: str) -> Verdict:
