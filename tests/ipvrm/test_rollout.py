@@ -325,6 +325,14 @@ def test_the_same_seed_gives_the_same_rows(tiny_folder, prompts_file, tmp_path):
     assert [row["response"] for row in read(other.output)] != [row["response"] for row in first]
 
 
+def test_bf16(tiny_folder, prompts_file, tmp_path):
+    settings = config(tiny_folder, prompts_file, tmp_path, bf16=True)
+    assert roll_out(settings, progress=False)["responses"] == 12
+    again = changed(settings, output=str(tmp_path / "b.parquet"))
+    roll_out(again, progress=False)
+    assert read(again.output) == read(settings.output)
+
+
 def test_finished_work_is_not_done_again(tiny_folder, prompts_file, tmp_path, monkeypatch):
     settings = config(tiny_folder, prompts_file, tmp_path)
     summary = roll_out(settings, progress=False)
