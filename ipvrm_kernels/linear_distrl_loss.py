@@ -204,10 +204,11 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.scaled = False
 
 
-def _is_plain_backward(*tensors: Tensor) -> bool:
-    """Whether nothing traces this backward and nobody will differentiate it."""
+def _may_scale_in_place(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing traces this backward and nobody will differentiate it; fp64 is for gradcheck, which
+    runs it many times."""
     traced = torch.compiler.is_compiling() or any(type(x) is not Tensor for x in tensors)  # fake, functional
-    return not traced and not torch.is_grad_enabled()
+    return not traced and not torch.is_grad_enabled() and tensors[0].dtype != torch.float64
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
@@ -220,7 +221,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
         )
     hidden, weight, bias, *formed = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    if _is_plain_backward(dloss, *formed):
+    if _may_scale_in_place((dloss, *formed)):
         ctx.scaled = True  # a copy would be a second fp32 dweight
         gradients = cast_gradients([g.mul_(dloss) for g in formed], (hidden, weight, bias), needs)
     else:
@@ -318,7 +319,7 @@ def linear_distrl_loss(
     token_loss, candidate_loss and metrics are detached. metrics maps the names in `METRICS` to (sum, count).
     Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that
         do not rise
-    from 0 to N. RuntimeError on double backward, and on a second backward through one call.
+    from 0 to N. RuntimeError on double backward and, but for fp64, on a second backward through one call.
     """
     transform = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
     check_row_ids(OP, "token_ids", token_ids, hidden, (1,))
