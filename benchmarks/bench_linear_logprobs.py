@@ -35,7 +35,8 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     for shape in shapes(device, quick):
         yield forward_case(shape, device)
         for frozen in (False, True):
-            yield step_case(shape, device, frozen)
+            peers_too = quick or not frozen or device == "cuda"  # half a minute a round for them at full size
+            yield step_case(shape, device, frozen, peers_too, with_compile=not (quick and frozen))
 
 
 def full_cases(device: str) -> Iterator[Case]:
@@ -43,7 +44,7 @@ def full_cases(device: str) -> Iterator[Case]:
         large = device == "cpu" and shape.V * shape.D * shape.dtype.itemsize > LARGEST_TRAINED
         if shape.K not in (1, 5, 10):
             yield forward_case(shape, device)
-        yield step_case(shape, device, frozen=large)
+        yield step_case(shape, device, frozen=large, with_peers=device == "cuda")
 
 
 def forward_case(shape: Shape, device: str) -> Case:
@@ -83,12 +84,14 @@ def forward_case(shape: Shape, device: str) -> Case:
     return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes)
 
 
-def step_case(shape: Shape, device: str, frozen: bool, with_peers: bool = True) -> Case:
+def step_case(
+    shape: Shape, device: str, frozen: bool, with_peers: bool = True, with_compile: bool = True
+) -> Case:
+    """with_compile: false spares the seconds that torch.compile takes before its first call."""
     hidden, weight, ids = inputs(shape, device)
     sampled, upstream = ids[:, 0].contiguous(), torch.randn(ids.shape, device=device)
     leaves = (hidden.requires_grad_(), weight.requires_grad_(not frozen))[: 1 if frozen else 2]
     peers, absent = one_token(device) if with_peers else ({}, {})
-    compiled_eager = compiled(eager)
 
     def ours(impl: str, ids: Tensor, upstream: Tensor) -> Callable[[], Any]:
         def run() -> tuple[Tensor, ...]:
@@ -114,9 +117,10 @@ def step_case(shape: Shape, device: str, frozen: bool, with_peers: bool = True) 
         **{name: ours(name, ids, upstream) for name in implementations},
         "eager log_softmax": full_logits(eager),
     }
+    if with_compile:
+        contenders["torch.compile of eager"] = full_logits(compiled(eager))
     if with_peers:
         contenders |= {
-            "torch.compile of eager": full_logits(compiled_eager),
             "released 64-row slices": released,
             **one_id,
             **{f"{name}, one id": peer(function) for name, function in peers.items()},

@@ -50,7 +50,7 @@ def full_cases(device: str) -> Iterator[Case]:
 
 def head_case(shape: Shape, device: str, axis: str) -> Case:
     """Forward + backward, trainable: the bare matmul, ours, eager."""
-    case = step_case(shape, device, frozen=False, with_peers=False)
+    case = step_case(shape, device, frozen=False, with_peers=False, with_compile=False)
     fixed = " ".join(f"{letter}={size}" for letter, size in shape.axes.items() if letter != axis)
     series = f"{fixed} log-probs forward+backward"
     return replace(case, op=f"linear_logprobs over {axis}", curve=axis, series=series)

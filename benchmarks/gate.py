@@ -55,12 +55,14 @@ def cases() -> Iterator[tuple[str, Case, tuple[str, ...]]]:
         name = f"linear_logprobs forward + backward, {'frozen' if frozen else 'trainable'} head"
         yield (
             name,
-            logprobs.step_case(SHAPE, "cpu", frozen, with_peers=False),
+            logprobs.step_case(SHAPE, "cpu", frozen, with_peers=False, with_compile=False),
             ("matmul", "eager log_softmax"),
         )
     candidates = bench_linear_candidates.candidates_case(SHAPE, "cpu")
     yield "linear_candidates", candidates, ("matmul", "eager log_softmax + topk")
-    loss = distrl.loss_case(distrl.Batch.calibrated(SHAPE, "cpu", frozen=False), "cpu", with_grpo=False)
+    loss = distrl.loss_case(
+        distrl.Batch.calibrated(SHAPE, "cpu", frozen=False), "cpu", with_grpo=False, with_compile=False
+    )
     yield "linear_distrl_loss forward + backward", loss, ("matmul", "eager composition")
     for module in (bench_segment_scan, bench_prefix_value_loss):
         case = next(iter(module.cases("cpu", True)))

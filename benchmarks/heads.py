@@ -70,7 +70,7 @@ def _of(name: str, N: int, dtype: torch.dtype, ids: int = K) -> Shape:
 # (model, N, K) of what each device can afford, the first of each row being the one with targets
 CPU_DEFAULT = (("", 2048, K), ("Qwen3-0.6B", 64, K))
 CPU_FULL = (
-    ("Qwen3-0.6B", 64, 1), ("Qwen3-0.6B", 64, 5), ("Qwen3-0.6B", 64, 10), ("Qwen3-0.6B unpadded", 257, K),
+    ("Qwen3-0.6B", 64, 1), ("Qwen3-0.6B", 64, 5), ("Qwen3-0.6B", 64, 10), ("Qwen3-0.6B unpadded", 129, K),
     ("Qwen3-1.7B", 64, K), ("Llama-3.2-1B", 64, K), ("Qwen3-8B", 64, K),
 )  # fmt: skip
 GPU_DEFAULT = (("Qwen3-0.6B", 8192, K), ("Qwen3-8B", 8192, K))

@@ -80,7 +80,7 @@ class Row:
 def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200) -> list[Row]:
     """Time every contender of `case` in turn, after its check.
 
-    Rounds go on for about `seconds`: after min_rounds a contender leaves that has used its equal share of them;
+    Rounds go on for about `seconds`: after min_rounds a contender leaves that has used its share of them;
     the yardstick stays to the last, so that every round has one.
     A contender that cannot run is a row with the reason; a case that fails its check is rows that say so.
     """

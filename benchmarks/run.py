@@ -32,8 +32,8 @@ MODULES = (
     "reward_step", "distrl_step", "advantages", "scaling",
 )  # fmt: skip
 SECONDS = dict(quick=0.4, default=2.0, full=3.0)  # of rounds a case, beyond the least number of rounds
-# What a run of everything takes on two idle cores, measured; printed before it starts.
-MINUTES = dict(quick=3, default=10, full=20)
+# of everything on two idle cores, estimated from FLOPs and from a quick run; printed before it starts
+MINUTES = dict(quick=3, default=8, full=20)
 
 
 def suite(name: str, device: str, mode: str) -> Iterator[Case]:
