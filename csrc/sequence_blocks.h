@@ -97,8 +97,9 @@ IPVRM_SIMD double reverse_scan_block(const float* __restrict x, float* __restric
 IPVRM_SIMD void prefix_values_block(const float* __restrict value, const float* __restrict inverse_t,
                                     float* __restrict mean_value, float* __restrict prob, int count) {
   for (int i = 0; i < kLanes * vectors(count); ++i) {
-    mean_value[i] = value[i] * inverse_t[i];
-    prob[i] = sigmoid(mean_value[i]);
+    const PrefixValue v = prefix_value(value[i], inverse_t[i]);
+    mean_value[i] = v.mean_value;
+    prob[i] = v.prob;
   }
 }
 
@@ -114,7 +115,7 @@ IPVRM_SIMD void prefix_slopes_block(const float* __restrict dvalue, const float*
                                     const float* __restrict dprob, const float* __restrict prob,
                                     const float* __restrict inverse_t, float* __restrict slope, int count) {
   for (int i = 0; i < count; ++i) {
-    slope[i] = dvalue[i] + inverse_t[i] * prefix_value_slope(0.0f, dmean_value[i], dprob[i], prob[i], 1.0f);
+    slope[i] = prefix_value_slope(dvalue[i], dmean_value[i], dprob[i], prob[i], inverse_t[i]);
   }
 }
 

@@ -125,8 +125,9 @@ prefix_values_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __r
     for (int k = 0; k < kItems; ++k) {
       const int t = base + k;
       if (t >= length) continue;
-      const PrefixValue v = prefix_value(items[k], beta, static_cast<float>(t + 1));
-      value[start + t] = v.value;
+      const float at = beta * items[k];
+      const PrefixValue v = prefix_value(at, 1.0f / static_cast<float>(t + 1));
+      value[start + t] = at;
       mean_value[start + t] = v.mean_value;
       prob[start + t] = v.prob;
       td[start + t] = beta * ratios[k];
@@ -151,7 +152,7 @@ prefix_values_bwd_kernel(const float* __restrict__ dvalue, const float* __restri
       const int64_t row = start + t;
       items[k] = t < 0 ? 0.0f
                        : prefix_value_slope(dvalue ? dvalue[row] : 0.0f, dmean_value ? dmean_value[row] : 0.0f,
-                                            dprob ? dprob[row] : 0.0f, prob[row], static_cast<float>(t + 1));
+                                            dprob ? dprob[row] : 0.0f, prob[row], 1.0f / static_cast<float>(t + 1));
     }
     scan.step(items);
 #pragma unroll

@@ -249,18 +249,16 @@ IPVRM_HD MarginLoss margin_loss(float mean_value, float sign, float margin) {
 
 // Eq. 5 and its normalisation: what a prefix of t tokens with summed log-ratio `sum` is worth.
 struct PrefixValue {
-  float value;
   float mean_value;
   float prob;
 };
-IPVRM_HD PrefixValue prefix_value(float sum, float beta, float t) {
-  const float value = beta * sum;
-  const float mean_value = value / t;
-  return {value, mean_value, sigmoid(mean_value)};
+IPVRM_HD PrefixValue prefix_value(float value, float inverse_t) {
+  const float mean_value = value * inverse_t;
+  return {mean_value, sigmoid(mean_value)};
 }
 // d / d value_t of (value_t, mean_value_t, prob_t) against their upstream gradients.
-IPVRM_HD float prefix_value_slope(float dvalue, float dmean_value, float dprob, float prob, float t) {
-  return dvalue + (dmean_value + dprob * prob * (1.0f - prob)) / t;
+IPVRM_HD float prefix_value_slope(float dvalue, float dmean_value, float dprob, float prob, float inverse_t) {
+  return dvalue + inverse_t * (dmean_value + dprob * prob * (1.0f - prob));
 }
 
 }  // namespace ipvrm
