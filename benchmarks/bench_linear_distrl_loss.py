@@ -175,10 +175,12 @@ def slots_case(shape: Shape, device: str) -> Case:
     batch = Batch.calibrated(shape, device, frozen=False)
     batch.ids[:, 3:] = -1
     batch.old[:, 3:] = -torch.inf
-    contenders = {"K=2": batch.fused(None, 2), "K=10": batch.fused(None)}
+    name = kernels(OP, device)[0]
+    two, ten = f"{name} K=2", f"{name} K=10"
+    contenders = {two: batch.fused(name, 2), ten: batch.fused(name)}
 
     def check(results: Mapping[str, Any]) -> None:
-        for mine, theirs in zip(results["K=10"], results["K=2"], strict=True):
+        for mine, theirs in zip(results[ten], results[two], strict=True):
             assert_close("gradient", mine, theirs, 1e-4)
 
     used = (batch.ids[:, 1:] >= 0).sum(1).float().mean().item()

@@ -74,7 +74,6 @@ def bars(
         results[verdict.shape].append(verdict)
     for place, (shape, case) in enumerate(cases.items()):
         axes = figure.add_subplot(grid[place])
-        yardstick = next(iter(row.contender for row in case if not row.error))
         positions = range(len(case))[::-1]
         for y, row in zip(positions, case, strict=True):
             if row.error:
@@ -110,7 +109,9 @@ def bars(
                 fontsize=8, color=colour, fontweight="bold" if verdict.outcome == "lost" else "normal",
             )  # fmt: skip
         if place == len(cases) - 1:
-            axes.set_xlabel(f"median time / median time of `{yardstick}`, log scale", fontsize=9, color=INK)
+            axes.set_xlabel(
+                "median time / median time of the first contender, log scale", fontsize=9, color=INK
+            )
     return figure
 
 

@@ -466,8 +466,11 @@ def test_the_winner_becomes_the_default_if_it_gains(monkeypatch, tmp_path):
         tuned.overlay(table, file)
 
 
-def test_the_committed_tuning_names_known_entries():
+def test_the_committed_tuning_names_known_entries_and_is_packaged():
     tuned.overlay(dict(sweep.CONFIGS))  # raises otherwise
+    assert (
+        '"tuned.json"' in (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2]
+    )
 
 
 # -------------------------------------------------------------------------------------------------- render
