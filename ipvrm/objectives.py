@@ -3,26 +3,34 @@
     l_t = log pi_phi - log pi_ref,   V_t = beta * sum_{i<=t} l_i,   mean_value_t = V_t / t,   s = 2r - 1
     Eq. 9          mean_b w_b * sum_t omega_t * softplus(margin_b - s * mean_value_t) / sum_t omega_t
     implicit_prm   mean_b BCE(sigmoid(V_T), r)
+    dpo            mean over pairs of -log sigmoid(V_T of the chosen - V_T of the rejected)
+    online         weight and margin of Eq. 9 from the outcomes of a prompt's rollouts (DLW; ADB, Eq. 15)
 
 Metrics are (sum, count) pairs of 0-d fp32 tensors under fixed keys, so that micro-batches and ranks add up.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ipvrm import IpvrmError
+from ipvrm.presets import Preset, by_preset
+from ipvrm.prompt_groups import PromptGroups, Reduce, checked_outcome, one_rank
 from ipvrm_kernels import prefix_value_loss, prefix_values
+from ipvrm_kernels.backend import checks_values
+from ipvrm_kernels.prefix_value_loss import prefix_weight_sums
 
 PrefixWeighting = Literal["uniform", "late", "early"]
 Reduction = Literal["sequence_mean", "token_mean"]
 Metrics = dict[str, tuple[Tensor, Tensor]]
 METRICS = ("loss", "prefix_accuracy", "outcome_accuracy", "value_right", "value_wrong")
+DPO_METRICS = ("loss", "pair_accuracy", "value_chosen", "value_rejected")
 
 BETA = {"ipvrm": 10.0, "implicit_prm": 0.05}
+SHARE_FLOOR = 1e-6  # mu lies in [1e-6, 1 - 1e-6]
 NOT_TRAINED_HERE = {
     "dpo": "it compares a right with a wrong response of one prompt, and these rows are single responses",
     "q_rm": "it needs a scalar head on the hidden state; the model here is read through its vocabulary head",
@@ -49,11 +57,7 @@ def loss_denominator(
     """
     if reduction == "sequence_mean":
         return float(len(lengths))
-    if prefix_weighting == "uniform":
-        return float(sum(lengths))
-    if prefix_weighting == "late":
-        return sum((T + 1) / 2 for T in lengths)
-    return sum((T - 1) / 2 if T > 1 else 1.0 for T in lengths)
+    return float(prefix_weight_sums(torch.tensor(lengths, dtype=torch.float64), prefix_weighting).sum())
 
 
 def ipvrm_loss(
@@ -93,7 +97,7 @@ def ipvrm_loss(
         if reduction == "sequence_mean":
             own = outcome.new_full((), outcome.numel())
         else:
-            own = _omega_sum(cu_seqlens, prefix_weighting)
+            own = prefix_weight_sums(cu_seqlens.diff().float(), prefix_weighting).sum()
         values = prefix_values(log_ratio, cu_seqlens, beta=beta)
         total = loss * (own if denominator is None else denominator)
         return loss, _metrics(total, own, values.mean_value, cu_seqlens, outcome)
@@ -109,10 +113,10 @@ def implicit_prm_loss(
 ) -> tuple[Tensor, Metrics]:
     """Binary cross-entropy of sigmoid(beta * sum of the log-ratios) against the outcome (Implicit PRM).
 
-    Args as in `ipvrm_loss`; no sequence may be empty.
+    Args as in `ipvrm_loss`; an empty sequence sums to 0.
     """
     values = prefix_values(log_ratio, cu_seqlens, beta=beta)
-    final = values.value[cu_seqlens[1:].long() - 1]  # (B,)
+    final = _final(values.value, cu_seqlens)  # (B,)
     total = torch.nn.functional.binary_cross_entropy_with_logits(
         final, outcome.to(final.dtype), reduction="sum"
     )
@@ -122,13 +126,71 @@ def implicit_prm_loss(
         return loss, _metrics(total, own, values.mean_value, cu_seqlens, outcome)
 
 
-def _omega_sum(cu_seqlens: Tensor, prefix_weighting: PrefixWeighting) -> Tensor:
-    lengths = cu_seqlens.diff().float()  # (B,)
-    if prefix_weighting == "uniform":
-        return lengths.sum()
-    if prefix_weighting == "late":
-        return torch.where(lengths > 0, (lengths + 1) / 2, 0.0).sum()
-    return torch.where(lengths > 1, (lengths - 1) / 2, lengths).sum()
+def dpo_pairs(outcome: Sequence[float], group: Sequence[int]) -> Tensor:
+    """Pairs of rollouts of one prompt: its k-th right response with its k-th wrong one, while both last.
+
+    Args:
+        outcome: B outcomes, 0 or 1, on the host. group: the prompt of each, in any order.
+
+    Returns:
+        (P, 2) int64 (chosen, rejected), prompts in ascending order; P = 0 where no prompt has both outcomes.
+
+    Raises:
+        ValueError: differing lengths, or an outcome other than 0 and 1.
+    """
+    if len(outcome) != len(group):
+        raise ValueError(f"dpo_pairs: one group per outcome, got {len(outcome)} and {len(group)}")
+    prompts: dict[int, tuple[list[int], list[int]]] = {}
+    for index, (r, prompt) in enumerate(zip(outcome, group, strict=True)):
+        if r not in (0, 1):
+            raise ValueError(f"dpo_pairs: outcome must be 0 or 1, got {r} at {index}")
+        prompts.setdefault(int(prompt), ([], []))[int(r)].append(index)
+    pairs = [
+        pair for _, (wrong, right) in sorted(prompts.items()) for pair in zip(right, wrong, strict=False)
+    ]
+    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+
+
+def dpo_loss(
+    log_ratio: Tensor,
+    cu_seqlens: Tensor,
+    pairs: Tensor,
+    *,
+    beta: float = 0.05,
+    denominator: float | None = None,
+) -> tuple[Tensor, Metrics]:
+    """-log sigmoid(beta * (sum of the chosen's log-ratios - sum of the rejected's)), mean over pairs.
+
+    Args:
+        log_ratio: (N,) fp32, nats. cu_seqlens: (B + 1,) int32; an empty sequence sums to 0.
+        pairs: (P, 2) int64 (chosen, rejected), sequence numbers in [0, B), see `dpo_pairs`.
+        denominator: of the whole optimizer batch; None takes P, 1 gives the sum over pairs.
+
+    Returns:
+        0-d loss, 0 with a gradient of 0 where P = 0, and metrics under the keys `DPO_METRICS`.
+
+    Raises:
+        ValueError: pairs of another shape or dtype, or outside [0, B); or from `ipvrm_kernels.prefix_values`.
+    """
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
+        raise ValueError(f"dpo_loss: pairs must be (P, 2) int64, got {tuple(pairs.shape)} {pairs.dtype}")
+    B = cu_seqlens.shape[0] - 1
+    if checks_values(pairs) and bool(((pairs < 0) | (pairs >= B)).any()):
+        raise ValueError(f"dpo_loss: pairs must lie in [0, B = {B}), got {pairs.tolist()[:4]}")
+    values = prefix_values(log_ratio, cu_seqlens, beta=beta).value
+    chosen, rejected = _final(values, cu_seqlens)[pairs].unbind(1)  # (P,) each
+    total = torch.nn.functional.softplus(rejected - chosen).sum()
+    count = total.new_full((), pairs.shape[0])
+    loss = total / (max(pairs.shape[0], 1) if denominator is None else denominator)
+    with torch.no_grad():
+        pair_metrics = (total, _agreement(chosen - rejected), chosen.sum(), rejected.sum())
+        return loss, {name: (x.detach(), count) for name, x in zip(DPO_METRICS, pair_metrics, strict=True)}
+
+
+def _final(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(B,) what (N,) holds at each sequence's last token, 0 for an empty sequence."""
+    ahead = torch.nn.functional.pad(per_token, (1, 0))  # so that N = 0 has an element to take
+    return torch.where(cu_seqlens.diff() > 0, ahead[cu_seqlens[1:].long()], 0.0)
 
 
 def _metrics(
@@ -141,7 +203,7 @@ def _metrics(
     lengths = cu_seqlens.diff()
     sign = 2 * outcome.to(mean_value.dtype) - 1  # (B,)
     per_token = sign.repeat_interleave(lengths, output_size=mean_value.numel())  # (N,)
-    final = mean_value[cu_seqlens[1:].long() - 1]  # (B,)
+    final = _final(mean_value, cu_seqlens)  # (B,)
     right = outcome.to(mean_value.dtype)
     return {
         "loss": (loss_sum.detach(), count),
@@ -157,6 +219,86 @@ def _metrics(
 
 def _agreement(signed: Tensor) -> Tensor:
     return (signed.sign().sum() + signed.numel()) / 2
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """How an online reward-model update weighs right and wrong rollouts. The defaults are the preset `paper`;
+    both switches off is the naive update (Figure 6)."""
+
+    dlw: bool = True
+    """Dynamic loss weighting: a right rollout weighs 1 - mu, a wrong one mu."""
+    adb: bool = True
+    """Adaptive difficulty boundary: the margin is shifted by the prompt's difficulty logit(mu) (Eq. 15)."""
+    rescale: bool = False
+    """Rescales the weights of DLW so that those of a prompt sum to n; 1 where its outcomes agree."""
+    difficulty_dtype: Literal["float64", "float32"] = "float64"
+    """What logit(mu) is computed in: it differs by 1e-3 where a prompt's outcomes agree."""
+
+    def __post_init__(self) -> None:
+        if self.difficulty_dtype not in ("float64", "float32"):
+            raise IpvrmError(
+                f"BalanceConfig: difficulty_dtype must be float64 or float32; got {self.difficulty_dtype!r}"
+            )
+
+    @classmethod
+    def preset(cls, name: Preset) -> "BalanceConfig":
+        """`paper`, or `release`: what the released code does."""
+        return by_preset(name, paper=cls(), release=cls(rescale=True, difficulty_dtype="float32"))
+
+
+class Balance(NamedTuple):
+    """Per-sequence arguments of `ipvrm_loss`, each (B,) fp32."""
+
+    weight: Tensor
+    margin: Tensor
+
+
+@torch.no_grad()
+def online_balance(
+    outcome: Tensor,
+    group: Tensor,
+    num_groups: int,
+    *,
+    margin: float = 5.0,
+    config: BalanceConfig = BalanceConfig(),
+    reduce: Reduce | None = None,
+) -> Balance:
+    """Weight and margin of every rollout, from its prompt's share mu of right ones in [1e-6, 1 - 1e-6].
+
+        weight = 1 - mu if r = 1 else mu (DLW);  rescaled: 1 / (2 mu) if r = 1 else 1 / (2 (1 - mu))
+        margin - (2r - 1) * logit(mu) (ADB, Eq. 15)
+
+    Args:
+        outcome: (B,) 0 or 1. group: (B,) int, the prompt of each rollout. num_groups: G.
+        margin: before the shift.
+        config: `BalanceConfig.preset("paper" | "release")`, or one's own.
+        reduce: sums over ranks, see `ipvrm.prompt_groups`.
+
+    Raises:
+        ValueError: shapes, dtypes, an outcome other than 0 and 1, or a group outside [0, G).
+    """
+    op = "online_balance"
+    outcome = checked_outcome(op, outcome, group)
+    groups = PromptGroups(op, group, num_groups)
+    right, count = (reduce or one_rank)(
+        torch.stack([groups.sums(outcome), groups.sums(torch.ones_like(outcome))])
+    )
+    share = groups.spread(right.double() / count.clamp(min=1))  # (B,), exact sums of 0 and 1
+    mean = share.clamp(SHARE_FLOOR, 1 - SHARE_FLOOR)
+    own = torch.where(outcome == 1, mean, 1 - mean)  # the share of rollouts with this one's outcome
+    weight = torch.ones_like(mean)
+    if config.dlw and config.rescale:
+        # a prompt's 1 - mu and mu sum to 2 n mu (1 - mu)
+        weight = torch.where((share == 0) | (share == 1), weight, 1 / (2 * own))
+    elif config.dlw:
+        weight = 1 - own
+    margins = torch.full_like(mean, margin)
+    if config.adb:
+        exact = config.difficulty_dtype == "float64"
+        difficulty = torch.logit(share if exact else share.float(), eps=SHARE_FLOOR)
+        margins = margins - (2 * outcome - 1) * difficulty
+    return Balance(weight.float(), margins.float())
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,21 @@ REDUCTIONS = ("sequence_mean", "token_mean")
 def prefix_weights(cu_seqlens: Tensor, N: int, weighting: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """omega (N,) of Eq. 9, 17 or 18 and its sum over each sequence (B,), 0 for an empty one."""
     T = lengths(cu_seqlens).to(dtype)  # (B,)
+    sums = prefix_weight_sums(T, weighting)
     if weighting == "uniform":
-        return torch.ones(N, dtype=dtype, device=cu_seqlens.device), T
-    fraction = positions(cu_seqlens, N, dtype) / T[segment_ids(cu_seqlens, N)]  # (N,) t/T
+        return torch.ones(N, dtype=dtype, device=cu_seqlens.device), sums
+    segment = segment_ids(cu_seqlens, N)
+    fraction = positions(cu_seqlens, N, dtype) / T[segment]  # (N,) t/T
+    return fraction if weighting == "late" else torch.where((T > 1)[segment], 1 - fraction, 1.0), sums
+
+
+def prefix_weight_sums(T: Tensor, weighting: str) -> Tensor:
+    """sum_t omega_t of sequences of T (B,) tokens, a float tensor; 0 for an empty one."""
+    if weighting == "uniform":
+        return T
     if weighting == "late":
-        return fraction, torch.where(T > 0, (T + 1) / 2, 0.0)
-    long = T > 1
-    return torch.where(long[segment_ids(cu_seqlens, N)], 1 - fraction, 1.0), torch.where(long, (T - 1) / 2, T)
+        return torch.where(T > 0, (T + 1) / 2, 0.0)
+    return torch.where(T > 1, (T - 1) / 2, T)
 
 
 def prefix_value_loss_reference(

@@ -1,8 +1,7 @@
-"""Losses of stage A: worked by hand, against the released functions, and independent of the split."""
+"""Losses of stage A: by hand, independent of the split, their errors; released numbers in test_golden.py."""
 
 import math
-import os
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,16 +9,19 @@ import torch
 
 from ipvrm import IpvrmError
 from ipvrm.objectives import (
+    DPO_METRICS,
     METRICS,
-    _omega_sum,
+    BalanceConfig,
     check_objective,
+    dpo_loss,
+    dpo_pairs,
     implicit_prm_loss,
     ipvrm_loss,
     loss_denominator,
+    online_balance,
 )
-from ipvrm_kernels import pack
+from ipvrm_kernels.prefix_value_loss import prefix_weight_sums
 
-GOLDEN = Path(os.environ.get("IPVRM_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 LOG_RATIO = torch.tensor([0.1, 0.3, -0.2])  # a right response of two tokens, a wrong one of one
 CU_SEQLENS = torch.tensor([0, 2, 3], dtype=torch.int32)
 OUTCOME = torch.tensor([1.0, 0.0])
@@ -99,7 +101,17 @@ def test_sum_over_a_split_with_the_whole_denominator(reduction, weighting):
 @pytest.mark.parametrize("weighting", ["uniform", "late", "early"])
 def test_the_denominator_needs_no_device_sync(weighting):
     """On the meta device nothing has a value, so whatever would wait for one raises."""
-    assert _omega_sum(CU_SEQLENS.to("meta"), weighting).shape == ()
+    lengths = CU_SEQLENS.to("meta").diff().float()
+    assert prefix_weight_sums(lengths, weighting).sum().shape == ()
+
+
+@pytest.mark.parametrize(
+    ("weighting", "expected"), [("uniform", 7.0), ("late", 3.5 + 1.0), ("early", 2.5 + 1.0)]
+)
+def test_denominator_by_hand(weighting, expected):
+    """Lengths 6, 1 and 0: late (6 + 1)/2 and 1, early (6 - 1)/2 and 1, an empty response nothing."""
+    assert loss_denominator([6, 1, 0], "token_mean", weighting) == expected
+    assert loss_denominator([6, 1, 0], "sequence_mean", weighting) == 3
 
 
 @pytest.mark.parametrize(
@@ -116,31 +128,148 @@ def test_objectives_that_make_no_sense_here(objective, reason):
         check_objective(objective)
 
 
-def golden_files():
-    return sorted(GOLDEN.glob("release_*.npz"))
+# ----------------------------------------------------------------------------------------------------- dpo
 
 
-@pytest.mark.skipif(not golden_files(), reason=f"no golden vectors in {GOLDEN}")
-@pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
-def test_golden_offline_objectives(path):
-    with np.load(path) as file:
-        data = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
-    mask = data["mask"].bool()
-    outcome = data["outcome"].float()
-    log_ratio, cu_seqlens = pack(data["log_ratio"].float(), mask)
-    log_ratio.requires_grad_()
-    for margin in (5.0, 0.0):
-        loss, _ = ipvrm_loss(log_ratio, cu_seqlens, outcome, beta=10.0, margin=margin, reduction="token_mean")
-        want = data[f"offline_token_mean_loss_m{margin:.0f}"]
-        torch.testing.assert_close(loss.detach(), want.float().reshape(()), rtol=2e-5, atol=2e-6)
-    loss, _ = ipvrm_loss(log_ratio, cu_seqlens, outcome, beta=10.0, margin=5.0, weight=data["weight"].float())
-    torch.testing.assert_close(
-        loss.detach(), data["ipvrm_scalar_loss"].float().reshape(()), rtol=2e-5, atol=2e-6
+def test_dpo_by_hand():
+    loss, metrics = dpo_loss(LOG_RATIO, CU_SEQLENS, torch.tensor([[0, 1], [1, 0]]), beta=0.5)
+    # V = 0.5 * 0.4 and 0.5 * -0.2; -log sigmoid(0.3) and -log sigmoid(-0.3)
+    assert float(loss) == pytest.approx((softplus(-0.3) + softplus(0.3)) / 2, rel=1e-6)
+    assert tuple(metrics) == DPO_METRICS
+    means = {name: float(total / count) for name, (total, count) in metrics.items()}
+    assert means == pytest.approx(
+        {"loss": float(loss), "pair_accuracy": 0.5, "value_chosen": 0.05, "value_rejected": 0.05}
     )
-    loss, _ = implicit_prm_loss(log_ratio, cu_seqlens, outcome, beta=0.05)
-    torch.testing.assert_close(
-        loss.detach(), data["implicit_prm_loss"].float().reshape(()), rtol=2e-5, atol=2e-6
-    )
+
+
+def test_dpo_gradient_by_hand():
+    log_ratio = LOG_RATIO.clone().requires_grad_()
+    loss, _ = dpo_loss(log_ratio, CU_SEQLENS, torch.tensor([[0, 1]]), beta=0.5)
+    slope = 0.5 / (1 + math.exp(0.3))  # beta * sigmoid(-(V_chosen - V_rejected))
     (gradient,) = torch.autograd.grad(loss, log_ratio)
-    want, _ = pack(data["implicit_prm_grad"].float(), mask)
-    torch.testing.assert_close(gradient, want, rtol=2e-5, atol=1e-7)
+    assert gradient.tolist() == pytest.approx([-slope, -slope, slope], rel=1e-6)
+
+
+def test_dpo_micro_batches_add_up():
+    torch.manual_seed(0)
+    log_ratio, cu_seqlens = torch.randn(10), torch.tensor([0, 4, 4, 7, 10], dtype=torch.int32)
+    pairs = torch.tensor([[0, 1], [2, 3], [3, 0]])
+    whole, _ = dpo_loss(log_ratio, cu_seqlens, pairs)
+    parts = sum(dpo_loss(log_ratio, cu_seqlens, part, denominator=3)[0] for part in (pairs[:1], pairs[1:]))
+    assert float(parts) == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_dpo_without_pairs_or_tokens():
+    log_ratio = LOG_RATIO.clone().requires_grad_()
+    none = torch.empty(0, 2, dtype=torch.int64)
+    loss, metrics = dpo_loss(log_ratio, CU_SEQLENS, none)
+    loss.backward()
+    assert loss.item() == 0 and log_ratio.grad.tolist() == [0, 0, 0]
+    assert all(float(total) == float(count) == 0 for total, count in metrics.values())
+    empty = torch.zeros(3, dtype=torch.int32)
+    loss, _ = dpo_loss(torch.empty(0), empty, torch.tensor([[0, 1]]))
+    assert float(loss) == pytest.approx(math.log(2))  # two empty sequences: V = 0
+
+
+def test_pairs():
+    #          prompt 7: right 1, 4, wrong 0, 3, 6   prompt 2: right 2   prompt 5: wrong 5
+    outcome, group = [0, 1, 1, 0, 1, 0, 0], [7, 7, 2, 7, 7, 5, 7]
+    assert dpo_pairs(outcome, group).tolist() == [[1, 0], [4, 3]]
+    assert dpo_pairs([1, 1], [0, 0]).shape == (0, 2) and dpo_pairs([], []).shape == (0, 2)
+    assert dpo_pairs([0, 1, 0, 1], [1, 1, 0, 0]).tolist() == [[3, 2], [1, 0]]  # prompts in order
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (torch.zeros(2, dtype=torch.int64), r"pairs must be \(P, 2\) int64, got \(2,\) torch.int64"),
+        (torch.zeros(1, 3, dtype=torch.int64), r"pairs must be \(P, 2\) int64, got \(1, 3\)"),
+        (torch.zeros(1, 2), r"pairs must be \(P, 2\) int64, got \(1, 2\) torch.float32"),
+        (torch.tensor([[0, 2]]), r"pairs must lie in \[0, B = 2\), got \[\[0, 2\]\]"),
+        (torch.tensor([[-1, 0]]), r"pairs must lie in \[0, B = 2\), got \[\[-1, 0\]\]"),
+    ],
+)
+def test_dpo_errors(pairs, message):
+    with pytest.raises(ValueError, match="dpo_loss: " + message):
+        dpo_loss(LOG_RATIO, CU_SEQLENS, pairs)
+
+
+def test_pairs_errors():
+    with pytest.raises(ValueError, match="dpo_pairs: one group per outcome, got 2 and 1"):
+        dpo_pairs([0, 1], [0])
+    with pytest.raises(ValueError, match="dpo_pairs: outcome must be 0 or 1, got 0.5 at 1"):
+        dpo_pairs([0, 0.5], [0, 0])
+
+
+# ---------------------------------------------------------------------------------------- online balancing
+
+# prompt 1: one right of four; prompt 0: all three right; prompt 2: a single wrong one
+BALANCE_OUTCOME = torch.tensor([1.0, 0, 1, 0, 1, 0, 0, 1])
+BALANCE_GROUP = torch.tensor([1, 1, 0, 1, 0, 1, 2, 0])
+
+
+def test_balance_by_hand_paper():
+    weight, margin = online_balance(BALANCE_OUTCOME, BALANCE_GROUP, 3)
+    right, wrong = 0.75, 0.25  # prompt 1: mu = 1/4
+    assert weight.tolist() == pytest.approx([right, wrong, 1e-6, wrong, 1e-6, wrong, 1e-6, 1e-6], rel=1e-6)
+    hard = math.log(0.25 / 0.75)
+    sure = math.log((1 - 1e-6) / 1e-6)
+    assert margin.tolist() == pytest.approx(
+        [5 - hard, 5 + hard, 5 - sure, 5 + hard, 5 - sure, 5 + hard, 5 - sure, 5 - sure], rel=1e-6
+    )
+    assert weight.dtype == margin.dtype == torch.float32
+
+
+def test_balance_by_hand_release():
+    weight, margin = online_balance(BALANCE_OUTCOME, BALANCE_GROUP, 3, config=BalanceConfig.preset("release"))
+    assert weight.tolist() == pytest.approx(
+        [2, 2 / 3, 1, 2 / 3, 1, 2 / 3, 1, 1], rel=1e-6
+    )  # sums to 4 in prompt 1
+    paper = online_balance(BALANCE_OUTCOME, BALANCE_GROUP, 3).margin
+    unanimous_right = torch.tensor([2, 4, 7])
+    assert float((margin - paper)[unanimous_right].abs().max()) == pytest.approx(0.0132, rel=0.01)  # fp32
+    others = torch.tensor([0, 1, 3, 5, 6])
+    torch.testing.assert_close(margin[others], paper[others])
+
+
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_balance_switches(preset):
+    config = BalanceConfig.preset(preset)
+    both = online_balance(BALANCE_OUTCOME, BALANCE_GROUP, 3, margin=2.0, config=config)
+    dlw = online_balance(BALANCE_OUTCOME, BALANCE_GROUP, 3, margin=2.0, config=replace(config, adb=False))
+    adb = online_balance(BALANCE_OUTCOME, BALANCE_GROUP, 3, margin=2.0, config=replace(config, dlw=False))
+    torch.testing.assert_close(dlw.weight, both.weight)
+    torch.testing.assert_close(adb.margin, both.margin)
+    assert dlw.margin.tolist() == [2.0] * 8 and adb.weight.tolist() == [1.0] * 8
+
+
+def test_balance_errors():
+    with pytest.raises(IpvrmError, match="difficulty_dtype must be float64 or float32; got 'bf16'"):
+        BalanceConfig(difficulty_dtype="bf16")
+    with pytest.raises(IpvrmError, match="preset must be 'paper' or 'release'; got 'papers'"):
+        BalanceConfig.preset("papers")
+    with pytest.raises(ValueError, match=r"online_balance: outcome must be 0 or 1, got \[0.5\]"):
+        online_balance(torch.tensor([0.5]), torch.zeros(1, dtype=torch.int64), 1)
+
+
+@pytest.mark.parametrize("config", [BalanceConfig.preset("paper"), BalanceConfig.preset("release")])
+def test_balance_needs_no_device_sync(config):
+    meta = online_balance(BALANCE_OUTCOME.to("meta"), BALANCE_GROUP.to("meta"), 3, config=config)
+    assert meta.weight.shape == meta.margin.shape == (8,)
+
+
+def test_balance_feeds_the_loss():
+    """Two rollouts of one prompt, one right: mu 1/2, so both weights are 1/2 and no margin moves."""
+    weight, margin = online_balance(OUTCOME, torch.zeros(2, dtype=torch.int64), 1)
+    loss, _ = ipvrm_loss(LOG_RATIO, CU_SEQLENS, OUTCOME, weight=weight, margin=margin)
+    plain, _ = ipvrm_loss(LOG_RATIO, CU_SEQLENS, OUTCOME)
+    assert float(loss) == pytest.approx(float(plain) / 2, rel=1e-6)
+
+
+def test_an_empty_response_counts_as_value_zero():
+    cu_seqlens = torch.tensor([0, 0, 2, 3, 3], dtype=torch.int32)
+    outcome = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    loss, metrics = implicit_prm_loss(LOG_RATIO, cu_seqlens, outcome, beta=0.5)
+    expected = (2 * math.log(2) + softplus(-0.2) + softplus(-0.1)) / 4
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    assert float(metrics["outcome_accuracy"][0]) == 3.0  # two right, two undecided
