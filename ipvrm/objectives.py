@@ -333,6 +333,16 @@ class Objective:
         )
 
 
+def stacked(metrics: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str]) -> Tensor:
+    """(2 M,) sum and count of each of M metrics in turn, so that they add up as one tensor."""
+    return torch.stack([value for name in names for value in metrics[name]])
+
+
+def paired(values: Sequence[float], names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """The (sum, count) pairs of what `stacked` gave."""
+    return dict(zip(names, zip(values[::2], values[1::2], strict=True), strict=True))
+
+
 class MetricSums:
     """Sums and counts of several updates, as plain numbers."""
 

@@ -97,6 +97,11 @@ class Interrupt:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
+    def asked(self, accelerator: Any) -> bool:
+        """Whether the signal has reached any rank; all of them ask at the same place."""
+        flag = torch.tensor(float(bool(self.signal)), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum") > 0)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         print("\nstopping after this update (again: at once)", file=sys.stderr, flush=True)
