@@ -33,6 +33,10 @@ COMMANDS = {
         "TinyModelConfig",
         "main",
     ),
+    "rollout": Command("n responses per prompt", "ipvrm.rollout", "RolloutConfig", "main"),
+    "label": Command(
+        "verify the answers of rollouts: reward-model data", "ipvrm.label", "LabelConfig", "main"
+    ),
     "train-rm": Command("a reward model from outcome labels", "ipvrm.train_rm", "RewardConfig", "main"),
     "score": Command("JSONL of problem and steps in, step scores out", "ipvrm.score", "ScoreConfig", "main"),
     "eval processbench": Command(

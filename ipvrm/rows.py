@@ -1,8 +1,9 @@
-"""Rollouts as text: what a row is, which files hold them, and which rows cannot be used and why."""
+"""Prompts and rollouts as text: what a row is, which files hold them, which rows cannot be used and why."""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from ipvrm import IpvrmError
 Message = dict[str, str]
 OnBadRow = Literal["error", "skip"]
 COLUMNS = ("conversation", "prompt", "response", "label")
+PROMPT_COLUMNS = ("prompt", "answer", "reward_model", "data_source")
+TURNS = (("conversation",), ("prompt", "response"))  # one of these sets of columns holds a rollout
 SHOWN_BAD_ROWS = 10
 
 
@@ -22,6 +25,16 @@ class Row:
     prompt: str | tuple[Message, ...]
     response: str
     label: int | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. `row` counts from 1; `answer` is the ground truth, None where the file gives none."""
+
+    row: int
+    prompt: str | tuple[Message, ...]
+    answer: str | None = None
+    data_source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +65,11 @@ def read_rows(
     """
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for number, record in _records(Path(path)):
+    for number, record in records(Path(path), COLUMNS, TURNS):
         try:
-            prompt, response = _turns(record)
+            prompt, response = turns(record)
+            if not response.strip():
+                raise ValueError("the response is empty")
             rows.append(Row(f"{path}:{number}", prompt, response, _label(record, require_label)))
         except ValueError as error:
             bad.append(BadRow(str(path), number, str(error)))
@@ -62,6 +77,36 @@ def read_rows(
     if not rows:
         raise IpvrmError(f"{path}: no usable row ({len(bad)} bad); {_listing(bad) or 'the file is empty'}")
     return rows, bad
+
+
+def read_prompts(
+    path: str | Path, on_bad_row: OnBadRow = "error", *, limit: int | None = None
+) -> tuple[list[Prompt], list[BadRow]]:
+    """Reads a `.parquet`, `.jsonl` or `.json` file of prompts.
+
+    Args:
+        path: rows with `prompt` (text or messages, the last not the assistant's); where known, the ground
+            truth in `answer` or `reward_model.ground_truth`, and `data_source`.
+        on_bad_row: as in `read_rows`.
+        limit: only the first so many rows.
+
+    Raises:
+        IpvrmError: an unreadable file, bad rows under `error`, or no usable row at all.
+    """
+    prompts: list[Prompt] = []
+    bad: list[BadRow] = []
+    for number, record in islice(records(Path(path), PROMPT_COLUMNS, (("prompt",),)), limit):
+        try:
+            prompt = prompt_of(as_object(record))
+            if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+                raise ValueError("the prompt ends with an assistant's message; there is no turn to write")
+            prompts.append(Prompt(number, prompt, ground_truth(record), data_source(record)))
+        except ValueError as error:
+            bad.append(BadRow(str(path), number, str(error)))
+    report_bad_rows(bad, on_bad_row, total=len(prompts) + len(bad))
+    if not prompts:
+        raise IpvrmError(f"{path}: no usable row ({len(bad)} bad); {_listing(bad) or 'the file is empty'}")
+    return prompts, bad
 
 
 def report_bad_rows(bad: Sequence[BadRow], on_bad_row: OnBadRow, *, total: int) -> None:
@@ -81,12 +126,17 @@ def _listing(bad: Sequence[BadRow]) -> str:
     return "\n".join(lines)
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(row counted from 1, record); a JSON line that does not parse comes as the ValueError it raised."""
+def records(
+    path: Path, columns: Sequence[str], needs: Sequence[tuple[str, ...]]
+) -> Iterator[tuple[int, Any]]:
+    """(row counted from 1, record); a JSON line that does not parse comes as the ValueError it raised.
+
+    Of a parquet file only those of `columns` that it has are read; one of the sets in `needs` must be there.
+    """
     if not path.is_file():
-        raise IpvrmError(f"{path}: no such file; a .parquet, .jsonl or .json file of rollouts is needed")
+        raise IpvrmError(f"{path}: no such file; a .parquet, .jsonl or .json file of rows is needed")
     if path.suffix == ".parquet":
-        yield from enumerate(_parquet_records(path), 1)
+        yield from enumerate(_parquet_records(path, columns, needs), 1)
         return
     if path.suffix not in (".jsonl", ".json"):
         raise IpvrmError(f"{path}: must end in .parquet, .jsonl or .json")
@@ -109,7 +159,9 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
             raise IpvrmError(f"{path}: not valid JSON: {error}") from error
 
 
-def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_records(
+    path: Path, columns: Sequence[str], needs: Sequence[tuple[str, ...]]
+) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -118,22 +170,56 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise IpvrmError(f"{path}: not a readable parquet file: {error}") from error
     present = file.schema_arrow.names
-    columns = [name for name in COLUMNS if name in present]
-    if "conversation" not in columns and not {"prompt", "response"} <= set(columns):
-        raise IpvrmError(
-            f"{path}: needs a column `conversation`, or `prompt` and `response`; "
-            f"its columns are {', '.join(present)}"
-        )
-    for batch in file.iter_batches(columns=columns):
+    if not any(set(needed) <= set(present) for needed in needs):
+        ways = ", or ".join(" and ".join(f"`{name}`" for name in needed) for needed in needs)
+        raise IpvrmError(f"{path}: needs a column {ways}; its columns are {', '.join(present)}")
+    for batch in file.iter_batches(columns=[name for name in columns if name in present]):
         yield from batch.to_pylist()
 
 
-def _turns(record: Any) -> tuple[str | tuple[Message, ...], str]:
-    """(prompt, response) of a record. Raises ValueError with the reason."""
+def as_object(record: Any) -> dict[str, Any]:
+    """The record. Raises ValueError when it is none, or the one that stands in its place."""
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, dict):
         raise ValueError(f"must be an object with named columns; got {type(record).__name__}")
+    return record
+
+
+def prompt_of(record: dict[str, Any]) -> str | tuple[Message, ...]:
+    """The `prompt` of a record, text or messages. Raises ValueError with the reason."""
+    if (prompt := record.get("prompt")) is None:
+        raise ValueError(f"needs `prompt`; the columns are {', '.join(map(str, record)) or 'none'}")
+    if not isinstance(prompt, str):
+        return tuple(_messages(prompt, "prompt"))
+    if not prompt:
+        raise ValueError("prompt is empty; the first response token would have nothing that predicts it")
+    return prompt
+
+
+def ground_truth(record: dict[str, Any]) -> str | None:
+    """`answer`, else `reward_model.ground_truth`, as text; None where neither has a value."""
+    value = record.get("answer")
+    if value is None and isinstance(nested := record.get("reward_model"), dict):
+        value = nested.get("ground_truth")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"the ground truth must be a text or a number; got {value!r:.40}")
+    return str(value).strip() or None
+
+
+def data_source(record: dict[str, Any]) -> str | None:
+    """The `data_source` of a record, None where there is none."""
+    value = record.get("data_source")
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"data_source must be a text; got {value!r:.40}")
+    return value
+
+
+def turns(record: Any) -> tuple[str | tuple[Message, ...], str]:
+    """(prompt, response) of a record. Raises ValueError with the reason."""
+    record = as_object(record)
     prompt: str | tuple[Message, ...]
     if record.get("conversation") is not None:
         messages = _messages(record["conversation"], "conversation")
@@ -147,11 +233,7 @@ def _turns(record: Any) -> tuple[str | tuple[Message, ...], str]:
             )
         prompt, response = tuple(messages[:-1]), messages[-1]["content"]
     elif record.get("prompt") is not None and "response" in record:
-        prompt, response = record["prompt"], record["response"]
-        if not isinstance(prompt, str):
-            prompt = tuple(_messages(prompt, "prompt"))
-        if not prompt:
-            raise ValueError("prompt is empty; the first response token would have nothing that predicts it")
+        prompt, response = prompt_of(record), record["response"]
     else:
         names = ", ".join(map(str, record)) or "none"
         raise ValueError(
@@ -159,8 +241,6 @@ def _turns(record: Any) -> tuple[str | tuple[Message, ...], str]:
         )
     if not isinstance(response, str):
         raise ValueError(f"the response must be text; got {type(response).__name__}")
-    if not response.strip():
-        raise ValueError("the response is empty")
     return prompt, response
 
 

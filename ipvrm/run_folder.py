@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +32,27 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """`write_text` of `value` as indented JSON. Raises ValueError on NaN and infinities: JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `rows` as `.parquet` or `.jsonl` to a temporary sibling and renames it over `path`."""
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), temporary)
+    if os.name == "posix":
+        _sync(temporary)
+    os.replace(temporary, path)
+
+
+def summary_path(output: str | Path) -> Path:
+    """Where the counts of the rows in `output` are: `x.parquet` has `x.parquet.summary.json`."""
+    return Path(f"{output}.summary.json")
 
 
 def read_json(path: str | Path) -> Any:

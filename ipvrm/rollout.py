@@ -1,0 +1,267 @@
+"""`ipvrm rollout`: n responses per prompt, sampled in batches, resumable."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ipvrm import IpvrmError
+from ipvrm.data import length_sorted_microbatches
+from ipvrm.engine import Sampling, TransformersEngine, encode_prompt, response_seed, stop_ids
+from ipvrm.model import load_model, load_tokenizer, local_folder, weights_hash
+from ipvrm.progress import Progress
+from ipvrm.rows import BadRow, OnBadRow, Prompt, read_prompts, report_bad_rows
+from ipvrm.run_folder import manifest, read_json, remove_leftovers, summary_path, write_json, write_table
+
+# What a resumed run may change: it does not decide the responses, or its contents are compared by hash.
+FREE_ON_RESUME = ("model", "input", "output", "per_device_eval_batch_size", "use_cpu", "on_bad_row")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Samples responses to prompts.
+
+    In: `prompt` (text or chat messages) per row; `answer` or `reward_model.ground_truth`, and `data_source`,
+    are carried along. Out: one row per response with `prompt`, `response`, `sample`, `truncated`, `answer`,
+    `data_source`, `row`, `prompt_tokens`, `response_tokens`; OUTPUT.summary.json has the counts.
+    Label them with `ipvrm label`.
+    A killed run goes on at its last complete batch when the same command is given again, and ends with the
+    file that it would have written without the interruption.
+    """
+
+    model: str
+    """Policy: a folder or a Hub name."""
+    input: str
+    """.parquet, .jsonl or .json file of prompts."""
+    output: str
+    """.parquet or .jsonl file to write; it appears when all responses are there."""
+    num_generations: int = 4
+    """Responses per prompt."""
+    max_new_tokens: int = 2048
+    """Most tokens of a response; one that has not ended by then is marked truncated."""
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens; 0 for no limit."""
+    seed: int = 42
+    limit: int | None = None
+    """Only the first so many rows."""
+    per_device_eval_batch_size: int = 64
+    """Most responses generated at a time; changes memory and speed, the responses by rounding alone."""
+    bf16: bool = False
+    """Weights and cache in bf16, in place of fp32."""
+    on_bad_row: OnBadRow = "error"
+    """Rows that cannot be used: stop and list them, or skip."""
+    use_cpu: bool = False
+    """Generate on the CPU although there is an accelerator."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One response to sample."""
+
+    prompt: Prompt
+    ids: list[int]
+    sample: int
+
+
+def roll_out(config: RolloutConfig, progress: bool = True) -> dict[str, Any]:
+    """Samples `config.num_generations` responses per prompt into `config.output`; returns the summary.
+
+    Raises:
+        IpvrmError: settings out of range, unreadable input, a model that cannot be loaded, or bad rows under
+            `on_bad_row="error"`.
+    """
+    sampling, output = _check(config), Path(config.output)
+    shown = Progress(enabled=progress)
+    prompts, bad = read_prompts(config.input, config.on_bad_row, limit=config.limit)
+    key = _key(config)
+    if output.is_file() and summary_path(output).is_file():
+        stored = cast(dict[str, Any], read_json(summary_path(output)))
+        if stored.get("key") == key:
+            shown.note(f"{output} is already there, from the same prompts, model and settings")
+            return stored
+    tokenizer = load_tokenizer(config.model)
+    accelerator = None if config.use_cpu else torch.accelerator.current_accelerator()
+    device = accelerator or torch.device("cpu")
+    model = load_model(config.model, torch.bfloat16 if config.bf16 else torch.float32, device)
+    stops = stop_ids(model, tokenizer)
+    engine = TransformersEngine(model, stops, config.per_device_eval_batch_size)
+    context = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
+    jobs, refused = _jobs(config, prompts, tokenizer, context)
+    report_bad_rows(refused, config.on_bad_row, total=len(prompts) + len(bad))
+    for row in (*bad, *refused):
+        shown.note(f"skipped {row}")
+    if not jobs:
+        raise IpvrmError(f"--input {config.input}: no usable row; the first: {refused[0]}")
+
+    shards = _Shards(output.with_name(f".{output.name}.{key}.partial"))
+    if shards.rows:
+        shown.note(f"going on behind {len(shards.rows)} of {len(jobs)} responses")
+    remaining = [job for job in jobs if (job.prompt.row, job.sample) not in shards.rows]
+    batches = length_sorted_microbatches(
+        [len(job.ids) for job in remaining], max_rows=config.per_device_eval_batch_size
+    )  # longest first: if memory does not suffice, that shows at once
+    try:
+        with shown.bar("responses", len(jobs), len(shards.rows)) as update:
+            for batch in ([remaining[i] for i in indices] for indices in batches):
+                seeds = [response_seed(config.seed, job.prompt.row, job.sample) for job in batch]
+                started = time.monotonic()
+                generated = engine([job.ids for job in batch], sampling, seeds)
+                seconds = time.monotonic() - started
+                pairs = zip(batch, generated, strict=True)
+                shards.add([_response(*pair, tokenizer, stops) for pair in pairs], seconds)
+                tokens = sum(map(len, generated))
+                update(len(shards.rows), tokens_per_second=tokens / seconds)
+    except KeyboardInterrupt:
+        shown.note(f"{len(shards.rows)} of {len(jobs)} responses are kept; the same command goes on")
+        raise
+    chat = tokenizer.chat_template is not None
+    rows = [_row(job, shards.rows[job.prompt.row, job.sample], chat) for job in jobs]
+    summary = {
+        **_counts(rows, shards.seconds),
+        "prompts_in": len(prompts) + len(bad),
+        "bad": len(bad) + len(refused),
+        "stop_tokens": tokenizer.convert_ids_to_tokens(sorted(stops)),
+        "device": str(device),
+        "key": key,
+        "manifest": manifest(seeds={"seed": config.seed}, config=asdict(config)),
+    }
+    summary_path(output).unlink(missing_ok=True)  # it must never stand beside another run's rows
+    write_table(output, rows)
+    write_json(summary_path(output), summary)
+    shards.remove()
+    return summary
+
+
+def _check(config: RolloutConfig) -> Sampling:
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+    for name in ("num_generations", "per_device_eval_batch_size", "limit"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise IpvrmError(f"{name} must be at least 1; got {value}")
+    if config.seed < 0:
+        raise IpvrmError(f"seed must not be negative; got {config.seed}")
+    if config.temperature == 0 and config.num_generations > 1:
+        raise IpvrmError(
+            f"temperature 0 gives the same response every time; num_generations must be 1, "
+            f"got {config.num_generations}"
+        )
+    if Path(config.output).suffix not in (".parquet", ".jsonl"):
+        raise IpvrmError(f"--output {config.output}: must end in .parquet or .jsonl")
+    return sampling
+
+
+def _jobs(
+    config: RolloutConfig, prompts: Sequence[Prompt], tokenizer: Any, context: int | None
+) -> tuple[list[_Job], list[BadRow]]:
+    """One job per response, in the output's order; and the prompts that cannot be used."""
+    jobs, refused = [], []
+    for prompt in prompts:
+        try:
+            ids = encode_prompt(prompt.prompt, tokenizer)
+            if context is not None and len(ids) + config.max_new_tokens > context:
+                raise ValueError(
+                    f"its {len(ids)} tokens and {config.max_new_tokens} new ones (--max_new_tokens) are more "
+                    f"than the model's {context} positions"
+                )
+        except ValueError as error:
+            refused.append(BadRow(config.input, prompt.row, str(error)))
+            continue
+        jobs += [_Job(prompt, ids, sample) for sample in range(config.num_generations)]
+    return jobs, refused
+
+
+def _response(job: _Job, ids: list[int], tokenizer: Any, stops: set[int]) -> dict[str, Any]:
+    ended = bool(ids) and ids[-1] in stops
+    text = tokenizer.decode(ids[:-1] if ended else ids, clean_up_tokenization_spaces=False)
+    return {
+        "row": job.prompt.row,
+        "sample": job.sample,
+        "response": text,
+        "truncated": not ended,
+        "response_tokens": len(ids),
+    }
+
+
+class _Shards:
+    """Finished responses in a folder, one file per batch, each renamed into place when it is complete."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.rows: dict[tuple[int, int], dict[str, Any]] = {}
+        self.seconds = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        paths = sorted(folder.glob("*.json"))
+        for path in paths:
+            self._keep(read_json(path))
+        self._next = int(paths[-1].stem) + 1 if paths else 0
+
+    def _keep(self, shard: dict[str, Any]) -> None:
+        self.rows.update({(row["row"], row["sample"]): row for row in shard["rows"]})
+        self.seconds += shard["seconds"]
+
+    def add(self, rows: list[dict[str, Any]], seconds: float) -> None:
+        shard = {"seconds": seconds, "rows": rows}
+        write_json(self.folder / f"{self._next:08d}.json", shard)
+        self._next += 1
+        self._keep(shard)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+def _row(job: _Job, response: dict[str, Any], chat: bool) -> dict[str, Any]:
+    """A row of the output. A text prompt is the user's message where the tokenizer has a chat template."""
+    prompt: Any = job.prompt.prompt
+    if not isinstance(prompt, str):
+        prompt = list(prompt)
+    elif chat:
+        prompt = [{"role": "user", "content": prompt}]
+    carried = {"prompt": prompt, "answer": job.prompt.answer, "data_source": job.prompt.data_source}
+    return carried | response | {"prompt_tokens": len(job.ids)}
+
+
+def _counts(rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    tokens = sum(row["response_tokens"] for row in rows)
+    return {
+        "prompts": len({row["row"] for row in rows}),
+        "responses": len(rows),
+        "truncated": sum(row["truncated"] for row in rows),
+        "empty": sum(not row["response"].strip() for row in rows),
+        "without_ground_truth": sum(row["answer"] is None for row in rows),
+        "response_tokens": tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(tokens / max(seconds, 1e-3), 1),
+    }
+
+
+def _key(config: RolloutConfig) -> str:
+    """Names the unfinished work: only a run with the same prompts, model and settings goes on with it."""
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(Path(config.input).read_bytes())
+    digest.update(weights_hash(config.model).encode())
+    folder = local_folder(config.model)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if (path := folder / name).is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def main(config: RolloutConfig) -> None:
+    """Console entry: samples and says what came out."""
+    summary = roll_out(config)
+    print(
+        f"{config.output}: {summary['responses']} responses to {summary['prompts']} prompts, "
+        f"{summary['truncated']} truncated, {summary['response_tokens']} tokens "
+        f"({summary['tokens_per_second']:,.0f} a second)"
+    )

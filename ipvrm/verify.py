@@ -1,0 +1,340 @@
+"""Verifiers: is the final answer of a response the right one? Each question has a hard deadline.
+
+A verifier is a function `(response, answer) -> True | False | None`; None says that the response holds no
+answer. It runs in worker processes of its own, one JSON line in and one out, and may hang, raise, crash or
+print: a worker that has not answered by the deadline is killed, with whatever it started, and replaced.
+A time-out, a crash or an exception is a `Verdict` of its own and never a wrong answer.
+
+math-verify's own time-outs are switched off. They come as signals that native code holds up, and what they
+interrupt counts there as a wrong answer.
+"""
+
+import functools
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+from ipvrm import IpvrmError
+
+Outcome = Literal["right", "wrong", "no_answer", "timeout", "crash", "error", "unreadable_ground_truth"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+LABELS = {"right": 1, "wrong": 0, "no_answer": 0}
+TIMEOUT_SECONDS = 10.0
+START_SECONDS = 120.0  # a cold disk under many workers: importing sympy alone takes seconds
+ORPHAN_SECONDS = 30.0  # how long after its deadline a worker ends itself if nobody has killed it
+BOXED = re.compile(r"\\boxed\s*\{")
+ANSWER_LINE = re.compile(r"^.*?\banswer\s*(?::|\bis\b:?)(.*)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one question. `extracted` is the answer found, `detail` the reason of a failure."""
+
+    outcome: Outcome
+    extracted: str | None = None
+    detail: str | None = None
+
+    @property
+    def label(self) -> int | None:
+        """1 (right), 0 (wrong, or no answer to be found), None where nothing is known."""
+        return LABELS.get(self.outcome)
+
+
+Verifier = Callable[[str, str], Verdict]
+
+
+def final_answer(response: str) -> str | None:
+    r"""The last `\boxed{...}`, else what follows the last `####`, else the last line's `Answer: ...` (or
+    `answer is ...`); without the dollar signs and the full stop around it. None where there is none.
+    """
+    found = None
+    for match in BOXED.finditer(response):
+        depth = 1
+        for end in range(match.end(), len(response)):
+            depth += {"{": 1, "}": -1}.get(response[end], 0)
+            if depth == 0:
+                found = response[match.end() : end]
+                break
+    if found is None and "####" in response:
+        found = response.rpartition("####")[2].strip().partition("\n")[0]
+    if found is None:
+        lines = (ANSWER_LINE.match(line) for line in reversed(response.split("\n")))
+        found = next((match.group(1) for match in lines if match), None)
+    return (found.strip(" \t*").removesuffix(".").strip().strip("$").strip() or None) if found else None
+
+
+def verify_string(response: str, answer: str) -> Verdict:
+    """`final_answer` equals the ground truth, character by character."""
+    extracted = final_answer(response)
+    if extracted is None:
+        return Verdict("no_answer")
+    return Verdict("right" if extracted == answer.strip() else "wrong", extracted)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_ground_truth(answer: str) -> tuple[list[Any], bool]:
+    """(what math-verify makes of it, whether that is mathematics and not text alone).
+
+    Without delimiters math-verify overlooks most LaTeX, and a box is what it reads most reliably.
+    """
+    from math_verify import parse
+
+    parsed: list[Any] = []
+    for text in (f"\\boxed{{{answer}}}", answer if "$" in answer else f"${answer}$"):
+        parsed += parse(text, parsing_timeout=None, raise_on_error=True)
+        if any(not isinstance(item, str) for item in parsed):
+            return parsed, True
+    return parsed, False
+
+
+def verify_math(response: str, answer: str) -> Verdict:
+    """math-verify's equivalence of the ground truth and the last answer in the response."""
+    from math_verify import parse, verify
+
+    gold, readable = _parse_ground_truth(answer)
+    if not readable:
+        return Verdict("unreadable_ground_truth", detail=f"math-verify cannot parse {answer!r:.80}")
+    found = parse(response, parsing_timeout=None, raise_on_error=True)
+    if not found:
+        return Verdict("no_answer")
+    right = verify(gold, found, timeout_seconds=None, raise_on_error=True)
+    return Verdict("right" if right else "wrong", next((f for f in found if isinstance(f, str)), None))
+
+
+def load_verifier(name: str) -> Verifier:
+    """The verifier `math`, `string`, or a Python function `module:function`.
+
+    Raises:
+        IpvrmError: there is no such thing, or math-verify is not installed.
+    """
+    if name == "string":
+        return verify_string
+    if name == "math":
+        if find_spec("math_verify") is None:
+            raise IpvrmError("verifier 'math' needs math-verify: pip install 'ipvrm[math]'")
+        return verify_math
+    module_name, colon, function_name = name.partition(":")
+    if not (module_name and colon and function_name):
+        raise IpvrmError(f"verifier must be 'math', 'string' or 'module:function'; got {name!r}")
+    try:
+        function = getattr(import_module(module_name), function_name)
+    except Exception as error:  # whatever the module does when it is imported
+        raise IpvrmError(f"verifier {name!r}: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise IpvrmError(f"verifier {name!r} is no function; it is a {type(function).__name__}")
+
+    def verify(response: str, answer: str) -> Verdict:
+        result = function(response, answer)
+        if result is None:
+            return Verdict("no_answer")
+        if not isinstance(result, bool | int | float) or result not in (0, 1):
+            raise ValueError(f"{name} must return True, False or None; it returned {result!r:.40}")
+        return Verdict("right" if result else "wrong")
+
+    return verify
+
+
+# -------------------------------------------------------------------------------------------------- workers
+
+
+def serve(name: str, timeout_seconds: float) -> None:
+    """A worker: says whether it is ready, then answers each [response, answer] line with a verdict's line.
+
+    What the verifier reads or prints does not reach the two pipes.
+    """
+    import faulthandler
+
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    devnull = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(devnull, descriptor)
+    try:
+        verifier = load_verifier(name)
+    except IpvrmError as error:
+        print(json.dumps({"failed": str(error)}), file=replies)
+        return
+    print(json.dumps({"ready": True}), file=replies)
+    for line in requests:
+        # A watchdog thread in C: it also ends a worker that hangs in native code after its parent's death.
+        faulthandler.dump_traceback_later(timeout_seconds + ORPHAN_SECONDS, exit=True)
+        try:
+            verdict = verifier(*json.loads(line))
+        except BaseException as error:  # SystemExit too: only the death of the process is a crash
+            verdict = Verdict("error", detail=f"{type(error).__name__}: {error}"[:300])
+        faulthandler.cancel_dump_traceback_later()
+        print(json.dumps(asdict(verdict)), file=replies)
+
+
+class _Worker:
+    """A process that runs `serve`; a thread puts (self, line) on `events`, and (self, None) at its end."""
+
+    def __init__(self, name: str, timeout_seconds: float, events: "queue.Queue[tuple[_Worker, str | None]]"):
+        code = "import sys; from ipvrm.verify import serve; serve(sys.argv[1], float(sys.argv[2]))"
+        path = os.pathsep.join(["", *filter(None, sys.path)])  # "" is the working directory
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, name, str(timeout_seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the parent, and killing reaches what the verifier started
+        )
+        self.ready = False
+        self.question: int | None = None
+        self.deadline = time.monotonic() + START_SECONDS
+        threading.Thread(target=self._read, args=(events,), daemon=True).start()
+
+    def _read(self, events: "queue.Queue[tuple[_Worker, str | None]]") -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            events.put((self, line))
+        events.put((self, None))
+
+    def ask(self, question: int, pair: tuple[str, str], timeout_seconds: float) -> None:
+        assert self.process.stdin is not None
+        self.question = question
+        self.deadline = time.monotonic() + timeout_seconds
+        try:
+            self.process.stdin.write(json.dumps(pair) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            pass  # it has died: the end of its output says so
+
+    def kill(self) -> int:
+        """Ends the process and what it started; returns its exit status."""
+        try:
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
+        except ProcessLookupError:
+            pass
+        return self.process.wait()
+
+
+class VerifierPool:
+    """Worker processes of one verifier; a context manager, to be used by one thread.
+
+    Args:
+        verifier: `math`, `string` or `module:function` (found on sys.path or in the working directory).
+        num_workers: processes; None for one per available core.
+        timeout_seconds: hard deadline of each question, measured from the moment a worker is given it.
+    """
+
+    def __init__(
+        self,
+        verifier: str = "math",
+        num_workers: int | None = None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ):
+        if num_workers is not None and num_workers < 1:
+            raise IpvrmError(f"num_workers must be at least 1; got {num_workers}")
+        if not 0 < timeout_seconds < 1e6:
+            raise IpvrmError(f"timeout_seconds must lie between 0 and a million; got {timeout_seconds}")
+        if verifier in ("math", "string") or ":" not in verifier:
+            load_verifier(verifier)  # what is missing shows here; users' modules load in workers alone
+        self.verifier, self.timeout_seconds = verifier, timeout_seconds
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.num_workers = num_workers or cores or 1
+        self._workers: list[_Worker] = []
+        self._events: queue.Queue[tuple[_Worker, str | None]] = queue.Queue()
+
+    def __enter__(self) -> "VerifierPool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all workers."""
+        while self._workers:
+            self._workers.pop().kill()
+
+    def judge(
+        self, pairs: Sequence[tuple[str, str]], on_done: Callable[[int], None] = lambda done: None
+    ) -> list[Verdict]:
+        """Verdicts of (response, answer) pairs, in their order.
+
+        Args:
+            on_done: called with how many are done after each.
+
+        Raises:
+            IpvrmError: the verifier cannot be loaded, or its workers do not start.
+        """
+        try:
+            return self._judge(pairs, on_done)
+        except BaseException:
+            self.close()  # a half-finished round must not answer into the next one
+            raise
+
+    def _judge(self, pairs: Sequence[tuple[str, str]], on_done: Callable[[int], None]) -> list[Verdict]:
+        verdicts: dict[int, Verdict] = {}
+        waiting = deque(range(len(pairs)))
+        while len(verdicts) < len(pairs):
+            open_questions = len(pairs) - len(verdicts)
+            while len(self._workers) < min(self.num_workers, open_questions):
+                self._workers.append(_Worker(self.verifier, self.timeout_seconds, self._events))
+            for worker in self._workers:
+                if waiting and worker.ready and worker.question is None:
+                    question = waiting.popleft()
+                    worker.ask(question, pairs[question], self.timeout_seconds)
+            busy = [w for w in self._workers if not w.ready or w.question is not None]
+            wait = max(0.0, min(w.deadline for w in busy) - time.monotonic())
+            for worker, line in self._heard(wait):
+                if worker in self._workers:  # else it has been killed, and what it still said is void
+                    self._hear(worker, line, verdicts)
+            for worker in [w for w in busy if w in self._workers and w.deadline <= time.monotonic()]:
+                if not worker.ready or worker.question is not None:
+                    self._replace(worker, verdicts, f"no answer in {self.timeout_seconds:g} s", "timeout")
+            on_done(len(verdicts))
+        return [verdicts[index] for index in range(len(pairs))]
+
+    def _heard(self, wait: float) -> Iterator[tuple[_Worker, str | None]]:
+        """What workers say: waits for the first, then yields all that is there."""
+        try:
+            yield self._events.get(timeout=wait)
+            while True:
+                yield self._events.get_nowait()
+        except queue.Empty:
+            return
+
+    def _hear(self, worker: _Worker, line: str | None, verdicts: dict[int, Verdict]) -> None:
+        if line is None:
+            self._replace(worker, verdicts, "", "crash")
+        elif worker.ready:
+            assert worker.question is not None
+            verdicts[worker.question] = Verdict(**json.loads(line))
+            worker.question = None
+        elif "failed" in (greeting := json.loads(line)):
+            raise IpvrmError(greeting["failed"])
+        else:
+            worker.ready = True
+
+    def _replace(
+        self, worker: _Worker, verdicts: dict[int, Verdict], detail: str, outcome: Literal["timeout", "crash"]
+    ) -> None:
+        self._workers.remove(worker)
+        status = worker.kill()
+        if not worker.ready:
+            reason = f"exit status {status}" if outcome == "crash" else f"not within {START_SECONDS:g} s"
+            raise IpvrmError(f"verifier {self.verifier!r}: its worker process did not start ({reason})")
+        if worker.question is not None:
+            died = f"signal {-status}" if status < 0 else f"exit status {status}"
+            verdicts[worker.question] = Verdict(
+                outcome, detail=detail or f"the verifier's process died: {died}"
+            )
