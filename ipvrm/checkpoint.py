@@ -158,6 +158,7 @@ def check_same_run(stored: dict[str, Any], now: dict[str, Any]) -> None:
     words = {
         "start_hash": "the starting model",
         "reference_hash": "the reference",
+        "reward_model_hash": "the reward model",
         "data_hash": "the training data",
     }
     changed = [

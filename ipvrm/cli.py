@@ -38,6 +38,12 @@ COMMANDS = {
         "verify the answers of rollouts: reward-model data", "ipvrm.label", "LabelConfig", "main"
     ),
     "train-rm": Command("a reward model from outcome labels", "ipvrm.train_rm", "RewardConfig", "main"),
+    "train-policy": Command(
+        "DistRL and its baselines: a policy from verified rollouts",
+        "ipvrm.train_policy",
+        "PolicyConfig",
+        "main",
+    ),
     "score": Command("JSONL of problem and steps in, step scores out", "ipvrm.score", "ScoreConfig", "main"),
     "eval processbench": Command(
         "first-error F1 on ProcessBench", "ipvrm.evaluate.processbench", "EvalConfig", "evaluate"

@@ -55,6 +55,10 @@ class Head:
     logit_scale: float = 1.0
     softcap: float | None = None
 
+    def transform(self) -> dict[str, Any]:
+        """Keyword arguments of the head ops besides `weight`."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
 
 def local_folder(name: str | Path) -> Path:
     """The folder of model `name`: itself, or a Hub name's snapshot (downloaded unless HF_HUB_OFFLINE=1).
@@ -254,10 +258,8 @@ def response_logprobs(model: nn.Module, batch: Batch, temperature: float = 1.0) 
         hidden_states(model, batch),
         parts.weight,
         batch.token_ids,
-        bias=parts.bias,
-        logit_scale=parts.logit_scale,
-        softcap=parts.softcap,
         temperature=temperature,
+        **parts.transform(),
     )
     return result.logprobs
 

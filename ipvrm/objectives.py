@@ -316,9 +316,18 @@ class Objective:
         return loss_denominator(lengths, self.reduction, self.prefix_weighting)
 
     def __call__(
-        self, log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, denominator: float
+        self,
+        log_ratio: Tensor,
+        cu_seqlens: Tensor,
+        outcome: Tensor,
+        denominator: float,
+        balance: Balance | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """This micro-batch's share of the loss of its optimizer batch, and its metrics."""
+        """This micro-batch's share of the loss of its optimizer batch, and its metrics.
+
+        Args:
+            balance: weight and margin (B,) of an online update of ipvrm, in place of 1 and `margin`.
+        """
         if self.name == "implicit_prm":
             return implicit_prm_loss(log_ratio, cu_seqlens, outcome, beta=self.beta, denominator=denominator)
         return ipvrm_loss(
@@ -326,7 +335,8 @@ class Objective:
             cu_seqlens,
             outcome,
             beta=self.beta,
-            margin=self.margin,
+            margin=self.margin if balance is None else balance.margin,
+            weight=None if balance is None else balance.weight,
             prefix_weighting=self.prefix_weighting,
             reduction=self.reduction,
             denominator=denominator,

@@ -43,6 +43,20 @@ class NotFinite(IpvrmError):
     """Loss or gradient of an update are not numbers; the weights are those from before it."""
 
 
+def data_parallel_accelerator(command: str, *, use_cpu: bool, mixed_precision: str) -> Any:
+    """The Accelerator of a training script. Raises IpvrmError where it would shard the model."""
+    from accelerate import Accelerator, DistributedType
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # an earlier run of this process may have used another precision
+    accelerator = Accelerator(cpu=use_cpu, mixed_precision=mixed_precision)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise IpvrmError(
+            f"{command} runs under data parallelism; {accelerator.distributed_type} is not supported yet"
+        )
+    return accelerator
+
+
 def adamw(
     module: nn.Module, learning_rate: float, settings: AdamSettings, device: torch.device
 ) -> torch.optim.AdamW:

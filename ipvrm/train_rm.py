@@ -39,7 +39,7 @@ from ipvrm.model import (
     weights_hash,
 )
 from ipvrm.objectives import METRICS, Metrics, MetricSums, paired, stacked
-from ipvrm.optimizer import NotFinite, adamw, learning_rate_factor, update
+from ipvrm.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.progress import Interrupt, Progress, peak_memory
 from ipvrm.reference import REFERENCE_FILE, data_hash, reference_logprobs, split_packed
 from ipvrm.reward_config import FREE_ON_RESUME, RewardConfig, objective_of, resolve
@@ -83,21 +83,14 @@ class _Run:
     """One training run; the methods are in the order in which they happen."""
 
     def __init__(self, config: RewardConfig, progress: bool):
-        from accelerate import Accelerator, DistributedType
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state()  # an earlier run of this process may have used another precision
         self.output = Path(config.output_dir)
-        self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=config.mixed_precision)
+        self.accelerator = data_parallel_accelerator(
+            "train-rm", use_cpu=config.use_cpu, mixed_precision=config.mixed_precision
+        )
         if config.gradient_accumulation_steps is not None:
             rows = config.per_device_train_batch_size * self.accelerator.num_processes
             config = replace(config, global_batch_size=rows * config.gradient_accumulation_steps)
         self.config = config
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise IpvrmError(
-                "train-rm runs under data parallelism; "
-                f"{self.accelerator.distributed_type} is not supported yet"
-            )
         self.main = self.accelerator.is_main_process
         self.progress = Progress(enabled=progress and self.main)
         self.device = self.accelerator.device

@@ -1,0 +1,86 @@
+"""The policy on rollouts: what it knows of them when it samples, and its loss as a module."""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ipvrm.data import Batch
+from ipvrm.model import head, hidden_states
+from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig, select_candidates
+from ipvrm_kernels import DistRLLoss, linear_distrl_loss, linear_logprobs
+
+
+class Behaviour(NamedTuple):
+    """Of n response tokens under the policy that sampled them; K = 0 without candidates."""
+
+    logprobs: Tensor  # (n,) fp32, of the sampled tokens
+    entropy: Tensor  # (n,) nats
+    candidate_ids: Tensor  # (n, K) int64, -1 at unused slots
+    candidate_logprobs: Tensor  # (n, K), -inf there
+
+
+@torch.no_grad()
+def behaviour(
+    policy: nn.Module, batch: Batch, candidates: CandidateConfig | None, temperature: float
+) -> Behaviour:
+    """Log-probs, entropy and candidates of every response token, in one pass over the vocabulary."""
+    parts, hidden = head(policy), hidden_states(policy, batch)
+    options: dict[str, Any] = {"return_entropy": True, "temperature": temperature, **parts.transform()}
+    if candidates is None:
+        found = linear_logprobs(hidden, parts.weight, batch.token_ids, **options)
+        none = batch.token_ids.new_empty(len(hidden), 0)
+        return Behaviour(
+            found.logprobs, cast(Tensor, found.entropy), none, found.logprobs.new_empty(none.shape)
+        )
+    chosen = select_candidates(
+        hidden, parts.weight, batch.token_ids, batch.cu_seqlens, config=candidates, **options
+    )
+    sampled, entropy = cast(Tensor, chosen.sampled_logprobs), cast(Tensor, chosen.entropy)
+    return Behaviour(sampled, entropy, chosen.ids, chosen.logprobs)
+
+
+class Targets(NamedTuple):
+    """What the loss of n response tokens takes besides the policy."""
+
+    candidate_ids: Tensor  # (n, K)
+    old_logprobs: Tensor  # (n,)
+    old_candidate_logprobs: Tensor  # (n, K)
+    advantages: Tensor  # (n,)
+    candidate_advantages: Tensor  # (n, K)
+
+
+class PolicyLoss(nn.Module):
+    """`linear_distrl_loss` of a micro-batch: a distributed wrapper sees body and head in one forward."""
+
+    def __init__(self, model: nn.Module, config: PolicyLossConfig, temperature: float):
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.temperature = temperature
+
+    def forward(
+        self,
+        batch: Batch,
+        targets: Targets,
+        token_denominator: float,
+        candidate_denominator: float | Tensor,
+    ) -> DistRLLoss:
+        """The share of this micro-batch in the loss of a minibatch with these denominators."""
+        parts = head(self.model)
+        return linear_distrl_loss(
+            hidden_states(self.model, batch),
+            parts.weight,
+            batch.token_ids,
+            targets.candidate_ids,
+            targets.old_logprobs,
+            targets.old_candidate_logprobs,
+            targets.advantages,
+            targets.candidate_advantages,
+            batch.cu_seqlens,
+            token_denominator=token_denominator,
+            candidate_denominator=candidate_denominator,
+            temperature=self.temperature,
+            **self.config.options(),
+            **parts.transform(),
+        )
