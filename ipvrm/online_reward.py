@@ -35,6 +35,7 @@ from ipvrm.run_folder import versions
 from ipvrm_kernels import linear_logprobs, prefix_values
 
 FOLDER = "reward_model"
+RELEASE_MARGIN = 5.0  # of the released code's online update; offline it has none
 
 
 def token_and_candidate_logprobs(
@@ -80,20 +81,14 @@ class OnlineReward:
                 f"{self.folder}: objective {objective!r} has neither margin nor weights, so --dlw, --adb and "
                 "--rm_margin are unused"
             )
-        default = objective == "ipvrm" and self.trained
         self.balance = balance_config(config)
-        self.balance = type(self.balance)(
-            dlw=default if config.dlw is None else config.dlw,
-            adb=default if config.adb is None else config.adb,
-            rescale=self.balance.rescale,
-            difficulty_dtype=self.balance.difficulty_dtype,
-        )
-        margin = self.info.margin if config.rm_margin is None else config.rm_margin
+        margin = RELEASE_MARGIN if config.preset == "release" else self.info.margin
+        margin = margin if config.rm_margin is None else config.rm_margin
         self.objective = Objective(objective, self.info.beta, margin or 0.0)
-        self._check_tokenizer(policy_tokenizer)
+        self._check_vocabulary(policy_tokenizer)
         self.reference_folder = find_reference(self.folder, self.info, config.reference)
 
-    def _check_tokenizer(self, policy_tokenizer: Any) -> None:
+    def _check_vocabulary(self, policy_tokenizer: Any) -> None:
         if self.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
             raise IpvrmError(
                 f"{self.folder}: its tokenizer is not the policy's: the same text would be other tokens, and "
@@ -104,6 +99,12 @@ class OnlineReward:
             raise IpvrmError(
                 f"{self.folder}: it was trained with another chat template (sha256 {recorded[:12]}) than the "
                 f"policy's ({found[:12]}); use one template for both"
+            )
+        own, other = (_head_size(name) for name in (self.config.model, self.folder))
+        if own != other:
+            raise IpvrmError(
+                f"{self.folder}: its head has {other} tokens, the policy's {own}; their probabilities "
+                "are over different sets"
             )
 
     def load(self, resumed: Path | None, scalars: dict[str, Any] | None) -> None:
@@ -268,6 +269,12 @@ class OnlineReward:
         if not self.trained:
             return None
         return checkpoint.save_optimizer(folder, self.module, self.optimizer.optimizer)
+
+
+def _head_size(model: str | Path) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(local_folder(model)).get_text_config().vocab_size)
 
 
 def auc(scores: Tensor, outcome: Tensor) -> float:

@@ -38,7 +38,8 @@ FREE_ON_RESUME = {
     "dry_run",
 }
 # Flags that only some algorithms have; given to another one they are refused, never ignored.
-REWARD_FLAGS = ("rm_update", "rm_learning_rate", "rm_margin", "dlw", "adb", "td_reference", "reference")
+ONLINE_FLAGS = ("rm_learning_rate", "rm_margin", "dlw", "adb")
+REWARD_FLAGS = (*ONLINE_FLAGS, "rm_update", "td_reference", "reference")
 GAE_FLAGS = ("discount", "lam", "gae_coef")
 CANDIDATE_FLAGS = (
     "alpha",
@@ -240,16 +241,12 @@ def resolve(config: PolicyConfig) -> PolicyConfig:
     for flag in sorted(of_some - set(ALGORITHMS[name])):
         if getattr(config, flag) is not None:
             raise IpvrmError(f"algorithm {name!r} has no --{flag}; leave it out")
-    defaults = _defaults(config)
-    config = replace(
-        config, **{flag: value for flag, value in defaults.items() if getattr(config, flag) is None}
-    )
     if config.rm_update == "frozen":
-        for flag in ("dlw", "adb", "rm_margin", "rm_learning_rate"):
-            if getattr(config, flag) not in (None, defaults.get(flag)):
-                raise IpvrmError(
-                    f"--rm_update frozen: the reward model is not trained, so --{flag} is unused"
-                )
+        for flag in ONLINE_FLAGS:
+            if getattr(config, flag) is not None:
+                raise IpvrmError(f"--rm_update frozen: the reward model is not trained; leave --{flag} out")
+    empty = {flag: x for flag, x in _defaults(config).items() if getattr(config, flag) is None}
+    config = replace(config, **empty)
     if config.candidate_mode == "min_prob" and config.top_k is not None:
         raise IpvrmError("--top_k belongs to --candidate_mode top_k; min_prob takes every candidate")
     if config.candidate_mode == "top_k" and config.top_k is None:
@@ -274,8 +271,8 @@ def _defaults(config: PolicyConfig) -> dict[str, Any]:
         "rm_update": "before",
         "spro_beta": 0.05,
     }
-    if config.preset == "release":
-        values["rm_margin"] = 5.0
+    if config.rm_update == "frozen":
+        del values["rm_learning_rate"]
     every = {"num_generations", "learning_rate", "clip_low", "clip_high", "dual_clip"}
     return {flag: x for flag, x in values.items() if flag in every or flag in ALGORITHMS[config.algorithm]}
 
@@ -335,5 +332,6 @@ def candidate_config(config: PolicyConfig) -> CandidateConfig | None:
 
 
 def balance_config(config: PolicyConfig) -> BalanceConfig:
-    """The switches of the reward model's online update; an empty one counts as off."""
-    return replace(BalanceConfig.preset(config.preset), dlw=bool(config.dlw), adb=bool(config.adb))
+    """The switches of the online update of an ipvrm reward model."""
+    given = {flag: getattr(config, flag) for flag in ("dlw", "adb") if getattr(config, flag) is not None}
+    return replace(BalanceConfig.preset(config.preset), **given)

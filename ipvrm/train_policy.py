@@ -27,13 +27,11 @@ from ipvrm.data import Batch, epoch_order
 from ipvrm.engine import TransformersEngine, stop_ids
 from ipvrm.model import (
     disable_dropout,
-    head,
     load_model,
     load_tokenizer,
     memory_estimate,
     response_logprobs,
     save_model,
-    template_hash,
     weights_hash,
 )
 from ipvrm.objectives import MetricSums, paired, stacked
@@ -109,7 +107,6 @@ class _Run:
             if self.output.resolve() == Path(given).resolve():
                 raise IpvrmError(f"--output_dir {self.output} is a starting model; it would be overwritten")
         self.tokenizer = load_tokenizer(config.model)
-        self.template_hash = template_hash(self.tokenizer)
         self.reward = None
         if config.reward_model is not None:
             self.reward = OnlineReward(config, self.tokenizer, self.accelerator)
@@ -122,7 +119,6 @@ class _Run:
     def train(self) -> PolicyResult:
         config = self.config
         model = load_model(self.resumed or config.model, torch.float32)
-        self._check_vocabulary(model)
         context = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
         questions, bad = read_questions(config.train_data, self.tokenizer, config, context)
         self.counts: dict[str, int] = {"prompts": len(questions), "bad": len(bad)}
@@ -175,20 +171,6 @@ class _Run:
             self.collector = Collector(questions, config, *parts)
             self.evaluator = None if eval_questions is None else Collector(eval_questions, config, *parts)
             return self._loop()
-
-    def _check_vocabulary(self, model: nn.Module) -> None:
-        """The reward model is asked for the ids of the policy's vocabulary."""
-        if self.reward is None:
-            return
-        from transformers import AutoConfig
-
-        own = head(model).weight.shape[0]
-        other = AutoConfig.from_pretrained(self.reward.folder).get_text_config().vocab_size
-        if own != other:
-            raise IpvrmError(
-                f"{self.reward.folder}: its head has {other} tokens, the policy's {own}; their probabilities "
-                "are over different sets"
-            )
 
     # --------------------------------------------------------------------------------------------- loop
 
@@ -311,10 +293,10 @@ class _Run:
         }
         edges, beta = rollouts.cu_seqlens, reward.info.beta
         if config.algorithm == "prime":
-            of_token = prime_advantages(
-                beta * (scored - reference), rollouts.outcome, edges, rollouts.group, rollouts.num_groups
+            rewards = beta * (scored - reference)
+            rollouts.advantages = prime_advantages(
+                rewards, rollouts.outcome, edges, rollouts.group, rollouts.num_groups
             )
-            rollouts.advantages = of_token
             return record
         td = temporal_difference(scored, reference, edges, beta=beta)
         candidate_td = temporal_difference(candidate_scored, candidate_reference, edges, beta=beta)
