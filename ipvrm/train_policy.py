@@ -95,6 +95,9 @@ class _Run:
         )
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.progress = Progress(enabled=progress and self.main)
+        for given in filter(None, (config.model, config.reward_model)):
+            if self.output.resolve() == Path(given).resolve():
+                raise IpvrmError(f"--output_dir {self.output} is a starting model; it would be overwritten")
         self.resumed: Path | None = None
         if config.resume_from_checkpoint is not None:
             self.resumed = checkpoint.find_checkpoint(self.output, config.resume_from_checkpoint)
@@ -103,9 +106,6 @@ class _Run:
                 f"{self.output} holds a run already; add --resume_from_checkpoint latest, "
                 "or name another --output_dir"
             )
-        for given in filter(None, (config.model, config.reward_model)):
-            if self.output.resolve() == Path(given).resolve():
-                raise IpvrmError(f"--output_dir {self.output} is a starting model; it would be overwritten")
         self.tokenizer = load_tokenizer(config.model)
         self.reward = None
         if config.reward_model is not None:
