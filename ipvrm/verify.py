@@ -33,9 +33,10 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 LABELS = {"right": 1, "wrong": 0, "no_answer": 0}
 TIMEOUT_SECONDS = 10.0
 START_SECONDS = 120.0  # a cold disk under many workers: importing sympy alone takes seconds
-ORPHAN_SECONDS = 30.0  # how long after its deadline a worker ends itself if nobody has killed it
+ORPHAN_SECONDS = 30.0  # after its deadline a worker ends itself if its parent, itself killed, has not
 BOXED = re.compile(r"\\boxed\s*\{")
-ANSWER_LINE = re.compile(r"^.*?\banswer\s*(?::|\bis\b:?)(.*)$", re.IGNORECASE)
+ARITHMETIC = re.compile(r"[-+*/^().,\d\s]+")
+STATED = re.compile(r"^.*(?:####|\banswer[ \t]*(?::|is\b:?))(.*)$", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,20 @@ Verifier = Callable[[str, str], Verdict]
 
 
 def final_answer(response: str) -> str | None:
-    r"""The last `\boxed{...}`, else what follows the last `####`, else the last line's `Answer: ...` (or
-    `answer is ...`); without the dollar signs and the full stop around it. None where there is none.
+    r"""The last `\boxed{...}`, else the last `#### ...` or `Answer: ...` (`answer is ...`) of a line; without
+    the dollar signs, stars and full stop around it. None where there is none. A box comes first, as it does
+    for math-verify.
     """
-    found = None
+    stated = [match.group(1) for match in STATED.finditer(response)]
     for match in BOXED.finditer(response):
         depth = 1
         for end in range(match.end(), len(response)):
             depth += {"{": 1, "}": -1}.get(response[end], 0)
             if depth == 0:
-                found = response[match.end() : end]
+                stated.append(response[match.end() : end])
                 break
-    if found is None and "####" in response:
-        found = response.rpartition("####")[2].strip().partition("\n")[0]
-    if found is None:
-        lines = (ANSWER_LINE.match(line) for line in reversed(response.split("\n")))
-        found = next((match.group(1) for match in lines if match), None)
-    return (found.strip(" \t*").removesuffix(".").strip().strip("$").strip() or None) if found else None
+    bare = (text.strip(" \t*$").rstrip(" \t*$.") for text in reversed(stated))
+    return next((text for text in bare if text), None)
 
 
 def verify_string(response: str, answer: str) -> Verdict:
@@ -87,12 +85,13 @@ def verify_string(response: str, answer: str) -> Verdict:
 def _parse_ground_truth(answer: str) -> tuple[list[Any], bool]:
     """(what math-verify makes of it, whether that is mathematics and not text alone).
 
-    Without delimiters math-verify overlooks most LaTeX, and a box is what it reads most reliably.
+    Without delimiters math-verify overlooks LaTeX, and of `-3./2` it reads only the -3 between dollars: a box
+    serves all but decimal fractions, which it reads as they are.
     """
     from math_verify import parse
 
     parsed: list[Any] = []
-    for text in (f"\\boxed{{{answer}}}", answer if "$" in answer else f"${answer}$"):
+    for text in (f"\\boxed{{{answer}}}", *([answer] if ARITHMETIC.fullmatch(answer) else [])):
         parsed += parse(text, parsing_timeout=None, raise_on_error=True)
         if any(not isinstance(item, str) for item in parsed):
             return parsed, True
@@ -149,7 +148,7 @@ def load_verifier(name: str) -> Verifier:
 # -------------------------------------------------------------------------------------------------- workers
 
 
-def serve(name: str, timeout_seconds: float) -> None:
+def serve(name: str, watchdog_seconds: float) -> None:
     """A worker: says whether it is ready, then answers each [response, answer] line with a verdict's line.
 
     What the verifier reads or prints does not reach the two pipes.
@@ -168,8 +167,8 @@ def serve(name: str, timeout_seconds: float) -> None:
         return
     print(json.dumps({"ready": True}), file=replies)
     for line in requests:
-        # A watchdog thread in C: it also ends a worker that hangs in native code after its parent's death.
-        faulthandler.dump_traceback_later(timeout_seconds + ORPHAN_SECONDS, exit=True)
+        # A thread in C: it ends a worker that hangs, be it in native code, when nobody is left to kill it.
+        faulthandler.dump_traceback_later(watchdog_seconds, exit=True)
         try:
             verdict = verifier(*json.loads(line))
         except BaseException as error:  # SystemExit too: only the death of the process is a crash
@@ -185,7 +184,7 @@ class _Worker:
         code = "import sys; from ipvrm.verify import serve; serve(sys.argv[1], float(sys.argv[2]))"
         path = os.pathsep.join(["", *filter(None, sys.path)])  # "" is the working directory
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, name, str(timeout_seconds)],
+            [sys.executable, "-c", code, name, str(timeout_seconds + ORPHAN_SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
