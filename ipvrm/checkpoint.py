@@ -5,6 +5,7 @@ A checkpoint is a Hugging Face model folder (fp32 master weights) plus `optimize
 process leaves no half checkpoint.
 """
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -155,6 +156,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 def check_same_run(stored: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises IpvrmError that names every setting in which a resumed run differs from its checkpoint."""
+    now = json.loads(json.dumps(now))  # as the checkpoint has it: JSON has no tuples
     words = {
         "start_hash": "the starting model",
         "reference_hash": "the reference",

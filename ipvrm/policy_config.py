@@ -72,6 +72,15 @@ AT_LEAST_ONE = (
     "eval_num_generations",
     "save_total_limit",
     "top_k",
+    "lora_r",
+)
+POSITIVE = (
+    "learning_rate",
+    "rm_learning_rate",
+    "temperature",
+    "verifier_timeout",
+    "spro_beta",
+    "lora_alpha",
 )
 NOT_NEGATIVE = (
     "save_steps",
@@ -172,6 +181,14 @@ class PolicyConfig:
     verifier_workers: int | None = None
     """Processes per rank. Default: one per available core."""
 
+    lora_r: int | None = None
+    """Rank of LoRA adapters on the policy, which then alone are trained; the paper has 128. Default: none.
+    The reward model is trained in full."""
+    lora_alpha: float | None = None
+    """Scale of the adapters, times 1 / lora_r. Default: lora_r."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Which layers get one; never the head."""
+
     max_steps: int = 100
     """Rollout batches."""
     num_epochs: int = 1
@@ -249,6 +266,10 @@ def resolve(config: PolicyConfig) -> PolicyConfig:
     config = replace(config, **empty)
     if config.candidate_mode == "min_prob" and config.top_k is not None:
         raise IpvrmError("--top_k belongs to --candidate_mode top_k; min_prob takes every candidate")
+    if config.lora_r is None and config.lora_alpha is not None:
+        raise IpvrmError("--lora_alpha belongs to --lora_r")
+    if config.lora_r is not None and config.lora_alpha is None:
+        config = replace(config, lora_alpha=float(config.lora_r))
     if config.candidate_mode == "top_k" and config.top_k is None:
         config = replace(config, top_k=5)
     _check(config)
@@ -283,7 +304,14 @@ def _check(config: PolicyConfig) -> None:
             raise IpvrmError(f"{name} must be at least 1; got {number}")
     if config.num_generations is not None and config.num_generations < 2:
         raise IpvrmError("num_generations must be at least 2: one response has no group to compare with")
-    for name in ("learning_rate", "rm_learning_rate", "temperature", "verifier_timeout", "spro_beta"):
+    for name in (
+        "learning_rate",
+        "rm_learning_rate",
+        "temperature",
+        "verifier_timeout",
+        "spro_beta",
+        "lora_alpha",
+    ):
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise IpvrmError(f"{name} must be positive; got {value}")

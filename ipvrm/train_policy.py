@@ -45,7 +45,7 @@ from ipvrm.policy_config import (
     loss_config,
     resolve,
 )
-from ipvrm.policy_model import PolicyLoss, Targets, behaviour
+from ipvrm.policy_model import PolicyLoss, Targets, add_adapters, behaviour, merged
 from ipvrm.policy_rollouts import Collector, Rollouts, questions_hash, read_questions
 from ipvrm.progress import Interrupt, Progress, peak_memory
 from ipvrm.run_folder import (
@@ -61,6 +61,7 @@ from ipvrm.verify import VerifierPool
 from ipvrm_kernels import prefix_values
 from ipvrm_kernels.linear_distrl_loss import METRICS as POLICY_METRICS
 
+ADAPTER = "adapter"
 LOSSES = ("policy_loss", "token_loss", "candidate_loss")
 
 
@@ -118,7 +119,9 @@ class _Run:
 
     def train(self) -> PolicyResult:
         config = self.config
-        model = load_model(self.resumed or config.model, torch.float32)
+        # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
+        from_checkpoint = self.resumed is not None and config.lora_r is None
+        model = load_model(cast(Path, self.resumed) if from_checkpoint else config.model, torch.float32)
         context = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
         questions, bad = read_questions(config.train_data, self.tokenizer, config, context)
         self.counts: dict[str, int] = {"prompts": len(questions), "bad": len(bad)}
@@ -148,6 +151,8 @@ class _Run:
 
         torch.manual_seed(config.seed)
         disable_dropout(model)
+        if config.lora_r is not None:
+            model = add_adapters(model, config, None if self.resumed is None else self.resumed / ADAPTER)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         model.train()
@@ -404,7 +409,10 @@ class _Run:
             self.progress.logged(record, self.config.max_steps)
 
     def _write_policy(self, folder: Path) -> None:
-        save_model(self.policy, folder)
+        """A model folder; under LoRA the merged weights, and the adapters beside them."""
+        save_model(merged(self.policy), folder)
+        if self.config.lora_r is not None:
+            save_model(self.policy, folder / ADAPTER)
         self.tokenizer.save_pretrained(folder)
 
     def _save_checkpoint(self, step: int) -> Path:

@@ -757,6 +757,33 @@ def test_resume_refuses_another_run(uninterrupted, toy, tmp_path):
             train(settings)
 
 
+# ------------------------------------------------------------------------------------------------- LoRA
+
+
+def test_lora(config, toy, tmp_path):
+    """Adapters alone move; the run folder holds the merged model too; a resumed run is the same."""
+    settings = config(lora_r=4, max_steps=3, save_steps=1, save_total_limit=9)
+    folder = train(settings).output_dir
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    got, start = weights(folder), weights(toy / "sft")
+    assert got.keys() == start.keys()
+    moved = {n for n in got if not torch.equal(got[n], start[n])}
+    assert moved and all("_proj" in name for name in moved)
+    RewardModel.from_pretrained(folder / "reward_model")
+
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "checkpoint-2")
+    train(replace(settings, output_dir=str(again), resume_from_checkpoint="latest"))
+    assert_same_run(again, folder)
+    with pytest.raises(IpvrmError, match="the head carries an adapter"):
+        train(config("head", lora_r=4, lora_target_modules=("lm_head",)))
+    with pytest.raises(IpvrmError, match="lora_target_modules nothing"):
+        train(config("none", lora_r=4, lora_target_modules=("nothing",)))
+    with pytest.raises(IpvrmError, match="belongs to --lora_r"):
+        train(config("alpha", lora_alpha=4.0))
+
+
 # ------------------------------------------------------------------------------------------- two ranks
 
 
