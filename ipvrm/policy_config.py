@@ -103,7 +103,7 @@ NOT_HERE = {"reinforce_qrm": "it needs the token scores of a Q-RM, and train-rm 
 @dataclass(frozen=True)
 class PolicyConfig:
     """A policy from verified rollouts: DistRL and what it is compared with. Defaults are the paper's, with
-    full fine-tuning; those that differ between the presets stay empty here and are printed at the start."""
+    full fine-tuning; those that differ between presets are filled in: see config.yaml of a run."""
 
     model: str
     """Starting policy: a folder or a Hub name."""

@@ -496,6 +496,22 @@ def test_defaults_of_the_presets(config):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [{}, {"preset": "release"}, {"algorithm": "spro"}, {"rm_update": "frozen"}, {"dlw": False, "adb": True}],
+    ids=str,
+)
+def test_the_resolved_config_is_a_config_file(tmp_path, changes):
+    """config.yaml of a run starts the same run."""
+    from ipvrm.cli import parse
+
+    model = None if changes.get("algorithm") == "spro" else "r"
+    resolved = resolve(PolicyConfig("m", "d", "o", reward_model=model, **changes))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(vars(resolved)))
+    again = parse(PolicyConfig, ["--config", str(tmp_path / "config.yaml")], prog="ipvrm train-policy")
+    assert resolve(again) == resolved == again
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"algorithm": "reinforce_qrm"}, "needs the token scores of a Q-RM"),
