@@ -15,6 +15,7 @@ __all__ = [
     "BalanceConfig",
     "CandidateConfig",
     "IpvrmError",
+    "PolicyConfig",
     "PolicyLossConfig",
     "RewardConfig",
     "RewardModel",
@@ -32,6 +33,7 @@ __all__ = [
     "outcome_advantages",
     "select_candidates",
     "temporal_difference",
+    "train_policy",
     "train_reward_model",
     "whiten",
 ]
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
         ipvrm_loss,
         online_balance,
     )
+    from ipvrm.policy_config import PolicyConfig
     from ipvrm.policy_loss import (
         CandidateConfig,
         PolicyLossConfig,
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
         select_candidates,
     )
     from ipvrm.reward_model import RewardModel
+    from ipvrm.train_policy import train_policy
     from ipvrm.train_rm import RewardConfig, train_reward_model
 
 _HOME = {
@@ -81,6 +85,7 @@ _HOME = {
     "implicit_prm_loss": "ipvrm.objectives",
     "ipvrm_loss": "ipvrm.objectives",
     "online_balance": "ipvrm.objectives",
+    "PolicyConfig": "ipvrm.policy_config",
     "CandidateConfig": "ipvrm.policy_loss",
     "PolicyLossConfig": "ipvrm.policy_loss",
     "candidate_mask": "ipvrm.policy_loss",
@@ -88,6 +93,7 @@ _HOME = {
     "distrl_loss": "ipvrm.policy_loss",
     "select_candidates": "ipvrm.policy_loss",
     "RewardModel": "ipvrm.reward_model",
+    "train_policy": "ipvrm.train_policy",
     "RewardConfig": "ipvrm.train_rm",
     "train_reward_model": "ipvrm.train_rm",
 }

@@ -5,7 +5,9 @@ A checkpoint is a Hugging Face model folder (fp32 master weights) plus `optimize
 process leaves no half checkpoint.
 """
 
+import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,29 @@ _SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimiz
 _LOAD = StateDictOptions(flatten_optimizer_state_dict=True)  # every rank reads the whole file
 
 
+class TrainingInterrupted(IpvrmError):
+    """A signal asked the run to stop; its state is in `checkpoint`."""
+
+    def __init__(self, message: str, checkpoint_folder: Path, exit_code: int):
+        super().__init__(message)
+        self.checkpoint = checkpoint_folder
+        self.exit_code = exit_code
+
+
+def interrupted(folder: Path, step: int, total: int, signal_number: int) -> TrainingInterrupted:
+    """What a run raises that has stopped after `step` of `total` and saved `folder`.
+
+    Args:
+        signal_number: 0 on a rank that has not seen the signal itself.
+    """
+    again = f"--output_dir {folder.parent} --resume_from_checkpoint latest"
+    message = (
+        f"stopped after update {step} of {total}, saved {folder}; "
+        f"the same command with {again} goes on from there"
+    )
+    return TrainingInterrupted(message, folder, 128 + (signal_number or signal.SIGINT))
+
+
 def checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
     found = []
@@ -37,6 +62,12 @@ def checkpoints(folder: str | Path) -> list[Path]:
         if number.isdigit() and (path / STATE).is_file():
             found.append((int(number), path))
     return [path for _, path in sorted(found)]
+
+
+def newest_in_words(folder: str | Path) -> str:
+    """For the message of a run that stops: what it can be resumed from."""
+    saved = checkpoints(folder)
+    return f"the last checkpoint, {saved[-1]}, is intact" if saved else "no checkpoint was written yet"
 
 
 def find_checkpoint(output_dir: str | Path, resume_from: str) -> Path:
@@ -125,9 +156,11 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 def check_same_run(stored: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises IpvrmError that names every setting in which a resumed run differs from its checkpoint."""
+    now = json.loads(json.dumps(now))  # as the checkpoint has it: JSON has no tuples
     words = {
         "start_hash": "the starting model",
         "reference_hash": "the reference",
+        "reward_model_hash": "the reward model",
         "data_hash": "the training data",
     }
     changed = [

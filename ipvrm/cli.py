@@ -38,6 +38,12 @@ COMMANDS = {
         "verify the answers of rollouts: reward-model data", "ipvrm.label", "LabelConfig", "main"
     ),
     "train-rm": Command("a reward model from outcome labels", "ipvrm.train_rm", "RewardConfig", "main"),
+    "train-policy": Command(
+        "DistRL and its baselines: a policy from verified rollouts",
+        "ipvrm.train_policy",
+        "PolicyConfig",
+        "main",
+    ),
     "score": Command("JSONL of problem and steps in, step scores out", "ipvrm.score", "ScoreConfig", "main"),
     "eval processbench": Command(
         "first-error F1 on ProcessBench", "ipvrm.evaluate.processbench", "EvalConfig", "evaluate"
@@ -154,13 +160,13 @@ def _yaml_flags(config_class: type, path: Path) -> list[str]:
         raise IpvrmError(
             f"--config {path}: must hold `flag: value` lines; it holds a {type(values).__name__}"
         )
-    known = [field.name for field in dataclasses.fields(config_class)]
+    known = {field.name: field.type for field in dataclasses.fields(config_class)}
     unknown = [str(key) for key in values if key not in known]
     if unknown:
         raise IpvrmError(f"--config {path}: unknown {', '.join(unknown)}; the flags are {', '.join(known)}")
     flags: list[str] = []
     for key, value in values.items():
-        if isinstance(value, bool):
+        if isinstance(value, bool) and known[key] is bool:  # `bool | None` takes True, False or None
             flags.append(f"--{key}" if value else f"--no_{key}")
         elif isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]

@@ -55,6 +55,10 @@ class Head:
     logit_scale: float = 1.0
     softcap: float | None = None
 
+    def transform(self) -> dict[str, Any]:
+        """Keyword arguments of the head ops besides `weight`."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
 
 def local_folder(name: str | Path) -> Path:
     """The folder of model `name`: itself, or a Hub name's snapshot (downloaded unless HF_HUB_OFFLINE=1).
@@ -230,6 +234,8 @@ def check_head(model: nn.Module) -> None:
     config = cast(Any, model).config.get_text_config()
     ids = torch.tensor([[1 % config.vocab_size, 2 % config.vocab_size]], device=parts.weight.device)
     own = cast(Any, model)(input_ids=ids, use_cache=False).logits[0].float()  # (2, V)
+    if not bool(own.isfinite().all()):
+        raise IpvrmError(f"{type(model).__name__}: its logits are not numbers; the weights are damaged")
     states = _body(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
     ours = nn.functional.linear(states, parts.weight, parts.bias).float() * parts.logit_scale  # (2, V)
     if parts.softcap is not None:
@@ -254,10 +260,8 @@ def response_logprobs(model: nn.Module, batch: Batch, temperature: float = 1.0) 
         hidden_states(model, batch),
         parts.weight,
         batch.token_ids,
-        bias=parts.bias,
-        logit_scale=parts.logit_scale,
-        softcap=parts.softcap,
         temperature=temperature,
+        **parts.transform(),
     )
     return result.logprobs
 
@@ -317,11 +321,13 @@ def memory_estimate(
 def weights_hash(folder: str | Path) -> str:
     """sha256 over config.json and the safetensors files of a model (names and contents): which model this is.
 
+    Other tensors beside `model*.safetensors`, an optimizer's for example, are not the model's.
+
     Raises:
         IpvrmError: the folder holds no safetensors file.
     """
     folder = local_folder(folder)
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         raise IpvrmError(f"{folder}: no *.safetensors file to identify the model by")
     digest = hashlib.sha256()

@@ -316,9 +316,18 @@ class Objective:
         return loss_denominator(lengths, self.reduction, self.prefix_weighting)
 
     def __call__(
-        self, log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, denominator: float
+        self,
+        log_ratio: Tensor,
+        cu_seqlens: Tensor,
+        outcome: Tensor,
+        denominator: float,
+        balance: Balance | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """This micro-batch's share of the loss of its optimizer batch, and its metrics."""
+        """This micro-batch's share of the loss of its optimizer batch, and its metrics.
+
+        Args:
+            balance: weight and margin (B,) of an online update of ipvrm, in place of 1 and `margin`.
+        """
         if self.name == "implicit_prm":
             return implicit_prm_loss(log_ratio, cu_seqlens, outcome, beta=self.beta, denominator=denominator)
         return ipvrm_loss(
@@ -326,11 +335,22 @@ class Objective:
             cu_seqlens,
             outcome,
             beta=self.beta,
-            margin=self.margin,
+            margin=self.margin if balance is None else balance.margin,
+            weight=None if balance is None else balance.weight,
             prefix_weighting=self.prefix_weighting,
             reduction=self.reduction,
             denominator=denominator,
         )
+
+
+def stacked(metrics: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str]) -> Tensor:
+    """(2 M,) sum and count of each of M metrics in turn, so that they add up as one tensor."""
+    return torch.stack([value for name in names for value in metrics[name]])
+
+
+def paired(values: Sequence[float], names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """The (sum, count) pairs of what `stacked` gave."""
+    return dict(zip(names, zip(values[::2], values[1::2], strict=True), strict=True))
 
 
 class MetricSums:

@@ -42,8 +42,7 @@ class Progress:
         """Where there is no bar, shows every tenth of the run's records."""
         step = record["step"]
         if not self.live and (step * 10 // total != (step - 1) * 10 // total):
-            shown = ("loss", "prefix_accuracy", "tokens_per_second", "eval_loss", "eval_prefix_accuracy")
-            parts = [f"{name} {record[name]:.4g}" for name in shown if name in record]
+            parts = [f"{name} {record[name]:.4g}" for name in SHOWN if name in record]
             self.note(f"update {step}/{total}  " + "  ".join(parts))
 
     def track(self, items: Sequence[T], description: str) -> Iterator[T]:
@@ -80,8 +79,20 @@ class Progress:
             yield update
 
 
+SHOWN = (
+    "loss",
+    "policy_loss",
+    "prefix_accuracy",
+    "rollout_accuracy",
+    "tokens_per_second",
+    "eval_loss",
+    "eval_prefix_accuracy",
+    "eval_accuracy",
+)
 NAMES = {"loss": "loss", "prefix_accuracy": "prefix acc", "tokens_per_second": "tok/s"}
+NAMES |= {"policy_loss": "loss", "rollout_accuracy": "accuracy"}
 FORMATS = {"loss": ".4f", "prefix_accuracy": ".3f", "tokens_per_second": ",.0f"}
+FORMATS |= {"policy_loss": ".4f", "rollout_accuracy": ".3f"}
 
 
 class Interrupt:
@@ -96,6 +107,11 @@ class Interrupt:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
         return self
+
+    def asked(self, accelerator: Any) -> bool:
+        """Whether the signal has reached any rank; all of them ask at the same place."""
+        flag = torch.tensor(float(bool(self.signal)), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum") > 0)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

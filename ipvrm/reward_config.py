@@ -161,14 +161,3 @@ def objective_of(config: RewardConfig) -> Objective:
         config.prefix_weighting,
         "token_mean" if config.preset == "release" and config.objective == "ipvrm" else "sequence_mean",
     )
-
-
-def learning_rate_factor(step: int, total: int, config: RewardConfig) -> float:
-    """Factor on the learning rate in update `step` (from 0) of `total`: linear warm-up, one decay to 0."""
-    warmup = math.ceil(total * config.warmup_ratio)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    if config.lr_scheduler_type == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0 if config.lr_scheduler_type == "constant" else 1 - progress

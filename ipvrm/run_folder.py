@@ -132,8 +132,13 @@ def save_folder(path: str | Path) -> Iterator[Path]:
 
 
 def move_into(source: Path, folder: Path, *, last: str) -> None:
-    """Renames the files of `source` into `folder`, the file `last` as the last one, and removes `source`."""
+    """Renames what is in `source` into `folder`, the file `last` as the last one, and removes `source`.
+
+    A folder of the same name is replaced whole.
+    """
     for file in sorted(source.iterdir(), key=lambda path: path.name == last):
+        if file.is_dir():
+            shutil.rmtree(folder / file.name, ignore_errors=True)
         os.replace(file, folder / file.name)
     source.rmdir()
 

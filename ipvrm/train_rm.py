@@ -7,12 +7,9 @@ optimizer batch, gradients add up, and the learning rate takes one step. The ord
 function of (seed, epoch).
 """
 
-import math
 import os
-import signal
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import yaml
 from torch import Tensor
 
 from ipvrm import IpvrmError, checkpoint
+from ipvrm.checkpoint import interrupted
 from ipvrm.data import (
     Response,
     collate,
@@ -40,10 +38,11 @@ from ipvrm.model import (
     template_hash,
     weights_hash,
 )
-from ipvrm.objectives import METRICS, Metrics, MetricSums
+from ipvrm.objectives import METRICS, Metrics, MetricSums, paired, stacked
+from ipvrm.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.progress import Interrupt, Progress, peak_memory
 from ipvrm.reference import REFERENCE_FILE, data_hash, reference_logprobs, split_packed
-from ipvrm.reward_config import FREE_ON_RESUME, RewardConfig, learning_rate_factor, objective_of, resolve
+from ipvrm.reward_config import FREE_ON_RESUME, RewardConfig, objective_of, resolve
 from ipvrm.reward_model import CONFIG_NAME, RewardModelInfo, reference_entries, write_info
 from ipvrm.run_folder import (
     JsonlLog,
@@ -67,15 +66,6 @@ class TrainResult:
     seconds: float
 
 
-class TrainingInterrupted(IpvrmError):
-    """A signal asked the run to stop; its state is in `checkpoint`."""
-
-    def __init__(self, message: str, checkpoint_folder: Path, exit_code: int):
-        super().__init__(message)
-        self.checkpoint = checkpoint_folder
-        self.exit_code = exit_code
-
-
 def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResult:
     """Trains a reward model and writes its run folder; under `accelerate launch` on every rank.
 
@@ -93,21 +83,14 @@ class _Run:
     """One training run; the methods are in the order in which they happen."""
 
     def __init__(self, config: RewardConfig, progress: bool):
-        from accelerate import Accelerator, DistributedType
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state()  # an earlier run of this process may have used another precision
         self.output = Path(config.output_dir)
-        self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=config.mixed_precision)
+        self.accelerator = data_parallel_accelerator(
+            "train-rm", use_cpu=config.use_cpu, mixed_precision=config.mixed_precision
+        )
         if config.gradient_accumulation_steps is not None:
             rows = config.per_device_train_batch_size * self.accelerator.num_processes
             config = replace(config, global_batch_size=rows * config.gradient_accumulation_steps)
         self.config = config
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise IpvrmError(
-                "train-rm runs under data parallelism; "
-                f"{self.accelerator.distributed_type} is not supported yet"
-            )
         self.main = self.accelerator.is_main_process
         self.progress = Progress(enabled=progress and self.main)
         self.device = self.accelerator.device
@@ -197,17 +180,7 @@ class _Run:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         model.train()
         module = ResponseLogprobs(model)
-        decayed = [p for p in module.parameters() if p.ndim >= 2 and p.requires_grad]
-        rest = [p for p in module.parameters() if p.ndim < 2 and p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        optimizer = adamw(module, config.learning_rate, config, self.device)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.fingerprint = fingerprint
         self._prepare_reference()
@@ -279,39 +252,37 @@ class _Run:
                 if not last and (stop or (config.save_steps and done % config.save_steps == 0)):
                     folder = self._save_checkpoint(done, pending)
                     if stop:
-                        raise self._interrupted(folder, done, interrupt.signal or signal.SIGINT)
+                        raise interrupted(folder, done, self.total_steps, interrupt.signal)
         return self._finish(means, validation)
 
     def _update(self, step: int, interrupt: Interrupt) -> tuple[dict[str, tuple[float, float]], float, bool]:
         """One optimizer update: metric sums and gradient norm over all ranks, and whether one is to stop."""
         config, data = self.config, self.data
-        ranks = self.accelerator.num_processes
         epoch, position = divmod(step, self.updates_per_epoch)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, epoch_order(len(data.responses), config.seed, epoch)
         indices = self.order[position * config.global_batch_size : (position + 1) * config.global_batch_size]
         denominator = self.objective.denominator([data.responses[i].length for i in indices])
+
+        def loss_and_sums(micro: list[int]) -> tuple[Tensor, Tensor]:
+            loss, metrics = self._loss(data, micro or indices[:1], denominator)
+            return loss, stacked(metrics, METRICS)
+
         share = self._microbatches(indices, data)
-        sums = torch.zeros(2 * len(METRICS) + 1, device=self.device)
-        for number, micro in enumerate(share, 1):
-            with nullcontext() if number == len(share) else self.accelerator.no_sync(self.module):
-                loss, metrics = self._loss(data, micro or indices[:1], denominator)
-                # Ranks average their gradients; a rank without rows takes part with weight 0.
-                self.accelerator.backward(loss * (ranks if micro else 0))
-            if micro:
-                sums[:-1] += _stacked(metrics)
-        sums[-1] = bool(interrupt.signal)
-        *values, stop = self.accelerator.reduce(sums, "sum").tolist()
-        limit = config.max_grad_norm or math.inf
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), limit))
-        if not (math.isfinite(values[0]) and math.isfinite(grad_norm)):
-            raise self._diverged(step + 1, values[0], grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_factor(step, self.total_steps, config)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        try:
+            values, grad_norm = update(
+                self.accelerator,
+                self.module,
+                self.optimizer,
+                share,
+                loss_and_sums,
+                learning_rate=config.learning_rate * learning_rate_factor(step, self.total_steps, config),
+                max_grad_norm=config.max_grad_norm,
+            )
+        except NotFinite as error:
+            raise self._diverged(step + 1, error) from error
         self.tokens += sum(data.lengths[i] for i in indices)
-        return _pairs(values), grad_norm, stop > 0
+        return paired(values, METRICS), grad_norm, interrupt.asked(self.accelerator)
 
     def _microbatches(self, indices: Sequence[int], data: "_Rows") -> list[list[int]]:
         return microbatches_for_rank(
@@ -337,9 +308,10 @@ class _Run:
         for micro in self._microbatches(range(len(data.responses)), data):
             _, metrics = self._loss(data, micro or [0], 1.0)
             if micro:
-                sums += _stacked(metrics).double().cpu()
+                sums += stacked(metrics, METRICS).double().cpu()
         total = MetricSums()
-        total.add(_pairs(self.accelerator.reduce(sums.to(self.device, torch.float32), "sum").tolist()))
+        values = self.accelerator.reduce(sums.to(self.device, torch.float32), "sum").tolist()
+        total.add(paired(values, METRICS))
         return total.means("eval_")
 
     # -------------------------------------------------------------------------------------------- files
@@ -413,20 +385,10 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return TrainResult(self.output, metrics, self.total_steps, seconds)
 
-    def _interrupted(self, folder: Path, step: int, signal_number: int) -> TrainingInterrupted:
-        again = f"--output_dir {self.output} --resume_from_checkpoint latest"
-        message = (
-            f"stopped after update {step} of {self.total_steps}, saved {folder}; "
-            f"the same command with {again} goes on from there"
-        )
-        return TrainingInterrupted(message, folder, 128 + signal_number)
-
-    def _diverged(self, step: int, loss: float, grad_norm: float) -> IpvrmError:
-        saved = checkpoint.checkpoints(self.output)
-        place = f"the last checkpoint, {saved[-1]}, is intact" if saved else "no checkpoint was written yet"
+    def _diverged(self, step: int, error: NotFinite) -> IpvrmError:
         return IpvrmError(
-            f"update {step}: summed loss {loss}, gradient norm {grad_norm}; "
-            f"stopped before the weights took it; {place}. "
+            f"update {step}: {error}; stopped before the weights took it; "
+            f"{checkpoint.newest_in_words(self.output)}. "
             "Lower --learning_rate or --max_grad_norm, or look at the rows of this batch"
         )
 
@@ -459,14 +421,6 @@ class _Rows:
     counts: dict[str, int]
     lengths: list[int]  # tokens of prompt and response
     reference: list[Tensor] = field(default_factory=list)  # (T_b,) fp32 on the CPU
-
-
-def _stacked(metrics: Metrics) -> Tensor:
-    return torch.stack([value for name in METRICS for value in metrics[name]])
-
-
-def _pairs(values: list[float]) -> dict[str, tuple[float, float]]:
-    return dict(zip(METRICS, zip(values[::2], values[1::2], strict=True), strict=True))
 
 
 def main(config: RewardConfig) -> None:

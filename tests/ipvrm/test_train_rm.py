@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 import ipvrm.train_rm as train_rm
 from ipvrm import IpvrmError, checkpoint, objectives
-from ipvrm.checkpoint import checkpoints
-from ipvrm.reward_config import RewardConfig, learning_rate_factor, resolve
-from ipvrm.train_rm import TrainingInterrupted, train_reward_model
+from ipvrm.checkpoint import TrainingInterrupted, checkpoints
+from ipvrm.optimizer import learning_rate_factor
+from ipvrm.reward_config import RewardConfig, resolve
+from ipvrm.train_rm import train_reward_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,287 @@
+"""The reward model of a policy run: scores rollouts, learns from them, is saved beside the policy.
+
+    l_t = log pi_phi - log pi_ref of the sampled tokens, at the rollout temperature
+
+with pi_ref the behaviour policy, which costs nothing (Appendix B), or the model that the reward model was
+trained against (`td_reference` sft, Table 9). The same reference serves the scores and the online update.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ipvrm import IpvrmError, checkpoint
+from ipvrm.data import Batch
+from ipvrm.model import (
+    ResponseLogprobs,
+    disable_dropout,
+    head,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    save_model,
+    template_hash,
+    weights_hash,
+)
+from ipvrm.objectives import BETA, METRICS, Balance, Objective, online_balance, paired, stacked
+from ipvrm.optimizer import adamw, update
+from ipvrm.policy_config import PolicyConfig, balance_config
+from ipvrm.policy_rollouts import Rollouts
+from ipvrm.reward_model import RewardModelInfo, find_reference, read_info, reference_entries, write_info
+from ipvrm.run_folder import versions
+from ipvrm_kernels import linear_logprobs, prefix_values
+
+FOLDER = "reward_model"
+RELEASE_MARGIN = 5.0  # of the released code's online update; offline it has none
+
+
+def token_and_candidate_logprobs(
+    model: nn.Module, batch: Batch, candidate_ids: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log-probs (N,) of the sampled tokens and (N, K) of the candidates, -inf at id -1; one pass."""
+    parts = head(model)
+    ids = torch.cat([batch.token_ids[:, None], candidate_ids], 1)  # (N, 1 + K)
+    found = linear_logprobs(
+        hidden_states(model, batch), parts.weight, ids, temperature=temperature, **parts.transform()
+    ).logprobs
+    return found[:, 0], found[:, 1:]
+
+
+class OnlineReward:
+    """The reward model of a run on every rank; `reference` is a model only under `td_reference` sft."""
+
+    def __init__(self, config: PolicyConfig, policy_tokenizer: Any, accelerator: Any):
+        """Reads and checks everything but the weights.
+
+        Raises:
+            IpvrmError: no reward model, one of another kind, or with another tokenizer or chat template.
+        """
+        assert config.reward_model is not None
+        self.config = config
+        self.accelerator = accelerator
+        self.folder = local_folder(config.reward_model)
+        self.info = read_info(self.folder)
+        self.tokenizer = load_tokenizer(self.folder)
+        self.trained = config.rm_update != "frozen"
+        objective = self.info.objective
+        if objective not in (*BETA, "dpo"):
+            raise IpvrmError(
+                f"{self.folder}: objective {objective!r} gives no log-ratio of a model and its reference; "
+                f"algorithm {config.algorithm!r} needs one ({', '.join(BETA)}, dpo)"
+            )
+        if self.trained and objective not in BETA:
+            raise IpvrmError(
+                f"{self.folder}: objective {objective!r} has no online update here; add --rm_update frozen"
+            )
+        if objective != "ipvrm" and (config.dlw or config.adb or config.rm_margin is not None):
+            raise IpvrmError(
+                f"{self.folder}: objective {objective!r} has neither margin nor weights, so --dlw, --adb and "
+                "--rm_margin are unused"
+            )
+        self.balance = balance_config(config)
+        margin = RELEASE_MARGIN if config.preset == "release" else self.info.margin
+        margin = margin if config.rm_margin is None else config.rm_margin
+        self.objective = Objective(objective, self.info.beta, margin or 0.0)
+        self._check_vocabulary(policy_tokenizer)
+        self.reference_folder = find_reference(self.folder, self.info, config.reference)
+
+    def _check_vocabulary(self, policy_tokenizer: Any) -> None:
+        if self.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
+            raise IpvrmError(
+                f"{self.folder}: its tokenizer is not the policy's: the same text would be other tokens, and "
+                "the log-probs of policy and reward model could not be compared"
+            )
+        found, recorded = template_hash(policy_tokenizer), self.info.template_hash
+        if found != recorded:
+            raise IpvrmError(
+                f"{self.folder}: it was trained with another chat template (sha256 {recorded[:12]}) than the "
+                f"policy's ({found[:12]}); use one template for both"
+            )
+        own, other = (_head_size(name) for name in (self.config.model, self.folder))
+        if own != other:
+            raise IpvrmError(
+                f"{self.folder}: its head has {other} tokens, the policy's {own}; their probabilities "
+                "are over different sets"
+            )
+
+    def load(self, resumed: Path | None, scalars: dict[str, Any] | None) -> None:
+        """Loads weights and optimizer, of a checkpoint where one is given."""
+        model = load_model(self.folder if resumed is None else resumed / FOLDER, torch.float32)
+        disable_dropout(model)
+        if self.config.gradient_checkpointing and self.trained:
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
+        model.train(self.trained).requires_grad_(self.trained)
+        self.reference: nn.Module | None = None
+        if self.config.td_reference == "sft":
+            self.reference = load_model(self.reference_folder, torch.float32, self.accelerator.device)
+        if not self.trained:
+            self.module: nn.Module = ResponseLogprobs(model.to(self.accelerator.device))
+            return
+        assert self.config.rm_learning_rate is not None
+        module = ResponseLogprobs(model)
+        optimizer = adamw(module, self.config.rm_learning_rate, self.config, self.accelerator.device)
+        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        if resumed is not None and scalars is not None:
+            checkpoint.load_optimizer(resumed / FOLDER, self.module, self.optimizer.optimizer, scalars)
+
+    @property
+    def model(self) -> nn.Module:
+        """The causal LM itself."""
+        return cast(nn.Module, self.accelerator.unwrap_model(self.module).model)
+
+    def _logprobs(self, model: nn.Module, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """(N,) and (N, K) of all rollouts under `model`."""
+        temperature = self.config.temperature
+
+        def forward(batch: Batch, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            return token_and_candidate_logprobs(model, batch, rollouts.candidate_ids[tokens], temperature)
+
+        rows = self.config.per_device_train_batch_size
+        sampled, candidates = rollouts.forward(forward, rows, self.accelerator)
+        return sampled, candidates
+
+    def score(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """Log-probs of the sampled tokens (N,) and the candidates (N, K) under the reward model.
+
+        Raises:
+            IpvrmError: they are not numbers.
+        """
+        sampled, candidates = self._logprobs(self.model, rollouts)
+        used = rollouts.candidate_ids >= 0
+        if not bool(sampled.isfinite().all() & (candidates.isfinite() | ~used).all()):
+            raise IpvrmError(
+                "the reward model's log-probs are not numbers; stopped before the policy's weights took them"
+            )
+        return sampled, candidates
+
+    def reference_logprobs(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """The same under the reference: for the behaviour policy, what is there already."""
+        if self.reference is None:
+            return rollouts.old_logprobs, rollouts.old_candidate_logprobs
+        return self._logprobs(self.reference, rollouts)
+
+    def update(
+        self, rollouts: Rollouts, reference: Tensor, minibatches: list[list[int]], factor: float
+    ) -> tuple[dict[str, tuple[float, float]], float, Tensor]:
+        """Learns from the labels of `rollouts`, one update per minibatch.
+
+        Args:
+            reference: (N,) log-probs of the sampled tokens under the reference.
+            factor: of the schedule, on the learning rate.
+
+        Returns:
+            Metrics as (sum, count), the last gradient norm, and each response's final mean value (B,) as it
+            was before the update that used its label.
+
+        Raises:
+            NotFinite: from `ipvrm.optimizer.update`.
+        """
+        assert self.config.rm_learning_rate is not None
+        balance: Balance | None = None
+        if self.objective.name == "ipvrm":
+            balance = online_balance(
+                rollouts.outcome,
+                rollouts.group,
+                rollouts.num_groups,
+                margin=self.objective.margin,
+                config=self.balance,
+            )
+        finals = torch.zeros_like(rollouts.outcome)
+        totals: dict[str, tuple[float, float]] = {}
+        grad_norm = 0.0
+        for minibatch in minibatches:
+            denominator = self.objective.denominator([rollouts.lengths[i] for i in minibatch])
+
+            def loss_and_sums(
+                micro: list[int], minibatch: list[int] = minibatch, denominator: float = denominator
+            ) -> tuple[Tensor, Tensor]:
+                chosen = micro or minibatch[:1]
+                batch, tokens = rollouts.batch(chosen), rollouts.tokens_of(chosen)
+                log_ratio = self.module(batch, self.config.temperature) - reference[tokens]
+                rows = torch.tensor(chosen, device=tokens.device)
+                of_rows = None if balance is None else Balance(balance.weight[rows], balance.margin[rows])
+                loss, metrics = self.objective(
+                    log_ratio, batch.cu_seqlens, batch.outcome, denominator, of_rows
+                )
+                if micro:
+                    values = prefix_values(log_ratio.detach(), batch.cu_seqlens, beta=self.info.beta)
+                    finals[rows] = values.mean_value[batch.cu_seqlens[1:].long() - 1]
+                return loss, stacked(metrics, METRICS)
+
+            values, grad_norm = update(
+                self.accelerator,
+                self.module,
+                self.optimizer,
+                rollouts.microbatches(minibatch, self.config.per_device_train_batch_size, self.accelerator),
+                loss_and_sums,
+                learning_rate=self.config.rm_learning_rate * factor,
+                max_grad_norm=self.config.max_grad_norm,
+            )
+            for name, (total, count) in paired(values, METRICS).items():
+                old = totals.get(name, (0.0, 0.0))
+                totals[name] = (old[0] + total, old[1] + count)
+        return totals, grad_norm, self.accelerator.reduce(finals, "sum")
+
+    # ---------------------------------------------------------------------------------------------- files
+
+    def fingerprint(self) -> dict[str, str]:
+        """What decides the scores besides the settings."""
+        return {"reward_model_hash": weights_hash(self.folder), "reference_hash": self.info.reference_hash}
+
+    def write(self, folder: Path, policy: Path, final_place: Path) -> None:
+        """The model folder that `RewardModel.from_pretrained` reads.
+
+        Its reference is the policy beside it if that is what it was updated against: the saved policy is the
+        behaviour policy of the next step.
+
+        Args:
+            folder: where to write. policy: the folder of the policy as written. final_place: where `folder`
+                and the policy above it will be.
+        """
+        entries = reference_entries(self.reference_folder, final_place, self.info.reference_hash)
+        if self.trained and self.config.td_reference == "behaviour":
+            entries = {
+                "reference": "..",
+                "reference_given": str(final_place.parent),
+                "reference_hash": weights_hash(policy),
+            }
+        save_model(self.model, folder)
+        self.tokenizer.save_pretrained(folder)
+        info = RewardModelInfo(
+            objective=self.info.objective,
+            beta=self.info.beta,
+            margin=self.objective.margin
+            if self.trained and self.info.margin is not None
+            else self.info.margin,
+            template_hash=self.info.template_hash,
+            versions=versions(),
+            **entries,
+        )
+        write_info(folder, info)
+
+    def save_checkpoint(self, folder: Path, policy: Path, final_place: Path) -> dict[str, Any] | None:
+        """`write`, and the optimizer's tensors; returns its scalars."""
+        folder.mkdir()
+        self.write(folder, policy, final_place)
+        if not self.trained:
+            return None
+        return checkpoint.save_optimizer(folder, self.module, self.optimizer.optimizer)
+
+
+def _head_size(model: str | Path) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(local_folder(model)).get_text_config().vocab_size)
+
+
+def auc(scores: Tensor, outcome: Tensor) -> float:
+    """Probability that a right response (B,) scores above a wrong one, ties counted half; else 0.5."""
+    right, wrong = scores[outcome == 1].double(), scores[outcome == 0].double()
+    if not len(right) or not len(wrong):
+        return 0.5
+    order = torch.sort(wrong).values
+    below = torch.searchsorted(order, right) + torch.searchsorted(order, right, right=True)
+    return float(below.sum()) / 2 / len(right) / len(wrong)

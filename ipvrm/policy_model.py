@@ -1,0 +1,126 @@
+"""The policy: its adapters, what it knows of rollouts when it samples them, and its loss as a module."""
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ipvrm import IpvrmError
+from ipvrm.data import Batch
+from ipvrm.model import head, hidden_states
+from ipvrm.policy_config import PolicyConfig
+from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig, select_candidates
+from ipvrm_kernels import DistRLLoss, linear_distrl_loss, linear_logprobs
+
+
+def add_adapters(model: nn.Module, config: PolicyConfig, saved: Path | None) -> nn.Module:
+    """`model` with LoRA adapters, which alone are trainable; those of `saved`, a PEFT folder, where given.
+
+    Raises:
+        IpvrmError: peft is not installed, has no such layers, or an adapter on the head.
+    """
+    try:
+        from peft import LoraConfig, PeftModel, get_peft_model
+    except ImportError as error:
+        raise IpvrmError("--lora_r needs peft: pip install 'ipvrm[peft]'") from error
+    if saved is not None:
+        return cast(nn.Module, PeftModel.from_pretrained(model, saved, is_trainable=True))
+    assert config.lora_r is not None and config.lora_alpha is not None
+    named = config.lora_target_modules
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=named[0] if named == ("all-linear",) else list(named),
+    )
+    try:
+        adapted = get_peft_model(cast(Any, model), settings)
+    except ValueError as error:
+        raise IpvrmError(f"--lora_target_modules {' '.join(named)}: {error}") from error
+    head(adapted)  # refuses an adapter there
+    return cast(nn.Module, adapted)
+
+
+def merged(policy: nn.Module) -> nn.Module:
+    """A copy of the policy with its adapters merged into the weights; the policy itself where it has none."""
+    if not hasattr(policy, "merge_and_unload"):
+        return policy
+    return cast(nn.Module, copy.deepcopy(policy).merge_and_unload())  # type: ignore[operator]
+
+
+class Behaviour(NamedTuple):
+    """Of n response tokens under the policy that sampled them; K = 0 without candidates."""
+
+    logprobs: Tensor  # (n,) fp32, of the sampled tokens
+    entropy: Tensor  # (n,) nats
+    candidate_ids: Tensor  # (n, K) int64, -1 at unused slots
+    candidate_logprobs: Tensor  # (n, K), -inf there
+
+
+@torch.no_grad()
+def behaviour(
+    policy: nn.Module, batch: Batch, candidates: CandidateConfig | None, temperature: float
+) -> Behaviour:
+    """Log-probs, entropy and candidates of every response token, in one pass over the vocabulary."""
+    parts, hidden = head(policy), hidden_states(policy, batch)
+    options: dict[str, Any] = {"return_entropy": True, "temperature": temperature, **parts.transform()}
+    if candidates is None:
+        found = linear_logprobs(hidden, parts.weight, batch.token_ids, **options)
+        none = batch.token_ids.new_empty(len(hidden), 0)
+        return Behaviour(
+            found.logprobs, cast(Tensor, found.entropy), none, found.logprobs.new_empty(none.shape)
+        )
+    chosen = select_candidates(
+        hidden, parts.weight, batch.token_ids, batch.cu_seqlens, config=candidates, **options
+    )
+    sampled, entropy = cast(Tensor, chosen.sampled_logprobs), cast(Tensor, chosen.entropy)
+    return Behaviour(sampled, entropy, chosen.ids, chosen.logprobs)
+
+
+class Targets(NamedTuple):
+    """What the loss of n response tokens takes besides the policy."""
+
+    candidate_ids: Tensor  # (n, K)
+    old_logprobs: Tensor  # (n,)
+    old_candidate_logprobs: Tensor  # (n, K)
+    advantages: Tensor  # (n,)
+    candidate_advantages: Tensor  # (n, K)
+
+
+class PolicyLoss(nn.Module):
+    """`linear_distrl_loss` of a micro-batch: a distributed wrapper sees body and head in one forward."""
+
+    def __init__(self, model: nn.Module, config: PolicyLossConfig, temperature: float):
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.temperature = temperature
+
+    def forward(
+        self,
+        batch: Batch,
+        targets: Targets,
+        token_denominator: float,
+        candidate_denominator: float | Tensor,
+    ) -> DistRLLoss:
+        """The share of this micro-batch in the loss of a minibatch with these denominators."""
+        parts = head(self.model)
+        return linear_distrl_loss(
+            hidden_states(self.model, batch),
+            parts.weight,
+            batch.token_ids,
+            targets.candidate_ids,
+            targets.old_logprobs,
+            targets.old_candidate_logprobs,
+            targets.advantages,
+            targets.candidate_advantages,
+            batch.cu_seqlens,
+            token_denominator=token_denominator,
+            candidate_denominator=candidate_denominator,
+            temperature=self.temperature,
+            **self.config.options(),
+            **parts.transform(),
+        )

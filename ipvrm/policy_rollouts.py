@@ -1,0 +1,311 @@
+"""What a policy step trains on: verified rollouts of prompts whose outcomes differ, and what is known.
+
+Prompts come in an order that is a pure function of the seed; a response's seed is one of the prompt's place
+in that order. So the state of the data is one number, the place of the next prompt.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipvrm import IpvrmError
+from ipvrm.data import Batch, Response, collate, epoch_order, microbatches_for_rank
+from ipvrm.engine import Engine, Sampling, encode_prompt, response_seed
+from ipvrm.policy_config import PolicyConfig
+from ipvrm.rows import BadRow, Prompt, read_prompts, report_bad_rows
+from ipvrm.verify import VerifierPool
+
+FAILURES = ("timeout", "crash", "error", "unreadable_ground_truth")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as tokens, with its ground truth."""
+
+    ids: tuple[int, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One response that ended and has a label. `place` is its prompt's place in the order of the run."""
+
+    place: int
+    sample: int
+    response: Response
+
+
+@dataclass
+class Rollouts:
+    """B labelled responses of G prompts, N response tokens packed in their order, K candidates.
+
+    Filled in this order: tokens and labels, the behaviour policy's log-probs, advantages. Tensors are on the
+    device of the run.
+    """
+
+    responses: list[Response]
+    outcome: Tensor  # (B,) fp32
+    group: Tensor  # (B,) int64, the prompt
+    num_groups: int
+    cu_seqlens: Tensor  # (B + 1,) int32
+    old_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # (N,)
+    entropy: Tensor = field(default_factory=lambda: torch.empty(0))  # (N,)
+    candidate_ids: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, K) int64, -1 for none
+    old_candidate_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, K)
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (N,)
+    candidate_advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, K)
+
+    def __post_init__(self) -> None:
+        self.lengths = [r.length for r in self.responses]  # response tokens
+        self.starts = self.cu_seqlens.tolist()
+
+    def tokens_of(self, indices: Sequence[int]) -> Tensor:
+        """(n,) int64: where the response tokens of these responses lie in the packed tensors."""
+        parts = [torch.arange(self.starts[i], self.starts[i + 1]) for i in indices]
+        return torch.cat(parts).to(self.outcome.device)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The model's input for these responses."""
+        return collate([self.responses[i] for i in indices]).to(self.outcome.device)
+
+    def microbatches(self, indices: Sequence[int], max_rows: int, accelerator: Any) -> list[list[int]]:
+        """This rank's share of `indices`; see `microbatches_for_rank`."""
+        return microbatches_for_rank(
+            indices,
+            [len(r.input_ids) for r in self.responses],
+            max_rows=max_rows,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+
+    @torch.no_grad()
+    def forward(
+        self, function: Callable[[Batch, Tensor], tuple[Tensor, ...]], max_rows: int, accelerator: Any
+    ) -> list[Tensor]:
+        """What `function(batch, tokens_of)` returns, (n, ...) each, for all N tokens; ranks share them."""
+        whole: list[Tensor] = []
+        for micro in self.microbatches(range(len(self.responses)), max_rows, accelerator):
+            tokens = self.tokens_of(micro or [0])  # a rank without rows computes one to know the shapes
+            with accelerator.autocast():
+                found = function(self.batch(micro or [0]), tokens)
+            if not whole:
+                whole = [x.new_zeros((self.starts[-1], *x.shape[1:])) for x in found]
+            for x, part in zip(whole, found if micro else (), strict=False):
+                x[tokens] = part
+        return [accelerator.reduce(x, "sum") for x in whole]
+
+
+def rollouts_of(verified: Sequence[Verified], device: torch.device) -> Rollouts:
+    """`verified`, grouped by their prompts."""
+    places = sorted({v.place for v in verified})
+    number = {place: i for i, place in enumerate(places)}
+    batch = collate([v.response for v in verified])
+    group = torch.tensor([number[v.place] for v in verified], device=device)
+    responses = [v.response for v in verified]
+    return Rollouts(responses, batch.outcome.to(device), group, len(places), batch.cu_seqlens.to(device))
+
+
+# ------------------------------------------------------------------------------------------------ collecting
+
+
+def read_questions(
+    path: str, tokenizer: Any, config: PolicyConfig, context: int | None
+) -> tuple[list[Question], list[BadRow]]:
+    """Prompts with ground truth as tokens, and the rows that cannot be used.
+
+    Args:
+        context: positions of the policy; a prompt that leaves no room for a response cannot be used.
+
+    Raises:
+        IpvrmError: bad rows under `on_bad_row="error"`, or no usable row.
+    """
+    prompts, bad = read_prompts(path, config.on_bad_row)
+    questions = []
+    for prompt in prompts:
+        try:
+            questions.append(_question(prompt, tokenizer, config.max_new_tokens, context))
+        except ValueError as error:
+            bad.append(BadRow(path, prompt.row, str(error)))
+    report_bad_rows(bad, config.on_bad_row, total=len(questions) + len(bad))
+    if not questions:
+        raise IpvrmError(f"{path}: no usable row; the first: {bad[0]}")
+    return questions, bad
+
+
+def questions_hash(questions: Sequence[Question]) -> str:
+    """sha256 of the token ids and ground truths, in order."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(repr((question.ids, question.answer)).encode())
+    return digest.hexdigest()
+
+
+def _question(prompt: Prompt, tokenizer: Any, max_new_tokens: int, context: int | None) -> Question:
+    if prompt.answer is None:
+        raise ValueError("no ground truth; `answer` or `reward_model.ground_truth` is needed")
+    ids = encode_prompt(prompt.prompt, tokenizer)
+    if context is not None and len(ids) + max_new_tokens > context:
+        raise ValueError(
+            f"its {len(ids)} tokens and {max_new_tokens} new ones (--max_new_tokens) are more than the "
+            f"model's {context} positions"
+        )
+    return Question(tuple(ids), prompt.answer)
+
+
+@dataclass
+class Collector:
+    """Samples, verifies and filters. Each rank does whole prompts; all of them end with the same rollouts."""
+
+    questions: list[Question]
+    config: PolicyConfig
+    engine: Engine
+    stop_ids: set[int]
+    tokenizer: Any
+    pool: VerifierPool
+    accelerator: Any
+    _order: tuple[int, list[int]] = field(default=(-1, []), repr=False)
+
+    def question(self, place: int) -> Question:
+        """The prompt at this place of the order of the run."""
+        epoch, index = divmod(place, len(self.questions))
+        if epoch != self._order[0]:
+            self._order = epoch, epoch_order(len(self.questions), self.config.seed, epoch)
+        return self.questions[self._order[1][index]]
+
+    def collect(self, place: int) -> tuple[Rollouts, int, dict[str, float]]:
+        """Rollouts of prompts with mixed outcomes, the place of the next prompt, and counts and seconds.
+
+        Raises:
+            IpvrmError: not one prompt has both outcomes.
+        """
+        config = self.config
+        assert config.num_generations is not None and config.temperature is not None
+        sampling = Sampling(config.max_new_tokens, config.temperature)
+        counts: Counter[str] = Counter()
+        seconds: dict[str, float] = {}
+        mixed: list[Verified] = []
+        found = 0
+        for _ in range(config.max_rounds):
+            places = range(place, place + config.rollout_prompts)
+            asked = [(p, self.question(p)) for p in places]
+            verified = self.sample(asked, sampling, config.num_generations, config.seed, counts, seconds)
+            place = places.stop
+            for group in _by_place(verified, places):
+                labels = {v.response.label for v in group}
+                kind = "mixed" if len(labels) == 2 else "all_right" if labels == {1} else "all_wrong"
+                kind = kind if len(group) > 1 else "too_few_responses"
+                if kind == "mixed" and found == config.train_prompts:
+                    kind = "mixed_left_out"
+                counts[f"prompts_{kind}"] += 1
+                if kind == "mixed":
+                    mixed, found = mixed + group, found + 1
+            counts["prompts"] += len(places)
+            counts["rounds"] += 1
+            if found == config.train_prompts:
+                break
+        numbers = {name: float(counts[name]) for name in (*PROMPT_COUNTS, *RESPONSE_COUNTS, *TOKEN_COUNTS)}
+        numbers["rollout_accuracy"] = counts["right"] / max(counts["right"] + counts["wrong"], 1)
+        if not mixed:
+            raise IpvrmError(_unanimous(counts))
+        numbers["responses_trained"] = len(mixed)
+        return rollouts_of(mixed, self.accelerator.device), place, numbers | seconds
+
+    def sample(
+        self,
+        asked: Sequence[tuple[int, Question]],
+        sampling: Sampling,
+        num_generations: int,
+        seed: int,
+        counts: Counter[str],
+        seconds: dict[str, float],
+    ) -> list[Verified]:
+        """Verified responses to (place, question) pairs, sorted by place; of all ranks.
+
+        What was cut off before its end, and what the verifier failed on, is counted and left out.
+        """
+        from accelerate.utils import gather_object
+
+        own = asked[self.accelerator.process_index :: self.accelerator.num_processes]
+        jobs = [(p, q, sample) for p, q in own for sample in range(num_generations)]
+        started = time.perf_counter()
+        with self.accelerator.autocast():
+            generated = self.engine(
+                [q.ids for _, q, _ in jobs], sampling, [response_seed(seed, p, i) for p, _, i in jobs]
+            )
+        ended = [(job, ids) for job, ids in zip(jobs, generated, strict=True) if ids[-1] in self.stop_ids]
+        sampled = time.perf_counter()
+        texts = [self.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False) for _, ids in ended]
+        verdicts = self.pool.judge(
+            [(text, job[1].answer) for text, (job, _) in zip(texts, ended, strict=True)]
+        )
+        verified = []
+        mine: Counter[str] = Counter(verdict.outcome for verdict in verdicts)
+        mine.update(
+            responses=len(jobs),
+            truncated=len(jobs) - len(ended),
+            response_tokens=sum(map(len, generated)),
+            tokens=sum(map(len, generated)) + sum(len(q.ids) for _, q, _ in jobs),
+            verifier_failures=sum(mine[name] for name in FAILURES),
+        )
+        mine["wrong"] += mine["no_answer"]
+        for ((p, q, i), ids), verdict in zip(ended, verdicts, strict=True):
+            if verdict.label is not None:
+                response = Response((*q.ids, *ids), len(q.ids), verdict.label, f"{p}.{i}")
+                verified.append(Verified(p, i, response))
+        everyone = [(verified, mine)]
+        if self.accelerator.num_processes > 1:
+            everyone = gather_object(everyone)
+        for _, numbers in everyone:
+            counts.update(numbers)
+        for name, spent in (("rollout", sampled - started), ("verify", time.perf_counter() - sampled)):
+            seconds[f"seconds_{name}"] = seconds.get(f"seconds_{name}", 0.0) + spent
+        return sorted((v for found, _ in everyone for v in found), key=lambda v: (v.place, v.sample))
+
+    def accuracy(self) -> dict[str, float]:
+        """Share of right responses to all questions, avg@n, under the evaluation's sampling settings.
+
+        A response that was cut off is wrong; one that the verifier failed on is left out and counted.
+        """
+        config, counts = self.config, Counter[str]()
+        sampling = Sampling(config.max_new_tokens, config.eval_temperature, config.eval_top_p)
+        asked = list(enumerate(self.questions))
+        self.sample(asked, sampling, config.eval_num_generations, EVAL_SEED, counts, {})
+        judged = counts["responses"] - counts["verifier_failures"]
+        return {
+            "eval_accuracy": counts["right"] / max(judged, 1),
+            "eval_responses": float(judged),
+            "eval_truncated": float(counts["truncated"]),
+            "eval_verifier_failures": float(counts["verifier_failures"]),
+            "eval_response_tokens": counts["response_tokens"] / max(counts["responses"], 1),
+        }
+
+
+KINDS = ("mixed", "mixed_left_out", "all_right", "all_wrong", "too_few_responses")
+PROMPT_COUNTS = ("rounds", "prompts", *(f"prompts_{kind}" for kind in KINDS))
+RESPONSE_COUNTS = ("responses", "truncated", "no_answer", "verifier_failures", *FAILURES)
+TOKEN_COUNTS = ("response_tokens", "tokens")
+EVAL_SEED = 0  # the same random numbers at every evaluation and in every run: differences are paired
+
+
+def _by_place(verified: Sequence[Verified], places: Sequence[int]) -> list[list[Verified]]:
+    groups: dict[int, list[Verified]] = {place: [] for place in places}
+    for v in verified:
+        groups[v.place].append(v)
+    return list(groups.values())
+
+
+def _unanimous(counts: Counter[str]) -> str:
+    return (
+        f"none of the {counts['prompts']} prompts of this step has both a right and a wrong response, so "
+        f"there is nothing to learn from: {counts['prompts_all_right']} all right, "
+        f"{counts['prompts_all_wrong']} all wrong, {counts['prompts_too_few_responses']} with fewer than two "
+        f"responses left ({counts['truncated']} of {counts['responses']} cut off, "
+        f"{counts['verifier_failures']} verifier failures). Take more --num_generations, --rollout_prompts "
+        "or --max_rounds, longer --max_new_tokens, or prompts of another difficulty"
+    )

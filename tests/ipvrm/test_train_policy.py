@@ -1,0 +1,818 @@
+"""Policy training: what a step trains on, one update against its definition, the run folder, interruption.
+
+The toy task: the model writes a digit from 0 to 3, a semicolon and another digit; right is a first digit 3.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import ipvrm.train_policy as train_policy_module
+from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
+from ipvrm.checkpoint import TrainingInterrupted, checkpoints
+from ipvrm.demo.base_model import make_model, make_tokenizer
+from ipvrm.engine import Sampling
+from ipvrm.model import load_model, response_logprobs, save_model
+from ipvrm.online_reward import OnlineReward, auc, token_and_candidate_logprobs
+from ipvrm.optimizer import data_parallel_accelerator
+from ipvrm.policy_config import PolicyConfig, candidate_config, loss_config, resolve
+from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig
+from ipvrm.policy_model import PolicyLoss, Targets, behaviour
+from ipvrm.policy_rollouts import Collector, Question, Verified, rollouts_of
+from ipvrm.train_policy import train_policy
+from ipvrm.verify import Verdict
+
+ROOT = Path(__file__).resolve().parents[2]
+VERIFIERS = """
+def first(response, answer):
+    return response.split(";")[0] == answer
+
+def never(response, answer):
+    return False
+
+def breaks(response, answer):
+    if response.startswith("2"):
+        raise RuntimeError("no idea")
+    return response.startswith("3")
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A folder with the policy `sft`, its reward model `rm`, `prompts.jsonl` and the verifiers."""
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "toy_verifiers.py").write_text(VERIFIERS)
+    sys.path.insert(0, str(folder))
+    rng, tokenizer = random.Random(0), make_tokenizer()
+    model = make_model(tokenizer, 32, 2, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    answers = []
+    for _ in range(60):
+        pairs = [
+            (f"<|user|>{rng.randint(10, 99)}<|assistant|>", f"{rng.randint(0, 3)};{rng.randint(0, 9)}<|end|>")
+            for _ in range(32)
+        ]
+        ids = torch.tensor(tokenizer([a + b for a, b in pairs], add_special_tokens=False).input_ids)
+        labels = ids.clone()
+        labels[:, :4] = -100
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        answers += [(a[8:10], b.removesuffix("<|end|>")) for a, b in pairs]
+    save_model(model, folder / "sft")
+    tokenizer.save_pretrained(folder / "sft")
+    with open(folder / "prompts.jsonl", "w") as file:
+        file.writelines(json.dumps({"prompt": str(n), "answer": "3"}) + "\n" for n in range(10, 58))
+    with open(folder / "labelled.jsonl", "w") as file:
+        for prompt, response in answers[:128]:
+            row = {"prompt": prompt, "response": response, "label": int(response[0] == "3")}
+            file.write(json.dumps(row) + "\n")
+    for objective in ("ipvrm", "implicit_prm"):
+        train_reward_model(
+            RewardConfig(
+                str(folder / "sft"),
+                str(folder / "labelled.jsonl"),
+                str(folder / objective),
+                objective=objective,
+                margin=1.0 if objective == "ipvrm" else None,
+                learning_rate=3e-3,
+                num_train_epochs=2,
+                per_device_train_batch_size=64,
+                use_cpu=True,
+            ),
+            progress=False,
+        )
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def config(toy, tmp_path):
+    def make(name="run", **changes):
+        return toy_config(toy, tmp_path / name, **changes)
+
+    return make
+
+
+def toy_config(toy, output, **changes):
+    settings = {
+        "model": str(toy / "sft"),
+        "train_data": str(toy / "prompts.jsonl"),
+        "output_dir": str(output),
+        "algorithm": "distrl",
+        "max_new_tokens": 8,
+        "rollout_prompts": 12,
+        "train_prompts": 10,
+        "minibatch_size": 20,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "rm_learning_rate": 1e-3,
+        "per_device_train_batch_size": 16,
+        "verifier": "toy_verifiers:first",
+        "verifier_workers": 1,
+        "use_cpu": True,
+    }
+    settings |= changes
+    if settings["algorithm"] in ("distrl", "grpo_prm", "prime"):
+        settings.setdefault("reward_model", str(toy / "ipvrm"))
+    else:
+        settings.pop("rm_learning_rate")
+    return PolicyConfig(**settings)
+
+
+def train(config):
+    return train_policy(config, progress=False)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same_bits(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    varying = ("seconds", "tokens_per_second", "peak_memory", "algorithm")
+    return [{k: v for k, v in line.items() if not k.startswith(varying)} for line in lines]
+
+
+def assert_close_weights(got, want, start, allowed=0.02):
+    """Differences are small beside how far training has moved the weights."""
+    got, want, start = weights(got), weights(want), weights(start)
+    moved = max(float((want[n] - start[n]).abs().max()) for n in want)
+    worst = max(float((got[n] - want[n]).abs().max()) for n in want)
+    assert moved > 0 and worst < allowed * moved, (worst, moved)
+
+
+# ------------------------------------------------------------------------------------------------ one run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy):
+    """Four steps of distrl with a checkpoint after each, all kept."""
+    settings = toy_config(
+        toy,
+        toy / "whole",
+        max_steps=4,
+        save_steps=1,
+        save_total_limit=9,
+        warmup_ratio=0.3,
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,
+        eval_data=str(toy / "prompts.jsonl"),
+        eval_steps=3,
+    )
+    train(settings)
+    return settings
+
+
+def test_run_folder(uninterrupted, toy):
+    folder = Path(uninterrupted.output_dir)
+    names = (
+        "config.json model.safetensors tokenizer.json metrics.jsonl results.json config.yaml manifest.json"
+    )
+    assert set(names.split()) | {"reward_model", "checkpoint-3"} <= {path.name for path in folder.iterdir()}
+    assert not list(folder.rglob("*.bin")) + list(folder.rglob("*.pt")) + list(folder.rglob(".*"))
+    assert yaml.safe_load((folder / "config.yaml").read_text())["alpha"] == 0.1  # resolved
+    records = log_of(folder)
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4]
+    assert ["eval_accuracy" in r for r in records] == [True, False, False, True, True]
+    first = records[1]
+    named = "entropy token_kl token_clip_fraction candidate_clip_fraction candidates_per_row candidate_mass "
+    named += (
+        "value_std rm_auc rm_accuracy verifier_failures prompts_mixed prompts_all_wrong truncated rm_loss"
+    )
+    assert set(named.split()) <= set(first)
+    assert first["prompts"] == 12 and first["responses"] == 48 and first["truncated"] >= 0
+    kept = first["prompts_mixed"] + first["prompts_mixed_left_out"]
+    kept += first["prompts_all_right"] + first["prompts_all_wrong"] + first["prompts_too_few_responses"]
+    assert kept == 12 and first["prompts_mixed"] <= 10
+    assert 0 < first["candidate_mass"] <= 1 and 0 < first["candidates_per_row"] <= 10
+    assert json.loads((folder / "results.json").read_text())["last"]["step"] == 4
+
+    model = RewardModel.from_pretrained(folder / "reward_model")  # its reference is the policy beside it
+    assert (folder / "reward_model" / model.info.reference).resolve() == folder.resolve()
+    assert (model.info.objective, model.info.margin) == ("ipvrm", 1.0)
+    RewardModel.from_pretrained(folder / "checkpoint-2" / "reward_model")
+    assert not same_bits(folder, toy / "sft") and not same_bits(folder / "reward_model", toy / "ipvrm")
+
+
+def test_it_learns(config, toy):
+    """Ten steps: the held-out accuracy rises by more than three standard errors."""
+    held_out = toy / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps({"prompt": str(n), "answer": "3"}) + "\n" for n in range(60, 100)))
+    common = {"max_steps": 10, "learning_rate": 2e-3, "eval_data": str(held_out), "eval_temperature": 1.0}
+    common |= {"eval_top_p": 1.0, "eval_num_generations": 4, "rollout_prompts": 16, "train_prompts": 16}
+    common |= {"num_generations": 8, "minibatch_size": 64}
+    for algorithm in ("grpo", "distrl"):
+        train(config(algorithm, algorithm=algorithm, **common))
+        before, after = (log_of(config(algorithm).output_dir)[i]["eval_accuracy"] for i in (0, -1))
+        error = (before * (1 - before) / 160 + after * (1 - after) / 160) ** 0.5
+        assert after - before > 3 * error, (algorithm, before, after)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "grpo_prm"},
+        {"algorithm": "prime", "rm_update": "after"},
+        {"algorithm": "spro"},
+        {"preset": "release", "num_generations": 4},
+        {"td_reference": "sft", "rm_update": "frozen"},
+        {"mixed_precision": "bf16", "num_epochs": 2},
+        {"temperature": 0.7, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_the_other_ways_run(config, toy, changes):
+    if changes.get("algorithm") == "prime":
+        changes = changes | {"reward_model": str(toy / "implicit_prm")}
+    if changes.get("rm_update") == "frozen":
+        changes = changes | {"rm_learning_rate": None}
+    folder = train(config(**changes)).output_dir
+    record = log_of(folder)[-1]
+    assert not same_bits(folder, toy / "sft")
+    if changes.get("rm_update") == "frozen":
+        assert same_bits(folder / "reward_model", toy / "ipvrm") and "rm_loss" not in record
+        info = json.loads((folder / "reward_model" / "ipvrm_config.json").read_text())
+        assert (folder / "reward_model" / info["reference"]).resolve() == (toy / "sft").resolve()
+    if changes.get("algorithm") == "spro":
+        assert not (folder / "reward_model").exists()
+
+
+# ------------------------------------------------------------------------------- one update, by definition
+
+
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_the_split_does_not_matter(config, toy, preset):
+    """Micro-batches of 1, 5 and all: the same policy and reward model."""
+    # A large epsilon makes Adam's step proportional to the gradient; else rounding decides the sign near 0.
+    common = {"preset": preset, "num_generations": 4, "adam_epsilon": 1.0}
+    common |= {"learning_rate": 1.0, "rm_learning_rate": 1.0, "max_grad_norm": 0.0}
+    runs = {
+        size: train(config(f"by{size}", per_device_train_batch_size=size, **common)).output_dir
+        for size in (64, 5, 1)
+    }
+    for size in (5, 1):
+        assert_close_weights(runs[size], runs[64], toy / "sft")
+        assert_close_weights(runs[size] / "reward_model", runs[64] / "reward_model", toy / "ipvrm")
+        for name, value in log_of(runs[64])[0].items():
+            assert log_of(runs[size])[0][name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+
+
+def test_without_alpha_distrl_is_grpo_prm(config):
+    """The candidates are dropped before the op: the same bits in both models."""
+    a = train(config("distrl", alpha=0.0, max_steps=2)).output_dir
+    b = train(config("grpo_prm", algorithm="grpo_prm", max_steps=2)).output_dir
+    assert same_bits(a, b) and same_bits(a / "reward_model", b / "reward_model")
+    c = train(config("with", max_steps=2)).output_dir
+    assert not same_bits(a, c)
+
+
+@pytest.fixture(scope="module")
+def sampled(toy):
+    """The policy, and 12 responses of differing lengths that it did not write, 3 to a prompt."""
+    from ipvrm.data import Response
+    from ipvrm.model import load_tokenizer
+
+    tokenizer, rng, verified = load_tokenizer(toy / "sft"), random.Random(3), []
+    for number in range(12):
+        text = f"{rng.randint(0, 3)}" + ";7" * rng.randint(0, 3)
+        prompt = tokenizer(f"<|user|>{number // 3}<|assistant|>", add_special_tokens=False).input_ids
+        ids = tokenizer(text + "<|end|>", add_special_tokens=False).input_ids
+        response = Response((*prompt, *ids), len(prompt), int(number % 3 == 0))
+        verified.append(Verified(number // 3, number % 3, response))
+    return load_model(toy / "sft"), rollouts_of(verified, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_ratios_are_one_in_the_first_epoch(sampled, temperature):
+    """To 1e-5 between the passes at one shape, to 1e-4 where the micro-batch is another one."""
+    policy, rollouts = sampled
+    everything = list(range(12))
+    batch = rollouts.batch(everything)
+    for candidates in (CandidateConfig(), CandidateConfig.preset("release"), None):
+        old = behaviour(policy, batch, candidates, temperature)
+        new = response_logprobs(policy, batch, temperature)
+        assert (new - old.logprobs).exp().sub(1).abs().max() < 1e-5
+        again, others = token_and_candidate_logprobs(policy, batch, old.candidate_ids, temperature)
+        used = old.candidate_ids >= 0
+        assert (again - old.logprobs).exp().sub(1).abs().max() < 1e-5
+        assert (others - old.candidate_logprobs)[used].exp().sub(1).abs().sum() < 1e-5 * max(1, used.sum())
+        alone = torch.cat([response_logprobs(policy, rollouts.batch([i]), temperature) for i in everything])
+        assert (alone - old.logprobs).exp().sub(1).abs().max() < 1e-4
+
+
+def test_one_candidate_that_is_the_sampled_token(sampled):
+    """K = 1 and the sampled token against plain PyTorch on full logits: value and gradient of Eq. 14."""
+    policy, rollouts = sampled
+    batch = rollouts.batch(list(range(12)))
+    generator = torch.Generator().manual_seed(0)
+    N = len(batch.token_ids)
+    with torch.no_grad():
+        old = response_logprobs(policy, batch) + 0.2 * torch.randn(N, generator=generator)
+    advantages, td = torch.randn(2, N, generator=generator)
+    targets = Targets(batch.token_ids[:, None], old, old[:, None], advantages, td[:, None])
+    config = PolicyLossConfig(alpha=0.3, clip_low=0.1, clip_high=0.1, candidate_clip_high=0.15)
+    policy.zero_grad()
+    got = PolicyLoss(policy, config, 1.0)(batch, targets, 12.0, 12.0)
+    got.loss.backward()
+    gradient = policy.model.embed_tokens.weight.grad.clone()
+
+    policy.zero_grad()
+    logits = policy(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+    ratio = (logits.log_softmax(-1).gather(1, batch.token_ids[:, None])[:, 0] - old).exp()
+
+    def clipped(advantage, low, high):
+        return torch.minimum(ratio * advantage, ratio.clip(1 - low, 1 + high) * advantage)
+
+    lengths = batch.cu_seqlens.diff().repeat_interleave(batch.cu_seqlens.diff())
+    token = -(clipped(advantages, 0.1, 0.1) / lengths).sum() / 12
+    candidate = -(old.exp() * clipped(td, 0.2, 0.15) / lengths).sum() / 12
+    (token + 0.3 * candidate).backward()
+    assert float(got.token_loss) == pytest.approx(token.item(), rel=1e-4)
+    assert float(got.candidate_loss) == pytest.approx(candidate.item(), rel=1e-4)
+    torch.testing.assert_close(gradient, policy.model.embed_tokens.weight.grad, rtol=1e-3, atol=1e-6)
+    policy.zero_grad()
+
+
+def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tokenizer, tmp_path):
+    """Without DLW and ADB, against the reference it was trained with: the update of `train-rm`."""
+    _, rollouts = sampled
+    from ipvrm.model import load_tokenizer
+
+    tokenizer = load_tokenizer(toy / "sft")
+    rows = tmp_path / "rows.jsonl"
+    with open(rows, "w") as file:
+        for r in rollouts.responses:
+            prompt = tokenizer.decode(r.input_ids[1 : r.prompt_length - 1])
+            response = tokenizer.decode(r.input_ids[r.prompt_length : -1])
+            file.write(json.dumps({"prompt": prompt, "response": response, "label": r.label}) + "\n")
+    common = {"adam_epsilon": 1.0, "max_grad_norm": 0.0, "per_device_train_batch_size": 5}
+    offline = train_reward_model(
+        RewardConfig(
+            str(toy / "ipvrm"),
+            str(rows),
+            str(tmp_path / "offline"),
+            reference=str(toy / "sft"),
+            margin=1.0,
+            global_batch_size=12,
+            learning_rate=1.0,
+            max_steps=1,
+            use_cpu=True,
+            **common,
+        ),
+        progress=False,
+    )
+    settings = config(dlw=False, adb=False, td_reference="sft", rm_learning_rate=1.0, **common)
+    settings = resolve(settings)
+    accelerator = data_parallel_accelerator("test", use_cpu=True, mixed_precision="no")
+    reward = OnlineReward(settings, tokenizer, accelerator)
+    reward.load(None, None)
+    rollouts.candidate_ids = torch.empty(rollouts.starts[-1], 0, dtype=torch.int64)
+    reference, _ = reward.reference_logprobs(rollouts)
+    sums, _, finals = reward.update(rollouts, reference, [list(range(12))], 1.0)
+    reward.write(folder := tmp_path / "online", tmp_path, folder)
+    assert_close_weights(folder, offline.output_dir, toy / "ipvrm", allowed=1e-3)
+    want = json.loads((offline.output_dir / "metrics.jsonl").read_text().splitlines()[0])
+    assert sums["loss"][0] / sums["loss"][1] == pytest.approx(want["loss"], rel=1e-5)
+    right = rollouts.outcome == 1
+    assert float(finals[right].mean()) == pytest.approx(want["value_right"], rel=1e-4)
+
+    balanced = OnlineReward(resolve(replace(settings, dlw=None, adb=None)), tokenizer, accelerator)
+    balanced.load(None, None)
+    other, *_ = balanced.update(rollouts, reference, [list(range(12))], 1.0)
+    assert other["loss"][0] != pytest.approx(sums["loss"][0], rel=1e-2)
+
+
+def test_auc():
+    outcome = torch.tensor([1.0, 0, 1, 0, 0])
+    assert auc(torch.tensor([3.0, 1, 2, 2, 0]), outcome) == pytest.approx((3 + 2.5) / 6)
+    assert auc(torch.zeros(5), outcome) == 0.5 == auc(torch.ones(2), torch.ones(2))
+
+
+# ------------------------------------------------------------------------------------- what a step trains on
+
+
+class FakeEngine:
+    """Writes what it is told: (response, ended) by the place of the prompt."""
+
+    def __init__(self, written):
+        self.written = written
+
+    def __call__(self, prompts, sampling, seeds):
+        assert len(set(seeds)) == len(seeds) and sampling == Sampling(8, 1.0)
+        counts: dict = {}
+        found = []
+        for (place,) in prompts:
+            sample = counts.get(place, 0)
+            counts[place] = sample + 1
+            found.append(self.written[place][sample])
+        return found
+
+
+class FakePool:
+    def judge(self, pairs):
+        kinds = {"5": "right", "6": "wrong", "7": "timeout"}
+        return [Verdict(kinds[response]) for response, _ in pairs]
+
+
+class FakeTokenizer:
+    def decode(self, ids, **options):
+        return "".join(map(str, ids))
+
+
+def collector(written, **changes):
+    """Prompt i is the token i; token 9 ends; 5 is right, 6 wrong, 7 a time-out."""
+    settings = PolicyConfig(
+        "m", "d", "o", algorithm="grpo", max_new_tokens=8, num_generations=2, rollout_prompts=len(written)
+    )
+    accelerator = data_parallel_accelerator("test", use_cpu=True, mixed_precision="no")
+    questions = [Question((i,), "x") for i in range(len(written))]
+    parts = (FakeEngine(written), {9}, FakeTokenizer(), FakePool(), accelerator)
+    return Collector(questions, resolve(replace(settings, **changes)), *parts)
+
+
+def test_only_mixed_prompts_are_kept():
+    right, wrong, late, cut = [5, 9], [6, 9], [7, 9], [5, 5]
+    written = [[right, wrong], [right, right], [wrong, wrong], [right, late], [wrong, cut], [wrong, right]]
+    rollouts, place, counts = collector(written).collect(0)
+    assert rollouts.num_groups == 2 and len(rollouts.responses) == 4 and place == 6
+    assert sorted(r.input_ids[0] for r in rollouts.responses) == [0, 0, 5, 5]
+    assert rollouts.outcome.sum() == 2
+    want = {"mixed": 2, "all_right": 1, "all_wrong": 1, "too_few_responses": 2, "mixed_left_out": 0}
+    assert {name: counts[f"prompts_{name}"] for name in want} == want
+    assert (counts["truncated"], counts["timeout"], counts["verifier_failures"]) == (1, 1, 1)
+    assert counts["rollout_accuracy"] == 5 / 10
+    few, _, counts = collector(written, train_prompts=1).collect(0)
+    assert few.num_groups == 1 and counts["prompts_mixed_left_out"] == 1
+
+
+def test_rounds_fill_the_batch():
+    right, wrong = [5, 9], [6, 9]
+    written = [[right, wrong], [right, right]]
+    rollouts, place, counts = collector(written, train_prompts=3, max_rounds=5).collect(0)
+    assert (rollouts.num_groups, place, counts["rounds"]) == (3, 6, 3)
+    rollouts, place, counts = collector(written, train_prompts=3, max_rounds=2).collect(4)
+    assert (rollouts.num_groups, place, counts["rounds"]) == (2, 8, 2)
+
+
+def test_unanimous_prompts_are_a_clear_line():
+    with pytest.raises(IpvrmError, match=r"none of the 2 prompts .* 1 all right, 1 all wrong"):
+        collector([[[5, 9], [5, 9]], [[6, 9], [6, 9]]]).collect(0)
+
+
+# --------------------------------------------------------------------------------------- settings, refusals
+
+
+def test_defaults_of_the_presets(config):
+    base = PolicyConfig("m", "d", "o", reward_model="r")
+    paper, release = resolve(base), resolve(replace(base, preset="release"))
+    names = ("num_generations", "learning_rate", "rm_learning_rate", "lam", "gae_coef", "candidate_mode")
+    assert [getattr(paper, n) for n in names] == [4, 3e-5, 1e-4, 0.95, 1.0, "min_prob"]
+    assert [getattr(release, n) for n in names] == [16, 2e-5, 2e-6, 1.0, 0.05, "top_k"]
+    assert candidate_config(paper) == CandidateConfig()
+    assert candidate_config(release) == CandidateConfig.preset("release")
+    assert loss_config(paper) == PolicyLossConfig()
+    assert loss_config(release) == PolicyLossConfig.preset("release")
+    assert candidate_config(resolve(replace(base, alpha=0.0))) is None
+    grpo = resolve(replace(base, algorithm="grpo", reward_model=None))
+    assert grpo.alpha is None and grpo.lam is None and candidate_config(grpo) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"preset": "release"}, {"algorithm": "spro"}, {"rm_update": "frozen"}, {"dlw": False, "adb": True}],
+    ids=str,
+)
+def test_the_resolved_config_is_a_config_file(tmp_path, changes):
+    """config.yaml of a run starts the same run."""
+    from ipvrm.cli import parse
+
+    model = None if changes.get("algorithm") == "spro" else "r"
+    resolved = resolve(PolicyConfig("m", "d", "o", reward_model=model, **changes))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(vars(resolved)))
+    again = parse(PolicyConfig, ["--config", str(tmp_path / "config.yaml")], prog="ipvrm train-policy")
+    assert resolve(again) == resolved == again
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"algorithm": "reinforce_qrm"}, "needs the token scores of a Q-RM"),
+        ({"algorithm": "ppo"}, "it is unknown; train-policy offers distrl, grpo"),
+        ({"algorithm": "grpo", "reward_model": "x"}, "takes no reward model: its advantage is the outcome"),
+        ({"algorithm": "spro", "reward_model": "x"}, "takes no reward model"),
+        ({"reward_model": None}, "needs --reward_model"),
+        ({"algorithm": "grpo", "alpha": 0.1}, "has no --alpha"),
+        ({"algorithm": "grpo_prm", "candidate_mode": "top_k"}, "has no --candidate_mode"),
+        ({"algorithm": "prime", "gae_coef": 0.1}, "has no --gae_coef"),
+        ({"rm_update": "frozen"}, "is not trained; leave --rm_learning_rate out"),
+        ({"top_k": 3}, "belongs to --candidate_mode top_k"),
+        ({"num_generations": 1}, "at least 2"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"alpha": -1.0}, "alpha must not be negative"),
+        ({"min_prob": 0.0}, "min_prob must lie in"),
+        ({"dual_clip": 1.0}, "dual_clip must be above 1"),
+        ({"preset": "other"}, "preset must be"),
+        ({"verifier": "nothing"}, "verifier must be"),
+        ({"verifier": "toy_verifiers:never"}, "none of the 12 prompts .* 12 all wrong"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense(config, changes, reason):
+    with pytest.raises(IpvrmError, match=reason):
+        train(config(**changes))
+
+
+def edited(toy, tmp_path, edit):
+    """A copy of the reward model with something changed."""
+    folder = tmp_path / "other_rm"
+    shutil.copytree(toy / "ipvrm", folder)
+    edit(folder)
+    return str(folder)
+
+
+def change_json(name, **changes):
+    def edit(folder):
+        stored = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(stored | changes))
+
+    return edit
+
+
+def another_tokenizer(folder):
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"+"', '"*"'))
+
+
+def poison(folder):
+    tensors = weights(folder)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (another_tokenizer, "its tokenizer is not the policy's"),
+        (change_json("ipvrm_config.json", template_hash="0" * 64), "another chat template"),
+        (change_json("config.json", vocab_size=99), "its head has 99 tokens, the policy's 20"),
+        (change_json("ipvrm_config.json", objective="q_rm"), "'q_rm' gives no log-ratio"),
+        (change_json("ipvrm_config.json", objective="dpo", margin=None), "add --rm_update frozen"),
+        (change_json("ipvrm_config.json", reference_hash="0" * 64), "reference model .* was not found"),
+        (lambda folder: (folder / "ipvrm_config.json").unlink(), "no ipvrm_config.json"),
+    ],
+)
+def test_reward_models_that_do_not_fit(config, toy, tmp_path, edit, reason):
+    with pytest.raises(IpvrmError, match=reason):
+        train(config(reward_model=edited(toy, tmp_path, edit)))
+
+
+def test_switches_of_another_objective_are_refused(config, toy):
+    for flag, value in (("dlw", True), ("adb", True), ("rm_margin", 1.0)):
+        with pytest.raises(IpvrmError, match="neither margin nor weights"):
+            train(config(reward_model=str(toy / "implicit_prm"), **{flag: value}))
+
+
+def test_nan_in_the_reward_model_stops_the_run(config, toy, tmp_path, monkeypatch):
+    with pytest.raises(IpvrmError, match="logits are not numbers; the weights are damaged"):
+        train(config(reward_model=edited(toy, tmp_path, poison)))
+
+    def poisoned(*arguments):
+        sampled, candidates = token_and_candidate_logprobs(*arguments)
+        return sampled * float("nan"), candidates
+
+    monkeypatch.setattr("ipvrm.online_reward.token_and_candidate_logprobs", poisoned)
+    with pytest.raises(IpvrmError, match="reward model's log-probs are not numbers"):
+        train(config("frozen", rm_update="frozen", rm_learning_rate=None))
+
+
+def test_nan_in_the_online_update_stops_the_run(config, monkeypatch):
+    from ipvrm import objectives
+
+    ipvrm_loss = objectives.ipvrm_loss
+    monkeypatch.setattr(objectives, "ipvrm_loss", lambda x, *rest, **kw: ipvrm_loss(x / 0.0, *rest, **kw))
+    with pytest.raises(IpvrmError, match="step 1: summed loss .*no checkpoint was written yet"):
+        train(config())
+
+
+def test_nan_in_an_advantage_stops_before_the_weights_take_it(config, monkeypatch):
+    outcome_advantages, calls = train_policy_module.outcome_advantages, []
+
+    def poisoned(*arguments, **options):
+        calls.append(None)
+        found = outcome_advantages(*arguments, **options)
+        return found * float("nan") if len(calls) == 3 else found
+
+    monkeypatch.setattr(train_policy_module, "outcome_advantages", poisoned)
+    settings = config(algorithm="grpo", max_steps=4, save_steps=1)
+    with pytest.raises(IpvrmError, match="step 3: an advantage is not a number.*checkpoint-2, is intact"):
+        train(settings)
+    newest = checkpoints(settings.output_dir)[-1]
+    assert all(value.isfinite().all() for value in weights(newest).values())
+
+
+def test_verifier_failures_are_counted_and_left_out(config):
+    record = log_of(train(config(algorithm="grpo", verifier="toy_verifiers:breaks")).output_dir)[-1]
+    assert record["verifier_failures"] == record["error"] > 0
+    assert record["responses_trained"] <= 48 - record["error"]
+
+
+def test_prompts_that_cannot_be_used(config, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": str(n), "answer": "3"} for n in range(20)] + [{"prompt": "7"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(IpvrmError, match=r"1 of 21 rows are bad .*\n.*prompts.jsonl:21: no ground truth"):
+        train(config(train_data=str(data), algorithm="grpo"))
+    result = train(config("skip", train_data=str(data), algorithm="grpo", on_bad_row="skip"))
+    assert result.metrics["data"] == {"prompts": 20, "bad": 1}
+    with pytest.raises(IpvrmError, match="more than the model's 256 positions"):
+        train(config("long", algorithm="grpo", max_new_tokens=253))
+
+
+def test_dry_run_writes_nothing(config, capsys):
+    result = train(config(dry_run=True))
+    assert result.steps == 0 and not result.output_dir.exists()
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["config"]["candidate_clip_high"] == 0.28 and printed["data"]["prompts"] == 48
+    assert set(printed["memory_estimate"]) == {"policy", "reward_model"}
+
+
+def test_the_starting_models_are_not_overwritten(config, toy, uninterrupted):
+    for name in ("sft", "ipvrm"):
+        with pytest.raises(IpvrmError, match="it would be overwritten"):
+            train(replace(config(), output_dir=str(toy / name)))
+    with pytest.raises(IpvrmError, match="holds a run already"):
+        train(uninterrupted)
+
+
+# ------------------------------------------------------------------------------ interruption and resuming
+
+
+def run_cli(toy, *arguments):
+    path = os.pathsep.join([str(toy), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def flags(config):
+    """The config as command-line flags."""
+    result = []
+    for name, value in vars(config).items():
+        if isinstance(value, bool):
+            result += [f"--{name}"] if value else []
+        elif value is not None:
+            result += [f"--{name}", str(value)]
+    return result
+
+
+def assert_same_run(a, b):
+    assert same_bits(a, b) and same_bits(Path(a) / "reward_model", Path(b) / "reward_model")
+    assert log_of(a) == log_of(b)
+
+
+def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted.output_dir, folder)
+    for path in checkpoints(folder)[2:]:
+        shutil.rmtree(path)
+    (folder / "model.safetensors").unlink()
+    train(replace(uninterrupted, output_dir=str(folder), resume_from_checkpoint="latest"))
+    assert_same_run(folder, uninterrupted.output_dir)
+
+
+KILLED_IN_A_SAVE = """
+    import os, signal, sys
+    from ipvrm import checkpoint
+    from ipvrm.cli import main
+
+    save_optimizer, calls = checkpoint.save_optimizer, []
+
+    def dies_in_the_reward_model_of_step_2(folder, *rest):
+        calls.append(folder)
+        if len(calls) == 4:
+            (folder / "optimizer.safetensors").write_bytes(b"half a fi")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save_optimizer(folder, *rest)
+
+    checkpoint.save_optimizer = dies_in_the_reward_model_of_step_2
+    main(sys.argv[1:])
+"""
+
+
+def test_killed_in_the_middle_of_a_save(uninterrupted, toy, tmp_path):
+    """kill -9 while the reward model of checkpoint 2 is half written: the end is the same bits."""
+    folder = tmp_path / "run"
+    settings = replace(uninterrupted, output_dir=str(folder))
+    done = run_cli(toy, "-c", textwrap.dedent(KILLED_IN_A_SAVE), "train-policy", *flags(settings))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [p.name for p in checkpoints(folder)] == ["checkpoint-1"]
+    assert list(folder.glob(".checkpoint-2.*"))
+    train(replace(settings, resume_from_checkpoint="latest"))
+    assert_same_run(folder, uninterrupted.output_dir)
+    assert not list(folder.glob(".*"))
+
+
+def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monkeypatch):
+    settings = replace(uninterrupted, output_dir=str(tmp_path / "run"), save_steps=0)
+    step = train_policy_module._Run._step
+
+    def signalled(self, number):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_policy_module._Run, "_step", signalled)
+        with pytest.raises(TrainingInterrupted, match="stopped after update 2 of 4") as caught:
+            train(settings)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    train(replace(settings, resume_from_checkpoint="latest"))
+    assert_same_run(settings.output_dir, uninterrupted.output_dir)
+
+
+def test_resume_refuses_another_run(uninterrupted, toy, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted.output_dir, folder)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text((toy / "prompts.jsonl").read_text().replace('"3"', '"2"', 1))
+    for changes, reason in (
+        ({"alpha": 0.2}, r"alpha \(0.1 then, 0.2 now\)"),
+        ({"train_data": str(data)}, "the training data"),
+        ({"reward_model": edited(toy, tmp_path, lambda folder: None)}, None),
+    ):
+        settings = replace(uninterrupted, output_dir=str(folder), resume_from_checkpoint="latest", **changes)
+        if reason is None:  # the same reward model in another folder
+            train(settings)
+            continue
+        with pytest.raises(IpvrmError, match=f"not the run of the checkpoint; changed: .*{reason}"):
+            train(settings)
+
+
+# ------------------------------------------------------------------------------------------------- LoRA
+
+
+def test_lora(config, toy, tmp_path):
+    """Adapters alone move; the run folder holds the merged model too; a resumed run is the same."""
+    settings = config(lora_r=4, max_steps=3, save_steps=1, save_total_limit=9)
+    folder = train(settings).output_dir
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    got, start = weights(folder), weights(toy / "sft")
+    assert got.keys() == start.keys()
+    moved = {n for n in got if not torch.equal(got[n], start[n])}
+    assert moved and all("_proj" in name for name in moved)
+    RewardModel.from_pretrained(folder / "reward_model")
+
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "checkpoint-2")
+    train(replace(settings, output_dir=str(again), resume_from_checkpoint="latest"))
+    assert_same_run(again, folder)
+    with pytest.raises(IpvrmError, match="the head carries an adapter"):
+        train(config("head", lora_r=4, lora_target_modules=("lm_head",)))
+    with pytest.raises(IpvrmError, match="lora_target_modules nothing"):
+        train(config("none", lora_r=4, lora_target_modules=("nothing",)))
+    with pytest.raises(IpvrmError, match="belongs to --lora_r"):
+        train(config("alpha", lora_alpha=4.0))
+
+
+# ------------------------------------------------------------------------------------------- two ranks
+
+
+def test_two_gloo_processes_give_the_update_of_one(config, toy):
+    """Prompts and micro-batches are shared out; both runs end with the same two models."""
+    common = {"adam_epsilon": 1.0, "learning_rate": 1.0, "rm_learning_rate": 1.0, "max_grad_norm": 0.0}
+    one = train(config("one", **common)).output_dir
+    two = config("two", per_device_train_batch_size=7, eval_data=str(toy / "prompts.jsonl"), **common)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = run_cli(toy, *launch, "-m", "ipvrm", "train-policy", *flags(two))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((Path(two.output_dir) / "manifest.json").read_text())["ranks"] == 2
+    assert_close_weights(two.output_dir, one, toy / "sft")
+    assert_close_weights(Path(two.output_dir) / "reward_model", one / "reward_model", toy / "ipvrm")
+    got, want = log_of(two.output_dir)[-1], log_of(one)[-1]
+    assert {name: got[name] for name in want} == pytest.approx(want, rel=2e-3, abs=2e-4)
