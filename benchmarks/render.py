@@ -40,8 +40,8 @@ python -m benchmarks.run --full --json benchmarks/results/cpu-full.json \\
     --csv benchmarks/results/cpu-full.csv --plot benchmarks/results/plots && python -m benchmarks.render
 ```
 
-(about twenty minutes on two idle cores) and a GPU's by `python -m benchmarks.gpu_report && python -m
-benchmarks.render`. How it is measured: every contender's result is checked before anything is timed; then
+(an estimated twenty-two minutes on two idle cores) and a GPU's by `python -m benchmarks.gpu_report && python
+-m benchmarks.render`. How it is measured: every contender's result is checked before anything is timed; then
 contenders take turns, and the median, the 20th and the 80th percentile of their times are kept; memory is the
 peak above inputs. Ratios are to the first contender of a case. Ours are bold (`cpp`, `cuda`, `triton`,
 `ipvrm`) and judged against the fastest other contender that does the same work; the bare matmul does less and
