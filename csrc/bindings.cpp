@@ -226,24 +226,6 @@ PYBIND11_MODULE(_C, m) {
         ipvrm::clipped_surrogate_bwd_cuda(in(dloss), in(slope), out(dlogprobs), count, stream_of(stream));
       },
       no_gil);
-  m.def(
-      "distrl_objective_cuda",
-      [=](Address logprobs, Address token_ids, Address candidate_ids, Address old, Address candidate_old,
-          Address advantages, Address candidate_advantages, Address cu, int64_t B, int64_t row0, int64_t n, int64_t K,
-          int token_reduction, float token_divisor, float token_low, float token_high, int candidate_reduction,
-          float candidate_divisor, float candidate_low, float candidate_high, float dual, float alpha, Address loss,
-          Address token_loss, Address candidate_loss, Address metrics, Address dlogprobs, Address partial, int blocks,
-          Address token_denominator, Address candidate_denominator, Address stream) {
-        ipvrm::distrl_objective_cuda(
-            policy_rows(logprobs, token_ids, candidate_ids, old, candidate_old, advantages, candidate_advantages, cu, B,
-                        row0, n, K),
-            branch(token_reduction, token_divisor, token_low, token_high, dual),
-            branch(candidate_reduction, candidate_divisor, candidate_low, candidate_high, dual),
-            in(token_denominator), in(candidate_denominator), alpha,
-            {out(loss), out(token_loss), out(candidate_loss), out(metrics), out(dlogprobs)}, out(partial), blocks,
-            stream_of(stream));
-      },
-      no_gil);
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -13,10 +13,4 @@ void clipped_surrogate_fwd_cuda(const float* logprobs, const float* old_logprobs
                                 void* stream);
 void clipped_surrogate_bwd_cuda(const float* dloss, const float* slope, float* dlogprobs, int64_t count, void* stream);
 
-// token_denominator and candidate_denominator: device scalars that replace the branches' divisors, or null, so that no launch
-// waits for them. partial (blocks, 11) is scratch.
-void distrl_objective_cuda(PolicyRows rows, Branch tokens, Branch candidates, const float* token_denominator,
-                           const float* candidate_denominator, float alpha, ObjectiveOutputs outputs, float* partial,
-                           int blocks, void* stream);
-
 }  // namespace ipvrm

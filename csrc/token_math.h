@@ -16,21 +16,26 @@ namespace ipvrm {
 
 enum class Weighting : int { uniform = 0, late = 1, early = 2 };
 
+// exp(r) for |r| <= 0.347: minimax, relative error 3e-9 before its own rounding.
+IPVRM_HD float exp_reduced(float r) {
+  float p = 1.38144673e-3f;
+  p = p * r + 8.36878084e-3f;
+  p = p * r + 4.16683927e-2f;
+  p = p * r + 1.66665196e-1f;
+  p = p * r + 0.49999994f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
 // exp(x) for x in [-88, 0] to 1 ulp or so (a little above 0 is fine); 0 below -87.68, where it would be denormal.
 IPVRM_HD float exp_in_range(float x) {
   const int32_t n = static_cast<int32_t>(x * 1.44269504f - 0.5f);  // truncation rounds to nearest for x <= 0
   const float nf = static_cast<float>(n);
   const float r = (x - nf * 0.693359375f) + nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
-  float p = 1.3888889e-3f;                                         // Taylor, |r| <= 0.35: error below 2^-25
-  p = p * r + 8.3333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
   const int32_t bits = (n + 127) << 23;  // n = -127 gives a scale of 0
   float scale;
   memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
+  return exp_reduced(r) * scale;
 }
 
 // exp(-|z|) to 1 ulp; 1.6e-38 where |z| > 87 (no denormals). NaN stays NaN.
@@ -40,17 +45,10 @@ IPVRM_HD float exp_negative_abs(float z) {
   const int32_t n = static_cast<int32_t>(x * 1.44269504f + 0.5f);  // truncation rounds to nearest for x >= 0
   const float nf = static_cast<float>(n);
   const float r = (nf * 0.693359375f - x) - nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
-  float p = 1.38144673e-3f;                                       // minimax, |r| <= 0.347: error 3e-9
-  p = p * r + 8.36878084e-3f;
-  p = p * r + 4.16683927e-2f;
-  p = p * r + 1.66665196e-1f;
-  p = p * r + 0.49999994f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
   const int32_t bits = (127 - n) << 23;
   float scale;
   memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
+  return exp_reduced(r) * scale;
 }
 
 // exp(x) for x <= 0 (a little above is fine), 0 below -87.68; NaN stays NaN.
@@ -63,13 +61,6 @@ IPVRM_HD float exp_any(float x) {
   const float shifted = c * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its lowest bits become round(c / ln 2)
   const float nf = shifted - 12582912.0f;
   const float r = (c - nf * 0.693359375f) + nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
-  float p = 1.98412698e-4f;                                        // Taylor, |r| <= 0.35: error below 2^-27
-  p = p * r + 1.38888889e-3f;
-  p = p * r + 8.3333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
   uint32_t bits;
   memcpy(&bits, &shifted, sizeof bits);
   const int32_t n = static_cast<int32_t>(bits - 0x4B400000u);
@@ -78,7 +69,7 @@ IPVRM_HD float exp_any(float x) {
   float a, b;
   memcpy(&a, &first, sizeof a);
   memcpy(&b, &second, sizeof b);
-  return p * a * b;
+  return exp_reduced(r) * a * b;
 }
 
 // tanh to 3e-7, relative where |x| is small: Eigen's 13/6 rational approximation, free of branches.

@@ -44,7 +44,6 @@ METRICS = (  # order: csrc/token_math.h's finish_objective
 SUMS = 11  # per branch loss, clipped, dual clipped, kl, used; then the mass: csrc/token_math.h's ObjectiveSum
 BLOCK_ROWS = 256  # on the CPU
 BLOCK = 1024  # elements of a Triton program
-CUDA_THREADS, CUDA_BLOCKS = 256, 1024  # the latter: at most, each striding over the elements
 
 
 class Objective(NamedTuple):
@@ -393,18 +392,5 @@ def _cpp(
     return out
 
 
-def _cuda(
-    logprobs: Tensor, batch: Batch, objective: Objective, divisors: Divisors, row0: int = 0
-) -> Evaluated:
-    out = _empty(logprobs)
-    num_blocks = min(-(-logprobs.numel() // CUDA_THREADS), CUDA_BLOCKS)
-    partial = logprobs.new_empty(num_blocks, SUMS)
-    pointers = [x if isinstance(x, Tensor) else None for x in divisors]
-    numbers = [0.0 if isinstance(x, Tensor) else x for x in divisors]
-    arguments = _native_arguments(logprobs, batch, objective, numbers, row0, out)
-    backend.native_call("distrl_objective_cuda", *arguments, partial, num_blocks, *pointers)
-    return out
-
-
 # each evaluates some rows: (logprobs, their batch, objective, the whole batch's divisors, row0)
-IMPLS = {"cuda": _cuda, "triton": _triton, "cpp": _cpp, "torch": distrl_objective_reference}
+IMPLS = {"triton": _triton, "cpp": _cpp, "torch": distrl_objective_reference}
