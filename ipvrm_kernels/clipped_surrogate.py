@@ -249,9 +249,9 @@ def check_clips(
     """Raise ValueError unless 0 <= clip_low <= 1, 0 <= clip_high and dual_clip > 1, all finite."""
     if not 0 <= clip_low <= 1:
         raise ValueError(f"{op}: {prefix}clip_low must lie in [0, 1], got {clip_low}")
-    if not (math.isfinite(clip_high) and clip_high >= 0):
+    if not 0 <= clip_high < math.inf:
         raise ValueError(f"{op}: {prefix}clip_high must be finite and >= 0, got {clip_high}")
-    if dual_clip is not None and not (math.isfinite(dual_clip) and dual_clip > 1):
+    if dual_clip is not None and not 1 < dual_clip < math.inf:
         raise ValueError(f"{op}: dual_clip must be None or finite and > 1, got {dual_clip}")
 
 
@@ -291,6 +291,7 @@ def clipped_surrogate(
         if not x.is_floating_point():
             raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
     check_clips(op, clip_low, clip_high, dual_clip)
+    backend.refuse_forward_mode(op, logprobs)
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     loss, clipped, dual_clipped, _ = _forward_op(
         logprobs.to(dtype), old_logprobs.detach().to(dtype), advantages.detach().to(dtype),

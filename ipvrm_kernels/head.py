@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backend import refuse_forward_mode
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES_AND_FP32 = FLOATS[:3]
 
@@ -119,6 +121,7 @@ def prepare(
             f"{op}: weight is empty, shape {tuple(weight.shape)}; gather a sharded parameter (ZeRO-3, FSDP) "
             "first, e.g. deepspeed.zero.GatheredParameters or FullyShardedDataParallel.summon_full_params"
         )
+    refuse_forward_mode(op, hidden, weight, bias)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{op}: hidden must be (N, D) and weight (V, D), got {tuple(hidden.shape)} and "
@@ -137,7 +140,8 @@ def prepare(
         numbers["softcap"] = softcap
     for name, number in numbers.items():
         positive = name != "logit_scale"
-        if not math.isfinite(number) or (positive and number <= 0):
+        # no math.isfinite: Dynamo cannot call it on a number that varies
+        if not (0 if positive else -math.inf) < number < math.inf:
             raise ValueError(f"{op}: {name} must be finite{' and > 0' if positive else ''}, got {number}")
     if max_workspace_bytes is not None and max_workspace_bytes <= 0:
         raise ValueError(f"{op}: max_workspace_bytes must be None or > 0, got {max_workspace_bytes}")

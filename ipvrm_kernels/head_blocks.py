@@ -62,12 +62,13 @@ class Plan(NamedTuple):
 
 def make_plan(
     op: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None, deterministic: bool,
-    *, N: int, per_row: int = 0, per_column: int = 0, gathers: bool = False,
+    *, N: int, per_row: int = 0, per_column: int = 0, at_least: int = 0, gathers: bool = False,
 ) -> Plan:  # fmt: skip
     """The largest tiles up to ROWS x COLUMNS whose scratch memory fits; refuses with the least that works.
 
     N: rows of the batch; per_row, per_column: bytes that the caller needs besides tile and operands;
-    gathers: rows of hidden are copied even where BLAS could read them.
+    at_least: bytes that a later step needs by itself; gathers: rows of hidden are copied even where BLAS
+    could read them.
     """
     V, D = weight.shape
     copied = []  # bytes per row of hidden and of weight
@@ -78,7 +79,7 @@ def make_plan(
 
     def scratch(R: int, C: int) -> int:
         matrices = 4 * R * C + R * copied[0] + C * copied[1]
-        return matrices + R * (per_row + 64) + C * per_column + RESERVE * (limit is None)
+        return max(matrices + R * (per_row + 64) + C * (per_column + 4) + RESERVE * (limit is None), at_least)
 
     most = WORKSPACE if limit is None else limit
     R, C = min(ROWS, max(N, 1)), min(COLUMNS, V)

@@ -61,8 +61,15 @@ def native_transform(transform: Transform) -> tuple[float, float]:
     return transform.scale / transform.softcap, transform.softcap / transform.temperature
 
 
-def wide_bias(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float().contiguous()
+def bias_block(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """bias[start:stop] in fp32, as the native kernels read it."""
+    return None if bias is None else bias[start:stop].float().contiguous()
+
+
+def pair_bytes(weight: Tensor, dtype: torch.dtype) -> int:
+    """Scratch memory of one gathered row of weight: as it is, rounded to `dtype`, in fp32."""
+    converts = weight.dtype != dtype or dtype != torch.float32
+    return weight.shape[1] * (weight.element_size() + converts * (dtype.itemsize + 4))
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, padded: int) -> None:
@@ -96,8 +103,12 @@ def sweep(
     kept = candidates or Candidates(0, -math.inf)
     per_row = 4 * K + (8 * kept.capacity if candidates else 0)
     per_row += 4 * D * (expectation is not None and deterministic)
-    plan = make_plan(op, hidden, weight, transform.dtype, limit, deterministic, N=N, per_row=per_row)
-    new, bias = torch.empty, wide_bias(bias)
+    # the backward of a frozen head gathers, and cannot refuse any more
+    gathered = 0 if expectation is None else K * pair_bytes(weight, transform.dtype) + 4 * D
+    plan = make_plan(
+        op, hidden, weight, transform.dtype, limit, deterministic, N=N, per_row=per_row, at_least=gathered
+    )
+    new = torch.empty
     R, C, padded = plan
     tile = new(max(R, padded) * C)
     top, sums = new(R), new((2, R), dtype=torch.float64)
@@ -125,7 +136,7 @@ def sweep(
                 z = tile[: len(h) * len(w)].view(len(h), len(w))
                 torch.mm(h, w.T, out=z)
                 native_call(
-                    "head_forward_tile_cpu", z, r1 - r0, c1 - c0, c0, None if bias is None else bias[c0:],
+                    "head_forward_tile_cpu", z, r1 - r0, c1 - c0, c0, bias_block(bias, c0, c1),
                     *native_transform(transform), top, sums[0], state.sum_z_exp, ids[r0:r1], id_z, K,
                     *buffers, E, D,
                 )  # fmt: skip
@@ -208,8 +219,8 @@ class Upstream(NamedTuple):
         native_call(
             "head_backward_tile_cpu", tile, out, rows[1] - rows[0], tile.shape[1], col0, index,
             0 if index is not None else rows[0], kept and index is not None, kept,
-            None if bias is None else bias[col0:], *native_transform(transform), self.dlogprobs, self.ids,
-            self.ids.shape[1], self.total, self.lse, self.lse_low, self.dentropy, self.entropy,
+            bias_block(bias, col0, col0 + tile.shape[1]), *native_transform(transform), self.dlogprobs,
+            self.ids, self.ids.shape[1], self.total, self.lse, self.lse_low, self.dentropy, self.entropy,
         )  # fmt: skip
 
 
@@ -243,7 +254,6 @@ def backward(
         per_row=4 * D * deterministic, per_column=4 * D * narrow,
     )  # fmt: skip
     R, C, padded = plan
-    bias = wide_bias(bias)
     dhidden = torch.zeros((n, D) if needs[0] else 0)
     dweight = torch.zeros((V, D) if needs[1] else 0, dtype=weight.dtype if narrow else torch.float32)
     dbias = torch.zeros(V if needs[2] else 0)
@@ -313,7 +323,7 @@ def fused_gradients(
     dhidden = torch.zeros((N, D) if needs[0] else 0)
     dweight = torch.zeros((V, D) if needs[1] else 0)
     dbias = torch.zeros(V if needs[2] else 0)
-    new, bias = torch.empty, wide_bias(bias)
+    new = torch.empty
     kept = [new(R * (c1 - c0)) for c0, c1 in blocks(V, COLUMNS)]  # z of a block of rows, tile by tile
     spare, spare_h = (
         new(R * min(COLUMNS, V)),
@@ -333,7 +343,7 @@ def fused_gradients(
                 z = room[: rows * (c1 - c0)].view(rows, -1)
                 torch.mm(h, w_blocks.block(c0, c1).T, out=z)
                 native_call(
-                    "head_forward_tile_cpu", z, rows, c1 - c0, c0, None if bias is None else bias[c0:],
+                    "head_forward_tile_cpu", z, rows, c1 - c0, c0, bias_block(bias, c0, c1),
                     *native_transform(transform), top, sumexp, None, ids[r0:r1], id_z, K,
                     None, None, None, None, 0, 0, -math.inf, None, D,
                 )  # fmt: skip
@@ -365,20 +375,25 @@ def fused_gradients(
 
 
 def frozen_backward(
-    up: Upstream, weight: Tensor, logprobs: Tensor, expectation: Tensor, transform: Transform
-) -> Tensor:
+    up: Upstream, weight: Tensor, logprobs: Tensor, expectation: Tensor, transform: Transform,
+    limit: int | None = None,
+) -> Tensor:  # fmt: skip
     """dhidden = sum_k g_k z'(id_k) w_{id_k} - G E, without the vocabulary; (N, D) fp32."""
-    dhidden = expectation * -up.total[:, None].float()
+    total = up.total[:, None].float()
+    dhidden = expectation * -total
+    dhidden.masked_fill_(total == 0, 0.0)  # a row without gradient stays 0 whatever its states are
     if up.dlogprobs is None:
         return dhidden
     owned = (up.ids >= 0) & (up.ids < weight.shape[0])
     used_first = torch.sort(owned.to(torch.uint8), dim=1, descending=True, stable=True)[1]
     used = int(owned.sum(1).max()) if owned.numel() else 0  # unused slots cost nothing
     order = used_first[:, :used]
-    size = max(1, GATHERED // max(1, used * weight.shape[1] * 4))
+    row_bytes = used * pair_bytes(weight, transform.dtype) + 4 * weight.shape[1]
+    size = max(1, min(GATHERED, limit or GATHERED) // row_bytes)
     for r0, r1 in blocks(len(dhidden) if used else 0, size):
         at = order[r0:r1]
         ids, g, log_p, real = (x[r0:r1].gather(1, at) for x in (up.ids, up.dlogprobs, logprobs, owned))
+        real &= g != 0
         slope = transform_slope(torch.where(real, log_p + up.lse[r0:r1, None], 0.0), transform)
         rows = weight[torch.where(real, ids, 0).view(-1)].to(transform.dtype).float().view(*ids.shape, -1)
         dhidden[r0:r1] += torch.bmm((torch.where(real, g, 0.0) * slope)[:, None, :], rows)[:, 0]

@@ -239,7 +239,7 @@ def _check_values(batch: Batch, V: int) -> None:
 
 
 def _check_denominator(name: str, value: float, least: str) -> None:
-    if not math.isfinite(value) or value < 0 or (least == ">" and value == 0):
+    if not 0 <= value < math.inf or (least == ">" and value == 0):
         raise ValueError(f"{OP}: {name} must be finite and {least} 0, got {value}")
 
 
@@ -327,7 +327,7 @@ def linear_distrl_loss(
         if x.device != hidden.device:
             raise ValueError(f"{OP}: {name} is on {x.device}, hidden on {hidden.device}")
         floats.append(x.detach().to(wide))
-    if not math.isfinite(alpha):
+    if not -math.inf < alpha < math.inf:
         raise ValueError(f"{OP}: alpha must be finite, got {alpha}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{OP}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")

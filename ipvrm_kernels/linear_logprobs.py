@@ -137,7 +137,7 @@ def _cpp_backward(
     lse_low = None if frozen else expectation
     up = head_cpu.make_upstream(dlogprobs, dlse, dentropy, ids, weight.shape[0], lse, lse_low, entropy)
     if frozen and dentropy is None:
-        dhidden = head_cpu.frozen_backward(up, weight, logprobs, expectation, transform)
+        dhidden = head_cpu.frozen_backward(up, weight, logprobs, expectation, transform, max_workspace_bytes)
         return dhidden, lse.new_empty(0), lse.new_empty(0)
     return head_cpu.backward(
         "linear_logprobs", up, hidden, weight, bias, transform, needs,

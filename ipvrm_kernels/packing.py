@@ -90,13 +90,14 @@ def checked_tokens(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor) -> Te
             f"{op}: {name} must be (N,) floating point, got {tuple(tokens.shape)} {tokens.dtype}"
         )
     check_cu_seqlens_shape(op, cu_seqlens, tokens)
+    backend.refuse_forward_mode(op, tokens)
     return tokens if tokens.dtype == torch.float64 else tokens.float()
 
 
 def checked_finite(op: str, name: str, value: float) -> float:
     """`value` as a finite float, else ValueError."""
     value = float(value)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return value
 

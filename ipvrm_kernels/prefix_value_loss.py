@@ -392,7 +392,7 @@ def prefix_value_loss(
         given = tuple(outcome.shape) if isinstance(outcome, Tensor) else type(outcome).__name__
         raise ValueError(f"{op}: outcome must be a tensor of shape ({B},), got {given}")
     if denominator is not None and not isinstance(denominator, Tensor):
-        if not (math.isfinite(denominator) and denominator > 0):
+        if not 0 < denominator < math.inf:
             raise ValueError(f"{op}: denominator must be positive and finite, got {denominator}")
         denominator = torch.full((), denominator, dtype=log_ratio.dtype, device=log_ratio.device)
     if denominator is not None:

@@ -64,3 +64,22 @@ def test_a_whole_loss_compiles(loss):
             results.append([value, metric, *torch.autograd.grad(value, (hidden, weight))])
         for mine, theirs in zip(*results, strict=True):
             torch.testing.assert_close(mine, theirs)
+
+
+def test_numbers_that_vary_and_dynamic_shapes_keep_the_graph_whole():
+    """A temperature schedule and `dynamic=True` make numbers symbolic; validation must take them."""
+    hidden, ids, cu_seqlens = batch((5, 1, 9))
+    weight, outcome = weight_of(), torch.tensor([0.0, 1.0, 1.0])
+
+    def loss(hidden, number):
+        logprobs = linear_logprobs(hidden, weight, ids, temperature=number, logit_scale=1 + number).logprobs
+        old = logprobs.detach()[:, None]
+        policy = linear_distrl_loss(
+            hidden, weight, ids, ids[:, None], old[:, 0], old, old[:, 0], old, cu_seqlens,
+            alpha=number, clip_low=number, dual_clip=1 + number, token_denominator=number,
+        )  # fmt: skip
+        return policy.loss + prefix_value_loss(logprobs, cu_seqlens, outcome, beta=number, margin=number)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for number in (0.5, 0.7, 0.9):
+        torch.testing.assert_close(compiled(hidden, number), loss(hidden, number))
