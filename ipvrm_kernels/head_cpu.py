@@ -397,4 +397,5 @@ def frozen_backward(
         slope = transform_slope(torch.where(real, log_p + up.lse[r0:r1, None], 0.0), transform)
         rows = weight[torch.where(real, ids, 0).view(-1)].to(transform.dtype).float().view(*ids.shape, -1)
         dhidden[r0:r1] += torch.bmm((torch.where(real, g, 0.0) * slope)[:, None, :], rows)[:, 0]
+        del rows  # before the next are gathered
     return dhidden
