@@ -351,7 +351,30 @@ def test_one_candidate_that_is_the_sampled_token(sampled):
     policy.zero_grad()
 
 
-def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tokenizer, tmp_path):
+@pytest.mark.parametrize("fault", [False, True], ids=["as is", "full logits"])
+def test_no_logits_in_an_update(sampled, toy, peak_of, fault):
+    """Behaviour pass, scoring and update under a head of 32,000 tokens stay far below one (N, V) tensor."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    V, (_, rollouts) = 32_000, sampled
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(toy / "sft", vocab_size=V))
+    batch = rollouts.batch(list(range(12)) * 64)
+    N = len(batch.token_ids)
+
+    def update():
+        old = behaviour(model, batch, CandidateConfig(), 1.0)
+        ids, logprobs = old.candidate_ids, old.candidate_logprobs
+        token_and_candidate_logprobs(model, batch, ids, 1.0)
+        targets = Targets(ids, old.logprobs, logprobs, torch.ones(N), torch.zeros_like(logprobs))
+        PolicyLoss(model, PolicyLossConfig(), 1.0)(batch, targets, 768.0, 768.0).loss.backward()
+        if fault:
+            model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].log_softmax(-1)
+
+    peak = peak_of(update)
+    assert (peak < 0.5 * 4 * N * V) == (not fault), f"{peak / 2**20:.0f} MiB, {4 * N * V / 2**20:.0f} MiB"
+
+
+def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_path):
     """Without DLW and ADB, against the reference it was trained with: the update of `train-rm`."""
     _, rollouts = sampled
     from ipvrm.model import load_tokenizer
