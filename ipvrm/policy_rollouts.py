@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,16 @@ class Verified:
     response: Response
 
 
+class Targets(NamedTuple):
+    """What the loss of n response tokens takes besides the policy."""
+
+    candidate_ids: Tensor  # (n, K)
+    old_logprobs: Tensor  # (n,)
+    old_candidate_logprobs: Tensor  # (n, K)
+    advantages: Tensor  # (n,)
+    candidate_advantages: Tensor  # (n, K)
+
+
 @dataclass
 class Rollouts:
     """B labelled responses of G prompts, N response tokens packed in their order, K candidates.
@@ -69,6 +79,19 @@ class Rollouts:
         """(n,) int64: where the response tokens of these responses lie in the packed tensors."""
         parts = [torch.arange(self.starts[i], self.starts[i + 1]) for i in indices]
         return torch.cat(parts).to(self.outcome.device)
+
+    def targets(self, indices: Sequence[int]) -> Targets:
+        """What the loss takes for these responses."""
+        at = self.tokens_of(indices)
+        return Targets(*(getattr(self, name)[at] for name in Targets._fields))
+
+    def denominator(self, indices: Sequence[int], reduction: str) -> float | Tensor:
+        """What `linear_distrl_loss` divides by where `indices` are the whole optimizer batch."""
+        if reduction == "sequence_mean":
+            return float(len(indices))
+        if reduction == "token_mean":
+            return float(sum(self.lengths[i] for i in indices))
+        return self.old_candidate_logprobs[self.tokens_of(indices)].exp().sum()
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The model's input for these responses."""

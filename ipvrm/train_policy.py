@@ -45,7 +45,7 @@ from ipvrm.policy_config import (
     loss_config,
     resolve,
 )
-from ipvrm.policy_model import PolicyLoss, Targets, add_adapters, behaviour, merged
+from ipvrm.policy_model import PolicyLoss, add_adapters, behaviour, merged
 from ipvrm.policy_rollouts import Collector, Rollouts, questions_hash, read_questions
 from ipvrm.progress import Interrupt, Progress, peak_memory
 from ipvrm.run_folder import (
@@ -348,34 +348,18 @@ class _Run:
         config, options = self.config, self.loss_config
         assert config.learning_rate is not None
         total, grad_norm, updates = MetricSums(), 0.0, 0
-        old_mass = rollouts.old_candidate_logprobs.exp().sum(1)  # (N,)
         for epoch in range(config.num_epochs):
             for minibatch in self._minibatches(len(rollouts.responses), step, epoch):
-                sizes = {
-                    "sequence_mean": len(minibatch),
-                    "token_mean": sum(rollouts.lengths[i] for i in minibatch),
-                }
-                token = float(sizes[options.reduction])
-                if options.candidate_reduction == "old_prob_mean":
-                    candidate: float | Tensor = old_mass[rollouts.tokens_of(minibatch)].sum()
-                else:
-                    candidate = float(sizes[options.candidate_reduction])
+                divisors = (
+                    rollouts.denominator(minibatch, options.reduction),
+                    rollouts.denominator(minibatch, options.candidate_reduction),
+                )
 
                 def loss_and_sums(
-                    micro: list[int],
-                    minibatch: list[int] = minibatch,
-                    denominators: tuple[Any, Any] = (token, candidate),
+                    micro: list[int], minibatch: list[int] = minibatch, divisors: tuple[Any, Any] = divisors
                 ) -> tuple[Tensor, Tensor]:
                     chosen = micro or minibatch[:1]
-                    at = rollouts.tokens_of(chosen)
-                    targets = Targets(
-                        rollouts.candidate_ids[at],
-                        rollouts.old_logprobs[at],
-                        rollouts.old_candidate_logprobs[at],
-                        rollouts.advantages[at],
-                        rollouts.candidate_advantages[at],
-                    )
-                    found = self.module(rollouts.batch(chosen), targets, *denominators)
+                    found = self.module(rollouts.batch(chosen), rollouts.targets(chosen), *divisors)
                     losses = torch.stack([found.loss.detach(), found.token_loss, found.candidate_loss])
                     return found.loss, torch.cat([losses, stacked(found.metrics, POLICY_METRICS)])
 

@@ -29,8 +29,8 @@ from ipvrm.online_reward import OnlineReward, auc, token_and_candidate_logprobs
 from ipvrm.optimizer import data_parallel_accelerator
 from ipvrm.policy_config import PolicyConfig, candidate_config, loss_config, resolve
 from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig
-from ipvrm.policy_model import PolicyLoss, Targets, behaviour
-from ipvrm.policy_rollouts import Collector, Question, Verified, rollouts_of
+from ipvrm.policy_model import PolicyLoss, behaviour
+from ipvrm.policy_rollouts import Collector, Question, Targets, Verified, rollouts_of
 from ipvrm.train_policy import train_policy
 from ipvrm.verify import Verdict
 
@@ -233,6 +233,7 @@ def test_it_learns(config, toy):
         {"algorithm": "prime", "rm_update": "after"},
         {"algorithm": "spro"},
         {"preset": "release", "num_generations": 4},
+        {"preset": "release", "num_generations": 4, "algorithm": "grpo"},
         {"td_reference": "sft", "rm_update": "frozen"},
         {"mixed_precision": "bf16", "num_epochs": 2},
         {"temperature": 0.7, "gradient_checkpointing": True},
