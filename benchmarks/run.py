@@ -22,7 +22,7 @@ from benchmarks.measure import Row, markdown, measure
 
 MODULES = (
     "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
-    "segment_scan", "prefix_values", "prefix_value_loss", "reward_step",
+    "segment_scan", "prefix_values", "prefix_value_loss", "reward_step", "policy_step",
 )  # fmt: skip
 
 
