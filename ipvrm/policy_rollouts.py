@@ -24,6 +24,14 @@ from ipvrm.verify import VerifierPool
 FAILURES = ("timeout", "crash", "error", "unreadable_ground_truth")
 
 
+class Unanimous(IpvrmError):
+    """Not one prompt of a step has both outcomes; `place` is that of the next prompt."""
+
+    def __init__(self, message: str, place: int):
+        super().__init__(message)
+        self.place = place
+
+
 @dataclass(frozen=True)
 class Question:
     """A prompt as tokens, with its ground truth."""
@@ -205,7 +213,7 @@ class Collector:
         """Rollouts of prompts with mixed outcomes, the place of the next prompt, and counts and seconds.
 
         Raises:
-            IpvrmError: not one prompt has both outcomes.
+            Unanimous: not one prompt has both outcomes.
         """
         config = self.config
         assert config.num_generations is not None and config.temperature is not None
@@ -235,7 +243,7 @@ class Collector:
         numbers = {name: float(counts[name]) for name in (*PROMPT_COUNTS, *RESPONSE_COUNTS, *TOKEN_COUNTS)}
         numbers["rollout_accuracy"] = counts["right"] / max(counts["right"] + counts["wrong"], 1)
         if not mixed:
-            raise IpvrmError(_unanimous(counts))
+            raise Unanimous(_unanimous(counts), place)
         numbers["responses_trained"] = len(mixed)
         return rollouts_of(mixed, self.accelerator.device), place, numbers | seconds
 

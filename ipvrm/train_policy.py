@@ -46,7 +46,7 @@ from ipvrm.policy_config import (
     resolve,
 )
 from ipvrm.policy_model import PolicyLoss, add_adapters, behaviour, merged
-from ipvrm.policy_rollouts import Collector, Rollouts, questions_hash, read_questions
+from ipvrm.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash, read_questions
 from ipvrm.progress import Interrupt, Progress, peak_memory
 from ipvrm.run_folder import (
     JsonlLog,
@@ -192,7 +192,13 @@ class _Run:
             self._record({"step": 0, **evaluated})
         with Interrupt() as interrupt, self.progress.bar("train-policy", config.max_steps, self.start) as bar:
             for step in range(self.start, config.max_steps):
-                record = self._step(step)
+                try:
+                    record = self._step(step)
+                except Unanimous as error:
+                    if not step:
+                        raise
+                    self.place = error.place  # what resumes goes on behind these prompts
+                    raise IpvrmError(f"{error}. The run so far: {self._save_checkpoint(step)}") from error
                 done, last = step + 1, step + 1 == config.max_steps
                 if self.evaluator is not None and (
                     last or (config.eval_steps is not None and done % config.eval_steps == 0)

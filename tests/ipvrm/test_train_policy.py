@@ -30,7 +30,7 @@ from ipvrm.optimizer import data_parallel_accelerator
 from ipvrm.policy_config import PolicyConfig, candidate_config, loss_config, resolve
 from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig
 from ipvrm.policy_model import PolicyLoss, behaviour
-from ipvrm.policy_rollouts import Collector, Question, Targets, Verified, rollouts_of
+from ipvrm.policy_rollouts import Collector, Question, Targets, Unanimous, Verified, rollouts_of
 from ipvrm.train_policy import train_policy
 from ipvrm.verify import Verdict
 
@@ -777,6 +777,25 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
     assert caught.value.exit_code == 128 + signal.SIGTERM
     train(replace(settings, resume_from_checkpoint="latest"))
     assert_same_run(settings.output_dir, uninterrupted.output_dir)
+
+
+def test_unanimous_prompts_late_in_a_run_lose_nothing(config, monkeypatch):
+    """What has been learnt is saved, and the resumed run goes on behind those prompts."""
+    settings = config(algorithm="grpo", max_steps=3, save_steps=0)
+    collect, calls = Collector.collect, []
+
+    def unanimous_once(self, place):
+        calls.append(place)
+        if len(calls) == 2:
+            raise Unanimous("none of the prompts", place + 12)
+        return collect(self, place)
+
+    monkeypatch.setattr(Collector, "collect", unanimous_once)
+    with pytest.raises(IpvrmError, match="none of the prompts. The run so far: .*checkpoint-1"):
+        train(settings)
+    result = train(replace(settings, resume_from_checkpoint="latest"))
+    assert calls == [0, 12, 24, 36] and result.metrics["prompts_seen"] == 48
+    assert [record["step"] for record in log_of(result.output_dir)] == [1, 2, 3]
 
 
 def test_resume_refuses_another_run(uninterrupted, toy, tmp_path):
