@@ -709,6 +709,8 @@ def flags(config):
     for name, value in vars(config).items():
         if isinstance(value, bool):
             result += [f"--{name}"] if value else []
+        elif isinstance(value, tuple):
+            result += [f"--{name}", *value]
         elif value is not None:
             result += [f"--{name}", str(value)]
     return result
