@@ -29,7 +29,7 @@ from benchmarks.tables import as_csv
 MODULES = (
     "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
     "segment_scan", "prefix_values", "prefix_value_loss", "clipped_surrogate",
-    "reward_step", "distrl_step", "advantages", "scaling",
+    "reward_step", "distrl_step", "policy_step", "advantages", "scaling",
 )  # fmt: skip
 SECONDS = dict(quick=0.4, default=2.0, full=3.0)  # of rounds a case, beyond the least number of rounds
 # of everything on two idle cores, estimated from FLOPs and from a quick run; printed before it starts

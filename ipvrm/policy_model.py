@@ -12,6 +12,7 @@ from ipvrm.data import Batch
 from ipvrm.model import head, hidden_states
 from ipvrm.policy_config import PolicyConfig
 from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig, select_candidates
+from ipvrm.policy_rollouts import Targets
 from ipvrm_kernels import DistRLLoss, linear_distrl_loss, linear_logprobs
 
 
@@ -78,16 +79,6 @@ def behaviour(
     )
     sampled, entropy = cast(Tensor, chosen.sampled_logprobs), cast(Tensor, chosen.entropy)
     return Behaviour(sampled, entropy, chosen.ids, chosen.logprobs)
-
-
-class Targets(NamedTuple):
-    """What the loss of n response tokens takes besides the policy."""
-
-    candidate_ids: Tensor  # (n, K)
-    old_logprobs: Tensor  # (n,)
-    old_candidate_logprobs: Tensor  # (n, K)
-    advantages: Tensor  # (n,)
-    candidate_advantages: Tensor  # (n, K)
 
 
 class PolicyLoss(nn.Module):

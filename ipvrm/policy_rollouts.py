@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ from ipvrm.rows import BadRow, Prompt, read_prompts, report_bad_rows
 from ipvrm.verify import VerifierPool
 
 FAILURES = ("timeout", "crash", "error", "unreadable_ground_truth")
+
+
+class Unanimous(IpvrmError):
+    """Not one prompt of a step has both outcomes; `place` is that of the next prompt."""
+
+    def __init__(self, message: str, place: int):
+        super().__init__(message)
+        self.place = place
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,16 @@ class Verified:
     place: int
     sample: int
     response: Response
+
+
+class Targets(NamedTuple):
+    """What the loss of n response tokens takes besides the policy."""
+
+    candidate_ids: Tensor  # (n, K)
+    old_logprobs: Tensor  # (n,)
+    old_candidate_logprobs: Tensor  # (n, K)
+    advantages: Tensor  # (n,)
+    candidate_advantages: Tensor  # (n, K)
 
 
 @dataclass
@@ -69,6 +87,19 @@ class Rollouts:
         """(n,) int64: where the response tokens of these responses lie in the packed tensors."""
         parts = [torch.arange(self.starts[i], self.starts[i + 1]) for i in indices]
         return torch.cat(parts).to(self.outcome.device)
+
+    def targets(self, indices: Sequence[int]) -> Targets:
+        """What the loss takes for these responses."""
+        at = self.tokens_of(indices)
+        return Targets(*(getattr(self, name)[at] for name in Targets._fields))
+
+    def denominator(self, indices: Sequence[int], reduction: str) -> float | Tensor:
+        """What `linear_distrl_loss` divides by where `indices` are the whole optimizer batch."""
+        if reduction == "sequence_mean":
+            return float(len(indices))
+        if reduction == "token_mean":
+            return float(sum(self.lengths[i] for i in indices))
+        return self.old_candidate_logprobs[self.tokens_of(indices)].exp().sum()
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The model's input for these responses."""
@@ -182,7 +213,7 @@ class Collector:
         """Rollouts of prompts with mixed outcomes, the place of the next prompt, and counts and seconds.
 
         Raises:
-            IpvrmError: not one prompt has both outcomes.
+            Unanimous: not one prompt has both outcomes.
         """
         config = self.config
         assert config.num_generations is not None and config.temperature is not None
@@ -212,7 +243,7 @@ class Collector:
         numbers = {name: float(counts[name]) for name in (*PROMPT_COUNTS, *RESPONSE_COUNTS, *TOKEN_COUNTS)}
         numbers["rollout_accuracy"] = counts["right"] / max(counts["right"] + counts["wrong"], 1)
         if not mixed:
-            raise IpvrmError(_unanimous(counts))
+            raise Unanimous(_unanimous(counts), place)
         numbers["responses_trained"] = len(mixed)
         return rollouts_of(mixed, self.accelerator.device), place, numbers | seconds
 

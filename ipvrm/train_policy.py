@@ -45,8 +45,8 @@ from ipvrm.policy_config import (
     loss_config,
     resolve,
 )
-from ipvrm.policy_model import PolicyLoss, Targets, add_adapters, behaviour, merged
-from ipvrm.policy_rollouts import Collector, Rollouts, questions_hash, read_questions
+from ipvrm.policy_model import PolicyLoss, add_adapters, behaviour, merged
+from ipvrm.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash, read_questions
 from ipvrm.progress import Interrupt, Progress, peak_memory
 from ipvrm.run_folder import (
     JsonlLog,
@@ -192,7 +192,13 @@ class _Run:
             self._record({"step": 0, **evaluated})
         with Interrupt() as interrupt, self.progress.bar("train-policy", config.max_steps, self.start) as bar:
             for step in range(self.start, config.max_steps):
-                record = self._step(step)
+                try:
+                    record = self._step(step)
+                except Unanimous as error:
+                    if not step:
+                        raise
+                    self.place = error.place  # what resumes goes on behind these prompts
+                    raise IpvrmError(f"{error}. The run so far: {self._save_checkpoint(step)}") from error
                 done, last = step + 1, step + 1 == config.max_steps
                 if self.evaluator is not None and (
                     last or (config.eval_steps is not None and done % config.eval_steps == 0)
@@ -348,34 +354,18 @@ class _Run:
         config, options = self.config, self.loss_config
         assert config.learning_rate is not None
         total, grad_norm, updates = MetricSums(), 0.0, 0
-        old_mass = rollouts.old_candidate_logprobs.exp().sum(1)  # (N,)
         for epoch in range(config.num_epochs):
             for minibatch in self._minibatches(len(rollouts.responses), step, epoch):
-                sizes = {
-                    "sequence_mean": len(minibatch),
-                    "token_mean": sum(rollouts.lengths[i] for i in minibatch),
-                }
-                token = float(sizes[options.reduction])
-                if options.candidate_reduction == "old_prob_mean":
-                    candidate: float | Tensor = old_mass[rollouts.tokens_of(minibatch)].sum()
-                else:
-                    candidate = float(sizes[options.candidate_reduction])
+                divisors = (
+                    rollouts.denominator(minibatch, options.reduction),
+                    rollouts.denominator(minibatch, options.candidate_reduction),
+                )
 
                 def loss_and_sums(
-                    micro: list[int],
-                    minibatch: list[int] = minibatch,
-                    denominators: tuple[Any, Any] = (token, candidate),
+                    micro: list[int], minibatch: list[int] = minibatch, divisors: tuple[Any, Any] = divisors
                 ) -> tuple[Tensor, Tensor]:
                     chosen = micro or minibatch[:1]
-                    at = rollouts.tokens_of(chosen)
-                    targets = Targets(
-                        rollouts.candidate_ids[at],
-                        rollouts.old_logprobs[at],
-                        rollouts.old_candidate_logprobs[at],
-                        rollouts.advantages[at],
-                        rollouts.candidate_advantages[at],
-                    )
-                    found = self.module(rollouts.batch(chosen), targets, *denominators)
+                    found = self.module(rollouts.batch(chosen), rollouts.targets(chosen), *divisors)
                     losses = torch.stack([found.loss.detach(), found.token_loss, found.candidate_loss])
                     return found.loss, torch.cat([losses, stacked(found.metrics, POLICY_METRICS)])
 

@@ -10,7 +10,8 @@ Backward, with upstream g_k of log p_{id_k}, g_lse, g_H, and G = sum_k g_k - g_l
 
 The dense and the sparse part are rounded together: with p near 1 they nearly cancel. With a frozen head
 and no gradient through the entropy, dhidden = -G * E + sum_k g_k z'(id_k) w_{id_k}, where E = sum_v p_v
-z'_v w_v (N, D) is formed in the forward, so that the backward never touches the vocabulary.
+z'_v w_v (N, D) is formed in the forward, so that the backward never touches the vocabulary. Where a
+gradient of the entropy arrives after all, the backward recomputes the logits: four matmuls, not two.
 
 Shapes: hidden (N, D), weight (V, D), bias (V,), ids (N, K). Fast because z is read while a tile of it is in
 cache; only the reference below holds an (N, V) tensor.

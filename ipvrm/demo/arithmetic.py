@@ -107,6 +107,12 @@ def answer_of(response: str) -> int | None:
     return int(match[4]) if match else None
 
 
+def right_answer(response: str, answer: str) -> bool | None:
+    """The task's verifier for `ipvrm label` and `train-policy`: None where the response ends in no number."""
+    found = answer_of(response)
+    return None if found is None else found == int(answer)
+
+
 def first_wrong_step(problem: Problem, steps: list[str]) -> int:
     """Index of the first step that is not the next operation, done right, on the number written before it.
 

@@ -29,8 +29,8 @@ from ipvrm.online_reward import OnlineReward, auc, token_and_candidate_logprobs
 from ipvrm.optimizer import data_parallel_accelerator
 from ipvrm.policy_config import PolicyConfig, candidate_config, loss_config, resolve
 from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig
-from ipvrm.policy_model import PolicyLoss, Targets, behaviour
-from ipvrm.policy_rollouts import Collector, Question, Verified, rollouts_of
+from ipvrm.policy_model import PolicyLoss, behaviour
+from ipvrm.policy_rollouts import Collector, Question, Targets, Unanimous, Verified, rollouts_of
 from ipvrm.train_policy import train_policy
 from ipvrm.verify import Verdict
 
@@ -233,6 +233,7 @@ def test_it_learns(config, toy):
         {"algorithm": "prime", "rm_update": "after"},
         {"algorithm": "spro"},
         {"preset": "release", "num_generations": 4},
+        {"preset": "release", "num_generations": 4, "algorithm": "grpo"},
         {"td_reference": "sft", "rm_update": "frozen"},
         {"mixed_precision": "bf16", "num_epochs": 2},
         {"temperature": 0.7, "gradient_checkpointing": True},
@@ -351,7 +352,30 @@ def test_one_candidate_that_is_the_sampled_token(sampled):
     policy.zero_grad()
 
 
-def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tokenizer, tmp_path):
+@pytest.mark.parametrize("fault", [False, True], ids=["as is", "full logits"])
+def test_no_logits_in_an_update(sampled, toy, peak_of, fault):
+    """Behaviour pass, scoring and update under a head of 32,000 tokens stay far below one (N, V) tensor."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    V, (_, rollouts) = 32_000, sampled
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(toy / "sft", vocab_size=V))
+    batch = rollouts.batch(list(range(12)) * 64)
+    N = len(batch.token_ids)
+
+    def update():
+        old = behaviour(model, batch, CandidateConfig(), 1.0)
+        ids, logprobs = old.candidate_ids, old.candidate_logprobs
+        token_and_candidate_logprobs(model, batch, ids, 1.0)
+        targets = Targets(ids, old.logprobs, logprobs, torch.ones(N), torch.zeros_like(logprobs))
+        PolicyLoss(model, PolicyLossConfig(), 1.0)(batch, targets, 768.0, 768.0).loss.backward()
+        if fault:
+            model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].log_softmax(-1)
+
+    peak = peak_of(update)
+    assert (peak < 0.5 * 4 * N * V) == (not fault), f"{peak / 2**20:.0f} MiB, {4 * N * V / 2**20:.0f} MiB"
+
+
+def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_path):
     """Without DLW and ADB, against the reference it was trained with: the update of `train-rm`."""
     _, rollouts = sampled
     from ipvrm.model import load_tokenizer
@@ -685,6 +709,8 @@ def flags(config):
     for name, value in vars(config).items():
         if isinstance(value, bool):
             result += [f"--{name}"] if value else []
+        elif isinstance(value, tuple):
+            result += [f"--{name}", *value]
         elif value is not None:
             result += [f"--{name}", str(value)]
     return result
@@ -753,6 +779,25 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
     assert caught.value.exit_code == 128 + signal.SIGTERM
     train(replace(settings, resume_from_checkpoint="latest"))
     assert_same_run(settings.output_dir, uninterrupted.output_dir)
+
+
+def test_unanimous_prompts_late_in_a_run_lose_nothing(config, monkeypatch):
+    """What has been learnt is saved, and the resumed run goes on behind those prompts."""
+    settings = config(algorithm="grpo", max_steps=3, save_steps=0)
+    collect, calls = Collector.collect, []
+
+    def unanimous_once(self, place):
+        calls.append(place)
+        if len(calls) == 2:
+            raise Unanimous("none of the prompts", place + 12)
+        return collect(self, place)
+
+    monkeypatch.setattr(Collector, "collect", unanimous_once)
+    with pytest.raises(IpvrmError, match="none of the prompts. The run so far: .*checkpoint-1"):
+        train(settings)
+    result = train(replace(settings, resume_from_checkpoint="latest"))
+    assert calls == [0, 12, 24, 36] and result.metrics["prompts_seen"] == 48
+    assert [record["step"] for record in log_of(result.output_dir)] == [1, 2, 3]
 
 
 def test_resume_refuses_another_run(uninterrupted, toy, tmp_path):

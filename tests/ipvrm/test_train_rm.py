@@ -570,22 +570,8 @@ def wide_folder(tmp_path_factory, tiny_folder, tokenizer):
     return folder
 
 
-def peak_of(run):
-    """Highest sum of live CPU tensors while `run` runs, in bytes."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as recorded:
-        run()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
-
-
 @pytest.mark.parametrize("fault", [False, True], ids=["as is", "full logits"])
-def test_no_logits_in_a_training_run(config, wide_folder, rollouts, tokenizer, monkeypatch, fault):
+def test_no_logits_in_a_training_run(config, wide_folder, rollouts, tokenizer, peak_of, monkeypatch, fault):
     """Reference pass, update and saving stay far below one (N_response, V) tensor; full logits do not."""
     answers = [
         json.loads(line)["conversation"][-1]["content"] for line in Path(rollouts).read_text().splitlines()
