@@ -4,12 +4,14 @@ candidates of p >= 0.1 each, and on plain random ones, which have none."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.exact import Exact, tolerance
 from benchmarks.heads import (
     MIN_PROB,
     SLOTS,
@@ -20,11 +22,13 @@ from benchmarks.heads import (
     measured,
     more_shapes,
     shapes,
+    targets,
 )
 from benchmarks.measure import Case
 from benchmarks.peers import compiled, sliced_log_softmax
 from benchmarks.sequences import kernels
 from ipvrm_kernels import linear_candidates
+from ipvrm_kernels.linear_candidates import Candidates
 
 OP = "linear_candidates"
 RELEASED_TOP = 5
@@ -81,14 +85,36 @@ def candidates_case(shape: Shape, device: str, random: bool = False, with_compil
         contenders["torch.compile of eager"] = lambda: compiled_eager(hidden, weight, sampled)
 
     def check(results: Mapping[str, Any]) -> None:
-        for first in range(0, shape.N, 1024):
-            part = slice(first, first + 1024)
-            p = torch.softmax(hidden[part].float() @ weight.float().T, dim=1)
-            clear = ((p - MIN_PROB).abs() > 1e-4).all(1)
-            for name in implementations:
-                ids = results[name].ids[part]
-                found = torch.zeros_like(p, dtype=torch.int32)
-                found.scatter_add_(1, ids.clamp(min=0), (ids >= 0).int())
-                assert ((found == (p >= MIN_PROB)).all(1) | ~clear).all(), f"{name}: not the exact set"
+        exact = Exact(hidden, weight)
+        for name in own:
+            if name in results:
+                check_candidates(exact, name, results[name], sampled)
 
-    return Case(OP, f"{shape}, {kind}", contenders, check, shape.flops, axes={**shape.axes, "K": SLOTS})
+    own = [n for name in implementations for n in (name, f"{name}, no entropy")]
+    aims = {} if random else targets("candidates", shape, implementations, device)
+    return Case(
+        OP, f"{shape}, {kind}", contenders, check, shape.flops, axes={**shape.axes, "K": SLOTS}, targets=aims
+    )
+
+
+def check_candidates(exact: Exact, name: str, out: Candidates, sampled: Tensor) -> None:
+    """The set (of rows without a token within 1e-4 of MIN_PROB), counts, log-probs, lse, entropy, sampled."""
+    p, ids, got = exact.log_p.exp(), out.ids[exact.rows], out.logprobs[exact.rows]
+    used = ids >= 0
+    clear = ((p - MIN_PROB).abs() > 1e-4).all(1)
+    found = torch.zeros_like(p, dtype=torch.int32)
+    found.scatter_add_(1, ids.clamp(min=0), used.int())
+    assert ((found == (p >= MIN_PROB)).all(1) | ~clear).all(), f"{name}: not the exact set"
+    assert (out.counts[exact.rows] == used.sum(1)).all(), f"{name}: counts"
+    assert (got[~used] == -torch.inf).all() and (got[:, :-1] >= got[:, 1:]).all(), f"{name}: not sorted"
+    expected = exact.log_p.gather(1, ids.clamp(min=0))
+    # relative to the largest log-prob of a candidate, log MIN_PROB, as few rows may have one
+    error = (got.double() - expected).masked_fill(~used, 0).abs().max().item()
+    assert error <= tolerance(exact.hidden.dtype) * -math.log(MIN_PROB), (
+        f"{name} log-probs: error {error:.2e}"
+    )
+    exact.compare(f"{name} lse", out.lse, exact.lse)
+    log_p = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
+    exact.compare(f"{name} sampled log-probs", out.sampled_logprobs, log_p)
+    if out.entropy is not None:
+        exact.compare(f"{name} entropy", out.entropy, exact.entropy)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.heads import Shape, calibrated, inputs, more_shapes, shapes
+from benchmarks.heads import Shape, calibrated, inputs, more_shapes, shapes, targets
 from benchmarks.measure import Case, assert_close
 from benchmarks.peers import compiled, grpo_loss, sliced_logprobs
 from benchmarks.sequences import edges, kernels
@@ -168,7 +168,8 @@ def loss_case(batch: Batch, device: str, with_grpo: bool, with_compile: bool = T
             for mine, theirs in zip(gradients, expected, strict=True):
                 assert_close(f"{name} gradient", mine.float(), theirs.float(), 2e-2)
 
-    return Case(OP, batch.title, contenders, check, shape.flops, absent=absent, axes=shape.axes)
+    aims = {} if batch.frozen else targets("distrl_loss", shape, implementations, device)
+    return Case(OP, batch.title, contenders, check, shape.flops, absent=absent, axes=shape.axes, targets=aims)
 
 
 def slots_case(shape: Shape, device: str) -> Case:

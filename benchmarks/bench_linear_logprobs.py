@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.heads import Shape, inputs, more_shapes, shapes
-from benchmarks.measure import Case, assert_close
-from benchmarks.peers import OneToken, compiled, one_token, sliced_logprobs
+from benchmarks.exact import Exact
+from benchmarks.heads import Shape, inputs, more_shapes, shapes, targets
+from benchmarks.measure import Case, Target, assert_close
+from benchmarks.peers import OneToken, compiled, one_token, sliced_logprobs, with_entropy
 from benchmarks.sequences import kernels
 from ipvrm_kernels import linear_logprobs
+from ipvrm_kernels.linear_logprobs import LinearLogprobs
 
 OP = "linear_logprobs"
 ALONE = ", log-prob alone"
+CHUNKED = "F.linear_cross_entropy"  # the peer that a target names
+TRL_ENTROPY = "TRL chunked log-prob + entropy"
 LARGEST_TRAINED = 1 << 30  # bytes of weight up to which a CPU run takes its gradient, by every contender
 
 
@@ -51,6 +55,7 @@ def forward_case(shape: Shape, device: str) -> Case:
     hidden, weight, ids = inputs(shape, device)
     sampled = ids[:, 0].contiguous()
     peers, absent = one_token(device)
+    trl, no_trl = with_entropy()
     compiled_eager = compiled(eager)
 
     def ours(impl: str, entropy: bool) -> Callable[[], Any]:
@@ -65,23 +70,40 @@ def forward_case(shape: Shape, device: str) -> Case:
         **{name: ours(name, True) for name in implementations},
         "eager log_softmax": lambda: eager(hidden, weight, sampled[:, None], True),
         "torch.compile of eager": lambda: compiled_eager(hidden, weight, sampled[:, None], True),
+        **({TRL_ENTROPY: torch.no_grad()(lambda: trl(hidden, weight, sampled))} if trl else {}),
         **{f"{name}{ALONE}": ours(name, False) for name in implementations},
         f"released 64-row slices{ALONE}": lambda: sliced_logprobs(hidden @ weight.T, sampled[:, None]),
         **{f"{name}{ALONE}": peer(function) for name, function in peers.items()},
     }
 
     def check(results: Mapping[str, Any]) -> None:
-        log_p, entropy = eager(hidden.float(), weight.float(), sampled[:, None], True)
-        for name in implementations:
-            assert_close(f"{name} log-probs", results[name].logprobs, log_p[:, 0], 1e-3)
-            assert_close(f"{name} entropy", results[name].entropy, entropy, 1e-3)
-        for name in peers:
+        exact = Exact(hidden, weight)
+        log_p = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
+        own = [n for name in implementations for n in (name, f"{name}{ALONE}") if n in results]
+        for name in own:
+            check_forward(exact, name, results[name], log_p)
+        if TRL_ENTROPY in results:
+            for got, expected in zip(results[TRL_ENTROPY], (log_p, exact.entropy), strict=True):
+                assert_close(TRL_ENTROPY, got[exact.rows], expected, 1e-2)
+        for name in peers:  # one sum over the batch: that of ours, whose rows are known to be right
             if f"{name}{ALONE}" in results:
-                assert_close(name, results[f"{name}{ALONE}"], -log_p.sum(), 1e-2)
+                assert_close(name, results[f"{name}{ALONE}"], -results[own[0]].logprobs.sum(), 1e-2)
 
     title = f"{shape} lse + sampled + entropy"
     late = {f"{name}{ALONE}": reason for name, reason in absent.items()}
-    return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes)
+    late |= {} if trl else {TRL_ENTROPY: no_trl}
+    aims = targets("forward", shape, implementations, device)
+    if aims and device == "cpu":
+        aims |= {f"{name}{ALONE}": Target(1 / 3, f"{CHUNKED}{ALONE}") for name in implementations}
+    return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes, targets=aims)
+
+
+def check_forward(exact: Exact, name: str, out: LinearLogprobs, log_p: Tensor) -> None:
+    """log-probs, with log_p those expected on exact.rows, lse and, where it is there, entropy."""
+    exact.compare(f"{name} log-probs", out.logprobs, log_p)
+    exact.compare(f"{name} lse", out.lse, exact.lse)
+    if out.entropy is not None:
+        exact.compare(f"{name} entropy", out.entropy, exact.entropy)
 
 
 def step_case(
@@ -127,15 +149,21 @@ def step_case(
         }
 
     def check(results: Mapping[str, Any]) -> None:
-        tolerance = 2e-2 if shape.dtype == torch.bfloat16 else 1e-4
+        exact = Exact(hidden, weight)
+        first_of_ours = next(iter(one_id))
         for name, gradients in results.items():
             if name == "matmul":
                 continue
-            expected = results[next(iter(one_id)) if name.endswith("one id") else "eager log_softmax"]
-            for mine, theirs in zip(gradients, expected, strict=True):
-                assert_close(name, mine, theirs, tolerance)
+            if name.endswith("one id"):  # the peers' dweight in full against ours
+                other = results.get(first_of_ours) if name != first_of_ours else None
+                exact.compare_gradients(name, gradients, sampled[:, None], minus_one[:, None], other)
+            else:
+                exact.compare_gradients(name, gradients, ids, upstream, results.get("eager log_softmax"))
 
     kind = "frozen" if frozen else "trainable"
     title = f"{shape} K={shape.K} forward+backward {kind} head"
     late = {f"{name}, one id": reason for name, reason in absent.items()}
-    return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes)
+    aims = targets(kind, shape, implementations, device)
+    if aims and peers and device == "cpu":
+        aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in one_id}
+    return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes, targets=aims)

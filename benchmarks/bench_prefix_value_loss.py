@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Case, assert_close
-from benchmarks.sequences import Batch, batches, forward_backward, runnable
+from benchmarks.measure import Case, Target, assert_close
+from benchmarks.sequences import Batch, batches, forward_backward, kernels, runnable
 from ipvrm_kernels import prefix_value_loss
 from ipvrm_kernels.prefix_value_loss import IMPLS
 
@@ -37,7 +37,11 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
                     assert_close(name, got_gradient, batch.pack(gradient), 1e-4)
 
         num_bytes = 16 * batch.packed.shape[0]
-        yield Case(OP, f"{batch.name} forward+backward", contenders, check, num_bytes=num_bytes)
+        aims = {}
+        if device == "cpu" and batch.name == "B=256 T=2048":
+            for impl in kernels(OP, device):
+                aims[impl], aims[f"{impl} raw"] = (Target(1 / factor, "padded eager") for factor in (4, 8))
+        yield Case(OP, f"{batch.name} forward+backward", contenders, check, num_bytes=num_bytes, targets=aims)
 
 
 def _eager(batch: Batch) -> Callable[[Tensor], Tensor]:

@@ -13,15 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench_linear_logprobs import step_case
-from benchmarks.heads import Shape, inputs
-from benchmarks.measure import Case, assert_close
+from benchmarks.bench_linear_candidates import check_candidates
+from benchmarks.bench_linear_logprobs import check_forward, step_case
+from benchmarks.exact import Exact
+from benchmarks.heads import GROWTH_TARGET, Shape, inputs
+from benchmarks.measure import START, Case, Target, assert_close
 from benchmarks.sequences import edges, forward_backward, kernels
-from ipvrm_kernels import linear_logprobs, prefix_value_loss, prefix_values, segment_scan
+from ipvrm_kernels import linear_candidates, linear_logprobs, prefix_value_loss, prefix_values, segment_scan
 
 OP = "scaling"
 LENGTHS = (512, 2048, 8192, 32_768)
 SEQUENCES = 4
+GROWING = (
+    "forward", "forward + candidates", "forward+backward, trainable head", "forward+backward, frozen head",
+)  # fmt: skip
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
@@ -40,12 +45,13 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     for make in (scan_case, values_case, loss_case):
         for T in LENGTHS[: 3 if quick else None]:
             yield make(T, device)
-
-
-def full_cases(device: str) -> Iterator[Case]:
-    if device == "cpu":  # the growth from N = 2048 to 16,384 that has a target; ours alone, it takes minutes
-        for N in (2048, 5792, 16_384):
-            yield target_case(Shape(N, 1024, 32_000, torch.float32), device)
+    target = Shape(2048, 1024, 32_000 if small else 151_936, dtype)
+    if quick and small:
+        target = Shape(256, 128, 4096, dtype)
+    for kind in GROWING:
+        for N in (target.N, 23 * target.N // 8, 8 * target.N):
+            with_target = target.N == 2048 and N == 8 * target.N
+            yield target_case(target._replace(N=N), device, kind, with_target)
 
 
 def head_case(shape: Shape, device: str, axis: str) -> Case:
@@ -56,19 +62,42 @@ def head_case(shape: Shape, device: str, axis: str) -> Case:
     return replace(case, op=f"linear_logprobs over {axis}", curve=axis, series=series)
 
 
-def target_case(shape: Shape, device: str) -> Case:
+def target_case(shape: Shape, device: str, kind: str, with_target: bool) -> Case:
+    """A point of the growth over N that has a target: ours alone, at full size it takes minutes."""
     hidden, weight, ids = inputs(shape, device)
-    upstream = torch.randn(ids.shape, device=device)
-    hidden.requires_grad_()
+    sampled, upstream = ids[:, 0].contiguous(), torch.randn(ids.shape, device=device)
+    leaves = (hidden, weight)[: 1 if kind.endswith("frozen head") else 2]
+    if "backward" in kind:
+        for leaf in leaves:
+            leaf.requires_grad_()
 
-    def run() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(linear_logprobs(hidden, weight, ids).logprobs, hidden, upstream)
+    def forward(impl: str) -> Any:
+        return linear_logprobs(hidden, weight, sampled, return_entropy=True, impl=impl)
 
-    (name,) = kernels("linear_logprobs", device)[:1]
-    series = f"D={shape.D} V={shape.V} K={shape.K} log-probs forward+backward, frozen head"
+    def candidates(impl: str) -> Any:
+        return linear_candidates(hidden, weight, sampled=sampled, return_entropy=True, impl=impl)
+
+    def step(impl: str) -> Any:
+        return torch.autograd.grad(linear_logprobs(hidden, weight, ids, impl=impl).logprobs, leaves, upstream)
+
+    op = "linear_candidates" if kind == "forward + candidates" else "linear_logprobs"
+    run = step if "backward" in kind else candidates if op == "linear_candidates" else forward
+
+    def check(results: Mapping[str, Any]) -> None:
+        exact = Exact(hidden, weight)
+        for name, out in results.items():
+            if run is step:
+                exact.compare_gradients(name, out, ids, upstream)
+            elif run is candidates:
+                check_candidates(exact, name, out, sampled)
+            else:
+                check_forward(exact, name, out, exact.log_p.gather(1, sampled[exact.rows, None])[:, 0])
+
+    names = kernels(op, device)
     return Case(
-        "linear_logprobs over N", f"{shape} K={shape.K}, frozen head", {name: run}, lambda results: None,
-        axes=shape.axes, curve="N", series=series,
+        f"{op} over N", f"{shape} K={shape.K}, {kind}", {name: lambda name=name: run(name) for name in names},
+        check, min_rounds=3, axes=shape.axes, curve="N", series=f"D={shape.D} V={shape.V} K={shape.K} {kind}",
+        targets=dict.fromkeys(names, Target(GROWTH_TARGET, START)) if with_target else {},
     )  # fmt: skip
 
 

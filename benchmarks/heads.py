@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.measure import Target
+
 K = 8  # ids per row where gradients are taken, unless a shape says otherwise
 MIN_PROB = 0.1
 SLOTS = 10  # floor(1 / MIN_PROB)
@@ -96,6 +98,23 @@ def more_shapes(device: str) -> Iterator[Shape]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for name, N, ids in GPU_FULL if device == "cuda" else CPU_FULL:
         yield _of(name, N, dtype, ids)
+
+
+# x the bare matmul: on a CPU at SPEC's sizes, on a GPU in half precision at D = 1024 and at D = 4096
+TARGETS = dict(
+    forward=(1.0, 1.25, 1.15), candidates=(1.1, 1.35, 1.2), trainable=(4.4, 4.8, 4.5), frozen=(2.6, 3.3, 3.3),
+    distrl_loss=(3.5, 3.8, 3.8),
+)  # fmt: skip
+GROWTH_TARGET = 8.4  # x the time from N = 2048 to 16,384
+
+
+def targets(kind: str, shape: Shape, names: list[str], device: str) -> dict[str, Target]:
+    """{contender: its target} for one of TARGETS at a shape that has one, K = 8 where ids have gradients."""
+    sizes = [(2048, 1024, 32_000), (8192, 1024, 151_936), (8192, 4096, 151_936)]
+    here = sizes[1:] if device == "cuda" else sizes[:1]
+    if shape[:3] not in here or (kind not in ("forward", "candidates") and shape.K != K):
+        return {}
+    return {name: Target(TARGETS[kind][sizes.index(shape[:3])]) for name in names}
 
 
 def inputs(shape: Shape, device: str, level: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:

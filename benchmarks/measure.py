@@ -3,7 +3,8 @@ and p20/p80.
 
 GPU rounds are timed with CUDA events after a 256 MiB write that flushes L2; CPU rounds with perf_counter.
 Peak memory is what a contender allocates above its inputs, outputs included: CUDA's own count, and on
-the CPU the running sum of the allocations that the profiler records.
+the CPU the running sum of the allocations that the profiler records. Scratch is that less the tensors
+returned.
 """
 
 from __future__ import annotations
@@ -18,8 +19,23 @@ from typing import Any
 import torch
 
 WRONG = "WRONG RESULT"  # how the error of a row begins whose case failed its check
+UNCHECKED = "unchecked"  # how the note of a row begins whose case could not be checked
 FULL_LOGITS = ("matmul",)  # yardsticks that do less work than the op and so never win or lose against it
+START = "the curve's start"
 OURS = ("cpp", "cuda", "triton", "ipvrm")  # first words of the contenders that this package stands for
+
+
+@dataclass(frozen=True)
+class Target:
+    """A contender is to take at most `limit` times what the contender `other` takes, or, with START, itself
+    at the first point of its curve."""
+
+    limit: float
+    other: str = "matmul"
+
+    def __str__(self) -> str:
+        other = self.other.partition(", ")[0]
+        return f"<= {float(self.limit)} {other}" if self.limit >= 1 else f">= {1 / self.limit:g}x {other}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,8 @@ class Case:
     op: str
     shape: str
     contenders: dict[str, Callable[[], Any]]
-    # given every contender's result by name, before any timing; raises AssertionError if they disagree
+    # given every result by name (none of a contender that failed), before any timing; raises AssertionError
+    # if one is wrong, anything else if that cannot be told
     check: Callable[[Mapping[str, Any]], None]
     flops: float = 0.0  # of the yardstick, 0 where it is not a matmul
     num_bytes: float = 0.0  # least traffic of the op, 0 where that is not the point
@@ -42,11 +59,24 @@ class Case:
     curve: str = ""  # the letter of `axes` that grows over the cases of this op and `series`
     series: str = ""  # what stays the same along the curve
     tokens: int = 0  # tokens that one call works through, 0 where that is not the point
+    targets: Mapping[str, Target] = field(default_factory=dict)  # by contender
+
+    @property
+    def title(self) -> str:
+        """The shape and the targets."""
+        texts = dict.fromkeys(
+            f"{name.partition(' ')[2]} {target}".strip() for name, target in self.targets.items()
+        )
+        return f"{self.shape}, target {'; '.join(texts)}" if texts else self.shape
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one shape: milliseconds, MiB above inputs, `ratio` = its median / the yardstick's."""
+    """One contender at one shape: milliseconds, MiB above inputs, `ratio` = its median / the yardstick's.
+
+    scratch_mib: MiB above inputs and returned tensors. target: what ratio to the contender target_of is
+    asked.
+    """
 
     op: str
     shape: str
@@ -64,6 +94,10 @@ class Row:
     curve: str = ""
     series: str = ""
     tokens_per_s: float | None = None
+    scratch_mib: float | None = None
+    note: str = ""
+    target: float | None = None
+    target_of: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None in its place."""
@@ -82,23 +116,28 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
 
     Rounds go on for about `seconds`: after min_rounds a contender leaves that has used its share of them;
     the yardstick stays to the last, so that every round has one.
-    A contender that cannot run is a row with the reason; a case that fails its check is rows that say so.
+    A contender that cannot run is a row with the reason; a case that fails its check is rows that say so; one
+    whose check itself cannot run keeps its times, with a note.
     """
     contenders = dict(case.contenders)
     errors = dict(case.absent)
-    results, peaks = {}, {}
+    results, peaks, scratch = {}, {}, {}
+    note = ""
     for name in list(contenders):
         try:
             contenders[name]()  # compiles and allocates what later calls reuse
             results[name], peaks[name] = _with_peak_mib(contenders[name], device)
+            scratch[name] = max(peaks[name] - returned_mib(results[name]), 0.0)
         except Exception as error:  # a peer may raise anything
-            errors[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            errors[name] = _reason(error)
             del contenders[name]
     try:
         case.check(results)
     except AssertionError as error:
         reason = f"{WRONG}: {str(error).partition(chr(10))[0] or 'its check failed'}"
         return [_failed(case, name, errors.get(name, reason)) for name in case.contenders]
+    except Exception as error:  # a contender it needs is gone, or there is no memory for it
+        note = f"{UNCHECKED}: {_reason(error)}"
     results.clear()
     flush = torch.empty(64 * 2**20, dtype=torch.float32, device=device) if device == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -116,14 +155,17 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
     for name in contenders:
         ordered = sorted(times[name])
         median = statistics.median(ordered)
+        target = case.targets.get(name)
         rows.append(
             Row(
-                case.op, case.shape, name, median, ordered[len(ordered) // 5], ordered[len(ordered) * 4 // 5],
+                case.op, case.title, name, median, ordered[len(ordered) // 5], ordered[len(ordered) * 4 // 5],
                 median / base, peaks[name],
                 case.flops / median / 1e9 if case.flops and name == yardstick else None,
                 case.num_bytes / median / 1e6 if case.num_bytes else None,
                 len(ordered), axes=dict(case.axes), curve=case.curve, series=case.series,
                 tokens_per_s=case.tokens / median * 1e3 if case.tokens else None,
+                scratch_mib=scratch[name], note=note,
+                target=target.limit if target else None, target_of=target.other if target else "",
             )
         )  # fmt: skip
     return rows + [_failed(case, name, reason) for name, reason in errors.items()]
@@ -132,9 +174,28 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
 def _failed(case: Case, name: str, reason: str) -> Row:
     nan = math.nan
     return Row(
-        case.op, case.shape, name, nan, nan, nan, nan, None, None, None, 0, reason,
+        case.op, case.title, name, nan, nan, nan, nan, None, None, None, 0, reason,
         axes=dict(case.axes), curve=case.curve, series=case.series,
     )  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def returned_mib(result: Any) -> float:
+    """MiB of the storages of the tensors in nested tuples, lists and dicts, each once."""
+    storages: dict[int, int] = {}
+    left = [result]
+    while left:
+        part = left.pop()
+        if isinstance(part, torch.Tensor):
+            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        elif isinstance(part, Mapping):
+            left.extend(part.values())
+        elif isinstance(part, tuple | list):
+            left.extend(part)
+    return sum(storages.values()) / 2**20
 
 
 def once(run: Callable[[], Any], flush: torch.Tensor | None) -> float:

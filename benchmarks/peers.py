@@ -17,6 +17,8 @@ from torch import Tensor
 
 # (hidden (N, D), weight (V, D), target (N,)) -> the sum of -log p(target)
 OneToken = Callable[[Tensor, Tensor, Tensor], Tensor]
+# the same -> log p(target) (N,), entropy (N,)
+WithEntropy = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # (hidden (B, T, D), weight (V, D), ids (B, T), old log-probs (B, T), advantages (B,)) -> the scalar loss
 GrpoLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 PACKAGES = dict(
@@ -49,6 +51,21 @@ def one_token(device: str) -> tuple[dict[str, OneToken], dict[str, str]]:
     offer("liger fused linear CE", "liger_kernel", _liger, on_gpu)
     offer("quack linear CE", "quack", _quack, on_gpu)
     return peers, absent
+
+
+def with_entropy() -> tuple[WithEntropy | None, str]:
+    """(TRL's chunked log-prob and entropy, "") or (None, why it is absent)."""
+    if importlib.util.find_spec("trl") is None:
+        return None, _not_installed("trl")
+    from trl.kernels import ChunkedLogProbFunction
+
+    def run(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = ChunkedLogProbFunction.apply(
+            hidden, weight, None, target, 1.0, TRL_CHUNK, None, 1.0, ("entropy",)
+        )
+        return outputs[0], outputs[1]
+
+    return run, ""
 
 
 def grpo_loss(device: str) -> tuple[GrpoLoss | None, str]:
@@ -100,9 +117,7 @@ def _trl() -> OneToken:
     from trl.kernels import ChunkedLogProbFunction
 
     def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        outputs = ChunkedLogProbFunction.apply(
-            hidden, weight, None, target, 1.0, TRL_CHUNK, None, 1.0, ("entropy",)
-        )
+        outputs = ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, TRL_CHUNK, None, 1.0, ())
         return -outputs[0].sum()
 
     return run

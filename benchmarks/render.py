@@ -18,6 +18,7 @@ from benchmarks.measure import Row
 from benchmarks.run import write_text
 from benchmarks.tables import (
     Verdict,
+    aims,
     by_case,
     cell,
     conditions,
@@ -40,12 +41,12 @@ python -m benchmarks.run --full --json benchmarks/results/cpu-full.json \\
     --csv benchmarks/results/cpu-full.csv --plot benchmarks/results/plots && python -m benchmarks.render
 ```
 
-(an estimated twenty-two minutes on two idle cores) and a GPU's by `python -m benchmarks.gpu_report && python
--m benchmarks.render`. How it is measured: every contender's result is checked before anything is timed; then
-contenders take turns, and the median, the 20th and the 80th percentile of their times are kept; memory is the
-peak above inputs. Ratios are to the first contender of a case. Ours are bold (`cpp`, `cuda`, `triton`,
-`ipvrm`) and judged against the fastest other contender that does the same work; the bare matmul does less and
-is never one.
+(an estimated twenty-eight minutes on two idle cores) and a GPU's by
+`python -m benchmarks.gpu_report && python -m benchmarks.render`. How it is measured: every contender's result
+is checked before anything is timed; then contenders take turns, and the median, the 20th and the 80th
+percentile of their times are kept; memory is the peak above inputs, scratch that less what is returned.
+Ratios are to the first contender of a case. Ours are bold (`cpp`, `cuda`, `triton`, `ipvrm`) and judged
+against the fastest other contender that does the same work; the bare matmul does less and is never one.
 """
 
 
@@ -110,6 +111,9 @@ def _measured(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
     lost = sorted((v for v in found if v.outcome == "lost"), key=lambda v: v.factor)
     if lost:
         lines += ["Lost:", "", *(f"- {v.op}, {v.shape}: {str(v).partition(': ')[2]}" for v in lost), ""]
+    asked = aims(rows)
+    if asked:
+        lines += ["Targets:", "", *(f"- {aim.op}, {aim.shape}: {aim}" for aim in asked), ""]
     fits = growth(rows)
     if fits:
         lines += [markdown_growth(fits), ""]
@@ -150,7 +154,8 @@ def _ratios(rows: Sequence[Row]) -> str:
 
 def _memory(row: Row) -> str:
     rate = f", {cell(row.tokens_per_s, 0)} tokens/s" if row.tokens_per_s else ""
-    return f" ({cell(row.peak_mib, 0)} MiB{rate})"
+    scratch = "" if row.scratch_mib is None else f", {cell(row.scratch_mib, 0)} scratch"
+    return f" ({cell(row.peak_mib, 0)} MiB{scratch}{rate})"
 
 
 def _sweep(sweep: Mapping[str, Any]) -> str:

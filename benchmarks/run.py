@@ -33,7 +33,7 @@ MODULES = (
 )  # fmt: skip
 SECONDS = dict(quick=0.4, default=2.0, full=3.0)  # of rounds a case, beyond the least number of rounds
 # of everything on two idle cores, estimated from FLOPs and from a quick run; printed before it starts
-MINUTES = dict(quick=3, default=10, full=22)
+MINUTES = dict(quick=3, default=18, full=28)
 
 
 def suite(name: str, device: str, mode: str) -> Iterator[Case]:

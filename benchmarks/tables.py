@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.measure import FULL_LOGITS, OURS, Row
+from benchmarks.measure import FULL_LOGITS, OURS, START, Row, Target
 
 LEVEL = 0.03  # medians this close are a draw
 
@@ -22,17 +22,37 @@ class Verdict(NamedTuple):
     ours: str
     other: str
     factor: float  # time of the other / ours: above 1 we are faster
+    unchecked: bool = False  # whether a result could not be checked
 
     @property
     def outcome(self) -> str:
         return "level" if abs(self.factor - 1) <= LEVEL else "won" if self.factor > 1 else "lost"
 
     def __str__(self) -> str:
+        end = " (unchecked)" if self.unchecked else ""
         if self.outcome == "level":
-            return f"level: {self.ours} and {self.other}"
+            return f"level: {self.ours} and {self.other}{end}"
         if self.outcome == "won":
-            return f"won: {self.ours} {self.factor:.2f}x faster than {self.other}"
-        return f"LOST: {self.ours} {1 / self.factor:.2f}x slower than {self.other}"
+            return f"won: {self.ours} {self.factor:.2f}x faster than {self.other}{end}"
+        return f"LOST: {self.ours} {1 / self.factor:.2f}x slower than {self.other}{end}"
+
+
+class Aim(NamedTuple):
+    """A target of one of our contenders and what was measured: time / that of what it is compared with."""
+
+    op: str
+    shape: str
+    ours: str
+    target: Target
+    ratio: float  # NaN where the other one was not measured
+
+    @property
+    def outcome(self) -> str:
+        return "unknown" if math.isnan(self.ratio) else "met" if self.ratio <= self.target.limit else "MISSED"
+
+    def __str__(self) -> str:
+        measured = f"{self.ratio:.2f}" if self.target.limit >= 1 else f"{1 / self.ratio:.2f}x"
+        return f"{self.outcome}: {self.ours} {measured}, target {self.target}"
 
 
 class Growth(NamedTuple):
@@ -45,6 +65,7 @@ class Growth(NamedTuple):
     points: list[tuple[int, float, float]]  # (x, ms, MiB), x rising
     exponent: float
     memory_exponent: float
+    scratch: tuple[float, float] | None = None  # MiB at the ends
 
 
 def is_ours(contender: str) -> bool:
@@ -72,7 +93,26 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
             if ours and others:
                 mine, best = (min(side, key=lambda row: row.median_ms) for side in (ours, others))
                 factor = best.median_ms / mine.median_ms
-                found.append(Verdict(op, shape, mine.contender, best.contender, factor))
+                unchecked = bool(mine.note or best.note)
+                found.append(Verdict(op, shape, mine.contender, best.contender, factor, unchecked))
+    return found
+
+
+def aims(rows: Sequence[Row]) -> list[Aim]:
+    """One for each row with a target; what failed is unknown."""
+    found = []
+    for row in rows:
+        if row.target is None:
+            continue
+        if row.target_of == START:
+            curve = [r for r in rows if (r.op, r.series, r.contender) == (row.op, row.series, row.contender)]
+            other = min(curve, key=lambda r: r.axes[row.curve])
+        else:
+            same = [r for r in rows if (r.op, r.shape, r.contender) == (row.op, row.shape, row.target_of)]
+            other = same[0] if same else None
+        known = other is not None and not (row.error or row.note or other.error)
+        ratio = row.median_ms / other.median_ms if other is not None and known else math.nan
+        found.append(Aim(row.op, row.shape, row.contender, Target(row.target, row.target_of), ratio))
     return found
 
 
@@ -86,17 +126,23 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 def growth(rows: Iterable[Row]) -> list[Growth]:
     """A fit for every contender with at least three points on a curve."""
     curves: dict[tuple[str, str, str, str], list[tuple[int, float, float]]] = defaultdict(list)
+    scratch: dict[tuple[str, str, str, str], dict[int, float]] = defaultdict(dict)
     for row in rows:
         if row.curve and not row.error:
             point = (row.axes[row.curve], row.median_ms, row.peak_mib or 0.0)
-            curves[row.op, row.series, row.curve, row.contender].append(point)
+            key = row.op, row.series, row.curve, row.contender
+            curves[key].append(point)
+            if row.scratch_mib is not None:
+                scratch[key][point[0]] = row.scratch_mib
     fits = []
     for key, points in curves.items():
         points.sort()
         if len(points) < 3:
             continue
         memory = [(x, max(mib, 2**-10)) for x, _, mib in points]
-        fits.append(Growth(*key, points, slope([(x, ms) for x, ms, _ in points]), slope(memory)))
+        ends = [scratch[key].get(points[i][0]) for i in (0, -1)]
+        known = (ends[0], ends[1]) if ends[0] is not None and ends[1] is not None else None
+        fits.append(Growth(*key, points, slope([(x, ms) for x, ms, _ in points]), slope(memory), known))
     return fits
 
 
@@ -114,17 +160,24 @@ def markdown(rows: Iterable[Row]) -> str:
     """The rows as one Markdown table, in the order measured."""
     rows = list(rows)
     tokens = any(row.tokens_per_s for row in rows)
-    head = "| op | shape | contender | median ms | p20 | p80 | x yardstick | peak MiB | TFLOP/s | GB/s |"
-    lines = [head + (" tokens/s |" if tokens else ""), "|---|---|---|" + "--:|" * (7 + tokens)]
+    scratch = any(row.scratch_mib is not None for row in rows)  # files of before have none
+    names = [
+        "op", "shape", "contender", "median ms", "p20", "p80", "x yardstick", "peak MiB",
+        *(["scratch MiB"] if scratch else []), "TFLOP/s", "GB/s", *(["tokens/s"] if tokens else []),
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---|---|---|" + "--:|" * (len(names) - 3)]
     for row in rows:
         start = f"| {row.op} | {row.shape} | {row.contender} "
         if row.error:
-            lines.append(start + f"| {row.error.replace('|', '/')} |" + " |" * (6 + tokens))
+            lines.append(start + f"| {row.error.replace('|', '/')} |" + " |" * (len(names) - 4))
             continue
         name = f"**{row.contender}**" if is_ours(row.contender) else row.contender
+        if row.note:
+            name += f" ({row.note.replace('|', '/')})"
         cells = [
             row.op, row.shape, name, milliseconds(row.median_ms), milliseconds(row.p20_ms),
-            milliseconds(row.p80_ms), cell(row.ratio, 3), cell(row.peak_mib, 1), cell(row.tflops),
+            milliseconds(row.p80_ms), cell(row.ratio, 3), cell(row.peak_mib, 1),
+            *([cell(row.scratch_mib, 1)] if scratch else []), cell(row.tflops),
             cell(row.gb_per_s, 1), *([cell(row.tokens_per_s, 0)] if tokens else []),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -133,9 +186,12 @@ def markdown(rows: Iterable[Row]) -> str:
 
 def markdown_growth(fits: Iterable[Growth]) -> str:
     """The fits as a Markdown table: exponents, and the ends of each curve."""
+    fits = list(fits)
+    scratch = any(fit.scratch for fit in fits)
+    head = "| op | along | contender | over | time ~ | memory ~ | ms at the ends | MiB at the ends |"
     lines = [
-        "| op | along | contender | over | time ~ | memory ~ | ms at the ends | MiB at the ends |",
-        "|---|---|---|---|--:|--:|--:|--:|",
+        head + (" scratch MiB at the ends |" if scratch else ""),
+        "|---|---|---|---|--:|--:|--:|--:|" + ("--:|" if scratch else ""),
     ]
     for fit in fits:
         (x0, ms0, mib0), (x1, ms1, mib1) = fit.points[0], fit.points[-1]
@@ -145,6 +201,8 @@ def markdown_growth(fits: Iterable[Growth]) -> str:
             f"| {fit.axis}^{fit.exponent:.2f} | {fit.axis}^{fit.memory_exponent:.2f} "
             f"| {milliseconds(ms0)} to {milliseconds(ms1)} | {mib0:,.1f} to {mib1:,.1f} |"
         )
+        if scratch:
+            lines[-1] += " {:,.1f} to {:,.1f} |".format(*fit.scratch) if fit.scratch else " |"
     return "\n".join(lines)
 
 

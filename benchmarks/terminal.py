@@ -14,10 +14,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.measure import Case, Row
-from benchmarks.tables import cell, conditions, growth, is_ours, milliseconds, verdicts
+from benchmarks.measure import START, Case, Row
+from benchmarks.tables import aims, cell, conditions, growth, is_ours, milliseconds, verdicts
 
 COLOURS = dict(won="green", lost="bold red", level="yellow")
+AIM_COLOURS = dict(met="green", MISSED="bold red", unknown="yellow")
 PIPED_WIDTH = 150  # a file has no width of its own
 BAR = 24  # characters of a ratio of one or more, at most
 
@@ -50,30 +51,35 @@ class Screen:
         self.out.print(escape(text), style="dim", soft_wrap=True)
 
     def measuring(self, name: str, case: Case) -> None:
-        self.progress.update(self.task, description=escape(f"{name}: {case.shape}"[:90]))
+        self.progress.update(self.task, description=escape(f"{name}: {case.title}"[:90]))
 
     def finished(self, name: str) -> None:
         self.progress.advance(self.task)
 
     def measured(self, rows: Sequence[Row]) -> None:
-        """One case's table, its verdicts below."""
+        """One case's table, its verdicts and, where they need no other case, its targets below."""
         self.out.print(case_table(rows))
         for verdict in verdicts(rows):
             self.out.print(f"  {escape(str(verdict))}", style=COLOURS[verdict.outcome])
+        for aim in aims(rows):
+            if aim.target.other != START:
+                self.out.print(f"  {escape(str(aim))}", style=AIM_COLOURS[aim.outcome])
         self.out.print()
 
     def summary(self, rows: Sequence[Row]) -> None:
-        """Growth along the curves, then every verdict, losses first."""
+        """Growth along the curves, every verdict, losses first, then every target."""
         fits = growth(rows)
         if fits:
             table = Table(
-                "op", "along", "contender", "over", "time ~", "memory ~", title="growth", box=box.SIMPLE
-            )
+                "op", "along", "contender", "over", "time ~", "memory ~", "scratch MiB", title="growth",
+                box=box.SIMPLE,
+            )  # fmt: skip
             for fit in fits:
                 ends = f"{fit.axis} {fit.points[0][0]:,} to {fit.points[-1][0]:,}"
                 powers = (f"{fit.axis}^{power:.2f}" for power in (fit.exponent, fit.memory_exponent))
                 style = "bold" if is_ours(fit.contender) else ""
-                table.add_row(fit.op, fit.series, fit.contender, ends, *powers, style=style)
+                scratch = "{:,.1f} to {:,.1f}".format(*fit.scratch) if fit.scratch else ""
+                table.add_row(fit.op, fit.series, fit.contender, ends, *powers, scratch, style=style)
             self.out.print(table)
         found = sorted(verdicts(rows), key=lambda v: v.factor)
         if found:
@@ -87,6 +93,17 @@ class Screen:
                 text = Text(str(verdict), style=COLOURS[verdict.outcome])
                 table.add_row(verdict.op, escape(verdict.shape), text)
             self.out.print(table)
+        asked = aims(rows)
+        if asked:
+            counts = {name: sum(a.outcome == name for a in asked) for name in AIM_COLOURS}
+            title = "targets: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+            table = Table("op", "case", "result", title=title, box=box.SIMPLE)
+            for aim in asked:
+                table.add_row(aim.op, escape(aim.shape), Text(str(aim), style=AIM_COLOURS[aim.outcome]))
+            self.out.print(table)
+        unchecked = sum(bool(row.note) for row in rows)
+        if unchecked:
+            self.out.print(f"{unchecked} rows could not be checked", style="bold red")
 
 
 def case_table(rows: Sequence[Row]) -> Table:
@@ -113,6 +130,7 @@ def case_table(rows: Sequence[Row]) -> Table:
             style=style,
         )  # fmt: skip
     failed = [f"{row.contender}: {row.error}" for row in rows if row.error]
+    failed += list(dict.fromkeys(row.note for row in rows if row.note))
     if failed:
         table.caption = Text("\n".join(failed), style="dim red", justify="left")
         table.caption_justify = "left"
@@ -122,7 +140,8 @@ def case_table(rows: Sequence[Row]) -> Table:
 def _columns(rows: Iterable[Row]) -> list[tuple[str, str, int]]:
     """(heading, field, digits) of what at least one row has."""
     columns = [
-        ("MiB", "peak_mib", 1),
+        ("peak MiB", "peak_mib", 1),
+        ("scratch MiB", "scratch_mib", 1),
         ("TFLOP/s", "tflops", 3),
         ("GB/s", "gb_per_s", 1),
         ("tokens/s", "tokens_per_s", 0),

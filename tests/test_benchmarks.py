@@ -20,6 +20,9 @@ if not (ROOT / "benchmarks" / "run.py").is_file():
 sys.path.append(str(ROOT))  # behind the installed packages, which stay the ones that are tested
 
 from benchmarks import (  # noqa: E402
+    bench_linear_candidates,
+    bench_linear_logprobs,
+    bench_scaling,
     gate,
     gpu_report,
     gpu_small,
@@ -32,7 +35,7 @@ from benchmarks import (  # noqa: E402
     sweep,
     tables,
 )
-from benchmarks.measure import Case, Row  # noqa: E402
+from benchmarks.measure import Case, Row, Target  # noqa: E402
 from ipvrm_kernels import tuned  # noqa: E402
 from ipvrm_kernels.backend import HAS_CPP  # noqa: E402
 
@@ -98,12 +101,117 @@ def test_a_wrong_result_is_not_timed(spin):
     assert all(math.isnan(r.median_ms) for r in rows)
 
 
-def test_peak_memory_counts_what_lives_at_once():
+def test_a_check_that_cannot_run_leaves_times_and_says_so(spin):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("no room")
+
+    def check(results):
+        assert results["cpp"] == results["eager"]
+
+    contenders = {"matmul": spin(1), "cpp": spin(2), "F.x": spin(3), "eager": out_of_memory}
+    rows = measure.measure(Case("op", "s", contenders, check), "cpu", seconds=0.01)
+    times = {r.contender: r for r in rows if not r.error}
+    assert times["cpp"].median_ms == pytest.approx(2) and "no room" in rows[-1].error
+    assert {r.note for r in times.values()} == {"unchecked: KeyError: 'eager'"}
+    assert str(tables.verdicts(rows)[0]).endswith("(unchecked)")
+    assert "**cpp** (unchecked" in tables.markdown(rows)
+
+
+def test_peak_memory_counts_what_lives_at_once_and_scratch_not_what_is_returned():
     def two():
-        torch.ones(2**18).add(1)  # one MiB each, both alive
+        kept = torch.ones(2**18)
+        kept.add(1)  # one MiB each, both alive
+        return dict(a=(kept, [kept[1:]]), b=None)  # one storage
 
     rows = measure.measure(Case("op", "s", {"matmul": two}, lambda r: None), "cpu", seconds=0.01)
-    assert rows[0].peak_mib == pytest.approx(2, abs=0.1)
+    assert rows[0].peak_mib == pytest.approx(2, abs=0.1) and rows[0].scratch_mib == pytest.approx(1, abs=0.1)
+    old = {k: v for k, v in rows[0].as_dict().items() if k != "scratch_mib"}
+    assert "scratch" not in tables.markdown([Row.from_dict(old)]) and "scratch MiB" in tables.markdown(rows)
+    assert "scratch_mib" in tables.as_csv(rows, {})
+
+
+def test_targets_stand_in_the_title_and_are_met_or_missed(spin):
+    targets = {"cpp": Target(2.5), "cpp, one id": Target(1 / 3, "F.x, one id")}
+    contenders = {"matmul": spin(2), "cpp": spin(4), "cpp, one id": spin(3), "F.x, one id": spin(6)}
+    case = Case("op", "s", contenders, lambda r: None, targets=targets)
+    rows = measure.measure(case, "cpu", seconds=0.01)
+    assert {r.shape for r in rows} == {"s, target <= 2.5 matmul; one id >= 3x F.x"}
+    met, missed = tables.aims([Row.from_dict(r.as_dict()) for r in rows])
+    assert str(met) == "met: cpp 2.00, target <= 2.5 matmul"
+    assert str(missed) == "MISSED: cpp, one id 2.00x, target >= 3x F.x"
+    assert tables.aims([r for r in rows if r.contender != "matmul"])[0].outcome == "unknown"
+    curve = [
+        row("cpp", ms, shape=f"N={n}", axes=dict(N=n), curve="N", series="s", scratch_mib=5.0, **more)
+        for n, ms, more in ((1, 1, {}), (4, 4, {}), (8, 9, dict(target=8.4, target_of=measure.START)))
+    ]
+    (growing,) = tables.aims(curve)
+    assert str(growing) == "MISSED: cpp 9.00, target <= 8.4 the curve's start"
+    assert "5.0 to 5.0" in tables.markdown_growth(tables.growth(curve))
+
+
+def test_targets_are_those_of_their_shape():
+    (cpu,) = heads.shapes("cpu", False)
+    assert heads.targets("trainable", cpu, ["cpp"], "cpu") == {"cpp": Target(4.4)}
+    assert heads.targets("trainable", cpu._replace(K=5), ["cpp"], "cpu") == {}
+    assert heads.targets("forward", cpu, ["cuda"], "cuda") == {}
+    small, large = (heads.targets("forward", s, ["cuda"], "cuda") for s in heads.shapes("cuda", False))
+    assert small["cuda"].limit == 1.25 and large["cuda"].limit == 1.15
+
+
+# --------------------------------------------------------------------------------- checks of the head ops
+
+HEAD = heads.Shape(150, 32, 301, torch.float32, 4)
+
+
+def head_case(kind):
+    torch.manual_seed(0)
+    if kind == "forward":
+        return bench_linear_logprobs.forward_case(HEAD, "cpu")
+    if kind == "candidates":
+        return bench_linear_candidates.candidates_case(HEAD, "cpu", with_compile=False)
+    if kind.startswith("step"):
+        return bench_linear_logprobs.step_case(
+            HEAD, "cpu", frozen=False, with_peers=False, with_compile=False
+        )
+    return bench_scaling.target_case(HEAD, "cpu", kind.removeprefix("growth "), with_target=True)
+
+
+HEAD_FIELDS = {
+    "forward": ("logprobs", "lse", "entropy"),
+    "candidates": ("ids", "logprobs", "counts", "lse", "entropy", "sampled_logprobs"),
+    "step": (0, 1),
+    "step without eager": (0, 1),
+    "growth forward": ("logprobs", "lse", "entropy"),
+    "growth forward + candidates": ("ids", "logprobs", "counts", "lse", "entropy", "sampled_logprobs"),
+    "growth forward+backward, trainable head": (0, 1),
+    "growth forward+backward, frozen head": (0,),
+}
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the contender is the C++ op")
+@pytest.mark.parametrize("kind", HEAD_FIELDS)
+def test_a_wrong_field_of_ours_fails_the_check(kind):
+    case = head_case(kind)
+    results = {
+        name: case.contenders[name]() for name in ("cpp", "eager log_softmax") if name in case.contenders
+    }
+    if kind == "step without eager":
+        del results["eager log_softmax"]
+    case.check(results)
+    right = results["cpp"]
+    for field in HEAD_FIELDS[kind]:
+        value = getattr(right, field) if isinstance(field, str) else right[field]
+        if value.is_floating_point():
+            slip = 1e-3 if isinstance(field, int) else 1e-4
+            wrong = torch.where(value.isfinite(), value * (1 + slip), value)
+        else:
+            wrong = value + 1
+        if isinstance(field, str):
+            results["cpp"] = right._replace(**{field: wrong})
+        else:
+            results["cpp"] = tuple(wrong if i == field else part for i, part in enumerate(right))
+        with pytest.raises(AssertionError):
+            case.check(results)
 
 
 # -------------------------------------------------------------------------------------------------- tables
@@ -287,6 +395,24 @@ def test_a_seeded_slowdown_fails_the_gate(monkeypatch, tmp_path, capsys):
     finally:
         torch.set_num_threads(threads)
     assert f"SLOWER: {name} / matmul" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the gate compares the C++ kernels")
+def test_the_gate_does_not_judge_another_cpu(monkeypatch, tmp_path, capsys):
+    committed = dict(machine=dict(cpu="FAKE other CPU"), ratios={"a": {"matmul": 1.0}})
+    (tmp_path / "gate.json").write_text(json.dumps(committed))
+    monkeypatch.setattr(gate, "COMMITTED", tmp_path / "gate.json")
+    monkeypatch.setattr(gate, "measure_all", lambda only=None: {"a": {"matmul": 9.0}})
+    threads = torch.get_num_threads()
+    try:
+        assert gate.main([]) == 0
+        out = capsys.readouterr().out
+        assert "NOT JUDGED" in out and "FAKE other CPU" in out and "9.000" in out
+        committed["machine"]["cpu"] = machine.describe()["cpu"]
+        (tmp_path / "gate.json").write_text(json.dumps(committed))
+        assert gate.main([]) == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_committed_gate_covers_every_case():

@@ -1,0 +1,86 @@
+"""What the head ops must return, recomputed in fp64 on some of the rows: a check that costs a small part of
+the op, holds no (N, V) and needs no other contender."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import assert_close
+
+ROWS = 128  # of the batch, of the first and the last one always two
+VOCABULARY_ROWS = 64  # of dweight, where no eager gradient is there to compare it with
+BLOCK = 8192  # rows of weight converted to fp64 at a time
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Of log-probs, lse and entropy, relative to the largest."""
+    return 1e-5 if dtype == torch.float32 else 1e-3
+
+
+def gradient_tolerance(dtype: torch.dtype) -> float:
+    """Of gradients, relative to the largest; in half precision they are rounded to it."""
+    return 1e-4 if dtype == torch.float32 else 2e-2
+
+
+class Exact:
+    """The distribution of ROWS rows in fp64.
+
+    rows (R,) int64, lse (R,), log_p (R, V), entropy (R,).
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        self.hidden, self.weight = hidden.detach(), weight.detach()
+        self.rows = sample(hidden.shape[0], ROWS, hidden.device)
+        h = self.hidden[self.rows].double()
+        z = torch.cat([h @ part.double().T for part in self.weight.split(BLOCK)], dim=1)
+        self.lse = torch.logsumexp(z, 1)
+        self.log_p = z - self.lse[:, None]
+        self.entropy = -(self.log_p.exp() * self.log_p).sum(1)
+
+    def compare(self, name: str, got: Tensor, expected: Tensor) -> None:
+        """`got` (N, ...), of every row of the batch, with `expected` (R, ...) at `tolerance`."""
+        assert_close(name, got.detach()[self.rows], expected, tolerance(self.hidden.dtype))
+
+    def compare_gradients(
+        self, name: str, gradients: Sequence[Tensor], ids: Tensor, upstream: Tensor,
+        eager: Sequence[Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """(dhidden,) or (dhidden, dweight) of sum(upstream * log p(ids)), with ids and upstream (N, K).
+
+        dhidden on `rows`; dweight against that of `eager`, without it on VOCABULARY_ROWS rows.
+        """
+        allowed = gradient_tolerance(self.hidden.dtype)
+        g, i = upstream[self.rows].double(), ids[self.rows]
+        dz = (-g.sum(1, keepdim=True) * self.log_p.exp()).scatter_add(1, i, g)
+        parts = zip(dz.split(BLOCK, 1), self.weight.split(BLOCK), strict=True)
+        dhidden = torch.stack([d @ w.double() for d, w in parts]).sum(0)
+        assert_close(f"{name} dhidden", gradients[0][self.rows], dhidden, allowed)
+        if len(gradients) == 1:
+            return
+        if eager is not None:
+            assert_close(f"{name} dweight", gradients[1], eager[1], allowed)
+            return
+        tokens = sample(self.weight.shape[0], VOCABULARY_ROWS, ids.device)
+        tokens[1 : 1 + VOCABULARY_ROWS // 2] = ids[: VOCABULARY_ROWS // 2, 0]  # random tokens have few ids
+        dweight = self._dweight(tokens, ids, upstream)
+        assert_close(f"{name} dweight", gradients[1][tokens], dweight, allowed)
+
+    def _dweight(self, tokens: Tensor, ids: Tensor, upstream: Tensor) -> Tensor:
+        """(len(tokens), D) fp64, from logits of 256 rows at a time."""
+        total = torch.zeros(len(tokens), self.hidden.shape[1], dtype=torch.float64, device=ids.device)
+        blocks = zip(self.hidden.split(256), ids.split(256), upstream.double().split(256), strict=True)
+        for h, i, g in blocks:
+            lse = torch.logsumexp((h @ self.weight.T).float(), 1).double()
+            p = (h.double() @ self.weight[tokens].double().T - lse[:, None]).exp()
+            hits = ((i[:, :, None] == tokens).double() * g[:, :, None]).sum(1)
+            total += (hits - g.sum(1, keepdim=True) * p).T @ h.double()
+        return total
+
+
+def sample(size: int, count: int, device: torch.device) -> Tensor:
+    """(min(size, count),) int64, the same at each call: the first, the last, others at random."""
+    inner = torch.randperm(max(size - 2, 0), generator=torch.Generator().manual_seed(0))[: count - 2] + 1
+    return torch.cat([torch.tensor([0, size - 1])[:size], inner]).to(device)
