@@ -10,8 +10,8 @@ Rows without upstream gradient (prompts, padding, clipped tokens) go last, by a 
 device: the kernel reads the number of the others from memory, so nothing waits for the host, multiplies
 only their tiles, and the rest of da is zeroed once for all chunks.
 
-fp16 operands: da is scaled by a power of two, so that the largest upstream gradient is near 1, and scaled
-back in fp32. fp32 operands: the vendor's matmul follows torch.backends.cuda.matmul.
+fp16 operands: da is scaled by a power of two, so that the largest finite upstream gradient is near 1, and
+scaled back in fp32. fp32 operands: the vendor's matmul follows torch.backends.cuda.matmul.
 """
 
 from __future__ import annotations
@@ -287,7 +287,8 @@ def gradients(
     scale = None
     if ops.hidden.dtype == torch.float16 and len(lse):
         most = up.logprobs.abs().sum(1) + up.total.abs()
-        most = most.amax() if up.entropy is None else torch.maximum(most.amax(), up.entropy.abs().amax())
+        most = most if up.entropy is None else torch.maximum(most, up.entropy.abs())
+        most = torch.where(most.isfinite(), most, 0.0).amax()  # inf and NaN stay in their own rows
         scale = torch.where(most > 0, torch.exp2(-torch.log2(most).ceil()), 1.0)  # () stays on the device
         dentropy = None if up.entropy is None else up.entropy * scale
         up = Upstream(up.logprobs * scale, up.total * scale, up.lse * scale, dentropy)

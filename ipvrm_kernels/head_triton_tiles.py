@@ -123,6 +123,13 @@ class Operands(NamedTuple):
         return self._replace(hidden=hidden, tma=self.tma and _aligned(hidden))
 
 
+def tiles_of(major: int) -> str:
+    """The architecture in CONFIGS of compute capability `major`."""
+    if major >= 12:  # 99 KB of shared memory a block and mma as on 8.x, where 10 has 227 KB
+        return "sm_80"
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
 def operands(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, limit: int = DEFAULT_WORKSPACE
 ) -> Operands:
@@ -136,8 +143,8 @@ def operands(
         architecture, tma, programs = "interpreter", True, 3  # several items for each program
     else:
         major = torch.cuda.get_device_capability(device)[0]
-        architecture = "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
-        tma, programs = major >= 9, torch.cuda.get_device_properties(device).multi_processor_count
+        architecture, tma = tiles_of(major), major >= 9
+        programs = torch.cuda.get_device_properties(device).multi_processor_count
     config = CONFIGS[architecture, kind].of(transform.softcap)
     tma = tma and _aligned(hidden) and _aligned(weight)
     bias = None if bias is None else bias.contiguous()

@@ -91,6 +91,9 @@ if backend.HAS_TRITON:
 
     from . import head_triton
 
+    MAX_COLUMNS = 16384  # of the groups that one row's best tokens are picked from; 32768 spill
+    MAX_TOP_K = MAX_COLUMNS // head_triton.GROUP
+
     @triton.jit
     def _select_groups_kernel(
         group_max_ptr,  # (N, num_groups) maximum of z over every GROUP columns
@@ -153,14 +156,24 @@ if backend.HAS_TRITON:
         tl.store(counts_ptr + rows, count.to(tl.int64), mask=rows < N)
 
 
+def best_warps(BLOCK_M: int) -> int:
+    """Warps of `_best_candidates_kernel`: at most 32 columns a thread, which do not spill."""
+    return max(4, BLOCK_M // 1024)
+
+
 def _triton(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None, transform: Transform,
     min_prob: float | None, K: int, return_entropy: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """A candidate's group has a maximum at least as large, so the K best groups hold the K best tokens."""
     N, V = hidden.shape[0], weight.shape[0]
-    num_groups = -(-V // head_triton.GROUP)
-    row_bytes = 4 * num_groups + 16 * min(K, num_groups) * head_triton.GROUP
+    num_groups, slots = _groups(V, min_prob, K)
+    if slots > MAX_TOP_K:
+        raise ValueError(
+            f"linear_candidates: top_k must be at most {MAX_TOP_K} for impl='triton' and V > {MAX_COLUMNS}"
+            f" without min_prob, got top_k={K} and V={V}; pass a smaller top_k or impl='torch'"
+        )
+    row_bytes = 4 * num_groups + 16 * slots * head_triton.GROUP
     block = max(1, head_triton.DEFAULT_WORKSPACE // 2 // row_bytes)  # rows at a time
     parts = [
         _triton_rows(hidden[i : i + block], weight, bias, None if sampled is None else sampled[i : i + block],
@@ -173,14 +186,20 @@ def _triton(
     return ids, logprobs, counts, lse, entropy, sampled_logprobs
 
 
+def _groups(V: int, min_prob: float | None, K: int) -> tuple[int, int]:
+    """(groups of a row, those that can hold its K best candidates)."""
+    num_groups = -(-V // head_triton.GROUP)
+    most = K if min_prob is None else min(K, num_slots("linear_candidates", min_prob, None))
+    return num_groups, min(most, num_groups)
+
+
 def _triton_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None, transform: Transform,
     min_prob: float | None, K: int, return_entropy: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (N, V), device, GROUP = (hidden.shape[0], weight.shape[0]), hidden.device, head_triton.GROUP
     low = -math.inf if min_prob is None else math.log(min_prob)
-    num_groups = -(-V // GROUP)
-    slots = min(K, num_groups)
+    num_groups, slots = _groups(V, min_prob, K)
     M = slots * GROUP
     with torch.cuda.device_of(hidden):
         ops = head_triton.operands(hidden, weight, bias, transform)
@@ -211,7 +230,7 @@ def _triton_rows(
             rows = max(1, 65536 // BLOCK_M) if backend.INTERPRETED else 1
             _best_candidates_kernel[(triton.cdiv(N, rows),)](
                 columns, log_p, best_ids, best_logprobs, counts, N, M, V, K, low,
-                BLOCK_N=rows, BLOCK_M=BLOCK_M,
+                BLOCK_N=rows, BLOCK_M=BLOCK_M, num_warps=best_warps(BLOCK_M),
             )  # fmt: skip
         picked = lse.new_empty(0)
         if sampled is not None:
@@ -285,7 +304,7 @@ def linear_candidates(
         hidden, weight, bias, logit_scale, softcap, temperature, deterministic: as in `linear_logprobs`.
         min_prob: P_min in [1/128, 1]; None for plain top-k.
         top_k: number of slots K; with min_prob the best top_k of the set. Default K: floor(1/min_prob +
-            1e-4).
+            1e-4). On the GPU (impl "triton") at most 512 if min_prob is None and V > 16384.
         sampled: (N,) int64 or int32 in [-1, V), the sampled tokens, whose log-probs come out of the same
             pass.
         return_entropy: whether to compute the entropy.
@@ -293,7 +312,8 @@ def linear_candidates(
 
     Returns: Candidates, detached; sorted by log-prob descending, ties to the lower id; unused slots -1 and
         -inf. Where a plain top-k ends among tokens whose log-probs round alike, the larger logit stays.
-    Raises: ValueError as `linear_logprobs`, and on min_prob or top_k out of range or both None.
+    Raises: ValueError as `linear_logprobs`, and on min_prob or top_k out of range, both None, or a top_k
+        above the GPU's bound.
     """
     op = "linear_candidates"
     transform = prepare(op, hidden, weight, bias, logit_scale, softcap, temperature)

@@ -101,7 +101,9 @@ def _triton_forward(
         ops = head_triton.operands(hidden, weight, bias, transform)
         stats = head_triton.stats(ops, True)
         top, sumexp, sum_z_exp = (x.clone() for x in stats)  # outputs of an op may not share memory
-        return top, sumexp, sum_z_exp, head_triton.id_logits(ops, ids.contiguous())
+        z = head_triton.id_logits(ops, ids.contiguous())
+        # gather-dot and tile may round apart, and a log-prob is never above 0; NaN in max leaves -inf alone
+        return top, sumexp, sum_z_exp, torch.where(z > top[:, None], top[:, None], z)
 
 
 def _triton_backward(

@@ -1,7 +1,8 @@
-"""Compile every Triton kernel for sm_80, sm_90 and sm_100 without a GPU; print one JSON object for each.
+"""Compile every Triton kernel for sm_80, sm_90 and sm_100, and the tiles that sm_120 borrows, without a GPU;
+print one JSON object for each.
 
 Run by test_ahead_of_time.py in its own process, since the interpreter and the compiler exclude each other, or
-by hand: python tests/kernels/compile_ahead.py [80] [90] [100]
+by hand: python tests/kernels/compile_ahead.py [80] [90] [100] [120]
 """
 
 import importlib
@@ -82,19 +83,21 @@ CASES = [
 
 
 def head_cases(capability):
-    """(kernel, constexprs, types, options) of the head in bf16 and fp32."""
+    """(kernel, constexprs, types, options) of the head in bf16, bf16 with an fp32 weight, and fp32."""
     for (architecture, kind), config in head_triton_tiles.CONFIGS.items():
-        if architecture != f"sm_{capability}" or kind == "master":  # master: half's kernels and a conversion
+        if architecture != head_triton_tiles.tiles_of(capability // 10):
             continue
         own, tma = "fp32" if kind == "fp32" else "bf16", capability >= 90
+        wide = "bf16" if kind == "half" else "fp32"  # the weight's dtype
 
-        def operand(rows, columns, own=own, tma=tma):
-            return f"tensordesc<{own}[{rows}, {columns}]>" if tma else f"*{own}"
+        def operand(rows, columns, dtype=own, tma=tma):
+            return f"tensordesc<{dtype}[{rows}, {columns}]>" if tma else f"*{dtype}"
 
         types = dict(
-            hidden=operand(config.BLOCK_N, config.BLOCK_D), weight=operand(config.BLOCK_V, config.BLOCK_D),
+            kind=kind, hidden=operand(config.BLOCK_N, config.BLOCK_D),
+            weight=operand(config.BLOCK_V, config.BLOCK_D, wide),
             da=operand(config.BLOCK_N, config.BLOCK_V), stored=operand(config.BLOCK_N, config.BLOCK_V),
-            bias_ptr=f"*{own}", hidden_ptr=f"*{own}", weight_ptr=f"*{own}", da_ptr=f"*{own}",
+            bias_ptr=f"*{wide}", hidden_ptr=f"*{own}", weight_ptr=f"*{wide}", da_ptr=f"*{own}",
             x_ptr=f"*{own}", ids_ptr="*i64",
         )  # fmt: skip
         tiles = dict(HAS_BIAS=False, HAS_SOFTCAP=False, ENTROPY=True, ROW_GROUP=64, TMA=tma, UPCAST=False,
@@ -102,20 +105,26 @@ def head_cases(capability):
                      )  # fmt: skip
         options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
         split = dict(GROUP=head_triton.GROUP, MAX_LIFT=head_triton.MAX_LIFT)
-        for groups, store in ((True, False), (False, True)):
-            stats = {**tiles, **split, "GROUPS": groups, "STORE": store}
-            yield head_triton._head_stats_kernel, stats, types, options
-        dense = {**tiles, "ENTROPY": False}
-        yield head_triton_backward._head_dz_kernel, {**dense, "SCATTER": False}, types, options
+        plain, kept = ({**tiles, **split, "GROUPS": False, "STORE": store} for store in (False, True))
+        dense = {**tiles, "ENTROPY": False, "SCATTER": False}
+        yield head_triton._head_stats_kernel, kept, types, options
+        yield head_triton_backward._head_dz_kernel, dense, types, options
+        if kind == "master" or capability == 120:  # the tiles alone; the rest is as above
+            continue
+        yield head_triton._head_stats_kernel, plain, types, options
+        yield head_triton._head_stats_kernel, {**plain, "GROUPS": True}, types, options
+        yield head_triton_backward._head_dz_kernel, {**dense, "ENTROPY": True}, types, options
         narrow = head_triton_backward.scatter_config(config).BLOCK_V
         scattered = {**types, "da": f"*{own}", "weight": operand(narrow, config.BLOCK_D)}
         dense |= dict(SCATTER=True, BLOCK_V=narrow)
         yield head_triton_backward._head_dz_kernel, dense, scattered, options
-        if config.softcap_V is not None:
-            wide = dict(HAS_BIAS=True, HAS_SOFTCAP=True, BLOCK_V=config.softcap_V)
-            stats, shape = {**stats, **wide}, operand(config.BLOCK_N, config.softcap_V)
-            capped = {**types, "weight": operand(config.softcap_V, config.BLOCK_D), "stored": shape}
-            yield head_triton._head_stats_kernel, stats, capped, options
+        if kind == "half":
+            softcap = dict(HAS_BIAS=True, HAS_SOFTCAP=True, BLOCK_V=config.of(1.0).BLOCK_V)
+            shape = operand(config.BLOCK_N, softcap["BLOCK_V"])
+            capped = dict(weight=operand(softcap["BLOCK_V"], config.BLOCK_D), stored=shape, da=shape)
+            yield head_triton._head_stats_kernel, {**kept, **softcap}, {**types, **capped}, options
+            entropy = {**dense, **softcap, "ENTROPY": True, "SCATTER": False}
+            yield head_triton_backward._head_dz_kernel, entropy, {**types, **capped}, options
         gather = dict(BLOCK_IDS=64, BLOCK_D=config.BLOCK_D, HAS_BIAS=False, HAS_SOFTCAP=False, UPCAST=False)
         warps = head_triton.id_warps(torch.float32 if kind == "fp32" else torch.bfloat16)
         gather_options = dict(num_warps=warps, num_stages=3)
@@ -133,8 +142,10 @@ def head_cases(capability):
         yield head_triton_ids._id_rows_kernel, rows, types, {}
         select = dict(SLOTS=10, BLOCK_N=1, BLOCK_GROUPS=8192)
         yield linear_candidates._select_groups_kernel, select, types, dict(num_warps=8)
-        best = dict(BLOCK_N=1, BLOCK_M=512)
-        yield linear_candidates._best_candidates_kernel, best, {**types, "ids_ptr": "*i32"}, {}
+        for columns in (512, 4096, linear_candidates.MAX_COLUMNS):
+            best, warps = dict(BLOCK_N=1, BLOCK_M=columns), linear_candidates.best_warps(columns)
+            kernel, ids = linear_candidates._best_candidates_kernel, {**types, "ids_ptr": "*i32"}
+            yield kernel, best, ids, dict(num_warps=warps)
 
 
 def resources(ptx, capability):
@@ -180,7 +191,7 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
     ptx = built.asm["ptx"]
     return dict(
         kernel=kernel.__name__, constexprs={k: str(v) for k, v in constexprs.items()}, sm=capability,
-        operands=types.get("weight_ptr", "").lstrip("*"), shared=built.metadata.shared,
+        operands=types.get("kind"), shared=built.metadata.shared,
         wgmma=ptx.count("wgmma.mma_async"), tma=ptx.count("cp.async.bulk.tensor"),
         **resources(ptx, capability),
     )  # fmt: skip
@@ -188,7 +199,7 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
 
 def main():
     for capability in [int(argument) for argument in sys.argv[1:]] or (80, 90, 100):
-        for kernel, constexprs in CASES:
+        for kernel, constexprs in CASES if capability != 120 else ():
             print(json.dumps(compiled(kernel, constexprs, capability, {}, {}, "fp32")), flush=True)
         for kernel, constexprs, types, options in head_cases(capability):
             print(json.dumps(compiled(kernel, constexprs, capability, types, options, "i32")), flush=True)

@@ -53,6 +53,30 @@ def test_more_slots_than_groups_or_tokens(impl, device, N):
     torch.testing.assert_close(out.logprobs, reference.logprobs, rtol=0, atol=1e-5)
 
 
+def test_more_slots_than_a_row_can_be_picked_from(impl, device):
+    """Plain top-k beyond 512 of V > 16384 is refused; where min_prob bounds the set, top_k is free."""
+    hidden, weight = torch.randn(2, 4, device=device), torch.randn(16385, 4, device=device)
+    message = (
+        "linear_candidates: top_k must be at most 512 for impl='triton' and V > 16384 without min_prob, got"
+        " top_k=513 and V=16385; pass a smaller top_k or impl='torch'"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        linear_candidates(hidden, weight, min_prob=None, top_k=513, impl=impl)
+    for rule in (dict(min_prob=None, top_k=512), dict(min_prob=0.02, top_k=600)):
+        out = linear_candidates(3 * hidden, weight, impl=impl, **rule)
+        reference = linear_candidates(3 * hidden, weight, impl="torch", **rule)
+        assert torch.equal(out.counts, reference.counts)
+        torch.testing.assert_close(out.logprobs, reference.logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"), [(8, "sm_80"), (9, "sm_90"), (10, "sm_100"), (11, "sm_100"), (12, "sm_80")]
+)
+def test_tiles_of_a_compute_capability(impl, device, capability, row):
+    """12.x has 99 KB of shared memory a block, for which 10.x's tiles are too large."""
+    assert importlib.import_module("ipvrm_kernels.head_triton_tiles").tiles_of(capability) == row
+
+
 def test_a_row_is_the_same_whatever_surrounds_it(impl, device):
     """Bitwise, at another N, another position in the tile, and among other neighbours; every output."""
     hidden, weight = torch.randn(150, 24, device=device), torch.randn(700, 24, device=device)
@@ -186,6 +210,29 @@ def test_rows_without_a_gradient_are_left_out(impl, device):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     idle[:] = True
     assert all((x == 0).all() for x in run(slice(None)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("output", ["logprobs", "lse", "entropy"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_an_upstream_gradient_that_is_not_finite_stays_in_its_row(impl, device, dtype, output, broken):
+    """fp16 scales da by the largest upstream gradient of all rows: of the finite ones alone."""
+    hidden = torch.randn(20, 16, device=device).to(dtype)
+    weight = torch.randn(90, 16, device=device).to(dtype)
+    ids = torch.randint(0, 90, (20, 2), device=device)
+
+    def dhidden(spoil):
+        variables = [x.clone().requires_grad_() for x in (hidden, weight)]  # trainable: by recomputation
+        out = linear_logprobs(*variables, ids, return_entropy=True, impl=impl)
+        up = [1e-3 * x.detach().sin() for x in out]
+        if spoil:
+            up[out._fields.index(output)][5] = broken
+        return torch.autograd.grad(out, variables, up)[0]
+
+    clean, spoilt = dhidden(False), dhidden(True)
+    others = torch.arange(20, device=device) != 5
+    assert not spoilt[5].isfinite().all()
+    torch.testing.assert_close(spoilt[others], clean[others])
 
 
 def test_only_row_blocks_with_a_gradient_are_multiplied(impl, device, monkeypatch):

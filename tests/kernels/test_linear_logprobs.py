@@ -275,10 +275,11 @@ def test_gradcheck(options, frozen):
         torch.autograd.gradcheck(lambda *x, e=entropy: function(e, *x), variables)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=5 if backend.INTERPRETED else 30, deadline=None)  # the interpreter is slow
 @given(
-    N=st.integers(0, 40), D=st.integers(1, 40), V=st.integers(1, 300), K=st.integers(0, 6),
+    N=st.integers(0, 20 if backend.INTERPRETED else 40), D=st.integers(1, 40),
+    V=st.integers(1, 200 if backend.INTERPRETED else 300), K=st.integers(0, 6),
     level=st.floats(0.01, 30), shift=st.floats(-50, 50), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_shape(N, D, V, K, level, shift, seed):
-    check(case(N, D, V, K, seed, level, shift), None, "cpu", bias=True)
+def test_any_shape(impl, device, N, D, V, K, level, shift, seed):
+    check(case(N, D, V, K, seed, level, shift), impl, device, bias=True)

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from ipvrm_kernels import linear_logprobs, linear_logprobs_partial, merge_partials
+from ipvrm_kernels import backend, linear_logprobs, linear_logprobs_partial, merge_partials
+
+if backend.HAS_TRITON:
+    from ipvrm_kernels import head_triton
 
 OP = "linear_logprobs_partial"
 OPTIONS = dict(logit_scale=1.7, softcap=4.0, temperature=0.6)
@@ -72,6 +75,23 @@ def test_far_apart_maxima(impl, device, level):
     assert (out.logprobs <= 0).all() and out.logprobs.isfinite().all()
     assert out.lse.item() == pytest.approx(max(level, 0) + math.log(4), rel=1e-6)
     assert out.entropy.item() == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_id_logits_never_exceed_the_maximum(impl, device, monkeypatch):
+    """Even where they were summed in another order than the tiles behind it: log-probs stay <= 0."""
+    if impl == "triton":
+        real = head_triton.id_logits
+        monkeypatch.setattr(head_triton, "id_logits", lambda *inputs: real(*inputs) * (1 + 1e-6))
+    hidden, weight = 40 * torch.randn(30, 16, device=device), torch.randn(90, 16, device=device)
+    z = hidden @ weight.T
+    ids = torch.stack([z.argmax(1), torch.full_like(z.argmax(1), -1)], 1)
+    shards = [
+        linear_logprobs_partial(hidden, weight[a:b], ids, vocab_start=a, impl=impl)
+        for a, b in ((0, 50), (50, 90))
+    ]
+    for shard in shards:
+        assert (shard.id_logits <= shard.max[:, None]).all() and (shard.id_logits[:, 1] == -math.inf).all()
+    assert (merge_partials(shards).logprobs <= 0).all()
 
 
 def test_shard_of_masked_tokens(impl, device):
