@@ -22,6 +22,7 @@ from ipvrm.policy_config import PolicyConfig
 from ipvrm.run_folder import manifest, read_json, write_json
 from ipvrm.train_policy import train_policy
 
+RESULTS = Path(__file__).parent / "results" / "demo_policies.json"
 ALGORITHMS = {"grpo": "GRPO", "grpo_prm": "GRPO + IPVRM", "distrl": "DistRL + IPVRM"}
 PARTS = ("rollout", "verify", "behaviour", "reward", "update")
 GAE_COEF = 0.1  # from an earlier trial; the paper's 1 was not compared with it here
@@ -113,22 +114,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", default="runs/demo", help="a finished output folder of ipvrm demo")
     parser.add_argument("--work_dir", default="runs/demo_policies", help="runs; finished ones are reused")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=64, help="per step, eight responses each")
-    parser.add_argument("--held_out", type=int, default=512)
-    parser.add_argument("--learning_rate", type=float, default=5e-5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=32, help="per step, eight responses each")
+    parser.add_argument("--held_out", type=int, default=1024)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--json", help="where to write the numbers")
+    parser.add_argument("--json", default=str(RESULTS), help="where to write the numbers")
     options = parser.parse_args()
     write_problems(
         Path(options.work_dir) / "problems", Path(options.demo), options.held_out, options.seeds[0]
     )
     results = {name: {seed: run(name, seed, options) for seed in options.seeds} for name in ALGORITHMS}
     print("\n".join(report(results)))
-    if options.json:
-        write_json(
-            options.json, {"options": vars(options), "results": results, "manifest": manifest(seeds={})}
-        )
+    settings = {name: getattr(options, name) for name in ("steps", "prompts", "held_out", "learning_rate")}
+    write_json(
+        options.json, {"settings": settings, "gae_coef": GAE_COEF, "results": results, "manifest": manifest()}
+    )
 
 
 if __name__ == "__main__":
