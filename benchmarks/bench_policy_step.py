@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench_reward_step import PROMPT, qwen3
 from benchmarks.measure import Case, assert_close
+from benchmarks.models import qwen3, ragged_batch, title
 from ipvrm.advantages import distrl_advantages, outcome_advantages, temporal_difference
 from ipvrm.baselines import per_token
-from ipvrm.data import Response, collate
 from ipvrm.model import response_logprobs
 from ipvrm.objectives import ipvrm_loss
 from ipvrm.online_reward import token_and_candidate_logprobs
@@ -32,14 +31,8 @@ CANDIDATES = 1.33  # per token, the paper's Table 11
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     policy, reward = qwen3(device, quick), qwen3(device, quick)
-    B, T = (8, 2048) if device == "cuda" else (8, 256)
-    lengths = torch.linspace(T // 4, T, B).long().tolist()
-    vocabulary = policy.config.vocab_size
-    rows = [
-        Response(tuple(torch.randint(3, vocabulary, (n,)).tolist()), PROMPT, b % 2)
-        for b, n in enumerate(lengths)
-    ]
-    batch = collate(rows).to(device)
+    batch = ragged_batch(device, policy.config.vocab_size, quick)
+    B = len(batch.outcome)
     group = torch.arange(B, device=device) // 4
     temperature = calibrated(policy, batch)
 
@@ -89,9 +82,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         "distrl": lambda: scored(CandidateConfig(), 0.1),
         "grpo": outcome_alone,
     }
-    layers, D = policy.config.num_hidden_layers, policy.config.hidden_size
-    shape = f"{B} sequences, {len(batch.token_ids)} response tokens, {layers} layers D={D} V={vocabulary}"
-    yield Case(OP, shape, contenders, check)
+    yield Case(OP, title(policy, batch), contenders, check)
 
 
 def calibrated(policy: Any, batch: Any) -> float:
