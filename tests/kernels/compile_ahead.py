@@ -108,23 +108,29 @@ def head_cases(capability):
         plain, kept = ({**tiles, **split, "GROUPS": False, "STORE": store} for store in (False, True))
         dense = {**tiles, "ENTROPY": False, "SCATTER": False}
         yield head_triton._head_stats_kernel, kept, types, options
-        yield head_triton_backward._head_dz_kernel, dense, types, options
-        if kind == "master" or capability == 120:  # the tiles alone; the rest is as above
+        if capability == 120:  # what needs most shared memory
             continue
-        yield head_triton._head_stats_kernel, plain, types, options
+        every = capability == 90  # of the variants, which take seconds each
+        if kind != "master" or every:
+            yield head_triton_backward._head_dz_kernel, dense, types, options
+        if kind == "master":  # the rest is as half's
+            continue
         yield head_triton._head_stats_kernel, {**plain, "GROUPS": True}, types, options
-        yield head_triton_backward._head_dz_kernel, {**dense, "ENTROPY": True}, types, options
+        if every:
+            yield head_triton._head_stats_kernel, plain, types, options
+            yield head_triton_backward._head_dz_kernel, {**dense, "ENTROPY": True}, types, options
         narrow = head_triton_backward.scatter_config(config).BLOCK_V
         scattered = {**types, "da": f"*{own}", "weight": operand(narrow, config.BLOCK_D)}
         dense |= dict(SCATTER=True, BLOCK_V=narrow)
         yield head_triton_backward._head_dz_kernel, dense, scattered, options
-        if kind == "half":
-            softcap = dict(HAS_BIAS=True, HAS_SOFTCAP=True, BLOCK_V=config.of(1.0).BLOCK_V)
-            shape = operand(config.BLOCK_N, softcap["BLOCK_V"])
-            capped = dict(weight=operand(softcap["BLOCK_V"], config.BLOCK_D), stored=shape, da=shape)
+        if config.softcap_V is not None:
+            softcap = dict(HAS_BIAS=True, HAS_SOFTCAP=True, BLOCK_V=config.softcap_V)
+            shape = operand(config.BLOCK_N, config.softcap_V)
+            capped = dict(weight=operand(config.softcap_V, config.BLOCK_D), stored=shape, da=shape)
             yield head_triton._head_stats_kernel, {**kept, **softcap}, {**types, **capped}, options
             entropy = {**dense, **softcap, "ENTROPY": True, "SCATTER": False}
-            yield head_triton_backward._head_dz_kernel, entropy, {**types, **capped}, options
+            if every:
+                yield head_triton_backward._head_dz_kernel, entropy, {**types, **capped}, options
         gather = dict(BLOCK_IDS=64, BLOCK_D=config.BLOCK_D, HAS_BIAS=False, HAS_SOFTCAP=False, UPCAST=False)
         warps = head_triton.id_warps(torch.float32 if kind == "fp32" else torch.bfloat16)
         gather_options = dict(num_warps=warps, num_stages=3)
