@@ -26,7 +26,7 @@ from benchmarks.machine import ROOT, describe
 from benchmarks.measure import assert_close, once
 from benchmarks.run import write_json
 from ipvrm_kernels import linear_candidates, linear_logprobs
-from ipvrm_kernels.head_triton_tiles import CONFIGS, Config
+from ipvrm_kernels.head_triton_tiles import CONFIGS, Config, tiles_of
 from ipvrm_kernels.tuned import FILE
 
 STEPS: dict[str, Sequence[int]] = dict(
@@ -42,8 +42,7 @@ COMPILE_ROWS = 256  # rows of the call that compiles: as divisible as the timed 
 
 
 def architecture() -> str:
-    major = torch.cuda.get_device_capability()[0]
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+    return tiles_of(torch.cuda.get_device_capability()[0])
 
 
 def fits(config: Config, arch: str, kind: str) -> bool:
