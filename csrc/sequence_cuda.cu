@@ -1,6 +1,8 @@
 // Sequence ops on NVIDIA GPUs: one thread block per sequence walks it in tiles of kTile tokens and carries the running sum
 // across tiles. Each thread scans kItems tokens in registers, warps scan by shuffles, warp totals meet in shared memory.
-// Loads and stores of a warp are contiguous: thread i of the block owns tokens i*kItems .. i*kItems+3 of the tile.
+// Thread i of the block owns tokens i*kItems .. i*kItems+3 of the tile: each of a warp's kItems loads strides 16 bytes, and
+// the four together read whole sectors, from L1 after the first. Edges are held to 0 .. num_rows: nothing here is read or
+// written out of bounds, whatever cu_seqlens holds.
 
 #include <cuda_runtime.h>
 
@@ -22,6 +24,18 @@ constexpr int kTile = kThreads * kItems;
 void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": launch failed: " + cudaGetErrorString(error));
+}
+
+struct Rows {
+  int64_t start;
+  int length;
+};
+
+// The rows of the block's sequence, none where an unchecked edge makes no sense.
+__device__ __forceinline__ Rows rows_of_block(const int32_t* cu_seqlens, int64_t num_rows) {
+  const int last = static_cast<int>(min(num_rows, int64_t{0x7fffffff}));
+  const int start = min(max(cu_seqlens[blockIdx.x], 0), last), end = min(cu_seqlens[blockIdx.x + 1], last);
+  return {start, max(end - start, 0)};
 }
 
 __device__ __forceinline__ float int_power(float base, int exponent) {
@@ -85,10 +99,9 @@ struct TileScan {
 
 __global__ void __launch_bounds__(kThreads)
 segment_scan_kernel(const float* __restrict__ x, const int32_t* __restrict__ cu_seqlens, float* __restrict__ y,
-                    float decay, bool reverse) {
+                    int64_t num_rows, float decay, bool reverse) {
   __shared__ float warp_sums[kWarps];
-  const int64_t start = cu_seqlens[blockIdx.x];
-  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
+  const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   TileScan scan(decay, warp_sums);
   for (int tile = 0; tile < length; tile += kTile) {
     const int base = tile + threadIdx.x * kItems;
@@ -110,10 +123,9 @@ segment_scan_kernel(const float* __restrict__ x, const int32_t* __restrict__ cu_
 __global__ void __launch_bounds__(kThreads)
 prefix_values_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens,
                          float* __restrict__ value, float* __restrict__ mean_value, float* __restrict__ prob,
-                         float* __restrict__ td, float beta) {
+                         float* __restrict__ td, int64_t num_rows, float beta) {
   __shared__ float warp_sums[kWarps];
-  const int64_t start = cu_seqlens[blockIdx.x];
-  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
+  const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   TileScan scan(1.0f, warp_sums);
   for (int tile = 0; tile < length; tile += kTile) {
     const int base = tile + threadIdx.x * kItems;
@@ -138,10 +150,9 @@ prefix_values_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __r
 __global__ void __launch_bounds__(kThreads)
 prefix_values_bwd_kernel(const float* __restrict__ dvalue, const float* __restrict__ dmean_value,
                          const float* __restrict__ dprob, const float* __restrict__ dtd, const float* __restrict__ prob,
-                         const int32_t* __restrict__ cu_seqlens, float* __restrict__ dlog_ratio, float beta) {
+                         const int32_t* __restrict__ cu_seqlens, float* __restrict__ dlog_ratio, int64_t num_rows, float beta) {
   __shared__ float warp_sums[kWarps];
-  const int64_t start = cu_seqlens[blockIdx.x];
-  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
+  const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   TileScan scan(1.0f, warp_sums);
   for (int tile = 0; tile < length; tile += kTile) {
     const int base = tile + threadIdx.x * kItems;
@@ -167,11 +178,10 @@ __global__ void __launch_bounds__(kThreads)
 prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens,
                              const float* __restrict__ outcome, const float* __restrict__ margin,
                              const float* __restrict__ weight, float* __restrict__ sums, float* __restrict__ slope,
-                             float beta, Weighting kind, bool per_sequence) {
+                             int64_t num_rows, float beta, Weighting kind, bool per_sequence) {
   __shared__ float warp_sums[kWarps];
   const int b = blockIdx.x;
-  const int64_t start = cu_seqlens[b];
-  const int length = cu_seqlens[b + 1] - cu_seqlens[b];
+  const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   if (length == 0) {
     if (threadIdx.x == 0) sums[2 * b] = sums[2 * b + 1] = 0.0f;
     return;
@@ -214,10 +224,9 @@ prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t*
 
 __global__ void __launch_bounds__(kThreads)
 prefix_value_loss_bwd_kernel(const float* __restrict__ slope, const int32_t* __restrict__ cu_seqlens,
-                             const float* __restrict__ scale, float* __restrict__ dlog_ratio, float beta) {
+                             const float* __restrict__ scale, float* __restrict__ dlog_ratio, int64_t num_rows, float beta) {
   __shared__ float warp_sums[kWarps];
-  const int64_t start = cu_seqlens[blockIdx.x];
-  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
+  const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   const float factor = beta * *scale;
   TileScan scan(1.0f, warp_sums);
   for (int tile = 0; tile < length; tile += kTile) {
@@ -242,44 +251,44 @@ unsigned grid(int64_t num_sequences) { return static_cast<unsigned>(num_sequence
 
 }  // namespace
 
-void segment_scan_cuda(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, float decay,
+void segment_scan_cuda(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, int64_t num_rows, float decay,
                        bool reverse, void* stream) {
   if (num_sequences == 0) return;
-  segment_scan_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(x, cu_seqlens, y, decay, reverse);
+  segment_scan_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(x, cu_seqlens, y, num_rows, decay, reverse);
   check_launch("segment_scan");
 }
 
 void prefix_values_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value,
-                            float* prob, float* td, int64_t num_sequences, float beta, void* stream) {
+                            float* prob, float* td, int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
   prefix_values_fwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(log_ratio, cu_seqlens, value,
-                                                                                    mean_value, prob, td, beta);
+                                                                                    mean_value, prob, td, num_rows, beta);
   check_launch("prefix_values");
 }
 
 void prefix_values_bwd_cuda(const float* dvalue, const float* dmean_value, const float* dprob, const float* dtd,
                             const float* prob, const int32_t* cu_seqlens, float* dlog_ratio, int64_t num_sequences,
-                            float beta, void* stream) {
+                            int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
   prefix_values_bwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(
-      dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, dlog_ratio, beta);
+      dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, dlog_ratio, num_rows, beta);
   check_launch("prefix_values backward");
 }
 
 void prefix_value_loss_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, const float* outcome,
                                 const float* margin, const float* weight, float* sums, float* slope,
-                                int64_t num_sequences, float beta, int weighting, bool per_sequence, void* stream) {
+                                int64_t num_sequences, int64_t num_rows, float beta, int weighting, bool per_sequence, void* stream) {
   if (num_sequences == 0) return;
   prefix_value_loss_fwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(
-      log_ratio, cu_seqlens, outcome, margin, weight, sums, slope, beta, static_cast<Weighting>(weighting), per_sequence);
+      log_ratio, cu_seqlens, outcome, margin, weight, sums, slope, num_rows, beta, static_cast<Weighting>(weighting), per_sequence);
   check_launch("prefix_value_loss");
 }
 
 void prefix_value_loss_bwd_cuda(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
-                                int64_t num_sequences, float beta, void* stream) {
+                                int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
   prefix_value_loss_bwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(slope, cu_seqlens, scale,
-                                                                                        dlog_ratio, beta);
+                                                                                        dlog_ratio, num_rows, beta);
   check_launch("prefix_value_loss backward");
 }
 

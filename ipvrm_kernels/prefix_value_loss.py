@@ -29,6 +29,8 @@ if backend.HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from .packing import sequence_rows
+
 BLOCK_T = 1024
 WEIGHTINGS = ("uniform", "late", "early")  # index = csrc/token_math.h's Weighting
 REDUCTIONS = ("sequence_mean", "token_mean")
@@ -105,7 +107,7 @@ if backend.HAS_TRITON:
         p = p * q + 3.33333333e-1
         return 2.0 * (s + s * q * p)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _prefix_value_loss_fwd_kernel(
         log_ratio_ptr,  # (N,)
         cu_seqlens_ptr,  # (B+1,)
@@ -114,14 +116,14 @@ if backend.HAS_TRITON:
         weight_ptr,  # (B,)
         sums_ptr,  # (B, 2)
         slope_ptr,  # (N,)
+        N,  # scalar
         beta,  # scalar
         WEIGHTING: tl.constexpr,
         PER_SEQUENCE: tl.constexpr,
         BLOCK_T: tl.constexpr,
     ):
         sequence = tl.program_id(0)
-        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        start, end = sequence_rows(cu_seqlens_ptr, sequence, N)
         length = (end - start).to(tl.float32)
         omega_sum = length
         if WEIGHTING == "late":
@@ -158,18 +160,18 @@ if backend.HAS_TRITON:
         tl.store(sums_ptr + 2 * sequence, scale * loss)
         tl.store(sums_ptr + 2 * sequence + 1, counted)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _prefix_value_loss_bwd_kernel(
         slope_ptr,  # (N,)
         cu_seqlens_ptr,  # (B+1,)
         scale_ptr,  # ()
         dlog_ratio_ptr,  # (N,)
+        N,  # scalar
         beta,  # scalar
         BLOCK_T: tl.constexpr,
     ):
         sequence = tl.program_id(0)
-        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        start, end = sequence_rows(cu_seqlens_ptr, sequence, N)
         factor = beta * tl.load(scale_ptr)
         offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
         carry = 0.0
@@ -188,10 +190,11 @@ def _triton_loss_fwd(
     B = cu_seqlens.shape[0] - 1
     sums, slope = log_ratio.new_empty(B, 2), torch.empty_like(log_ratio)
     if B:
-        _prefix_value_loss_fwd_kernel[(B,)](
-            log_ratio, cu_seqlens, outcome, margin, weight, sums, slope, beta,
-            WEIGHTING=weighting, PER_SEQUENCE=per_sequence, BLOCK_T=BLOCK_T,
-        )  # fmt: skip
+        with torch.cuda.device_of(log_ratio):
+            _prefix_value_loss_fwd_kernel[(B,)](
+                log_ratio, cu_seqlens, outcome, margin, weight, sums, slope, log_ratio.shape[0], beta,
+                WEIGHTING=weighting, PER_SEQUENCE=per_sequence, BLOCK_T=BLOCK_T,
+            )  # fmt: skip
     return sums, slope
 
 
@@ -199,7 +202,10 @@ def _triton_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: flo
     dlog_ratio = torch.empty_like(slope)
     if slope.shape[0]:
         grid = (cu_seqlens.shape[0] - 1,)
-        _prefix_value_loss_bwd_kernel[grid](slope, cu_seqlens, scale, dlog_ratio, beta, BLOCK_T=BLOCK_T)
+        with torch.cuda.device_of(slope):
+            _prefix_value_loss_bwd_kernel[grid](
+                slope, cu_seqlens, scale, dlog_ratio, slope.shape[0], beta, BLOCK_T=BLOCK_T
+            )
     return dlog_ratio
 
 
@@ -211,7 +217,7 @@ def _native_loss_fwd(device: str) -> Any:
         sums, slope = log_ratio.new_empty(cu_seqlens.shape[0] - 1, 2), torch.empty_like(log_ratio)
         backend.native_call(
             f"prefix_value_loss_fwd_{device}", log_ratio, cu_seqlens, outcome, margin, weight, sums, slope,
-            cu_seqlens.shape[0] - 1, beta, WEIGHTINGS.index(weighting), per_sequence,
+            cu_seqlens.shape[0] - 1, log_ratio.shape[0], beta, WEIGHTINGS.index(weighting), per_sequence,
         )  # fmt: skip
         return sums, slope
 
@@ -222,7 +228,7 @@ def _native_loss_bwd(device: str) -> Any:
     def run(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
         dlog_ratio = torch.empty_like(slope)
         name, B = f"prefix_value_loss_bwd_{device}", cu_seqlens.shape[0] - 1
-        backend.native_call(name, slope, cu_seqlens, scale, dlog_ratio, B, beta)
+        backend.native_call(name, slope, cu_seqlens, scale, dlog_ratio, B, slope.shape[0], beta)
         return dlog_ratio
 
     return run

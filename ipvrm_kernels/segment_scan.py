@@ -23,6 +23,8 @@ if backend.HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from .packing import sequence_rows
+
 
 def segment_scan_reference(
     x: Tensor, cu_seqlens: Tensor, decay: float = 1.0, reverse: bool = False
@@ -53,18 +55,18 @@ if backend.HAS_TRITON:
     def _decayed_sum(decay_left, sum_left, decay_right, sum_right):
         return decay_left * decay_right, sum_right + decay_right * sum_left
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _segment_scan_kernel(
         x_ptr,  # (N,)
         cu_seqlens_ptr,  # (B+1,)
         y_ptr,  # (N,)
+        N,  # scalar
         decay,  # scalar
         REVERSE: tl.constexpr,
         BLOCK_T: tl.constexpr,
     ):
         sequence = tl.program_id(0)
-        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        start, end = sequence_rows(cu_seqlens_ptr, sequence, N)
         offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
         carry = 0.0
         for block in range(start, end, BLOCK_T):
@@ -82,9 +84,10 @@ if backend.HAS_TRITON:
 def _triton(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
     y = torch.empty_like(x)
     if x.shape[0]:
-        _segment_scan_kernel[(cu_seqlens.shape[0] - 1,)](
-            x, cu_seqlens, y, decay, REVERSE=reverse, BLOCK_T=1024
-        )
+        with torch.cuda.device_of(x):
+            _segment_scan_kernel[(cu_seqlens.shape[0] - 1,)](
+                x, cu_seqlens, y, x.shape[0], decay, REVERSE=reverse, BLOCK_T=1024
+            )
     return y
 
 
@@ -92,7 +95,7 @@ def _native(device: str) -> Any:
     def run(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
         y = torch.empty_like(x)
         backend.native_call(
-            f"segment_scan_{device}", x, cu_seqlens, y, cu_seqlens.shape[0] - 1, decay, reverse
+            f"segment_scan_{device}", x, cu_seqlens, y, cu_seqlens.shape[0] - 1, x.shape[0], decay, reverse
         )
         return y
 

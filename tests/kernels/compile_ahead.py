@@ -40,7 +40,7 @@ POINTERS = {
     "count_ptr": "*i32", "target_ptr": "*i64", "flags_ptr": "*i1",
 }  # fmt: skip
 FLOATS = ("decay", "beta", "margin", "scale", "cap", "factor", "slope", "low")
-INTEGERS = ("count", "B", "K", "num_halvings", "row0", "num_rows", "num_blocks")
+INTEGERS = ("count", "N", "B", "K", "num_halvings", "row0", "num_rows", "num_blocks")
 ALIGNED = ("D", "C", "hidden_stride", "weight_stride")  # multiples of 16, as in every model
 # kernel, constexprs of its main configurations
 CASES = [
