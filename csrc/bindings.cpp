@@ -44,16 +44,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "edges_rise_cpu",
       [](Address cu, int64_t B, int64_t N, int) { return ipvrm::edges_rise_cpu(edges(cu), B, N); }, no_gil);
-  m.def(
-      "loss_inputs_valid_cpu",
-      [](Address cu, Address outcome, Address margin, Address weight, Address denominator, int64_t B, int64_t N, int) {
-        return ipvrm::loss_inputs_valid_cpu(edges(cu), in(outcome), in(margin), in(weight), in(denominator), B, N);
-      },
-      no_gil);
   // The CPU kernels have no use for N: their edges are checked.
   m.def(
       "segment_scan_cpu",
-      [](Address x, Address cu, Address y, int64_t B, int64_t, float decay, bool reverse, int threads) {
+      [](Address x, Address cu, Address y, int64_t B, int64_t, double decay, bool reverse, int threads) {
         ipvrm::segment_scan_cpu(in(x), edges(cu), out(y), B, decay, reverse, threads);
       },
       no_gil);
@@ -73,10 +67,12 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "prefix_value_loss_fwd_cpu",
-      [](Address l, Address cu, Address outcome, Address margin, Address weight, Address sums, Address slope, int64_t B,
-         int64_t, float beta, int weighting, bool per_sequence, int threads) {
-        ipvrm::prefix_value_loss_fwd_cpu(in(l), edges(cu), in(outcome), in(margin), in(weight), out(sums), out(slope), B,
-                                         beta, weighting, per_sequence, threads);
+      [](Address l, Address cu, Address outcome, Address margin, Address weight, Address denominator, float margin_value,
+         float inverse_divisor, Address loss, Address counted, Address slope, int64_t B, int64_t N, float beta, int weighting,
+         bool per_sequence, int threads) {
+        return ipvrm::prefix_value_loss_fwd_cpu(
+            in(l), edges(cu), {in(outcome), in(margin), in(weight), in(denominator), margin_value, inverse_divisor},
+            out(loss), out(counted), out(slope), B, N, beta, weighting, per_sequence, threads);
       },
       no_gil);
   m.def(
@@ -179,7 +175,7 @@ PYBIND11_MODULE(_C, m) {
   const auto stream_of = [](Address stream) { return reinterpret_cast<void*>(stream); };
   m.def(
       "segment_scan_cuda",
-      [=](Address x, Address cu, Address y, int64_t B, int64_t N, float decay, bool reverse, Address stream) {
+      [=](Address x, Address cu, Address y, int64_t B, int64_t N, double decay, bool reverse, Address stream) {
         ipvrm::segment_scan_cuda(in(x), edges(cu), out(y), B, N, decay, reverse, stream_of(stream));
       },
       no_gil);
@@ -201,10 +197,12 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "prefix_value_loss_fwd_cuda",
-      [=](Address l, Address cu, Address outcome, Address margin, Address weight, Address sums, Address slope, int64_t B, int64_t N,
-          float beta, int weighting, bool per_sequence, Address stream) {
-        ipvrm::prefix_value_loss_fwd_cuda(in(l), edges(cu), in(outcome), in(margin), in(weight), out(sums), out(slope), B,
-                                          N, beta, weighting, per_sequence, stream_of(stream));
+      [=](Address l, Address cu, Address outcome, Address margin, Address weight, Address denominator, float margin_value,
+         float inverse_divisor, Address loss, Address counted, Address slope, int64_t B, int64_t N, float beta, int weighting,
+         bool per_sequence, Address stream) {
+        ipvrm::prefix_value_loss_fwd_cuda(
+            in(l), edges(cu), {in(outcome), in(margin), in(weight), in(denominator), margin_value, inverse_divisor},
+            out(loss), out(counted), out(slope), B, N, beta, weighting, per_sequence, stream_of(stream));
       },
       no_gil);
   m.def(

@@ -110,6 +110,18 @@ def test_a_long_sequence_is_cut_into_pieces(threads, reverse, poisoned):
     assert ((y - exact) / exact).abs().max() < 2 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("decay", [0.999, 0.9999, -0.999])
+def test_a_decay_near_one_keeps_its_digits(impl, device, decay, reverse):
+    """A decay of 0.999 in fp32 puts every sum 1e-5 off; in double only sums are rounded, in cpp once."""
+    x = 0.5 + torch.rand(32_768, device=device)
+    y = segment_scan(x, edges([32_768], device), decay, reverse, impl=impl).double().cpu()
+    exact = loop(x.cpu(), [32_768], decay, reverse)
+    scale = exact.abs() if decay > 0 else exact.abs().max()  # alternating sums cancel
+    error = ((y - exact) / scale).abs().max()
+    assert error < (1e-7 if impl == "cpp" else 1e-6)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 def test_a_bad_token_leaves_those_before_it(impl, device, value, decay):
@@ -213,6 +225,8 @@ def test_seeded_fault_carry_reset_is_caught(edge):
         (dict(cu_seqlens=torch.tensor([1, 4], dtype=torch.int32)), "must rise from 0"),
         (dict(cu_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")), "cu_seqlens is on meta"),
         (dict(decay=float("nan")), "decay must be finite, got nan"),
+        (dict(decay=1.001), r"segment_scan: decay must be within -1 .. 1, got 1.001"),
+        (dict(decay=-1e200, impl="torch"), r"decay must be within -1 .. 1, got -1e\+200"),
         (dict(impl="fast"), "no such implementation; the names are torch, cpp, triton, cuda"),
         (dict(impl="cuda"), "impl='cuda' cannot run here"),
     ],
