@@ -44,43 +44,40 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "edges_rise_cpu",
       [](Address cu, int64_t B, int64_t N, int) { return ipvrm::edges_rise_cpu(edges(cu), B, N); }, no_gil);
-  m.def(
-      "loss_inputs_valid_cpu",
-      [](Address cu, Address outcome, Address margin, Address weight, Address denominator, int64_t B, int64_t N, int) {
-        return ipvrm::loss_inputs_valid_cpu(edges(cu), in(outcome), in(margin), in(weight), in(denominator), B, N);
-      },
-      no_gil);
+  // The CPU kernels have no use for N: their edges are checked.
   m.def(
       "segment_scan_cpu",
-      [](Address x, Address cu, Address y, int64_t B, float decay, bool reverse, int threads) {
+      [](Address x, Address cu, Address y, int64_t B, int64_t, double decay, bool reverse, int threads) {
         ipvrm::segment_scan_cpu(in(x), edges(cu), out(y), B, decay, reverse, threads);
       },
       no_gil);
   m.def(
       "prefix_values_fwd_cpu",
-      [](Address l, Address cu, Address value, Address mean, Address prob, Address td, int64_t B, float beta, int threads) {
+      [](Address l, Address cu, Address value, Address mean, Address prob, Address td, int64_t B, int64_t, float beta, int threads) {
         ipvrm::prefix_values_fwd_cpu(in(l), edges(cu), out(value), out(mean), out(prob), out(td), B, beta, threads);
       },
       no_gil);
   m.def(
       "prefix_values_bwd_cpu",
       [](Address dvalue, Address dmean, Address dprob, Address dtd, Address prob, Address cu, Address dl, int64_t B,
-         float beta, int threads) {
+         int64_t, float beta, int threads) {
         ipvrm::prefix_values_bwd_cpu(in(dvalue), in(dmean), in(dprob), in(dtd), in(prob), edges(cu), out(dl), B, beta,
                                      threads);
       },
       no_gil);
   m.def(
       "prefix_value_loss_fwd_cpu",
-      [](Address l, Address cu, Address outcome, Address margin, Address weight, Address sums, Address slope, int64_t B,
-         float beta, int weighting, bool per_sequence, int threads) {
-        ipvrm::prefix_value_loss_fwd_cpu(in(l), edges(cu), in(outcome), in(margin), in(weight), out(sums), out(slope), B,
-                                         beta, weighting, per_sequence, threads);
+      [](Address l, Address cu, Address outcome, Address margin, Address weight, Address denominator, float margin_value,
+         float inverse_divisor, Address loss, Address counted, Address slope, int64_t B, int64_t N, float beta, int weighting,
+         bool per_sequence, int threads) {
+        return ipvrm::prefix_value_loss_fwd_cpu(
+            in(l), edges(cu), {in(outcome), in(margin), in(weight), in(denominator), margin_value, inverse_divisor},
+            out(loss), out(counted), out(slope), B, N, beta, weighting, per_sequence, threads);
       },
       no_gil);
   m.def(
       "prefix_value_loss_bwd_cpu",
-      [](Address slope, Address cu, Address scale, Address dl, int64_t B, float beta, int threads) {
+      [](Address slope, Address cu, Address scale, Address dl, int64_t B, int64_t, float beta, int threads) {
         ipvrm::prefix_value_loss_bwd_cpu(in(slope), edges(cu), in(scale), out(dl), B, beta, threads);
       },
       no_gil);
@@ -178,38 +175,40 @@ PYBIND11_MODULE(_C, m) {
   const auto stream_of = [](Address stream) { return reinterpret_cast<void*>(stream); };
   m.def(
       "segment_scan_cuda",
-      [=](Address x, Address cu, Address y, int64_t B, float decay, bool reverse, Address stream) {
-        ipvrm::segment_scan_cuda(in(x), edges(cu), out(y), B, decay, reverse, stream_of(stream));
+      [=](Address x, Address cu, Address y, int64_t B, int64_t N, double decay, bool reverse, Address stream) {
+        ipvrm::segment_scan_cuda(in(x), edges(cu), out(y), B, N, decay, reverse, stream_of(stream));
       },
       no_gil);
   m.def(
       "prefix_values_fwd_cuda",
-      [=](Address l, Address cu, Address value, Address mean, Address prob, Address td, int64_t B, float beta,
+      [=](Address l, Address cu, Address value, Address mean, Address prob, Address td, int64_t B, int64_t N, float beta,
           Address stream) {
-        ipvrm::prefix_values_fwd_cuda(in(l), edges(cu), out(value), out(mean), out(prob), out(td), B, beta,
+        ipvrm::prefix_values_fwd_cuda(in(l), edges(cu), out(value), out(mean), out(prob), out(td), B, N, beta,
                                       stream_of(stream));
       },
       no_gil);
   m.def(
       "prefix_values_bwd_cuda",
-      [=](Address dvalue, Address dmean, Address dprob, Address dtd, Address prob, Address cu, Address dl, int64_t B,
+      [=](Address dvalue, Address dmean, Address dprob, Address dtd, Address prob, Address cu, Address dl, int64_t B, int64_t N,
           float beta, Address stream) {
-        ipvrm::prefix_values_bwd_cuda(in(dvalue), in(dmean), in(dprob), in(dtd), in(prob), edges(cu), out(dl), B, beta,
+        ipvrm::prefix_values_bwd_cuda(in(dvalue), in(dmean), in(dprob), in(dtd), in(prob), edges(cu), out(dl), B, N, beta,
                                       stream_of(stream));
       },
       no_gil);
   m.def(
       "prefix_value_loss_fwd_cuda",
-      [=](Address l, Address cu, Address outcome, Address margin, Address weight, Address sums, Address slope, int64_t B,
-          float beta, int weighting, bool per_sequence, Address stream) {
-        ipvrm::prefix_value_loss_fwd_cuda(in(l), edges(cu), in(outcome), in(margin), in(weight), out(sums), out(slope), B,
-                                          beta, weighting, per_sequence, stream_of(stream));
+      [=](Address l, Address cu, Address outcome, Address margin, Address weight, Address denominator, float margin_value,
+         float inverse_divisor, Address loss, Address counted, Address slope, int64_t B, int64_t N, float beta, int weighting,
+         bool per_sequence, Address stream) {
+        ipvrm::prefix_value_loss_fwd_cuda(
+            in(l), edges(cu), {in(outcome), in(margin), in(weight), in(denominator), margin_value, inverse_divisor},
+            out(loss), out(counted), out(slope), B, N, beta, weighting, per_sequence, stream_of(stream));
       },
       no_gil);
   m.def(
       "prefix_value_loss_bwd_cuda",
-      [=](Address slope, Address cu, Address scale, Address dl, int64_t B, float beta, Address stream) {
-        ipvrm::prefix_value_loss_bwd_cuda(in(slope), edges(cu), in(scale), out(dl), B, beta, stream_of(stream));
+      [=](Address slope, Address cu, Address scale, Address dl, int64_t B, int64_t N, float beta, Address stream) {
+        ipvrm::prefix_value_loss_bwd_cuda(in(slope), edges(cu), in(scale), out(dl), B, N, beta, stream_of(stream));
       },
       no_gil);
   m.def(

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <vector>
 
 #include "sequence_blocks.h"
 #include "token_math.h"
@@ -301,23 +303,28 @@ struct PrefixValuesBackward {
 
 struct LossForward {
   static constexpr bool kReverse = false;
-  const float *log_ratio, *outcome, *margin, *weight;
-  float *sums, *slope;
-  float beta;
+  const float* log_ratio;
+  const LossTerms& terms;
+  double* losses;
+  float* slope;
+  float beta, inverse_divisor;
   Weighting kind;
   bool per_sequence;
-  float scale(int64_t b, const PrefixWeights& weights) const { return per_sequence ? weight[b] / weights.sum : weight[b]; }
+  float scale(int64_t b, const PrefixWeights& weights) const {
+    const float own = terms.weight ? inverse_divisor * terms.weight[b] : inverse_divisor;
+    return per_sequence ? own / weights.sum : own;
+  }
   double sum(const Piece& piece) const { return piece_sum(log_ratio, piece); }
   double run(const Piece& piece, double carry) const {
     const int64_t b = piece.sequence;
     const PrefixWeights weights = prefix_weights(kind, static_cast<float>(piece.length));
-    const float against = 1.0f - 2.0f * outcome[b];  // -sign
+    const float against = 1.0f - 2.0f * terms.outcome[b];  // -sign
     float copy[kBlock], values[kBlock], buffer[kBlock], inverse[kBlock];
     double total = 0.0;
     forward_blocks(piece, [&](int64_t row, int before, int count) {
       carry = scan_block(padded(log_ratio + row, count, copy), values, count, carry, against * beta);
       float* out = whole(slope + row, count, buffer);
-      total += margin_loss_block(values, inverse_positions(before, count, inverse), out, before, count, margin[b],
+      total += margin_loss_block(values, inverse_positions(before, count, inverse), out, before, count, terms.margin_of(b),
                                  against * scale(b, weights), weights);
       settle(slope + row, count, out);
     });
@@ -325,12 +332,11 @@ struct LossForward {
   }
   void finish(int64_t b, int length, double total) const {
     const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
-    sums[2 * b] = static_cast<float>(scale(b, weights) * total);
-    sums[2 * b + 1] = per_sequence ? 1.0f : weights.sum;
+    losses[b] = scale(b, weights) * total;
   }
   void run_short(const Run& run) const {
     RunBuffer in, values, margins, scales, omegas, slopes, inverse;
-    const auto against = [&](int k) { return 1.0f - 2.0f * outcome[run.sequence + k]; };
+    const auto against = [&](int k) { return 1.0f - 2.0f * terms.outcome[run.sequence + k]; };
     scan_run(run, in.load(log_ratio, run), values.tokens(), [&](int k) { return against(k) * beta; });
     inverse_positions(run, inverse.tokens());
     for (int k = 0; k < run.num_sequences; ++k) {
@@ -340,7 +346,7 @@ struct LossForward {
       float *margin_to = margins.tokens() + run.offset(k), *scale_to = scales.tokens() + run.offset(k);
       float* omega_to = omegas.tokens() + run.offset(k);
       for (int i = 0; i < kLanes * vectors(run.length(k)); ++i) {
-        margin_to[i] = margin[b];
+        margin_to[i] = terms.margin_of(b);
         scale_to[i] = factor;
         omega_to[i] = weights.at(static_cast<float>(i + 1));
       }
@@ -357,6 +363,15 @@ struct LossForward {
   }
 };
 
+bool valid(const LossTerms& terms, int64_t num_sequences) {
+  bool valid = true;
+  for (int64_t b = 0; b < num_sequences; ++b) valid &= (terms.outcome[b] == 0.0f) | (terms.outcome[b] == 1.0f);
+  for (const float* numbers : {terms.margin, terms.weight}) {
+    for (int64_t b = 0; numbers && b < num_sequences; ++b) valid &= std::isfinite(numbers[b]);
+  }
+  return valid && (!terms.denominator || (*terms.denominator > 0.0f && std::isfinite(*terms.denominator)));
+}
+
 }  // namespace
 
 bool edges_rise_cpu(const int32_t* cu_seqlens, int64_t num_sequences, int64_t num_rows) {
@@ -365,20 +380,11 @@ bool edges_rise_cpu(const int32_t* cu_seqlens, int64_t num_sequences, int64_t nu
   return rises;
 }
 
-bool loss_inputs_valid_cpu(const int32_t* cu_seqlens, const float* outcome, const float* margin, const float* weight,
-                           const float* denominator, int64_t num_sequences, int64_t num_rows) {
-  bool valid = edges_rise_cpu(cu_seqlens, num_sequences, num_rows);
-  for (int64_t b = 0; b < num_sequences; ++b) {
-    valid &= (outcome[b] == 0.0f) | (outcome[b] == 1.0f);
-    valid &= std::isfinite(margin[b]) & std::isfinite(weight[b]);
-  }
-  return valid && (!denominator || (*denominator > 0.0f && std::isfinite(*denominator)));
-}
 
-void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, float decay,
+void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, double decay,
                       bool reverse, int num_threads) {
-  if (decay == 1.0f && reverse) return for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanReverse{x, y, 1.0f});
-  if (decay == 1.0f) return for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanForward{x, y});
+  if (decay == 1.0 && reverse) return for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanReverse{x, y, 1.0f});
+  if (decay == 1.0) return for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanForward{x, y});
   const auto scan = [&](int64_t start, int64_t end) {
     double carry = 0.0;
     if (reverse) {
@@ -406,13 +412,27 @@ void prefix_values_bwd_cpu(const float* dvalue, const float* dmean_value, const 
                     PrefixValuesBackward{dvalue, dmean_value, dprob, dtd, prob, dlog_ratio, beta});
 }
 
-void prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, const float* outcome,
-                               const float* margin, const float* weight, float* sums, float* slope,
-                               int64_t num_sequences, float beta, int weighting, bool per_sequence, int num_threads) {
-  std::fill(sums, sums + 2 * num_sequences, 0.0f);
+bool prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, const LossTerms& terms, float* loss,
+                               float* counted, float* slope, int64_t num_sequences, int64_t num_rows, float beta,
+                               int weighting, bool per_sequence, int num_threads) {
+  if (!edges_rise_cpu(cu_seqlens, num_sequences, num_rows) || !valid(terms, num_sequences)) return false;
+  const Weighting kind = static_cast<Weighting>(weighting);
+  const float inverse_divisor = terms.denominator ? 1.0f / *terms.denominator : terms.inverse_divisor;
+  std::vector<double> losses(num_sequences, 0.0);  // 0 for an empty sequence, which the loop passes over
   for_each_sequence(cu_seqlens, num_sequences, num_threads,
-                    LossForward{log_ratio, outcome, margin, weight, sums, slope, beta, static_cast<Weighting>(weighting),
-                                per_sequence});
+                    LossForward{log_ratio, terms, losses.data(), slope, beta, inverse_divisor, kind, per_sequence});
+  double total = std::accumulate(losses.begin(), losses.end(), 0.0);
+  if (counted) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < num_sequences; ++b) {
+      const int32_t length = cu_seqlens[b + 1] - cu_seqlens[b];
+      if (length > 0) sum += prefix_weights(kind, static_cast<float>(length)).sum;
+    }
+    *counted = static_cast<float>(sum);
+    total /= sum;
+  }
+  *loss = static_cast<float>(total);
+  return true;
 }
 
 void prefix_value_loss_bwd_cpu(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,

@@ -8,11 +8,15 @@ namespace ipvrm {
 // Whether cu_seqlens rises from 0 to num_rows without decreasing.
 bool edges_rise_cpu(const int32_t* cu_seqlens, int64_t num_sequences, int64_t num_rows);
 
-// Whether moreover every outcome is 0 or 1, every margin and weight finite, and *denominator (may be null) positive and finite.
-bool loss_inputs_valid_cpu(const int32_t* cu_seqlens, const float* outcome, const float* margin, const float* weight,
-                           const float* denominator, int64_t num_sequences, int64_t num_rows);
+// What a sequence's losses are made of besides its tokens, one (B,) each. Null margin: margin_value for all. Null weight: 1.
+// Null denominator: the loss is multiplied by inverse_divisor instead of divided.
+struct LossTerms {
+  const float *outcome, *margin, *weight, *denominator;
+  float margin_value, inverse_divisor;
+  float margin_of(int64_t b) const { return margin ? margin[b] : margin_value; }
+};
 
-void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, float decay,
+void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, double decay,
                       bool reverse, int num_threads);
 
 void prefix_values_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value,
@@ -23,11 +27,14 @@ void prefix_values_bwd_cpu(const float* dvalue, const float* dmean_value, const 
                            const float* prob, const int32_t* cu_seqlens, float* dlog_ratio, int64_t num_sequences,
                            float beta, int num_threads);
 
-// sums (B,2): [w_b * sum_t omega_t loss_t, sum_t omega_t], both divided by the latter if `per_sequence`.
-// slope (N,): d sums[b,0] / d value_t, so that d loss / d log_ratio is beta times its reverse scan.
-void prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, const float* outcome,
-                               const float* margin, const float* weight, float* sums, float* slope,
-                               int64_t num_sequences, float beta, int weighting, bool per_sequence, int num_threads);
+// Writes nothing and returns false unless cu_seqlens rises from 0 to num_rows, every outcome is 0 or 1, every number finite
+// and *denominator positive.
+// loss: sum over sequences of w_b * sum_t omega_t loss_t, times the divisor, each over its sum of omega if `per_sequence`.
+// slope (N,): d loss / d value_t, so that d loss / d log_ratio is beta times its reverse scan.
+// counted, unless null: the sum of omega over all tokens, not 0, that loss is divided by and slope is not.
+bool prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, const LossTerms& terms, float* loss,
+                               float* counted, float* slope, int64_t num_sequences, int64_t num_rows, float beta,
+                               int weighting, bool per_sequence, int num_threads);
 
 // dlog_ratio_t = *scale * beta * sum_{j >= t} slope_j.
 void prefix_value_loss_bwd_cpu(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,

@@ -1,6 +1,8 @@
 // Sequence ops on NVIDIA GPUs: one thread block per sequence walks it in tiles of kTile tokens and carries the running sum
 // across tiles. Each thread scans kItems tokens in registers, warps scan by shuffles, warp totals meet in shared memory.
-// Loads and stores of a warp are contiguous: thread i of the block owns tokens i*kItems .. i*kItems+3 of the tile.
+// Thread i of the block owns tokens i*kItems .. i*kItems+3 of the tile: each of a warp's kItems loads strides 16 bytes, and
+// the four together read whole sectors, from L1 after the first. Edges are held to 0 .. num_rows: nothing here is read or
+// written out of bounds, whatever cu_seqlens holds.
 
 #include <cuda_runtime.h>
 
@@ -24,11 +26,25 @@ void check_launch(const char* op) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": launch failed: " + cudaGetErrorString(error));
 }
 
-__device__ __forceinline__ float int_power(float base, int exponent) {
-  float result = 1.0f;
+struct Rows {
+  int64_t start;
+  int length;
+};
+
+// The rows of the block's sequence, none where an unchecked edge makes no sense.
+__device__ __forceinline__ Rows rows_of_block(const int32_t* cu_seqlens, int64_t num_rows) {
+  const int last = static_cast<int>(min(num_rows, int64_t{0x7fffffff}));
+  const int start = min(max(cu_seqlens[blockIdx.x], 0), last), end = min(cu_seqlens[blockIdx.x + 1], last);
+  return {start, max(end - start, 0)};
+}
+
+// decay^exponent in double and rounded once: a factor near 1 loses 1024 roundings otherwise.
+__device__ __forceinline__ float int_power(double base, int exponent) {
+  if (base == 1.0) return 1.0f;
+  double result = 1.0;
   for (; exponent > 0; exponent >>= 1, base *= base)
     if (exponent & 1) result *= base;
-  return result;
+  return static_cast<float>(result);
 }
 
 // The block-wide decayed scan: y_i = x_i + decay * y_{i-1} over the tile's tokens in order, seeded by a carry.
@@ -36,17 +52,18 @@ __device__ __forceinline__ float int_power(float base, int exponent) {
 struct TileScan {
   float decay;
   float lane_power;              // decay^(kItems * lane)
-  float warp_power;              // decay^(kItems * 32)
   float thread_power;            // decay^(kItems * threadIdx.x)
+  float step_powers[6];          // decay^(kItems * 2^k); the last, 32 lanes, is a warp's
   float tile_power;              // decay^kTile
   float carry = 0.0f;            // y at the end of the previous tile
   float* warp_sums;              // (kWarps,) shared
 
-  __device__ TileScan(float decay_, float* shared) : decay(decay_), warp_sums(shared) {
-    lane_power = int_power(decay, kItems * (threadIdx.x % 32));
-    warp_power = int_power(decay, kItems * 32);
-    thread_power = int_power(decay, kItems * threadIdx.x);
-    tile_power = int_power(decay, kTile);
+  __device__ TileScan(double decay_, float* shared) : decay(static_cast<float>(decay_)), warp_sums(shared) {
+    lane_power = int_power(decay_, kItems * (threadIdx.x % 32));
+    thread_power = int_power(decay_, kItems * threadIdx.x);
+#pragma unroll
+    for (int k = 0; k < 6; ++k) step_powers[k] = int_power(decay_, kItems << k);
+    tile_power = int_power(decay_, kTile);
   }
 
   // items: in x, out y. Tokens beyond the sequence must come in as 0.
@@ -55,12 +72,10 @@ struct TileScan {
 #pragma unroll
     for (int k = 1; k < kItems; ++k) items[k] += decay * items[k - 1];
     float total = items[kItems - 1];  // inclusive over this thread, then over lanes
-    float power = int_power(decay, kItems);
 #pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const float left = __shfl_up_sync(0xffffffffu, total, offset);
-      if (lane >= offset) total += power * left;
-      power *= power;
+    for (int k = 0; k < 5; ++k) {
+      const float left = __shfl_up_sync(0xffffffffu, total, 1 << k);
+      if (lane >= 1 << k) total += step_powers[k] * left;
     }
     float before = __shfl_up_sync(0xffffffffu, total, 1);  // sum of the lanes to the left
     if (lane == 0) before = 0.0f;
@@ -70,7 +85,7 @@ struct TileScan {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       if (w == warp) left_warps = block_total;
-      block_total = warp_sums[w] + warp_power * block_total;
+      block_total = warp_sums[w] + step_powers[5] * block_total;
     }
     before += lane_power * left_warps + thread_power * carry;
 #pragma unroll
@@ -85,10 +100,9 @@ struct TileScan {
 
 __global__ void __launch_bounds__(kThreads)
 segment_scan_kernel(const float* __restrict__ x, const int32_t* __restrict__ cu_seqlens, float* __restrict__ y,
-                    float decay, bool reverse) {
+                    int64_t num_rows, double decay, bool reverse) {
   __shared__ float warp_sums[kWarps];
-  const int64_t start = cu_seqlens[blockIdx.x];
-  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
+  const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   TileScan scan(decay, warp_sums);
   for (int tile = 0; tile < length; tile += kTile) {
     const int base = tile + threadIdx.x * kItems;
@@ -110,11 +124,10 @@ segment_scan_kernel(const float* __restrict__ x, const int32_t* __restrict__ cu_
 __global__ void __launch_bounds__(kThreads)
 prefix_values_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens,
                          float* __restrict__ value, float* __restrict__ mean_value, float* __restrict__ prob,
-                         float* __restrict__ td, float beta) {
+                         float* __restrict__ td, int64_t num_rows, float beta) {
   __shared__ float warp_sums[kWarps];
-  const int64_t start = cu_seqlens[blockIdx.x];
-  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
-  TileScan scan(1.0f, warp_sums);
+  const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
+  TileScan scan(1.0, warp_sums);
   for (int tile = 0; tile < length; tile += kTile) {
     const int base = tile + threadIdx.x * kItems;
     float ratios[kItems], items[kItems];
@@ -138,11 +151,10 @@ prefix_values_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __r
 __global__ void __launch_bounds__(kThreads)
 prefix_values_bwd_kernel(const float* __restrict__ dvalue, const float* __restrict__ dmean_value,
                          const float* __restrict__ dprob, const float* __restrict__ dtd, const float* __restrict__ prob,
-                         const int32_t* __restrict__ cu_seqlens, float* __restrict__ dlog_ratio, float beta) {
+                         const int32_t* __restrict__ cu_seqlens, float* __restrict__ dlog_ratio, int64_t num_rows, float beta) {
   __shared__ float warp_sums[kWarps];
-  const int64_t start = cu_seqlens[blockIdx.x];
-  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
-  TileScan scan(1.0f, warp_sums);
+  const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
+  TileScan scan(1.0, warp_sums);
   for (int tile = 0; tile < length; tile += kTile) {
     const int base = tile + threadIdx.x * kItems;
     float items[kItems];
@@ -164,23 +176,26 @@ prefix_values_bwd_kernel(const float* __restrict__ dvalue, const float* __restri
 }
 
 __global__ void __launch_bounds__(kThreads)
-prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens,
-                             const float* __restrict__ outcome, const float* __restrict__ margin,
-                             const float* __restrict__ weight, float* __restrict__ sums, float* __restrict__ slope,
-                             float beta, Weighting kind, bool per_sequence) {
+prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens, LossTerms terms,
+                             float* __restrict__ losses, float* __restrict__ counted, float* __restrict__ slope,
+                             int64_t num_rows, float beta, Weighting kind, bool per_sequence) {
   __shared__ float warp_sums[kWarps];
   const int b = blockIdx.x;
-  const int64_t start = cu_seqlens[b];
-  const int length = cu_seqlens[b + 1] - cu_seqlens[b];
+  const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   if (length == 0) {
-    if (threadIdx.x == 0) sums[2 * b] = sums[2 * b + 1] = 0.0f;
+    if (threadIdx.x == 0) {
+      losses[b] = 0.0f;
+      if (counted) counted[b] = 0.0f;
+    }
     return;
   }
   const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
-  const float scale = per_sequence ? weight[b] / weights.sum : weight[b];
-  const float sign = 2.0f * outcome[b] - 1.0f;
-  const float margin_b = margin[b];
-  TileScan scan(1.0f, warp_sums);
+  float scale = terms.denominator ? 1.0f / *terms.denominator : terms.inverse_divisor;
+  if (terms.weight) scale *= terms.weight[b];
+  if (per_sequence) scale /= weights.sum;
+  const float sign = 2.0f * terms.outcome[b] - 1.0f;
+  const float margin_b = terms.margin ? terms.margin[b] : terms.margin_value;
+  TileScan scan(1.0, warp_sums);
   float total = 0.0f;
   for (int tile = 0; tile < length; tile += kTile) {
     const int base = tile + threadIdx.x * kItems;
@@ -207,19 +222,18 @@ prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t*
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += warp_sums[w];
-    sums[2 * b] = scale * sum;
-    sums[2 * b + 1] = per_sequence ? 1.0f : weights.sum;
+    losses[b] = scale * sum;
+    if (counted) counted[b] = weights.sum;
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
 prefix_value_loss_bwd_kernel(const float* __restrict__ slope, const int32_t* __restrict__ cu_seqlens,
-                             const float* __restrict__ scale, float* __restrict__ dlog_ratio, float beta) {
+                             const float* __restrict__ scale, float* __restrict__ dlog_ratio, int64_t num_rows, float beta) {
   __shared__ float warp_sums[kWarps];
-  const int64_t start = cu_seqlens[blockIdx.x];
-  const int length = cu_seqlens[blockIdx.x + 1] - cu_seqlens[blockIdx.x];
+  const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   const float factor = beta * *scale;
-  TileScan scan(1.0f, warp_sums);
+  TileScan scan(1.0, warp_sums);
   for (int tile = 0; tile < length; tile += kTile) {
     const int base = tile + threadIdx.x * kItems;
     float items[kItems];
@@ -242,44 +256,44 @@ unsigned grid(int64_t num_sequences) { return static_cast<unsigned>(num_sequence
 
 }  // namespace
 
-void segment_scan_cuda(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, float decay,
+void segment_scan_cuda(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, int64_t num_rows, double decay,
                        bool reverse, void* stream) {
   if (num_sequences == 0) return;
-  segment_scan_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(x, cu_seqlens, y, decay, reverse);
+  segment_scan_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(x, cu_seqlens, y, num_rows, decay, reverse);
   check_launch("segment_scan");
 }
 
 void prefix_values_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value,
-                            float* prob, float* td, int64_t num_sequences, float beta, void* stream) {
+                            float* prob, float* td, int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
   prefix_values_fwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(log_ratio, cu_seqlens, value,
-                                                                                    mean_value, prob, td, beta);
+                                                                                    mean_value, prob, td, num_rows, beta);
   check_launch("prefix_values");
 }
 
 void prefix_values_bwd_cuda(const float* dvalue, const float* dmean_value, const float* dprob, const float* dtd,
                             const float* prob, const int32_t* cu_seqlens, float* dlog_ratio, int64_t num_sequences,
-                            float beta, void* stream) {
+                            int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
   prefix_values_bwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(
-      dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, dlog_ratio, beta);
+      dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, dlog_ratio, num_rows, beta);
   check_launch("prefix_values backward");
 }
 
-void prefix_value_loss_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, const float* outcome,
-                                const float* margin, const float* weight, float* sums, float* slope,
-                                int64_t num_sequences, float beta, int weighting, bool per_sequence, void* stream) {
+void prefix_value_loss_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, const LossTerms& terms, float* losses,
+                                float* counted, float* slope, int64_t num_sequences, int64_t num_rows, float beta,
+                                int weighting, bool per_sequence, void* stream) {
   if (num_sequences == 0) return;
   prefix_value_loss_fwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(
-      log_ratio, cu_seqlens, outcome, margin, weight, sums, slope, beta, static_cast<Weighting>(weighting), per_sequence);
+      log_ratio, cu_seqlens, terms, losses, counted, slope, num_rows, beta, static_cast<Weighting>(weighting), per_sequence);
   check_launch("prefix_value_loss");
 }
 
 void prefix_value_loss_bwd_cuda(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
-                                int64_t num_sequences, float beta, void* stream) {
+                                int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
   prefix_value_loss_bwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(slope, cu_seqlens, scale,
-                                                                                        dlog_ratio, beta);
+                                                                                        dlog_ratio, num_rows, beta);
   check_launch("prefix_value_loss backward");
 }
 

@@ -12,6 +12,18 @@ from torch import Tensor
 
 from . import backend
 
+if backend.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def sequence_rows(cu_seqlens_ptr, sequence, N):
+        # int64 first row and end of the sequence, within 0 .. N whatever an unchecked cu_seqlens holds
+        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        start = tl.minimum(tl.maximum(start, 0), N)
+        return start, tl.maximum(tl.minimum(end, N), start)
+
 
 def pack(padded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of `padded` where `mask` is true, in order, and their sequence edges.

@@ -13,7 +13,6 @@ Shapes: log_ratio (N,), cu_seqlens (B+1,) int32, outcome, margin, weight (B,), l
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -28,6 +27,8 @@ from .segment_scan import segment_scan_reference  # what a running sum means; no
 if backend.HAS_TRITON:
     import triton
     import triton.language as tl
+
+    from .packing import sequence_rows
 
 BLOCK_T = 1024
 WEIGHTINGS = ("uniform", "late", "early")  # index = csrc/token_math.h's Weighting
@@ -86,6 +87,24 @@ def _softplus(z: Tensor) -> Tensor:
     )  # the default threshold drops exp(-z) above 20, 2e-9 that fp64 can see
 
 
+def _torch_loss_fwd(
+    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
+    denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
+    per_sequence: bool, count: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    margin = torch.full_like(outcome, margin_value) if margin is None else margin
+    weight = torch.ones_like(outcome) if weight is None else weight
+    sums, slope = prefix_value_loss_reference(
+        log_ratio, cu_seqlens, outcome, margin, weight, beta, weighting, per_sequence
+    )
+    scale = 1 / (divisor if denominator is None else denominator)
+    loss = scale * sums[:, 0].sum()
+    if not count:
+        return loss, scale * slope, log_ratio.new_empty(0)
+    counted = sums[:, 1].sum()
+    return loss / counted, scale * slope, counted
+
+
 def _torch_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
     return beta * scale * segment_scan_reference(slope, cu_seqlens, reverse=True)
 
@@ -105,23 +124,30 @@ if backend.HAS_TRITON:
         p = p * q + 3.33333333e-1
         return 2.0 * (s + s * q * p)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _prefix_value_loss_fwd_kernel(
         log_ratio_ptr,  # (N,)
         cu_seqlens_ptr,  # (B+1,)
         outcome_ptr,  # (B,)
         margin_ptr,  # (B,)
         weight_ptr,  # (B,)
-        sums_ptr,  # (B, 2)
+        denominator_ptr,  # ()
+        sums_ptr,  # (B,), with COUNT (2, B)
         slope_ptr,  # (N,)
+        margin_value,  # scalar
+        inverse_divisor,  # scalar
+        N,  # scalar
         beta,  # scalar
         WEIGHTING: tl.constexpr,
         PER_SEQUENCE: tl.constexpr,
+        COUNT: tl.constexpr,
+        HAS_MARGIN: tl.constexpr,
+        HAS_WEIGHT: tl.constexpr,
+        HAS_DENOMINATOR: tl.constexpr,
         BLOCK_T: tl.constexpr,
     ):
         sequence = tl.program_id(0)
-        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        start, end = sequence_rows(cu_seqlens_ptr, sequence, N)
         length = (end - start).to(tl.float32)
         omega_sum = length
         if WEIGHTING == "late":
@@ -129,12 +155,16 @@ if backend.HAS_TRITON:
         if WEIGHTING == "early":
             omega_sum = tl.where(length > 1.0, 0.5 * (length - 1.0), length)
         sign = 2.0 * tl.load(outcome_ptr + sequence) - 1.0
-        margin = tl.load(margin_ptr + sequence)
-        scale = tl.load(weight_ptr + sequence)
-        counted = omega_sum
+        margin = margin_value
+        if HAS_MARGIN:
+            margin = tl.load(margin_ptr + sequence)
+        scale = inverse_divisor
+        if HAS_DENOMINATOR:
+            scale = 1.0 / tl.load(denominator_ptr)
+        if HAS_WEIGHT:
+            scale = scale * tl.load(weight_ptr + sequence)
         if PER_SEQUENCE:
             scale = scale / tl.maximum(omega_sum, 0.5)  # 0.5: the least sum of a sequence that has tokens
-            counted = tl.where(end > start, 1.0, 0.0)
         offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
         carry = 0.0
         loss = 0.0
@@ -155,21 +185,22 @@ if backend.HAS_TRITON:
             sigmoid = tl.where(z < 0.0, e, 1.0) / (1.0 + e)  # (BLOCK_T,)
             tl.store(slope_ptr + rows, -scale * omega * sign * sigmoid / t, mask=valid)
             carry += tl.sum(log_ratio, 0)
-        tl.store(sums_ptr + 2 * sequence, scale * loss)
-        tl.store(sums_ptr + 2 * sequence + 1, counted)
+        tl.store(sums_ptr + sequence, scale * loss)
+        if COUNT:
+            tl.store(sums_ptr + tl.num_programs(0) + sequence, omega_sum)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _prefix_value_loss_bwd_kernel(
         slope_ptr,  # (N,)
         cu_seqlens_ptr,  # (B+1,)
         scale_ptr,  # ()
         dlog_ratio_ptr,  # (N,)
+        N,  # scalar
         beta,  # scalar
         BLOCK_T: tl.constexpr,
     ):
         sequence = tl.program_id(0)
-        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        start, end = sequence_rows(cu_seqlens_ptr, sequence, N)
         factor = beta * tl.load(scale_ptr)
         offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
         carry = 0.0
@@ -181,48 +212,84 @@ if backend.HAS_TRITON:
             carry += tl.sum(slope, 0)
 
 
+def _finished(sums: Tensor, slope: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, slope, counted) of a GPU kernel's sums (B,), or (2,B) with the sums of omega."""
+    if not count:
+        return sums.sum(), slope, sums.new_empty(0)
+    totals = sums.sum(1)
+    return totals[0] / totals[1], slope, totals[1]
+
+
 def _triton_loss_fwd(
-    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
-    beta: float, weighting: str, per_sequence: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
+    denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
+    per_sequence: bool, count: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B = cu_seqlens.shape[0] - 1
-    sums, slope = log_ratio.new_empty(B, 2), torch.empty_like(log_ratio)
-    if B:
+    sums, slope = log_ratio.new_empty((2, B) if count else B), torch.empty_like(log_ratio)
+    given = (margin, weight, denominator)
+    with torch.cuda.device_of(log_ratio):
         _prefix_value_loss_fwd_kernel[(B,)](
-            log_ratio, cu_seqlens, outcome, margin, weight, sums, slope, beta,
-            WEIGHTING=weighting, PER_SEQUENCE=per_sequence, BLOCK_T=BLOCK_T,
+            log_ratio, cu_seqlens, outcome, *(outcome if x is None else x for x in given), sums, slope,
+            margin_value, 1 / divisor, log_ratio.shape[0], beta,
+            WEIGHTING=weighting, PER_SEQUENCE=per_sequence, COUNT=count, HAS_MARGIN=margin is not None,
+            HAS_WEIGHT=weight is not None, HAS_DENOMINATOR=denominator is not None, BLOCK_T=BLOCK_T,
         )  # fmt: skip
-    return sums, slope
+    return _finished(sums, slope, count)
 
 
 def _triton_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
     dlog_ratio = torch.empty_like(slope)
     if slope.shape[0]:
         grid = (cu_seqlens.shape[0] - 1,)
-        _prefix_value_loss_bwd_kernel[grid](slope, cu_seqlens, scale, dlog_ratio, beta, BLOCK_T=BLOCK_T)
+        with torch.cuda.device_of(slope):
+            _prefix_value_loss_bwd_kernel[grid](
+                slope, cu_seqlens, scale, dlog_ratio, slope.shape[0], beta, BLOCK_T=BLOCK_T
+            )
     return dlog_ratio
 
 
-def _native_loss_fwd(device: str) -> Any:
-    def run(
-        log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
-        beta: float, weighting: str, per_sequence: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        sums, slope = log_ratio.new_empty(cu_seqlens.shape[0] - 1, 2), torch.empty_like(log_ratio)
-        backend.native_call(
-            f"prefix_value_loss_fwd_{device}", log_ratio, cu_seqlens, outcome, margin, weight, sums, slope,
-            cu_seqlens.shape[0] - 1, beta, WEIGHTINGS.index(weighting), per_sequence,
-        )  # fmt: skip
-        return sums, slope
+def _cpp_loss_fwd(
+    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
+    denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
+    per_sequence: bool, count: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    loss, slope, counted = (
+        log_ratio.new_empty(()),
+        torch.empty_like(log_ratio),
+        log_ratio.new_empty(() if count else 0),
+    )
+    B, N = cu_seqlens.shape[0] - 1, log_ratio.shape[0]
+    valid = backend.native_call(
+        "prefix_value_loss_fwd_cpu", log_ratio, cu_seqlens, outcome, margin, weight, denominator,
+        margin_value, 1 / divisor, loss, counted if count else None, slope,
+        B, N, beta, WEIGHTINGS.index(weighting), per_sequence,
+    )  # fmt: skip
+    if not valid:  # which is cheap to know on the way; the words are found here
+        _check_loss_values(cu_seqlens, N, outcome, margin, weight, denominator)
+    return loss, slope, counted
 
-    return run
+
+def _cuda_loss_fwd(
+    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
+    denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
+    per_sequence: bool, count: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    B = cu_seqlens.shape[0] - 1
+    sums, slope = log_ratio.new_empty((2, B) if count else B), torch.empty_like(log_ratio)
+    backend.native_call(
+        "prefix_value_loss_fwd_cuda", log_ratio, cu_seqlens, outcome, margin, weight, denominator,
+        margin_value, 1 / divisor, sums, sums[1] if count else None, slope,
+        B, log_ratio.shape[0], beta, WEIGHTINGS.index(weighting), per_sequence,
+    )  # fmt: skip
+    return _finished(sums, slope, count)
 
 
 def _native_loss_bwd(device: str) -> Any:
     def run(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
         dlog_ratio = torch.empty_like(slope)
         name, B = f"prefix_value_loss_bwd_{device}", cu_seqlens.shape[0] - 1
-        backend.native_call(name, slope, cu_seqlens, scale, dlog_ratio, B, beta)
+        backend.native_call(name, slope, cu_seqlens, scale, dlog_ratio, B, slope.shape[0], beta)
         return dlog_ratio
 
     return run
@@ -230,41 +297,51 @@ def _native_loss_bwd(device: str) -> Any:
 
 # each value: (forward, backward)
 IMPLS = {
-    "cuda": (_native_loss_fwd("cuda"), _native_loss_bwd("cuda")),
+    "cuda": (_cuda_loss_fwd, _native_loss_bwd("cuda")),
     "triton": (_triton_loss_fwd, _triton_loss_bwd),
-    "cpp": (_native_loss_fwd("cpu"), _native_loss_bwd("cpu")),
-    "torch": (prefix_value_loss_reference, _torch_loss_bwd),
+    "cpp": (_cpp_loss_fwd, _native_loss_bwd("cpu")),
+    "torch": (_torch_loss_fwd, _torch_loss_bwd),
 }
 
 
+def _counts(denominator: Tensor | None, divisor: float, per_sequence: bool) -> bool:
+    """Whether the loss is divided by the sum of omega, which only the edges tell."""
+    return denominator is None and divisor == 0 and not per_sequence
+
+
 def _prefix_value_loss(
-    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
-    denominator: Tensor | None, beta: float, weighting: str, per_sequence: bool, impl: str,
+    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
+    denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
+    per_sequence: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss (), slope (N,), scale ()): d loss / d log_ratio = beta * scale * reverse scan of slope."""
-    B = cu_seqlens.shape[0] - 1
-    log_ratio, cu_seqlens = log_ratio.contiguous(), cu_seqlens.contiguous()
-    outcome, margin, weight = outcome.contiguous(), margin.contiguous(), weight.contiguous()
-    if backend.checks_values(log_ratio):
-        _check_loss_values(cu_seqlens, log_ratio.shape[0], outcome, margin, weight, denominator)
-    forward, _ = IMPLS[impl]
-    sums, slope = forward(log_ratio, cu_seqlens, outcome, margin, weight, beta, weighting, per_sequence)
-    total, counted = sums.sum(0).unbind()
-    if denominator is not None:
-        scale = 1 / denominator
-    elif per_sequence:
-        # an empty sequence counts and adds 0
-        scale = torch.full((), 1 / max(B, 1), dtype=total.dtype, device=total.device)
-    else:
-        scale = torch.where(counted > 0, 1 / counted, 0.0)
-    return total * scale, slope, scale
+    """(loss (), slope (N,), counted): d loss / d log_ratio = beta / counted * reverse scan of slope.
+
+    margin None: margin_value for all; weight None: 1; denominator None: divisor, or where that is 0, B or the
+    sum of omega. Only the last is in `counted` (), which is (0,) otherwise: slope holds the other divisors.
+    """
+    N = log_ratio.shape[0]
+    log_ratio, cu_seqlens, outcome = log_ratio.contiguous(), cu_seqlens.contiguous(), outcome.contiguous()
+    margin, weight = (None if x is None else x.contiguous() for x in (margin, weight))
+    if (impl != "cpp" or N == 0) and backend.checks_values(log_ratio):  # cpp checks as it goes
+        _check_loss_values(cu_seqlens, N, outcome, margin, weight, denominator)
+    count = _counts(denominator, divisor, per_sequence)
+    if N == 0:
+        return log_ratio.new_zeros(()), torch.empty_like(log_ratio), log_ratio.new_ones(() if count else 0)
+    own = float(cu_seqlens.shape[0] - 1) if per_sequence else 1.0  # an empty sequence counts and adds 0
+    return IMPLS[impl][0](
+        log_ratio, cu_seqlens, outcome, margin, weight, denominator,
+        margin_value, divisor or own, beta, weighting, per_sequence, count,
+    )  # fmt: skip
 
 
 def _fake(
-    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
-    denominator: Tensor | None, beta: float, weighting: str, per_sequence: bool, impl: str,
+    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
+    denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
+    per_sequence: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return log_ratio.new_empty(()), log_ratio.new_empty(log_ratio.shape[0]), log_ratio.new_empty(())
+    N = log_ratio.shape[0]
+    counted = () if _counts(denominator, divisor, per_sequence) else 0
+    return log_ratio.new_empty(()), log_ratio.new_empty(N), log_ratio.new_empty(counted)
 
 
 def _prefix_value_loss_bwd(
@@ -291,40 +368,35 @@ _bwd_op = register(_prefix_value_loss_bwd, _bwd_fake, _refuse)
 
 def _loss_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
-    _, slope, scale = output
-    ctx.mark_non_differentiable(slope, scale)
-    log_ratio, cu_seqlens, ctx.beta, ctx.impl = inputs[0], inputs[1], inputs[6], inputs[9]
-    ctx.save_for_backward(log_ratio, cu_seqlens, slope, scale)
+    _, slope, counted = output
+    ctx.mark_non_differentiable(slope, counted)
+    log_ratio, cu_seqlens, ctx.beta, ctx.impl = inputs[0], inputs[1], inputs[8], inputs[11]
+    ctx.save_for_backward(log_ratio, cu_seqlens, slope, counted)
 
 
 def _loss_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
     if dloss is None:
-        return (None,) * 10
-    log_ratio, cu_seqlens, slope, scale = ctx.saved_tensors
-    gradient = _bwd_op(log_ratio, slope, cu_seqlens, dloss * scale, ctx.beta, ctx.impl)
-    return gradient, *(None,) * 9
+        return (None,) * 12
+    log_ratio, cu_seqlens, slope, counted = ctx.saved_tensors
+    scale = dloss / counted if counted.dim() == 0 else dloss
+    gradient = _bwd_op(log_ratio, slope, cu_seqlens, scale, ctx.beta, ctx.impl)
+    return gradient, *(None,) * 11
 
 
 _loss_op = register(_prefix_value_loss, _fake, _loss_backward, _loss_setup)
 
 
 def _check_loss_values(
-    cu_seqlens: Tensor, N: int, outcome: Tensor, margin: Tensor, weight: Tensor, denominator: Tensor | None
-) -> None:
+    cu_seqlens: Tensor, N: int, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
+    denominator: Tensor | None,
+) -> None:  # fmt: skip
     op = "prefix_value_loss"
-    per_sequence = (outcome, margin, weight)
-    if backend.HAS_CPP and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in per_sequence):
-        B = cu_seqlens.shape[0] - 1
-        if backend.native_call(
-            "loss_inputs_valid_cpu", cu_seqlens, outcome, margin, weight, denominator, B, N
-        ):
-            return  # in one pass over B instead of a dozen torch calls; those below find the words
     check_cu_seqlens(op, cu_seqlens, N)
     if not bool(((outcome == 0) | (outcome == 1)).all()):
         wrong = outcome[(outcome != 0) & (outcome != 1)]
         raise ValueError(f"{op}: outcome must be 0 or 1, got {wrong[:4].tolist()}")
     for name, values in (("margin", margin), ("weight", weight)):
-        if not bool(values.isfinite().all()):
+        if values is not None and not bool(values.isfinite().all()):
             raise ValueError(f"{op}: {name} must be finite, got {values[~values.isfinite()][:4].tolist()}")
     if denominator is not None and not bool((denominator > 0) & denominator.isfinite()):
         raise ValueError(f"{op}: denominator must be positive and finite, got {denominator.item()}")
@@ -373,8 +445,12 @@ def prefix_value_loss(
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if isinstance(margin, (int, float)):
-        margin = checked_finite(op, "margin", margin)
+    limits = torch.finfo(log_ratio.dtype)  # of the arithmetic: 1e39 is not finite in fp32
+    margin_value = 0.0
+    if not isinstance(margin, Tensor):
+        margin_value = checked_finite(op, "margin", margin)
+        if abs(margin_value) > limits.max:
+            raise ValueError(f"{op}: margin must be finite in {log_ratio.dtype}, got {margin_value}")
 
     def per_sequence(name: str, given: float | Tensor) -> Tensor:
         if not isinstance(given, Tensor):
@@ -391,10 +467,11 @@ def prefix_value_loss(
     if not isinstance(outcome, Tensor) or outcome.dim() != 1:
         given = tuple(outcome.shape) if isinstance(outcome, Tensor) else type(outcome).__name__
         raise ValueError(f"{op}: outcome must be a tensor of shape ({B},), got {given}")
+    divisor = 0.0
     if denominator is not None and not isinstance(denominator, Tensor):
-        if not 0 < denominator < math.inf:
+        if not limits.tiny <= denominator <= limits.max:
             raise ValueError(f"{op}: denominator must be positive and finite, got {denominator}")
-        denominator = torch.full((), denominator, dtype=log_ratio.dtype, device=log_ratio.device)
+        divisor, denominator = float(denominator), None
     if denominator is not None:
         if denominator.dim() != 0:
             raise ValueError(
@@ -402,8 +479,9 @@ def prefix_value_loss(
             )
         denominator = denominator.detach().to(log_ratio.device, log_ratio.dtype)
     loss, _, _ = _loss_op(
-        log_ratio, cu_seqlens, per_sequence("outcome", outcome), per_sequence("margin", margin),
-        per_sequence("weight", 1.0 if weight is None else weight), denominator,
+        log_ratio, cu_seqlens, per_sequence("outcome", outcome),
+        per_sequence("margin", margin) if isinstance(margin, Tensor) else None,
+        None if weight is None else per_sequence("weight", weight), denominator, margin_value, divisor,
         beta, prefix_weighting, reduction == "sequence_mean", backend.choose(op, IMPLS, impl, log_ratio),
     )  # fmt: skip
     return loss

@@ -28,6 +28,8 @@ if backend.HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from .packing import sequence_rows
+
 BLOCK_T = 1024
 
 
@@ -67,7 +69,7 @@ def _torch_values_bwd(
 
 if backend.HAS_TRITON:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _prefix_values_fwd_kernel(
         log_ratio_ptr,  # (N,)
         cu_seqlens_ptr,  # (B+1,)
@@ -75,12 +77,12 @@ if backend.HAS_TRITON:
         mean_value_ptr,  # (N,)
         prob_ptr,  # (N,)
         td_ptr,  # (N,)
+        N,  # scalar
         beta,  # scalar
         BLOCK_T: tl.constexpr,
     ):
         sequence = tl.program_id(0)
-        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        start, end = sequence_rows(cu_seqlens_ptr, sequence, N)
         offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
         carry = 0.0
         for block in range(start, end, BLOCK_T):
@@ -95,7 +97,7 @@ if backend.HAS_TRITON:
             tl.store(td_ptr + rows, beta * log_ratio, mask=valid)
             carry += tl.sum(log_ratio, 0)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _prefix_values_bwd_kernel(
         dvalue_ptr,  # (N,)
         dmean_value_ptr,  # (N,)
@@ -104,6 +106,7 @@ if backend.HAS_TRITON:
         prob_ptr,  # (N,)
         cu_seqlens_ptr,  # (B+1,)
         dlog_ratio_ptr,  # (N,)
+        N,  # scalar
         beta,  # scalar
         HAS_DVALUE: tl.constexpr,
         HAS_DMEAN: tl.constexpr,
@@ -112,8 +115,7 @@ if backend.HAS_TRITON:
         BLOCK_T: tl.constexpr,
     ):
         sequence = tl.program_id(0)
-        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        start, end = sequence_rows(cu_seqlens_ptr, sequence, N)
         offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
         carry = 0.0
         for block in range(start, end, BLOCK_T):
@@ -141,9 +143,10 @@ def _triton_values_fwd(
     value, mean_value, prob, td = (torch.empty_like(log_ratio) for _ in range(4))
     if log_ratio.shape[0]:
         grid = (cu_seqlens.shape[0] - 1,)
-        _prefix_values_fwd_kernel[grid](
-            log_ratio, cu_seqlens, value, mean_value, prob, td, beta, BLOCK_T=BLOCK_T
-        )
+        with torch.cuda.device_of(log_ratio):
+            _prefix_values_fwd_kernel[grid](
+                log_ratio, cu_seqlens, value, mean_value, prob, td, log_ratio.shape[0], beta, BLOCK_T=BLOCK_T
+            )
     return value, mean_value, prob, td
 
 
@@ -154,10 +157,11 @@ def _triton_values_bwd(
     dlog_ratio = torch.empty_like(prob)
     grads = (dvalue, dmean_value, dprob, dtd)
     if prob.shape[0]:
-        _prefix_values_bwd_kernel[(cu_seqlens.shape[0] - 1,)](
-            *(prob if grad is None else grad for grad in grads), prob, cu_seqlens, dlog_ratio, beta,
-            *(grad is not None for grad in grads), BLOCK_T=BLOCK_T,
-        )  # fmt: skip
+        with torch.cuda.device_of(prob):
+            _prefix_values_bwd_kernel[(cu_seqlens.shape[0] - 1,)](
+                *(prob if grad is None else grad for grad in grads), prob, cu_seqlens, dlog_ratio,
+                prob.shape[0], beta, *(grad is not None for grad in grads), BLOCK_T=BLOCK_T,
+            )  # fmt: skip
     return dlog_ratio
 
 
@@ -166,7 +170,7 @@ def _native_values_fwd(device: str) -> Any:
         value, mean_value, prob, td = (torch.empty_like(log_ratio) for _ in range(4))
         backend.native_call(
             f"prefix_values_fwd_{device}", log_ratio, cu_seqlens, value, mean_value, prob, td,
-            cu_seqlens.shape[0] - 1, beta,
+            cu_seqlens.shape[0] - 1, log_ratio.shape[0], beta,
         )  # fmt: skip
         return value, mean_value, prob, td
 
@@ -181,7 +185,7 @@ def _native_values_bwd(device: str) -> Any:
         dlog_ratio = torch.empty_like(prob)
         backend.native_call(
             f"prefix_values_bwd_{device}", dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, dlog_ratio,
-            cu_seqlens.shape[0] - 1, beta,
+            cu_seqlens.shape[0] - 1, prob.shape[0], beta,
         )  # fmt: skip
         return dlog_ratio
 

@@ -23,6 +23,8 @@ if backend.HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from .packing import sequence_rows
+
 
 def segment_scan_reference(
     x: Tensor, cu_seqlens: Tensor, decay: float = 1.0, reverse: bool = False
@@ -53,38 +55,47 @@ if backend.HAS_TRITON:
     def _decayed_sum(decay_left, sum_left, decay_right, sum_right):
         return decay_left * decay_right, sum_right + decay_right * sum_left
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _segment_scan_kernel(
         x_ptr,  # (N,)
         cu_seqlens_ptr,  # (B+1,)
         y_ptr,  # (N,)
-        decay,  # scalar
+        N,  # scalar
+        decay_high,  # scalar
+        decay_low,  # scalar, the rest of it in double: a decay of 0.999 in fp32 puts sums 1e-5 off
+        DECAYED: tl.constexpr,
         REVERSE: tl.constexpr,
         BLOCK_T: tl.constexpr,
     ):
         sequence = tl.program_id(0)
-        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        start, end = sequence_rows(cu_seqlens_ptr, sequence, N)
         offsets = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
-        carry = 0.0
+        carry = tl.sum(tl.zeros((1,), tl.float64 if DECAYED else tl.float32))
         for block in range(start, end, BLOCK_T):
             t = block - start + offsets  # (BLOCK_T,) position counted from the end the scan begins at
             rows = end - 1 - t if REVERSE else start + t  # (BLOCK_T,)
             valid = t < end - start  # (BLOCK_T,)
             x = tl.load(x_ptr + rows, mask=valid, other=0.0)  # (BLOCK_T,)
-            decays = tl.zeros_like(x) + decay  # (BLOCK_T,)
-            powers, sums = tl.associative_scan((decays, x), 0, _decayed_sum)  # (BLOCK_T,) each
-            y = sums + powers * carry  # (BLOCK_T,)
-            tl.store(y_ptr + rows, y, mask=valid)
-            carry = tl.sum(tl.where(offsets == BLOCK_T - 1, y, 0.0))
+            if DECAYED:
+                decays = tl.zeros((BLOCK_T,), tl.float64) + decay_high + decay_low  # (BLOCK_T,)
+                powers, sums = tl.associative_scan((decays, x.to(tl.float64)), 0, _decayed_sum)
+                y = sums + powers * carry  # (BLOCK_T,)
+                carry = tl.sum(tl.where(offsets == BLOCK_T - 1, y, 0.0))
+            else:
+                y = tl.cumsum(x, 0) + carry  # (BLOCK_T,)
+                carry += tl.sum(x, 0)
+            tl.store(y_ptr + rows, y.to(tl.float32), mask=valid)
 
 
 def _triton(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
     y = torch.empty_like(x)
     if x.shape[0]:
-        _segment_scan_kernel[(cu_seqlens.shape[0] - 1,)](
-            x, cu_seqlens, y, decay, REVERSE=reverse, BLOCK_T=1024
-        )
+        high = torch.tensor(decay, dtype=torch.float32).item()
+        with torch.cuda.device_of(x):
+            _segment_scan_kernel[(cu_seqlens.shape[0] - 1,)](
+                x, cu_seqlens, y, x.shape[0], high, decay - high,
+                DECAYED=decay != 1, REVERSE=reverse, BLOCK_T=1024,
+            )  # fmt: skip
     return y
 
 
@@ -92,7 +103,7 @@ def _native(device: str) -> Any:
     def run(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
         y = torch.empty_like(x)
         backend.native_call(
-            f"segment_scan_{device}", x, cu_seqlens, y, cu_seqlens.shape[0] - 1, decay, reverse
+            f"segment_scan_{device}", x, cu_seqlens, y, cu_seqlens.shape[0] - 1, x.shape[0], decay, reverse
         )
         return y
 
@@ -134,7 +145,7 @@ def segment_scan(
     Args:
         x: (N,) float; fp32, bf16, fp16 (summed in fp32) or fp64.
         cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; empty sequences are allowed.
-        decay: factor per step, finite; discount * lam for GAE.
+        decay: factor per step, within -1 .. 1, beyond which long sequences overflow; discount * lam for GAE.
         reverse: run from each sequence's end.
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 
@@ -143,4 +154,6 @@ def segment_scan(
     """
     x = checked_tokens("segment_scan", "x", x, cu_seqlens)
     decay = checked_finite("segment_scan", "decay", decay)
+    if abs(decay) > 1:
+        raise ValueError(f"segment_scan: decay must be within -1 .. 1, got {decay}")
     return _scan_op(x, cu_seqlens, decay, bool(reverse), backend.choose("segment_scan", IMPLS, impl, x))

@@ -40,13 +40,25 @@ POINTERS = {
     "token_ids_ptr": "*i64", "candidate_ids_ptr": "*i64", "clipped_ptr": "*i1", "dual_clipped_ptr": "*i1",
     "count_ptr": "*i32", "target_ptr": "*i64", "flags_ptr": "*i1",
 }  # fmt: skip
-FLOATS = ("decay", "beta", "margin", "scale", "cap", "factor", "slope", "low")
-INTEGERS = ("count", "B", "K", "num_halvings", "row0", "num_rows", "num_blocks")
+FLOATS = (
+    "decay_high",
+    "decay_low",
+    "beta",
+    "margin",
+    "scale",
+    "cap",
+    "factor",
+    "slope",
+    "low",
+    "margin_value",
+    "inverse_divisor",
+)
+INTEGERS = ("count", "N", "B", "K", "num_halvings", "row0", "num_rows", "num_blocks")
 ALIGNED = ("D", "C", "hidden_stride", "weight_stride")  # multiples of 16, as in every model
 # kernel, constexprs of its main configurations
 CASES = [
-    (segment_scan._segment_scan_kernel, {"REVERSE": True, "BLOCK_T": 1024}),
-    (segment_scan._segment_scan_kernel, {"REVERSE": False, "BLOCK_T": 1024}),
+    (segment_scan._segment_scan_kernel, {"DECAYED": True, "REVERSE": True, "BLOCK_T": 1024}),
+    (segment_scan._segment_scan_kernel, {"DECAYED": False, "REVERSE": False, "BLOCK_T": 1024}),
     (prefix_values._prefix_values_fwd_kernel, {"BLOCK_T": prefix_values.BLOCK_T}),
     (
         prefix_values._prefix_values_bwd_kernel,
@@ -55,9 +67,17 @@ CASES = [
     *(
         (
             prefix_value_loss._prefix_value_loss_fwd_kernel,
-            dict(WEIGHTING=weighting, PER_SEQUENCE=True, BLOCK_T=prefix_value_loss.BLOCK_T),
+            dict(
+                WEIGHTING=weighting,
+                PER_SEQUENCE=not count,
+                COUNT=count,
+                HAS_MARGIN=not count,
+                HAS_WEIGHT=not count,
+                HAS_DENOMINATOR=not count,
+                BLOCK_T=prefix_value_loss.BLOCK_T,
+            ),
         )
-        for weighting in prefix_value_loss.WEIGHTINGS
+        for weighting, count in (("uniform", False), ("late", False), ("early", True))
     ),
     (prefix_value_loss._prefix_value_loss_bwd_kernel, {"BLOCK_T": prefix_value_loss.BLOCK_T}),
     (clipped_surrogate._clipped_surrogate_fwd_kernel, {"BLOCK": clipped_surrogate.BLOCK}),

@@ -287,18 +287,40 @@ def test_a_long_sequence_is_cut_into_pieces(threads, weighting, poisoned):
 def test_softplus_and_sigmoid_keep_relative_accuracy():
     """One-token sequences with x = 0: the loss of each is softplus(margin), its slope -sigmoid(margin)."""
     z = torch.cat([torch.linspace(-86.9, 86.9, 20_001), torch.tensor([0.0, -0.0, 1e-6, -1e-6, 1e4, 3e38])])
-    B = z.shape[0]
     forward, _ = IMPLS["cpp"]
-    ones = torch.ones(B)
-    sums, slope = forward(torch.zeros(B), edges([1] * B), ones, z, ones, 10.0, "uniform", True)
+    one, zero = torch.ones(1), torch.zeros(1)
+
+    def at(z):
+        tail = (None, None, z, 1.0, 10.0, "uniform", True, False)
+        loss, slope, _ = forward(zero, edges([1]), one, None, *tail)
+        return loss.item(), slope.item()
+
+    loss, slope = torch.tensor([at(margin) for margin in z.tolist()], dtype=torch.float64).T
     exact = F.softplus(z.double(), threshold=1000)
     ulp = torch.finfo(torch.float32).eps
-    assert ((sums[:, 0].double() - exact) / exact).abs().max() < 4 * ulp
-    assert ((slope.double() + torch.sigmoid(z.double())) / torch.sigmoid(z.double())).abs().max() < 4 * ulp
+    assert ((loss - exact) / exact).abs().max() < 4 * ulp
+    assert ((slope + torch.sigmoid(z.double())) / torch.sigmoid(z.double())).abs().max() < 4 * ulp
     # below -87 both are held at a normal number instead of going on into denormals
-    far = torch.tensor([-88.0, -1e4, -3e38])
-    sums, slope = forward(torch.zeros(3), edges([1] * 3), ones[:3], far, ones[:3], 10.0, "uniform", True)
-    assert (sums[:, 0] < 2e-38).all() and (slope.abs() < 2e-38).all()
+    assert all(loss < 2e-38 and abs(slope) < 2e-38 for loss, slope in map(at, (-88.0, -1e4, -3e38)))
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("denominator", [None, 3.0])
+def test_a_number_is_the_tensor_of_it(impl, device, reduction, denominator):
+    """Numbers are arguments of the kernel, tensors pointers: margin, weight and denominator either way."""
+    inputs = case([5, 0, 1, 90, 1500])
+    cu = edges([5, 0, 1, 90, 1500], device)
+    outcome, ones = inputs["outcome"].to(device), torch.ones(5, device=device)
+    results = []
+    for margin, weight, divisor in ((2.5, None, denominator), (2.5 * ones, ones, denominator)):
+        tensor = divisor if divisor is None or weight is None else torch.tensor(divisor, device=device)
+        leaf = inputs["log_ratio"].to(device, copy=True).requires_grad_()
+        loss = prefix_value_loss(
+            leaf, cu, outcome, margin=margin, weight=weight, denominator=tensor, reduction=reduction,
+            prefix_weighting="late", impl=impl,
+        )  # fmt: skip
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -317,6 +339,39 @@ def test_a_bad_token_stays_where_it_is(impl, device, value, lengths):
     assert math.isnan(loss.item()) == math.isnan(value) or math.isinf(loss.item())
     for rows in (slice(0, lengths[0]), slice(lengths[0] + lengths[1], None)):
         torch.testing.assert_close(gradients[1][rows], gradients[0][rows], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [[0, 9, 50], [-40, 7, 50], [5, 3, 60], [2**31 - 1, -(2**31), 12]], ids=str)
+def test_unchecked_edges_stay_in_bounds(impl, device, bad, monkeypatch):
+    """On a GPU nobody checks the edges: kernels hold them to 0 .. N, and what lies behind is untouched."""
+    if impl not in ("triton", "cuda"):
+        pytest.skip("the CPU's implementations see checked edges only")
+    monkeypatch.setattr(backend, "checks_values", lambda tensor: False)
+    N, guard = 12, 64
+    rooms = []
+
+    def guarded(like, **_):
+        room = torch.full((guard + like.numel() + guard,), 7.0, device=device)
+        rooms.append(room)
+        return room[guard:-guard].view(like.shape)
+
+    monkeypatch.setattr(torch, "empty_like", guarded)
+    hidden = torch.full((guard + N + guard,), float("nan"), device=device)  # what an input must not read
+    hidden[guard:-guard] = 1.0
+    cu = torch.tensor(bad, dtype=torch.int32, device=device)
+    clamped = [min(max(edge, 0), N) for edge in bad]
+    touched = torch.zeros(N, dtype=torch.bool)
+    for start, end in zip(clamped, clamped[1:], strict=False):
+        touched[start:end] = True
+    leaf = hidden[guard:-guard].requires_grad_()
+    loss = prefix_value_loss(leaf, cu, torch.ones(2, device=device), impl=impl)
+    assert loss.isfinite()
+    loss.backward()
+    assert len(rooms) >= 2
+    for room in rooms:
+        assert (room[:guard] == 7).all() and (room[-guard:] == 7).all()
+        inside = room[guard:-guard].cpu()
+        assert (inside[~touched] == 7).all() and inside.isfinite().all()
 
 
 def test_the_backward_can_run_twice(impl, device):
@@ -358,6 +413,8 @@ def test_outcome_dtypes(impl, device, dtype):
         (dict(beta=float("nan")), "beta must be finite, got nan"),
         (dict(prefix_weighting="last"), "prefix_weighting must be one of uniform, late, early, got 'last'"),
         (dict(reduction="mean"), "reduction must be one of sequence_mean, token_mean, got 'mean'"),
+        (dict(margin=1e39), "margin must be finite in torch.float32, got 1e\\+39"),
+        (dict(denominator=1e-50), "denominator must be positive and finite, got 1e-50"),
         (dict(denominator=0.0), "denominator must be positive and finite, got 0.0"),
         (dict(denominator=torch.tensor(-1.0)), "denominator must be positive and finite, got -1.0"),
         (dict(denominator=torch.ones(1)), r"denominator must be a number or 0-d, got shape \(1,\)"),
@@ -375,8 +432,9 @@ def test_opcheck_and_compile(impl, device):
     x = torch.randn(7, device=device, requires_grad=True)
     outcome = torch.tensor([1.0, 0.0], device=device)
     ones = torch.ones(2, device=device)
-    arguments = (x, cu, outcome, ones, ones, None, 2.0, "late", True, impl)
-    torch.library.opcheck(torch.ops.ipvrm.prefix_value_loss, arguments)
+    for tensors, per_sequence in (((ones, ones, ones[0].clone()), True), ((None, None, None), False)):
+        arguments = (x, cu, outcome, *tensors, 1.0, 0.0, 2.0, "late", per_sequence, impl)
+        torch.library.opcheck(torch.ops.ipvrm.prefix_value_loss, arguments)
     compiled = torch.compile(
         lambda x: prefix_value_loss(x, cu, outcome, impl=impl) * 2, fullgraph=True, backend="aot_eager"
     )

@@ -110,6 +110,18 @@ def test_a_long_sequence_is_cut_into_pieces(threads, reverse, poisoned):
     assert ((y - exact) / exact).abs().max() < 2 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("decay", [0.999, 0.9999, -0.999])
+def test_a_decay_near_one_keeps_its_digits(impl, device, decay, reverse):
+    """A decay of 0.999 in fp32 puts every sum 1e-5 off; in double only sums are rounded, in cpp once."""
+    x = 0.5 + torch.rand(32_768, device=device)
+    y = segment_scan(x, edges([32_768], device), decay, reverse, impl=impl).double().cpu()
+    exact = loop(x.cpu(), [32_768], decay, reverse)
+    scale = exact.abs() if decay > 0 else exact.abs().max()  # alternating sums cancel
+    error = ((y - exact) / scale).abs().max()
+    assert error < (1e-7 if impl == "cpp" else 1e-6)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 def test_a_bad_token_leaves_those_before_it(impl, device, value, decay):
@@ -126,6 +138,37 @@ def test_nan_stays_in_its_sequence(impl, device):
     x[1] = float("nan")
     y = segment_scan(x, edges([3, 6], device), impl=impl)
     assert y[3:].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+@pytest.mark.parametrize("bad", [[0, 9, 50], [-40, 7, 50], [5, 3, 60], [2**31 - 1, -(2**31), 12]], ids=str)
+def test_unchecked_edges_stay_in_bounds(impl, device, bad, monkeypatch):
+    """On a GPU nobody checks the edges: kernels hold them to 0 .. N, and what lies behind is untouched."""
+    if impl not in ("triton", "cuda"):
+        pytest.skip("the CPU's implementations see checked edges only")
+    monkeypatch.setattr(backend, "checks_values", lambda tensor: False)
+    N, guard = 12, 64
+    rooms = []
+
+    def guarded(like, **_):
+        room = torch.full((guard + like.numel() + guard,), 7.0, device=device)
+        rooms.append(room)
+        return room[guard:-guard].view(like.shape)
+
+    monkeypatch.setattr(torch, "empty_like", guarded)
+    hidden = torch.full((guard + N + guard,), float("nan"), device=device)  # what an input must not read
+    hidden[guard:-guard] = 1.0
+    cu = torch.tensor(bad, dtype=torch.int32, device=device)
+    clamped = [min(max(edge, 0), N) for edge in bad]
+    touched = torch.zeros(N, dtype=torch.bool)
+    for start, end in zip(clamped, clamped[1:], strict=False):
+        touched[start:end] = True
+    for reverse in (False, True):
+        segment_scan(hidden[guard:-guard], cu, 0.5, reverse, impl=impl)
+    assert len(rooms) == 2
+    for room in rooms:
+        assert (room[:guard] == 7).all() and (room[-guard:] == 7).all()
+        inside = room[guard:-guard].cpu()
+        assert (inside[~touched] == 7).all() and inside.isfinite().all()
 
 
 def test_reference_gradcheck():
@@ -182,6 +225,8 @@ def test_seeded_fault_carry_reset_is_caught(edge):
         (dict(cu_seqlens=torch.tensor([1, 4], dtype=torch.int32)), "must rise from 0"),
         (dict(cu_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")), "cu_seqlens is on meta"),
         (dict(decay=float("nan")), "decay must be finite, got nan"),
+        (dict(decay=1.001), r"segment_scan: decay must be within -1 .. 1, got 1.001"),
+        (dict(decay=-1e200, impl="torch"), r"decay must be within -1 .. 1, got -1e\+200"),
         (dict(impl="fast"), "no such implementation; the names are torch, cpp, triton, cuda"),
         (dict(impl="cuda"), "impl='cuda' cannot run here"),
     ],
