@@ -390,6 +390,39 @@ def test_force_sampled(data, K, N):
     assert torch.equal(logprobs, -got.float())
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("config", [PAPER, RELEASE], ids=["paper", "release"])
+def test_the_loss_compiles_whole(config, dynamic):
+    torch.compiler.reset()
+    compiled = torch.compile(distrl_loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for lengths in ((5, 1, 0, 9, 2), (3, 8)):
+        logits, token_ids, candidate_ids, rest = inputs(lengths=lengths)
+        got = []
+        for function in (compiled, distrl_loss):
+            leaf = logits.clone().requires_grad_()
+            out = function(*of_logits(leaf, token_ids, candidate_ids), **rest, config=config)
+            got.append((out, *torch.autograd.grad(out.loss, leaf)))
+        assert_equal_losses(got[0][0], got[1][0])
+        torch.testing.assert_close(got[0][1], got[1][1])
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_selection_compiles_whole(preset, dynamic):
+    torch.compiler.reset()
+    config, cu = CandidateConfig.preset(preset), torch.tensor([0, 6, 9], dtype=torch.int32)
+    hidden, weight = torch.randn(9, 8), torch.randn(20, 8)
+    token_ids = torch.randint(20, (9,))
+    compiled = torch.compile(select_candidates, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    found = compiled(hidden, weight, token_ids, cu, config=config)
+    for mine, theirs in zip(
+        found, select_candidates(hidden, weight, token_ids, cu, config=config), strict=True
+    ):
+        assert mine is theirs is None or torch.equal(mine, theirs)
+    compiled = torch.compile(candidate_mask, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    assert torch.equal(compiled(found.logprobs, cu, config), found.ids >= 0)
+
+
 def test_no_device_sync():
     """On the meta device nothing has a value, so whatever would wait for one raises."""
     logits, token_ids, candidate_ids, rest = inputs()
