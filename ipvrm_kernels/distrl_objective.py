@@ -82,6 +82,22 @@ class Divisors(NamedTuple):
     candidates: float | Tensor
 
 
+def check_denominator(op: str, name: str, value: float) -> None:
+    """Raise ValueError, as `op`, unless finite and > 0; a candidate_denominator may be 0, see below."""
+    least = ">" if name == "token_denominator" else ">="
+    if not 0 <= value < math.inf or (least == ">" and value == 0):
+        raise ValueError(f"{op}: {name} must be finite and {least} 0, got {value}")
+
+
+def check_candidates(op: str, denominator: float, used: Tensor) -> None:
+    """Raise ValueError, as `op`, for a denominator of 0 where an element of `used` (bool) is true."""
+    if denominator == 0 and bool(used.any()):
+        raise ValueError(
+            f"{op}: candidate_denominator must be > 0 where there are candidates, got 0 with "
+            f"{int(used.sum())}"
+        )
+
+
 class Evaluated(NamedTuple):
     """Of some rows; over blocks of rows the first four add up."""
 
