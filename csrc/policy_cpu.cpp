@@ -58,7 +58,7 @@ IPVRM_SIMD void objective_terms(Elements& e, bool with_prob, float scale, Clips 
   const int64_t count = e.count;
   if (with_prob) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) e.prob[i] = exp_any(e.old_logprob[i]);
+    for (int64_t i = 0; i < count; ++i) e.prob[i] = normal_prob(e.old_logprob[i]);
   } else {
     for (int64_t i = 0; i < count; ++i) e.prob[i] = 1.0f;
   }

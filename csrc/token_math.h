@@ -151,13 +151,19 @@ struct Branch {
   Clips clips;
   // The factor of every loss in a row whose sequence has `length` tokens.
   IPVRM_HD float factor(int32_t length) const {
-    if (reduction == Reduction::old_prob_mean) return divisor > 0.0f ? 1.0f / divisor : 0.0f;
+    if (reduction == Reduction::old_prob_mean) return divisor == 0.0f ? 0.0f : 1.0f / divisor;  // NaN stays NaN
     return (reduction == Reduction::sequence_mean ? 1.0f / static_cast<float>(length) : 1.0f) / divisor;
   }
 };
 
+// pi_old, 0 below the smallest normal float: there rho = exp(new - old) may be infinite. NaN stays NaN.
+IPVRM_HD float normal_prob(float old_logprob) {
+  const float prob = exp_any(old_logprob);
+  return prob < 1.17549435e-38f ? 0.0f : prob;
+}
+
 // One used element of the objective: its loss and slope times prob * factor (Eq. 11; prob is 1 in Eq. 12), and its
-// statistics. A prob that underflows must not meet its infinite rho.
+// statistics. A prob of 0 must not meet its infinite rho; a NaN, which is not 0, must come through.
 struct ObjectiveTerm {
   float loss;
   float slope;
@@ -170,8 +176,9 @@ IPVRM_HD ObjectiveTerm objective_term(float logprob, float old_logprob, float ad
   const Surrogate s = clipped_surrogate(logprob, old_logprob, advantage, clips);
   const float weight = prob * factor;
   const float kl = prob * (old_logprob - logprob);
-  return {weight > 0.0f ? weight * s.loss : 0.0f, weight > 0.0f ? weight * s.slope : 0.0f, prob > 0.0f ? kl : 0.0f,
-          s.clipped, s.dual_clipped};
+  const bool counts = (prob != 0.0f) & (weight != 0.0f);
+  return {counts ? weight * s.loss : 0.0f, counts ? weight * s.slope : 0.0f, prob != 0.0f ? kl : 0.0f, s.clipped,
+          s.dual_clipped};
 }
 
 // The objective's sums over elements: for the tokens, then for the candidates, kBranchSums each; then the mass of pi_old.

@@ -1,5 +1,6 @@
 """Advantages of DistRL (stage B): pure functions from temporal differences and outcomes to what the policy
-loss multiplies with. Nothing here has a gradient, and nothing waits for the device.
+loss multiplies with. Nothing here has a gradient, and nothing waits for the device; values of CPU tensors are
+checked, except in code that torch.compile traces.
 
     td_t        = beta * (log pi_phi - log pi_old); 0 at a last token, which carries the outcome       Eq. 10
     value_t     = sum_{i<=t} td_i, so that value_T = value_{T-1};  sigma_V = its std over the batch
@@ -116,7 +117,7 @@ def temporal_difference(
             f"{op}: rm_logprobs must be (N,) or (N, K) floating point, got {described(rm_logprobs)}"
         )
     check_like(op, "old_logprobs", old_logprobs, rm_logprobs, rm_logprobs.shape)
-    if not math.isfinite(beta):
+    if not -math.inf < beta < math.inf:  # a comparison, which torch.compile can trace of a symbolic number
         raise ValueError(f"{op}: beta must be finite, got {beta}")
     counted = old_logprobs != -math.inf
     ends = last_tokens(op, cu_seqlens, rm_logprobs)

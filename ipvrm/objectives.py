@@ -95,7 +95,7 @@ def ipvrm_loss(
     )
     with torch.no_grad():
         if reduction == "sequence_mean":
-            own = outcome.new_full((), outcome.numel())
+            own = loss.new_full((), outcome.numel())  # outcomes may be bool or int8, which cannot hold B
         else:
             own = prefix_weight_sums(cu_seqlens.diff().float(), prefix_weighting).sum()
         values = prefix_values(log_ratio, cu_seqlens, beta=beta)
@@ -120,7 +120,7 @@ def implicit_prm_loss(
     total = torch.nn.functional.binary_cross_entropy_with_logits(
         final, outcome.to(final.dtype), reduction="sum"
     )
-    own = outcome.new_full((), outcome.numel())
+    own = total.new_full((), outcome.numel())  # outcomes may be bool or int8, which cannot hold B
     loss = total / (own if denominator is None else denominator)
     with torch.no_grad():
         return loss, _metrics(total, own, values.mean_value, cu_seqlens, outcome)

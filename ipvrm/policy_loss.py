@@ -21,7 +21,8 @@ from ipvrm.advantages import last_tokens
 from ipvrm.presets import Preset, by_preset
 from ipvrm.prompt_groups import check_edges, check_like, described
 from ipvrm_kernels import Candidates, DistRLLoss, clipped_surrogate, linear_candidates
-from ipvrm_kernels.linear_distrl_loss import METRICS
+from ipvrm_kernels.backend import checks_values
+from ipvrm_kernels.distrl_objective import METRICS, check_candidates, check_denominator, normal_probs
 
 REDUCTIONS = ("sequence_mean", "token_mean")
 
@@ -90,7 +91,8 @@ def distrl_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown reduction, clips or denominators out
-            of range, or edges that do not rise from 0 to N.
+            of range, or edges that do not rise from 0 to N. Values of tensors are checked on the CPU, and
+            under `set_checks(True)`; not while torch.compile traces.
     """
     op = "distrl_loss"
     if logprobs.dim() != 1 or candidate_logprobs.dim() != 2:
@@ -115,8 +117,10 @@ def distrl_loss(
     ):
         if given not in offered:
             raise ValueError(f"{op}: {name} must be one of {', '.join(offered)}, got {given!r}")
-    _check_denominator(op, "token_denominator", token_denominator, zero=False)
-    _check_denominator(op, "candidate_denominator", candidate_denominator, zero=True)
+    _check_denominator(op, "token_denominator", token_denominator, logprobs)
+    _check_denominator(op, "candidate_denominator", candidate_denominator, logprobs)
+    if candidate_denominator is not None and checks_values(logprobs):
+        check_candidates(op, float(candidate_denominator), old_candidate_logprobs != -math.inf)
 
     token = clipped_surrogate(
         logprobs,
@@ -128,10 +132,11 @@ def distrl_loss(
     )
     like = token.loss
     old = old_candidate_logprobs.detach().to(like.dtype)
-    old_prob = old.exp()  # (N, K), 0 at unused slots
+    old_prob = normal_probs(old)  # (N, K), 0 at unused slots and where it underflows
+    counts = old_prob != 0  # elsewhere rho may be infinite: clipped counts, but neither loss nor gradient
     candidates = clipped_surrogate(
-        candidate_logprobs,
-        old.masked_fill(old_prob == 0, -math.inf),  # where pi_old underflows rho may be inf
+        torch.where(counts, candidate_logprobs, candidate_logprobs.detach()),
+        old,
         candidate_advantages,
         clip_low=config.candidate_clip_low,
         clip_high=config.candidate_clip_high,
@@ -140,14 +145,18 @@ def distrl_loss(
     with torch.no_grad():
         weight = _row_weights(config.reduction, cu_seqlens, like, token_denominator)
         if config.candidate_reduction == "old_prob_mean":
-            total = old_prob.sum() if candidate_denominator is None else candidate_denominator
-            candidate_weight = old_prob / total
+            divisor = torch.as_tensor(
+                old_prob.sum() if candidate_denominator is None else candidate_denominator,
+                dtype=like.dtype,
+                device=like.device,
+            )
+            candidate_weight = old_prob * torch.where(divisor != 0, 1 / divisor, 0.0)
         else:
             rows = _row_weights(config.candidate_reduction, cu_seqlens, like, candidate_denominator)
             candidate_weight = old_prob * rows[:, None]
-        candidate_weight = torch.where(old_prob > 0, candidate_weight, 0.0)  # a divisor of 0 has none
+        counts = counts & (candidate_weight != 0)  # NaN counts
     token_loss = (weight * token.loss).sum()
-    candidate_loss = (candidate_weight * candidates.loss).sum()
+    candidate_loss = torch.where(counts, candidate_weight * candidates.loss, 0.0).sum()
     loss = token_loss + config.alpha * candidate_loss
     with torch.no_grad():
         new, new_candidates = logprobs.to(like.dtype), candidate_logprobs.to(like.dtype)
@@ -160,7 +169,7 @@ def distrl_loss(
             (torch.where(used, old_logprobs.to(like.dtype) - new, 0.0).sum(), num_tokens),
             (candidates.clipped.sum(), num_candidates),
             (candidates.dual_clipped.sum(), num_candidates),
-            (torch.where(used_candidates, old_prob * (old - new_candidates), 0.0).sum(), num_candidates),
+            (torch.where(old_prob != 0, old_prob * (old - new_candidates), 0.0).sum(), num_candidates),
             (num_candidates, num_rows),
             (old_prob.sum(), num_rows),
         )
@@ -184,12 +193,14 @@ def _row_weights(
     return weight / (max(own, 1) if denominator is None else denominator)
 
 
-def _check_denominator(op: str, name: str, given: float | Tensor | None, zero: bool) -> None:
+def _check_denominator(op: str, name: str, given: float | Tensor | None, like: Tensor) -> None:
     if isinstance(given, Tensor):
         if given.dim():
             raise ValueError(f"{op}: {name} must be a number or 0-d, got shape {tuple(given.shape)}")
-    elif given is not None and not (math.isfinite(given) and (given > 0 or zero and given == 0)):
-        raise ValueError(f"{op}: {name} must be finite and {'>=' if zero else '>'} 0, got {given}")
+        if not checks_values(like):
+            return
+    if given is not None:
+        check_denominator(op, name, float(given))
 
 
 # -------------------------------------------------------------------------------------------- candidates

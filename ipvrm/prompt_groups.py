@@ -114,7 +114,7 @@ def check_like(op: str, name: str, x: Tensor, like: Tensor, shape: tuple[int, ..
 def check_edges(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
     """Raises ValueError, as `op`, unless cu_seqlens is (B + 1,) int32 and rises from 0 to N.
 
-    Its values are read on the CPU, and under `set_checks(True)`.
+    Its values are read on the CPU, and under `set_checks(True)`; not while torch.compile traces.
     """
     check_cu_seqlens_shape(op, cu_seqlens, packed)
     if checks_values(cu_seqlens):

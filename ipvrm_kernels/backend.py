@@ -48,8 +48,12 @@ def set_checks(enabled: bool) -> bool:
 
 
 def checks_values(tensor: Tensor) -> bool:
-    """Whether an op's implementation may read the values of `tensor` to validate them."""
-    return _checks or tensor.device.type == "cpu"
+    """Whether the values of `tensor` may be read to validate them; never while torch.compile traces.
+
+    A traced check would break the graph. The ops check inside their implementations, which run untraced, so
+    compiled code loses only the checks that functions composed of ops make themselves.
+    """
+    return not torch.compiler.is_compiling() and (_checks or tensor.device.type == "cpu")
 
 
 def native_call(name: str, *args: Any) -> Any:

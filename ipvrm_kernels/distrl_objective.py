@@ -5,7 +5,8 @@
 l is the clipped surrogate; w and u are the factors of a row's losses: 1 / (T_b B) for sequence_mean, 1 / N
 for token_mean, 1 / sum pi_old for old_prob_mean, or the caller's denominators in place of B, N and the sum.
 Eager PyTorch makes about sixty small ops of it. Here every element is read once and an unused one costs a
-comparison; sums of blocks are added in a fixed order, in fp64.
+comparison; sums of blocks are added in a fixed order, in fp64. A pi_old below the smallest normal number
+counts as 0; a NaN old log-prob of a used element makes the loss NaN.
 
 Shapes: logprobs and dlogprobs (n, 1 + K), the sampled token first; the rest as in `Batch`.
 """
@@ -81,6 +82,22 @@ class Divisors(NamedTuple):
     candidates: float | Tensor
 
 
+def check_denominator(op: str, name: str, value: float) -> None:
+    """Raise ValueError, as `op`, unless finite and > 0; a candidate_denominator may be 0, see below."""
+    least = ">" if name == "token_denominator" else ">="
+    if not 0 <= value < math.inf or (least == ">" and value == 0):
+        raise ValueError(f"{op}: {name} must be finite and {least} 0, got {value}")
+
+
+def check_candidates(op: str, denominator: float, used: Tensor) -> None:
+    """Raise ValueError, as `op`, for a denominator of 0 where an element of `used` (bool) is true."""
+    if denominator == 0 and bool(used.any()):
+        raise ValueError(
+            f"{op}: candidate_denominator must be > 0 where there are candidates, got 0 with "
+            f"{int(used.sum())}"
+        )
+
+
 class Evaluated(NamedTuple):
     """Of some rows; over blocks of rows the first four add up."""
 
@@ -106,7 +123,13 @@ def batch_divisors(batch: Batch, objective: Objective) -> Divisors:
 
 def old_probs(batch: Batch) -> Tensor:
     """(N, K) pi_old, 0 at unused slots."""
-    return batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf).exp()
+    return normal_probs(batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf))
+
+
+def normal_probs(logprobs: Tensor) -> Tensor:
+    """exp, but 0 below the smallest normal number: there a ratio exp(new - old) may be infinite."""
+    prob = logprobs.exp()
+    return torch.where(prob < torch.finfo(prob.dtype).tiny, 0.0, prob)  # NaN stays NaN
 
 
 def row_weights(batch: Batch, reduction: str, divisor: float | Tensor, row0: int, like: Tensor) -> Tensor:
@@ -114,7 +137,7 @@ def row_weights(batch: Batch, reduction: str, divisor: float | Tensor, row0: int
     n = batch.token_ids.shape[0]
     if reduction == "old_prob_mean":
         total = torch.as_tensor(divisor, dtype=like.dtype, device=like.device)
-        return torch.where(total > 0, 1 / total, 0.0).expand(n)
+        return torch.where(total != 0, 1 / total, 0.0).expand(n)
     if reduction == "token_mean":
         return like.new_ones(n) / divisor
     at = torch.arange(row0, row0 + n, dtype=torch.int32, device=like.device)
@@ -130,7 +153,7 @@ def branch_weights(
     rows = row_weights(batch, objective.candidate_reduction, divisors.candidates, row0, like)
     return (
         row_weights(batch, objective.reduction, divisors.tokens, row0, like),
-        torch.where(old_prob > 0, old_prob * rows[:, None], 0.0),
+        torch.where(old_prob != 0, old_prob * rows[:, None], 0.0),
     )
 
 
@@ -142,7 +165,7 @@ def distrl_objective_reference(
     new, new_candidates = logprobs[:, 0], logprobs[:, 1:]
     old = batch.old_logprobs.masked_fill(batch.token_ids < 0, -math.inf)
     old_candidates = batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf)
-    old_prob = old_candidates.exp()  # (n, K), 0 at unused slots
+    old_prob = old_probs(batch)  # (n, K), 0 at unused slots
     weight, candidate_weight = branch_weights(batch, objective, divisors, row0, logprobs)
 
     loss, clipped, dual, slope = clipped_surrogate_reference(
@@ -151,7 +174,7 @@ def distrl_objective_reference(
     candidate_loss, candidate_clipped, candidate_dual, candidate_slope = clipped_surrogate_reference(
         new_candidates, old_candidates, batch.candidate_advantages, clips[2], clips[3], dual_clip
     )
-    counts = candidate_weight > 0  # a pi_old that underflows must not meet its infinite rho
+    counts = candidate_weight != 0  # a pi_old of 0 must not meet its infinite rho; a NaN comes through
     candidate_loss = torch.where(counts, candidate_weight * candidate_loss, 0.0)
     candidate_slope = torch.where(counts, candidate_weight * candidate_slope, 0.0)
     token_total, candidate_total = (weight * loss).sum(), candidate_loss.sum()
@@ -160,7 +183,7 @@ def distrl_objective_reference(
     num_tokens, num_candidates = used.sum(), used_candidates.sum()
     num_rows = torch.full_like(num_tokens, len(logprobs))
     kl = torch.where(used, old - new, 0.0).sum()
-    candidate_kl = torch.where(old_prob > 0, old_prob * (old_candidates - new_candidates), 0.0).sum()
+    candidate_kl = torch.where(old_prob != 0, old_prob * (old_candidates - new_candidates), 0.0).sum()
     pairs = (
         (clipped.sum(), num_tokens), (dual.sum(), num_tokens), (kl, num_tokens),
         (candidate_clipped.sum(), num_candidates), (candidate_dual.sum(), num_candidates),
@@ -174,6 +197,7 @@ def distrl_objective_reference(
 
 
 if backend.HAS_TRITON:
+    TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
     @triton.jit
     def _inverse_length(
@@ -263,7 +287,9 @@ if backend.HAS_TRITON:
         low = tl.where(is_token, token_low, candidate_low)  # (BLOCK,)
         high = tl.where(is_token, token_high, candidate_high)  # (BLOCK,)
         loss, slope, clipped, dual_clipped = surrogate(new, old, advantage, low, high, dual)  # (BLOCK,) each
-        prob = tl.where(used_token, 1.0, tl.where(used_candidate, tl.exp(old), 0.0))  # (BLOCK,)
+        prob = tl.where(used_candidate, tl.exp(old), 0.0)  # (BLOCK,)
+        prob = tl.where(prob < TINY, 0.0, prob)  # (BLOCK,) there rho may be infinite; NaN stays NaN
+        prob = tl.where(used_token, 1.0, prob)  # (BLOCK,)
         inverse_length = 1.0
         if TOKEN_REDUCTION == "sequence_mean" or CANDIDATE_REDUCTION == "sequence_mean":
             inverse_length = _inverse_length(row0 + row, cu_seqlens_ptr, B, num_halvings)  # (BLOCK,)
@@ -274,11 +300,12 @@ if backend.HAS_TRITON:
         if CANDIDATE_REDUCTION == "sequence_mean":
             candidate_factor = inverse_length / candidate_divisor  # (BLOCK,)
         if CANDIDATE_REDUCTION == "old_prob_mean":
-            candidate_factor = tl.where(candidate_divisor > 0.0, candidate_factor, 0.0)
+            candidate_factor = tl.where(candidate_divisor == 0.0, 0.0, candidate_factor)
         weight = prob * tl.where(is_token, token_factor, candidate_factor)  # (BLOCK,)
-        loss = tl.where(weight > 0.0, weight * loss, 0.0)  # a pi_old of 0 must not meet its infinite rho
-        slope = tl.where(weight > 0.0, weight * slope, 0.0)  # (BLOCK,)
-        kl = tl.where(prob > 0.0, prob * (old - new), 0.0)  # (BLOCK,)
+        counts = (prob != 0.0) & (weight != 0.0)  # (BLOCK,) NaN counts; 0 must not meet its infinite rho
+        loss = tl.where(counts, weight * loss, 0.0)  # (BLOCK,)
+        slope = tl.where(counts, weight * slope, 0.0)  # (BLOCK,)
+        kl = tl.where(prob != 0.0, prob * (old - new), 0.0)  # (BLOCK,)
         tl.store(dlogprobs_ptr + at, tl.where(used_candidate, alpha * slope, slope), mask=valid)
 
         sums_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * 16

@@ -275,6 +275,24 @@ def test_values_far_from_zero_do_not_cancel():
     assert got.value_std.item() == pytest.approx(math.sqrt(2 / 9), rel=1e-4)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("config", [PAPER, RELEASE], ids=["paper", "release"])
+def test_compiles_whole(config, dynamic):
+    """Values and prompts are checked in eager mode only, so that nothing breaks the graph."""
+    torch.compiler.reset()
+    batch = Rollouts()
+    compiled = torch.compile(distrl_advantages, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    arguments = (batch.td, batch.candidate_td, batch.outcome, batch.cu_seqlens, batch.group, batch.num_groups)
+    expected = distrl_advantages(*arguments, config=config)
+    for mine, theirs in zip(compiled(*arguments, config=config), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    compiled = torch.compile(temporal_difference, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    rm, old = -torch.rand(2, *batch.candidate_td.shape)
+    for beta in (10.0, 0.5):
+        got = compiled(rm, old, batch.cu_seqlens, beta=beta)
+        torch.testing.assert_close(got, temporal_difference(rm, old, batch.cu_seqlens, beta=beta))
+
+
 def test_no_gradient():
     td = BY_HAND[0].clone().requires_grad_()
     assert not any(x.requires_grad for x in distrl_advantages(td, *BY_HAND[1:]))

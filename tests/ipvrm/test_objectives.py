@@ -62,6 +62,27 @@ def test_implicit_prm_by_hand():
     assert float(metrics["prefix_accuracy"][0]) == 3
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+     torch.bfloat16, torch.float16, torch.float32, torch.float64],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("loss", [ipvrm_loss, implicit_prm_loss])
+def test_the_dtype_of_the_outcomes_does_not_matter(loss, dtype):
+    """B = 301 is beyond bool, int8 and uint8, and no bf16 number."""
+    B = 301
+    cu_seqlens, outcome = torch.arange(0, 2 * B + 1, 2).int(), torch.arange(B) % 2
+    log_ratio = torch.randn(2 * B, generator=torch.Generator().manual_seed(0))
+    got, metrics = loss(log_ratio, cu_seqlens, outcome.to(dtype))
+    expected, whole = loss(log_ratio, cu_seqlens, outcome.float())
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert got.dtype == torch.float32 and metrics["loss"][1] == B
+    for name, pair in metrics.items():
+        for x, y in zip(pair, whole[name], strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
 def test_untrained_model_is_half_right():
     _, metrics = ipvrm_loss(torch.zeros(3), CU_SEQLENS, OUTCOME)
     assert float(metrics["prefix_accuracy"][0]) == 1.5

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,10 @@ from ipvrm import (
     select_candidates,
     temporal_difference,
 )
-from ipvrm_kernels import linear_distrl_loss, linear_logprobs
+from ipvrm_kernels import DistRLLoss, linear_distrl_loss, linear_logprobs
+from ipvrm_kernels.backend import why_not
+from ipvrm_kernels.distrl_objective import IMPLS as OBJECTIVE_IMPLS
+from ipvrm_kernels.distrl_objective import METRICS, Batch, Objective, batch_divisors
 
 PAPER, RELEASE = PolicyLossConfig.preset("paper"), PolicyLossConfig.preset("release")
 CONFIGS = {
@@ -227,6 +231,66 @@ def test_a_vanishing_old_probability_meets_no_infinite_ratio():
     assert out.loss.item() == 0 and gradient.item() == 0
 
 
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+@pytest.mark.parametrize("new", [0.0, -90.0, -math.inf])
+@pytest.mark.parametrize("old", [-87.0, -90.0, -95.0, -103.0, -200.0, math.nan])
+def test_a_tiny_old_probability_as_in_the_op(old, new, advantage, config, impl):
+    """Loss, gradient, KL and clip counts at the edge of fp32, and a NaN that neither hides."""
+    if reason := why_not(impl, "cpu"):
+        pytest.skip(reason)
+    logprobs = torch.tensor([[-0.9, new, -0.6], [-1.0, -1.1, -0.3]])
+    rest = dict(
+        old_logprobs=torch.tensor([-1.0, -0.9]),
+        old_candidate_logprobs=torch.tensor([[old, -0.5], [-1.2, -math.inf]]),
+        advantages=torch.tensor([1.0, -2.0]),
+        candidate_advantages=torch.tensor([[advantage, -1.0], [0.5, math.nan]]),
+        cu_seqlens=torch.tensor([0, 1, 2], dtype=torch.int32),
+    )
+    clips = (config.clip_low, config.clip_high, config.candidate_clip_low, config.candidate_clip_high)
+    objective = Objective(config.alpha, clips, config.dual_clip, config.reduction, config.candidate_reduction)
+    batch = Batch(torch.tensor([0, 1]), torch.tensor([[1, 0], [2, 3]]), *rest.values(), None, None)
+    loss, token_loss, candidate_loss, pairs, slopes = OBJECTIVE_IMPLS[impl](
+        logprobs, batch, objective, batch_divisors(batch, objective)
+    )
+    theirs = DistRLLoss(loss, token_loss, candidate_loss, dict(zip(METRICS, pairs.unbind(), strict=True)))
+    leaf = logprobs.clone().requires_grad_()
+    mine = distrl_loss(leaf[:, 0], leaf[:, 1:], **rest, config=config)
+    (gradient,) = torch.autograd.grad(mine.loss, leaf)
+    close = partial(torch.testing.assert_close, rtol=5e-5, atol=1e-6, equal_nan=True)
+    for x, y in zip(mine[:3], theirs[:3], strict=True):
+        close(x, y)
+    for name, pair in mine.metrics.items():
+        close(torch.stack(pair), theirs.metrics[name], msg=lambda m, n=name: f"{n}: {m}")
+    if math.isnan(old):
+        assert mine.loss.isnan() and gradient[0, 1].isnan()
+    else:
+        assert mine.loss.isfinite() and gradient.isfinite().all()
+        close(gradient, slopes)
+
+
+@pytest.mark.parametrize(
+    ("divisors", "message"),
+    [
+        (dict(token_denominator=0.0), "token_denominator must be finite and > 0, got 0.0"),
+        (dict(token_denominator=torch.tensor(0.0)), "token_denominator must be finite and > 0, got 0.0"),
+        (dict(token_denominator=torch.tensor(math.nan)), "token_denominator must be finite and > 0, got nan"),
+        (dict(candidate_denominator=torch.tensor(-1.0)), "candidate_denominator must be finite and >= 0"),
+        (dict(candidate_denominator=0.0), "candidate_denominator must be > 0 where there are candidates"),
+        (dict(candidate_denominator=torch.tensor(0.0)), "candidate_denominator must be > 0 where there are"),
+    ],
+)
+@pytest.mark.parametrize("config", [PAPER, RELEASE], ids=["paper", "release"])
+def test_refuses_the_denominators_that_the_op_refuses(config, divisors, message):
+    logits, token_ids, candidate_ids, rest = inputs()
+    with pytest.raises(ValueError, match="^distrl_loss: " + message) as mine:
+        distrl_loss(*of_logits(logits, token_ids, candidate_ids), **rest, config=config, **divisors)
+    with pytest.raises(ValueError, match="linear_distrl_loss: " + message) as theirs:
+        fused(logits, token_ids, candidate_ids, rest, **config.options(), **divisors)
+    assert str(theirs.value) == "linear_" + str(mine.value)
+
+
 def test_nan_is_not_hidden():
     logits, token_ids, candidate_ids, rest = inputs()
     new, new_candidates = of_logits(logits, token_ids, candidate_ids)
@@ -388,6 +452,39 @@ def test_force_sampled(data, K, N):
             expected = [own, *expected[:-1]]
         assert result == expected
     assert torch.equal(logprobs, -got.float())
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("config", [PAPER, RELEASE], ids=["paper", "release"])
+def test_the_loss_compiles_whole(config, dynamic):
+    torch.compiler.reset()
+    compiled = torch.compile(distrl_loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for lengths in ((5, 1, 0, 9, 2), (3, 8)):
+        logits, token_ids, candidate_ids, rest = inputs(lengths=lengths)
+        got = []
+        for function in (compiled, distrl_loss):
+            leaf = logits.clone().requires_grad_()
+            out = function(*of_logits(leaf, token_ids, candidate_ids), **rest, config=config)
+            got.append((out, *torch.autograd.grad(out.loss, leaf)))
+        assert_equal_losses(got[0][0], got[1][0])
+        torch.testing.assert_close(got[0][1], got[1][1])
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_selection_compiles_whole(preset, dynamic):
+    torch.compiler.reset()
+    config, cu = CandidateConfig.preset(preset), torch.tensor([0, 6, 9], dtype=torch.int32)
+    hidden, weight = torch.randn(9, 8), torch.randn(20, 8)
+    token_ids = torch.randint(20, (9,))
+    compiled = torch.compile(select_candidates, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    found = compiled(hidden, weight, token_ids, cu, config=config)
+    for mine, theirs in zip(
+        found, select_candidates(hidden, weight, token_ids, cu, config=config), strict=True
+    ):
+        assert mine is theirs is None or torch.equal(mine, theirs)
+    compiled = torch.compile(candidate_mask, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    assert torch.equal(compiled(found.logprobs, cu, config), found.ids >= 0)
 
 
 def test_no_device_sync():

@@ -19,6 +19,7 @@ from ipvrm_kernels.distrl_objective import (
 
 OP = "linear_distrl_loss"
 CLIPS = (0.2, 0.28, 0.1, 0.15)
+LOG_TINY = math.log(2.0**-126)  # a pi_old below the smallest normal fp32 number counts as 0
 
 
 def case(lengths=(5, 0, 1, 9, 3), K=4, seed=0, drift=0.5):
@@ -69,7 +70,7 @@ def oracle(logprobs, batch, objective):
     T = [last - first for first, last in zip(edges, edges[1:], strict=False) for _ in range(last - first)]
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1).tolist()
     olds = torch.cat([batch.old_logprobs[:, None], batch.old_candidate_logprobs], 1)
-    probs = olds.exp().double().tolist()  # in fp32, where exp(-200) is 0
+    probs = torch.where(olds < LOG_TINY, 0.0, olds.exp()).double().tolist()
     advantages = torch.cat([batch.advantages[:, None], batch.candidate_advantages], 1).tolist()
     used = [(n, k) for n in range(N) for k in range(columns) if ids[n][k] >= 0 and olds[n, k] != -math.inf]
     mass = sum(probs[n][k] for n, k in used if k)
@@ -155,6 +156,54 @@ def test_blocks_of_rows_add_up(impl, device, reductions):
     for i, truth in enumerate(whole):
         parts = [block[i] for block in blocks]
         torch.testing.assert_close(torch.cat(parts) if i == 4 else sum(parts), truth, rtol=1e-5, atol=1e-6)
+
+
+def extreme(old, new=0.0, advantage=-1.0):
+    """Three rows of two sequences, two candidates each, with one extreme candidate and one unused slot."""
+    olds = torch.tensor([[-1.0, -0.5, -0.7], [-2.0, old, -1.5], [-0.3, -0.2, -math.inf]])
+    news = torch.tensor([[-1.1, -0.6, -0.7], [-1.9, new, -1.5], [-0.3, -0.4, -0.1]])
+    advantages = torch.tensor([[1.0, -0.5, 2.0], [-1.0, advantage, 1.0], [0.5, -2.0, math.nan]])
+    ids = torch.arange(9).view(3, 3)
+    parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (ids, olds, advantages)]
+    return news, Batch(*parts[0], *parts[1], *parts[2], torch.tensor([0, 2, 3]).int(), None, None)
+
+
+@pytest.mark.parametrize("candidate_reduction", CANDIDATE_REDUCTIONS)
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+@pytest.mark.parametrize("new", [0.0, -1e-4, -90.0, -math.inf])
+@pytest.mark.parametrize("old", [-87.0, -90.0, -95.0, -103.0, -200.0])
+def test_a_tiny_old_probability(impl, device, old, new, advantage, candidate_reduction):
+    """From -87.34 on pi_old is denormal, then 0, while rho = exp(new - old) overflows: no inf, no NaN."""
+    logprobs, batch = extreme(old, new, advantage)
+    objective = Objective(0.3, CLIPS, None, "token_mean", candidate_reduction)
+    got, truth = evaluate(impl, device, logprobs, batch, objective), oracle(logprobs, batch, objective)
+    for mine, theirs in zip(got, truth, strict=True):
+        # 5e-5: one ulp of exp's argument at 87 is 7.6e-6
+        torch.testing.assert_close(mine, theirs, rtol=5e-5, atol=1e-6)
+    assert all(x.isfinite().all() for x in (*got[:3], got[4]))
+    if new == 0 and advantage < 0:  # unclipped: a gradient of pi_old * rho = 1, or none at all
+        assert (got[4][1, 1] == 0) == (old < LOG_TINY)
+
+
+@pytest.mark.parametrize("candidate_reduction", CANDIDATE_REDUCTIONS)
+@pytest.mark.parametrize("place", ["old", "new", "advantage", "token old", "denominator"])
+def test_nan_is_not_hidden(impl, device, place, candidate_reduction):
+    logprobs, batch = extreme(
+        math.nan if place == "old" else -1.0,
+        math.nan if place == "new" else -1.0,
+        math.nan if place == "advantage" else -1.0,
+    )
+    if place == "token old":
+        batch.old_logprobs[1] = math.nan
+    if place == "denominator":
+        batch = batch._replace(candidate_denominator=torch.tensor(math.nan))
+    objective = Objective(0.3, CLIPS, 1.5, "sequence_mean", candidate_reduction)
+    loss, token_loss, candidate_loss, metrics, slopes = evaluate(impl, device, logprobs, batch, objective)
+    assert loss.isnan() and (token_loss if place == "token old" else candidate_loss).isnan()
+    assert (candidate_loss if place == "token old" else token_loss).isfinite()
+    row, column = (1, 0) if place == "token old" else (1, 1)
+    assert slopes[row, column].isnan() and slopes[2, 2] == 0  # the unused slot stays out
+    assert metrics[[0, 1, 3, 4, 6], :].isfinite().all() and metrics[:, 1].isfinite().all()
 
 
 def test_a_million_elements_keep_fp32_accuracy(impl, device):
