@@ -27,7 +27,15 @@ from torch import Tensor
 
 from . import backend, distrl_objective, head_cpu
 from .clipped_surrogate import check_clips
-from .distrl_objective import CANDIDATE_REDUCTIONS, METRICS, REDUCTIONS, Batch, Objective
+from .distrl_objective import (
+    CANDIDATE_REDUCTIONS,
+    METRICS,
+    REDUCTIONS,
+    Batch,
+    Objective,
+    check_candidates,
+    check_denominator,
+)
 from .distrl_objective import IMPLS as OBJECTIVE_IMPLS
 from .head import (
     Transform,
@@ -199,8 +207,14 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _is_last_backward(*tensors: Tensor) -> bool:
     """Whether this call's graph is freed after this backward, with nothing tracing or differentiating it."""
     traced = torch.compiler.is_compiling() or any(type(x) is not Tensor for x in tensors)  # fake, functional
+    transformed = torch._C._functorch.maybe_current_level() is not None  # torch.func: may come back here
     kept = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph or create_graph
-    return not traced and not kept
+    return not traced and not transformed and not kept
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether x stands for several: under torch.func.vmap, or in the older form behind is_grads_batched."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
@@ -208,7 +222,12 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
         return (None,) * 25
     hidden, weight, bias, *formed = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    if _is_last_backward(dloss, *formed):  # in place: a copy would be a second fp32 dweight
+    if _is_batched(dloss):  # no rule for the backward op, and in place one would be scaled by all
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{OP}: batched gradients (vmap, is_grads_batched) with create_graph=True are "
+                               "not supported; loop over the upstream gradients")  # fmt: skip
+        gradients = cast_gradients([g * dloss for g in formed], (hidden, weight, bias), needs)
+    elif _is_last_backward(dloss, *formed):  # in place: a copy would be a second fp32 dweight
         gradients = cast_gradients([g.mul_(dloss) for g in formed], (hidden, weight, bias), needs)
     else:
         gradients = _backward_op(dloss, formed, hidden, weight, bias, needs)
@@ -223,24 +242,13 @@ def _check_values(batch: Batch, V: int) -> None:
     check_cu_seqlens(OP, batch.cu_seqlens, batch.token_ids.shape[0])
     check_ids(OP, "token_ids", batch.token_ids, V)
     check_ids(OP, "candidate_ids", batch.candidate_ids, V)
-    for name, denominator, least in (
-        ("token_denominator", batch.token_denominator, ">"),
-        ("candidate_denominator", batch.candidate_denominator, ">="),
-    ):
+    for name in ("token_denominator", "candidate_denominator"):
+        denominator = getattr(batch, name)
         if denominator is not None:
-            _check_denominator(name, float(denominator), least)
-    if batch.candidate_denominator is not None and float(batch.candidate_denominator) == 0:
+            check_denominator(OP, name, float(denominator))
+    if batch.candidate_denominator is not None:
         used = (batch.candidate_ids >= 0) & (batch.old_candidate_logprobs != -math.inf)
-        if bool(used.any()):
-            raise ValueError(
-                f"{OP}: candidate_denominator must be > 0 where there are candidates, got 0 with "
-                f"{int(used.sum())}"
-            )
-
-
-def _check_denominator(name: str, value: float, least: str) -> None:
-    if not 0 <= value < math.inf or (least == ">" and value == 0):
-        raise ValueError(f"{OP}: {name} must be finite and {least} 0, got {value}")
+        check_candidates(OP, float(batch.candidate_denominator), used)
 
 
 def linear_distrl_loss(
@@ -298,12 +306,17 @@ def linear_distrl_loss(
         token_denominator, candidate_denominator: number or 0-d tensor replacing the divisor computed from
             this call (B, N or the sum of pi_old), so that the losses of micro-batches add up to the whole
             batch's.
-        impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
+        impl: None | "torch" | "cpp" | "triton", see `backends()`.
+
+    A row none of whose elements has a gradient (unused, clipped, A = 0) gets an exact 0 in dhidden and adds
+        nothing to dweight and dbias. On the CPU such rows are left out of both gradient matmuls; on Triton
+        these two, the vendor's, still cover all rows of a block, since a count would need a sync.
 
     Returns: DistRLLoss, fp32 (fp64 for fp64 hidden). Only `loss` is differentiable (once, in hidden, weight
         and bias); token_loss, candidate_loss and metrics are detached. metrics maps the names in `METRICS` to
         (sum, count). A backward that frees the graph scales the formed gradients in place; with
-        retain_graph=True it scales copies, a second (V, D) fp32 tensor for a trainable head.
+        retain_graph=True it scales copies, a second (V, D) fp32 tensor for a trainable head; so it does per
+        entry of a batch of upstream gradients (is_grads_batched, vmap), which excludes create_graph=True.
     Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that do
         not rise from 0 to N. RuntimeError on double backward.
     """
@@ -370,5 +383,5 @@ def _denominator_tensor(name: str, given: float | Tensor | None, like: Tensor) -
         if given.dim() != 0:
             raise ValueError(f"{OP}: {name} must be a number or 0-d, got shape {tuple(given.shape)}")
         return given.detach().to(like.device, like.dtype)
-    _check_denominator(name, float(given), ">" if name == "token_denominator" else ">=")
+    check_denominator(OP, name, float(given))
     return torch.full((), given, dtype=like.dtype, device=like.device)

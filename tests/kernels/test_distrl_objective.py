@@ -268,17 +268,3 @@ def test_seeded_faults_are_caught(impl, device, fault, monkeypatch):
     monkeypatch.setitem(IMPLS, impl, faulty)
     with pytest.raises(AssertionError):
         both()
-
-
-@pytest.mark.skipif(
-    not (backend.HAS_CUDA and torch.cuda.is_available()), reason="no GPU, or no CUDA kernels in the extension"
-)
-def test_cuda_kernels(monkeypatch):
-    for reductions in (("sequence_mean", "sequence_mean"), ("token_mean", "old_prob_mean")):
-        test_blocks_of_rows_add_up("cuda", "cuda", reductions)
-        for given in (False, True):
-            test_every_kind_of_element("cuda", "cuda", *reductions, 1.5, given, None)
-    for lengths in ((), (0, 0, 1), (300, 0, 700)):
-        test_shapes("cuda", "cuda", lengths, 10)
-    test_a_million_elements_keep_fp32_accuracy("cuda", "cuda")
-    test_seeded_faults_are_caught("cuda", "cuda", "row0 ignored", monkeypatch)

@@ -139,6 +139,24 @@ def test_create_graph_scales_copies(impl, device):
         torch.testing.assert_close(a.detach(), 3 * c)
 
 
+@pytest.mark.parametrize("form", ["is_grads_batched", "vmap"])
+def test_batched_upstream_gradients(impl, device, form):
+    """Each scales its own copy; with create_graph they are refused in words."""
+    inputs, variables = trained(device)
+    expected = torch.autograd.grad(call(inputs, impl=impl).loss, variables)
+    factors = torch.tensor([3.0, -2.0], device=device)
+
+    def batched(loss, **options):
+        if form == "is_grads_batched":
+            return torch.autograd.grad(loss, variables, factors, is_grads_batched=True, **options)
+        return torch.func.vmap(lambda x: torch.autograd.grad(loss, variables, x, **options))(factors)
+
+    for mine, once in zip(batched(call(inputs, impl=impl).loss), expected, strict=True):
+        torch.testing.assert_close(mine, factors.view(2, 1, 1) * once)
+    with pytest.raises(RuntimeError, match="linear_distrl_loss: batched gradients .* not supported"):
+        batched(call(inputs, impl=impl).loss, create_graph=True)
+
+
 def test_autocast(impl, device):
     """Operands are rounded to bf16; the loss and the gradients of fp32 inputs are fp32."""
     inputs = arguments(device)
