@@ -5,6 +5,7 @@ TRITON_INTERPRET=1, in a subprocess, so that one `pytest` covers Triton's kernel
 """
 
 import os
+from typing import NamedTuple
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = (
     "1"  # a cached graph would call an op by an outdated signature
@@ -52,3 +53,39 @@ def poisoned(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_empty_like(*a, **k)))
+
+
+class Unchecked(NamedTuple):
+    """A batch of N = 12 tokens whose edges are wrong, with guards around every buffer."""
+
+    rooms: list[torch.Tensor]  # (guard + n + guard,) of 7.0 behind every `empty_like`, in their order
+    tokens: torch.Tensor  # (N,) ones, NaN around them
+    cu_seqlens: torch.Tensor  # (3,)
+    touched: torch.Tensor  # (N,) bool: the tokens that the edges, held to 0 .. N, enclose
+    guard: int
+
+
+@pytest.fixture(params=[[0, 9, 50], [-40, 7, 50], [5, 3, 60], [2**31 - 1, -(2**31), 12]], ids=str)
+def unchecked(request, monkeypatch):
+    """`Unchecked` for the GPU's kernels, with value checks off; the CPU's see checked edges only."""
+    impl, device = request.getfixturevalue("impl"), request.getfixturevalue("device")
+    if impl not in ("triton", "cuda"):
+        pytest.skip("the CPU's implementations see checked edges only")
+    monkeypatch.setattr(backend, "checks_values", lambda tensor: False)
+    N, guard, bad = 12, 64, request.param
+    rooms = []
+
+    def guarded(like, **_):
+        room = torch.full((guard + like.numel() + guard,), 7.0, device=device)
+        rooms.append(room)
+        return room[guard:-guard].view(like.shape)
+
+    monkeypatch.setattr(torch, "empty_like", guarded)
+    around = torch.full((guard + N + guard,), float("nan"), device=device)  # what an input must not read
+    around[guard:-guard] = 1.0
+    clamped = [min(max(edge, 0), N) for edge in bad]
+    touched = torch.zeros(N, dtype=torch.bool)
+    for start, end in zip(clamped, clamped[1:], strict=False):
+        touched[start:end] = True
+    cu_seqlens = torch.tensor(bad, dtype=torch.int32, device=device)
+    return Unchecked(rooms, around[guard:-guard], cu_seqlens, touched, guard)
