@@ -101,7 +101,8 @@ def bars(
         _log_ticks(axes.xaxis)
         axes.set_ylim(-0.8, len(case) - 0.3)
         axes.tick_params(axis="x", labelsize=8, colors=MUTED)
-        axes.set_title(_wrapped(shape), loc="left", fontsize=9, color=INK, fontweight="bold", x=-0.36, pad=6)
+        title = _wrapped(shape, 66 if results[shape] else 100)  # the verdicts stand to its right
+        axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold", x=-0.36, pad=6)
         for offset, verdict in enumerate(results[shape]):
             colour = dict(won=WON, lost=LOST, level=MUTED)[verdict.outcome]
             axes.text(
