@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 
+import pytest
+
 BUDGETS = {
     "interpreter": 180,
     "ahead of time": 120,
@@ -29,3 +31,22 @@ def pytest_terminal_summary(terminalreporter):
     for part, seconds in sorted(_seconds.items()):
         over = ", OVER" if seconds > BUDGETS[part] else ""
         terminalreporter.write_line(f"{part}: {seconds:.0f} s of a budget of {BUDGETS[part]} s{over}")
+
+
+@pytest.fixture(scope="session")
+def peak_of():
+    """A function that runs another: (highest sum of live CPU tensors meanwhile in bytes, its result)."""
+    import torch
+
+    def peak_of(run):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
+            result = run()
+        events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+        alive = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            alive += event.nbytes()
+            peak = max(peak, alive)
+        return peak, result
+
+    return peak_of

@@ -60,21 +60,3 @@ def data_dir():
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set IPVRM_DATA_DIR")
     return folder
-
-
-@pytest.fixture(scope="session")
-def peak_of():
-    """Highest sum of live CPU tensors while a function runs, in bytes."""
-
-    def peak_of(run):
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
-            run()
-        events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-        alive = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            alive += event.nbytes()
-            peak = max(peak, alive)
-        return peak
-
-    return peak_of

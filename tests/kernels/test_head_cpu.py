@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ipvrm_kernels import (
@@ -24,17 +23,16 @@ PLAIN = Transform(1.0, None, 1.0, torch.float32)
 pytestmark = pytest.mark.skipif(not backend.HAS_CPP, reason="the extension is not built")
 
 
-def peak_bytes(run):
-    """(peak of the CPU allocator above the start while `run` runs, bytes of the tensors it returns)."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        out = run()
-    events = recorded.profiler.kineto_results.events()
-    alive = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    assert peak > 0, "the profiler recorded no allocation"
-    return peak, sum(x.nbytes for x in out if x is not None)
+@pytest.fixture
+def peak_bytes(peak_of):
+    """(peak of the CPU allocator above the start while a function runs, bytes of the tensors it returns)."""
+
+    def peak_bytes(run):
+        peak, out = peak_of(run)
+        assert peak > 0, "the profiler recorded no allocation"
+        return peak, sum(x.nbytes for x in out if x is not None)
+
+    return peak_bytes
 
 
 class Matmuls(TorchDispatchMode):
@@ -81,7 +79,7 @@ def run_op(name, hidden, weight, ids, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["forward", "candidates", "trainable", "frozen", "distrl"])
-def test_scratch_memory_is_flat_in_rows(name, dtype):
+def test_scratch_memory_is_flat_in_rows(name, dtype, peak_bytes):
     """At most 64 MiB above outputs, gradients and one fp32 (N, D); an (N, V) tensor would be 92 MiB."""
     scratch = []
     for N in (1500, 3000):
@@ -96,7 +94,7 @@ def test_scratch_memory_is_flat_in_rows(name, dtype):
 
 
 @pytest.mark.parametrize("D", [64, 256])
-def test_a_fused_loss_holds_dweight_once(D):
+def test_a_fused_loss_holds_dweight_once(D, peak_bytes):
     """Forward and backward peak at most 64 MiB above .grad and one (N, D), flat in N; the backward allocates
     nothing, where a second (V, D) would be 4 or 16 MiB."""
     scratch = []
@@ -131,7 +129,7 @@ def test_a_fused_loss_holds_dweight_once(D):
 
 @pytest.mark.parametrize("limit", [1 * MIB, 3 * MIB])
 @pytest.mark.parametrize("name", ["forward", "trainable", "frozen", "distrl"])
-def test_workspace_is_honoured(name, limit):
+def test_workspace_is_honoured(name, limit, peak_bytes):
     inputs = case(700, V=3000)
     bound = dict(max_workspace_bytes=limit)
     expected = run_op(name, *inputs)
@@ -345,7 +343,7 @@ def test_seeded_faults_are_caught(fault, monkeypatch):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
-def test_a_frozen_backward_honours_the_workspace_it_gathers_in(dtypes):
+def test_a_frozen_backward_honours_the_workspace_it_gathers_in(dtypes, peak_bytes):
     """The ids' rows of the weight are gathered a few at a time; a narrow bias is widened chunk by chunk."""
     N, D, V, K, limit = 300, 256, 3000, 8, 600_000
     hidden, weight = torch.randn(N, D).to(dtypes[0]), torch.randn(V, D).to(dtypes[1])

@@ -122,20 +122,6 @@ def least_workspace(run):
     return least
 
 
-def peak_bytes(run):
-    """The largest sum of what `run` allocates on the CPU, and what it returns."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        result = run()
-    alive = peak = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak, result
-
-
 def num_bytes(*tensors):
     return sum(x.numel() * x.element_size() for x in tensors)
 
@@ -153,7 +139,7 @@ def policy_loss(hidden, weight, bias, ids, limit, impl):
 
 
 @pytest.mark.parametrize("path", ["forward", "frozen", "trainable", "policy", "frozen policy"])
-def test_workspace_is_honoured_or_refused_with_the_least_that_works(impl, device, path):
+def test_workspace_is_honoured_or_refused_with_the_least_that_works(impl, device, path, peak_of):
     """Allocations above inputs, outputs, gradients and one fp32 (N, D) stay within the limit, least and up,
     and the results are those without a limit."""
     N, D, V = 150, 32, 700
@@ -179,7 +165,7 @@ def test_workspace_is_honoured_or_refused_with_the_least_that_works(impl, device
     whole = run(None)
     least = least_workspace(run)
     for limit in (least, least * 100):
-        peak, found = peak_bytes(lambda limit=limit: run(limit))
+        peak, found = peak_of(lambda limit=limit: run(limit))
         for mine, theirs in zip(found, whole, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * max(1, theirs.abs().max().item()))
         outputs = 4 * N * (3 + 2) * (path != "forward")  # log-probs, lse, entropy wait for the backward

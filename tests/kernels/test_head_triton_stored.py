@@ -245,20 +245,12 @@ def test_frozen_head_in_row_blocks(impl, device, softcap, entropy):
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-def test_the_accounting_is_close_to_what_is_allocated(impl, device, entropy):
+def test_the_accounting_is_close_to_what_is_allocated(impl, device, entropy, peak_of):
     """`stored_bytes` bounds what a frozen head's forward allocates besides its outputs, within a quarter."""
     hidden, weight, bias, ids, _ = (x.to(device) for x in case(N=150, V=1000))
     ops = head_triton.operands(hidden, weight, bias, Transform(1.0, None, 1.0, torch.float32))
     fixed, row = stored.stored_bytes(ops, 3, entropy)
     for R in (150, 128):
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profiler:
-            kept = stored.stored_expectation(ops, ids, entropy, R)
-        alive = peak = 0
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            alive += event.nbytes()
-            peak = max(peak, alive)
+        peak, kept = peak_of(lambda R=R: stored.stored_expectation(ops, ids, entropy, R))
         scratch = peak - sum(x.numel() * x.element_size() for x in kept)
         assert 0.75 * (fixed + R * row) <= scratch <= fixed + R * row or device != "cpu"
