@@ -304,14 +304,7 @@ def _check(config: PolicyConfig) -> None:
             raise IpvrmError(f"{name} must be at least 1; got {number}")
     if config.num_generations is not None and config.num_generations < 2:
         raise IpvrmError("num_generations must be at least 2: one response has no group to compare with")
-    for name in (
-        "learning_rate",
-        "rm_learning_rate",
-        "temperature",
-        "verifier_timeout",
-        "spro_beta",
-        "lora_alpha",
-    ):
+    for name in POSITIVE:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise IpvrmError(f"{name} must be positive; got {value}")
