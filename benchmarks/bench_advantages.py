@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from benchmarks.heads import shapes
-from benchmarks.measure import Case, assert_close
-from benchmarks.sequences import edges
+from benchmarks.suite.heads import shapes
+from benchmarks.suite.measure import Case, assert_close
+from benchmarks.suite.sequences import edges
 from ipvrm.advantages import AdvantageConfig, distrl_advantages, gae
 from ipvrm.prompt_groups import Moments, PromptGroups, batch_moments, moments, one_rank, segment_sums
 from ipvrm_kernels import segment_scan, unpack

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Case, assert_close
-from benchmarks.sequences import forward_backward, runnable
+from benchmarks.suite.measure import Case, assert_close
+from benchmarks.suite.sequences import forward_backward, runnable
 from ipvrm_kernels import clipped_surrogate
 
 OP = "clipped_surrogate"

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.heads import MIN_PROB, SLOTS
-from benchmarks.measure import Case, assert_close
-from benchmarks.models import SEQUENCES, qwen3, ragged_batch, sharpen, title
-from benchmarks.peers import sliced_log_softmax
+from benchmarks.suite.heads import MIN_PROB, SLOTS
+from benchmarks.suite.measure import Case, assert_close
+from benchmarks.suite.models import SEQUENCES, qwen3, ragged_batch, sharpen, title
+from benchmarks.suite.peers import sliced_log_softmax
 from ipvrm.data import Batch
 from ipvrm.model import head, hidden_states
 from ipvrm_kernels import linear_candidates, linear_distrl_loss, linear_logprobs, segment_scan, unpack

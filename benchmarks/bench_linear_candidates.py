@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.exact import Exact, tolerance
-from benchmarks.heads import (
+from benchmarks.suite.exact import Exact, tolerance
+from benchmarks.suite.heads import (
     MIN_PROB,
     SLOTS,
     Calibrated,
@@ -24,9 +24,9 @@ from benchmarks.heads import (
     shapes,
     targets,
 )
-from benchmarks.measure import Case
-from benchmarks.peers import compiled, sliced_log_softmax
-from benchmarks.sequences import kernels
+from benchmarks.suite.measure import Case
+from benchmarks.suite.peers import compiled, sliced_log_softmax
+from benchmarks.suite.sequences import kernels
 from ipvrm_kernels import linear_candidates
 from ipvrm_kernels.linear_candidates import Candidates
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.heads import Shape, calibrated, inputs, more_shapes, shapes, targets
-from benchmarks.measure import Case, assert_close
-from benchmarks.peers import compiled, grpo_loss, sliced_logprobs
-from benchmarks.sequences import edges, kernels
+from benchmarks.suite.heads import Shape, calibrated, inputs, more_shapes, shapes, targets
+from benchmarks.suite.measure import Case, assert_close
+from benchmarks.suite.peers import compiled, grpo_loss, sliced_logprobs
+from benchmarks.suite.sequences import edges, kernels
 from ipvrm_kernels import linear_candidates, linear_distrl_loss, linear_logprobs
 
 OP = "linear_distrl_loss"

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.exact import Exact
-from benchmarks.heads import Shape, inputs, more_shapes, shapes, targets
-from benchmarks.measure import Case, Target, assert_close
-from benchmarks.peers import OneToken, compiled, one_token, sliced_logprobs, with_entropy
-from benchmarks.sequences import kernels
+from benchmarks.suite.exact import Exact
+from benchmarks.suite.heads import Shape, inputs, more_shapes, shapes, targets
+from benchmarks.suite.measure import Case, Target, assert_close
+from benchmarks.suite.peers import OneToken, compiled, one_token, sliced_logprobs, with_entropy
+from benchmarks.suite.sequences import kernels
 from ipvrm_kernels import linear_logprobs
 from ipvrm_kernels.linear_logprobs import LinearLogprobs
 

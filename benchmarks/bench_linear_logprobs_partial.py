@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.heads import K, Shape, inputs, shapes
-from benchmarks.measure import Case, assert_close
-from benchmarks.sequences import kernels
+from benchmarks.suite.heads import K, Shape, inputs, shapes
+from benchmarks.suite.measure import Case, assert_close
+from benchmarks.suite.sequences import kernels
 from ipvrm_kernels import linear_logprobs_partial
 
 OP = "linear_logprobs_partial"

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Case, assert_close
-from benchmarks.models import qwen3, ragged_batch, title
+from benchmarks.suite.measure import Case, assert_close
+from benchmarks.suite.models import qwen3, ragged_batch, title
 from ipvrm.advantages import distrl_advantages, outcome_advantages, temporal_difference
-from ipvrm.baselines import per_token
 from ipvrm.model import response_logprobs
 from ipvrm.objectives import ipvrm_loss
-from ipvrm.online_reward import token_and_candidate_logprobs
 from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig
-from ipvrm.policy_model import PolicyLoss, behaviour
-from ipvrm.policy_rollouts import Targets
+from ipvrm.training.baselines import per_token
+from ipvrm.training.online_reward import token_and_candidate_logprobs
+from ipvrm.training.policy_model import PolicyLoss, behaviour
+from ipvrm.training.policy_rollouts import Targets
 
 OP = "policy_step"
 CANDIDATES = 1.33  # per token, the paper's Table 11

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Case, Target, assert_close
-from benchmarks.sequences import Batch, batches, forward_backward, kernels, runnable
+from benchmarks.suite.measure import Case, Target, assert_close
+from benchmarks.suite.sequences import Batch, batches, forward_backward, kernels, runnable
 from ipvrm_kernels import prefix_value_loss
 from ipvrm_kernels.prefix_value_loss import IMPLS
 

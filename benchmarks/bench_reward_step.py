@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Case, assert_close
-from benchmarks.models import qwen3, ragged_batch, title
-from benchmarks.peers import sliced_logprobs
+from benchmarks.suite.measure import Case, assert_close
+from benchmarks.suite.models import qwen3, ragged_batch, title
+from benchmarks.suite.peers import sliced_logprobs
 from ipvrm.model import response_logprobs
 from ipvrm.objectives import ipvrm_loss
 

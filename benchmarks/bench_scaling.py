@@ -15,10 +15,10 @@ from torch import Tensor
 
 from benchmarks.bench_linear_candidates import check_candidates
 from benchmarks.bench_linear_logprobs import check_forward, step_case
-from benchmarks.exact import Exact
-from benchmarks.heads import GROWTH_TARGET, Shape, inputs
-from benchmarks.measure import START, Case, Target, assert_close
-from benchmarks.sequences import edges, forward_backward, kernels
+from benchmarks.suite.exact import Exact
+from benchmarks.suite.heads import GROWTH_TARGET, Shape, inputs
+from benchmarks.suite.measure import START, Case, Target, assert_close
+from benchmarks.suite.sequences import edges, forward_backward, kernels
 from ipvrm_kernels import linear_candidates, linear_logprobs, prefix_value_loss, prefix_values, segment_scan
 
 OP = "scaling"

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Case, assert_close
-from benchmarks.sequences import Batch, batches, runnable
+from benchmarks.suite.measure import Case, assert_close
+from benchmarks.suite.sequences import Batch, batches, runnable
 from ipvrm_kernels import segment_scan
 
 OP = "segment_scan"

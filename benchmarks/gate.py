@@ -33,10 +33,10 @@ from benchmarks import (
     bench_prefix_value_loss,
     bench_segment_scan,
 )
-from benchmarks.heads import Shape
-from benchmarks.machine import describe
-from benchmarks.measure import Case
 from benchmarks.run import write_json
+from benchmarks.suite.heads import Shape
+from benchmarks.suite.machine import describe
+from benchmarks.suite.measure import Case
 from ipvrm_kernels.backend import HAS_CPP
 
 COMMITTED = Path(__file__).with_name("gate.json")

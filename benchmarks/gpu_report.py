@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import ROOT, describe
 from benchmarks.run import MODULES, write_json, write_text
+from benchmarks.suite.machine import ROOT, describe
 
 BUDGET = 520.0  # seconds of everything
 LEAST = 5.0  # seconds a part is still started with
@@ -67,8 +67,8 @@ def parts(folder: Path) -> list[Part]:
     run = [python, "-m", "benchmarks.run", "--device", "cuda"]
     tests = [python, "-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider"]
     tests += ["-k", "cuda and not compile_without"]
-    small = [python, "-m", "benchmarks.gpu_small"]
-    sweep = [python, "-m", "benchmarks.sweep", "--write", "--json", str(folder / "sweep.json")]
+    small = [python, "-m", "benchmarks.gpu.small"]
+    sweep = [python, "-m", "benchmarks.gpu.sweep", "--write", "--json", str(folder / "sweep.json")]
     benches = [
         (f"bench_{name}", [*run, "--op", name, "--json", str(folder / f"bench_{name}.json")])
         for name in MODULES

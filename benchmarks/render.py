@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
-from benchmarks.measure import Row
 from benchmarks.run import write_text
-from benchmarks.tables import (
+from benchmarks.suite.machine import ROOT
+from benchmarks.suite.measure import Row
+from benchmarks.suite.tables import (
     Verdict,
     aims,
     by_case,

@@ -21,10 +21,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at import: the profiler's
 
 import torch
 
-from benchmarks import terminal
-from benchmarks.machine import describe
-from benchmarks.measure import WRONG, Case, Row, measure
-from benchmarks.tables import as_csv
+from benchmarks.suite import terminal
+from benchmarks.suite.machine import describe
+from benchmarks.suite.measure import WRONG, Case, Row, measure
+from benchmarks.suite.tables import as_csv
 
 MODULES = (
     "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("ipvrm bench: --device cuda needs a GPU that torch can see", file=sys.stderr)
         return 2
     if options.plot:
-        from benchmarks import plots  # before anything is measured: it may be missing
+        from benchmarks.suite import plots  # before anything is measured: it may be missing
     torch.manual_seed(0)
     machine, start = describe(), time.monotonic()
     rows: list[Row] = []

@@ -57,7 +57,6 @@ if TYPE_CHECKING:
         ipvrm_loss,
         online_balance,
     )
-    from ipvrm.policy_config import PolicyConfig
     from ipvrm.policy_loss import (
         CandidateConfig,
         PolicyLossConfig,
@@ -67,8 +66,9 @@ if TYPE_CHECKING:
         select_candidates,
     )
     from ipvrm.reward_model import RewardModel
-    from ipvrm.train_policy import train_policy
-    from ipvrm.train_rm import RewardConfig, train_reward_model
+    from ipvrm.training.policy_config import PolicyConfig
+    from ipvrm.training.train_policy import train_policy
+    from ipvrm.training.train_rm import RewardConfig, train_reward_model
 
 _HOME = {
     "AdvantageConfig": "ipvrm.advantages",
@@ -85,7 +85,7 @@ _HOME = {
     "implicit_prm_loss": "ipvrm.objectives",
     "ipvrm_loss": "ipvrm.objectives",
     "online_balance": "ipvrm.objectives",
-    "PolicyConfig": "ipvrm.policy_config",
+    "PolicyConfig": "ipvrm.training.policy_config",
     "CandidateConfig": "ipvrm.policy_loss",
     "PolicyLossConfig": "ipvrm.policy_loss",
     "candidate_mask": "ipvrm.policy_loss",
@@ -93,9 +93,9 @@ _HOME = {
     "distrl_loss": "ipvrm.policy_loss",
     "select_candidates": "ipvrm.policy_loss",
     "RewardModel": "ipvrm.reward_model",
-    "train_policy": "ipvrm.train_policy",
-    "RewardConfig": "ipvrm.train_rm",
-    "train_reward_model": "ipvrm.train_rm",
+    "train_policy": "ipvrm.training.train_policy",
+    "RewardConfig": "ipvrm.training.train_rm",
+    "train_reward_model": "ipvrm.training.train_rm",
 }
 
 

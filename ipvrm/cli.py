@@ -33,18 +33,22 @@ COMMANDS = {
         "TinyModelConfig",
         "main",
     ),
-    "rollout": Command("n responses per prompt", "ipvrm.rollout", "RolloutConfig", "main"),
+    "rollout": Command("n responses per prompt", "ipvrm.rollouts.rollout", "RolloutConfig", "main"),
     "label": Command(
-        "verify the answers of rollouts: reward-model data", "ipvrm.label", "LabelConfig", "main"
+        "verify the answers of rollouts: reward-model data", "ipvrm.rollouts.label", "LabelConfig", "main"
     ),
-    "train-rm": Command("a reward model from outcome labels", "ipvrm.train_rm", "RewardConfig", "main"),
+    "train-rm": Command(
+        "a reward model from outcome labels", "ipvrm.training.train_rm", "RewardConfig", "main"
+    ),
     "train-policy": Command(
         "DistRL and its baselines: a policy from verified rollouts",
-        "ipvrm.train_policy",
+        "ipvrm.training.train_policy",
         "PolicyConfig",
         "main",
     ),
-    "score": Command("JSONL of problem and steps in, step scores out", "ipvrm.score", "ScoreConfig", "main"),
+    "score": Command(
+        "JSONL of problem and steps in, step scores out", "ipvrm.evaluate.score", "ScoreConfig", "main"
+    ),
     "eval processbench": Command(
         "first-error F1 on ProcessBench", "ipvrm.evaluate.processbench", "EvalConfig", "evaluate"
     ),

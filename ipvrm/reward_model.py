@@ -33,7 +33,7 @@ from ipvrm.model import (
     template_hash,
     weights_hash,
 )
-from ipvrm.run_folder import move_into, read_json, save_folder, versions, write_json
+from ipvrm.training.run_folder import move_into, read_json, save_folder, versions, write_json
 
 CONFIG_NAME = "ipvrm_config.json"
 BATCH_TOKENS = 8192

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm import IpvrmError
-from ipvrm.run_folder import save_folder
+from ipvrm.training.run_folder import save_folder
 
 END_OF_TURN = "<|im_end|>"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", END_OF_TURN)

@@ -1,8 +1,8 @@
 """Tile configurations that a sweep on a GPU has measured, laid over the table in the source.
 
 `tuned.json` beside this file holds one entry for each (architecture, kind of operands) that was swept, with
-the device, commit and times it was chosen by; `python -m benchmarks.sweep --write` makes it. What it does not
-mention stays as the source has it.
+the device, commit and times it was chosen by; `python -m benchmarks.gpu.sweep --write` makes it. What it does
+not mention stays as the source has it.
 """
 
 from __future__ import annotations

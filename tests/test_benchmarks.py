@@ -25,17 +25,12 @@ from benchmarks import (  # noqa: E402
     bench_scaling,
     gate,
     gpu_report,
-    gpu_small,
-    heads,
-    machine,
-    measure,
-    peers,
     render,
     run,
-    sweep,
-    tables,
 )
-from benchmarks.measure import Case, Row, Target  # noqa: E402
+from benchmarks.gpu import small, sweep  # noqa: E402
+from benchmarks.suite import heads, machine, measure, peers, tables  # noqa: E402
+from benchmarks.suite.measure import Case, Row, Target  # noqa: E402
 from ipvrm_kernels import tuned  # noqa: E402
 from ipvrm_kernels.backend import HAS_CPP  # noqa: E402
 
@@ -530,7 +525,7 @@ def test_counters_from_the_profilers_csv():
 
 
 def test_every_op_runs_once_for_the_sanitizer(capsys):
-    assert gpu_small.main(["--device", "cpu"]) == 0 and capsys.readouterr().out == "done\n"
+    assert small.main(["--device", "cpu"]) == 0 and capsys.readouterr().out == "done\n"
 
 
 # --------------------------------------------------------------------------------------------------- sweep

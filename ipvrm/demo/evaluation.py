@@ -34,7 +34,7 @@ from ipvrm.evaluate.thresholds import (
 )
 from ipvrm.progress import Progress
 from ipvrm.reward_model import RewardModel
-from ipvrm.run_folder import write_json, write_text
+from ipvrm.training.run_folder import write_json, write_text
 
 FORMATS = (TRAINING_FORMAT, *SHIFTED_FORMATS)
 

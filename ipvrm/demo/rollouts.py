@@ -12,7 +12,7 @@ from ipvrm.demo.arithmetic import STEP_SEPARATOR, Problem, answer_of, first_wron
 from ipvrm.demo.base_model import sample
 from ipvrm.demo.settings import Sizes
 from ipvrm.progress import Progress
-from ipvrm.run_folder import write_json
+from ipvrm.training.run_folder import write_json
 
 
 def roll_out(folder: Path, base: Path, sizes: Sizes, seed: int, progress: Progress) -> None:

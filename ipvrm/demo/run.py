@@ -9,8 +9,8 @@ Stages, each a folder that is written whole and reused as long as its settings s
 
 and a report of tables, picture and text, all computed from their numbers. The reward models' hyperparameters
 were chosen once, on validation traces in the training format and with another seed, by
-`python -m benchmarks.select_demo_hyperparameters` (benchmarks/results/demo_selection.json). Thresholds are
-chosen in each run, on its validation traces in the training format, and never on test traces.
+`python -m benchmarks.studies.select_demo_hyperparameters` (benchmarks/results/demo_selection.json).
+Thresholds are chosen in each run, on its validation traces in the training format, and never on test traces.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from ipvrm.demo.base_model import make_model, make_tokenizer, train_base
 from ipvrm.demo.rollouts import roll_out
 from ipvrm.demo.settings import BUDGETS, CHOICES, FULL, QUICK, Choice, DemoConfig, Sizes
 from ipvrm.progress import Progress
-from ipvrm.run_folder import manifest, read_json, save_folder, write_json
+from ipvrm.training.run_folder import manifest, read_json, save_folder, write_json
 
 STAGE_FILE = "stage.json"
 

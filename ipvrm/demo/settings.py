@@ -70,7 +70,7 @@ class Choice:
     rule: str
 
 
-# Chosen by benchmarks/select_demo_hyperparameters.py; the numbers: benchmarks/results/demo_selection.json.
+# Chosen by benchmarks/studies/select_demo_hyperparameters.py: benchmarks/results/demo_selection.json.
 CHOICES = (
     Choice("ipvrm", beta=50.0, margin=1.0, learning_rate=3e-4, num_train_epochs=3, rule="prefix"),
     Choice("implicit_prm", beta=1.0, margin=None, learning_rate=1e-3, num_train_epochs=3, rule="mean"),

@@ -30,7 +30,7 @@ from ipvrm.evaluate.thresholds import (
     sweep,
     trivial_baselines,
 )
-from ipvrm.run_folder import manifest, read_json, write_json
+from ipvrm.training.run_folder import manifest, read_json, write_json
 
 PROTOCOLS = ("transfer", "oracle")
 PART_ITEMS = 50  # solutions per part file: what an interruption can lose

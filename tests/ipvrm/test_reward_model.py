@@ -10,8 +10,8 @@ import torch
 from ipvrm import IpvrmError, RewardModel
 from ipvrm.cli import main
 from ipvrm.data import Response
-from ipvrm.reward_config import RewardConfig
-from ipvrm.train_rm import train_reward_model
+from ipvrm.training.reward_config import RewardConfig
+from ipvrm.training.train_rm import train_reward_model
 
 HUB_NAMES = ("reference", "reference_given")
 PROBLEM, STEPS = "What is 1 + 2?", ["carry 0.", "carry 1 and more.", "Answer: 3"]
@@ -280,7 +280,7 @@ def test_score_command_names_bad_lines(home, problems, tmp_path, capsys):
 
 
 def test_score_command_goes_on_where_it_stopped(home, problems, tmp_path, monkeypatch):
-    import ipvrm.score as score
+    import ipvrm.evaluate.score as score
 
     whole, output = tmp_path / "whole.jsonl", tmp_path / "scores.jsonl"
     assert score_command(home, problems, whole) == 0
@@ -305,7 +305,7 @@ def test_score_command_goes_on_where_it_stopped(home, problems, tmp_path, monkey
 
 
 def test_score_command_does_not_go_on_with_other_weights(home, problems, tmp_path):
-    from ipvrm.score import ScoreConfig, _key
+    from ipvrm.evaluate.score import ScoreConfig, _key
 
     shutil.copytree(home / "runs" / "rm", tmp_path / "rm")
     config = ScoreConfig(str(tmp_path / "rm"), str(problems), str(tmp_path / "out.jsonl"))

@@ -18,7 +18,8 @@ import torch
 from ipvrm import IpvrmError
 from ipvrm.cli import main
 from ipvrm.data import Row, tokenize
-from ipvrm.engine import (
+from ipvrm.model import load_model
+from ipvrm.rollouts.engine import (
     Sampling,
     TransformersEngine,
     _Draw,
@@ -26,10 +27,9 @@ from ipvrm.engine import (
     response_seed,
     stop_ids,
 )
-from ipvrm.model import load_model
-from ipvrm.rollout import RolloutConfig, roll_out
+from ipvrm.rollouts.rollout import RolloutConfig, roll_out
 from ipvrm.rows import read_prompts
-from ipvrm.run_folder import summary_path
+from ipvrm.training.run_folder import summary_path
 
 FLAGS = ("model", "input", "output", "num_generations", "max_new_tokens", "per_device_eval_batch_size")
 PROMPTS = [

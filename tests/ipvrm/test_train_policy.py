@@ -19,20 +19,20 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import ipvrm.train_policy as train_policy_module
+import ipvrm.training.train_policy as train_policy_module
 from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
-from ipvrm.checkpoint import TrainingInterrupted, checkpoints
 from ipvrm.demo.base_model import make_model, make_tokenizer
-from ipvrm.engine import Sampling
 from ipvrm.model import load_model, response_logprobs, save_model
-from ipvrm.online_reward import OnlineReward, auc, token_and_candidate_logprobs
-from ipvrm.optimizer import data_parallel_accelerator
-from ipvrm.policy_config import PolicyConfig, candidate_config, loss_config, resolve
 from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig
-from ipvrm.policy_model import PolicyLoss, behaviour
-from ipvrm.policy_rollouts import Collector, Question, Targets, Unanimous, Verified, rollouts_of
-from ipvrm.train_policy import train_policy
-from ipvrm.verify import Verdict
+from ipvrm.rollouts.engine import Sampling
+from ipvrm.rollouts.verify import Verdict
+from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
+from ipvrm.training.online_reward import OnlineReward, auc, token_and_candidate_logprobs
+from ipvrm.training.optimizer import data_parallel_accelerator
+from ipvrm.training.policy_config import PolicyConfig, candidate_config, loss_config, resolve
+from ipvrm.training.policy_model import PolicyLoss, behaviour
+from ipvrm.training.policy_rollouts import Collector, Question, Targets, Unanimous, Verified, rollouts_of
+from ipvrm.training.train_policy import train_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 VERIFIERS = """
@@ -624,7 +624,7 @@ def test_nan_in_the_reward_model_stops_the_run(config, toy, tmp_path, monkeypatc
         sampled, candidates = token_and_candidate_logprobs(*arguments)
         return sampled * float("nan"), candidates
 
-    monkeypatch.setattr("ipvrm.online_reward.token_and_candidate_logprobs", poisoned)
+    monkeypatch.setattr("ipvrm.training.online_reward.token_and_candidate_logprobs", poisoned)
     with pytest.raises(IpvrmError, match="reward model's log-probs are not numbers"):
         train(config("frozen", rm_update="frozen", rm_learning_rate=None))
 
@@ -733,7 +733,7 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
 
 KILLED_IN_A_SAVE = """
     import os, signal, sys
-    from ipvrm import checkpoint
+    from ipvrm.training import checkpoint
     from ipvrm.cli import main
 
     save_optimizer, calls = checkpoint.save_optimizer, []

@@ -14,12 +14,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import ipvrm.train_rm as train_rm
-from ipvrm import IpvrmError, checkpoint, objectives
-from ipvrm.checkpoint import TrainingInterrupted, checkpoints
-from ipvrm.optimizer import learning_rate_factor
-from ipvrm.reward_config import RewardConfig, resolve
-from ipvrm.train_rm import train_reward_model
+import ipvrm.training.train_rm as train_rm
+from ipvrm import IpvrmError, objectives
+from ipvrm.training import checkpoint
+from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
+from ipvrm.training.optimizer import learning_rate_factor
+from ipvrm.training.reward_config import RewardConfig, resolve
+from ipvrm.training.train_rm import train_reward_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -411,7 +412,7 @@ def test_resume_refuses_another_run(uninterrupted, tmp_path, rollouts):
 
 KILLED_IN_A_SAVE = """
     import os, signal, sys
-    from ipvrm import checkpoint
+    from ipvrm.training import checkpoint
     from ipvrm.cli import main
 
     save_optimizer = checkpoint.save_optimizer
@@ -474,7 +475,7 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
 def test_interrupt_on_the_command_line(uninterrupted, tmp_path):
     code = """
         import os, signal, sys
-        import ipvrm.train_rm as train_rm
+        import ipvrm.training.train_rm as train_rm
         from ipvrm.cli import main
 
         update = train_rm._Run._update

@@ -11,12 +11,20 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ipvrm import IpvrmError, verify
+from ipvrm import IpvrmError
 from ipvrm.cli import main
 from ipvrm.data import read_rows, tokenize
-from ipvrm.label import LabelConfig, label_file
-from ipvrm.run_folder import summary_path
-from ipvrm.verify import Verdict, VerifierPool, final_answer, load_verifier, verify_math, verify_string
+from ipvrm.rollouts import verify
+from ipvrm.rollouts.label import LabelConfig, label_file
+from ipvrm.rollouts.verify import (
+    Verdict,
+    VerifierPool,
+    final_answer,
+    load_verifier,
+    verify_math,
+    verify_string,
+)
+from ipvrm.training.run_folder import summary_path
 
 DEADLINE = 0.5
 RUDE = '''
@@ -237,7 +245,7 @@ def test_what_a_verifier_started_dies_with_it(rude, tmp_path):
 def test_workers_end_with_a_killed_parent(rude, tmp_path):
     """Even one that hangs in native code: its own watchdog ends it."""
     code = (
-        "import sys; from ipvrm import verify; verify.ORPHAN_SECONDS = 0.5\n"
+        "import sys; from ipvrm.rollouts import verify; verify.ORPHAN_SECONDS = 0.5\n"
         "verify.VerifierPool('rude_verifier:orphan', 1, 1.0).judge([(sys.argv[1], '')])"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

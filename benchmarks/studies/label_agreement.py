@@ -5,7 +5,7 @@ others. So each right response's final answer serves as ground truth for every o
 and the label that `ipvrm label` gives is compared with the released one: over all such pairs, and over those
 whose ground truth is a plain number, as curated ones are (`50 + 10 + 0 = 60` or `6 games` are not).
 
-    python -m benchmarks.label_agreement --data rm/qwen3_0.6b_pointwise.parquet --out results.json
+    python -m benchmarks.studies.label_agreement --data rm/qwen3_0.6b_pointwise.parquet --out results.json
 """
 
 import argparse
@@ -16,11 +16,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from ipvrm.label import LabelConfig, label_file
+from benchmarks.suite import machine
+from ipvrm.rollouts.label import LabelConfig, label_file
+from ipvrm.rollouts.verify import final_answer
 from ipvrm.rows import read_rows
-from ipvrm.run_folder import write_json
-from ipvrm.verify import final_answer
+from ipvrm.training.run_folder import write_json
 
 LISTED = 30
 NUMBER = re.compile(r"-?\d+(\.\d+)?(/\d+)?")

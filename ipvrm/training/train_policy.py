@@ -19,12 +19,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ipvrm import IpvrmError, checkpoint
+from ipvrm import IpvrmError
 from ipvrm.advantages import distrl_advantages, outcome_advantages, temporal_difference
-from ipvrm.baselines import per_token, prime_advantages, spro_advantages
-from ipvrm.checkpoint import interrupted
 from ipvrm.data import Batch, epoch_order
-from ipvrm.engine import TransformersEngine, stop_ids
 from ipvrm.model import (
     disable_dropout,
     load_model,
@@ -35,9 +32,15 @@ from ipvrm.model import (
     weights_hash,
 )
 from ipvrm.objectives import MetricSums, paired, stacked
-from ipvrm.online_reward import FOLDER, OnlineReward, auc
-from ipvrm.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
-from ipvrm.policy_config import (
+from ipvrm.progress import Interrupt, Progress, peak_memory
+from ipvrm.rollouts.engine import TransformersEngine, stop_ids
+from ipvrm.rollouts.verify import VerifierPool
+from ipvrm.training import checkpoint
+from ipvrm.training.baselines import per_token, prime_advantages, spro_advantages
+from ipvrm.training.checkpoint import interrupted
+from ipvrm.training.online_reward import FOLDER, OnlineReward, auc
+from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
+from ipvrm.training.policy_config import (
     FREE_ON_RESUME,
     PolicyConfig,
     advantage_config,
@@ -45,10 +48,9 @@ from ipvrm.policy_config import (
     loss_config,
     resolve,
 )
-from ipvrm.policy_model import PolicyLoss, add_adapters, behaviour, merged
-from ipvrm.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash, read_questions
-from ipvrm.progress import Interrupt, Progress, peak_memory
-from ipvrm.run_folder import (
+from ipvrm.training.policy_model import PolicyLoss, add_adapters, behaviour, merged
+from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash, read_questions
+from ipvrm.training.run_folder import (
     JsonlLog,
     manifest,
     move_into,
@@ -57,7 +59,6 @@ from ipvrm.run_folder import (
     write_json,
     write_text,
 )
-from ipvrm.verify import VerifierPool
 from ipvrm_kernels import prefix_values
 from ipvrm_kernels.linear_distrl_loss import METRICS as POLICY_METRICS
 

@@ -17,7 +17,7 @@ PACKAGES = (
     "ipvrm", "torch", "triton", "transformers", "numpy", "cut-cross-entropy", "liger-kernel", "trl",
     "quack-kernels",
 )  # fmt: skip
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe() -> dict[str, Any]:

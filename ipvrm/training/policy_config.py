@@ -10,7 +10,7 @@ from ipvrm.data import OnBadRow
 from ipvrm.objectives import BalanceConfig
 from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig
 from ipvrm.presets import Preset, by_preset
-from ipvrm.verify import TIMEOUT_SECONDS
+from ipvrm.rollouts.verify import TIMEOUT_SECONDS
 
 # A resumed run may change these: they do not decide the weights, or their contents are compared by hash.
 # Another split of the optimizer batch (per_device_*, ranks) changes them by rounding only.

@@ -20,8 +20,8 @@ try:
 except ImportError as error:
     raise SystemExit("plots need matplotlib: pip install 'ipvrm[plot]'") from error
 
-from benchmarks.measure import FULL_LOGITS, Row
-from benchmarks.tables import Growth, by_case, conditions, growth, is_ours, milliseconds, verdicts
+from benchmarks.suite.measure import FULL_LOGITS, Row
+from benchmarks.suite.tables import Growth, by_case, conditions, growth, is_ours, milliseconds, verdicts
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e7eb"
 OURS = ("#0072B2", "#56B4E9", "#3a4cc0")  # cpp or cuda, triton, ipvrm

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.measure import assert_close
+from benchmarks.suite.measure import assert_close
 
 ROWS = 128  # of the batch, of the first and the last one always two
 VOCABULARY_ROWS = 64  # of dweight, where no eager gradient is there to compare it with

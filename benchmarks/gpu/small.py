@@ -1,4 +1,4 @@
-"""Every op once, forward and backward: `python -m benchmarks.gpu_small [--target]`, for tools that watch it.
+"""Every op once, forward and backward: `python -m benchmarks.gpu.small [--target]`, for tools that watch it.
 
 Small odd shapes for compute-sanitizer, which slows a kernel a hundredfold; with --target the head alone at
 the shape that has targets, for the profiler's counters.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import ipvrm_kernels
-from benchmarks.heads import GPU_DEFAULT, MODELS, Shape, inputs
-from benchmarks.sequences import edges, kernels
+from benchmarks.suite.heads import GPU_DEFAULT, MODELS, Shape, inputs
+from benchmarks.suite.sequences import edges, kernels
 
 SMALL = Shape(131, 64, 1003, torch.bfloat16, 3)
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.measure import FULL_LOGITS, OURS, START, Row, Target
+from benchmarks.suite.measure import FULL_LOGITS, OURS, START, Row, Target
 
 LEVEL = 0.03  # medians this close are a draw
 

@@ -18,8 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ipvrm import IpvrmError, checkpoint
-from ipvrm.checkpoint import interrupted
+from ipvrm import IpvrmError
 from ipvrm.data import (
     Response,
     collate,
@@ -39,12 +38,14 @@ from ipvrm.model import (
     weights_hash,
 )
 from ipvrm.objectives import METRICS, Metrics, MetricSums, paired, stacked
-from ipvrm.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.progress import Interrupt, Progress, peak_memory
 from ipvrm.reference import REFERENCE_FILE, data_hash, reference_logprobs, split_packed
-from ipvrm.reward_config import FREE_ON_RESUME, RewardConfig, objective_of, resolve
 from ipvrm.reward_model import CONFIG_NAME, RewardModelInfo, reference_entries, write_info
-from ipvrm.run_folder import (
+from ipvrm.training import checkpoint
+from ipvrm.training.checkpoint import interrupted
+from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
+from ipvrm.training.reward_config import FREE_ON_RESUME, RewardConfig, objective_of, resolve
+from ipvrm.training.run_folder import (
     JsonlLog,
     manifest,
     move_into,

@@ -1,6 +1,6 @@
 """GRPO, GRPO + IPVRM and DistRL + IPVRM from the demo's base model, at equal rollouts.
 
-    ipvrm demo && python -m benchmarks.demo_policies --demo runs/demo
+    ipvrm demo && python -m benchmarks.studies.demo_policies --demo runs/demo
 
 Every algorithm trains on the problems of the demo's rollouts with the same prompts, the same number of
 responses and the same random numbers, and is measured on other problems at temperature 1, one response each.
@@ -18,11 +18,11 @@ from typing import Any
 
 from ipvrm.demo.arithmetic import Problem, make_problems
 from ipvrm.demo.base_model import MAX_NEW_TOKENS
-from ipvrm.policy_config import PolicyConfig
-from ipvrm.run_folder import manifest, read_json, write_json
-from ipvrm.train_policy import train_policy
+from ipvrm.training.policy_config import PolicyConfig
+from ipvrm.training.run_folder import manifest, read_json, write_json
+from ipvrm.training.train_policy import train_policy
 
-RESULTS = Path(__file__).parent / "results" / "demo_policies.json"
+RESULTS = Path(__file__).parent.parent / "results" / "demo_policies.json"
 ALGORITHMS = {"grpo": "GRPO", "grpo_prm": "GRPO + IPVRM", "distrl": "DistRL + IPVRM"}
 PARTS = ("rollout", "verify", "behaviour", "reward", "update")
 GAE_COEF = 0.1  # from an earlier trial; the paper's 1 was not compared with it here

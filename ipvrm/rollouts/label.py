@@ -10,6 +10,7 @@ from typing import Any
 
 from ipvrm import IpvrmError
 from ipvrm.progress import Progress
+from ipvrm.rollouts.verify import OUTCOMES, TIMEOUT_SECONDS, Outcome, Verdict, VerifierPool
 from ipvrm.rows import COLUMNS as CONVERSATION_COLUMNS
 from ipvrm.rows import (
     TURNS,
@@ -22,8 +23,7 @@ from ipvrm.rows import (
     report_bad_rows,
     turns,
 )
-from ipvrm.run_folder import manifest, summary_path, write_json, write_table
-from ipvrm.verify import OUTCOMES, TIMEOUT_SECONDS, Outcome, Verdict, VerifierPool
+from ipvrm.training.run_folder import manifest, summary_path, write_json, write_table
 
 COLUMNS = (*CONVERSATION_COLUMNS, "answer", "reward_model", "data_source", "sample", "truncated")
 LISTED_FAILURES = 20

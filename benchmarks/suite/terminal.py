@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.measure import START, Case, Row
-from benchmarks.tables import aims, cell, conditions, growth, is_ours, milliseconds, verdicts
+from benchmarks.suite.measure import START, Case, Row
+from benchmarks.suite.tables import aims, cell, conditions, growth, is_ours, milliseconds, verdicts
 
 COLOURS = dict(won="green", lost="bold red", level="yellow")
 AIM_COLOURS = dict(met="green", MISSED="bold red", unknown="yellow")

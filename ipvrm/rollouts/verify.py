@@ -180,7 +180,7 @@ def serve(name: str, watchdog_seconds: float) -> None:
 # The working directory comes last on the path: a file in it must not stand in for a library.
 WORKER = """import sys
 sys.path = [path for path in sys.path if path]
-from ipvrm.verify import serve
+from ipvrm.rollouts.verify import serve
 sys.path.append("")
 serve(sys.argv[1], float(sys.argv[2]))
 """

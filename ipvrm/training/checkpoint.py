@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ipvrm import IpvrmError
-from ipvrm.run_folder import read_json, write_json
+from ipvrm.training.run_folder import read_json, write_json
 
 PREFIX = "checkpoint-"
 STATE = "trainer_state.json"

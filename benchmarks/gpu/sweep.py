@@ -1,4 +1,4 @@
-"""Which tiles the Triton head should use on this GPU: `python -m benchmarks.sweep [--write] [--json F]`.
+"""Which tiles the Triton head should use on this GPU: `python -m benchmarks.gpu.sweep [--write] [--json F]`.
 
 From the configuration in use, all neighbours (one field one step away) are compiled side by side, checked
 against the first one's results and timed; the best becomes the next start, until none is better or the time
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from benchmarks.heads import GPU_DEFAULT, MODELS, Shape, inputs
-from benchmarks.machine import ROOT, describe
-from benchmarks.measure import assert_close, once
 from benchmarks.run import write_json
+from benchmarks.suite.heads import GPU_DEFAULT, MODELS, Shape, inputs
+from benchmarks.suite.machine import ROOT, describe
+from benchmarks.suite.measure import assert_close, once
 from ipvrm_kernels import linear_candidates, linear_logprobs
 from ipvrm_kernels.head_triton_tiles import CONFIGS, Config, tiles_of
 from ipvrm_kernels.tuned import FILE
@@ -139,7 +139,7 @@ class Trial:
 
 def compile_aside(configs: Sequence[Config], kind: str) -> None:
     """Fill Triton's cache, a process for each configuration; what fails here is reported when it is timed."""
-    command = [sys.executable, "-m", "benchmarks.sweep", "--kind", kind, "--compile"]
+    command = [sys.executable, "-m", "benchmarks.gpu.sweep", "--kind", kind, "--compile"]
     processes = [
         subprocess.Popen([*command, json.dumps(config._asdict())], cwd=ROOT, stderr=subprocess.DEVNULL)
         for config in configs

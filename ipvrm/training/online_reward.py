@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ipvrm import IpvrmError, checkpoint
+from ipvrm import IpvrmError
 from ipvrm.data import Batch
 from ipvrm.model import (
     ResponseLogprobs,
@@ -27,11 +27,12 @@ from ipvrm.model import (
     weights_hash,
 )
 from ipvrm.objectives import BETA, METRICS, Balance, Objective, online_balance, paired, stacked
-from ipvrm.optimizer import adamw, update
-from ipvrm.policy_config import PolicyConfig, balance_config
-from ipvrm.policy_rollouts import Rollouts
 from ipvrm.reward_model import RewardModelInfo, find_reference, read_info, reference_entries, write_info
-from ipvrm.run_folder import versions
+from ipvrm.training import checkpoint
+from ipvrm.training.optimizer import adamw, update
+from ipvrm.training.policy_config import PolicyConfig, balance_config
+from ipvrm.training.policy_rollouts import Rollouts
+from ipvrm.training.run_folder import versions
 from ipvrm_kernels import linear_logprobs, prefix_values
 
 FOLDER = "reward_model"
@@ -177,7 +178,7 @@ class OnlineReward:
             was before the update that used its label.
 
         Raises:
-            NotFinite: from `ipvrm.optimizer.update`.
+            NotFinite: from `ipvrm.training.optimizer.update`.
         """
         assert self.config.rm_learning_rate is not None
         balance: Balance | None = None

@@ -2,7 +2,7 @@
 
 Same model, prompts and number of tokens, no stop token, interleaved rounds, CPU seconds of the process.
 
-    python -m benchmarks.rollout_engine --model tiny --data policy_eval.parquet --out results.json
+    python -m benchmarks.studies.rollout_engine --model tiny --data policy_eval.parquet --out results.json
 """
 
 import argparse
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
-from ipvrm.engine import Sampling, TransformersEngine, _Draw, encode_prompt
+from benchmarks.suite import machine
 from ipvrm.model import load_model, load_tokenizer
+from ipvrm.rollouts.engine import Sampling, TransformersEngine, _Draw, encode_prompt
 from ipvrm.rows import read_prompts
-from ipvrm.run_folder import write_json
+from ipvrm.training.run_folder import write_json
 
 PROMPTS, SAMPLES, NEW_TOKENS, VOCABULARY = 16, 4, 64, 151_936
 

@@ -13,7 +13,7 @@ from ipvrm.evaluate.steps import STEP_FORMAT, STEP_SEPARATOR, check_step_format
 from ipvrm.model import local_folder, weights_hash
 from ipvrm.progress import Progress
 from ipvrm.reward_model import BATCH_TOKENS, CONFIG_NAME, RewardModel, Score
-from ipvrm.run_folder import write_text
+from ipvrm.training.run_folder import write_text
 
 CHUNK = 64  # solutions scored, and written, at a time
 

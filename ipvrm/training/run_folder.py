@@ -168,7 +168,7 @@ def versions() -> dict[str, str]:
 
 def _git_commit() -> str | None:
     """Commit of the checkout this package runs from, `+changes` when it has any; None outside of one."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

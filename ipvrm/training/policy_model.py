@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ipvrm import IpvrmError
 from ipvrm.data import Batch
 from ipvrm.model import head, hidden_states
-from ipvrm.policy_config import PolicyConfig
 from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig, select_candidates
-from ipvrm.policy_rollouts import Targets
+from ipvrm.training.policy_config import PolicyConfig
+from ipvrm.training.policy_rollouts import Targets
 from ipvrm_kernels import DistRLLoss, linear_distrl_loss, linear_logprobs
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ipvrm import IpvrmError
 from ipvrm.data import Batch, Response, collate, epoch_order, microbatches_for_rank
-from ipvrm.engine import Engine, Sampling, encode_prompt, response_seed
-from ipvrm.policy_config import PolicyConfig
+from ipvrm.rollouts.engine import Engine, Sampling, encode_prompt, response_seed
+from ipvrm.rollouts.verify import VerifierPool
 from ipvrm.rows import BadRow, Prompt, read_prompts, report_bad_rows
-from ipvrm.verify import VerifierPool
+from ipvrm.training.policy_config import PolicyConfig
 
 FAILURES = ("timeout", "crash", "error", "unreadable_ground_truth")
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Target
+from benchmarks.suite.measure import Target
 
 K = 8  # ids per row where gradients are taken, unless a shape says otherwise
 MIN_PROB = 0.1

@@ -1,6 +1,6 @@
 """Chooses the hyperparameters of the demo's reward models, once.
 
-    python -m benchmarks.select_demo_hyperparameters
+    python -m benchmarks.studies.select_demo_hyperparameters
 
 Base model, rollouts and reward models are those of `ipvrm demo` at full size, from another seed than the
 demo's default. Every candidate is judged by its best first-error F1 on the **validation** traces in the
@@ -24,9 +24,9 @@ from ipvrm.evaluate.steps import RULES
 from ipvrm.evaluate.thresholds import f1_report, sweep
 from ipvrm.progress import Progress
 from ipvrm.reward_model import RewardModel
-from ipvrm.run_folder import manifest, write_json
+from ipvrm.training.run_folder import manifest, write_json
 
-RESULTS = Path(__file__).parent / "results" / "demo_selection.json"
+RESULTS = Path(__file__).parent.parent / "results" / "demo_selection.json"
 SEED = 1  # the demo's default is 0
 EPOCHS = 3
 FIRST_RATE, OTHER_RATES = 1e-3, (3e-4, 2e-3)
@@ -92,7 +92,7 @@ def main() -> None:
             "tried": tried,
             "sizes": asdict(FULL),
             "manifest": manifest(
-                "python -m benchmarks.select_demo_hyperparameters", seeds={"selection": SEED}
+                "python -m benchmarks.studies.select_demo_hyperparameters", seeds={"selection": SEED}
             ),
         },
     )

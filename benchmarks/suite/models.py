@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.heads import CANDIDATES_PER_ROW, measured
+from benchmarks.suite.heads import CANDIDATES_PER_ROW, measured
 from ipvrm.data import Batch, Response, collate
 from ipvrm.model import head, hidden_states
 

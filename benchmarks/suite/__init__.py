@@ -1,0 +1,1 @@
+"""What every benchmark shares: cases and timing, inputs, contenders, tables and plots."""

@@ -1,0 +1,1 @@
+"""Responses and their labels: generation, verification, and the files between them."""
