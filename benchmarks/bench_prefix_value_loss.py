@@ -66,6 +66,8 @@ def _raw(batch: Batch, impl: str) -> Callable[[], tuple[Tensor, Tensor]]:
 
     def run() -> tuple[Tensor, Tensor]:
         loss, slope, _ = forward(batch.packed, batch.cu_seqlens, batch.outcome, *numbers)
+        if impl == "cpp":  # the gradient already, which a backward with upstream 1 returns
+            return loss, slope
         return loss, backward(slope, batch.cu_seqlens, one, BETA)
 
     return run

@@ -50,6 +50,7 @@ from .head import (
 )
 from .linear_logprobs import IMPLS as LOGPROB_IMPLS
 from .packing import check_cu_seqlens, check_cu_seqlens_shape
+from .registration import is_batched, is_last_backward
 
 if backend.HAS_TRITON:
     from . import head_triton, head_triton_stored
@@ -204,30 +205,17 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:3], *output[4:])
 
 
-def _is_last_backward(*tensors: Tensor) -> bool:
-    """Whether this call's graph is freed after this backward, with nothing tracing or differentiating it."""
-    traced = torch.compiler.is_compiling() or any(type(x) is not Tensor for x in tensors)  # fake, functional
-    transformed = torch._C._functorch.maybe_current_level() is not None  # torch.func: may come back here
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph or create_graph
-    return not traced and not transformed and not kept
-
-
-def _is_batched(x: Tensor) -> bool:
-    """Whether x stands for several: under torch.func.vmap, or in the older form behind is_grads_batched."""
-    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
-
-
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
     if dloss is None:
         return (None,) * 25
     hidden, weight, bias, *formed = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    if _is_batched(dloss):  # no rule for the backward op, and in place one would be scaled by all
+    if is_batched(dloss):  # no rule for the backward op, and in place one would be scaled by all
         if torch.is_grad_enabled():
             raise RuntimeError(f"{OP}: batched gradients (vmap, is_grads_batched) with create_graph=True are "
                                "not supported; loop over the upstream gradients")  # fmt: skip
         gradients = cast_gradients([g * dloss for g in formed], (hidden, weight, bias), needs)
-    elif _is_last_backward(dloss, *formed):  # in place: a copy would be a second fp32 dweight
+    elif is_last_backward(dloss, *formed):  # in place: a copy would be a second fp32 dweight
         gradients = cast_gradients([g.mul_(dloss) for g in formed], (hidden, weight, bias), needs)
     else:
         gradients = _backward_op(dloss, formed, hidden, weight, bias, needs)
