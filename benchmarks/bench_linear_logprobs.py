@@ -3,7 +3,9 @@ released slices of 64 rows) and the peers installed.
 
 Forward: lse, log-prob of one token per row, entropy; where a contender gives the log-prob alone, beside ours
 without entropy. Forward + backward: log-probs of K tokens per row; the peers know one token a row only, so
-their rows stand beside ours at one token.
+their rows stand beside ours at one token. Peers that return a scalar can form its gradient in their forward:
+beside them stand linear_logprobs, whose gradient per token comes later, and our scalar loss of one token a
+row, linear_distrl_loss without candidates.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from benchmarks.suite.exact import Exact
 from benchmarks.suite.heads import Shape, inputs, more_shapes, shapes, targets
 from benchmarks.suite.measure import Case, Target, assert_close
 from benchmarks.suite.peers import OneToken, compiled, one_token, sliced_logprobs, with_entropy
-from benchmarks.suite.sequences import kernels
-from ipvrm_kernels import linear_logprobs
+from benchmarks.suite.sequences import edges, kernels
+from ipvrm_kernels import linear_distrl_loss, linear_logprobs
 from ipvrm_kernels.linear_logprobs import LinearLogprobs
 
 OP = "linear_logprobs"
@@ -131,9 +133,25 @@ def step_case(
     def released() -> tuple[Tensor, ...]:
         return torch.autograd.grad(sliced_logprobs(hidden @ weight.T, ids), leaves, upstream)
 
+    def scalar_loss(impl: str) -> Callable[[], Any]:
+        with torch.no_grad():
+            old = linear_logprobs(hidden, weight, sampled).logprobs
+        none, ones = old.new_empty(len(old), 0), torch.ones_like(old)  # ratio 1: d loss / d log-prob = -1
+        edge, no_ids = edges([len(old)], device), ids[:, :0]
+
+        def run() -> tuple[Tensor, ...]:
+            out = linear_distrl_loss(
+                hidden, weight, sampled, no_ids, old, none, ones, none, edge,
+                reduction="token_mean", token_denominator=1.0, impl=impl,
+            )  # fmt: skip
+            return torch.autograd.grad(out.loss, leaves)
+
+        return run
+
     minus_one = -torch.ones_like(sampled, dtype=torch.float32)
     implementations = kernels(OP, device)
     one_id = {f"{name}, one id": ours(name, sampled, minus_one) for name in implementations}
+    scalar = {f"{name} linear_distrl_loss, one id": name for name in kernels("linear_distrl_loss", device)}
     contenders: dict[str, Callable[[], Any]] = {
         "matmul": lambda: hidden.detach() @ weight.detach().T,
         **{name: ours(name, ids, upstream) for name in implementations},
@@ -145,6 +163,7 @@ def step_case(
         contenders |= {
             "released 64-row slices": released,
             **one_id,
+            **{label: scalar_loss(name) for label, name in scalar.items()},
             **{f"{name}, one id": peer(function) for name, function in peers.items()},
         }
 
@@ -165,5 +184,5 @@ def step_case(
     late = {f"{name}, one id": reason for name, reason in absent.items()}
     aims = targets(kind, shape, implementations, device)
     if aims and peers and device == "cpu":
-        aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in one_id}
+        aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *scalar)}
     return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes, targets=aims)

@@ -271,8 +271,7 @@ def linear_distrl_loss(
     """The DistRL policy loss L_token + alpha * L_candidates (Eq. 11, 12, 14) from hidden states.
 
     Equal to: linear_logprobs of token_ids and candidate_ids, clipped_surrogate of each branch, candidates
-        weighted by
-    pi_old = exp(old_candidate_logprobs), reduced as below.
+        weighted by pi_old = exp(old_candidate_logprobs), reduced as below.
 
     Args:
         hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes, deterministic: as in
@@ -280,14 +279,12 @@ def linear_distrl_loss(
         token_ids: (N,) int64 or int32 in [-1, V), the sampled tokens. -1 is "no token".
         candidate_ids: (N, K) likewise; unused slots -1. Duplicates add their gradients.
         old_logprobs, old_candidate_logprobs: (N,), (N, K) float, under the behaviour policy; -inf marks an
-            unused
-            element, which adds no loss, gradient or count. No gradient.
+            unused element, which adds no loss, gradient or count. No gradient.
         advantages, candidate_advantages: (N,), (N, K) float. No gradient.
         cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; an empty sequence counts in B and adds 0.
         alpha: finite weight of the candidate branch.
         clip_low, clip_high, dual_clip: as in `clipped_surrogate`; candidate_clip_low, candidate_clip_high
-            default to
-            clip_low, clip_high.
+            default to clip_low, clip_high.
         reduction: "sequence_mean" (1/B sum_b 1/T_b sum_t) | "token_mean" (1/N sum_t).
         candidate_reduction: None (as reduction) | "sequence_mean" | "token_mean" | "old_prob_mean" (sum /
             sum of pi_old).
