@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, distrl_objective, head_cpu
+from . import backend, distrl_objective
 from .clipped_surrogate import check_clips
 from .distrl_objective import (
     CANDIDATE_REDUCTIONS,
@@ -43,6 +43,7 @@ from .head import (
     check_ids,
     check_row_ids,
     check_workspace,
+    cpu,
     fake_gradients,
     out_dtype,
     prepare,
@@ -53,7 +54,7 @@ from .packing import check_cu_seqlens, check_cu_seqlens_shape
 from .registration import is_batched, is_last_backward
 
 if backend.HAS_TRITON:
-    from . import head_triton, head_triton_stored
+    from .head import triton_forward, triton_stored
 
 OP = "linear_distrl_loss"
 
@@ -116,7 +117,7 @@ def _cpp_forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sums, slopes = _by_rows("cpp", batch, objective)
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
-    gradients = head_cpu.fused_gradients(
+    gradients = cpu.fused_gradients(
         OP, hidden, weight, bias, ids, transform, slopes, needs,
         limit=max_workspace_bytes, deterministic=deterministic,
     )  # fmt: skip
@@ -128,12 +129,12 @@ def _triton_forward(
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Three matmuls, two for a frozen head, where probabilities fit the workspace; else one more."""
-    limit, explicit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE, max_workspace_bytes is not None
+    limit, explicit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE, max_workspace_bytes is not None
     sums, slopes = _by_rows("triton", batch, objective)
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     with torch.cuda.device_of(hidden):
-        ops = head_triton.operands(hidden, weight, bias, transform, limit)
-        gradients = head_triton_stored.fused_gradients(OP, ops, ids, slopes, needs, limit, explicit)
+        ops = triton_forward.operands(hidden, weight, bias, transform, limit)
+        gradients = triton_stored.fused_gradients(OP, ops, ids, slopes, needs, limit, explicit)
     return *(total.float() for total in sums), *gradients
 
 

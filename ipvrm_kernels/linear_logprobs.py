@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, head_cpu
+from . import backend
 from .head import (
     Launchers,
     Transform,
@@ -34,6 +34,7 @@ from .head import (
     check_ids,
     check_row_ids,
     check_workspace,
+    cpu,
     fake_gradients,
     head_gradients,
     out_dtype,
@@ -46,7 +47,7 @@ from .head import (
 )
 
 if backend.HAS_TRITON:
-    from . import head_triton, head_triton_backward, head_triton_ids, head_triton_stored
+    from .head import triton_backward, triton_forward, triton_ids, triton_stored
 
 
 class LinearLogprobs(NamedTuple):
@@ -119,7 +120,7 @@ def _cpp_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
     return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    result = head_cpu.forward(
+    result = cpu.forward(
         "linear_logprobs", hidden, weight, bias, ids, transform, entropy=return_entropy,
         expectation=frozen_head, limit=max_workspace_bytes, deterministic=deterministic,
     )  # fmt: skip
@@ -136,11 +137,11 @@ def _cpp_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     frozen = expectation.dim() == 2  # else it holds what rounding lse to fp32 lost
     lse_low = None if frozen else expectation
-    up = head_cpu.make_upstream(dlogprobs, dlse, dentropy, ids, weight.shape[0], lse, lse_low, entropy)
+    up = cpu.make_upstream(dlogprobs, dlse, dentropy, ids, weight.shape[0], lse, lse_low, entropy)
     if frozen and dentropy is None:
-        dhidden = head_cpu.frozen_backward(up, weight, logprobs, expectation, transform, max_workspace_bytes)
+        dhidden = cpu.frozen_backward(up, weight, logprobs, expectation, transform, max_workspace_bytes)
         return dhidden, lse.new_empty(0), lse.new_empty(0)
-    return head_cpu.backward(
+    return cpu.backward(
         "linear_logprobs", up, hidden, weight, bias, transform, needs,
         limit=max_workspace_bytes, deterministic=deterministic,
     )  # fmt: skip
@@ -151,22 +152,22 @@ def _triton_forward(
     return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Two matmuls for a frozen head where its probabilities fit the workspace, else three, else one."""
-    limit, explicit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE, max_workspace_bytes is not None
+    limit, explicit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE, max_workspace_bytes is not None
     ids = ids.contiguous()
     with torch.cuda.device_of(hidden):
-        ops = head_triton.operands(hidden, weight, bias, transform, limit)
+        ops = triton_forward.operands(hidden, weight, bias, transform, limit)
         if frozen_head:
-            R = head_triton_stored.stored_rows(ops, ids.shape[1], return_entropy, False, limit)
+            R = triton_stored.stored_rows(ops, ids.shape[1], return_entropy, False, limit)
             if R:
-                return head_triton_stored.stored_expectation(ops, ids, return_entropy, R)
-        at_once = head_triton.stats_rows(
+                return triton_stored.stored_expectation(ops, ids, return_entropy, R)
+        at_once = triton_forward.stats_rows(
             "linear_logprobs", ops, ids.shape[1], return_entropy, limit, explicit
         )
-        stats = head_triton.stats(ops, return_entropy, rows_at_once=at_once)
-        logprobs, lse = stats.logprobs(head_triton.id_logits(ops, ids)), stats.lse()
+        stats = triton_forward.stats(ops, return_entropy, rows_at_once=at_once)
+        logprobs, lse = stats.logprobs(triton_forward.id_logits(ops, ids)), stats.lse()
         expectation = remainder = stats.lse_remainder(lse)  # (N,) takes the place of the expectation
         if frozen_head:
-            expectation = head_triton_backward.expectation(ops, ids, lse, remainder, limit, explicit)
+            expectation = triton_backward.expectation(ops, ids, lse, remainder, limit, explicit)
     return logprobs, lse, stats.entropy() if return_entropy else lse.new_empty(0), expectation
 
 
@@ -176,16 +177,16 @@ def _triton_backward(
     logprobs: Tensor, lse: Tensor, entropy: Tensor, expectation: Tensor, transform: Transform,
     needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    limit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE
+    limit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE
     ids = ids.contiguous()
     with torch.cuda.device_of(hidden):
-        ops = head_triton.operands(hidden, weight, bias, transform, limit)
-        up = head_triton_ids.upstream_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
+        ops = triton_forward.operands(hidden, weight, bias, transform, limit)
+        up = triton_ids.upstream_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
         frozen = expectation.dim() == 2
         if frozen and dentropy is None:
-            dhidden = head_triton_ids.frozen_dhidden(ops, ids, logprobs, lse, up, expectation)
+            dhidden = triton_ids.frozen_dhidden(ops, ids, logprobs, lse, up, expectation)
             return dhidden, lse.new_empty(0), lse.new_empty(0)
-        return head_triton_backward.gradients(
+        return triton_backward.gradients(
             "linear_logprobs", ops, weight.dtype, ids, logprobs, lse,
             torch.zeros_like(lse) if frozen else expectation, entropy, up, needs, limit,
             max_workspace_bytes is not None,

@@ -31,8 +31,8 @@ from benchmarks import (  # noqa: E402
 from benchmarks.gpu import small, sweep  # noqa: E402
 from benchmarks.suite import heads, machine, measure, peers, tables  # noqa: E402
 from benchmarks.suite.measure import Case, Row, Target  # noqa: E402
-from ipvrm_kernels import tuned  # noqa: E402
 from ipvrm_kernels.backend import HAS_CPP  # noqa: E402
+from ipvrm_kernels.head import tuned  # noqa: E402
 
 
 @pytest.fixture
@@ -589,9 +589,8 @@ def test_the_winner_becomes_the_default_if_it_gains(monkeypatch, tmp_path):
 
 def test_the_committed_tuning_names_known_entries_and_is_packaged():
     tuned.overlay(dict(sweep.CONFIGS))  # raises otherwise
-    assert (
-        '"tuned.json"' in (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2]
-    )
+    _, _, package_data = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")
+    assert '"head/tuned.json"' in package_data
 
 
 # -------------------------------------------------------------------------------------------------- render

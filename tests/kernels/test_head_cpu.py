@@ -10,13 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ipvrm_kernels import (
     backend,
-    head_blocks,
-    head_cpu,
     linear_candidates,
     linear_distrl_loss,
     linear_logprobs,
 )
-from ipvrm_kernels.head import Transform
+from ipvrm_kernels.head import Transform, blocks, cpu
 
 MIB = 2**20
 PLAIN = Transform(1.0, None, 1.0, torch.float32)
@@ -163,12 +161,10 @@ def test_rows_without_gradient_cost_nothing():
     rows = (upstream != 0).any(1)
 
     def gradients(hidden, ids, upstream):
-        result = head_cpu.forward("op", hidden, weight, None, ids, PLAIN)
-        up = head_cpu.make_upstream(
-            upstream, None, None, ids, 500, result.lse, result.lse_low, result.entropy
-        )
+        result = cpu.forward("op", hidden, weight, None, ids, PLAIN)
+        up = cpu.make_upstream(upstream, None, None, ids, 500, result.lse, result.lse_low, result.entropy)
         with Matmuls() as counted:
-            out = head_cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, True))
+            out = cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, True))
         return counted.total, out
 
     total, (dhidden, dweight, dbias) = gradients(hidden, ids, upstream)
@@ -184,19 +180,19 @@ def test_rows_without_gradient_cost_nothing():
 
 @pytest.mark.parametrize("needs", [(True, True, False), (True, False, False), (False, True, False)], ids=str)
 def test_a_fused_loss_costs_three_matmuls_and_clipped_rows_one(needs, monkeypatch):
-    monkeypatch.setattr(head_blocks, "WORKSPACE", 3 * MIB)  # several blocks of rows
+    monkeypatch.setattr(blocks, "WORKSPACE", 3 * MIB)  # several blocks of rows
     hidden, weight, ids = case(1000, D=16, V=700)
     upstream = torch.randn(ids.shape)
     upstream[::3] = 0
-    blocks = []
+    seen = []
 
     def slopes(r0, r1, logprobs):
-        blocks.append((r0, r1))
+        seen.append((r0, r1))
         return upstream[r0:r1]
 
     with Matmuls() as counted:
-        got = head_cpu.fused_gradients("op", hidden, weight, None, ids, PLAIN, slopes, needs)
-    assert len(blocks) > 1 and blocks[0][0] == 0 and blocks[-1][1] == 1000
+        got = cpu.fused_gradients("op", hidden, weight, None, ids, PLAIN, slopes, needs)
+    assert len(seen) > 1 and seen[0][0] == 0 and seen[-1][1] == 1000
     active = int((upstream != 0).any(1).sum())
     assert counted.total == (1000 + sum(needs) * active) * 16 * 700
     leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
@@ -214,7 +210,7 @@ def test_fused_gradients_without_room_to_keep_z(dtype, monkeypatch):
     transform = PLAIN._replace(dtype=dtype)
 
     def gradients():
-        return head_cpu.fused_gradients(
+        return cpu.fused_gradients(
             "op",
             hidden,
             weight,
@@ -226,7 +222,7 @@ def test_fused_gradients_without_room_to_keep_z(dtype, monkeypatch):
         )
 
     kept = gradients()
-    monkeypatch.setattr(head_cpu, "kept_rows", lambda *_: 0)
+    monkeypatch.setattr(cpu, "kept_rows", lambda *_: 0)
     for mine, theirs in zip(gradients(), kept, strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-15)
@@ -250,10 +246,10 @@ def test_deterministic_rows_do_not_depend_on_their_neighbours():
 @pytest.mark.parametrize("step", [0.3, 0.0, -0.3], ids=["rising", "tied", "falling"])
 def test_full_candidate_buffers(min_prob, top_k, step, monkeypatch):
     """Rising logits emit candidates in every tile, more than a buffer holds: pruned, and still exact."""
-    monkeypatch.setattr(head_blocks, "COLUMNS", 16)
+    monkeypatch.setattr(blocks, "COLUMNS", 16)
     V = 900
     z = torch.arange(V, dtype=torch.float32)[:, None] * step
-    rule = head_cpu.Candidates(head_cpu_slots(min_prob, top_k), 0.0)
+    rule = cpu.Candidates(head_cpu_slots(min_prob, top_k), 0.0)
     if step > 0 and min_prob is not None:  # emissions, had nothing been pruned
         running = torch.stack([z[: c + 16, 0].logsumexp(0) for c in range(0, V, 16)]).repeat_interleave(16)[
             :V
@@ -295,8 +291,8 @@ def check_tiles(N, D, V, K, seed, level, rows, columns, dtype=torch.float32, fro
     exact = errors(inputs, upstream, "torch", torch.float64, **options)
     plain = errors(inputs, upstream, "torch", torch.float32, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_blocks, "ROWS", rows)
-        patch.setattr(head_blocks, "COLUMNS", columns)
+        patch.setattr(blocks, "ROWS", rows)
+        patch.setattr(blocks, "COLUMNS", columns)
         mine = errors(inputs, upstream, "cpp", None, **options)
     top = (exact[1].abs().max().item() if N else 0.0) + 8 * level
     for x, y, truth in zip(mine, plain, exact, strict=True):
@@ -325,7 +321,7 @@ def test_any_tiles(N, D, V, K, seed, level, rows, columns, dtype, frozen, softca
 def test_seeded_faults_are_caught(fault, monkeypatch):
     arguments = (50, 8, 75, 3, 0, 2.0, 16, 32)
     check_tiles(*arguments)
-    real = head_cpu.native_call
+    real = cpu.native_call
 
     def faulty(name, *args):
         args = list(args)
@@ -337,7 +333,7 @@ def test_seeded_faults_are_caught(fault, monkeypatch):
             args[6] = 0
         real(name, *args)
 
-    monkeypatch.setattr(head_cpu, "native_call", faulty)
+    monkeypatch.setattr(cpu, "native_call", faulty)
     with pytest.raises(AssertionError):
         check_tiles(*arguments)
 

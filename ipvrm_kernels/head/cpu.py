@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import native_call
-from .head import Transform, transform_slope
-from .head_blocks import COLUMNS, Operand, blocks, kept_rows, make_plan, reads_directly
+from ..backend import native_call
+from . import Transform, transform_slope
+from .blocks import COLUMNS, Operand, blocks, kept_rows, make_plan, reads_directly
 
 # rows whose z must fit for keeping it to pay: frozen head, and trainable, where every block rewrites dweight
 LEAST_KEPT = (64, 256)
