@@ -97,7 +97,9 @@ def forward_case(shape: Shape, device: str) -> Case:
     aims = targets("forward", shape, implementations, device)
     if aims and device == "cpu":
         aims |= {f"{name}{ALONE}": Target(1 / 3, f"{CHUNKED}{ALONE}") for name in implementations}
-    return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes, targets=aims)
+    return Case(
+        OP, title, contenders, check, shape.flops, shape.flops, absent=late, axes=shape.axes, targets=aims
+    )
 
 
 def check_forward(exact: Exact, name: str, out: LinearLogprobs, log_p: Tensor) -> None:
@@ -159,9 +161,9 @@ def step_case(
     }
     if with_compile:
         contenders["torch.compile of eager"] = full_logits(compiled(eager))
+    contenders["released 64-row slices"] = released
     if with_peers:
         contenders |= {
-            "released 64-row slices": released,
             **one_id,
             **{label: scalar_loss(name) for label, name in scalar.items()},
             **{f"{name}, one id": peer(function) for name, function in peers.items()},
@@ -185,4 +187,5 @@ def step_case(
     aims = targets(kind, shape, implementations, device)
     if aims and peers and device == "cpu":
         aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *scalar)}
-    return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes, targets=aims)
+    work = (2 if frozen else 3) * shape.flops
+    return Case(OP, title, contenders, check, shape.flops, work, absent=late, axes=shape.axes, targets=aims)
