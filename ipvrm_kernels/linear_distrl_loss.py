@@ -78,7 +78,7 @@ def _torch_forward(
     head = LOGPROB_IMPLS["torch"]
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     logprobs, lse, entropy, absent = head.forward(
-        hidden, weight, bias, ids, transform, False, False, None, deterministic
+        hidden, weight, bias, ids, transform, False, False, None, deterministic, 0
     )
     divisors = distrl_objective.batch_divisors(batch, objective)
     *outputs, dlogprobs = OBJECTIVE_IMPLS["torch"](logprobs, batch, objective, divisors)

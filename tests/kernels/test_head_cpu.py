@@ -162,7 +162,7 @@ def test_rows_without_gradient_cost_nothing():
 
     def gradients(hidden, ids, upstream):
         result = cpu.forward("op", hidden, weight, None, ids, PLAIN)
-        up = cpu.make_upstream(upstream, None, None, ids, 500, result.lse, result.lse_low, result.entropy)
+        up = cpu.make_upstream(upstream, None, None, ids, 500, result.lse, result.saved, result.entropy)
         with Matmuls() as counted:
             out = cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, True))
         return counted.total, out
@@ -354,6 +354,78 @@ def test_a_frozen_backward_honours_the_workspace_it_gathers_in(dtypes, peak_byte
     peak, kept = peak_bytes(run)
     # the saved expectation, dhidden in fp32 and its cast, and what is held for each row and id
     assert peak - kept <= limit + 2 * 4 * N * D + 60 * N * K
+
+
+KEPT = 64 * MIB  # what a workspace has to exceed before logits are kept
+
+
+@pytest.mark.parametrize("columns", [1024, 2048, 2300])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, dict(softcap=4.0, temperature=0.7, logit_scale=1.5)),
+        (torch.bfloat16, {}),
+    ],
+    ids=["fp32", "capped", "bf16"],
+)
+def test_a_larger_workspace_keeps_logits_and_changes_nothing(columns, dtype, options):
+    """Of all columns or of whole blocks of them; with rows that have no gradient, twice through one graph."""
+    N, D, V, K = 600, 24, 2300, 3
+    hidden, weight, ids = case(N, D, V, K, dtype)
+    bias, upstream = torch.randn(V), torch.randn(N, K)
+    upstream[::4] = 0
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    workspace = KEPT + 4 * N * columns + 100
+
+    def step(limit, rows=upstream):
+        more = dict(options, max_workspace_bytes=limit, impl="cpp")
+        out = linear_logprobs(hidden, weight, ids, bias=bias, return_entropy=True, **more)
+        outputs = (out.logprobs, out.lse, out.entropy)
+        given = (rows, rows[:, 0].contiguous(), rows[:, 1].contiguous())
+        first = torch.autograd.grad(outputs, leaves, given, retain_graph=True)
+        return first, torch.autograd.grad(outputs, leaves, given)
+
+    kept, again = step(workspace)
+    expected, _ = step(None)
+    for mine, theirs, second in zip(kept, expected, again, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2)
+        assert torch.equal(mine, second)
+    all_rows = torch.randn(N, K)
+    for mine, theirs in zip(step(workspace, all_rows)[0], step(None, all_rows)[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def test_kept_logits_are_not_formed_again():
+    N, D, V = 700, 16, 2300
+    hidden, weight, ids = case(N, D, V)
+    for columns in (0, 1024, V):
+        with Matmuls() as counted:
+            result = cpu.forward("op", hidden, weight, None, ids, PLAIN, keep=columns)
+            up = cpu.make_upstream(
+                torch.randn(ids.shape), None, None, ids, V, result.lse, result.saved, result.entropy
+            )
+            kept = result.saved[N:] if columns else None
+            cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, False), kept=kept)
+        assert counted.total == N * D * (4 * V - columns)
+
+
+def test_logits_are_kept_only_where_they_can_be():
+    N, V = 300, 4000
+    hidden, weight, ids = case(N, 16, V)
+    hidden.requires_grad_()
+
+    def held(trained, **options):
+        w = weight.detach().requires_grad_(trained)
+        out = linear_logprobs(hidden, w, ids, impl="cpp", **options)
+        return sum(x.numel() for x in out.logprobs.grad_fn.saved_tensors if x is not None) >= N * V
+
+    room = dict(max_workspace_bytes=KEPT + 4 * N * V)
+    assert held(True, **room)
+    assert not held(True) and not held(True, max_workspace_bytes=KEPT) and not held(False, **room)
+    assert not held(True, deterministic=True, **room)
+    with torch.no_grad():
+        assert linear_logprobs(hidden, weight, ids, impl="cpp", **room).logprobs.grad_fn is None
 
 
 def test_rows_without_gradient_are_zero_whatever_their_states(monkeypatch):
