@@ -274,11 +274,11 @@ THRESHOLDS = (
     "format; 'best threshold' shows what the best one for these very traces would reach. "
     "best constant: -1 or one fixed step at random, both chosen with the test labels."
 )
-ALT_TEXTS = {"trace.png": "prefix value and TD per token", "policies.png": "accuracy of the policies by step"}
 POLICIES = (
     "Every policy trained on the same prompts and was measured with the same random numbers on the same "
     "problems, which no earlier stage has used. Intervals and standard errors redraw the "
-    "problems{and_seeds}; the base model and the reward model are one each."
+    "problems{and_seeds}; the base model and the reward model are one each. The intervals of the three "
+    "differences are 95 % each, not together."
 )
 
 
@@ -308,9 +308,10 @@ def _markdown(
     for name, model in trace["models"].items():
         flagged = f"step {model['flagged'] + 1}" if model["flagged"] >= 0 else "no step"
         lines.append(f"{NAMES[name]} flags {flagged}.")
-    lines.append("")
-    lines += [f"![{ALT_TEXTS[picture.name]}]({picture.name})" for picture in pictures] or [MISSING]
-    return "\n".join(lines) + "\n"
+    if not pictures:
+        return "\n".join([*lines, "", MISSING, ""])
+    lines += ["", "![prefix value and TD per token](trace.png)", "", "## The policies, step by step", ""]
+    return "\n".join([*lines, "![held-out accuracy of the policies](policies.png)", ""])
 
 
 def _print(output: Path, results: dict[str, Any], tables: list[Table], pictures: list[Path]) -> None:

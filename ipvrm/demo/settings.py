@@ -38,7 +38,7 @@ class PolicySettings:
     prompts: int = 32
     responses: int = 8
     """Per prompt."""
-    minibatch_size: int = 128
+    minibatch_size: int = 64
     learning_rate: float = 2e-4
     gae_coef: float = 0.1
     """Of `grpo_prm` and `distrl`; the paper's is 1."""
@@ -80,7 +80,7 @@ QUICK = Sizes(
     best_of_samples=4,
     best_of_n=(2, 4),
     bootstrap_resamples=500,
-    policies=PolicySettings(steps=2, prompts=16, responses=4, minibatch_size=64, held_out=128, points=2),
+    policies=PolicySettings(steps=2, prompts=16, responses=4, held_out=128, points=2),
 )
 
 
