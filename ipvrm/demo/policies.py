@@ -4,8 +4,10 @@ All train on the problems of the reward models' rollouts, with the same prompts 
 number of responses and the same random numbers. They are measured on other problems at temperature 1, one
 response each, whose random numbers too are the same for every policy: differences are paired by problem.
 
-Intervals and standard errors redraw problems and, where there are several, the seeds of the runs together.
-The base model and the reward model at the start are one each; their seeds are not redrawn.
+Intervals and standard errors redraw problems and, where there are several, the seeds of the runs together:
+a bootstrap with one draw fewer than there are, whose variance is that of the mean and not (S - 1) / S of it,
+which is a third less with three seeds (Rao and Wu 1988). The base model and the reward model at the start are
+one each; their seeds are not redrawn.
 """
 
 import json
@@ -139,8 +141,9 @@ class Resampling:
 
 
 def _shares(rng: np.random.Generator, count: int, resamples: int) -> NDArray[np.float64]:
-    drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
-    return drawn / count
+    """(R, count): the weight of each in the mean of a resample."""
+    draws = max(1, count - 1)
+    return rng.multinomial(draws, np.full(count, 1 / count), size=resamples) / draws
 
 
 def compare(

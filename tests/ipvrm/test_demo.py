@@ -359,7 +359,9 @@ def test_intervals_come_from_problems_and_seeds():
     three = policies.Resampling(3, 400, 4000, 0)
     seeds = np.repeat([[0.1], [0.2], [0.6]], 400, axis=1)
     assert three.estimate(seeds)["mean"] == pytest.approx(0.3)
-    assert three.estimate(seeds)["standard_error"] == pytest.approx(seeds[:, 0].std() / 3**0.5, rel=0.05)
+    assert three.estimate(seeds)["standard_error"] == pytest.approx(
+        seeds[:, 0].std(ddof=1) / 3**0.5, rel=0.05
+    )
 
 
 def test_curve_of_one_and_of_three_seeds(tmp_path):
