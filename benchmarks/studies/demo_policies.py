@@ -13,6 +13,7 @@ it. A rerun with the same --work_dir goes on where the last one stopped. About 2
 """
 
 import argparse
+import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def main() -> None:
     stages = start(work / f"seed{SEED}", sizes, SEED)
     for num_seeds in range(1, NUM_SEEDS + 1):  # written after each seed
         measured = train_policies(stages, sizes, SEED, num_seeds)
+        for log in itertools.chain(*measured["logs"].values()):
+            del log["seconds"], log["step_seconds"]  # of runs at different times, under whatever load
         record = manifest(
             "python -m benchmarks.studies.demo_policies", seeds={"selection": SELECTION_SEED, "demo": SEED}
         )

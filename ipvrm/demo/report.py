@@ -34,7 +34,7 @@ def write_report(output: Path, results: dict[str, Any], show: bool = True) -> di
     write_text(output / "steps.csv", _csv(*_all_rules(results)))
     policies = results["policies"]
     tables = [_steps_table(results), _best_of_n_table(results)]
-    tables += [_policies_table(policies), _differences_table(policies)]
+    tables += [policies_table(policies), _differences_table(policies)]
     write_text(output / "best_of_n.csv", _csv(*_best_of_n_rows(results)))
     write_text(output / "report.md", _markdown(results, tables, trace, pictures))
     if show:
@@ -86,7 +86,7 @@ def _best_of_n_table(results: dict[str, Any]) -> Table:
     return title, ["", *(f"N = {n}" for n in sizes)], body
 
 
-def _policies_table(policies: dict[str, Any]) -> Table:
+def policies_table(policies: dict[str, Any]) -> Table:
     settings, start = policies["settings"], policies["start"]
     rows = [["base model", with_interval(start["mean"], start["interval"]), "", ""]]
     for name, found in policies["algorithms"].items():
