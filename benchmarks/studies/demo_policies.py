@@ -9,7 +9,8 @@ Measurement: the demo's own seed, whose problems the selection has not seen, and
 algorithm. No candidate is measured there but the winner.
 
 Everything that was tried goes to benchmarks/results/demo_policies.json, the curve to demo_policies.png beside
-it. A rerun with the same --work_dir goes on where the last one stopped. Some fifteen minutes on two idle cores.
+it. A rerun with the same --work_dir goes on where the last one stopped. Some fifteen minutes on two idle
+cores.
 """
 
 import argparse

@@ -202,7 +202,7 @@ def _policy_conclusions(policies: dict[str, Any]) -> Iterator[str]:
     for difference in policies["differences"]:
         a, b = (ALGORITHMS[name] for name in difference["of"])
         low, high = difference["interval"]
-        ahead = f"so {a if low > 0 else b} is ahead here"
+        ahead = f"so {a if low > 0 else b} is ahead here" + " with this seed" * (policies["seeds"] == 1)
         verdict = ahead if low > 0 or high < 0 else "the interval holds 0, a difference is not shown"
         yield f"{a} minus {b} on the same problems: {points(difference)} points, {verdict}."
 
@@ -277,7 +277,7 @@ THRESHOLDS = (
 POLICIES = (
     "Every policy trained on the same prompts and was measured with the same random numbers on the same "
     "problems, which no earlier stage has used. Intervals and standard errors redraw the "
-    "problems{and_seeds}; the base model and the reward model are one each. The intervals of the three "
+    "problems{seeds}; the base model and the reward model are one each. The intervals of the three "
     "differences are 95 % each, not together."
 )
 
@@ -286,7 +286,11 @@ def _footnotes(results: dict[str, Any]) -> list[str]:
     several = results["policies"]["seeds"] > 1
     return [
         THRESHOLDS.format(validation=results["test"]["validation_traces"]),
-        POLICIES.format(and_seeds=" and the seeds of the runs" if several else ""),
+        POLICIES.format(
+            seeds=" and the seeds of the runs"
+            if several
+            else " alone and hold nothing of how a run varies with its seed"
+        ),
     ]
 
 

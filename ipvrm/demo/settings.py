@@ -27,7 +27,7 @@ class DemoConfig:
     seed: int = 0
     """Of everything that is drawn: problems, weights, samples, orders, intervals."""
     policy_seeds: int = 1
-    """Runs of each policy algorithm, seeds from `seed` upwards; one more takes up to two and a half minutes."""
+    """Runs of each policy algorithm, seeds from `seed` upwards; one more takes about two minutes."""
 
 
 @dataclass(frozen=True)

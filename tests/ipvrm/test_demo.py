@@ -297,7 +297,7 @@ def test_policies_are_called_better_only_where_the_numbers_say_so():
         "DistRL + IPVRM: 50.0 to 70.0 right, +20.0 (" in text and "standard errors, more than three." in text
     )
     assert "DistRL + IPVRM minus GRPO on the same problems: +20.0" in text
-    assert "so DistRL + IPVRM is ahead here" in text
+    assert "so DistRL + IPVRM is ahead here with this seed" in text
     worse = "\n".join(conclusions(results | {"policies": compared([better], [before], before)}))
     assert "so GRPO is ahead here" in worse
     other = [1] * 42 + [1, 0] * 28 + [0, 0]  # 21 of 100 gained, 1 lost: next to nothing between the two
