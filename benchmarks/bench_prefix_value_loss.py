@@ -1,5 +1,7 @@
 """prefix_value_loss forward + backward against the padded eager composition of Eq. 9: end to end through
-autograd, and as `raw`, the two kernel calls alone. In ragged batches (T=1..) eager pays for its padding."""
+autograd, the same with an upstream gradient other than 1 ("scaled", as under gradient accumulation), and as
+"raw" the kernels alone, without autograd: cpp is one call, whose gradient a backward with upstream 1 returns.
+In ragged batches (T=1..) eager pays for its padding."""
 
 from __future__ import annotations
 
@@ -21,17 +23,23 @@ BETA, MARGIN = 10.0, 5.0
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     for batch in batches(device, quick, level=0.05):
-        contenders = {"padded eager": forward_backward(_eager(batch), batch.padded)}
+        eager = _eager(batch)
+        contenders = {
+            "padded eager": forward_backward(eager, batch.padded),
+            "padded eager, scaled": forward_backward(_scaled(eager), batch.padded),
+        }
         for impl in runnable(OP, device):
-            contenders[impl] = forward_backward(_ours(batch, impl), batch.packed)
+            ours = _ours(batch, impl)
+            contenders[impl] = forward_backward(ours, batch.packed)
+            contenders[f"{impl}, scaled"] = forward_backward(_scaled(ours), batch.packed)
             if impl != "torch":
                 contenders[f"{impl}, raw"] = _raw(batch, impl)
 
         def check(results: Mapping[str, Any], batch: Batch = batch) -> None:
-            loss, gradient = results["padded eager"]
             for name, (got_loss, got_gradient) in results.items():
+                loss, gradient = results["padded eager, scaled" if "scaled" in name else "padded eager"]
                 assert_close(name, got_loss, loss, 1e-5)
-                if name != "padded eager":
+                if not name.startswith("padded eager"):
                     assert_close(name, got_gradient, batch.pack(gradient), 1e-4)
 
         num_bytes = 16 * batch.packed.shape[0]
@@ -59,14 +67,18 @@ def _ours(batch: Batch, impl: str) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def _scaled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: function(x) / 4
+
+
 def _raw(batch: Batch, impl: str) -> Callable[[], tuple[Tensor, Tensor]]:
     forward, backward = IMPLS[impl]
     one = torch.ones((), device=batch.packed.device)
-    numbers = (None, None, None, MARGIN, batch.outcome.shape[0], BETA, "uniform", True, False)
+    numbers = (None, None, None, MARGIN, batch.outcome.shape[0], BETA, "uniform", True, False, True)
 
     def run() -> tuple[Tensor, Tensor]:
         loss, slope, _ = forward(batch.packed, batch.cu_seqlens, batch.outcome, *numbers)
-        if impl == "cpp":  # the gradient already, which a backward with upstream 1 returns
+        if impl == "cpp":
             return loss, slope
         return loss, backward(slope, batch.cu_seqlens, one, BETA)
 

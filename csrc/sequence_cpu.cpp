@@ -127,7 +127,7 @@ double run_pieces(int64_t b, int64_t start, int length, int threads, double* sum
 // Runs `op` over every sequence that has tokens:
 //   op.sum(piece) -> what the piece adds to the carry of those scanned after it (double)
 //   op.run(piece, carry) -> its outputs are written; returns its share of the sequence's total (double)
-//   op.back() -> an op that goes over what `run` has written once more, if Op::kReturns
+//   op.back() -> an op that goes over what `run` has written once more, if Op::kReturns and op.returns()
 //   op.finish(sequence, length, total)
 //   op.run_short(run) does all of it for a run of short sequences.
 // A sequence longer than half of one thread's share of the rows is cut into pieces. Blocks lie alike whole or cut: only the
@@ -148,7 +148,9 @@ void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num
       const int length = cu_seqlens[b + 1] - cu_seqlens[b];
       if (length <= split_above) continue;
       const double total = run_pieces(b, cu_seqlens[b], length, threads, sums, totals, op);
-      if constexpr (Op::kReturns) run_pieces(b, cu_seqlens[b], length, threads, sums, totals, op.back());
+      if constexpr (Op::kReturns) {
+        if (op.returns()) run_pieces(b, cu_seqlens[b], length, threads, sums, totals, op.back());
+      }
 #pragma omp single
       op.finish(b, length, total);
     }
@@ -162,7 +164,9 @@ void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num
         if (length > kShort) {
           const Piece whole{b, cu_seqlens[b], length, 0, length};
           op.finish(b, length, op.run(whole, 0.0));
-          if constexpr (Op::kReturns) op.back().run(whole, 0.0);
+          if constexpr (Op::kReturns) {
+            if (op.returns()) op.back().run(whole, 0.0);
+          }
           continue;
         }
         const auto joins = [&](int64_t c) {
@@ -335,13 +339,14 @@ struct LossForward {
     double total = 0.0;
     forward_blocks(piece, [&](int64_t row, int before, int count) {
       carry = scan_block(padded(log_ratio + row, count, copy), values, count, carry, against * beta);
-      float* out = whole(gradient + row, count, buffer);
+      float* out = gradient ? whole(gradient + row, count, buffer) : buffer;
       total += margin_loss_block(values, inverse_positions(before, count, inverse), out, before, count, terms.margin_of(b),
                                  against * scale(b, weights), weights);
-      settle(gradient + row, count, out);
+      if (gradient) settle(gradient + row, count, out);
     });
     return total;
   }
+  bool returns() const { return gradient != nullptr; }
   ScanReverse back() const { return {gradient, gradient, beta}; }
   void finish(int64_t b, int length, double total) const {
     const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
@@ -367,9 +372,11 @@ struct LossForward {
     for (RunBuffer* buffer : {&margins, &scales, &omegas}) clear_tail(run, buffer->tokens());
     margin_loss_run(values.tokens(), inverse.tokens(), margins.tokens(), scales.tokens(), omegas.tokens(),
                     slopes.tokens(), run.count());
-    std::fill(slopes.room, slopes.tokens(), 0.0f);
-    reverse_scan_run(run, slopes.tokens(), values.tokens(), beta);
-    values.store(gradient, run);
+    if (gradient) {
+      std::fill(slopes.room, slopes.tokens(), 0.0f);
+      reverse_scan_run(run, slopes.tokens(), values.tokens(), beta);
+      values.store(gradient, run);
+    }
     for (int k = 0; k < run.num_sequences; ++k) {
       double total = 0.0;
       for (int i = run.offset(k); i < run.offset(k + 1); ++i) total += omegas.tokens()[i];

@@ -211,7 +211,7 @@ prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t*
       const MarginLoss at = margin_loss(beta * items[k] / t1, sign, margin_b);
       const float omega = weights.at(t1);
       total += omega * at.loss;
-      slope[start + t] = scale * omega * at.derivative / t1;
+      if (slope) slope[start + t] = scale * omega * at.derivative / t1;
     }
   }
 #pragma unroll

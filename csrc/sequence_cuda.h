@@ -15,7 +15,8 @@ void prefix_values_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, f
 void prefix_values_bwd_cuda(const float* dvalue, const float* dmean_value, const float* dprob, const float* dtd,
                             const float* prob, const int32_t* cu_seqlens, float* dlog_ratio, int64_t num_sequences,
                             int64_t num_rows, float beta, void* stream);
-// losses (B,) and counted (B,), unless null: what prefix_value_loss_fwd_cpu sums, here left to one reduction of the caller's.
+// losses (B,) and counted (B,), unless null: what prefix_value_loss_fwd_cpu sums, here left to one reduction of the
+// caller's. slope (N,), unless null: d loss / d value_t, for the backward.
 void prefix_value_loss_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, const LossTerms& terms, float* losses,
                                 float* counted, float* slope, int64_t num_sequences, int64_t num_rows, float beta,
                                 int weighting, bool per_sequence, void* stream);

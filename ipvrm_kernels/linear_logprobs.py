@@ -309,7 +309,7 @@ def linear_logprobs(
         max_workspace_bytes: upper limit of scratch memory; refused with the least that works (impl="torch"
             holds (N, V) tensors). On the CPU what exceeds 64 MiB keeps z in fp32 for the backward of a
             trainable head: with 4 N V bytes more it takes three matmuls instead of four (not under
-            torch.compile, nor if deterministic).
+            torch.compile, nor if deterministic). That part is held until the backward, once for each graph.
         deterministic: bitwise the same result for a row whatever N and its neighbours. impl="torch" is
             repeatable run to run, but its vendor matmul may sum in another order at another N; so are the
             gradients of impl="triton", whose outputs hold the guarantee with or without this option.

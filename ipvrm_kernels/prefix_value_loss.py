@@ -90,7 +90,7 @@ def _softplus(z: Tensor) -> Tensor:
 def _torch_loss_fwd(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
-    per_sequence: bool, count: bool,
+    per_sequence: bool, count: bool, needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     margin = torch.full_like(outcome, margin_value) if margin is None else margin
     weight = torch.ones_like(outcome) if weight is None else weight
@@ -99,10 +99,11 @@ def _torch_loss_fwd(
     )
     scale = 1 / (divisor if denominator is None else denominator)
     loss = scale * sums[:, 0].sum()
+    slope = scale * slope if needs_gradient else slope.new_empty(0)
     if not count:
-        return loss, scale * slope, log_ratio.new_empty(0)
+        return loss, slope, log_ratio.new_empty(0)
     counted = sums[:, 1].sum()
-    return loss / counted, scale * slope, counted
+    return loss / counted, slope, counted
 
 
 def _torch_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
@@ -144,6 +145,7 @@ if backend.HAS_TRITON:
         HAS_MARGIN: tl.constexpr,
         HAS_WEIGHT: tl.constexpr,
         HAS_DENOMINATOR: tl.constexpr,
+        NEEDS_GRADIENT: tl.constexpr,
         BLOCK_T: tl.constexpr,
     ):
         sequence = tl.program_id(0)
@@ -182,8 +184,9 @@ if backend.HAS_TRITON:
                 omega = tl.where(length > 1.0, 1.0 - t / length, 1.0)
             per_token = omega * (tl.maximum(z, 0.0) + _log1p_unit(e))  # (BLOCK_T,)
             loss += tl.sum(tl.where(valid, per_token, 0.0), 0)
-            sigmoid = tl.where(z < 0.0, e, 1.0) / (1.0 + e)  # (BLOCK_T,)
-            tl.store(slope_ptr + rows, -scale * omega * sign * sigmoid / t, mask=valid)
+            if NEEDS_GRADIENT:
+                sigmoid = tl.where(z < 0.0, e, 1.0) / (1.0 + e)  # (BLOCK_T,)
+                tl.store(slope_ptr + rows, -scale * omega * sign * sigmoid / t, mask=valid)
             carry += tl.sum(log_ratio, 0)
         tl.store(sums_ptr + sequence, scale * loss)
         if COUNT:
@@ -223,17 +226,19 @@ def _finished(sums: Tensor, slope: Tensor, count: bool) -> tuple[Tensor, Tensor,
 def _triton_loss_fwd(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
-    per_sequence: bool, count: bool,
+    per_sequence: bool, count: bool, needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B = cu_seqlens.shape[0] - 1
-    sums, slope = log_ratio.new_empty((2, B) if count else B), torch.empty_like(log_ratio)
+    sums = log_ratio.new_empty((2, B) if count else B)
+    slope = log_ratio.new_empty(len(log_ratio) if needs_gradient else 0)
     given = (margin, weight, denominator)
     with torch.cuda.device_of(log_ratio):
         _prefix_value_loss_fwd_kernel[(B,)](
             log_ratio, cu_seqlens, outcome, *(outcome if x is None else x for x in given), sums, slope,
             margin_value, 1 / divisor, log_ratio.shape[0], beta,
             WEIGHTING=weighting, PER_SEQUENCE=per_sequence, COUNT=count, HAS_MARGIN=margin is not None,
-            HAS_WEIGHT=weight is not None, HAS_DENOMINATOR=denominator is not None, BLOCK_T=BLOCK_T,
+            HAS_WEIGHT=weight is not None, HAS_DENOMINATOR=denominator is not None,
+            NEEDS_GRADIENT=needs_gradient, BLOCK_T=BLOCK_T,
         )  # fmt: skip
     return _finished(sums, slope, count)
 
@@ -252,17 +257,18 @@ def _triton_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: flo
 def _cpp_loss_fwd(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
-    per_sequence: bool, count: bool,
+    per_sequence: bool, count: bool, needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    loss, gradient = log_ratio.new_empty(()), torch.empty_like(log_ratio)
     B, N = cu_seqlens.shape[0] - 1, log_ratio.shape[0]
+    loss, gradient = log_ratio.new_empty(()), log_ratio.new_empty(N if needs_gradient else 0)
     valid = backend.native_call(
         "prefix_value_loss_fwd_cpu", log_ratio, cu_seqlens, outcome, margin, weight, denominator,
-        margin_value, 1 / divisor, loss, gradient, B, N, beta, WEIGHTINGS.index(weighting),
-        per_sequence, count,
+        margin_value, 1 / divisor, loss, gradient if needs_gradient else None, B, N, beta,
+        WEIGHTINGS.index(weighting), per_sequence, count,
     )  # fmt: skip
     if not valid:  # which is cheap to know on the way; the words are found here
         _check_loss_values(cu_seqlens, N, outcome, margin, weight, denominator)
+        raise AssertionError("prefix_value_loss: refused by the kernel for no reason that Python can see")
     return loss, gradient, loss.new_empty(0)
 
 
@@ -273,13 +279,14 @@ def _cpp_loss_bwd(gradient: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: flo
 def _cuda_loss_fwd(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
-    per_sequence: bool, count: bool,
+    per_sequence: bool, count: bool, needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B = cu_seqlens.shape[0] - 1
-    sums, slope = log_ratio.new_empty((2, B) if count else B), torch.empty_like(log_ratio)
+    sums = log_ratio.new_empty((2, B) if count else B)
+    slope = log_ratio.new_empty(len(log_ratio) if needs_gradient else 0)
     backend.native_call(
         "prefix_value_loss_fwd_cuda", log_ratio, cu_seqlens, outcome, margin, weight, denominator,
-        margin_value, 1 / divisor, sums, sums[1] if count else None, slope,
+        margin_value, 1 / divisor, sums, sums[1] if count else None, slope if needs_gradient else None,
         B, log_ratio.shape[0], beta, WEIGHTINGS.index(weighting), per_sequence,
     )  # fmt: skip
     return _finished(sums, slope, count)
@@ -310,10 +317,10 @@ def _counts(denominator: Tensor | None, divisor: float, per_sequence: bool) -> b
 def _prefix_value_loss(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
-    per_sequence: bool, impl: str,
+    per_sequence: bool, needs_gradient: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss (), slope (N,), counted): d loss / d log_ratio = beta / counted * reverse scan of slope, or with
-    cpp d loss / d log_ratio (N,) in its place, nothing counted.
+    cpp d loss / d log_ratio (N,) in its place, nothing counted. Without needs_gradient it is (0,).
 
     margin None: margin_value for all; weight None: 1; denominator None: divisor, or where that is 0, B or the
     sum of omega. Only the last is in `counted` (), which is (0,) otherwise: slope holds the other divisors.
@@ -326,22 +333,26 @@ def _prefix_value_loss(
     count = _counts(denominator, divisor, per_sequence)
     if N == 0:
         counted = log_ratio.new_ones(() if count and impl != "cpp" else 0)
-        return log_ratio.new_zeros(()), torch.empty_like(log_ratio), counted
+        return log_ratio.new_zeros(()), log_ratio.new_empty(0), counted
     own = float(cu_seqlens.shape[0] - 1) if per_sequence else 1.0  # an empty sequence counts and adds 0
     return IMPLS[impl][0](
         log_ratio, cu_seqlens, outcome, margin, weight, denominator,
-        margin_value, divisor or own, beta, weighting, per_sequence, count,
+        margin_value, divisor or own, beta, weighting, per_sequence, count, needs_gradient,
     )  # fmt: skip
 
 
 def _fake(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
-    per_sequence: bool, impl: str,
+    per_sequence: bool, needs_gradient: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     N = log_ratio.shape[0]
     counted = () if _counts(denominator, divisor, per_sequence) and impl != "cpp" else 0
-    return log_ratio.new_empty(()), log_ratio.new_empty(N), log_ratio.new_empty(counted)
+    return (
+        log_ratio.new_empty(()),
+        log_ratio.new_empty(N if needs_gradient else 0),
+        log_ratio.new_empty(counted),
+    )
 
 
 def _prefix_value_loss_bwd(
@@ -370,18 +381,18 @@ def _loss_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     _, slope, counted = output
     ctx.mark_non_differentiable(slope, counted)
-    log_ratio, cu_seqlens, ctx.beta, ctx.impl = inputs[0], inputs[1], inputs[8], inputs[11]
+    log_ratio, cu_seqlens, ctx.beta, ctx.impl = inputs[0], inputs[1], inputs[8], inputs[12]
     ctx.save_for_backward(log_ratio, cu_seqlens, slope, counted)
 
 
 def _loss_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
     if dloss is None:
-        return (None,) * 12
+        return (None,) * 13
     log_ratio, cu_seqlens, slope, counted = ctx.saved_tensors
     if ctx.impl == "cpp" and not is_batched(dloss) and is_last_backward(dloss, slope):
-        return slope if dloss.item() == 1 else slope.mul_(dloss), *(None,) * 11  # the gradient, used up
+        return slope if dloss.item() == 1 else slope.mul_(dloss), *(None,) * 12  # the gradient, used up
     scale = dloss / counted if counted.dim() == 0 else dloss
-    return _bwd_op(log_ratio, slope, cu_seqlens, scale, ctx.beta, ctx.impl), *(None,) * 11
+    return _bwd_op(log_ratio, slope, cu_seqlens, scale, ctx.beta, ctx.impl), *(None,) * 12
 
 
 _loss_op = register(_prefix_value_loss, _fake, _loss_backward, _loss_setup)
@@ -479,10 +490,12 @@ def prefix_value_loss(
                 f"{op}: denominator must be a number or 0-d, got shape {tuple(denominator.shape)}"
             )
         denominator = denominator.detach().to(log_ratio.device, log_ratio.dtype)
+    needs_gradient = torch.is_grad_enabled() and log_ratio.requires_grad
     loss, _, _ = _loss_op(
         log_ratio, cu_seqlens, per_sequence("outcome", outcome),
         per_sequence("margin", margin) if isinstance(margin, Tensor) else None,
         None if weight is None else per_sequence("weight", weight), denominator, margin_value, divisor,
-        beta, prefix_weighting, reduction == "sequence_mean", backend.choose(op, IMPLS, impl, log_ratio),
+        beta, prefix_weighting, reduction == "sequence_mean", needs_gradient,
+        backend.choose(op, IMPLS, impl, log_ratio),
     )  # fmt: skip
     return loss

@@ -60,12 +60,12 @@ def register(
 
 
 def is_last_backward(*tensors: torch.Tensor) -> bool:
-    """Whether this call's graph is freed after this backward, with nothing tracing or differentiating it."""
+    """Whether this backward call's graph is freed after it, with nothing tracing or differentiating it."""
     plain = all(type(x) is torch.Tensor for x in tensors)  # not fake or functional
     traced = torch.compiler.is_compiling() or not plain
     transformed = torch._C._functorch.maybe_current_level() is not None  # torch.func: may come back here
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph or create_graph
-    return not traced and not transformed and not kept
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph, create_graph's default too
+    return not traced and not transformed and not kept and not torch.is_grad_enabled()  # create_graph
 
 
 def is_batched(x: torch.Tensor) -> bool:

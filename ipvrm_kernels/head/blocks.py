@@ -110,8 +110,12 @@ def kept_columns(
     free = 0 if limit is None else limit - WORKSPACE
     if free < 4 * N * block or N == 0:
         return 0
-    plan = make_plan(op, hidden, weight, dtype, None, False, N=N, per_row=per_row)
-    if plan.columns < block:  # D so large that the pass takes narrower tiles
+    narrow = 4 * weight.shape[1] * (weight.dtype != torch.float32)  # as the backward's plan has it
+    passes = (
+        make_plan(op, hidden, weight, dtype, None, False, N=N, per_row=per_row),
+        make_plan(op, hidden, weight, dtype, None, False, N=N, per_column=narrow, gathers=True),
+    )
+    if min(plan.columns for plan in passes) < block:  # D so large that a pass takes narrower tiles
         return 0
     return min(V, free // (4 * N) // COLUMNS * COLUMNS) if free < 4 * N * V else V
 

@@ -74,6 +74,7 @@ CASES = [
                 HAS_MARGIN=not count,
                 HAS_WEIGHT=not count,
                 HAS_DENOMINATOR=not count,
+                NEEDS_GRADIENT=True,
                 BLOCK_T=prefix_value_loss.BLOCK_T,
             ),
         )

@@ -134,6 +134,11 @@ def test_create_graph_scales_copies(impl, device):
     once, again = (torch.autograd.grad(loss, variables, three, create_graph=True) for _ in range(2))
     with pytest.raises(RuntimeError, match="linear_distrl_loss: double backward is not supported"):
         once[0].sum().backward(retain_graph=True)
+    (freed, *_) = torch.autograd.grad(
+        call(inputs, impl=impl).loss, variables, create_graph=True, retain_graph=False
+    )
+    with pytest.raises(RuntimeError, match="linear_distrl_loss: double backward is not supported"):
+        freed.sum().backward()
     for a, b, c in zip(once, again, torch.autograd.grad(loss, variables), strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a.detach(), 3 * c)

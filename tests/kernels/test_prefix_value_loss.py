@@ -191,12 +191,30 @@ def test_reference_gradcheck():
             )
 
 
-def test_second_backward_is_refused():
-    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    loss = prefix_value_loss(x, edges([3]), torch.ones(1))
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+@pytest.mark.parametrize("retain", [None, False])
+def test_second_backward_is_refused(impl, device, retain):
+    """retain_graph=False frees the graph, and the gradient in it, but is still being differentiated."""
+    x = torch.randn(3, device=device, requires_grad=True)
+    loss = prefix_value_loss(x, edges([3], device), torch.ones(1, device=device), impl=impl)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True, retain_graph=retain)
     with pytest.raises(RuntimeError, match="prefix_value_loss: .* cannot be differentiated"):
-        torch.autograd.grad(gradient.sum(), x)
+        torch.autograd.grad((gradient * x).sum(), x)
+
+
+def test_without_gradient_no_token_of_it_is_kept(impl, device, peak_of):
+    x = torch.randn(20_000, device=device)
+    cu, outcome = edges([7, 19_000, 993], device), torch.tensor([1.0, 0.0, 1.0], device=device)
+    expected = prefix_value_loss(x.clone().requires_grad_(), cu, outcome, impl=impl).detach()
+
+    def run():
+        return (prefix_value_loss(x, cu, outcome, impl=impl),)
+
+    torch.testing.assert_close(run()[0], expected, rtol=0, atol=0)
+    if impl == "cpp":
+        assert peak_of(run)[0] < 1000
+    with torch.no_grad():
+        leaf = x.clone().requires_grad_()
+        assert not prefix_value_loss(leaf, cu, outcome, impl=impl).requires_grad
 
 
 def test_upstream_of_the_gradient_is_not_lost():
@@ -291,7 +309,7 @@ def test_softplus_and_sigmoid_keep_relative_accuracy():
     one, zero = torch.ones(1), torch.zeros(1)
 
     def at(z):
-        tail = (None, None, z, 1.0, 1.0, "uniform", True, False)
+        tail = (None, None, z, 1.0, 1.0, "uniform", True, False, True)
         loss, gradient, _ = forward(zero, edges([1]), one, None, *tail)
         return loss.item(), gradient.item()
 
@@ -414,7 +432,7 @@ def test_opcheck_and_compile(impl, device):
     outcome = torch.tensor([1.0, 0.0], device=device)
     ones = torch.ones(2, device=device)
     for tensors, per_sequence in (((ones, ones, ones[0].clone()), True), ((None, None, None), False)):
-        arguments = (x, cu, outcome, *tensors, 1.0, 0.0, 2.0, "late", per_sequence, impl)
+        arguments = (x, cu, outcome, *tensors, 1.0, 0.0, 2.0, "late", per_sequence, True, impl)
         torch.library.opcheck(torch.ops.ipvrm.prefix_value_loss, arguments)
     compiled = torch.compile(
         lambda x: prefix_value_loss(x, cu, outcome, impl=impl) * 2, fullgraph=True, backend="aot_eager"
