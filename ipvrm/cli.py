@@ -52,6 +52,9 @@ COMMANDS = {
     "eval processbench": Command(
         "first-error F1 on ProcessBench", "ipvrm.evaluate.processbench", "EvalConfig", "evaluate"
     ),
+    "reproduce fig6": Command(
+        "five online updates of the reward model (Figure 6)", "ipvrm.reproduce.fig6", "Fig6Config", "main"
+    ),
     "bench": Command(
         "the benchmark suite on this machine (needs the checkout)", "benchmarks.run", None, "main"
     ),
