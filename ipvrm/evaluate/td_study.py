@@ -363,10 +363,10 @@ def _with_interval(
 LABELS = {"td": "TD", "log_prob": "log pi"}
 
 
-def _cell(entry: dict[str, Any]) -> str:
-    if entry["value"] is None:
+def _cell(entry: dict[str, Any], digits: int) -> str:
+    if entry["value"] is None or entry["low"] is None:
         return "-"
-    return f"{entry['value']:.3f} ({entry['low'] or 0:.3f} to {entry['high'] or 0:.3f})"
+    return f"{entry['value']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
 
 
 def _print(results: dict[str, Any]) -> None:
@@ -388,7 +388,7 @@ def _print(results: dict[str, Any]) -> None:
     for view, found in results["correlation"].items():
         ceiling = "-" if found["ceiling"] is None else f"{found['ceiling']:.2f}"
         for predictor, label in LABELS.items():
-            cells = [_cell(found[predictor][kind]) for kind in ("pearson", "spearman")]
+            cells = [_cell(found[predictor][kind], 2) for kind in ("pearson", "spearman")]
             table.add_row(f"{label}, {view}", *cells, ceiling)
     console.print(table)
     table = Table(title="AUC of the value against the answer's own outcome", **options)
@@ -396,7 +396,7 @@ def _print(results: dict[str, Any]) -> None:
     for name in ("mean value V_t / t", "value V_t"):
         table.add_column(name, justify="right", no_wrap=True)
     for fraction in FRACTIONS:
-        cells = [_cell(results["auc"][n][str(fraction)]) for n in ("mean_value", "value")]
+        cells = [_cell(results["auc"][n][str(fraction)], 3) for n in ("mean_value", "value")]
         table.add_row(f"{fraction} %", *cells)
     console.print(table)
 

@@ -121,7 +121,9 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
     output.mkdir(parents=True, exist_ok=True)
     stages = Stages(output, shown)
     inputs = {"demo": made_from["key"], "held_out": sizes.held_out, "held_out_seed": HELD_OUT_SEED}
-    stages.folder("problems", inputs, lambda folder: _write_problems(folder, demo, sizes.held_out))
+    stages.folder(
+        "problems", inputs, lambda folder: write_problems(folder, demo, sizes.held_out, HELD_OUT_SEED)
+    )
     runs: dict[str, dict[str, Any]] = {}
     for seed in config.seeds:
         for variant, switches in VARIANTS.items():
@@ -171,14 +173,14 @@ def _demo(demo: Path, shown: Progress) -> dict[str, Any]:
     }
 
 
-def _write_problems(folder: Path, demo: Path, held_out: int) -> None:
+def write_problems(folder: Path, demo: Path, held_out: int, seed: int) -> None:
     """train.jsonl, the problems that the reward model's data answered, and held_out.jsonl, other ones."""
     import pyarrow.parquet as pq
 
     prompts = pq.read_table(demo / "rollouts" / "train.parquet", columns=["prompt"])["prompt"].to_pylist()
     train = [_problem(text) for text in dict.fromkeys(prompts)]
     multiple_of = read_json(demo / "base" / STAGE_FILE)["settings"]["multiple_of"]
-    others = make_problems(held_out, Random(HELD_OUT_SEED), frozenset(train), multiple_of)
+    others = make_problems(held_out, Random(seed), frozenset(train), multiple_of)
     for name, problems in (("train", train), ("held_out", others)):
         rows = ({"prompt": p.text, "answer": str(p.answer)} for p in problems)
         write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -171,7 +171,7 @@ def test_no_prefix_at_all_gives_null_and_json():
 
 VERIFIER = """
 def holds(response, answer):
-    if response.startswith("2"):
+    if "8" in response:
         raise RuntimeError("no idea")
     return answer in response
 """
