@@ -188,7 +188,8 @@ def _print(output: Path, results: dict[str, Any], rows: list[list[str]], picture
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(title=title(results), title_justify="left", title_style="bold", box=None)
+    table = Table(title=title(results), title_justify="left", title_style="bold")
+    table.box, table.padding = None, (0, 1, 0, 0)
     for i, name in enumerate(HEADER):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
