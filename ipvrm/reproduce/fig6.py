@@ -5,7 +5,7 @@
 
 All variants start from the same policy and the same IPVRM, and train by DistRL on the same prompts with the
 same random numbers; only `--rm_update`, `--dlw` and `--adb` differ. At every step the reward model is
-measured on the new rollouts before it has seen their labels.
+measured on the new rollouts, each response before the update that learns from its label.
 
 Scale `smoke` is the demo's arithmetic task on a CPU. A finished variant is kept and reused.
 """
@@ -256,7 +256,7 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     Accuracies with one seed: the error of a proportion; with more: that of the mean over seeds (the start is
     one and the same policy: always a proportion). AUC and accuracy of the reward model: means over the steps
     of all seeds, `auc_gain` the mean difference to `frozen` at the same step and seed, from the second step
-    on (the first is before any update).
+    on (in the first, half or more is measured before any update).
 
     Args:
         runs: by variant and seed, what `_curves` returns.

@@ -89,7 +89,7 @@ def legend(results: dict[str, Any]) -> str:
     return (
         "± is a standard error. Accuracy: at the last step, its error "
         f"{accuracy}. AUC and accuracy of V: does the mean value at the end of a response tell right from "
-        "wrong ones, before the reward model has seen their labels; means over steps. AUC - frozen: mean "
+        "wrong ones, before the update that learns from its label; means over steps. AUC - frozen: mean "
         "difference at the same step, from the second on; steps of one run are not independent, so its error "
         "is too small for a claim about other runs. V gap: mean value of right responses less that of wrong."
     )
