@@ -5,8 +5,9 @@ The yardstick is GRPO with the same reward model, without candidates; DistRL add
 behaviour pass, their log-probs under the reward model and their branch of the loss. GRPO alone has no reward
 model. The temperature is chosen so that a token has 1.33 candidates on average. MiB are above weights.
 
-The target is the paper's Table 13: DistRL at most 1.15 times the time and 1.05 times the memory of `grpo_prm`.
-Rollouts and their verification, which both do alike, and the weights are left out here, so it is harder to meet.
+The target is after the paper's Table 13: DistRL takes at most 1.15 times the time and 1.05 times the memory
+of `grpo_prm`. Rollouts, their verification and the weights, alike in both, are left out here, so it is harder
+to meet than in a whole step.
 
     python -m benchmarks.run --op policy_step --full --device cpu
 """

@@ -39,6 +39,13 @@ def spearman(x: Column, y: Column) -> float:
     return pearson(ranks(x), ranks(y))
 
 
+def partial(correlation: Callable[[Column, Column], float], x: Column, y: Column, given: Column) -> float:
+    """Correlation of x and y beyond what `given` says of both; all (n,)."""
+    xy, xz, yz = correlation(x, y), correlation(x, given), correlation(y, given)
+    rest = (1 - xz * xz) * (1 - yz * yz)
+    return (xy - xz * yz) / math.sqrt(rest) if rest > 1e-12 else math.nan  # nan compares false
+
+
 def auc(scores: Column, outcome: Column) -> float:
     """Probability that a right observation (outcome 1) scores above a wrong one (0); ties count half."""
     right = outcome == 1

@@ -10,10 +10,10 @@ The share of right ones is the Monte-Carlo value of the branch, and td is compar
     centred      both less their mean over the branches of the prefix: which branch is the better one?
     difference   td against the branch's value less the value of the prefix: does the token help or harm?
 
-Beside it stands what the policy's own log pi(c|s) reaches. A Monte-Carlo value is noisy: `ceiling` is the
-linear correlation of the true values with the estimated ones, sqrt(1 - noise / variance), with noise from
-p (1 - p) / (completions - 1); a TD that is linear in the true value reaches that and not 1. Intervals are
-over prompts, drawn with replacement.
+Beside it stands what the policy's own log pi(c|s) reaches, and what td says beyond it (partial correlation).
+A Monte-Carlo value is noisy: `ceiling` is the linear correlation of the true values with the estimated ones,
+sqrt(1 - noise / variance), with noise from p (1 - p) / (completions - 1); a TD that is linear in the true value
+reaches that and not 1. Intervals are over prompts, drawn with replacement.
 
 The second table is the AUC of the value after 25, 50, 75 and 100 % of an answer against its own outcome.
 
@@ -21,6 +21,7 @@ What a verifier fails on and what is cut off before its end is counted and left 
 kept as they are finished, a file each; the same command goes on behind them.
 """
 
+import functools
 import hashlib
 import math
 from collections import Counter
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 
 from ipvrm import IpvrmError
-from ipvrm.evaluate.correlation import auc, bootstrap, centred, pearson, spearman
+from ipvrm.evaluate.correlation import auc, bootstrap, centred, partial, pearson, spearman
 from ipvrm.evaluate.td_branches import FRACTIONS, Brancher, BranchOptions, Question
 from ipvrm.evaluate.thresholds import finite_or_none
 from ipvrm.model import load_model, load_tokenizer, weights_hash
@@ -317,6 +318,16 @@ def _correlations(table: np.ndarray, resamples: int, seed: int) -> dict[str, Any
                 kind: _with_interval(function, (x[used], y), prompt[used], resamples, seed)
                 for kind, function in (("pearson", pearson), ("spearman", spearman))
             }
+        view["td_beyond_log_prob"] = {
+            kind: _with_interval(
+                functools.partial(partial, function),
+                (predictors["td"][used], y, predictors["log_prob"][used]),
+                prompt[used],
+                resamples,
+                seed,
+            )
+            for kind, function in (("pearson", pearson), ("spearman", spearman))
+        }
         found[name] = view
     return found
 
@@ -349,7 +360,7 @@ def _value_auc(records: Sequence[dict[str, Any]], resamples: int, seed: int) -> 
 
 def _with_interval(
     statistic: Callable[..., float],
-    columns: tuple[np.ndarray, np.ndarray],
+    columns: Sequence[np.ndarray],
     prompt: np.ndarray,
     resamples: int,
     seed: int,
@@ -360,7 +371,7 @@ def _with_interval(
 
 # -------------------------------------------------------------------------------------------------- output
 
-LABELS = {"td": "TD", "log_prob": "log pi"}
+LABELS = {"td": "TD", "log_prob": "log pi", "td_beyond_log_prob": "TD | log pi"}
 
 
 def _cell(entry: dict[str, Any], digits: int) -> str:
@@ -389,7 +400,7 @@ def _print(results: dict[str, Any]) -> None:
         ceiling = "-" if found["ceiling"] is None else f"{found['ceiling']:.2f}"
         for predictor, label in LABELS.items():
             cells = [_cell(found[predictor][kind], 2) for kind in ("pearson", "spearman")]
-            table.add_row(f"{label}, {view}", *cells, ceiling)
+            table.add_row(f"{label}, {view}", *cells, ceiling if predictor == "td" else "")
     console.print(table)
     table = Table(title="AUC of the value against the answer's own outcome", **options)
     table.add_column("after", justify="left")

@@ -12,7 +12,7 @@ import torch
 from ipvrm import IpvrmError
 from ipvrm.demo.base_model import make_model, make_tokenizer
 from ipvrm.evaluate import td_branches, td_study
-from ipvrm.evaluate.correlation import auc, bootstrap, centred, pearson, ranks, spearman
+from ipvrm.evaluate.correlation import auc, bootstrap, centred, partial, pearson, ranks, spearman
 from ipvrm.evaluate.td_study import TdConfig, analyse, study
 from ipvrm.model import save_model, template_hash
 from ipvrm.reward_model import RewardModel, RewardModelInfo, reference_entries, write_info
@@ -35,6 +35,16 @@ def test_correlations_by_hand():
     assert spearman(column(1, 2, 3, 4), column(1, 8, 27, 64)) == pytest.approx(1)
     # ranks 1.5, 1.5, 3 and 1, 2, 3: 1.5 / sqrt(1.5 * 2)
     assert spearman(column(0, 0, 5), column(1, 2, 3)) == pytest.approx(1.5 / np.sqrt(3))
+
+
+def test_partial_correlation_is_that_of_what_the_third_column_leaves_over():
+    rng = np.random.default_rng(0)
+    x, y, given = rng.normal(size=(3, 400))
+    x, y = x + given, y + 2 * given + x
+    design = np.stack([np.ones(400), given], 1)
+    left = [v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in (x, y)]
+    assert partial(pearson, x, y, given) == pytest.approx(pearson(*left))
+    assert np.isnan(partial(pearson, x, y, x)) and np.isnan(partial(pearson, x, y, np.ones(400)))
 
 
 @pytest.mark.parametrize("x, y", [((1, 1, 1), (1, 2, 3)), ((1,), (1,)), ((), ()), ((0.1, 0.1), (1, 2))])
