@@ -12,8 +12,8 @@ The share of right ones is the Monte-Carlo value of the branch, and td is compar
 
 Beside it stands what the policy's own log pi(c|s) reaches, and what td says beyond it (partial correlation).
 A Monte-Carlo value is noisy: `ceiling` is the linear correlation of the true values with the estimated ones,
-sqrt(1 - noise / variance), with noise from p (1 - p) / (completions - 1); a TD that is linear in the true value
-reaches that and not 1. Intervals are over prompts, drawn with replacement.
+sqrt(1 - noise / variance), with noise from p (1 - p) / (completions - 1); a TD that is linear in the true
+value reaches that and not 1. Intervals are over prompts, drawn with replacement.
 
 The second table is the AUC of the value after 25, 50, 75 and 100 % of an answer against its own outcome.
 
