@@ -83,11 +83,11 @@ class Scale:
 # gae_coef and learning_rate are those of the demo's policies, chosen there on other problems.
 SCALES = {
     "smoke": Scale(
-        steps=12,
+        steps=24,
         prompts=32,
         num_generations=8,
         held_out=1024,
-        eval_steps=4,
+        eval_steps=6,
         learning_rate=1e-4,
         gae_coef=0.1,
     )
