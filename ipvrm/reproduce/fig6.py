@@ -16,6 +16,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,6 +27,7 @@ from ipvrm.demo.base_model import MAX_NEW_TOKENS
 from ipvrm.demo.run import STAGE_FILE, Stages, prepare, train_choice
 from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
 from ipvrm.progress import Progress
+from ipvrm.training.checkpoint import TrainingInterrupted
 from ipvrm.training.run_folder import manifest, read_json, write_text
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -106,6 +108,7 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
 
     Raises:
         IpvrmError: an unknown scale, or seeds that are none, negative or repeated.
+        TrainingInterrupted: SIGINT or SIGTERM during a run.
     """
     from ipvrm.reproduce.fig6_report import write_report
     from ipvrm.training.train_policy import train_policy
@@ -130,12 +133,15 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
             name = f"{variant}-{seed}"
             settings = _settings(sizes, seed) | switches
             policy = _policy_config(demo, output, name, settings)
-            stages.in_place(
-                name,
-                settings,
-                lambda policy=policy: train_policy(policy, progress=shown.live),  # type: ignore[misc]
-                after=["problems"],
-            )
+            train = partial(train_policy, policy, progress=shown.live)
+            try:
+                stages.in_place(name, settings, train, after=["problems"])
+            except TrainingInterrupted as error:
+                raise TrainingInterrupted(
+                    f"{name}: stopped; the same command reuses the finished runs and starts this one afresh",
+                    error.checkpoint,
+                    error.exit_code,
+                ) from error
             runs.setdefault(variant, {})[str(seed)] = _curves(output / name)
     results = {
         "config": asdict(config),

@@ -15,6 +15,7 @@ from ipvrm.objectives import BalanceConfig
 from ipvrm.reproduce import fig6
 from ipvrm.reproduce.fig6 import VARIANTS, Fig6Config, Scale, reproduce, summary
 from ipvrm.reproduce.fig6_report import conclusions
+from ipvrm.training.checkpoint import TrainingInterrupted
 from ipvrm.training.policy_config import balance_config, resolve
 
 SCALE = Scale(
@@ -122,6 +123,19 @@ def test_finished_variants_are_reused_and_an_interrupted_one_starts_afresh(demo,
     (demo / "reward-ipvrm" / "stage.json").write_text(json.dumps(other))
     reproduce(config, progress=False, scale=SCALE)
     assert len(trained) == 5  # another reward model: nothing can be reused
+
+
+def test_an_interruption_says_what_the_same_command_will_do(demo, trained, tmp_path, monkeypatch):
+    import ipvrm.training.train_policy as module
+
+    def stops(config, progress=True):
+        raise TrainingInterrupted("resume with flags that are not there", Path(config.output_dir), 143)
+
+    monkeypatch.setattr(module, "train_policy", stops)
+    config = Fig6Config(demo=str(demo), output_dir=str(tmp_path / "fig6"))
+    with pytest.raises(TrainingInterrupted, match="frozen-0: stopped; the same command reuses") as caught:
+        reproduce(config, progress=False, scale=SCALE)
+    assert caught.value.exit_code == 143
 
 
 def test_problems_are_the_demos_and_held_out_ones_are_others(demo, tmp_path):
