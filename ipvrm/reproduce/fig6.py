@@ -72,6 +72,8 @@ class Scale:
 
     steps: int
     """Rollout batches."""
+    minibatch_size: int
+    """Responses per update of policy and reward model."""
     prompts: int
     """Prompts per step."""
     num_generations: int
@@ -82,15 +84,17 @@ class Scale:
     gae_coef: float
 
 
-# gae_coef and learning_rate are those of the demo's policies, chosen there on other problems.
+# Minibatch, learning rate and gae_coef are those of the demo's policies, chosen on another base model and other
+# problems, and not for the reward model.
 SCALES = {
     "smoke": Scale(
-        steps=24,
+        steps=16,
+        minibatch_size=64,
         prompts=32,
         num_generations=8,
         held_out=1024,
-        eval_steps=6,
-        learning_rate=1e-4,
+        eval_steps=4,
+        learning_rate=2e-4,
         gae_coef=0.1,
     )
 }
@@ -208,7 +212,7 @@ def _settings(sizes: Scale, seed: int) -> dict[str, Any]:
         "train_prompts": sizes.prompts,
         "max_new_tokens": MAX_NEW_TOKENS,
         "max_steps": sizes.steps,
-        "minibatch_size": 128,
+        "minibatch_size": sizes.minibatch_size,
         "learning_rate": sizes.learning_rate,
         "per_device_train_batch_size": 64,
         "per_device_eval_batch_size": 512,

@@ -19,8 +19,9 @@ from ipvrm.training.checkpoint import TrainingInterrupted
 from ipvrm.training.policy_config import balance_config, resolve
 
 SCALE = Scale(
-    steps=4, prompts=2, num_generations=2, held_out=100, eval_steps=2, learning_rate=1e-4, gae_coef=0.1
-)
+    steps=4, minibatch_size=4, prompts=2, num_generations=2, held_out=100, eval_steps=2, learning_rate=1e-4,
+    gae_coef=0.1,
+)  # fmt: skip
 AUC = {"frozen": 0.70, "naive": 0.72, "DLW": 0.74, "ADB": 0.76, "both": 0.78}
 
 
