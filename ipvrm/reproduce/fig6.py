@@ -84,8 +84,8 @@ class Scale:
     gae_coef: float
 
 
-# Minibatch, learning rate and gae_coef are those of the demo's policies, chosen on another base model and other
-# problems, and not for the reward model.
+# Minibatch, learning rate and gae_coef are those of the demo's policies, chosen on another base model and
+# other problems, and not for the reward model.
 SCALES = {
     "smoke": Scale(
         steps=16,
