@@ -263,10 +263,13 @@ def _curves(run: Path) -> dict[str, Any]:
 def summary(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per variant (value, standard error) of the numbers in the table.
 
-    Accuracies with one seed: the error of a proportion; with more: that of the mean over seeds (the start is
-    one and the same policy: always a proportion). AUC and accuracy of the reward model: means over the steps
-    of all seeds, `auc_gain` the mean difference to `frozen` at the same step and seed, from the second step
-    on (in the first, half or more is measured before any update).
+    Errors of accuracies are those of the problems drawn, sqrt(p (1 - p) / n), which more seeds on the same
+    problems do not lessen; with several seeds, together with that of the mean over seeds. The gain takes
+    start and end for independent, though they share their problems: too large rather than too small.
+
+    AUC and accuracy of the reward model: means over the steps of all seeds, `auc_gain` the mean difference to
+    `frozen` at the same step and seed, from the second step on (in the first, half or more is measured before
+    any update).
 
     Args:
         runs: by variant and seed, what `_curves` returns.
@@ -274,15 +277,14 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     table = {}
     for name, by_seed in runs.items():
         first, last = ([run["held_out"][i] for run in by_seed.values()] for i in (0, -1))
-        start, end = _proportion(first[0]), _proportion(last[0])
-        gain = end[0] - start[0], math.hypot(start[1], end[1])
-        if len(by_seed) > 1:
-            end = _mean([e["accuracy"] for e in last])
-            gain = _mean([b["accuracy"] - a["accuracy"] for a, b in zip(first, last, strict=True)])
+        ends = [e["accuracy"] for e in last]
+        end, between_seeds = _mean(ends)
+        start = first[0]["accuracy"]  # of one and the same policy
+        errors = [_problem_error(p, first[0]["responses"]) for p in (start, end)]
         table[name] = {
-            "start": start,
-            "end": end,
-            "gain": gain,
+            "start": (start, errors[0]),
+            "end": (end, math.hypot(errors[1], between_seeds)),
+            "gain": (end - start, math.hypot(*errors, between_seeds)),
             "auc": _mean([x for run in by_seed.values() for x in run["reward_model"]["rm_auc"]]),
             "rm_accuracy": _mean([x for run in by_seed.values() for x in run["reward_model"]["rm_accuracy"]]),
             "value_gap": _mean([x for run in by_seed.values() for x in _gaps(run["reward_model"])]),
@@ -292,9 +294,8 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def _proportion(evaluation: dict[str, Any]) -> tuple[float, float]:
-    accuracy = evaluation["accuracy"]
-    return accuracy, math.sqrt(accuracy * (1 - accuracy) / evaluation["responses"])
+def _problem_error(accuracy: float, problems: int) -> float:
+    return math.sqrt(accuracy * (1 - accuracy) / problems)
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:

@@ -82,12 +82,12 @@ def legend(results: dict[str, Any]) -> str:
     """What the columns are."""
     one = len(results["config"]["seeds"]) == 1
     accuracy = (
-        "of a proportion, so of the problems drawn and not of the training run"
+        "that of the problems drawn, and not of the training run"
         if one
-        else "of the mean over seeds, on the same problems"
+        else "that of the problems drawn and of the seeds together"
     )
     return (
-        "± is a standard error. Accuracy: at the last step, its error "
+        "± is a standard error. Accuracy: at the last step; its error is "
         f"{accuracy}. AUC and accuracy of V: does the mean value at the end of a response tell right from "
         "wrong ones, before the update that learns from its label; means over steps. AUC - frozen: mean "
         "difference at the same step, from the second on; steps of one run are not independent, so its error "
