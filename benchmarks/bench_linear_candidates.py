@@ -93,8 +93,9 @@ def candidates_case(shape: Shape, device: str, random: bool = False, with_compil
     own = [n for name in implementations for n in (name, f"{name}, no entropy")]
     aims = {} if random else targets("candidates", shape, implementations, device)
     return Case(
-        OP, f"{shape}, {kind}", contenders, check, shape.flops, axes={**shape.axes, "K": SLOTS}, targets=aims
-    )
+        OP, f"{shape}, {kind}", contenders, check, shape.flops, shape.flops,
+        axes={**shape.axes, "K": SLOTS}, targets=aims,
+    )  # fmt: skip
 
 
 def check_candidates(exact: Exact, name: str, out: Candidates, sampled: Tensor) -> None:

@@ -3,7 +3,9 @@ released slices of 64 rows) and the peers installed.
 
 Forward: lse, log-prob of one token per row, entropy; where a contender gives the log-prob alone, beside ours
 without entropy. Forward + backward: log-probs of K tokens per row; the peers know one token a row only, so
-their rows stand beside ours at one token.
+their rows stand beside ours at one token. Peers that return a scalar can form its gradient in their forward:
+beside them stand linear_logprobs, whose gradient per token comes later, and our scalar loss of one token a
+row, linear_distrl_loss without candidates. "logits kept": with a workspace that holds them, on the CPU.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from benchmarks.suite.exact import Exact
 from benchmarks.suite.heads import Shape, inputs, more_shapes, shapes, targets
 from benchmarks.suite.measure import Case, Target, assert_close
 from benchmarks.suite.peers import OneToken, compiled, one_token, sliced_logprobs, with_entropy
-from benchmarks.suite.sequences import kernels
-from ipvrm_kernels import linear_logprobs
+from benchmarks.suite.sequences import edges, kernels
+from ipvrm_kernels import linear_distrl_loss, linear_logprobs
+from ipvrm_kernels.head.blocks import WORKSPACE
 from ipvrm_kernels.linear_logprobs import LinearLogprobs
 
 OP = "linear_logprobs"
@@ -95,7 +98,9 @@ def forward_case(shape: Shape, device: str) -> Case:
     aims = targets("forward", shape, implementations, device)
     if aims and device == "cpu":
         aims |= {f"{name}{ALONE}": Target(1 / 3, f"{CHUNKED}{ALONE}") for name in implementations}
-    return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes, targets=aims)
+    return Case(
+        OP, title, contenders, check, shape.flops, shape.flops, absent=late, axes=shape.axes, targets=aims
+    )
 
 
 def check_forward(exact: Exact, name: str, out: LinearLogprobs, log_p: Tensor) -> None:
@@ -115,9 +120,9 @@ def step_case(
     leaves = (hidden.requires_grad_(), weight.requires_grad_(not frozen))[: 1 if frozen else 2]
     peers, absent = one_token(device) if with_peers else ({}, {})
 
-    def ours(impl: str, ids: Tensor, upstream: Tensor) -> Callable[[], Any]:
+    def ours(impl: str, ids: Tensor, upstream: Tensor, workspace: int | None = None) -> Callable[[], Any]:
         def run() -> tuple[Tensor, ...]:
-            out = linear_logprobs(hidden, weight, ids, impl=impl)
+            out = linear_logprobs(hidden, weight, ids, max_workspace_bytes=workspace, impl=impl)
             return torch.autograd.grad(out.logprobs, leaves, upstream)
 
         return run
@@ -131,20 +136,42 @@ def step_case(
     def released() -> tuple[Tensor, ...]:
         return torch.autograd.grad(sliced_logprobs(hidden @ weight.T, ids), leaves, upstream)
 
+    def scalar_loss(impl: str) -> Callable[[], Any]:
+        with torch.no_grad():
+            old = linear_logprobs(hidden, weight, sampled).logprobs
+        none, ones = old.new_empty(len(old), 0), torch.ones_like(old)  # ratio 1: d loss / d log-prob = -1
+        edge, no_ids = edges([len(old)], device), ids[:, :0]
+
+        def run() -> tuple[Tensor, ...]:
+            out = linear_distrl_loss(
+                hidden, weight, sampled, no_ids, old, none, ones, none, edge,
+                reduction="token_mean", token_denominator=1.0, impl=impl,
+            )  # fmt: skip
+            return torch.autograd.grad(out.loss, leaves)
+
+        return run
+
     minus_one = -torch.ones_like(sampled, dtype=torch.float32)
     implementations = kernels(OP, device)
     one_id = {f"{name}, one id": ours(name, sampled, minus_one) for name in implementations}
+    room = WORKSPACE + 4 * shape.N * shape.V
+    keeping = [name for name in implementations if name == "cpp" and not frozen]
+    kept = {f"{name} logits kept, one id": ours(name, sampled, minus_one, room) for name in keeping}
+    scalar = {f"{name} linear_distrl_loss, one id": name for name in kernels("linear_distrl_loss", device)}
     contenders: dict[str, Callable[[], Any]] = {
         "matmul": lambda: hidden.detach() @ weight.detach().T,
         **{name: ours(name, ids, upstream) for name in implementations},
+        **{f"{name} logits kept": ours(name, ids, upstream, room) for name in keeping},
         "eager log_softmax": full_logits(eager),
     }
     if with_compile:
         contenders["torch.compile of eager"] = full_logits(compiled(eager))
+    contenders["released 64-row slices"] = released
     if with_peers:
         contenders |= {
-            "released 64-row slices": released,
             **one_id,
+            **kept,
+            **{label: scalar_loss(name) for label, name in scalar.items()},
             **{f"{name}, one id": peer(function) for name, function in peers.items()},
         }
 
@@ -165,5 +192,6 @@ def step_case(
     late = {f"{name}, one id": reason for name, reason in absent.items()}
     aims = targets(kind, shape, implementations, device)
     if aims and peers and device == "cpu":
-        aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in one_id}
-    return Case(OP, title, contenders, check, shape.flops, absent=late, axes=shape.axes, targets=aims)
+        aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *kept, *scalar)}
+    work = (2 if frozen else 3) * shape.flops
+    return Case(OP, title, contenders, check, shape.flops, work, absent=late, axes=shape.axes, targets=aims)

@@ -31,9 +31,7 @@ GROWING = (
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     small, dtype = device == "cpu", torch.float32 if device == "cpu" else torch.bfloat16
-    base = Shape(512, 256, 8192, dtype) if small else Shape(8192, 1024, 151_936, dtype)
-    if quick and small:
-        base = Shape(256, 128, 4096, dtype)
+    base = base_shape(device, quick)
     rows = (256, 1024, 4096, 16_384) if small else (1024, 8192, 65_536)
     columns = (2048, 8192, 32_768, 131_072) if small else (32_000, 64_000, 128_256, 256_000)
     for N in rows[: 3 if quick else None]:
@@ -52,6 +50,19 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         for N in (target.N, 23 * target.N // 8, 8 * target.N):
             with_target = target.N == 2048 and N == 8 * target.N
             yield target_case(target._replace(N=N), device, kind, with_target)
+
+
+def full_cases(device: str) -> Iterator[Case]:
+    """The ends of the curve over N; on a GPU 65,536 rows are in `cases`."""
+    for N in (64, 65_536) if device == "cpu" else (64,):
+        yield head_case(base_shape(device, quick=False)._replace(N=N), device, "N")
+
+
+def base_shape(device: str, quick: bool) -> Shape:
+    """What stays of the head's curves when one size grows."""
+    if device == "cuda":
+        return Shape(8192, 1024, 151_936, torch.bfloat16)
+    return Shape(256, 128, 4096, torch.float32) if quick else Shape(512, 256, 8192, torch.float32)
 
 
 def head_case(shape: Shape, device: str, axis: str) -> Case:

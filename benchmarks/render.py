@@ -20,10 +20,10 @@ from benchmarks.suite.tables import (
     Verdict,
     aims,
     by_case,
+    by_variant,
     cell,
     conditions,
     growth,
-    is_ours,
     markdown,
     markdown_growth,
     milliseconds,
@@ -45,8 +45,10 @@ python -m benchmarks.run --full --json benchmarks/results/cpu-full.json \\
 `python -m benchmarks.gpu_report && python -m benchmarks.render`. How it is measured: every contender's result
 is checked before anything is timed; then contenders take turns, and the median, the 20th and the 80th
 percentile of their times are kept; memory is the peak above inputs, scratch that less what is returned.
-Ratios are to the first contender of a case. Ours are bold (`cpp`, `cuda`, `triton`, `ipvrm`) and judged
-against the fastest other contender that does the same work; the bare matmul does less and is never one.
+Ratios are to the first contender of a case. Ours (`cpp`, `cuda`, `triton`, `ipvrm`) are judged against the
+fastest other contender that does the same work, and the faster one is bold; the bare matmul does less and is
+never judged. What stands behind a comma is a variant: compared with the same variant only. TFLOP/s count the
+matmuls that an op cannot do without (one forward, two backward, one of them for a frozen head).
 """
 
 
@@ -128,27 +130,19 @@ def _summary(found: Sequence[Verdict]) -> str:
 
 
 def _ratios(rows: Sequence[Row]) -> str:
-    """A line for each case that lies on no curve: ours and the fastest other, as ratios to the yardstick."""
+    """A line for each case that lies on no curve and each variant of it: ours and the fastest other one, as
+    ratios to the yardstick.
+    """
     lines = ["| op | case | yardstick | ours | fastest other |", "|---|---|--:|--:|--:|"]
     for (op, shape), case in by_case(row for row in rows if not row.curve).items():
-        done = [row for row in case if not row.error]
-        ours = [row for row in done if is_ours(row.contender)]
-        if not ours:
-            continue
-        variant = ours[0].contender.partition(", ")[2]
-        others = [
-            row for row in done
-            if row not in ours and row.contender != "matmul" and row.contender.partition(", ")[2] == variant
-        ]  # fmt: skip
-        best = min(ours, key=lambda row: row.median_ms)
         text = f"{case[0].contender} {milliseconds(case[0].median_ms)} ms" if not case[0].error else ""
-        other = ""
-        if others:
-            row = min(others, key=lambda row: row.median_ms)
-            other = f"{row.ratio:.2f} {row.contender}{_memory(row)}"
-        lines.append(
-            f"| {op} | {shape} | {text} | **{best.ratio:.2f}** {best.contender}{_memory(best)} | {other} |"
-        )
+        for ours, other in by_variant(case):
+            cells = [f"{ours.ratio:.2f} {ours.contender}{_memory(ours)}"]
+            cells.append("" if other is None else f"{other.ratio:.2f} {other.contender}{_memory(other)}")
+            faster = 0 if other is None or ours.median_ms <= other.median_ms else 1
+            number, _, rest = cells[faster].partition(" ")
+            cells[faster] = f"**{number}** {rest}"
+            lines.append(f"| {op} | {shape} | {text} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -3,7 +3,8 @@
     ipvrm bench [--op NAME ...] [--quick | --full] [--device cpu|cuda] [--json F] [--csv F] [--plot DIR]
 
 Tables appear as they are measured; files are rewritten after every case, so that a run that is killed keeps
-what it has. Exits 1 if an op gave a wrong result, 2 without the device.
+what it has. Exits 1 if a result was wrong, one of ours failed or a benchmark could not be built; 2 without
+the device.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks.suite import terminal
 from benchmarks.suite.machine import describe
-from benchmarks.suite.measure import WRONG, Case, Row, measure
+from benchmarks.suite.measure import WRONG, Case, Row, is_ours, measure
 from benchmarks.suite.tables import as_csv
 
 MODULES = (
@@ -76,14 +77,31 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     machine, start = describe(), time.monotonic()
     rows: list[Row] = []
+    problems: list[str] = []
+    machine["seconds"] = 0
     screen = terminal.Screen(machine, options.op, options.mode)
     if tuple(options.op) == MODULES and options.device == "cpu":
         screen.note(f"everything, {options.mode}: about {MINUTES[options.mode]} minutes on two idle cores")
     with screen:
         for name in options.op:
-            for case in suite(name, options.device, options.mode):
+            cases = suite(name, options.device, options.mode)
+            while True:
+                try:
+                    case = next(cases)
+                except StopIteration:
+                    break
+                except Exception as error:  # other benchmarks are not its hostages
+                    problems.append(f"{name}: its cases end here: {type(error).__name__}: {error}")
+                    screen.problem(problems[-1])
+                    break
                 screen.measuring(name, case)
                 new = measure(case, options.device, SECONDS[options.mode])
+                problems += [
+                    f"{row.op}, {row.shape}: {row.contender}: {row.error}"
+                    for row in new
+                    if row.error.startswith(WRONG)
+                    or (row.error and is_ours(row.contender) and row.contender not in case.absent)
+                ]
                 del case  # the next one is built while this name would still hold its tensors
                 rows += new
                 screen.measured(new)
@@ -98,7 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
         for path in plots.draw(rows, machine, options.plot):
             screen.note(f"plot: {path}")
     screen.note(f"{len(rows)} rows in {machine['seconds']} s")
-    return 1 if any(row.error.startswith(WRONG) for row in rows) else 0
+    for problem in problems:
+        print(f"ipvrm bench: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def write_json(path: Path, content: dict) -> None:

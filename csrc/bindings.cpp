@@ -68,17 +68,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "prefix_value_loss_fwd_cpu",
       [](Address l, Address cu, Address outcome, Address margin, Address weight, Address denominator, float margin_value,
-         float inverse_divisor, Address loss, Address counted, Address slope, int64_t B, int64_t N, float beta, int weighting,
-         bool per_sequence, int threads) {
+         float inverse_divisor, Address loss, Address gradient, int64_t B, int64_t N, float beta, int weighting,
+         bool per_sequence, bool count, int threads) {
         return ipvrm::prefix_value_loss_fwd_cpu(
             in(l), edges(cu), {in(outcome), in(margin), in(weight), in(denominator), margin_value, inverse_divisor},
-            out(loss), out(counted), out(slope), B, N, beta, weighting, per_sequence, threads);
-      },
-      no_gil);
-  m.def(
-      "prefix_value_loss_bwd_cpu",
-      [](Address slope, Address cu, Address scale, Address dl, int64_t B, int64_t, float beta, int threads) {
-        ipvrm::prefix_value_loss_bwd_cpu(in(slope), edges(cu), in(scale), out(dl), B, beta, threads);
+            out(loss), out(gradient), B, N, beta, weighting, per_sequence, count, threads);
       },
       no_gil);
 

@@ -74,9 +74,8 @@ IPVRM_SIMD double scan_block(const float* __restrict x, float* __restrict sums, 
   return carry;
 }
 
-// sums[i] = factor * (carry + x[i] + .. + x[end]); returns the new carry.
-IPVRM_SIMD double reverse_scan_block(const float* __restrict x, float* __restrict sums, int count, double carry,
-                                     float factor) {
+// sums[i] = factor * (carry + x[i] + .. + x[end]), where sums may be x; returns the new carry.
+IPVRM_SIMD double reverse_scan_block(const float* x, float* sums, int count, double carry, float factor) {
   for (int last = vectors(count); last > 0; last -= kScan / kLanes) {
     const float base = static_cast<float>(carry);
     const int n = std::min(kScan / kLanes, last);

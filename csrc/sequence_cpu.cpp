@@ -102,13 +102,36 @@ void reverse_blocks(const Piece& piece, const Body& body) {
   }
 }
 
+// `op` over a sequence cut into a piece per thread, by all threads of a team: a pass of sums, then one of outputs.
+// Returns the sequence's total in every thread.
+template <typename Op>
+double run_pieces(int64_t b, int64_t start, int length, int threads, double* sums, double* totals, const Op& op) {
+  const int step = ((length - 1) / kBlock / threads + 1) * kBlock;
+  const auto piece = [&](int p) {
+    return Piece{b, start, length, std::min(p * step, length), std::min((p + 1) * step, length)};
+  };
+#pragma omp for schedule(static, 1)
+  for (int p = 0; p < threads; ++p) sums[p] = op.sum(piece(p));
+#pragma omp for schedule(static, 1)
+  for (int p = 0; p < threads; ++p) {
+    double carry = 0.0;
+    for (int q = Op::kReverse ? threads - 1 : 0; q != p; q += Op::kReverse ? -1 : 1) carry += sums[q];
+    totals[p] = op.run(piece(p), carry);
+  }
+  double total = 0.0;
+  for (int p = 0; p < threads; ++p) total += totals[p];
+#pragma omp barrier
+  return total;
+}
+
 // Runs `op` over every sequence that has tokens:
 //   op.sum(piece) -> what the piece adds to the carry of those scanned after it (double)
 //   op.run(piece, carry) -> its outputs are written; returns its share of the sequence's total (double)
+//   op.back() -> an op that goes over what `run` has written once more, if Op::kReturns
 //   op.finish(sequence, length, total)
 //   op.run_short(run) does all of it for a run of short sequences.
-// A sequence longer than half of one thread's share of the rows is cut into a piece per thread: a pass of sums, then one of
-// outputs. Blocks lie alike whole or cut: only the fp64 sums between them are added in another order.
+// A sequence longer than half of one thread's share of the rows is cut into pieces. Blocks lie alike whole or cut: only the
+// fp64 sums between them are added in another order.
 template <typename Op>
 void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num_threads, const Op& op) {
   const int64_t num_rows = cu_seqlens[num_sequences];
@@ -124,24 +147,10 @@ void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num
     for (int64_t b = 0; longest > split_above && b < num_sequences; ++b) {
       const int length = cu_seqlens[b + 1] - cu_seqlens[b];
       if (length <= split_above) continue;
-      const int step = ((length - 1) / kBlock / threads + 1) * kBlock;
-      const auto piece = [&](int p) {
-        return Piece{b, cu_seqlens[b], length, std::min(p * step, length), std::min((p + 1) * step, length)};
-      };
-#pragma omp for schedule(static, 1)
-      for (int p = 0; p < threads; ++p) sums[p] = op.sum(piece(p));
-#pragma omp for schedule(static, 1)
-      for (int p = 0; p < threads; ++p) {
-        double carry = 0.0;
-        for (int q = Op::kReverse ? threads - 1 : 0; q != p; q += Op::kReverse ? -1 : 1) carry += sums[q];
-        totals[p] = op.run(piece(p), carry);
-      }
+      const double total = run_pieces(b, cu_seqlens[b], length, threads, sums, totals, op);
+      if constexpr (Op::kReturns) run_pieces(b, cu_seqlens[b], length, threads, sums, totals, op.back());
 #pragma omp single
-      {
-        double total = 0.0;
-        for (int p = 0; p < threads; ++p) total += totals[p];
-        op.finish(b, length, total);
-      }
+      op.finish(b, length, total);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < num_sequences; group += chunk) {
@@ -151,7 +160,9 @@ void for_each_sequence(const int32_t* cu_seqlens, int64_t num_sequences, int num
         next = b + 1;
         if (length > split_above) continue;
         if (length > kShort) {
-          op.finish(b, length, op.run({b, cu_seqlens[b], length, 0, length}, 0.0));
+          const Piece whole{b, cu_seqlens[b], length, 0, length};
+          op.finish(b, length, op.run(whole, 0.0));
+          if constexpr (Op::kReturns) op.back().run(whole, 0.0);
           continue;
         }
         const auto joins = [&](int64_t c) {
@@ -175,7 +186,7 @@ double piece_sum(const float* x, const Piece& piece) {
 }
 
 struct ScanForward {
-  static constexpr bool kReverse = false;
+  static constexpr bool kReverse = false, kReturns = false;
   const float* x;
   float* y;
   double sum(const Piece& piece) const { return piece_sum(x, piece); }
@@ -198,7 +209,7 @@ struct ScanForward {
 
 // factor times the running sum from each sequence's end.
 struct ScanReverse {
-  static constexpr bool kReverse = true;
+  static constexpr bool kReverse = true, kReturns = false;
   const float* x;
   float* y;
   float factor;
@@ -228,7 +239,7 @@ struct ScanReverse {
 };
 
 struct PrefixValuesForward {
-  static constexpr bool kReverse = false;
+  static constexpr bool kReverse = false, kReturns = false;
   const float* log_ratio;
   float *value, *mean_value, *prob, *td;
   float beta;
@@ -261,7 +272,7 @@ struct PrefixValuesForward {
 };
 
 struct PrefixValuesBackward {
-  static constexpr bool kReverse = true;
+  static constexpr bool kReverse = true, kReturns = false;
   const float *dvalue, *dmean_value, *dprob, *dtd, *prob;  // the first four may be null
   float* dlog_ratio;
   float beta;
@@ -301,12 +312,13 @@ struct PrefixValuesBackward {
   }
 };
 
+// Losses, and slopes that `back` turns into gradients while the sequence is still in cache.
 struct LossForward {
-  static constexpr bool kReverse = false;
+  static constexpr bool kReverse = false, kReturns = true;
   const float* log_ratio;
   const LossTerms& terms;
   double* losses;
-  float* slope;
+  float* gradient;
   float beta, inverse_divisor;
   Weighting kind;
   bool per_sequence;
@@ -323,13 +335,14 @@ struct LossForward {
     double total = 0.0;
     forward_blocks(piece, [&](int64_t row, int before, int count) {
       carry = scan_block(padded(log_ratio + row, count, copy), values, count, carry, against * beta);
-      float* out = whole(slope + row, count, buffer);
+      float* out = whole(gradient + row, count, buffer);
       total += margin_loss_block(values, inverse_positions(before, count, inverse), out, before, count, terms.margin_of(b),
                                  against * scale(b, weights), weights);
-      settle(slope + row, count, out);
+      settle(gradient + row, count, out);
     });
     return total;
   }
+  ScanReverse back() const { return {gradient, gradient, beta}; }
   void finish(int64_t b, int length, double total) const {
     const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
     losses[b] = scale(b, weights) * total;
@@ -354,7 +367,9 @@ struct LossForward {
     for (RunBuffer* buffer : {&margins, &scales, &omegas}) clear_tail(run, buffer->tokens());
     margin_loss_run(values.tokens(), inverse.tokens(), margins.tokens(), scales.tokens(), omegas.tokens(),
                     slopes.tokens(), run.count());
-    slopes.store(slope, run);
+    std::fill(slopes.room, slopes.tokens(), 0.0f);
+    reverse_scan_run(run, slopes.tokens(), values.tokens(), beta);
+    values.store(gradient, run);
     for (int k = 0; k < run.num_sequences; ++k) {
       double total = 0.0;
       for (int i = run.offset(k); i < run.offset(k + 1); ++i) total += omegas.tokens()[i];
@@ -379,7 +394,6 @@ bool edges_rise_cpu(const int32_t* cu_seqlens, int64_t num_sequences, int64_t nu
   for (int64_t b = 0; b < num_sequences; ++b) rises &= cu_seqlens[b] <= cu_seqlens[b + 1];
   return rises;
 }
-
 
 void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, double decay,
                       bool reverse, int num_threads) {
@@ -413,31 +427,24 @@ void prefix_values_bwd_cpu(const float* dvalue, const float* dmean_value, const 
 }
 
 bool prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, const LossTerms& terms, float* loss,
-                               float* counted, float* slope, int64_t num_sequences, int64_t num_rows, float beta,
-                               int weighting, bool per_sequence, int num_threads) {
+                               float* gradient, int64_t num_sequences, int64_t num_rows, float beta, int weighting,
+                               bool per_sequence, bool count, int num_threads) {
   if (!edges_rise_cpu(cu_seqlens, num_sequences, num_rows) || !valid(terms, num_sequences)) return false;
   const Weighting kind = static_cast<Weighting>(weighting);
-  const float inverse_divisor = terms.denominator ? 1.0f / *terms.denominator : terms.inverse_divisor;
-  std::vector<double> losses(num_sequences, 0.0);  // 0 for an empty sequence, which the loop passes over
-  for_each_sequence(cu_seqlens, num_sequences, num_threads,
-                    LossForward{log_ratio, terms, losses.data(), slope, beta, inverse_divisor, kind, per_sequence});
-  double total = std::accumulate(losses.begin(), losses.end(), 0.0);
-  if (counted) {
+  float inverse_divisor = terms.denominator ? 1.0f / *terms.denominator : terms.inverse_divisor;
+  if (count) {
     double sum = 0.0;
     for (int64_t b = 0; b < num_sequences; ++b) {
       const int32_t length = cu_seqlens[b + 1] - cu_seqlens[b];
       if (length > 0) sum += prefix_weights(kind, static_cast<float>(length)).sum;
     }
-    *counted = static_cast<float>(sum);
-    total /= sum;
+    inverse_divisor = static_cast<float>(inverse_divisor / sum);
   }
-  *loss = static_cast<float>(total);
+  std::vector<double> losses(num_sequences, 0.0);  // 0 for an empty sequence, which the loop passes over
+  for_each_sequence(cu_seqlens, num_sequences, num_threads,
+                    LossForward{log_ratio, terms, losses.data(), gradient, beta, inverse_divisor, kind, per_sequence});
+  *loss = static_cast<float>(std::accumulate(losses.begin(), losses.end(), 0.0));
   return true;
-}
-
-void prefix_value_loss_bwd_cpu(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
-                               int64_t num_sequences, float beta, int num_threads) {
-  for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanReverse{slope, dlog_ratio, beta * *scale});
 }
 
 }  // namespace ipvrm

@@ -29,15 +29,10 @@ void prefix_values_bwd_cpu(const float* dvalue, const float* dmean_value, const 
 
 // Writes nothing and returns false unless cu_seqlens rises from 0 to num_rows, every outcome is 0 or 1, every number finite
 // and *denominator positive.
-// loss: sum over sequences of w_b * sum_t omega_t loss_t, times the divisor, each over its sum of omega if `per_sequence`.
-// slope (N,): d loss / d value_t, so that d loss / d log_ratio is beta times its reverse scan.
-// counted, unless null: the sum of omega over all tokens, not 0, that loss is divided by and slope is not.
+// loss: sum over sequences of w_b * sum_t omega_t loss_t, times the divisor, each over its sum of omega if `per_sequence`,
+// all over the sum of omega of all tokens if `count`.  gradient (N,): d loss / d log_ratio.
 bool prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, const LossTerms& terms, float* loss,
-                               float* counted, float* slope, int64_t num_sequences, int64_t num_rows, float beta,
-                               int weighting, bool per_sequence, int num_threads);
-
-// dlog_ratio_t = *scale * beta * sum_{j >= t} slope_j.
-void prefix_value_loss_bwd_cpu(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
-                               int64_t num_sequences, float beta, int num_threads);
+                               float* gradient, int64_t num_sequences, int64_t num_rows, float beta, int weighting,
+                               bool per_sequence, bool count, int num_threads);
 
 }  // namespace ipvrm

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, head_cpu
+from . import backend
 from .head import (
     Transform,
     check_ids,
     check_row_ids,
+    cpu,
     out_dtype,
     prepare,
     select_ids,
@@ -70,11 +71,11 @@ def _cpp(
     """Exact {p >= min_prob}; a plain top-k picks by z, so tokens whose z differ by less than a log-prob's
     rounding come best first rather than by id."""
     if min_prob is None:
-        rule = head_cpu.Candidates(min(K, weight.shape[0]), -math.inf)
+        rule = cpu.Candidates(min(K, weight.shape[0]), -math.inf)
     else:
-        rule = head_cpu.Candidates(num_slots("linear_candidates", min_prob, None), math.log(min_prob))
+        rule = cpu.Candidates(num_slots("linear_candidates", min_prob, None), math.log(min_prob))
     ids = hidden.new_empty((len(hidden), 0), dtype=torch.int64) if sampled is None else sampled[:, None]
-    result = head_cpu.forward(
+    result = cpu.forward(
         "linear_candidates", hidden, weight, bias, ids, transform, entropy=return_entropy, candidates=rule,
         slots=K, deterministic=deterministic,
     )  # fmt: skip
@@ -89,10 +90,10 @@ if backend.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from . import head_triton
+    from .head import triton_forward
 
     MAX_COLUMNS = 16384  # of the groups that one row's best tokens are picked from; 32768 spill
-    MAX_TOP_K = MAX_COLUMNS // head_triton.GROUP
+    MAX_TOP_K = MAX_COLUMNS // triton_forward.GROUP
 
     @triton.jit
     def _select_groups_kernel(
@@ -173,8 +174,8 @@ def _triton(
             f"linear_candidates: top_k must be at most {MAX_TOP_K} for impl='triton' and V > {MAX_COLUMNS}"
             f" without min_prob, got top_k={K} and V={V}; pass a smaller top_k or impl='torch'"
         )
-    row_bytes = 4 * num_groups + 16 * slots * head_triton.GROUP
-    block = max(1, head_triton.DEFAULT_WORKSPACE // 2 // row_bytes)  # rows at a time
+    row_bytes = 4 * num_groups + 16 * slots * triton_forward.GROUP
+    block = max(1, triton_forward.DEFAULT_WORKSPACE // 2 // row_bytes)  # rows at a time
     parts = [
         _triton_rows(hidden[i : i + block], weight, bias, None if sampled is None else sampled[i : i + block],
                      transform, min_prob, K, return_entropy)
@@ -188,7 +189,7 @@ def _triton(
 
 def _groups(V: int, min_prob: float | None, K: int) -> tuple[int, int]:
     """(groups of a row, those that can hold its K best candidates)."""
-    num_groups = -(-V // head_triton.GROUP)
+    num_groups = -(-V // triton_forward.GROUP)
     most = K if min_prob is None else min(K, num_slots("linear_candidates", min_prob, None))
     return num_groups, min(most, num_groups)
 
@@ -197,14 +198,14 @@ def _triton_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None, transform: Transform,
     min_prob: float | None, K: int, return_entropy: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    (N, V), device, GROUP = (hidden.shape[0], weight.shape[0]), hidden.device, head_triton.GROUP
+    (N, V), device, GROUP = (hidden.shape[0], weight.shape[0]), hidden.device, triton_forward.GROUP
     low = -math.inf if min_prob is None else math.log(min_prob)
     num_groups, slots = _groups(V, min_prob, K)
     M = slots * GROUP
     with torch.cuda.device_of(hidden):
-        ops = head_triton.operands(hidden, weight, bias, transform)
+        ops = triton_forward.operands(hidden, weight, bias, transform)
         group_max = torch.empty((N, num_groups), dtype=torch.float32, device=device)
-        stats = head_triton.stats(ops, return_entropy, group_max)
+        stats = triton_forward.stats(ops, return_entropy, group_max)
         lse = stats.lse()
         best_ids = torch.full((N, K), -1, dtype=torch.int64, device=device)
         best_logprobs = torch.full((N, K), -math.inf, dtype=torch.float32, device=device)
@@ -225,7 +226,7 @@ def _triton_rows(
                 groups, M = groups[:, :slots], slots * GROUP
             columns = groups[:, :, None] * GROUP + torch.arange(GROUP, dtype=torch.int32, device=device)
             columns = torch.where((groups[:, :, None] >= 0) & (columns < V), columns, -1).view(N, M)
-            log_p = stats.logprobs(head_triton.id_logits(ops, columns))
+            log_p = stats.logprobs(triton_forward.id_logits(ops, columns))
             BLOCK_M = triton.next_power_of_2(M)
             rows = max(1, 65536 // BLOCK_M) if backend.INTERPRETED else 1
             _best_candidates_kernel[(triton.cdiv(N, rows),)](
@@ -234,7 +235,7 @@ def _triton_rows(
             )  # fmt: skip
         picked = lse.new_empty(0)
         if sampled is not None:
-            picked = stats.logprobs(head_triton.id_logits(ops, sampled[:, None].contiguous()))[:, 0]
+            picked = stats.logprobs(triton_forward.id_logits(ops, sampled[:, None].contiguous()))[:, 0]
     entropy = stats.entropy() if return_entropy else lse.new_empty(0)
     return best_ids, best_logprobs, counts, lse, entropy, picked
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, distrl_objective, head_cpu
+from . import backend, distrl_objective
 from .clipped_surrogate import check_clips
 from .distrl_objective import (
     CANDIDATE_REDUCTIONS,
@@ -43,6 +43,7 @@ from .head import (
     check_ids,
     check_row_ids,
     check_workspace,
+    cpu,
     fake_gradients,
     out_dtype,
     prepare,
@@ -50,9 +51,10 @@ from .head import (
 )
 from .linear_logprobs import IMPLS as LOGPROB_IMPLS
 from .packing import check_cu_seqlens, check_cu_seqlens_shape
+from .registration import is_batched, is_last_backward
 
 if backend.HAS_TRITON:
-    from . import head_triton, head_triton_stored
+    from .head import triton_forward, triton_stored
 
 OP = "linear_distrl_loss"
 
@@ -76,7 +78,7 @@ def _torch_forward(
     head = LOGPROB_IMPLS["torch"]
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     logprobs, lse, entropy, absent = head.forward(
-        hidden, weight, bias, ids, transform, False, False, None, deterministic
+        hidden, weight, bias, ids, transform, False, False, None, deterministic, 0
     )
     divisors = distrl_objective.batch_divisors(batch, objective)
     *outputs, dlogprobs = OBJECTIVE_IMPLS["torch"](logprobs, batch, objective, divisors)
@@ -115,7 +117,7 @@ def _cpp_forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sums, slopes = _by_rows("cpp", batch, objective)
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
-    gradients = head_cpu.fused_gradients(
+    gradients = cpu.fused_gradients(
         OP, hidden, weight, bias, ids, transform, slopes, needs,
         limit=max_workspace_bytes, deterministic=deterministic,
     )  # fmt: skip
@@ -127,12 +129,12 @@ def _triton_forward(
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Three matmuls, two for a frozen head, where probabilities fit the workspace; else one more."""
-    limit, explicit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE, max_workspace_bytes is not None
+    limit, explicit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE, max_workspace_bytes is not None
     sums, slopes = _by_rows("triton", batch, objective)
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     with torch.cuda.device_of(hidden):
-        ops = head_triton.operands(hidden, weight, bias, transform, limit)
-        gradients = head_triton_stored.fused_gradients(OP, ops, ids, slopes, needs, limit, explicit)
+        ops = triton_forward.operands(hidden, weight, bias, transform, limit)
+        gradients = triton_stored.fused_gradients(OP, ops, ids, slopes, needs, limit, explicit)
     return *(total.float() for total in sums), *gradients
 
 
@@ -204,30 +206,17 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:3], *output[4:])
 
 
-def _is_last_backward(*tensors: Tensor) -> bool:
-    """Whether this call's graph is freed after this backward, with nothing tracing or differentiating it."""
-    traced = torch.compiler.is_compiling() or any(type(x) is not Tensor for x in tensors)  # fake, functional
-    transformed = torch._C._functorch.maybe_current_level() is not None  # torch.func: may come back here
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph or create_graph
-    return not traced and not transformed and not kept
-
-
-def _is_batched(x: Tensor) -> bool:
-    """Whether x stands for several: under torch.func.vmap, or in the older form behind is_grads_batched."""
-    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
-
-
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
     if dloss is None:
         return (None,) * 25
     hidden, weight, bias, *formed = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    if _is_batched(dloss):  # no rule for the backward op, and in place one would be scaled by all
+    if is_batched(dloss):  # no rule for the backward op, and in place one would be scaled by all
         if torch.is_grad_enabled():
             raise RuntimeError(f"{OP}: batched gradients (vmap, is_grads_batched) with create_graph=True are "
                                "not supported; loop over the upstream gradients")  # fmt: skip
         gradients = cast_gradients([g * dloss for g in formed], (hidden, weight, bias), needs)
-    elif _is_last_backward(dloss, *formed):  # in place: a copy would be a second fp32 dweight
+    elif is_last_backward(dloss, *formed):  # in place: a copy would be a second fp32 dweight
         gradients = cast_gradients([g.mul_(dloss) for g in formed], (hidden, weight, bias), needs)
     else:
         gradients = _backward_op(dloss, formed, hidden, weight, bias, needs)
@@ -283,8 +272,7 @@ def linear_distrl_loss(
     """The DistRL policy loss L_token + alpha * L_candidates (Eq. 11, 12, 14) from hidden states.
 
     Equal to: linear_logprobs of token_ids and candidate_ids, clipped_surrogate of each branch, candidates
-        weighted by
-    pi_old = exp(old_candidate_logprobs), reduced as below.
+        weighted by pi_old = exp(old_candidate_logprobs), reduced as below.
 
     Args:
         hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes, deterministic: as in
@@ -292,14 +280,12 @@ def linear_distrl_loss(
         token_ids: (N,) int64 or int32 in [-1, V), the sampled tokens. -1 is "no token".
         candidate_ids: (N, K) likewise; unused slots -1. Duplicates add their gradients.
         old_logprobs, old_candidate_logprobs: (N,), (N, K) float, under the behaviour policy; -inf marks an
-            unused
-            element, which adds no loss, gradient or count. No gradient.
+            unused element, which adds no loss, gradient or count. No gradient.
         advantages, candidate_advantages: (N,), (N, K) float. No gradient.
         cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; an empty sequence counts in B and adds 0.
         alpha: finite weight of the candidate branch.
         clip_low, clip_high, dual_clip: as in `clipped_surrogate`; candidate_clip_low, candidate_clip_high
-            default to
-            clip_low, clip_high.
+            default to clip_low, clip_high.
         reduction: "sequence_mean" (1/B sum_b 1/T_b sum_t) | "token_mean" (1/N sum_t).
         candidate_reduction: None (as reduction) | "sequence_mean" | "token_mean" | "old_prob_mean" (sum /
             sum of pi_old).

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, head_cpu
+from . import backend
 from .head import (
     Launchers,
     Transform,
@@ -34,6 +34,7 @@ from .head import (
     check_ids,
     check_row_ids,
     check_workspace,
+    cpu,
     fake_gradients,
     head_gradients,
     out_dtype,
@@ -44,9 +45,10 @@ from .head import (
     transform_slope,
     transformed_logits,
 )
+from .head.blocks import kept_columns
 
 if backend.HAS_TRITON:
-    from . import head_triton, head_triton_backward, head_triton_ids, head_triton_stored
+    from .head import triton_backward, triton_forward, triton_ids, triton_stored
 
 
 class LinearLogprobs(NamedTuple):
@@ -70,7 +72,7 @@ def linear_logprobs_reference(
 
 def _torch_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool,
+    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_workspace(
         "linear_logprobs", max_workspace_bytes, hidden.shape[0], weight.shape[0], out_dtype(hidden)
@@ -117,15 +119,13 @@ def _torch_backward(
 
 def _cpp_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool,
+    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    result = head_cpu.forward(
+    result = cpu.forward(
         "linear_logprobs", hidden, weight, bias, ids, transform, entropy=return_entropy,
-        expectation=frozen_head, limit=max_workspace_bytes, deterministic=deterministic,
+        expectation=frozen_head, keep=keep, limit=max_workspace_bytes, deterministic=deterministic,
     )  # fmt: skip
-    return (
-        result.logprobs, result.lse, result.entropy, result.expectation if frozen_head else result.lse_low,
-    )  # fmt: skip
+    return result.logprobs, result.lse, result.entropy, result.expectation if frozen_head else result.saved
 
 
 def _cpp_backward(
@@ -134,39 +134,40 @@ def _cpp_backward(
     logprobs: Tensor, lse: Tensor, entropy: Tensor, expectation: Tensor, transform: Transform,
     needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    frozen = expectation.dim() == 2  # else it holds what rounding lse to fp32 lost
-    lse_low = None if frozen else expectation
-    up = head_cpu.make_upstream(dlogprobs, dlse, dentropy, ids, weight.shape[0], lse, lse_low, entropy)
+    frozen, N = expectation.dim() == 2, hidden.shape[0]
+    lse_low = None if frozen else expectation[:N]
+    kept = None if frozen or len(expectation) == N else expectation[N:]
+    up = cpu.make_upstream(dlogprobs, dlse, dentropy, ids, weight.shape[0], lse, lse_low, entropy)
     if frozen and dentropy is None:
-        dhidden = head_cpu.frozen_backward(up, weight, logprobs, expectation, transform, max_workspace_bytes)
+        dhidden = cpu.frozen_backward(up, weight, logprobs, expectation, transform, max_workspace_bytes)
         return dhidden, lse.new_empty(0), lse.new_empty(0)
-    return head_cpu.backward(
-        "linear_logprobs", up, hidden, weight, bias, transform, needs,
-        limit=max_workspace_bytes, deterministic=deterministic,
+    return cpu.backward(
+        "linear_logprobs", up, hidden, weight, bias, transform, needs, kept=kept,
+        limit=max_workspace_bytes if kept is None else None, deterministic=deterministic,
     )  # fmt: skip
 
 
 def _triton_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool,
+    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Two matmuls for a frozen head where its probabilities fit the workspace, else three, else one."""
-    limit, explicit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE, max_workspace_bytes is not None
+    limit, explicit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE, max_workspace_bytes is not None
     ids = ids.contiguous()
     with torch.cuda.device_of(hidden):
-        ops = head_triton.operands(hidden, weight, bias, transform, limit)
+        ops = triton_forward.operands(hidden, weight, bias, transform, limit)
         if frozen_head:
-            R = head_triton_stored.stored_rows(ops, ids.shape[1], return_entropy, False, limit)
+            R = triton_stored.stored_rows(ops, ids.shape[1], return_entropy, False, limit)
             if R:
-                return head_triton_stored.stored_expectation(ops, ids, return_entropy, R)
-        at_once = head_triton.stats_rows(
+                return triton_stored.stored_expectation(ops, ids, return_entropy, R)
+        at_once = triton_forward.stats_rows(
             "linear_logprobs", ops, ids.shape[1], return_entropy, limit, explicit
         )
-        stats = head_triton.stats(ops, return_entropy, rows_at_once=at_once)
-        logprobs, lse = stats.logprobs(head_triton.id_logits(ops, ids)), stats.lse()
+        stats = triton_forward.stats(ops, return_entropy, rows_at_once=at_once)
+        logprobs, lse = stats.logprobs(triton_forward.id_logits(ops, ids)), stats.lse()
         expectation = remainder = stats.lse_remainder(lse)  # (N,) takes the place of the expectation
         if frozen_head:
-            expectation = head_triton_backward.expectation(ops, ids, lse, remainder, limit, explicit)
+            expectation = triton_backward.expectation(ops, ids, lse, remainder, limit, explicit)
     return logprobs, lse, stats.entropy() if return_entropy else lse.new_empty(0), expectation
 
 
@@ -176,16 +177,16 @@ def _triton_backward(
     logprobs: Tensor, lse: Tensor, entropy: Tensor, expectation: Tensor, transform: Transform,
     needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    limit = max_workspace_bytes or head_triton.DEFAULT_WORKSPACE
+    limit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE
     ids = ids.contiguous()
     with torch.cuda.device_of(hidden):
-        ops = head_triton.operands(hidden, weight, bias, transform, limit)
-        up = head_triton_ids.upstream_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
+        ops = triton_forward.operands(hidden, weight, bias, transform, limit)
+        up = triton_ids.upstream_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
         frozen = expectation.dim() == 2
         if frozen and dentropy is None:
-            dhidden = head_triton_ids.frozen_dhidden(ops, ids, logprobs, lse, up, expectation)
+            dhidden = triton_ids.frozen_dhidden(ops, ids, logprobs, lse, up, expectation)
             return dhidden, lse.new_empty(0), lse.new_empty(0)
-        return head_triton_backward.gradients(
+        return triton_backward.gradients(
             "linear_logprobs", ops, weight.dtype, ids, logprobs, lse,
             torch.zeros_like(lse) if frozen else expectation, entropy, up, needs, limit,
             max_workspace_bytes is not None,
@@ -203,26 +204,32 @@ IMPLS = {
 def _forward_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
-    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool, impl: str,
+    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool, keep: int,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logprobs, lse, entropy, what the backward needs besides).
+
+    keep: columns whose z is kept for it, impl="cpp" and a trainable head only.
+    """
     if backend.checks_values(ids):
         check_ids("linear_logprobs", "ids", ids, weight.shape[0])
     transform = Transform(scale, softcap, temperature, dtype)
     logprobs, lse, entropy, expectation = IMPLS[impl].forward(
-        hidden, weight, bias, ids, transform, return_entropy, frozen_head, max_workspace_bytes, deterministic
-    )
+        hidden, weight, bias, ids, transform, return_entropy, frozen_head, max_workspace_bytes, deterministic,
+        keep,
+    )  # fmt: skip
     return logprobs, lse, entropy, expectation
 
 
 @_forward_op.register_fake
 def _(
     hidden, weight, bias, ids, scale, softcap, temperature, dtype,
-    return_entropy, frozen_head, max_workspace_bytes, deterministic, impl,
+    return_entropy, frozen_head, max_workspace_bytes, deterministic, keep, impl,
 ):  # fmt: skip
     lse = hidden.new_empty(hidden.shape[0], dtype=out_dtype(hidden))
     entropy = lse.new_empty(lse.shape if return_entropy else 0)
-    # the expectation, or (N,) what rounding lse to fp32 lost
-    saved = hidden.shape if frozen_head else lse.shape if impl != "torch" else 0
+    # the expectation, or (N,) what rounding lse to fp32 lost, with cpp (N * keep,) z after it
+    saved = hidden.shape if frozen_head else hidden.shape[0] * (1 + keep) if impl != "torch" else 0
     return lse.new_empty(ids.shape), lse, entropy, lse.new_empty(saved)
 
 
@@ -250,7 +257,7 @@ def _(dlogprobs, dlse, dentropy, hidden, weight, bias, ids, logprobs, lse, entro
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, ids, *transform = inputs[:8]
-    return_entropy, _, max_workspace_bytes, deterministic, impl = inputs[8:]
+    return_entropy, _, max_workspace_bytes, deterministic, _, impl = inputs[8:]
     logprobs, lse, entropy, expectation = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(expectation, *(() if return_entropy else (entropy,)))
@@ -263,7 +270,7 @@ def _backward(ctx, dlogprobs, dlse, dentropy, _):
     gradients = _backward_op(
         dlogprobs, dlse, dentropy, *ctx.saved_tensors, *ctx.transform, needs, *ctx.options
     )
-    return *(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 10
+    return *(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 11
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -300,7 +307,9 @@ def linear_logprobs(
         logit_scale, softcap, temperature: see above, in this order; finite, the latter two > 0.
         return_entropy: whether to compute the entropy.
         max_workspace_bytes: upper limit of scratch memory; refused with the least that works (impl="torch"
-            holds (N, V) tensors).
+            holds (N, V) tensors). On the CPU what exceeds 64 MiB keeps z in fp32 for the backward of a
+            trainable head: with 4 N V bytes more it takes three matmuls instead of four (not under
+            torch.compile, nor if deterministic).
         deterministic: bitwise the same result for a row whatever N and its neighbours. impl="torch" is
             repeatable run to run, but its vendor matmul may sum in another order at another N; so are the
             gradients of impl="triton", whose outputs hold the guarantee with or without this option.
@@ -317,10 +326,14 @@ def linear_logprobs(
     check_row_ids(op, "ids", ids, hidden, (1, 2))
     impl = backend.choose(op, IMPLS, impl, hidden)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    frozen = torch.is_grad_enabled() and hidden.requires_grad and not trained
+    keep, may_keep = 0, not deterministic and not torch.compiler.is_compiling()
+    if impl == "cpp" and trained and torch.is_grad_enabled() and may_keep:
+        per_row = 4 * (1 if ids.dim() == 1 else ids.shape[1])
+        keep = kept_columns(op, hidden, weight, transform.dtype, max_workspace_bytes, per_row)
     logprobs, lse, entropy, _ = _forward_op(
         hidden, weight, bias, ids.long()[:, None] if ids.dim() == 1 else ids.long(),
-        *transform, bool(return_entropy), torch.is_grad_enabled() and hidden.requires_grad and not trained,
-        max_workspace_bytes, bool(deterministic), impl,
+        *transform, bool(return_entropy), frozen, max_workspace_bytes, bool(deterministic), keep, impl,
     )  # fmt: skip
     return LinearLogprobs(
         logprobs[:, 0] if ids.dim() == 1 else logprobs, lse, entropy if return_entropy else None

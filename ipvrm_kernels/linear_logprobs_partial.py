@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, head_cpu
+from . import backend
 from .head import (
     Launchers,
     Transform,
     add_at_ids,
     cast_gradients,
     check_row_ids,
+    cpu,
     fake_gradients,
     head_gradients,
     out_dtype,
@@ -42,7 +43,7 @@ from .head import (
 from .linear_logprobs import LinearLogprobs
 
 if backend.HAS_TRITON:
-    from . import head_triton, head_triton_backward, head_triton_ids
+    from .head import triton_backward, triton_forward, triton_ids
 
 OP = "linear_logprobs_partial"
 
@@ -98,10 +99,10 @@ def _triton_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(hidden):
-        ops = head_triton.operands(hidden, weight, bias, transform)
-        stats = head_triton.stats(ops, True)
+        ops = triton_forward.operands(hidden, weight, bias, transform)
+        stats = triton_forward.stats(ops, True)
         top, sumexp, sum_z_exp = (x.clone() for x in stats)  # outputs of an op may not share memory
-        z = head_triton.id_logits(ops, ids.contiguous())
+        z = triton_forward.id_logits(ops, ids.contiguous())
         # gather-dot and tile may round apart, and a log-prob is never above 0; NaN in max leaves -inf alone
         return top, sumexp, sum_z_exp, torch.where(z > top[:, None], top[:, None], z)
 
@@ -114,17 +115,17 @@ def _triton_backward(
     """linear_logprobs with max in place of lse: da = e (dsumexp + dsum_z_exp (1 + z - max)) + ids."""
     V, ids = weight.shape[0], ids.contiguous()
     with torch.cuda.device_of(hidden):
-        ops = head_triton.operands(hidden, weight, bias, transform)
+        ops = triton_forward.operands(hidden, weight, bias, transform)
         top = _finite(top)
         total = torch.zeros_like(top)  # the G of `linear_logprobs`, for da = -e (G + g_H (z - max)) + sparse
         for d in (dsumexp, dsum_z_exp):
             total = total if d is None else total - d
-        up = head_triton_ids.upstream_gradients(ids, V, did_logits, None, None)
+        up = triton_ids.upstream_gradients(ids, V, did_logits, None, None)
         dentropy = None if dsum_z_exp is None else -dsum_z_exp
         up = up._replace(total=total, lse=up.total - total, entropy=dentropy)
-        zeros, limit = torch.zeros_like(top), head_triton.DEFAULT_WORKSPACE
-        shifted = head_triton.id_logits(ops, ids) - top[:, None]
-        return head_triton_backward.gradients(
+        zeros, limit = torch.zeros_like(top), triton_forward.DEFAULT_WORKSPACE
+        shifted = triton_forward.id_logits(ops, ids) - top[:, None]
+        return triton_backward.gradients(
             OP, ops, weight.dtype, ids, shifted.clamp(max=0), top, zeros, zeros, up, needs, limit, False
         )
 
@@ -132,7 +133,7 @@ def _triton_backward(
 def _cpp_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return head_cpu.partial_sums(OP, hidden, weight, bias, ids, transform)
+    return cpu.partial_sums(OP, hidden, weight, bias, ids, transform)
 
 
 def _cpp_backward(
@@ -144,11 +145,11 @@ def _cpp_backward(
     top = _finite(top)
     zeros = torch.zeros_like(top)
     dentropy = None if dsum_z_exp is None else -dsum_z_exp
-    up = head_cpu.make_upstream(did_logits, dsumexp, dentropy, ids, weight.shape[0], top, None, zeros)
+    up = cpu.make_upstream(did_logits, dsumexp, dentropy, ids, weight.shape[0], top, None, zeros)
     total = torch.zeros(len(hidden), dtype=torch.float64)
     for d in (dsumexp, dsum_z_exp):
         total = total if d is None else total - d
-    return head_cpu.backward(OP, up._replace(total=total), hidden, weight, bias, transform, needs)
+    return cpu.backward(OP, up._replace(total=total), hidden, weight, bias, transform, needs)
 
 
 IMPLS = {

@@ -4,9 +4,9 @@
     omega_t = 1 (uniform) | t/T (late, Eq. 17) | 1 - t/T (early, Eq. 18; 1 where T = 1)
     mean_value_t = beta / t * sum_{i<=t} log_ratio_i (Eq. 5),   s_b = 2 outcome_b - 1
 
-d loss / d log_ratio_j = beta * sum_{t>=j} (d loss / d value_t): the forward emits these slopes, the backward
-is their reverse scan. One program per sequence reads each token once and keeps the running sum in a
-register; eager PyTorch pads to (B, T) and passes over it ten times.
+d loss / d log_ratio_j = beta * sum_{t>=j} (d loss / d value_t), the reverse scan of these slopes. On a GPU
+the forward emits the slopes and the backward scans them; on the CPU the forward does both while a sequence
+is in cache. Eager PyTorch pads to (B, T) and passes over it ten times.
 
 Shapes: log_ratio (N,), cu_seqlens (B+1,) int32, outcome, margin, weight (B,), loss ().
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import backend
 from .packing import check_cu_seqlens, checked_finite, checked_tokens, lengths, positions, segment_ids
-from .registration import register
+from .registration import is_batched, is_last_backward, register
 from .segment_scan import segment_scan_reference  # what a running sum means; no kernel is shared
 
 if backend.HAS_TRITON:
@@ -254,20 +254,20 @@ def _cpp_loss_fwd(
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
     per_sequence: bool, count: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    loss, slope, counted = (
-        log_ratio.new_empty(()),
-        torch.empty_like(log_ratio),
-        log_ratio.new_empty(() if count else 0),
-    )
+    loss, gradient = log_ratio.new_empty(()), torch.empty_like(log_ratio)
     B, N = cu_seqlens.shape[0] - 1, log_ratio.shape[0]
     valid = backend.native_call(
         "prefix_value_loss_fwd_cpu", log_ratio, cu_seqlens, outcome, margin, weight, denominator,
-        margin_value, 1 / divisor, loss, counted if count else None, slope,
-        B, N, beta, WEIGHTINGS.index(weighting), per_sequence,
+        margin_value, 1 / divisor, loss, gradient, B, N, beta, WEIGHTINGS.index(weighting),
+        per_sequence, count,
     )  # fmt: skip
     if not valid:  # which is cheap to know on the way; the words are found here
         _check_loss_values(cu_seqlens, N, outcome, margin, weight, denominator)
-    return loss, slope, counted
+    return loss, gradient, loss.new_empty(0)
+
+
+def _cpp_loss_bwd(gradient: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
+    return gradient * scale
 
 
 def _cuda_loss_fwd(
@@ -285,21 +285,19 @@ def _cuda_loss_fwd(
     return _finished(sums, slope, count)
 
 
-def _native_loss_bwd(device: str) -> Any:
-    def run(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
-        dlog_ratio = torch.empty_like(slope)
-        name, B = f"prefix_value_loss_bwd_{device}", cu_seqlens.shape[0] - 1
-        backend.native_call(name, slope, cu_seqlens, scale, dlog_ratio, B, slope.shape[0], beta)
-        return dlog_ratio
-
-    return run
+def _cuda_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
+    dlog_ratio = torch.empty_like(slope)
+    B, N = cu_seqlens.shape[0] - 1, slope.shape[0]
+    backend.native_call("prefix_value_loss_bwd_cuda", slope, cu_seqlens, scale, dlog_ratio, B, N, beta)
+    return dlog_ratio
 
 
-# each value: (forward, backward)
+# each value: (forward, backward). cpp forms the gradient in the forward, while a sequence is in cache; on a
+# GPU the reverse scan is a kernel either way.
 IMPLS = {
-    "cuda": (_cuda_loss_fwd, _native_loss_bwd("cuda")),
+    "cuda": (_cuda_loss_fwd, _cuda_loss_bwd),
     "triton": (_triton_loss_fwd, _triton_loss_bwd),
-    "cpp": (_cpp_loss_fwd, _native_loss_bwd("cpu")),
+    "cpp": (_cpp_loss_fwd, _cpp_loss_bwd),
     "torch": (_torch_loss_fwd, _torch_loss_bwd),
 }
 
@@ -314,7 +312,8 @@ def _prefix_value_loss(
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
     per_sequence: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss (), slope (N,), counted): d loss / d log_ratio = beta / counted * reverse scan of slope.
+    """(loss (), slope (N,), counted): d loss / d log_ratio = beta / counted * reverse scan of slope, or with
+    cpp d loss / d log_ratio (N,) in its place, nothing counted.
 
     margin None: margin_value for all; weight None: 1; denominator None: divisor, or where that is 0, B or the
     sum of omega. Only the last is in `counted` (), which is (0,) otherwise: slope holds the other divisors.
@@ -326,7 +325,8 @@ def _prefix_value_loss(
         _check_loss_values(cu_seqlens, N, outcome, margin, weight, denominator)
     count = _counts(denominator, divisor, per_sequence)
     if N == 0:
-        return log_ratio.new_zeros(()), torch.empty_like(log_ratio), log_ratio.new_ones(() if count else 0)
+        counted = log_ratio.new_ones(() if count and impl != "cpp" else 0)
+        return log_ratio.new_zeros(()), torch.empty_like(log_ratio), counted
     own = float(cu_seqlens.shape[0] - 1) if per_sequence else 1.0  # an empty sequence counts and adds 0
     return IMPLS[impl][0](
         log_ratio, cu_seqlens, outcome, margin, weight, denominator,
@@ -340,7 +340,7 @@ def _fake(
     per_sequence: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     N = log_ratio.shape[0]
-    counted = () if _counts(denominator, divisor, per_sequence) else 0
+    counted = () if _counts(denominator, divisor, per_sequence) and impl != "cpp" else 0
     return log_ratio.new_empty(()), log_ratio.new_empty(N), log_ratio.new_empty(counted)
 
 
@@ -378,9 +378,10 @@ def _loss_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
     if dloss is None:
         return (None,) * 12
     log_ratio, cu_seqlens, slope, counted = ctx.saved_tensors
+    if ctx.impl == "cpp" and not is_batched(dloss) and is_last_backward(dloss, slope):
+        return slope if dloss.item() == 1 else slope.mul_(dloss), *(None,) * 11  # the gradient, used up
     scale = dloss / counted if counted.dim() == 0 else dloss
-    gradient = _bwd_op(log_ratio, slope, cu_seqlens, scale, ctx.beta, ctx.impl)
-    return gradient, *(None,) * 11
+    return _bwd_op(log_ratio, slope, cu_seqlens, scale, ctx.beta, ctx.impl), *(None,) * 11
 
 
 _loss_op = register(_prefix_value_loss, _fake, _loss_backward, _loss_setup)

@@ -57,3 +57,17 @@ def register(
     _LIBRARY.impl(name, differentiable, "Autograd")
     torch.library.register_fake(f"ipvrm::{name}", fake, lib=_LIBRARY)
     return op
+
+
+def is_last_backward(*tensors: torch.Tensor) -> bool:
+    """Whether this call's graph is freed after this backward, with nothing tracing or differentiating it."""
+    plain = all(type(x) is torch.Tensor for x in tensors)  # not fake or functional
+    traced = torch.compiler.is_compiling() or not plain
+    transformed = torch._C._functorch.maybe_current_level() is not None  # torch.func: may come back here
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph or create_graph
+    return not traced and not transformed and not kept
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether x stands for several: under torch.func.vmap, or in the older form behind is_grads_batched."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)

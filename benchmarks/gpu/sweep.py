@@ -2,8 +2,8 @@
 
 From the configuration in use, all neighbours (one field one step away) are compiled side by side, checked
 against the first one's results and timed; the best becomes the next start, until none is better or the time
-is over. --write puts a winner that gains at least GAIN into ipvrm_kernels/tuned.json, where the package reads
-its defaults; --apply F does so from a report measured elsewhere.
+is over. --write puts a winner that gains at least GAIN into ipvrm_kernels/head/tuned.json, where the package
+reads its defaults; --apply F does so from a report measured elsewhere.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from benchmarks.suite.heads import GPU_DEFAULT, MODELS, Shape, inputs
 from benchmarks.suite.machine import ROOT, describe
 from benchmarks.suite.measure import assert_close, once
 from ipvrm_kernels import linear_candidates, linear_logprobs
-from ipvrm_kernels.head_triton_tiles import CONFIGS, Config, tiles_of
-from ipvrm_kernels.tuned import FILE
+from ipvrm_kernels.head.triton_tiles import CONFIGS, Config, tiles_of
+from ipvrm_kernels.head.tuned import FILE
 
 STEPS: dict[str, Sequence[int]] = dict(
     BLOCK_N=(64, 128, 256), BLOCK_V=(64, 128, 256), BLOCK_D=(32, 64, 128), num_warps=(4, 8),

@@ -1,8 +1,9 @@
-"""What the head ops must return, recomputed in fp64 on some of the rows: a check that costs a small part of
-the op, holds no (N, V) and needs no other contender."""
+"""What the head ops must return, recomputed in fp64 on some of the rows: a check that costs little more than
+one matmul, holds no (N, V) and needs no other contender."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,7 @@ def gradient_tolerance(dtype: torch.dtype) -> float:
 
 
 class Exact:
-    """The distribution of ROWS rows in fp64.
+    """The distribution of ROWS rows in fp64, and lse of all rows.
 
     rows (R,) int64, lse (R,), log_p (R, V), entropy (R,).
     """
@@ -39,6 +40,19 @@ class Exact:
         self.lse = torch.logsumexp(z, 1)
         self.log_p = z - self.lse[:, None]
         self.entropy = -(self.log_p.exp() * self.log_p).sum(1)
+
+    @functools.cached_property
+    def lse_of_all(self) -> Tensor:
+        """(N,) fp64 from fp32 logits, a part of the vocabulary at a time."""
+        hidden = self.hidden.float()
+        parts = [torch.logsumexp(hidden @ part.float().T, 1) for part in self.weight.split(BLOCK)]
+        return torch.logsumexp(torch.stack(parts).double(), 0)
+
+    def logprobs_of_all(self, ids: Tensor) -> Tensor:
+        """(N, K) fp64 log-probs of ids (N, K) in every row."""
+        blocks = zip(self.hidden.split(256), ids.split(256), strict=True)
+        z = [(self.weight[i].double() @ h.double()[:, :, None])[:, :, 0] for h, i in blocks]
+        return torch.cat(z) - self.lse_of_all[:, None]
 
     def compare(self, name: str, got: Tensor, expected: Tensor) -> None:
         """`got` (N, ...), of every row of the batch, with `expected` (R, ...) at `tolerance`."""
@@ -69,11 +83,10 @@ class Exact:
         assert_close(f"{name} dweight", gradients[1][tokens], dweight, allowed)
 
     def _dweight(self, tokens: Tensor, ids: Tensor, upstream: Tensor) -> Tensor:
-        """(len(tokens), D) fp64, from logits of 256 rows at a time."""
+        """(len(tokens), D) fp64, 256 rows at a time."""
         total = torch.zeros(len(tokens), self.hidden.shape[1], dtype=torch.float64, device=ids.device)
-        blocks = zip(self.hidden.split(256), ids.split(256), upstream.double().split(256), strict=True)
-        for h, i, g in blocks:
-            lse = torch.logsumexp((h @ self.weight.T).float(), 1).double()
+        rows = (self.hidden, ids, upstream.double(), self.lse_of_all)
+        for h, i, g, lse in zip(*(x.split(256) for x in rows), strict=True):
             p = (h.double() @ self.weight[tokens].double().T - lse[:, None]).exp()
             hits = ((i[:, :, None] == tokens).double() * g[:, :, None]).sum(1)
             total += (hits - g.sum(1, keepdim=True) * p).T @ h.double()

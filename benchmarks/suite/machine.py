@@ -29,6 +29,7 @@ def describe() -> dict[str, Any]:
         modified=bool(_git("status", "--porcelain", "--untracked-files=no")),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         cpu=_cpu_name(),
+        simd=torch.backends.cpu.get_cpu_capability(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         python=platform.python_version(),

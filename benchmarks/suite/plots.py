@@ -20,8 +20,8 @@ try:
 except ImportError as error:
     raise SystemExit("plots need matplotlib: pip install 'ipvrm[plot]'") from error
 
-from benchmarks.suite.measure import FULL_LOGITS, Row
-from benchmarks.suite.tables import Growth, by_case, conditions, growth, is_ours, milliseconds, verdicts
+from benchmarks.suite.measure import LESS_WORK, Row, is_ours
+from benchmarks.suite.tables import Growth, by_case, conditions, growth, milliseconds, verdicts
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e7eb"
 OURS = ("#0072B2", "#56B4E9", "#3a4cc0")  # cpp or cuda, triton, ipvrm
@@ -147,7 +147,7 @@ def lines(
                 axes.plot(
                     xs, ys, color=colours[fit.contender], marker=MARKERS[order % len(MARKERS)], markersize=5,
                     linewidth=2.4 if ours else 1.5, zorder=4 if ours else 3,
-                    linestyle="--" if fit.contender in FULL_LOGITS else "-",
+                    linestyle="--" if fit.contender in LESS_WORK else "-",
                     label=f"{fit.contender}  ~ {axis}$^{{{power:.2f}}}$",
                 )  # fmt: skip
             _frame(axes, "both")
@@ -181,7 +181,7 @@ def _colours(rows: Iterable[Row]) -> dict[str, str]:
             continue
         if is_ours(name):
             chosen[name] = OURS[dict(triton=1, ipvrm=2).get(name, 0)]
-        elif name in FULL_LOGITS:
+        elif name in LESS_WORK:
             chosen[name] = YARDSTICK
         else:
             others = {c for c in chosen.values() if c in OTHERS}

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.suite.measure import FULL_LOGITS, OURS, START, Row, Target
+from benchmarks.suite.measure import LESS_WORK, START, Row, Target, is_ours
 
 LEVEL = 0.03  # medians this close are a draw
 
@@ -70,11 +70,6 @@ class Growth(NamedTuple):
     scratch: tuple[float, float] | None = None  # MiB at the ends
 
 
-def is_ours(contender: str) -> bool:
-    """Whether a contender is one of this package's fast implementations."""
-    return contender.replace(",", " ").split()[0] in OURS
-
-
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     """Rows by (op, shape), in the order measured."""
     cases: dict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -83,17 +78,29 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     return dict(cases)
 
 
+def by_variant(case: Iterable[Row]) -> list[tuple[Row, Row | None]]:
+    """(our fastest, the fastest other or None) of each variant of one case that we ran."""
+    variants: dict[str, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))
+    for row in case:
+        if not row.error and row.contender not in LESS_WORK:
+            variants[row.contender.partition(", ")[2]][is_ours(row.contender)].append(row)
+    return [
+        (min(ours, key=_median), min(others, key=_median, default=None))
+        for others, ours in variants.values()
+        if ours
+    ]
+
+
+def _median(row: Row) -> float:
+    return row.median_ms
+
+
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     """One for each case and variant that both we and somebody else ran."""
     found = []
     for (op, shape), case in by_case(rows).items():
-        variants: dict[str, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))
-        for row in case:
-            if not row.error and row.contender not in FULL_LOGITS:
-                variants[row.contender.partition(", ")[2]][is_ours(row.contender)].append(row)
-        for others, ours in variants.values():
-            if ours and others:
-                mine, best = (min(side, key=lambda row: row.median_ms) for side in (ours, others))
+        for mine, best in by_variant(case):
+            if best is not None:
                 factor = best.median_ms / mine.median_ms
                 unchecked = bool(mine.note or best.note)
                 found.append(Verdict(op, shape, mine.contender, best.contender, factor, unchecked))

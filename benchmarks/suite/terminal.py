@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.suite.measure import START, Case, Row
-from benchmarks.suite.tables import aims, cell, conditions, growth, is_ours, milliseconds, verdicts
+from benchmarks.suite.measure import START, Case, Row, is_ours
+from benchmarks.suite.tables import aims, cell, conditions, growth, milliseconds, verdicts
 
 COLOURS = dict(won="green", lost="bold red", level="yellow")
 AIM_COLOURS = dict(met="green", MISSED="bold red", unknown="yellow")
@@ -50,8 +50,11 @@ class Screen:
     def note(self, text: str) -> None:
         self.out.print(escape(text), style="dim", soft_wrap=True)
 
+    def problem(self, text: str) -> None:
+        self.out.print(escape(text), style="bold red", soft_wrap=True)
+
     def measuring(self, name: str, case: Case) -> None:
-        self.progress.update(self.task, description=escape(f"{name}: {case.title}"[:90]))
+        self.progress.update(self.task, description=escape(f"{name}: {case.shape}"[:90]))
 
     def finished(self, name: str) -> None:
         self.progress.advance(self.task)

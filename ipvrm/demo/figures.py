@@ -1,4 +1,5 @@
-"""The demo's picture: one wrong trace, token by token, under both reward models; needs `ipvrm[plot]`."""
+"""The demo's pictures, which need `ipvrm[plot]`: one wrong trace, token by token, under both reward models,
+and the policies' accuracy over their steps."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm.demo.arithmetic import STEP_SEPARATOR
-from ipvrm.demo.settings import NAMES
+from ipvrm.demo.settings import ALGORITHMS, NAMES
 
 MISSING = (
-    "no picture: matplotlib is not installed; pip install 'ipvrm[plot]' and run the demo again for trace.png"
+    "no pictures: matplotlib is not installed; pip install 'ipvrm[plot]' and run the demo again for "
+    "trace.png and policies.png"
 )
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 CURVE, WRONG = "#2f5d8a", "#c0392b"
@@ -65,6 +67,79 @@ def draw_trace(path: Path, trace: dict[str, Any], choices: Sequence[dict[str, An
     figure.text(0.07, 1 - 0.3 / height, trace["problem"], fontfamily="monospace", fontsize=13, color=INK)
     subtitle = f"one answer of the base model, token by token; {first}"
     figure.text(0.07, 1 - 0.52 / height, subtitle, fontsize=9.5, color=MUTED)
+    return _save(figure, path)
+
+
+def draw_policies(path: Path, policies: dict[str, Any]) -> Path | None:
+    """Held-out accuracy over the steps, a panel per algorithm; bands are 95 % intervals.
+
+    Args:
+        policies: what `ipvrm.demo.policies.compare` returns.
+
+    Returns:
+        `path`, or None without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    algorithms = policies["algorithms"]
+    figure = Figure(figsize=(4.1 * len(algorithms), 4.2), dpi=130, facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(algorithms), sharex=True, sharey=True, squeeze=False)[0]
+    figure.subplots_adjust(left=0.62 / figure.get_figwidth(), right=0.985, top=0.76, bottom=0.13, wspace=0.08)
+    for axes, (name, found) in zip(panels, algorithms.items(), strict=True):
+        for other, model in algorithms.items():
+            if other != name:
+                axes.plot(*_means(model["curve"]), color=MUTED, linewidth=1, alpha=0.55, zorder=2)
+        steps, means = _means(found["curve"])
+        low, high = zip(*([100 * x for x in point["interval"]] for point in found["curve"]), strict=True)
+        axes.fill_between(steps, low, high, color=UP, alpha=0.25, linewidth=0, zorder=1)
+        if policies["seeds"] > 1:
+            for accuracies in found["by_seed"]:
+                axes.plot(
+                    steps, [100 * a for a in accuracies], color=CURVE, linewidth=0.8, alpha=0.6, zorder=3
+                )
+        axes.plot(steps, means, color=CURVE, linewidth=2.2, marker="o", markersize=4, zorder=4)
+        axes.axhline(means[0], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        gain = found["gain"]
+        low, high = gain["interval"]
+        axes.set_title(ALGORITHMS[name], loc="left", fontsize=11, color=INK, fontweight="bold", pad=20)
+        text = f"gain {100 * gain['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        axes.annotate(
+            text,
+            (0, 1),
+            xycoords="axes fraction",
+            xytext=(0, 6),
+            textcoords="offset points",
+            fontsize=9,
+            color=MUTED,
+        )
+        axes.set_xticks(steps)
+        axes.set_xlabel("step", color=INK, fontsize=9)
+        axes.grid(axis="y", color=GRID, linewidth=0.8, zorder=0)
+        axes.set_axisbelow(True)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color(GRID)
+        axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
+    panels[0].set_ylabel("right answers, %", color=INK, fontsize=9)
+    seeds = policies["seeds"]
+    left = 0.62 / figure.get_figwidth()
+    figure.text(left, 0.94, "Held-out accuracy of the policies", fontsize=13, color=INK)
+    subtitle = f"{policies['problems']:,} problems, one response each; band: 95 % interval over problems"
+    subtitle += f" and {seeds} seeds, thin lines: one seed each" if seeds > 1 else ", one seed"
+    figure.text(left, 0.895, f"{subtitle}; grey: the other algorithms", fontsize=9.5, color=MUTED)
+    return _save(figure, path)
+
+
+def _means(curve: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """Steps and accuracies in %."""
+    return [point["step"] for point in curve], [100 * point["mean"] for point in curve]
+
+
+def _save(figure: Any, path: Path) -> Path:
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png")
     temporary.replace(path)

@@ -6,31 +6,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ipvrm.demo.figures import MISSING, draw_trace
-from ipvrm.demo.settings import NAMES
+from ipvrm.demo.figures import MISSING, draw_policies, draw_trace
+from ipvrm.demo.settings import ALGORITHMS, NAMES
 from ipvrm.evaluate.thresholds import Interval
 from ipvrm.training.run_folder import read_json, write_json, write_text
 
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
+SHOWN_FROM = 3.0  # standard errors of a gain
 OWN_PICK = {"ipvrm": "final", "implicit_prm": "sum"}  # the quantity each objective trains
 
 
 def write_report(output: Path, results: dict[str, Any], show: bool = True) -> dict[str, Any]:
-    """Writes results.json, steps.csv, best_of_n.csv, trace.png (with matplotlib) and report.md; prints them.
+    """Writes results.json, steps.csv, best_of_n.csv, report.md and, with matplotlib, the pictures trace.png
+    and policies.png; prints them.
 
     Returns:
-        `results` with `conclusions` and `picture` added.
+        `results` with `conclusions` and `pictures` added.
     """
     trace = read_json(output / "evaluation" / "trace.json")
-    picture = draw_trace(output / "trace.png", trace, results["choices"])
-    results = results | {"conclusions": list(conclusions(results)), "picture": picture and str(picture)}
+    drawn = (
+        draw_trace(output / "trace.png", trace, results["choices"]),
+        draw_policies(output / "policies.png", results["policies"]),
+    )
+    pictures = [picture for picture in drawn if picture]
+    results = results | {"conclusions": list(conclusions(results)), "pictures": list(map(str, pictures))}
     write_json(output / "results.json", results)
     write_text(output / "steps.csv", _csv(*_all_rules(results)))
+    policies = results["policies"]
     tables = [_steps_table(results), _best_of_n_table(results)]
+    tables += [policies_table(policies), _differences_table(policies)]
     write_text(output / "best_of_n.csv", _csv(*_best_of_n_rows(results)))
-    write_text(output / "report.md", _markdown(results, tables, trace, picture))
+    write_text(output / "report.md", _markdown(results, tables, trace, pictures))
     if show:
-        _print(output, results, tables, picture)
+        _print(output, results, tables, pictures)
     return results
 
 
@@ -40,6 +48,12 @@ def percent(value: float | None) -> str:
 
 def with_interval(value: float | None, interval: list[float]) -> str:
     return f"{percent(value)} ({percent(interval[0])}-{percent(interval[1])})"
+
+
+def points(estimate: dict[str, Any]) -> str:
+    """A difference in percentage points, with its interval."""
+    low, high = estimate["interval"]
+    return f"{100 * estimate['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 # -------------------------------------------------------------------------------------------------- tables
@@ -70,6 +84,33 @@ def _best_of_n_table(results: dict[str, Any]) -> Table:
     body = [[_method(method), *(cells[method, n] for n in sizes)] for method in methods]
     title = f"Right answers in % (95 % interval), one picked of N, {rows[0]['num_problems']} problems"
     return title, ["", *(f"N = {n}" for n in sizes)], body
+
+
+def policies_table(policies: dict[str, Any]) -> Table:
+    settings, start = policies["settings"], policies["start"]
+    rows = [["base model", with_interval(start["mean"], start["interval"]), "", ""]]
+    for name, found in policies["algorithms"].items():
+        end, gain = found["curve"][-1], found["gain"]
+        accuracy = with_interval(end["mean"], end["interval"])
+        rows.append([ALGORITHMS[name], accuracy, points(gain), f"{gain['in_standard_errors']:.1f}"])
+    title = (
+        f"Right answers in % (95 % interval), {policies['problems']} held-out problems, "
+        f"{settings['steps']} steps of {settings['prompts']} x {settings['responses']} responses, "
+        f"{_seeds(policies)}"
+    )
+    return title, ["", "accuracy", "gain", "in std. errors"], rows
+
+
+def _differences_table(policies: dict[str, Any]) -> Table:
+    rows = []
+    for difference in policies["differences"]:
+        a, b = (ALGORITHMS[name] for name in difference["of"])
+        rows.append([f"{a} minus {b}", points(difference)])
+    return "The same policies against each other", ["", "difference"], rows
+
+
+def _seeds(policies: dict[str, Any]) -> str:
+    return "one seed" if policies["seeds"] == 1 else f"{policies['seeds']} seeds"
 
 
 def _method(method: str) -> str:
@@ -139,7 +180,31 @@ def conclusions(results: dict[str, Any]) -> Iterator[str]:
         )
         yield text + (f"; not shown to be above it in {_listed(rest)}." if rest else ".")
     yield from _best_of_n_conclusions(results, names)
-    yield "This is one seed of one small task; nothing here says which method is better elsewhere."
+    yield from _policy_conclusions(results["policies"])
+    yield (
+        f"This is one small task and one base model (policies: {_seeds(results['policies'])}); nothing here "
+        "says which method is better elsewhere."
+    )
+
+
+def _policy_conclusions(policies: dict[str, Any]) -> Iterator[str]:
+    start = percent(policies["start"]["mean"])
+    for name, found in policies["algorithms"].items():
+        gain = found["gain"]
+        errors = f"{gain['in_standard_errors']:.1f} standard errors"
+        shown = gain["in_standard_errors"] > SHOWN_FROM
+        verdict = (
+            f"{errors}, more than three" if shown else f"{errors}: a gain of more than three is not shown"
+        )
+        end = percent(found["curve"][-1]["mean"])
+        text = f"{ALGORITHMS[name]}: {start} to {end} right, {points(gain)} points on the same problems"
+        yield f"{text}, {verdict}."
+    for difference in policies["differences"]:
+        a, b = (ALGORITHMS[name] for name in difference["of"])
+        low, high = difference["interval"]
+        ahead = f"so {a if low > 0 else b} is ahead here" + " with this seed" * (policies["seeds"] == 1)
+        verdict = ahead if low > 0 or high < 0 else "the interval holds 0, a difference is not shown"
+        yield f"{a} minus {b} on the same problems: {points(difference)} points, {verdict}."
 
 
 def _compared(names: list[str], difference: dict[str, Any]) -> str:
@@ -209,17 +274,35 @@ THRESHOLDS = (
     "format; 'best threshold' shows what the best one for these very traces would reach. "
     "best constant: -1 or one fixed step at random, both chosen with the test labels."
 )
+POLICIES = (
+    "Every policy trained on the same prompts and was measured with the same random numbers on the same "
+    "problems, which no earlier stage has used. Intervals and standard errors redraw the "
+    "problems{seeds}; the base model and the reward model are one each. The intervals of the three "
+    "differences are 95 % each, not together."
+)
+
+
+def _footnotes(results: dict[str, Any]) -> list[str]:
+    several = results["policies"]["seeds"] > 1
+    return [
+        THRESHOLDS.format(validation=results["test"]["validation_traces"]),
+        POLICIES.format(
+            seeds=" and the seeds of the runs"
+            if several
+            else " alone and hold nothing of how a run varies with its seed"
+        ),
+    ]
 
 
 def _markdown(
-    results: dict[str, Any], tables: list[Table], trace: dict[str, Any], picture: Path | None
+    results: dict[str, Any], tables: list[Table], trace: dict[str, Any], pictures: list[Path]
 ) -> str:
     lines = ["# ipvrm demo", "", *(f"- {fact}" for fact in _facts(results)), f"- {_stage_line(results)}", ""]
     for title, header, rows in tables:
         lines += [f"## {title}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
         lines += ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
         lines.append("")
-    lines += [THRESHOLDS.format(validation=results["test"]["validation_traces"]), ""]
+    lines += [*_footnotes(results), ""]
     lines += ["## What this run shows", "", *(f"- {text}" for text in results["conclusions"]), ""]
     lines += ["## One wrong trace", ""]
     shown = ";".join(trace["steps"])
@@ -229,11 +312,13 @@ def _markdown(
     for name, model in trace["models"].items():
         flagged = f"step {model['flagged'] + 1}" if model["flagged"] >= 0 else "no step"
         lines.append(f"{NAMES[name]} flags {flagged}.")
-    lines += ["", f"![prefix value and TD per token]({picture.name})" if picture else MISSING, ""]
-    return "\n".join(lines)
+    if not pictures:
+        return "\n".join([*lines, "", MISSING, ""])
+    lines += ["", "![prefix value and TD per token](trace.png)", "", "## The policies, step by step", ""]
+    return "\n".join([*lines, "![held-out accuracy of the policies](policies.png)", ""])
 
 
-def _print(output: Path, results: dict[str, Any], tables: list[Table], picture: Path | None) -> None:
+def _print(output: Path, results: dict[str, Any], tables: list[Table], pictures: list[Path]) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
@@ -251,13 +336,13 @@ def _print(output: Path, results: dict[str, Any], tables: list[Table], picture: 
         console.print()
         console.print(table)
     console.print()
-    console.print(
-        THRESHOLDS.format(validation=results["test"]["validation_traces"]), markup=False, style="dim"
-    )
+    for footnote in _footnotes(results):
+        console.print(footnote, markup=False, style="dim")
     console.print()
     for text in results["conclusions"]:
         console.print(f"- {text}", markup=False)
     console.print()
     console.print(_stage_line(results), markup=False)
-    console.print(f"picture: {picture}" if picture else MISSING, markup=False, soft_wrap=True)
+    shown = f"pictures: {', '.join(map(str, pictures))}" if pictures else MISSING
+    console.print(shown, markup=False, soft_wrap=True)
     console.print(f"everything is in {output}", markup=False, soft_wrap=True)

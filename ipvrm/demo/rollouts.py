@@ -1,5 +1,6 @@
 """Rollouts of the demo's base model: training data with outcome labels, and what is held out."""
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,19 @@ from ipvrm.progress import Progress
 from ipvrm.training.run_folder import write_json
 
 
+def problems_of_parts(sizes: Sizes, seed: int) -> dict[str, list[Problem]]:
+    """The problems of every part of the rollouts; no problem is in two of them."""
+    plan = {
+        "train": sizes.train_problems,
+        "validation": sizes.validation_traces,
+        "test": sizes.test_traces,
+        "best_of_n": sizes.best_of_problems,
+    }
+    problems = make_problems(sum(plan.values()), Random(seed + 1), multiple_of=sizes.multiple_of)
+    ends = list(itertools.accumulate(plan.values()))
+    return {name: problems[end - count : end] for (name, count), end in zip(plan.items(), ends, strict=True)}
+
+
 def roll_out(folder: Path, base: Path, sizes: Sizes, seed: int, progress: Progress) -> None:
     """train.parquet with outcome labels; validation, test and best_of_n as JSONL of (problem, responses)."""
     import pyarrow as pa
@@ -23,20 +37,14 @@ def roll_out(folder: Path, base: Path, sizes: Sizes, seed: int, progress: Progre
     from ipvrm.model import load_model, load_tokenizer
 
     model, tokenizer = load_model(base, torch.float32), load_tokenizer(base)
-    plan = {
-        "train": (sizes.train_problems, sizes.rollouts_per_problem),
-        "validation": (sizes.validation_traces, 1),
-        "test": (sizes.test_traces, 1),
-        "best_of_n": (sizes.best_of_problems, sizes.best_of_samples),
-    }
-    problems = make_problems(
-        sum(count for count, _ in plan.values()), Random(seed + 1), multiple_of=sizes.multiple_of
-    )
+    problems = problems_of_parts(sizes, seed)
+    per_problem = {"train": sizes.rollouts_per_problem, "best_of_n": sizes.best_of_samples}
+    total = sum(len(taken) * per_problem.get(name, 1) for name, taken in problems.items())
     counts: dict[str, Any] = {}
-    with progress.bar("rollouts", sum(count * each for count, each in plan.values())) as update:
+    with progress.bar("rollouts", total) as update:
         done = 0
-        for number, (name, (count, each)) in enumerate(plan.items()):
-            taken, problems = problems[:count], problems[count:]
+        for number, (name, taken) in enumerate(problems.items()):
+            each = per_problem.get(name, 1)
 
             def advance(added: int) -> None:
                 nonlocal done

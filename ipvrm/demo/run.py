@@ -1,4 +1,4 @@
-"""`ipvrm demo`: a base model from scratch, its rollouts, two reward models, what they find; all on a CPU.
+"""`ipvrm demo`: a base model from scratch, its rollouts, two reward models, three policies; all on a CPU.
 
 Stages, each a folder that is written whole and reused as long as its settings stay the same:
 
@@ -6,10 +6,15 @@ Stages, each a folder that is written whole and reused as long as its settings s
     rollouts        its answers at temperature 1: training data with outcome labels, and held-out traces
     reward-*        an IPVRM and an Implicit PRM, trained by `train_reward_model` on the outcome labels only
     evaluation      first-error F1 in the training format and in shifted ones, Best-of-N
+    policy-start    the policies' problems, and what the base model answers to the held-out ones
+    policy-*        GRPO, GRPO + IPVRM and DistRL + IPVRM by `train_policy`, at equal rollouts; with
+                    --policy_seeds above 1 also policy-*-1 and so on
 
 and a report of tables, picture and text, all computed from their numbers. The reward models' hyperparameters
 were chosen once, on validation traces in the training format and with another seed, by
-`python -m benchmarks.studies.select_demo_hyperparameters` (benchmarks/results/demo_selection.json).
+`python -m benchmarks.studies.select_demo_hyperparameters` (benchmarks/results/demo_selection.json); those
+of the policies on other problems and another base model, by `python -m benchmarks.studies.demo_policies`
+(benchmarks/results/demo_policies.json).
 Thresholds are chosen in each run, on its validation traces in the training format, and never on test traces.
 """
 
@@ -22,9 +27,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ipvrm import IpvrmError
 from ipvrm.demo.base_model import make_model, make_tokenizer, train_base
 from ipvrm.demo.rollouts import roll_out
-from ipvrm.demo.settings import BUDGETS, CHOICES, FULL, QUICK, Choice, DemoConfig, Sizes
+from ipvrm.demo.settings import (
+    ALGORITHMS,
+    BUDGETS,
+    CHOICES,
+    FULL,
+    QUICK,
+    Choice,
+    DemoConfig,
+    PolicySettings,
+    Sizes,
+)
 from ipvrm.progress import Progress
 from ipvrm.training.run_folder import manifest, read_json, save_folder, write_json
 
@@ -47,10 +63,15 @@ def run_demo(
 
     Returns:
         What results.json holds.
+
+    Raises:
+        IpvrmError: no policy seed, or a task that this model cannot learn.
     """
     from ipvrm.demo.evaluation import evaluate_models
     from ipvrm.demo.report import write_report
 
+    if config.policy_seeds < 1:
+        raise IpvrmError(f"demo: policy_seeds must be at least 1; got {config.policy_seeds}")
     sizes = sizes or (QUICK if config.quick else FULL)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -66,6 +87,7 @@ def run_demo(
         lambda folder: evaluate_models(folder, output, choices, sizes, config.seed, stages.progress),
         after=["rollouts", *(f"reward-{c.objective}" for c in choices)],
     )
+    policies = train_policies(stages, sizes, config.seed, config.policy_seeds)
     results = {
         "config": asdict(config),
         "sizes": asdict(sizes),
@@ -73,6 +95,7 @@ def run_demo(
         "base": read_json(output / "base" / "base.json"),
         "rollouts": read_json(output / "rollouts" / "counts.json"),
         **read_json(output / "evaluation" / "evaluation.json"),
+        "policies": policies,
         "stages": stages.done,
         "budgets": budgets,
         "manifest": manifest(seeds={"demo": config.seed}),
@@ -90,7 +113,7 @@ def prepare(stages: "Stages", sizes: Sizes, seed: int) -> None:
         lambda folder: _train_base(folder, sizes, seed, stages.progress),
     )
     counted = {name: value for name, value in asdict(sizes).items() if name not in base}
-    del counted["bootstrap_resamples"], counted["best_of_n"]
+    del counted["bootstrap_resamples"], counted["best_of_n"], counted["policies"]
     stages.folder(
         "rollouts",
         counted | {"seed": seed},
@@ -124,6 +147,51 @@ def train_choice(stages: "Stages", name: str, choice: Choice, seed: int) -> None
     settings = {k: v for k, v in asdict(config).items() if k not in ("model", "train_data", "output_dir")}
     live = stages.progress.live
     stages.in_place(name, settings, lambda: train_reward_model(config, progress=live), after=["rollouts"])
+
+
+def train_policies(stages: "Stages", sizes: Sizes, seed: int, num_seeds: int) -> dict[str, Any]:
+    """Every algorithm from the base model, with the seeds from `seed` upwards, and how they compare."""
+    from ipvrm.demo.policies import compare, read_outcomes, run_log
+
+    prepare_policies(stages, sizes, seed)
+    folders: dict[str, list[Path]] = {algorithm: [] for algorithm in ALGORITHMS}
+    for number in range(num_seeds):
+        for algorithm in ALGORITHMS:
+            name = f"policy-{algorithm}" + (f"-{number}" if number else "")
+            train_algorithm(stages, name, algorithm, sizes.policies, seed + number)
+            folders[algorithm].append(stages.output / name)
+    runs = {algorithm: [read_outcomes(f) for f in found] for algorithm, found in folders.items()}
+    start = read_outcomes(stages.output / "policy-start")["0"]
+    compared = compare(start, runs, sizes.bootstrap_resamples, seed)
+    logs = {algorithm: [run_log(f) for f in found] for algorithm, found in folders.items()}
+    return {"settings": asdict(sizes.policies), **compared, "logs": logs}
+
+
+def prepare_policies(stages: "Stages", sizes: Sizes, seed: int) -> None:
+    """The problems of the policies, and the outcomes of the base model."""
+    from ipvrm.demo.policies import write_start
+
+    stages.folder(
+        "policy-start",
+        {"held_out": sizes.policies.held_out, "seed": seed},
+        lambda folder: write_start(folder, stages.output / "base", sizes, seed),
+        after=["rollouts"],
+    )
+
+
+def train_algorithm(stages: "Stages", name: str, algorithm: str, settings: PolicySettings, seed: int) -> None:
+    """A policy of `algorithm` into the folder `name`, measured on the held-out problems."""
+    from ipvrm.demo.policies import policy_config, read_problems, train
+
+    start = stages.output / "policy-start"
+    config = policy_config(stages.output, stages.output / name, algorithm, settings, seed)
+    paths = ("model", "reward_model", "train_data", "output_dir")
+    stages.in_place(
+        name,
+        {k: v for k, v in asdict(config).items() if k not in paths},
+        lambda: train(config, read_problems(start / "held_out.jsonl"), stages.progress.live),
+        after=["policy-start"] + ["reward-ipvrm"] * (config.reward_model is not None),
+    )
 
 
 class Stages:

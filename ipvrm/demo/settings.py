@@ -1,4 +1,4 @@
-"""Settings of `ipvrm demo`: sizes, time budgets and the hyperparameters of the reward models."""
+"""Settings of `ipvrm demo`: sizes, time budgets and the hyperparameters of reward models and policies."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,16 @@ BUDGETS: dict[str, float] = {
     "reward-ipvrm": 37.5,
     "reward-implicit_prm": 37.5,
     "evaluation": 30,
+    "policy-start": 6,
+    "policy-grpo": 40,
+    "policy-grpo_prm": 52,
+    "policy-distrl": 52,
 }
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The whole method on a task small enough for two CPU cores: about four minutes, or one with --quick."""
+    """The whole method on a task small enough for two CPU cores: about six minutes, or one with --quick."""
 
     output_dir: str = "runs/demo"
     """Folder for models, tables and the picture; finished stages in it are reused."""
@@ -22,6 +26,26 @@ class DemoConfig:
     """A one-minute smoke run: the same stages on an easier task (multiples of ten) and little data."""
     seed: int = 0
     """Of everything that is drawn: problems, weights, samples, orders, intervals."""
+    policy_seeds: int = 1
+    """Runs of each policy algorithm, seeds from `seed` upwards; one more takes about two minutes."""
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """The policy runs: the same for every algorithm."""
+
+    steps: int = 16
+    prompts: int = 32
+    responses: int = 8
+    """Per prompt."""
+    minibatch_size: int = 64
+    learning_rate: float = 2e-4
+    gae_coef: float = 0.1
+    """Of `grpo_prm` and `distrl`; the paper's is 1."""
+    held_out: int = 1024
+    """Problems on which the policies are measured, one response each."""
+    points: int = 4
+    """Of the curve of held-out accuracy, besides the start."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,7 @@ class Sizes:
     best_of_samples: int = 16
     best_of_n: tuple[int, ...] = (4, 16)
     bootstrap_resamples: int = 2000
+    policies: PolicySettings = PolicySettings()
 
 
 FULL = Sizes()
@@ -55,6 +80,7 @@ QUICK = Sizes(
     best_of_samples=4,
     best_of_n=(2, 4),
     bootstrap_resamples=500,
+    policies=PolicySettings(steps=2, prompts=16, responses=4, held_out=128, points=2),
 )
 
 
@@ -76,3 +102,4 @@ CHOICES = (
     Choice("implicit_prm", beta=1.0, margin=None, learning_rate=1e-3, num_train_epochs=3, rule="mean"),
 )
 NAMES = {"ipvrm": "IPVRM", "implicit_prm": "Implicit PRM"}
+ALGORITHMS = {"grpo": "GRPO", "grpo_prm": "GRPO + IPVRM", "distrl": "DistRL + IPVRM"}

@@ -277,7 +277,7 @@ class VerifierPool:
         """Verdicts of (response, answer) pairs, in their order.
 
         Args:
-            on_done: called with how many are done after each.
+            on_done: called with how many are done, after one or several more.
 
         Raises:
             IpvrmError: the verifier cannot be loaded, or its workers do not start.

@@ -56,10 +56,13 @@ def spro_advantages(
     beta: float,
     std_floor: StdFloor = "add",
 ) -> Tensor:
-    """SPRO (arXiv 2507.01551): masked step advantage of the policy's own process reward, and the outcome.
+    """SPRO (arXiv 2507.01551, Eq. 11 and 12): masked step advantage of the policy's own process reward, and
+    the outcome.
 
         R_{k,t} = beta * sum_{i<=t} log pi_old / pi_ref        MSA_{k,t} = R_{k,t} - mean of R_{j,t} over the
         rollouts j of the prompt that reach token t            advantage = MSA + (o - mu) / (s + eps)
+
+    The paper's R also holds V(s_0), the same for all rollouts of a prompt: it cancels in MSA.
 
     Args:
         log_ratio: (N,) of the sampled tokens, policy against the starting policy.

@@ -1,4 +1,4 @@
-"""`ipvrm demo` in miniature: every stage is real, but solutions come from the noise model of the task."""
+"""`ipvrm demo` in miniature: every stage is real, but responses come from the noise model of the task."""
 
 import dataclasses
 import json
@@ -7,18 +7,22 @@ import sys
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from ipvrm import IpvrmError
-from ipvrm.demo import evaluation, rollouts, run
+from ipvrm.demo import evaluation, policies, rollouts, run
 from ipvrm.demo.arithmetic import Problem, answer_of, first_wrong_step, noisy_solution
-from ipvrm.demo.figures import draw_trace
-from ipvrm.demo.report import conclusions
+from ipvrm.demo.base_model import SPECIAL, make_tokenizer
+from ipvrm.demo.figures import draw_policies, draw_trace
+from ipvrm.demo.report import conclusions, policies_table
 from ipvrm.demo.rollouts import read_rollouts
 from ipvrm.demo.run import run_demo
-from ipvrm.demo.settings import CHOICES, Choice, DemoConfig, Sizes
+from ipvrm.demo.settings import ALGORITHMS, CHOICES, Choice, DemoConfig, PolicySettings, Sizes
 from ipvrm.evaluate.thresholds import f1_of_hits, hits, sweep
+from ipvrm.rollouts.engine import TransformersEngine
+from ipvrm.training import train_policy as policy_training
 
 MINI = Sizes(
     hidden_size=32,
@@ -33,6 +37,7 @@ MINI = Sizes(
     best_of_samples=4,
     best_of_n=(2, 4),
     bootstrap_resamples=100,
+    policies=PolicySettings(steps=2, prompts=4, responses=4, minibatch_size=16, held_out=24, points=2),
 )
 
 
@@ -45,12 +50,23 @@ def noisy_samples(model, tokenizer, problems, *, per_problem, seed, on_batch=lam
     return found
 
 
+def noisy_engine(engine, prompts, sampling, seeds):
+    """The same for the policies."""
+    tokenizer, found = make_tokenizer(), []
+    for ids, seed in zip(prompts, seeds, strict=True):
+        text = tokenizer.decode(ids).removeprefix(SPECIAL["user"]).removesuffix(SPECIAL["assistant"])
+        solution = noisy_solution(policies.parse_problem(text), 0.15, Random(seed))
+        found.append(tokenizer(solution + SPECIAL["end"], add_special_tokens=False)["input_ids"])
+    return found
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """(output folder, results) of a finished run."""
     output = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollouts, "sample", noisy_samples)
+        patch.setattr(TransformersEngine, "__call__", noisy_engine)
         yield output, run_demo(DemoConfig(str(output)), progress=False, sizes=MINI)
 
 
@@ -66,12 +82,19 @@ def again(demo, monkeypatch):
         trained.append(config.objective)
         return original(config, progress)
 
-    monkeypatch.setattr(ipvrm, "train_reward_model", counting, raising=False)
-    monkeypatch.setattr(rollouts, "sample", noisy_samples)
+    def counting_policies(config, progress=True):
+        trained.append(f"{config.algorithm} {config.seed}")
+        return policy_training.train_policy(config, progress)
 
-    def rerun(**options):
+    monkeypatch.setattr(ipvrm, "train_reward_model", counting, raising=False)
+    monkeypatch.setattr(policies, "train_policy", counting_policies)
+    monkeypatch.setattr(rollouts, "sample", noisy_samples)
+    monkeypatch.setattr(TransformersEngine, "__call__", noisy_engine)
+
+    def rerun(seeds=1, **options):
         trained.clear()
-        return run_demo(DemoConfig(str(demo[0])), progress=False, sizes=MINI, **options), list(trained)
+        config = DemoConfig(str(demo[0]), policy_seeds=seeds)
+        return run_demo(config, progress=False, sizes=MINI, **options), list(trained)
 
     return rerun
 
@@ -79,13 +102,15 @@ def again(demo, monkeypatch):
 def test_writes_everything_it_promises(demo):
     output, results = demo
     names = {path.name for path in output.iterdir()}
-    assert names >= {"results.json", "steps.csv", "best_of_n.csv", "trace.png", "report.md"}
+    assert names >= {"results.json", "steps.csv", "best_of_n.csv", "trace.png", "policies.png", "report.md"}
     assert not [path for path in output.rglob("*.tmp")]
     assert json.loads((output / "results.json").read_text())["models"] == results["models"]
     assert (output / "trace.png").read_bytes().startswith(b"\x89PNG")
     report = (output / "report.md").read_text()
     assert all(sentence in report for sentence in results["conclusions"])
-    assert {"base", "rollouts", "reward-ipvrm", "reward-implicit_prm", "evaluation"} == set(results["stages"])
+    reward_models = {"base", "rollouts", "reward-ipvrm", "reward-implicit_prm", "evaluation"}
+    of_policies = {"policy-start", "policy-grpo", "policy-grpo_prm", "policy-distrl"}
+    assert set(results["stages"]) == reward_models | of_policies
     header, *rows = (output / "steps.csv").read_text().splitlines()
     assert header.startswith("model,format,rule,chosen_rule,protocol,tau,f1,low,high")
     assert len(rows) == 2 * 3 * 4 * 2  # models, formats, rules, protocols
@@ -148,6 +173,7 @@ def test_finished_stages_are_reused(demo, again):
     assert trained == []
     assert (output / "evaluation" / "evaluation.json").stat().st_mtime_ns == before
     assert repeated["models"] == results["models"] and repeated["conclusions"] == results["conclusions"]
+    assert repeated["policies"] == results["policies"]
 
 
 def test_interrupted_stage_starts_afresh_and_gives_the_same_numbers(demo, again):
@@ -155,14 +181,14 @@ def test_interrupted_stage_starts_afresh_and_gives_the_same_numbers(demo, again)
     (output / "reward-ipvrm" / "stage.json").unlink()  # as after a kill in the middle of the training
     (output / "reward-ipvrm" / "model.safetensors").write_bytes(b"half a file")
     repeated, trained = again()
-    assert trained == ["ipvrm"]
+    assert trained == ["ipvrm"]  # the same settings give the same model: what follows from it is kept
     assert repeated["models"] == results["models"]
 
 
 def test_another_choice_repeats_only_what_depends_on_it(demo, again):
     other = (dataclasses.replace(CHOICES[0], margin=0.5), CHOICES[1])
     repeated, trained = again(choices=other)
-    assert trained == ["ipvrm"]
+    assert trained == ["ipvrm", "grpo_prm 0", "distrl 0"]
     ours, theirs = repeated["models"], demo[1]["models"]
     assert ours["ipvrm"]["formats"] != theirs["ipvrm"]["formats"]
     assert ours["implicit_prm"]["formats"] == theirs["implicit_prm"]["formats"]
@@ -175,7 +201,7 @@ def test_without_matplotlib_the_demo_says_how_to_get_the_picture(demo, again, mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (demo[0] / "trace.png").unlink()
     results, _ = again()
-    assert results["picture"] is None
+    assert results["pictures"] == []
     assert "pip install 'ipvrm[plot]'" in (demo[0] / "report.md").read_text()
     monkeypatch.undo()
 
@@ -210,6 +236,13 @@ def test_a_base_model_that_never_errs_is_refused(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------- closing text
 
 
+def compared(grpo, distrl, before=None):
+    """How policies compare whose outcomes after one step are these, by seed."""
+    runs = {"grpo": [{"1": list(x)} for x in grpo], "distrl": [{"1": list(x)} for x in distrl]}
+    found = policies.compare(before or [0] * len(grpo[0]), runs, resamples=400, seed=0)
+    return found | {"settings": dataclasses.asdict(MINI.policies)}
+
+
 def results_with(f1, intervals, difference, interval):
     """Results of two models in one format, by hand."""
     models = {
@@ -229,6 +262,7 @@ def results_with(f1, intervals, difference, interval):
         "differences": {"here": {"f1": difference, "interval": interval}},
         "baselines": {"best_constant": {"f1": 0.3}, "one": {"f1": None}},
         "best_of_n": best_of_n,
+        "policies": compared([[0] * 30], [[0] * 30]),
     }
 
 
@@ -250,6 +284,97 @@ def test_conclusions_name_a_winner_only_where_the_interval_does():
         "Implicit PRM (sum): 80.0, majority vote 60.0; the intervals do not overlap, the reward model"
         in ahead
     )
+
+
+def test_policies_are_called_better_only_where_the_numbers_say_so():
+    before = [1, 0] * 50
+    results = results_with([0.8, 0.7], [(0.75, 0.85), (0.25, 0.8)], 0.1, [0.05, 0.15])
+    better = [1] * 40 + [1, 0] * 30  # 20 of 100 problems more
+    text = "\n".join(conclusions(results | {"policies": compared([before], [better], before)}))
+    assert "GRPO: 50.0 to 50.0 right, +0.0 (+0.0 to +0.0) points on the same problems" in text
+    assert "0.0 standard errors: a gain of more than three is not shown" in text
+    assert (
+        "DistRL + IPVRM: 50.0 to 70.0 right, +20.0 (" in text and "standard errors, more than three." in text
+    )
+    assert "DistRL + IPVRM minus GRPO on the same problems: +20.0" in text
+    assert "so DistRL + IPVRM is ahead here with this seed" in text
+    worse = "\n".join(conclusions(results | {"policies": compared([better], [before], before)}))
+    assert "so GRPO is ahead here" in worse
+    other = [1] * 42 + [1, 0] * 28 + [0, 0]  # 21 of 100 gained, 1 lost: next to nothing between the two
+    open_ = "\n".join(conclusions(results | {"policies": compared([better], [other], before)}))
+    assert (
+        "the interval holds 0, a difference is not shown" in open_
+        and "ahead here" not in open_.split("\n")[-2]
+    )
+
+
+# ------------------------------------------------------------------------------------------------- policies
+
+
+def test_policies_train_on_the_same_prompts_and_are_measured_on_others(demo):
+    output, results = demo
+    train, held_out = (
+        [json.loads(line) for line in (output / "policy-start" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "held_out")
+    )
+    assert all(row["answer"] == str(eval(row["prompt"])) for row in train + held_out)
+    labelled = {row["prompt"] for row in pq.read_table(output / "rollouts" / "train.parquet").to_pylist()}
+    assert {row["prompt"] for row in train} == labelled
+    used = [read_rollouts(output / "rollouts" / f"{n}.jsonl") for n in ("validation", "test", "best_of_n")]
+    used = {problem.text for part in used for problem, _ in part} | labelled
+    assert len(held_out) == 24 and not {row["prompt"] for row in held_out} & used
+    found = results["policies"]
+    assert list(found["algorithms"]) == list(ALGORITHMS)
+    assert {log["responses"] for logs in found["logs"].values() for log in logs} == {2 * 4 * 4}
+    for algorithm, model in found["algorithms"].items():
+        stored = policies.read_outcomes(output / f"policy-{algorithm}")
+        accuracies = [sum(stored[str(step)]) / 24 for step in (1, 2)]
+        assert [point["mean"] for point in model["curve"][1:]] == pytest.approx(accuracies)
+        assert model["gain"]["mean"] == pytest.approx(accuracies[-1] - found["start"]["mean"])
+        assert not list((output / f"policy-{algorithm}").glob("checkpoint-*"))
+    # the engine of this test answers by problem and seed alone, so no policy differs from the base model
+    assert all(d["mean"] == 0 and d["interval"] == [0, 0] for d in found["differences"])
+    report = (output / "report.md").read_text()
+    assert "| DistRL + IPVRM minus GRPO |" in report and "a difference is not shown" in report
+    assert "a gain of more than three is not shown" in report
+
+
+def test_more_seeds_train_only_what_is_not_there(demo, again):
+    results, trained = again(seeds=2)
+    assert trained == [f"{algorithm} 1" for algorithm in ALGORITHMS]
+    assert results["policies"]["seeds"] == 2 and "2 seeds" in (demo[0] / "report.md").read_text()
+    assert [len(m["by_seed"]) for m in results["policies"]["algorithms"].values()] == [2, 2, 2]
+
+
+def test_intervals_come_from_problems_and_seeds():
+    """Against the textbook: independent problems, one seed; seeds that differ in nothing but their mean."""
+    rng = np.random.default_rng(0)
+    gain = rng.integers(-1, 2, 400).astype(float)
+    one = policies.Resampling(1, 400, 4000, 0)
+    assert one.estimate(gain[None])["standard_error"] == pytest.approx(gain.std() / 20, rel=0.05)
+    assert one.estimate(gain) == one.estimate(gain[None])
+    around = 1.96 * gain.std() / 20
+    expected = (gain.mean() - around, gain.mean() + around)
+    assert one.estimate(gain)["interval"] == pytest.approx(expected, abs=0.01)
+    three = policies.Resampling(3, 400, 4000, 0)
+    seeds = np.repeat([[0.1], [0.2], [0.6]], 400, axis=1)
+    assert three.estimate(seeds)["mean"] == pytest.approx(0.3)
+    assert three.estimate(seeds)["standard_error"] == pytest.approx(
+        seeds[:, 0].std(ddof=1) / 3**0.5, rel=0.05
+    )
+
+
+def test_curve_of_one_and_of_three_seeds(tmp_path):
+    for seeds in (1, 3):
+        rng = np.random.default_rng(seeds)
+        outcomes = rng.integers(0, 2, (2, seeds, 50)).tolist()
+        path = draw_policies(tmp_path / f"{seeds}.png", compared(*outcomes))
+        assert path is not None and path.stat().st_size > 10_000
+
+
+def test_no_policy_seed_is_refused(tmp_path):
+    with pytest.raises(IpvrmError, match="policy_seeds must be at least 1; got 0"):
+        run_demo(DemoConfig(str(tmp_path / "demo"), policy_seeds=0), progress=False, sizes=MINI)
 
 
 # ------------------------------------------------------------------------------------------------- parts
@@ -291,6 +416,20 @@ SELECTION = Path(__file__).parents[2] / "benchmarks" / "results" / "demo_selecti
 def test_hyperparameters_are_the_ones_that_were_selected():
     chosen = json.loads(SELECTION.read_text())["chosen"]
     assert [Choice(**chosen[c.objective]) for c in CHOICES] == list(CHOICES)
+
+
+POLICIES = SELECTION.with_name("demo_policies.json")
+
+
+@pytest.mark.skipif(not POLICIES.exists(), reason="no checkout with benchmarks/results beside the tests")
+def test_settings_of_the_policies_are_the_selected_ones_and_the_readme_has_their_numbers():
+    found = json.loads(POLICIES.read_text())
+    assert PolicySettings(**found["chosen"]) == run.FULL.policies
+    measured = found["measured"]
+    assert measured["settings"] == found["chosen"] and measured["seeds"] == 3
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for row in policies_table(measured)[2]:
+        assert "| " + " | ".join(cell for cell in row if cell) + " |" in readme
 
 
 def test_default_folder_and_quick_sizes():

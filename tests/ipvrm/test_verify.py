@@ -296,7 +296,7 @@ def test_an_interrupted_round_leaves_no_worker_and_no_answer(rude):
     pool = VerifierPool(rude, 2, DEADLINE)
 
     def interrupt(done):
-        if done == 1:
+        if done:  # two workers may answer at once: then 1 is never seen
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

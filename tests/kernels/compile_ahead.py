@@ -28,10 +28,10 @@ clipped_surrogate = importlib.import_module("ipvrm_kernels.clipped_surrogate")
 distrl_objective = importlib.import_module("ipvrm_kernels.distrl_objective")
 prefix_value_loss = importlib.import_module("ipvrm_kernels.prefix_value_loss")
 
-head_triton = importlib.import_module("ipvrm_kernels.head_triton")
-head_triton_backward = importlib.import_module("ipvrm_kernels.head_triton_backward")
-head_triton_ids = importlib.import_module("ipvrm_kernels.head_triton_ids")
-head_triton_tiles = importlib.import_module("ipvrm_kernels.head_triton_tiles")
+triton_forward = importlib.import_module("ipvrm_kernels.head.triton_forward")
+triton_backward = importlib.import_module("ipvrm_kernels.head.triton_backward")
+triton_ids = importlib.import_module("ipvrm_kernels.head.triton_ids")
+triton_tiles = importlib.import_module("ipvrm_kernels.head.triton_tiles")
 linear_candidates = importlib.import_module("ipvrm_kernels.linear_candidates")
 
 warnings.filterwarnings("ignore")
@@ -104,8 +104,8 @@ CASES = [
 
 def head_cases(capability):
     """(kernel, constexprs, types, options) of the head in bf16, bf16 with an fp32 weight, and fp32."""
-    for (architecture, kind), config in head_triton_tiles.CONFIGS.items():
-        if architecture != head_triton_tiles.tiles_of(capability // 10):
+    for (architecture, kind), config in triton_tiles.CONFIGS.items():
+        if architecture != triton_tiles.tiles_of(capability // 10):
             continue
         own, tma = "fp32" if kind == "fp32" else "bf16", capability >= 90
         wide = "bf16" if kind == "half" else "fp32"  # the weight's dtype
@@ -124,48 +124,48 @@ def head_cases(capability):
                      FLATTEN=tma, BLOCK_N=config.BLOCK_N, BLOCK_V=config.BLOCK_V, BLOCK_D=config.BLOCK_D,
                      )  # fmt: skip
         options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-        split = dict(GROUP=head_triton.GROUP, MAX_LIFT=head_triton.MAX_LIFT)
+        split = dict(GROUP=triton_forward.GROUP, MAX_LIFT=triton_forward.MAX_LIFT)
         plain, kept = ({**tiles, **split, "GROUPS": False, "STORE": store} for store in (False, True))
         dense = {**tiles, "ENTROPY": False, "SCATTER": False}
-        yield head_triton._head_stats_kernel, kept, types, options
+        yield triton_forward._head_stats_kernel, kept, types, options
         if capability == 120:  # what needs most shared memory
             continue
         every = capability == 90  # of the variants, which take seconds each
         if kind != "master" or every:
-            yield head_triton_backward._head_dz_kernel, dense, types, options
+            yield triton_backward._head_dz_kernel, dense, types, options
         if kind == "master":  # the rest is as half's
             continue
-        yield head_triton._head_stats_kernel, {**plain, "GROUPS": True}, types, options
+        yield triton_forward._head_stats_kernel, {**plain, "GROUPS": True}, types, options
         if every:
-            yield head_triton._head_stats_kernel, plain, types, options
-            yield head_triton_backward._head_dz_kernel, {**dense, "ENTROPY": True}, types, options
-        narrow = head_triton_backward.scatter_config(config).BLOCK_V
+            yield triton_forward._head_stats_kernel, plain, types, options
+            yield triton_backward._head_dz_kernel, {**dense, "ENTROPY": True}, types, options
+        narrow = triton_backward.scatter_config(config).BLOCK_V
         scattered = {**types, "da": f"*{own}", "weight": operand(narrow, config.BLOCK_D)}
         dense |= dict(SCATTER=True, BLOCK_V=narrow)
-        yield head_triton_backward._head_dz_kernel, dense, scattered, options
+        yield triton_backward._head_dz_kernel, dense, scattered, options
         if config.softcap_V is not None:
             softcap = dict(HAS_BIAS=True, HAS_SOFTCAP=True, BLOCK_V=config.softcap_V)
             shape = operand(config.BLOCK_N, config.softcap_V)
             capped = dict(weight=operand(config.softcap_V, config.BLOCK_D), stored=shape, da=shape)
-            yield head_triton._head_stats_kernel, {**kept, **softcap}, {**types, **capped}, options
+            yield triton_forward._head_stats_kernel, {**kept, **softcap}, {**types, **capped}, options
             entropy = {**dense, **softcap, "ENTROPY": True, "SCATTER": False}
             if every:
-                yield head_triton_backward._head_dz_kernel, entropy, {**types, **capped}, options
+                yield triton_backward._head_dz_kernel, entropy, {**types, **capped}, options
         gather = dict(BLOCK_IDS=64, BLOCK_D=config.BLOCK_D, HAS_BIAS=False, HAS_SOFTCAP=False, UPCAST=False)
-        warps = head_triton.id_warps(torch.float32 if kind == "fp32" else torch.bfloat16)
+        warps = triton_forward.id_warps(torch.float32 if kind == "fp32" else torch.bfloat16)
         gather_options = dict(num_warps=warps, num_stages=3)
-        yield head_triton._id_logits_kernel, gather, types, gather_options
+        yield triton_forward._id_logits_kernel, gather, types, gather_options
         if kind == "fp32":
             continue
-        yield head_triton._merge_stats_kernel, dict(ENTROPY=True, BLOCK_S=256, BLOCK_N=8), types, {}
+        yield triton_forward._merge_stats_kernel, dict(ENTROPY=True, BLOCK_S=256, BLOCK_N=8), types, {}
         sparse = dict(HAS_SOFTCAP=False, ENTROPY=False, DISTINCT=False, BLOCK_N=64, BLOCK_K=16)
-        yield head_triton_ids._id_gradients_kernel, sparse, types, {}
-        yield head_triton_ids._patch_kernel, dict(ZERO=False, BLOCK=256), types, {}
-        yield head_triton_backward._zero_rows_kernel, dict(BLOCK=4096), types, {}
+        yield triton_ids._id_gradients_kernel, sparse, types, {}
+        yield triton_ids._patch_kernel, dict(ZERO=False, BLOCK=256), types, {}
+        yield triton_backward._zero_rows_kernel, dict(BLOCK=4096), types, {}
         sums = dict(HAS_FACTOR=True, BLOCK_N=32, BLOCK_C=128)
-        yield head_triton_backward._column_sums_kernel, sums, types, {}
+        yield triton_backward._column_sums_kernel, sums, types, {}
         rows = dict(ROUND=tl.bfloat16, BLOCK_N=8, BLOCK_D=256)
-        yield head_triton_ids._id_rows_kernel, rows, types, {}
+        yield triton_ids._id_rows_kernel, rows, types, {}
         select = dict(SLOTS=10, BLOCK_N=1, BLOCK_GROUPS=8192)
         yield linear_candidates._select_groups_kernel, select, types, dict(num_warps=8)
         for columns in (512, 4096, linear_candidates.MAX_COLUMNS):

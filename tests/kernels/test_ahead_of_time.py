@@ -49,7 +49,7 @@ def test_triton_kernels_compile_without_spills(tmp_path):
         for run in runs:
             run.kill()
     written = {
-        name for path in (HERE.parents[1] / "ipvrm_kernels").glob("*.py")
+        name for path in (HERE.parents[1] / "ipvrm_kernels").rglob("*.py")
         for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())
     }  # fmt: skip
     compiled = {record["kernel"] for record in records}

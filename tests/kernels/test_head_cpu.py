@@ -10,13 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ipvrm_kernels import (
     backend,
-    head_blocks,
-    head_cpu,
     linear_candidates,
     linear_distrl_loss,
     linear_logprobs,
 )
-from ipvrm_kernels.head import Transform
+from ipvrm_kernels.head import Transform, blocks, cpu
 
 MIB = 2**20
 PLAIN = Transform(1.0, None, 1.0, torch.float32)
@@ -163,12 +161,10 @@ def test_rows_without_gradient_cost_nothing():
     rows = (upstream != 0).any(1)
 
     def gradients(hidden, ids, upstream):
-        result = head_cpu.forward("op", hidden, weight, None, ids, PLAIN)
-        up = head_cpu.make_upstream(
-            upstream, None, None, ids, 500, result.lse, result.lse_low, result.entropy
-        )
+        result = cpu.forward("op", hidden, weight, None, ids, PLAIN)
+        up = cpu.make_upstream(upstream, None, None, ids, 500, result.lse, result.saved, result.entropy)
         with Matmuls() as counted:
-            out = head_cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, True))
+            out = cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, True))
         return counted.total, out
 
     total, (dhidden, dweight, dbias) = gradients(hidden, ids, upstream)
@@ -184,19 +180,19 @@ def test_rows_without_gradient_cost_nothing():
 
 @pytest.mark.parametrize("needs", [(True, True, False), (True, False, False), (False, True, False)], ids=str)
 def test_a_fused_loss_costs_three_matmuls_and_clipped_rows_one(needs, monkeypatch):
-    monkeypatch.setattr(head_blocks, "WORKSPACE", 3 * MIB)  # several blocks of rows
+    monkeypatch.setattr(blocks, "WORKSPACE", 3 * MIB)  # several blocks of rows
     hidden, weight, ids = case(1000, D=16, V=700)
     upstream = torch.randn(ids.shape)
     upstream[::3] = 0
-    blocks = []
+    seen = []
 
     def slopes(r0, r1, logprobs):
-        blocks.append((r0, r1))
+        seen.append((r0, r1))
         return upstream[r0:r1]
 
     with Matmuls() as counted:
-        got = head_cpu.fused_gradients("op", hidden, weight, None, ids, PLAIN, slopes, needs)
-    assert len(blocks) > 1 and blocks[0][0] == 0 and blocks[-1][1] == 1000
+        got = cpu.fused_gradients("op", hidden, weight, None, ids, PLAIN, slopes, needs)
+    assert len(seen) > 1 and seen[0][0] == 0 and seen[-1][1] == 1000
     active = int((upstream != 0).any(1).sum())
     assert counted.total == (1000 + sum(needs) * active) * 16 * 700
     leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
@@ -214,7 +210,7 @@ def test_fused_gradients_without_room_to_keep_z(dtype, monkeypatch):
     transform = PLAIN._replace(dtype=dtype)
 
     def gradients():
-        return head_cpu.fused_gradients(
+        return cpu.fused_gradients(
             "op",
             hidden,
             weight,
@@ -226,7 +222,7 @@ def test_fused_gradients_without_room_to_keep_z(dtype, monkeypatch):
         )
 
     kept = gradients()
-    monkeypatch.setattr(head_cpu, "kept_rows", lambda *_: 0)
+    monkeypatch.setattr(cpu, "kept_rows", lambda *_: 0)
     for mine, theirs in zip(gradients(), kept, strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-15)
@@ -250,10 +246,10 @@ def test_deterministic_rows_do_not_depend_on_their_neighbours():
 @pytest.mark.parametrize("step", [0.3, 0.0, -0.3], ids=["rising", "tied", "falling"])
 def test_full_candidate_buffers(min_prob, top_k, step, monkeypatch):
     """Rising logits emit candidates in every tile, more than a buffer holds: pruned, and still exact."""
-    monkeypatch.setattr(head_blocks, "COLUMNS", 16)
+    monkeypatch.setattr(blocks, "COLUMNS", 16)
     V = 900
     z = torch.arange(V, dtype=torch.float32)[:, None] * step
-    rule = head_cpu.Candidates(head_cpu_slots(min_prob, top_k), 0.0)
+    rule = cpu.Candidates(head_cpu_slots(min_prob, top_k), 0.0)
     if step > 0 and min_prob is not None:  # emissions, had nothing been pruned
         running = torch.stack([z[: c + 16, 0].logsumexp(0) for c in range(0, V, 16)]).repeat_interleave(16)[
             :V
@@ -295,8 +291,8 @@ def check_tiles(N, D, V, K, seed, level, rows, columns, dtype=torch.float32, fro
     exact = errors(inputs, upstream, "torch", torch.float64, **options)
     plain = errors(inputs, upstream, "torch", torch.float32, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_blocks, "ROWS", rows)
-        patch.setattr(head_blocks, "COLUMNS", columns)
+        patch.setattr(blocks, "ROWS", rows)
+        patch.setattr(blocks, "COLUMNS", columns)
         mine = errors(inputs, upstream, "cpp", None, **options)
     top = (exact[1].abs().max().item() if N else 0.0) + 8 * level
     for x, y, truth in zip(mine, plain, exact, strict=True):
@@ -325,7 +321,7 @@ def test_any_tiles(N, D, V, K, seed, level, rows, columns, dtype, frozen, softca
 def test_seeded_faults_are_caught(fault, monkeypatch):
     arguments = (50, 8, 75, 3, 0, 2.0, 16, 32)
     check_tiles(*arguments)
-    real = head_cpu.native_call
+    real = cpu.native_call
 
     def faulty(name, *args):
         args = list(args)
@@ -337,7 +333,7 @@ def test_seeded_faults_are_caught(fault, monkeypatch):
             args[6] = 0
         real(name, *args)
 
-    monkeypatch.setattr(head_cpu, "native_call", faulty)
+    monkeypatch.setattr(cpu, "native_call", faulty)
     with pytest.raises(AssertionError):
         check_tiles(*arguments)
 
@@ -358,6 +354,78 @@ def test_a_frozen_backward_honours_the_workspace_it_gathers_in(dtypes, peak_byte
     peak, kept = peak_bytes(run)
     # the saved expectation, dhidden in fp32 and its cast, and what is held for each row and id
     assert peak - kept <= limit + 2 * 4 * N * D + 60 * N * K
+
+
+KEPT = 64 * MIB  # what a workspace has to exceed before logits are kept
+
+
+@pytest.mark.parametrize("columns", [1024, 2048, 2300])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, dict(softcap=4.0, temperature=0.7, logit_scale=1.5)),
+        (torch.bfloat16, {}),
+    ],
+    ids=["fp32", "capped", "bf16"],
+)
+def test_a_larger_workspace_keeps_logits_and_changes_nothing(columns, dtype, options):
+    """Of all columns or of whole blocks of them; with rows that have no gradient, twice through one graph."""
+    N, D, V, K = 600, 24, 2300, 3
+    hidden, weight, ids = case(N, D, V, K, dtype)
+    bias, upstream = torch.randn(V), torch.randn(N, K)
+    upstream[::4] = 0
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    workspace = KEPT + 4 * N * columns + 100
+
+    def step(limit, rows=upstream):
+        more = dict(options, max_workspace_bytes=limit, impl="cpp")
+        out = linear_logprobs(hidden, weight, ids, bias=bias, return_entropy=True, **more)
+        outputs = (out.logprobs, out.lse, out.entropy)
+        given = (rows, rows[:, 0].contiguous(), rows[:, 1].contiguous())
+        first = torch.autograd.grad(outputs, leaves, given, retain_graph=True)
+        return first, torch.autograd.grad(outputs, leaves, given)
+
+    kept, again = step(workspace)
+    expected, _ = step(None)
+    for mine, theirs, second in zip(kept, expected, again, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2)
+        assert torch.equal(mine, second)
+    all_rows = torch.randn(N, K)
+    for mine, theirs in zip(step(workspace, all_rows)[0], step(None, all_rows)[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def test_kept_logits_are_not_formed_again():
+    N, D, V = 700, 16, 2300
+    hidden, weight, ids = case(N, D, V)
+    for columns in (0, 1024, V):
+        with Matmuls() as counted:
+            result = cpu.forward("op", hidden, weight, None, ids, PLAIN, keep=columns)
+            up = cpu.make_upstream(
+                torch.randn(ids.shape), None, None, ids, V, result.lse, result.saved, result.entropy
+            )
+            kept = result.saved[N:] if columns else None
+            cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, False), kept=kept)
+        assert counted.total == N * D * (4 * V - columns)
+
+
+def test_logits_are_kept_only_where_they_can_be():
+    N, V = 300, 4000
+    hidden, weight, ids = case(N, 16, V)
+    hidden.requires_grad_()
+
+    def held(trained, **options):
+        w = weight.detach().requires_grad_(trained)
+        out = linear_logprobs(hidden, w, ids, impl="cpp", **options)
+        return sum(x.numel() for x in out.logprobs.grad_fn.saved_tensors if x is not None) >= N * V
+
+    room = dict(max_workspace_bytes=KEPT + 4 * N * V)
+    assert held(True, **room)
+    assert not held(True) and not held(True, max_workspace_bytes=KEPT) and not held(False, **room)
+    assert not held(True, deterministic=True, **room)
+    with torch.no_grad():
+        assert linear_logprobs(hidden, weight, ids, impl="cpp", **room).logprobs.grad_fn is None
 
 
 def test_rows_without_gradient_are_zero_whatever_their_states(monkeypatch):

@@ -74,7 +74,7 @@ def test_more_slots_than_a_row_can_be_picked_from(impl, device):
 )
 def test_tiles_of_a_compute_capability(impl, device, capability, row):
     """12.x has 99 KB of shared memory a block, for which 10.x's tiles are too large."""
-    assert importlib.import_module("ipvrm_kernels.head_triton_tiles").tiles_of(capability) == row
+    assert importlib.import_module("ipvrm_kernels.head.triton_tiles").tiles_of(capability) == row
 
 
 def test_a_row_is_the_same_whatever_surrounds_it(impl, device):
@@ -223,7 +223,7 @@ def test_an_upstream_gradient_that_is_not_finite_stays_in_its_row(impl, device, 
 
 def test_only_row_blocks_with_a_gradient_are_multiplied(impl, device, monkeypatch):
     """30 of 400 rows have one: da of the first block of rows is computed, the rest of it is zeroed once."""
-    backward = importlib.import_module("ipvrm_kernels.head_triton_backward")
+    backward = importlib.import_module("ipvrm_kernels.head.triton_backward")
     seen, real = [], backward.launch_dz
 
     def spied(ops, rows, da, *rest):
@@ -236,7 +236,7 @@ def test_only_row_blocks_with_a_gradient_are_multiplied(impl, device, monkeypatc
     ids = torch.randint(0, 300, (400, 1), device=device)
     keep = torch.randperm(400, device=device) < 30
     gradients(lambda h, w: linear_logprobs(h, w, ids, impl=impl).logprobs[keep].sum(), hidden, weight)
-    block = importlib.import_module("ipvrm_kernels.head_triton_tiles").CONFIGS["interpreter", "fp32"].BLOCK_N
+    block = importlib.import_module("ipvrm_kernels.head.triton_tiles").CONFIGS["interpreter", "fp32"].BLOCK_N
     assert seen[0] == (30, list(range(block))) or device != "cpu"
 
 

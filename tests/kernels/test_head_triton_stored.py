@@ -12,8 +12,8 @@ from ipvrm_kernels.head import Transform
 OP = "linear_distrl_loss"  # the tests below ask for impl="triton" and skip every other
 
 if backend.HAS_TRITON:
-    head_triton = importlib.import_module("ipvrm_kernels.head_triton")
-    stored = importlib.import_module("ipvrm_kernels.head_triton_stored")
+    triton_forward = importlib.import_module("ipvrm_kernels.head.triton_forward")
+    stored = importlib.import_module("ipvrm_kernels.head.triton_stored")
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def fused(inputs, device, softcap=None, limit=1 << 30, needs=(True, True, True),
         return torch.where(ids[r0:r1] >= 0, g[r0:r1], math.nan)  # NaN at unused slots may not leak
 
     transform = Transform(1.3, softcap, 0.8, hidden.dtype)
-    ops = head_triton.operands(hidden, weight, bias, transform, limit)
+    ops = triton_forward.operands(hidden, weight, bias, transform, limit)
     ops = ops._replace(weight=weight) if master else ops
     found = stored.fused_gradients(OP, ops, ids, given, needs, limit, False)
     return [x.cpu() for x in (seen, *found)], called
@@ -170,7 +170,7 @@ def test_row_blocks_and_recomputation_agree(impl, device):
     whole, calls = fused(inputs, device)
     assert calls == [(0, 150)]
     hidden, weight, bias, ids, _ = (x.to(device) for x in inputs)
-    ops = head_triton.operands(hidden, weight, bias, Transform(1.0, None, 1.0, torch.float32))
+    ops = triton_forward.operands(hidden, weight, bias, Transform(1.0, None, 1.0, torch.float32))
     fixed, row = stored.stored_bytes(ops, 3, False)
     assert stored.stored_rows(ops, 3, False, True, fixed + 150 * row) == 150
     least = stored.LEAST_ROWS[True]
@@ -235,7 +235,7 @@ def test_frozen_head_in_row_blocks(impl, device, softcap, entropy):
         (torch.where(ids >= 0, out.logprobs, 0.0) * g).sum().add(out.lse.sin().sum()).backward()
         return [x.detach() for x in out if x is not None], state.grad
 
-    ops = head_triton.operands(hidden, weight, bias, Transform(1.0, softcap, 1.0, torch.float32))
+    ops = triton_forward.operands(hidden, weight, bias, Transform(1.0, softcap, 1.0, torch.float32))
     fixed, row = stored.stored_bytes(ops, 3, entropy)
     (outputs, gradient), least = run(None), stored.LEAST_ROWS[False]
     for limit in (fixed + 149 * row, fixed + (least - 1) * row):
@@ -248,7 +248,7 @@ def test_frozen_head_in_row_blocks(impl, device, softcap, entropy):
 def test_the_accounting_is_close_to_what_is_allocated(impl, device, entropy, peak_of):
     """`stored_bytes` bounds what a frozen head's forward allocates besides its outputs, within a quarter."""
     hidden, weight, bias, ids, _ = (x.to(device) for x in case(N=150, V=1000))
-    ops = head_triton.operands(hidden, weight, bias, Transform(1.0, None, 1.0, torch.float32))
+    ops = triton_forward.operands(hidden, weight, bias, Transform(1.0, None, 1.0, torch.float32))
     fixed, row = stored.stored_bytes(ops, 3, entropy)
     for R in (150, 128):
         peak, kept = peak_of(lambda R=R: stored.stored_expectation(ops, ids, entropy, R))

@@ -101,8 +101,10 @@ def test_opcheck_and_compile(impl, device):
     weight = torch.randn(11, 5, device=device, requires_grad=True)
     bias = torch.randn(11, device=device, requires_grad=True)
     ids = torch.randint(-1, 11, (6, 3), device=device)
-    for head, frozen in (((weight, bias), False), ((weight.detach(), None), True)):
-        arguments = (hidden, *head, ids, 1.0, 4.0, 0.7, torch.float32, True, frozen, None, False, impl)
+    trained, frozen_head = (weight, bias), (weight.detach(), None)
+    all_columns = 11 if impl == "cpp" else 0
+    for head, frozen, keep in ((trained, False, 0), (trained, False, all_columns), (frozen_head, True, 0)):
+        arguments = (hidden, *head, ids, 1.0, 4.0, 0.7, torch.float32, True, frozen, None, False, keep, impl)
         torch.library.opcheck(torch.ops.ipvrm.linear_logprobs_fwd, arguments)
 
     def loss(hidden, weight, bias):

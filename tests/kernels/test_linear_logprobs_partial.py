@@ -8,7 +8,7 @@ import torch
 from ipvrm_kernels import backend, linear_logprobs, linear_logprobs_partial, merge_partials
 
 if backend.HAS_TRITON:
-    from ipvrm_kernels import head_triton
+    from ipvrm_kernels.head import triton_forward
 
 OP = "linear_logprobs_partial"
 OPTIONS = dict(logit_scale=1.7, softcap=4.0, temperature=0.6)
@@ -80,8 +80,8 @@ def test_far_apart_maxima(impl, device, level):
 def test_id_logits_never_exceed_the_maximum(impl, device, monkeypatch):
     """Even where they were summed in another order than the tiles behind it: log-probs stay <= 0."""
     if impl == "triton":
-        real = head_triton.id_logits
-        monkeypatch.setattr(head_triton, "id_logits", lambda *inputs: real(*inputs) * (1 + 1e-6))
+        real = triton_forward.id_logits
+        monkeypatch.setattr(triton_forward, "id_logits", lambda *inputs: real(*inputs) * (1 + 1e-6))
     hidden, weight = 40 * torch.randn(30, 16, device=device), torch.randn(90, 16, device=device)
     z = hidden @ weight.T
     ids = torch.stack([z.argmax(1), torch.full_like(z.argmax(1), -1)], 1)

@@ -285,23 +285,23 @@ def test_a_long_sequence_is_cut_into_pieces(threads, weighting, poisoned):
 
 @pytest.mark.skipif(not backend.HAS_CPP, reason="the extension ipvrm_kernels._C is not built")
 def test_softplus_and_sigmoid_keep_relative_accuracy():
-    """One-token sequences with x = 0: the loss of each is softplus(margin), its slope -sigmoid(margin)."""
+    """One-token sequences with x = 0: the loss of each is softplus(margin), its gradient -sigmoid(margin)."""
     z = torch.cat([torch.linspace(-86.9, 86.9, 20_001), torch.tensor([0.0, -0.0, 1e-6, -1e-6, 1e4, 3e38])])
     forward, _ = IMPLS["cpp"]
     one, zero = torch.ones(1), torch.zeros(1)
 
     def at(z):
-        tail = (None, None, z, 1.0, 10.0, "uniform", True, False)
-        loss, slope, _ = forward(zero, edges([1]), one, None, *tail)
-        return loss.item(), slope.item()
+        tail = (None, None, z, 1.0, 1.0, "uniform", True, False)
+        loss, gradient, _ = forward(zero, edges([1]), one, None, *tail)
+        return loss.item(), gradient.item()
 
-    loss, slope = torch.tensor([at(margin) for margin in z.tolist()], dtype=torch.float64).T
+    loss, gradient = torch.tensor([at(margin) for margin in z.tolist()], dtype=torch.float64).T
     exact = F.softplus(z.double(), threshold=1000)
     ulp = torch.finfo(torch.float32).eps
     assert ((loss - exact) / exact).abs().max() < 4 * ulp
-    assert ((slope + torch.sigmoid(z.double())) / torch.sigmoid(z.double())).abs().max() < 4 * ulp
+    assert ((gradient + torch.sigmoid(z.double())) / torch.sigmoid(z.double())).abs().max() < 4 * ulp
     # below -87 both are held at a normal number instead of going on into denormals
-    assert all(loss < 2e-38 and abs(slope) < 2e-38 for loss, slope in map(at, (-88.0, -1e4, -3e38)))
+    assert all(loss < 2e-38 and abs(gradient) < 2e-38 for loss, gradient in map(at, (-88.0, -1e4, -3e38)))
 
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import backend, tuned
-from .head import Transform
+from .. import backend
+from . import Transform, tuned
 
 ROWS_IN_L2 = 16 << 20  # bytes of hidden that one sweep over the vocabulary works on
 DEFAULT_WORKSPACE = 1 << 30

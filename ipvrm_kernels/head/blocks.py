@@ -102,6 +102,25 @@ def make_plan(
     return Plan(R, C, FIXED_ROWS if deterministic else 0)
 
 
+def kept_columns(
+    op: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None, per_row: int
+) -> int:
+    """Columns whose z of all rows fits into what `limit` allows beyond WORKSPACE: all, or whole blocks."""
+    (N, V), block = (hidden.shape[0], weight.shape[0]), min(COLUMNS, weight.shape[0])
+    free = 0 if limit is None else limit - WORKSPACE
+    if free < 4 * N * block or N == 0:
+        return 0
+    plan = make_plan(op, hidden, weight, dtype, None, False, N=N, per_row=per_row)
+    if plan.columns < block:  # D so large that the pass takes narrower tiles
+        return 0
+    return min(V, free // (4 * N) // COLUMNS * COLUMNS) if free < 4 * N * V else V
+
+
+def kept_block(kept: Tensor, N: int, start: int, stop: int) -> Tensor:
+    """z (N, stop - start) of columns that are one block of COLUMNS, or the last, narrower one."""
+    return kept[N * start : N * stop].view(N, stop - start)
+
+
 def kept_rows(N: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None) -> int:
     """Rows whose z fits into the workspace beside everything else; blocks of equal size, at most N."""
     V, D = weight.shape

@@ -6,7 +6,7 @@ sum exp(z - max), sum (z - max) exp(z - max)) of its rows, merged in a fixed ord
 carries one). The difference is taken before the scale of exp2: scaling z first would save one
 multiplication and cost the digits of lse that p near 1 needs. Tiles depend on V alone, so a row's result
 depends neither on N nor on its position. Where candidates are wanted the maximum of every GROUP columns is
-stored as well; where gradients or an expectation follow, unnormalised probabilities (head_triton_stored.py).
+stored as well; where gradients or an expectation follow, unnormalised probabilities (triton_stored.py).
 Logits of given ids come from a gather-dot: the diagonal of a small tile of gathered rows, wasteful but far
 below the matmul, and accumulated by the same instructions in the same order as the tiles behind lse.
 
@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import backend
-from .head_triton_tiles import (
+from .. import backend
+from .triton_tiles import (
     DEFAULT_WORKSPACE,
     Operands,
     _load_tile,

@@ -29,7 +29,7 @@ Three kinds of rows need care, all found and treated on the device:
 
 Rows per block: as many as fit the workspace. Every block reads the weight twice more and reads and writes
 dweight once more, so below LEAST_ROWS (and for fp16, whose range is too small for e) logits are recomputed
-instead (head_triton_backward.py). That is the whole rule: dtype and workspace.
+instead (triton_backward.py). That is the whole rule: dtype and workspace.
 
 Estimates, not measured: H200 (790 TFLOP/s bf16, 4.3 TB/s), N=8192, V=151936, D=1024, one matmul 3.2 ms:
 - e is written once and read twice, 6 bytes per logit, 7.5 GB or 1.7 ms where nothing overlaps; with 1024
@@ -48,9 +48,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import backend
-from .head_triton import MAX_LIFT, Stats, Stored, id_logits, partial_bytes, stats, stats_rows
-from .head_triton_backward import (
+from .. import backend
+from .triton_backward import (
     Rows,
     add_column_sums,
     add_product,
@@ -59,8 +58,9 @@ from .head_triton_backward import (
     launch_dz,
     zero_rows,
 )
-from .head_triton_ids import Upstream, id_gradients, patch, upstream_gradients
-from .head_triton_tiles import Operands, padded_columns, scalar_bytes
+from .triton_forward import MAX_LIFT, Stats, Stored, id_logits, partial_bytes, stats, stats_rows
+from .triton_ids import Upstream, id_gradients, patch, upstream_gradients
+from .triton_tiles import Operands, padded_columns, scalar_bytes
 
 FAR = 20.0  # nats between ref and the row's maximum above which e is written again
 SPARSE = 1e-17  # of the largest gradient at an id, below which a row's dense part is dropped

@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import backend
-from .head_triton_ids import Upstream, active_first, id_gradients, patch
-from .head_triton_tiles import (
+from .. import backend
+from .triton_ids import Upstream, active_first, id_gradients, patch
+from .triton_tiles import (
     Config,
     Operands,
     _load_tile,

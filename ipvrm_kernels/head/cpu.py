@@ -7,13 +7,15 @@ are upcast block by block; logits are never rounded.
 
 Forward: per block of rows one pass over the vocabulary. A frozen head's expectation E = sum_v p_v z'_v w_v is
 carried along like a flash attention's output. Backward: per vocabulary chunk the tile again, dz in its place,
-dhidden += dz w and dweight = dz.T h; rows without upstream gradient are left out of all three matmuls.
+dhidden += dz w and dweight = dz.T h; rows without upstream gradient are left out of all three matmuls. Where
+the caller allows more memory, z of some or all columns is kept between the two, which saves the first one.
 A scalar loss, whose gradient is known as soon as the log-probs are, keeps z of a block of rows between the
 two passes instead, which saves a matmul (`fused_gradients`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -21,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import native_call
-from .head import Transform, transform_slope
-from .head_blocks import COLUMNS, Operand, blocks, kept_rows, make_plan, reads_directly
+from ..backend import native_call
+from . import Transform, transform_slope
+from .blocks import COLUMNS, Operand, blocks, kept_block, kept_rows, make_plan, reads_directly
 
 # rows whose z must fit for keeping it to pay: frozen head, and trainable, where every block rewrites dweight
 LEAST_KEPT = (64, 256)
@@ -46,7 +48,9 @@ class Forward(NamedTuple):
 
     logprobs: Tensor  # (N, K)
     lse: Tensor  # (N,)
-    lse_low: Tensor  # (N,) what rounding lse to fp32 lost; a backward would feel it where |lse| is large
+    # (N * (1 + keep),) what rounding lse to fp32 lost (a backward would feel it where |lse| is large), then z
+    # of the first `keep` columns, a block of COLUMNS after another
+    saved: Tensor
     entropy: Tensor  # (N,)
     expectation: Tensor  # (N, D)
     candidate_ids: Tensor  # (N, slots) int64
@@ -93,15 +97,16 @@ class Sums(NamedTuple):
 def sweep(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
     *, entropy: bool, expectation: Tensor | None = None, candidates: Candidates | None = None,
-    limit: int | None = None, deterministic: bool = False,
+    kept: Tensor | None = None, limit: int | None = None, deterministic: bool = False,
 ) -> Iterator[tuple[int, int, Sums]]:  # fmt: skip
     """One pass over the vocabulary for every block of rows r0 .. r1; ids (N, K) contiguous, K may be 0.
 
     expectation: (N, D) zeros; a block's rows hold sum_v exp(z - max) z' w_v when it is handed out.
+    kept: (N * keep,) takes z of the first `keep` columns; see `kept_columns`, whose plan this is.
     """
     (N, D), V, K = hidden.shape, weight.shape[0], ids.shape[1]
-    kept = candidates or Candidates(0, -math.inf)
-    per_row = 4 * K + (8 * kept.capacity if candidates else 0)
+    rule = candidates or Candidates(0, -math.inf)
+    per_row = 4 * K + (8 * rule.capacity if candidates else 0)
     per_row += 4 * D * (expectation is not None and deterministic)
     # the backward of a frozen head gathers, and cannot refuse any more
     gathered = 0 if expectation is None else K * pair_bytes(weight, transform.dtype) + 4 * D
@@ -111,14 +116,15 @@ def sweep(
     new = torch.empty
     R, C, padded = plan
     tile = new(max(R, padded) * C)
+    keep = 0 if kept is None else len(kept) // max(N, 1)
     top, sums = new(R), new((2, R), dtype=torch.float64)
     id_z = new(R, K)
     count = new(R if candidates else 0, dtype=torch.int32)
-    found = new((R, kept.capacity) if candidates else 0, dtype=torch.int32)
+    found = new((R, rule.capacity) if candidates else 0, dtype=torch.int32)
     found_z, threshold = new(found.shape), new(count.shape)
     buffers = (
         count if candidates else None, found, found_z, threshold,
-        kept.slots, kept.capacity, kept.log_min_prob,
+        rule.slots, rule.capacity, rule.log_min_prob,
     )  # fmt: skip
     h_blocks = Operand(hidden, transform.dtype, R, padded)
     w_blocks = Operand(weight, transform.dtype, C)
@@ -133,7 +139,10 @@ def sweep(
         with torch.autocast("cpu", enabled=False):
             for c0, c1 in blocks(V, C):
                 w = w_blocks.block(c0, c1)
-                z = tile[: len(h) * len(w)].view(len(h), len(w))
+                if kept is not None and c0 < keep:
+                    z = kept_block(kept, N, c0, c1)[r0:r1]
+                else:
+                    z = tile[: len(h) * len(w)].view(len(h), len(w))
                 torch.mm(h, w.T, out=z)
                 native_call(
                     "head_forward_tile_cpu", z, r1 - r0, c1 - c0, c0, bias_block(bias, c0, c1),
@@ -148,23 +157,28 @@ def sweep(
 def forward(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
     *, entropy: bool = False, expectation: bool = False, candidates: Candidates | None = None, slots: int = 0,
-    limit: int | None = None, deterministic: bool = False,
+    keep: int = 0, limit: int | None = None, deterministic: bool = False,
 ) -> Forward:  # fmt: skip
-    """One pass over the vocabulary for every block of rows; ids (N, K) int64, K may be 0."""
+    """One pass over the vocabulary for every block of rows; ids (N, K) int64, K may be 0.
+
+    keep: `kept_columns` at this limit, for a backward that will be given `saved`.
+    """
     (N, D), V, K = hidden.shape, weight.shape[0], ids.shape[1]
     new, ids = torch.empty, ids.contiguous()
     result = Forward(
-        new(N, K), new(N), new(N), new(N if entropy else 0), torch.zeros((N, D) if expectation else 0),
-        new((N, slots), dtype=torch.int64), new(N, slots), new(N if candidates else 0, dtype=torch.int64),
+        new(N, K), new(N), new(N * (1 + keep)), new(N if entropy else 0),
+        torch.zeros((N, D) if expectation else 0), new((N, slots), dtype=torch.int64), new(N, slots),
+        new(N if candidates else 0, dtype=torch.int64),
     )  # fmt: skip
     blocks_done = sweep(
-        op, hidden, weight, bias, ids, transform, entropy=entropy, candidates=candidates, limit=limit,
+        op, hidden, weight, bias, ids, transform, entropy=entropy, candidates=candidates,
+        kept=result.saved[N:] if keep else None, limit=None if keep else limit,
         expectation=result.expectation if expectation else None, deterministic=deterministic,
     )  # fmt: skip
     for r0, r1, (top, sumexp, sum_z_exp, id_z, buffers) in blocks_done:
         native_call(
             "head_finish_cpu", top, sumexp, sum_z_exp, ids[r0:r1], id_z, r1 - r0, K, V,
-            result.lse[r0:r1], result.lse_low[r0:r1], result.entropy[r0:r1] if entropy else None,
+            result.lse[r0:r1], result.saved[r0:r1], result.entropy[r0:r1] if entropy else None,
             result.logprobs[r0:r1], result.expectation[r0:r1] if expectation else None, D,
         )  # fmt: skip
         if candidates:
@@ -244,9 +258,13 @@ def make_upstream(
 
 def backward(
     op: str, up: Upstream, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform,
-    needs: Sequence[bool], *, limit: int | None = None, deterministic: bool = False, wide: bool = False,
+    needs: Sequence[bool], *, kept: Tensor | None = None, limit: int | None = None,
+    deterministic: bool = False, wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dhidden, dweight, dbias), empty where not needed; fp32, but dweight in its own dtype unless `wide`."""
+    """(dhidden, dweight, dbias), empty where not needed; fp32, but dweight in its own dtype unless `wide`.
+
+    kept: (N * keep,) z that `forward` has kept; it is read, never written.
+    """
     (N, D), V, n = hidden.shape, weight.shape[0], up.num_rows
     narrow = needs[1] and not wide and weight.dtype != torch.float32
     plan = make_plan(
@@ -257,19 +275,27 @@ def backward(
     dhidden = torch.zeros((n, D) if needs[0] else 0)
     dweight = torch.zeros((V, D) if needs[1] else 0, dtype=weight.dtype if narrow else torch.float32)
     dbias = torch.zeros(V if needs[2] else 0)
-    tile = torch.empty(max(R, padded) * C)
-    chunk = torch.empty((C, D) if narrow else 0)
+    keep = 0 if kept is None else len(kept) // max(N, 1)
+    width = min(COLUMNS, V) if keep else C  # of the first blocks
+    tile = torch.empty(max(max(R, padded) * C, width))
+    chunk = torch.empty((max(C, width), D) if narrow else 0)
     h_blocks = Operand(hidden, transform.dtype, R, padded)
-    w_blocks = Operand(weight, transform.dtype, C)
+    w_blocks = Operand(weight, transform.dtype, max(C, width))
     with torch.autocast("cpu", enabled=False):
-        for c0, c1 in blocks(V if n else 0, C):
+        columns = itertools.chain(blocks(keep, width), ((keep + a, keep + b) for a, b in blocks(V - keep, C)))
+        for c0, c1 in columns if n else ():
             w = w_blocks.block(c0, c1)
             dw = chunk[: c1 - c0] if narrow else dweight[c0:c1]
-            for r0, r1 in blocks(n, R):
+            for r0, r1 in blocks(n, min(R, max(len(tile) // (c1 - c0), 1)) if c0 < keep else R):
                 h = h_blocks.block(r0, r1, up.active)
                 a = tile[: len(h) * len(w)].view(len(h), len(w))
-                torch.mm(h, w.T, out=a)
-                up.write_slopes(a, a, (r0, r1), c0, bias, transform, kept=False)
+                if kept is not None and c0 < keep:
+                    z = kept_block(kept, N, c0, c1)
+                    z = z[r0:r1] if up.active is None else z
+                    up.write_slopes(z, a, (r0, r1), c0, bias, transform, kept=True)
+                else:
+                    torch.mm(h, w.T, out=a)
+                    up.write_slopes(a, a, (r0, r1), c0, bias, transform, kept=False)
                 if needs[0]:
                     add_product(dhidden[r0:r1], a, w, padded)
                 a, h = a[: r1 - r0], h[: r1 - r0]
@@ -306,7 +332,7 @@ def fused_gradients(
         dlogprobs = slopes(0, N, result.logprobs)
         if not any(needs):
             return torch.empty(0), torch.empty(0), torch.empty(0)
-        up = make_upstream(dlogprobs, None, None, ids, V, result.lse, result.lse_low, result.entropy)
+        up = make_upstream(dlogprobs, None, None, ids, V, result.lse, result.saved, result.entropy)
         return backward(
             op,
             up,

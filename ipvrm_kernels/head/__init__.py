@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import refuse_forward_mode
+from ..backend import refuse_forward_mode
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES_AND_FP32 = FLOATS[:3]

@@ -3,8 +3,8 @@
 At an id, dense and sparse part are added before anything is rounded: da = (g (1 - p) - p (G - g)) z', with g
 the sum over the slots of the same id and G - g summed directly, since near p = 1 the two nearly cancel.
 
-Frozen head: with E' = sum over v not in ids of p_v z'_v w_v formed in the forward (head_triton_stored.py, or
-head_triton_backward.py), dhidden = -G E' + sum_k (g_k - G p_k) z'_k w_k over distinct ids, in fp32.
+Frozen head: with E' = sum over v not in ids of p_v z'_v w_v formed in the forward (triton_stored.py, or
+triton_backward.py), dhidden = -G E' + sum_k (g_k - G p_k) z'_k w_k over distinct ids, in fp32.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import backend
-from .head_triton_tiles import Operands
+from .. import backend
+from .triton_tiles import Operands
 
 
 @triton.jit
