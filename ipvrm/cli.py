@@ -52,6 +52,15 @@ COMMANDS = {
     "eval processbench": Command(
         "first-error F1 on ProcessBench", "ipvrm.evaluate.processbench", "EvalConfig", "evaluate"
     ),
+    "eval td": Command(
+        "one-step TD against Monte-Carlo outcomes of branches, AUC of the value",
+        "ipvrm.evaluate.td_study",
+        "TdConfig",
+        "main",
+    ),
+    "reproduce fig6": Command(
+        "five online updates of the reward model (Figure 6)", "ipvrm.reproduce.fig6", "Fig6Config", "main"
+    ),
     "bench": Command(
         "the benchmark suite on this machine (needs the checkout)", "benchmarks.run", None, "main"
     ),

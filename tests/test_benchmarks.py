@@ -186,6 +186,14 @@ def test_targets_are_met_or_missed(spin):
     assert str(met) == "met: cpp 2.00, target <= 2.5 matmul"
     assert str(missed) == "MISSED: cpp, one id 2.00x, target >= 3x F.x"
     assert tables.aims([r for r in rows if r.contender != "matmul"])[0].outcome == "unknown"
+    memory = dict(target=1.15, target_of="grpo_prm", target_memory=1.05)
+    rows = [row("grpo_prm", 10, mib=100.0), row("distrl", 11, mib=106.0, **memory)]
+    assert [str(a) for a in tables.aims([Row.from_dict(r.as_dict()) for r in rows])] == [
+        "met: distrl 1.10, target <= 1.15 grpo_prm",
+        "MISSED: distrl 1.06 of the peak memory, target <= 1.05 grpo_prm",
+    ]
+    assert str(Target(1.15, "grpo_prm", memory=1.05)) == "<= 1.15 grpo_prm, memory <= 1.05"
+    assert [a.outcome for a in tables.aims(rows[1:])] == ["unknown", "unknown"]
     curve = [
         row("cpp", ms, shape=f"N={n}", axes=dict(N=n), curve="N", series="s", scratch_mib=5.0, **more)
         for n, ms, more in ((1, 1, {}), (4, 4, {}), (8, 9, dict(target=8.4, target_of=measure.START)))

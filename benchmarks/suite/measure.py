@@ -33,14 +33,16 @@ def is_ours(contender: str) -> bool:
 @dataclass(frozen=True)
 class Target:
     """A contender is to take at most `limit` times what the contender `other` takes, or, with START, itself
-    at the first point of its curve."""
+    at the first point of its curve; and at most `memory` times its peak MiB, where that is asked."""
 
     limit: float
     other: str = "matmul"
+    memory: float | None = None
 
     def __str__(self) -> str:
         other = self.other.partition(", ")[0]
-        return f"<= {float(self.limit)} {other}" if self.limit >= 1 else f">= {1 / self.limit:g}x {other}"
+        text = f"<= {float(self.limit)} {other}" if self.limit >= 1 else f">= {1 / self.limit:g}x {other}"
+        return text if self.memory is None else f"{text}, memory <= {self.memory:g}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Row:
     """One contender at one shape: milliseconds, MiB above inputs, `ratio` = its median / the yardstick's.
 
     scratch_mib: MiB above inputs and returned tensors. target: what ratio to the contender target_of is
-    asked.
+    asked; target_memory: the same of peak_mib.
     """
 
     op: str
@@ -96,6 +98,7 @@ class Row:
     note: str = ""
     target: float | None = None
     target_of: str = ""
+    target_memory: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None in its place."""
@@ -174,6 +177,7 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
                 tokens_per_s=case.tokens / median * 1e3 if case.tokens else None,
                 scratch_mib=scratch[name], note=note,
                 target=target.limit if target else None, target_of=target.other if target else "",
+                target_memory=target.memory if target else None,
             )
         )  # fmt: skip
     return rows + [_failed(case, name, reason) for name, reason in errors.items()]

@@ -38,13 +38,14 @@ class Verdict(NamedTuple):
 
 
 class Aim(NamedTuple):
-    """A target of one of our contenders and what was measured: time / that of what it is compared with."""
+    """A target of one of our contenders and what was measured: `what` / that of what it is compared with."""
 
     op: str
     shape: str
     ours: str
     target: Target
     ratio: float  # NaN where the other one was not measured
+    what: str = "time"
 
     @property
     def outcome(self) -> str:
@@ -52,7 +53,8 @@ class Aim(NamedTuple):
 
     def __str__(self) -> str:
         measured = f"{self.ratio:.2f}" if self.target.limit >= 1 else f"{1 / self.ratio:.2f}x"
-        return f"{self.outcome}: {self.ours} {measured}, target {self.target}"
+        of = "" if self.what == "time" else f" {self.what}"
+        return f"{self.outcome}: {self.ours} {measured}{of}, target {self.target}"
 
 
 class Growth(NamedTuple):
@@ -120,6 +122,11 @@ def aims(rows: Sequence[Row]) -> list[Aim]:
         known = other is not None and not (row.error or row.note or other.error)
         ratio = row.median_ms / other.median_ms if other is not None and known else math.nan
         found.append(Aim(row.op, row.shape, row.contender, Target(row.target, row.target_of), ratio))
+        if row.target_memory is not None:
+            peaks = (row.peak_mib, other.peak_mib) if other is not None and known else (None, None)
+            ratio = peaks[0] / peaks[1] if peaks[0] is not None and peaks[1] else math.nan
+            target = Target(row.target_memory, row.target_of)
+            found.append(Aim(row.op, row.shape, row.contender, target, ratio, "of the peak memory"))
     return found
 
 

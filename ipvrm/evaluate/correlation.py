@@ -1,0 +1,91 @@
+"""How two columns go together, with intervals over groups: linear and rank correlation, AUC.
+
+Observations come in groups (branches of a prefix, prefixes of a prompt). `centred` takes the mean of its
+group off every value; `bootstrap` draws whole groups with replacement, since observations of one group are
+not independent. What is undefined (a constant column, one class alone) is nan.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipvrm.evaluate.thresholds import Interval, percentile_interval
+
+Column = NDArray[np.float64]
+
+
+def pearson(x: Column, y: Column) -> float:
+    """Linear correlation of x (n,) and y (n,)."""
+    if len(x) < 2:
+        return math.nan
+    a, b = x - x.mean(), y - y.mean()
+    # a constant column leaves rounding behind: it is compared with the size of its values
+    if np.abs(a).max() <= 1e-12 * np.abs(x).max() or np.abs(b).max() <= 1e-12 * np.abs(y).max():
+        return math.nan
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+def ranks(x: Column) -> Column:
+    """Ranks from 1, those of equal values averaged, (n,)."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+def spearman(x: Column, y: Column) -> float:
+    """Linear correlation of the ranks of x (n,) and y (n,)."""
+    return pearson(ranks(x), ranks(y))
+
+
+def partial(correlation: Callable[[Column, Column], float], x: Column, y: Column, given: Column) -> float:
+    """Correlation of x and y beyond what `given` says of both; all (n,)."""
+    xy, xz, yz = correlation(x, y), correlation(x, given), correlation(y, given)
+    rest = (1 - xz * xz) * (1 - yz * yz)
+    return (xy - xz * yz) / math.sqrt(rest) if rest > 1e-12 else math.nan  # nan compares false
+
+
+def auc(scores: Column, outcome: Column) -> float:
+    """Probability that a right observation (outcome 1) scores above a wrong one (0); ties count half."""
+    right = outcome == 1
+    n, m = int(right.sum()), int((~right).sum())
+    if not n or not m:
+        return math.nan
+    return float((ranks(scores)[right].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def centred(values: Column, group: NDArray[np.int64]) -> Column:
+    """`values` (n,) less the mean of those of the same group; `group` (n,) holds numbers from 0.
+
+    Rounded to 1e-12 of the largest value: equal differences would else be ranked by the means' rounding.
+    """
+    if not len(values):
+        return values
+    means = np.bincount(group, weights=values) / np.maximum(np.bincount(group), 1)
+    unit = max(float(np.abs(values).max()), 1e-300) * 1e-12
+    return np.round((values - means[group]) / unit) * unit
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    columns: Sequence[Column],
+    group: NDArray[Any],
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """95 % percentile interval of `statistic(*columns)`, whole groups drawn with replacement.
+
+    Args:
+        columns: (n,) each. group: (n,) equal for observations that are drawn together.
+    """
+    names, inverse = np.unique(group, return_inverse=True)
+    if not len(names):
+        return Interval(math.nan, math.nan)
+    members = np.split(np.argsort(inverse, kind="stable"), np.bincount(inverse).cumsum()[:-1])
+    draws = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
+    found = np.empty(resamples)
+    for i, drawn in enumerate(draws):
+        rows = np.concatenate([members[g] for g in drawn])
+        found[i] = statistic(*(column[rows] for column in columns))
+    return percentile_interval(found)

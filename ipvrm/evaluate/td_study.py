@@ -1,0 +1,418 @@
+"""`ipvrm eval td`: does the one-step TD of a token foretell what the token does to the outcome? (4.3.3)
+
+    td(c) = V(s, c) - V(s) = beta * (log pi_phi(c|s) - log pi_ref(c|s))         V of the reward model, Eq. 5
+
+The policy answers prompts. In each answer some prefixes s are drawn at which it had a choice: at least two
+candidates c with pi(c|s) >= min_prob, the set that DistRL asks (the last token is left out there and here).
+Every branch (s, c), and s itself, is continued `completions` times by the policy; a verifier judges the ends.
+The share of right ones is the Monte-Carlo value of the branch, and td is compared with it in two ways:
+
+    centred      both less their mean over the branches of the prefix: which branch is the better one?
+    difference   td against the branch's value less the value of the prefix: does the token help or harm?
+
+Beside it stands what the policy's own log pi(c|s) reaches, and what td says beyond it (partial correlation).
+A Monte-Carlo value is noisy: `ceiling` is the linear correlation of the true values with the estimated ones,
+sqrt(1 - noise / variance), with noise from p (1 - p) / (completions - 1); a TD that is linear in the true
+value reaches that and not 1. Intervals are over prompts, drawn with replacement.
+
+The second table is the AUC of the value after 25, 50, 75 and 100 % of an answer against its own outcome.
+
+What a verifier fails on and what is cut off before its end is counted and left out, never wrong. Prompts are
+kept as they are finished, a file each; the same command goes on behind them.
+"""
+
+import functools
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from ipvrm import IpvrmError
+from ipvrm.evaluate.correlation import auc, bootstrap, centred, partial, pearson, spearman
+from ipvrm.evaluate.td_branches import FRACTIONS, Brancher, BranchOptions, Question
+from ipvrm.evaluate.thresholds import finite_or_none
+from ipvrm.model import load_model, load_tokenizer, weights_hash
+from ipvrm.progress import Progress
+from ipvrm.reward_model import BATCH_TOKENS, RewardModel
+from ipvrm.rollouts.engine import Sampling, TransformersEngine, encode_prompt, stop_ids
+from ipvrm.rollouts.verify import TIMEOUT_SECONDS, VerifierPool
+from ipvrm.rows import BadRow, OnBadRow, read_prompts, report_bad_rows
+from ipvrm.training.run_folder import manifest, read_json, remove_leftovers, write_json
+
+CHUNK_PROMPTS = 16  # sampled together: what an interruption can lose
+# They do not decide the numbers of a prompt, or their contents are compared by hash.
+FREE_ON_RESUME = (
+    "policy",
+    "reward_model",
+    "reference",
+    "data",
+    "output_dir",
+    "num_prompts",
+    "verifier_timeout",
+    "verifier_workers",
+    "per_device_eval_batch_size",
+    "batch_tokens",
+    "bootstrap_resamples",
+    "on_bad_row",
+    "use_cpu",
+)
+AT_LEAST_ONE = (
+    "num_prompts",
+    "num_responses",
+    "prefixes_per_response",
+    "per_device_eval_batch_size",
+    "batch_tokens",
+    "bootstrap_resamples",
+)
+
+
+@dataclass(frozen=True)
+class TdConfig:
+    """Correlation of the one-step TD with the Monte-Carlo outcome of branches, and AUC of the value."""
+
+    policy: str
+    """What answers and continues: a folder or a Hub name."""
+    reward_model: str
+    """Run folder of the reward model."""
+    data: str
+    """.parquet, .jsonl or .json of `prompt` and `answer` (or `reward_model.ground_truth`)."""
+    output_dir: str
+    """Folder for results.json and prompts/, one file of branches per prompt."""
+    reference: str | None = None
+    """Where the reward model's reference is, if it has moved."""
+    num_prompts: int = 128
+    """The first so many rows. A later run with more goes on."""
+    num_responses: int = 4
+    """Answers per prompt."""
+    prefixes_per_response: int = 4
+    """Most prefixes of an answer that are branched, drawn from those with two candidates or more."""
+    completions: int = 16
+    """Of every branch and prefix."""
+    min_prob: float = 0.1
+    """Candidates are the tokens with at least this probability under the policy."""
+    top_k: int | None = None
+    """Only so many of the likeliest candidates. Default: all."""
+    max_new_tokens: int = 2048
+    """Most tokens of an answer, and of a branch with its prefix and completion."""
+    temperature: float = 1.0
+    """Of what is sampled and of the candidates' probabilities. Values are those of `ipvrm score`."""
+    verifier: str = "math"
+    """math, string or module:function, as in `ipvrm label`."""
+    verifier_timeout: float = TIMEOUT_SECONDS
+    """Hard deadline of one answer, in seconds."""
+    verifier_workers: int | None = None
+    """Processes. Default: one per available core."""
+    per_device_eval_batch_size: int = 64
+    """Most responses generated at a time."""
+    batch_tokens: int = BATCH_TOKENS
+    """Most tokens of a padded forward."""
+    bootstrap_resamples: int = 2000
+    """Resamples of the prompts for the intervals."""
+    seed: int = 42
+    on_bad_row: OnBadRow = "error"
+    """Prompts that cannot be used: stop and list them, or skip."""
+    use_cpu: bool = False
+    """Work on the CPU although there is an accelerator."""
+
+
+def study(config: TdConfig, progress: bool = True) -> dict[str, Any]:
+    """Branches what is not branched yet, prints the tables and writes results.json, which it returns.
+
+    Raises:
+        IpvrmError: settings out of range, unreadable data or models, another vocabulary, bad rows under
+            `on_bad_row="error"`, or an output folder with a study of other settings.
+    """
+    _check(config)
+    shown, output = Progress(enabled=progress), Path(config.output_dir)
+    tokenizer = load_tokenizer(config.policy)
+    accelerator = None if config.use_cpu else torch.accelerator.current_accelerator()
+    device = accelerator or torch.device("cpu")
+    reward_model = RewardModel.from_pretrained(config.reward_model, config.reference, device)
+    if reward_model.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise IpvrmError(
+            f"{config.reward_model}: its tokenizer is not the policy's, so the policy's tokens have no value"
+        )
+    policy = load_model(config.policy, torch.float32, device)
+    context = getattr(cast(Any, policy).config.get_text_config(), "max_position_embeddings", None)
+    questions = _questions(config, tokenizer, context, shown)
+    folder = output / "prompts"
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    _same_study(output / "settings.json", _settings(config, reward_model))
+    paths = {q.prompt.row: folder / f"{q.prompt.row:08d}.json" for q in questions}
+    remaining = [q for q in questions if not paths[q.prompt.row].exists()]
+    done = len(questions) - len(remaining)
+    if done:
+        shown.note(f"going on behind {done} of {len(questions)} prompts")
+    stops = stop_ids(policy, tokenizer)
+    engine = TransformersEngine(policy, stops, config.per_device_eval_batch_size)
+    try:
+        with (
+            VerifierPool(config.verifier, config.verifier_workers, config.verifier_timeout) as pool,
+            shown.bar("prompts", len(questions), done) as update,
+        ):
+            options = BranchOptions(**{f.name: getattr(config, f.name) for f in fields(BranchOptions)})
+            brancher = Brancher(options, policy, reward_model, tokenizer, engine, stops, pool)
+            for start in range(0, len(remaining), CHUNK_PROMPTS):
+                for record in brancher.run(remaining[start : start + CHUNK_PROMPTS]):
+                    write_json(paths[record["row"]], record)
+                    done += 1
+                update(done)
+    except KeyboardInterrupt:
+        shown.note(f"{done} of {len(questions)} prompts are kept; the same command goes on")
+        raise
+    records = [read_json(path) for path in paths.values()]
+    results = {
+        **analyse(records, config.bootstrap_resamples, config.seed),
+        "reward_model": {"objective": reward_model.info.objective, "beta": reward_model.info.beta},
+        "manifest": manifest(seeds={"seed": config.seed}, config=asdict(config), device=str(device)),
+    }
+    write_json(output / "results.json", results)
+    if progress:
+        _print(results)
+    return results
+
+
+def _check(config: TdConfig) -> None:
+    for name in AT_LEAST_ONE:
+        if (value := getattr(config, name)) < 1:
+            raise IpvrmError(f"--{name} must be at least 1; got {value}")
+    if config.top_k is not None and config.top_k < 2:
+        raise IpvrmError(f"--top_k must be at least 2: one branch has nothing beside it; got {config.top_k}")
+    if config.completions < 2:
+        raise IpvrmError(
+            f"--completions must be at least 2, since their spread gives the noise; got {config.completions}"
+        )
+    if not 1 / 128 <= config.min_prob <= 0.5:
+        raise IpvrmError(
+            f"--min_prob must lie in [1/128, 0.5]: above, no two tokens have it; got {config.min_prob}"
+        )
+    if not 0 < config.temperature < math.inf:
+        raise IpvrmError(f"--temperature must be positive; got {config.temperature}")
+    if config.seed < 0:
+        raise IpvrmError(f"--seed must not be negative; got {config.seed}")
+    Sampling(config.max_new_tokens)
+
+
+def _questions(config: TdConfig, tokenizer: Any, context: int | None, shown: Progress) -> list[Question]:
+    prompts, bad = read_prompts(config.data, config.on_bad_row, limit=config.num_prompts)
+    questions = []
+    for prompt in prompts:
+        try:
+            if prompt.answer is None:
+                raise ValueError("no ground truth; `answer` or `reward_model.ground_truth` is needed")
+            ids = encode_prompt(prompt.prompt, tokenizer)
+            if context is not None and len(ids) + config.max_new_tokens > context:
+                raise ValueError(
+                    f"its {len(ids)} tokens and {config.max_new_tokens} new ones (--max_new_tokens) are more "
+                    f"than the policy's {context} positions"
+                )
+            questions.append(Question(prompt, tuple(ids)))
+        except ValueError as error:
+            bad.append(BadRow(config.data, prompt.row, str(error)))
+    report_bad_rows(bad, config.on_bad_row, total=len(questions) + len(bad))
+    for row in bad:
+        shown.note(f"skipped {row}")
+    if not questions:
+        raise IpvrmError(f"--data {config.data}: no usable row; the first: {bad[0]}")
+    return questions
+
+
+def _settings(config: TdConfig, reward_model: RewardModel) -> dict[str, Any]:
+    """What decides the numbers of a prompt."""
+    settings = {n: v for n, v in asdict(config).items() if n not in FREE_ON_RESUME}
+    return settings | {
+        "data_hash": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
+        "policy_hash": weights_hash(config.policy),
+        "reward_model_hash": weights_hash(config.reward_model),
+        "reference_hash": reward_model.info.reference_hash,
+    }
+
+
+def _same_study(path: Path, settings: dict[str, Any]) -> None:
+    if not path.exists():
+        write_json(path, settings)
+        return
+    stored = read_json(path)
+    changed = [name for name, value in settings.items() if stored.get(name) != value]
+    if changed:
+        raise IpvrmError(
+            f"{path.parent} holds a study with another {', '.join(changed)}; name another --output_dir"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ analysis
+
+
+def analyse(records: Sequence[dict[str, Any]], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Counts, correlations and AUC of prompts' records; null where undefined.
+
+    A branch without one judged completion is left out, and a prefix with fewer than two branches left.
+    """
+    counts: Counter[str] = Counter(prompts=len(records))
+    outcomes: Counter[str] = Counter()
+    rows: list[tuple[float, ...]] = []  # prompt, prefix, td, logprob, rate, noise, prefix rate, prefix noise
+    for record in records:
+        counts.update({f"answers_{name}": n for name, n in record["outcomes"].items()})
+        for answer in record["answers"]:
+            for prefix in answer["prefixes"]:
+                own, branches = prefix["own"], prefix["branches"]
+                for part in (own, *branches):
+                    outcomes.update(part["outcomes"])
+                judged = [b for b in branches if b["judged"]]
+                counts["branches_without_verdict"] += len(branches) - len(judged)
+                if len(judged) < 2:
+                    counts["prefixes_left_out"] += 1
+                    continue
+                for b in judged:
+                    measured = (b["td"], b["logprob"], *_rate(b), *_rate(own))
+                    rows.append((record["row"], counts["prefixes"], *measured))
+                counts["prefixes"] += 1
+                counts["branches"] += len(judged)
+    counts["prompts_with_prefixes"] = len({row[0] for row in rows})
+    counts.update({f"completions_{name}": n for name, n in outcomes.items()})
+    table = np.array(rows, dtype=np.float64).reshape(-1, 8)
+    return {
+        "counts": {name: counts[name] for name in sorted(counts)},
+        "correlation": _correlations(table, resamples, seed),
+        "auc": _value_auc(records, resamples, seed),
+    }
+
+
+def _rate(part: dict[str, Any]) -> tuple[float, float]:
+    """(share of right completions, the variance of its error), nan without a verdict."""
+    if not part["judged"]:
+        return math.nan, math.nan
+    rate = part["right"] / part["judged"]
+    spread = rate * (1 - rate) / (part["judged"] - 1) if part["judged"] > 1 else 0.25  # the most it can be
+    return rate, spread
+
+
+def _correlations(table: np.ndarray, resamples: int, seed: int) -> dict[str, Any]:
+    prompt, prefix = table[:, 0], table[:, 1].astype(np.int64)
+    td, logprob, rate, noise, own_rate, own_noise = table[:, 2:].T
+    known = ~np.isnan(own_rate)
+    # the error of a value less the mean of m is m - 1 m-ths of the branches' own, summed over the prefix
+    shrink = 1 - 1 / np.maximum(np.bincount(prefix), 1)[prefix] if len(prefix) else noise
+    views = {
+        "centred": (
+            {"td": centred(td, prefix), "log_prob": centred(logprob, prefix)},
+            centred(rate, prefix),
+            noise * shrink,
+            np.ones(len(rate), dtype=bool),
+        ),
+        "difference": ({"td": td, "log_prob": logprob}, rate - own_rate, noise + own_noise, known),
+    }
+    found: dict[str, Any] = {}
+    for name, (predictors, target, error, used) in views.items():
+        y = target[used]
+        view: dict[str, Any] = {"branches": int(used.sum()), "ceiling": _ceiling(y, error[used])}
+        for predictor, x in predictors.items():
+            view[predictor] = {
+                kind: _with_interval(function, (x[used], y), prompt[used], resamples, seed)
+                for kind, function in (("pearson", pearson), ("spearman", spearman))
+            }
+        view["td_beyond_log_prob"] = {
+            kind: _with_interval(
+                functools.partial(partial, function),
+                (predictors["td"][used], y, predictors["log_prob"][used]),
+                prompt[used],
+                resamples,
+                seed,
+            )
+            for kind, function in (("pearson", pearson), ("spearman", spearman))
+        }
+        found[name] = view
+    return found
+
+
+def _ceiling(y: np.ndarray, noise: np.ndarray) -> float | None:
+    """Linear correlation of the estimated values y (n,), with error variances `noise` (n,), with the true."""
+    if len(y) < 2 or not (variance := float(y.var())):
+        return None
+    return math.sqrt(max(0.0, 1 - float(noise.mean()) / variance))
+
+
+def _value_auc(records: Sequence[dict[str, Any]], resamples: int, seed: int) -> dict[str, Any]:
+    answers = [(record["row"], answer) for record in records for answer in record["answers"]]
+    prompt = np.array([row for row, _ in answers])
+    outcome = np.array([answer["right"] for _, answer in answers], dtype=np.float64)
+    return {
+        name: {
+            str(fraction): _with_interval(
+                auc,
+                (np.array([a[name][str(fraction)] for _, a in answers], dtype=np.float64), outcome),
+                prompt,
+                resamples,
+                seed,
+            )
+            for fraction in FRACTIONS
+        }
+        for name in ("mean_value", "value")
+    }
+
+
+def _with_interval(
+    statistic: Callable[..., float],
+    columns: Sequence[np.ndarray],
+    prompt: np.ndarray,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    low, high = bootstrap(statistic, columns, prompt, resamples, seed)
+    return finite_or_none({"value": statistic(*columns), "low": low, "high": high})
+
+
+# -------------------------------------------------------------------------------------------------- output
+
+LABELS = {"td": "TD", "log_prob": "log pi", "td_beyond_log_prob": "TD | log pi"}
+
+
+def _cell(entry: dict[str, Any], digits: int) -> str:
+    if entry["value"] is None or entry["low"] is None:
+        return "-"
+    return f"{entry['value']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
+
+
+def _print(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, counts = Console(highlight=False), results["counts"]
+    completions = sum(n for name, n in counts.items() if name.startswith("completions_"))
+    console.print(
+        f"{counts['prompts']} prompts, {counts['prompts_with_prefixes']} with a prefix to branch: "
+        f"{counts.get('prefixes', 0)} prefixes, {counts.get('branches', 0)} branches, "
+        f"{completions} completions, {counts.get('completions_truncated', 0)} of them cut off",
+        markup=False,
+    )
+    options: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None}
+    table = Table(title="Correlation with the Monte-Carlo value (95 % interval over prompts)", **options)
+    for i, name in enumerate(("", "Pearson", "Spearman", "ceiling")):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for view, found in results["correlation"].items():
+        ceiling = "-" if found["ceiling"] is None else f"{found['ceiling']:.2f}"
+        for predictor, label in LABELS.items():
+            cells = [_cell(found[predictor][kind], 2) for kind in ("pearson", "spearman")]
+            table.add_row(f"{label}, {view}", *cells, ceiling if predictor == "td" else "")
+    console.print(table)
+    table = Table(title="AUC of the value against the answer's own outcome", **options)
+    table.add_column("after", justify="left")
+    for name in ("mean value V_t / t", "value V_t"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for fraction in FRACTIONS:
+        cells = [_cell(results["auc"][n][str(fraction)], 3) for n in ("mean_value", "value")]
+        table.add_row(f"{fraction} %", *cells)
+    console.print(table)
+
+
+def main(config: TdConfig) -> None:
+    """Console entry."""
+    study(config)
+    print(f"everything is in {config.output_dir}")

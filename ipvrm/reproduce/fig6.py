@@ -1,0 +1,323 @@
+"""`ipvrm reproduce fig6`: five ways to update the reward model while the policy learns (Figure 6).
+
+    frozen   no update          naive   the margin loss (Eq. 9) on the rollouts' labels
+    DLW      dynamic loss weighting          ADB   adaptive difficulty boundary (Eq. 15)          both
+
+All variants start from the same policy and the same IPVRM, and train by DistRL on the same prompts with the
+same random numbers; only `--rm_update`, `--dlw` and `--adb` differ. At every step the reward model is
+measured on the new rollouts, each response before the update that learns from its label.
+
+Scale `smoke` is the demo's arithmetic task on a CPU. A finished variant is kept and reused.
+"""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ipvrm import IpvrmError
+from ipvrm.demo.arithmetic import Problem, make_problems
+from ipvrm.demo.base_model import MAX_NEW_TOKENS
+from ipvrm.demo.run import STAGE_FILE, Stages, prepare, train_choice
+from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
+from ipvrm.progress import Progress
+from ipvrm.training.checkpoint import TrainingInterrupted
+from ipvrm.training.run_folder import manifest, read_json, write_text
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "frozen": {"rm_update": "frozen"},
+    "naive": {"dlw": False, "adb": False},
+    "DLW": {"dlw": True, "adb": False},
+    "ADB": {"dlw": False, "adb": True},
+    "both": {"dlw": True, "adb": True},
+}
+# Of a step's record: what is kept of it in results.json.
+OF_REWARD_MODEL = (
+    "rm_auc",
+    "rm_accuracy",
+    "rm_scored_auc",
+    "value_right",
+    "value_wrong",
+    "value_mean",
+    "value_std",
+    "rm_loss",
+    "rm_grad_norm",
+)
+OF_POLICY = ("rollout_accuracy", "responses_trained", "entropy", "seconds")
+
+
+@dataclass(frozen=True)
+class Fig6Config:
+    """Figure 6: DistRL with its reward model frozen, updated plainly, with DLW, with ADB and with both."""
+
+    scale: str = "smoke"
+    """smoke: the demo's task, some minutes on two CPU cores. There is no other."""
+    demo: str = "runs/demo"
+    """Output folder of `ipvrm demo`; what it lacks of base model, rollouts and IPVRM is made there."""
+    output_dir: str = "runs/fig6"
+    """Folder for results.json, report.md, fig6.png and the runs; finished ones are reused."""
+    seeds: tuple[int, ...] = (0,)
+    """One run of every variant for each."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything; the settings of the task are the demo's."""
+
+    steps: int
+    """Rollout batches."""
+    minibatch_size: int
+    """Responses per update of policy and reward model."""
+    prompts: int
+    """Prompts per step."""
+    num_generations: int
+    held_out: int
+    """Problems that accuracy is measured on, one response each at temperature 1."""
+    eval_steps: int
+    learning_rate: float
+    gae_coef: float
+
+
+# Minibatch, learning rate and gae_coef are those of the demo's policies, chosen on another base model and
+# other problems, and not for the reward model.
+SCALES = {
+    "smoke": Scale(
+        steps=16,
+        minibatch_size=64,
+        prompts=32,
+        num_generations=8,
+        held_out=1024,
+        eval_steps=4,
+        learning_rate=2e-4,
+        gae_coef=0.1,
+    )
+}
+HELD_OUT_SEED = 600  # of the held-out problems, the same for every seed of the runs
+
+
+def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = None) -> dict[str, Any]:
+    """Trains what is not there yet, prints the table, writes results.json, report.md and fig6.png.
+
+    Args:
+        scale: other sizes than those of `config.scale`.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        IpvrmError: an unknown scale, or seeds that are none, negative or repeated.
+        TrainingInterrupted: SIGINT or SIGTERM during a run.
+    """
+    from ipvrm.reproduce.fig6_report import write_report
+    from ipvrm.training.train_policy import train_policy
+
+    if config.scale not in SCALES:
+        raise IpvrmError(f"--scale {config.scale!r}: unknown; the scales are {', '.join(SCALES)}")
+    if not config.seeds or min(config.seeds) < 0 or len(set(config.seeds)) < len(config.seeds):
+        raise IpvrmError(f"--seeds must be different numbers from 0 on; got {config.seeds}")
+    sizes = scale or SCALES[config.scale]
+    shown = Progress(enabled=progress)
+    demo, output = Path(config.demo), Path(config.output_dir)
+    made_from = _demo(demo, shown)
+    output.mkdir(parents=True, exist_ok=True)
+    stages = Stages(output, shown)
+    inputs = {"demo": made_from["key"], "held_out": sizes.held_out, "held_out_seed": HELD_OUT_SEED}
+    stages.folder(
+        "problems", inputs, lambda folder: write_problems(folder, demo, sizes.held_out, HELD_OUT_SEED)
+    )
+    runs: dict[str, dict[str, Any]] = {}
+    for seed in config.seeds:
+        for variant, switches in VARIANTS.items():
+            name = f"{variant}-{seed}"
+            settings = _settings(sizes, seed) | switches
+            policy = _policy_config(demo, output, name, settings)
+            train = partial(train_policy, policy, progress=shown.live)
+            try:
+                stages.in_place(name, settings, train, after=["problems"])
+            except TrainingInterrupted as error:
+                raise TrainingInterrupted(
+                    f"{name}: stopped; the same command reuses the finished runs and starts this one afresh",
+                    error.checkpoint,
+                    error.exit_code,
+                ) from error
+            runs.setdefault(variant, {})[str(seed)] = _curves(output / name)
+    results = {
+        "config": asdict(config),
+        "scale": asdict(sizes),
+        "demo": made_from,
+        "variants": {name: {"switches": VARIANTS[name], "seeds": by_seed} for name, by_seed in runs.items()},
+        "summary": summary(runs),
+        "seconds": {name: stage["seconds"] for name, stage in stages.done.items()},
+        "manifest": manifest(seeds={f"run {i}": seed for i, seed in enumerate(config.seeds, 1)}),
+    }
+    return write_report(output, results, show=progress)
+
+
+# ------------------------------------------------------------------------------------------------- inputs
+
+
+def _demo(demo: Path, shown: Progress) -> dict[str, Any]:
+    """What the IPVRM of the demo's folder was made from. Of a demo that has not finished, what is missing of
+    base model, rollouts and IPVRM is made as `ipvrm demo` makes it."""
+    choice = CHOICES[0]
+    reward = f"reward-{choice.objective}"
+    if not (demo / "results.json").exists():
+        demo.mkdir(parents=True, exist_ok=True)
+        stages = Stages(demo, shown, BUDGETS)
+        prepare(stages, FULL, seed=0)
+        train_choice(stages, reward, choice, seed=0)
+    else:
+        shown.note(f"{demo}: a finished demo")
+    stored = {name: read_json(demo / name / STAGE_FILE) for name in ("base", "rollouts", reward)}
+    return {
+        "key": stored[reward]["key"],
+        "seed": stored["base"]["settings"]["seed"],
+        "multiple_of": stored["base"]["settings"]["multiple_of"],
+        "reward_model": {n: stored[reward]["settings"][n] for n in ("objective", "beta", "margin")},
+    }
+
+
+def write_problems(folder: Path, demo: Path, held_out: int, seed: int) -> None:
+    """train.jsonl, the problems that the reward model's data answered, and held_out.jsonl, other ones."""
+    import pyarrow.parquet as pq
+
+    prompts = pq.read_table(demo / "rollouts" / "train.parquet", columns=["prompt"])["prompt"].to_pylist()
+    train = [_problem(text) for text in dict.fromkeys(prompts)]
+    multiple_of = read_json(demo / "base" / STAGE_FILE)["settings"]["multiple_of"]
+    others = make_problems(held_out, Random(seed), frozenset(train), multiple_of)
+    for name, problems in (("train", train), ("held_out", others)):
+        rows = ({"prompt": p.text, "answer": str(p.answer)} for p in problems)
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _problem(text: str) -> Problem:
+    """The problem that `text` (47+25-13) writes."""
+    start, *changes = map(int, re.findall(r"[+-]?\d+", text))
+    return Problem(start, tuple(changes))
+
+
+def _settings(sizes: Scale, seed: int) -> dict[str, Any]:
+    """What all variants share of `PolicyConfig`, besides folders."""
+    return {
+        "algorithm": "distrl",
+        "gae_coef": sizes.gae_coef,
+        "num_generations": sizes.num_generations,
+        "rollout_prompts": sizes.prompts,
+        "train_prompts": sizes.prompts,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "max_steps": sizes.steps,
+        "minibatch_size": sizes.minibatch_size,
+        "learning_rate": sizes.learning_rate,
+        "per_device_train_batch_size": 64,
+        "per_device_eval_batch_size": 512,
+        "verifier": "ipvrm.demo.arithmetic:right_answer",
+        "verifier_workers": 1,
+        "eval_steps": sizes.eval_steps,
+        "eval_temperature": 1.0,
+        "eval_top_p": 1.0,
+        "save_steps": 0,
+        "seed": seed,
+        "use_cpu": True,
+    }
+
+
+def _policy_config(demo: Path, output: Path, name: str, settings: dict[str, Any]) -> Any:
+    from ipvrm.training.policy_config import PolicyConfig
+
+    return PolicyConfig(
+        model=str(demo / "base"),
+        reward_model=str(demo / f"reward-{CHOICES[0].objective}"),
+        train_data=str(output / "problems" / "train.jsonl"),
+        eval_data=str(output / "problems" / "held_out.jsonl"),
+        output_dir=str(output / name),
+        **settings,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def _curves(run: Path) -> dict[str, Any]:
+    """From the metrics of a run: held-out accuracy by step, and what each step says of reward model and
+    policy."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if r["step"] > 0]
+    evaluated = [r for r in records if "eval_accuracy" in r]
+    return {
+        "held_out": [
+            {"step": r["step"], "accuracy": r["eval_accuracy"], "responses": int(r["eval_responses"])}
+            for r in evaluated
+        ],
+        "step": [r["step"] for r in steps],
+        "reward_model": {n: [r[n] for r in steps] for n in OF_REWARD_MODEL if n in steps[0]},
+        "policy": {n: [r[n] for r in steps] for n in OF_POLICY},
+    }
+
+
+def summary(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per variant (value, standard error) of the numbers in the table.
+
+    Errors of accuracies are those of the problems drawn, sqrt(p (1 - p) / n), which more seeds on the same
+    problems do not lessen; with several seeds, together with that of the mean over seeds. The gain takes
+    start and end for independent, though they share their problems: too large rather than too small.
+
+    AUC and accuracy of the reward model: means over the steps of all seeds, `auc_gain` the mean difference to
+    `frozen` at the same step and seed, from the second step on (in the first, half or more is measured before
+    any update).
+
+    Args:
+        runs: by variant and seed, what `_curves` returns.
+    """
+    table = {}
+    for name, by_seed in runs.items():
+        first, last = ([run["held_out"][i] for run in by_seed.values()] for i in (0, -1))
+        ends = [e["accuracy"] for e in last]
+        end, between_seeds = _mean(ends)
+        start = first[0]["accuracy"]  # of one and the same policy
+        errors = [_problem_error(p, first[0]["responses"]) for p in (start, end)]
+        table[name] = {
+            "start": (start, errors[0]),
+            "end": (end, math.hypot(errors[1], between_seeds)),
+            "gain": (end - start, math.hypot(*errors, between_seeds)),
+            "auc": _mean([x for run in by_seed.values() for x in run["reward_model"]["rm_auc"]]),
+            "rm_accuracy": _mean([x for run in by_seed.values() for x in run["reward_model"]["rm_accuracy"]]),
+            "value_gap": _mean([x for run in by_seed.values() for x in _gaps(run["reward_model"])]),
+            "auc_gain": _mean(_differences(by_seed, runs["frozen"], "rm_auc")),
+            "rm_accuracy_gain": _mean(_differences(by_seed, runs["frozen"], "rm_accuracy")),
+        }
+    return table
+
+
+def _problem_error(accuracy: float, problems: int) -> float:
+    return math.sqrt(accuracy * (1 - accuracy) / problems)
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 of a single value)."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), spread / math.sqrt(len(values))
+
+
+def _gaps(reward_model: dict[str, list[float]]) -> list[float]:
+    """Mean final value of right responses less that of wrong ones, by step."""
+    pairs = zip(reward_model["value_right"], reward_model["value_wrong"], strict=True)
+    return [right - wrong for right, wrong in pairs]
+
+
+def _differences(by_seed: dict[str, Any], frozen: dict[str, Any], name: str) -> list[float]:
+    found = []
+    for seed, run in by_seed.items():
+        pairs = zip(run["reward_model"][name], frozen[seed]["reward_model"][name], strict=True)
+        found += [own - other for own, other in list(pairs)[1:]]
+    return found or [0.0]
+
+
+def main(config: Fig6Config) -> None:
+    """Console entry."""
+    reproduce(config)

@@ -1,0 +1,206 @@
+"""What `ipvrm reproduce fig6` prints and writes: the table, the picture, and what they show."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ipvrm.demo.figures import GRID, INK, MUTED
+from ipvrm.training.run_folder import write_json, write_text
+
+MISSING = "no picture: matplotlib is not installed; pip install 'ipvrm[plot]' and run it again for fig6.png"
+COLOURS = {"frozen": "#7b8794", "naive": "#c0392b", "DLW": "#d99a2b", "ADB": "#2f8a57", "both": "#2f5d8a"}
+MARKERS = {"frozen": "s", "naive": "v", "DLW": "^", "ADB": "D", "both": "o"}
+SHOWN_FROM = 3.0  # standard errors
+HEADER = ["", "accuracy", "gain", "AUC of V", "AUC - frozen", "V acc.", "V gap"]
+
+
+def write_report(output: Path, results: dict[str, Any], show: bool = True) -> dict[str, Any]:
+    """Writes results.json, report.md and fig6.png (with matplotlib); prints the table where `show`.
+
+    Returns:
+        `results` with `conclusions` and `picture` added.
+    """
+    picture = draw(output / "fig6.png", results["variants"])
+    results = results | {
+        "conclusions": list(conclusions(results)),
+        "picture": None if picture is None else picture.name,
+    }
+    write_json(output / "results.json", results)
+    rows = list(_rows(results["summary"]))
+    lines = [
+        "# Figure 6: the reward model's online update",
+        "",
+        title(results),
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "|---" + "|--:" * (len(HEADER) - 1) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        legend(results),
+        "",
+        *(f"- {text}" for text in results["conclusions"]),
+        "",
+        f"![held-out accuracy and AUC over steps]({picture.name})" if picture else MISSING,
+        "",
+    ]
+    write_text(output / "report.md", "\n".join(lines))
+    if show:
+        _print(output, results, rows, picture)
+    return results
+
+
+def with_error(value: tuple[float, float], sign: str = "") -> str:
+    return f"{value[0]:{sign}.3f} ± {value[1]:.3f}"
+
+
+def _rows(summary: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
+    for name, s in summary.items():
+        own = name == "frozen"
+        yield [
+            name,
+            with_error(s["end"]),
+            with_error(s["gain"], "+"),
+            with_error(s["auc"]),
+            "" if own else with_error(s["auc_gain"], "+"),
+            f"{s['rm_accuracy'][0]:.3f}",
+            f"{s['value_gap'][0]:.2f}",
+        ]
+
+
+def title(results: dict[str, Any]) -> str:
+    """The sizes in a line."""
+    scale, seeds = results["scale"], results["config"]["seeds"]
+    start = results["summary"]["frozen"]["start"]
+    return (
+        f"DistRL, {scale['steps']} steps of {scale['prompts']} prompts x {scale['num_generations']} "
+        f"responses, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}; "
+        f"accuracy on {scale['held_out']} held-out problems, {with_error(start)} before."
+    )
+
+
+def legend(results: dict[str, Any]) -> str:
+    """What the columns are."""
+    one = len(results["config"]["seeds"]) == 1
+    accuracy = (
+        "that of the problems drawn, and not of the training run"
+        if one
+        else "that of the problems drawn and of the seeds together"
+    )
+    return (
+        "± is a standard error. Accuracy: at the last step; its error is "
+        f"{accuracy}. AUC and accuracy of V: does the mean value at the end of a response tell right from "
+        "wrong ones, before the update that learns from its label; means over steps. AUC - frozen: mean "
+        "difference at the same step, from the second on; steps of one run are not independent, so its error "
+        "is too small for a claim about other runs. V gap: mean value of right responses less that of wrong."
+    )
+
+
+def conclusions(results: dict[str, Any]) -> Iterator[str]:
+    """Sentences that the numbers bear out, and what they do not show."""
+    summary = results["summary"]
+    scored = {n: s["gain"][0] / max(s["gain"][1], 1e-9) for n, s in summary.items()}
+    above = [n for n, ratio in scored.items() if ratio > SHOWN_FROM]
+    yield f"Held-out accuracy rose by more than {SHOWN_FROM:g} standard errors with: {_listed(above)}."
+    ends = {n: s["end"] for n, s in summary.items()}
+    best, worst = max(ends, key=lambda n: ends[n][0]), min(ends, key=lambda n: ends[n][0])
+    gap, error = ends[best][0] - ends[worst][0], (ends[best][1] ** 2 + ends[worst][1] ** 2) ** 0.5
+    verdict = "a difference is shown" if gap > SHOWN_FROM * error else "no difference is shown"
+    yield (
+        f"At the end {best} is highest ({ends[best][0]:.3f}) and {worst} lowest ({ends[worst][0]:.3f}), "
+        f"{gap:.3f} ± {error:.3f} apart: {verdict}."
+    )
+    for name, s in summary.items():
+        if name == "frozen":
+            continue
+        mean, error = s["auc_gain"]
+        ahead = f"{name} is {'ahead' if mean > 0 else 'behind'} here"
+        verdict = ahead if abs(mean) > SHOWN_FROM * error else "no difference shown"
+        yield f"AUC of the reward model, {name} less frozen: {mean:+.3f} ± {error:.3f}, {verdict}."
+    seeds = len(results["config"]["seeds"])
+    yield (
+        f"{'One seed' if seeds == 1 else f'{seeds} seeds'} of a small arithmetic task, "
+        f"{results['scale']['steps']} steps: this exercises the five switches side by side. What the paper's "
+        "Figure 6 shows on mathematics is not tested by it."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none of the variants"
+
+
+def draw(path: Path, variants: dict[str, Any]) -> Path | None:
+    """Held-out accuracy and AUC of the reward model over steps, one line a variant; means over seeds.
+
+    Returns:
+        `path`, or None without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(11, 4.4), dpi=130, facecolor="white")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for name, variant in variants.items():
+        runs = list(variant["seeds"].values())
+        style: dict[str, Any] = {
+            "color": COLOURS[name],
+            "marker": MARKERS[name],
+            "markersize": 4.5,
+            "linewidth": 1.6,
+            "label": name,
+        }
+        held_out = zip(*(run["held_out"] for run in runs), strict=True)
+        points = [(p[0]["step"], sum(e["accuracy"] for e in p) / len(p)) for p in held_out]
+        left.plot(*zip(*points, strict=True), **style)
+        auc = zip(*(run["reward_model"]["rm_auc"] for run in runs), strict=True)
+        right.plot(runs[0]["step"], [sum(values) / len(values) for values in auc], **style)
+    first = next(iter(variants.values()))["seeds"]
+    start = next(iter(first.values()))["held_out"][0]
+    error = (start["accuracy"] * (1 - start["accuracy"]) / start["responses"]) ** 0.5
+    left.errorbar(
+        [start["step"]], [start["accuracy"]], [error], color=INK, capsize=4, linewidth=1.2, zorder=5,
+        label="1 standard error (problems)",
+    )  # fmt: skip
+    left.set_title("held-out accuracy of the policy", loc="left", fontsize=10.5, color=INK)
+    right.set_title("AUC of the reward model on new rollouts", loc="left", fontsize=10.5, color=INK)
+    for axes in (left, right):
+        axes.set_xlabel("step", color=MUTED, fontsize=9)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color(GRID)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=6, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+    return path
+
+
+def _print(output: Path, results: dict[str, Any], rows: list[list[str]], picture: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(title=title(results), title_justify="left", title_style="bold")
+    table.box, table.padding = None, (0, 1, 0, 0)
+    for i, name in enumerate(HEADER):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print()
+    console.print(legend(results), markup=False, style="dim")
+    console.print()
+    for text in results["conclusions"]:
+        console.print(f"- {text}", markup=False)
+    seconds = sum(results["seconds"].values())
+    console.print(f"\ntime of the runs: {seconds:.0f} s", markup=False)
+    console.print(f"picture: {picture}" if picture else MISSING, markup=False, soft_wrap=True)
+    console.print(f"everything is in {output}", markup=False, soft_wrap=True)
