@@ -230,7 +230,7 @@ def _triton_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B = cu_seqlens.shape[0] - 1
     sums = log_ratio.new_empty((2, B) if count else B)
-    slope = log_ratio.new_empty(len(log_ratio) if needs_gradient else 0)
+    slope = torch.empty_like(log_ratio) if needs_gradient else log_ratio.new_empty(0)
     given = (margin, weight, denominator)
     with torch.cuda.device_of(log_ratio):
         _prefix_value_loss_fwd_kernel[(B,)](
@@ -283,7 +283,7 @@ def _cuda_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B = cu_seqlens.shape[0] - 1
     sums = log_ratio.new_empty((2, B) if count else B)
-    slope = log_ratio.new_empty(len(log_ratio) if needs_gradient else 0)
+    slope = torch.empty_like(log_ratio) if needs_gradient else log_ratio.new_empty(0)
     backend.native_call(
         "prefix_value_loss_fwd_cuda", log_ratio, cu_seqlens, outcome, margin, weight, denominator,
         margin_value, 1 / divisor, sums, sums[1] if count else None, slope if needs_gradient else None,
