@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import importlib.util
 import json
 import os
@@ -137,7 +138,7 @@ def wheels_part(folder: Path) -> Part:
     wheels = sorted(str(path) for path in folder.glob("*.whl"))
     command = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(folder), *wheels]
     missing = "" if wheels else f"no wheels in {folder}"
-    return Part("wheels", command, SLICES["wheels"], missing, needed=True)
+    return Part("wheels", command, SLICES["wheels"], missing)
 
 
 def find_tool(name: str) -> str | None:
@@ -229,7 +230,9 @@ def nothing_measured(part: Part, found: Mapping[str, Any], log: str) -> str:
     if part.name == "sweep":
         return "" if found.get("sweep", {}).get("winner_ms") else "no configuration was timed"
     if part.name.startswith("bench_") or part.name == "model_heads":
-        timed = [row for row in found.get("rows", ()) if is_ours(row["contender"]) and not row["error"]]
+        all_ours = part.name == "bench_policy_step"  # this package with and without what it adds
+        rows = [row for row in found.get("rows", ()) if all_ours or is_ours(row["contender"])]
+        timed = [row for row in rows if not row["error"]]
         return "" if timed else "no row of ours was timed"
     return ""
 
@@ -272,12 +275,14 @@ def counters(log: str) -> list[dict[str, Any]]:
 
     Rows of a section's advice have no metric.
     """
-    lines = log.splitlines()
+    lines = log.splitlines(keepends=True)
     start = next((i for i, line in enumerate(lines) if '"Kernel Name"' in line), None)
     if start is None:
         return []
     launches: dict[str, dict[str, Any]] = {}
-    for row in csv.DictReader(line for line in lines[start:] if line.startswith('"')):
+    for row in csv.DictReader(lines[start:]):
+        if None in row.values():  # a line of something else
+            continue
         launch = launches.setdefault(
             row["ID"], dict(kernel=row["Kernel Name"], grid=row.get("Grid Size", ""))
         )
@@ -311,17 +316,22 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu_report: no GPU that torch can see; nothing was run and nothing written", file=sys.stderr)
         return 2
     deadline = time.monotonic() + options.budget
+    installed = {}
+    if options.wheels:  # before anything that asks what is installed
+        with tempfile.TemporaryDirectory() as temporary:
+            part = wheels_part(options.wheels.resolve())
+            installed = {part.name: run_and_read(part, 3 * part.slice, Path(temporary))}
+        print(f"{part.name}: {installed[part.name]['status']}", flush=True)
+        importlib.invalidate_caches()
     machine = describe()
     slug = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     old = earlier(options.out, slug, machine["commit"]) if options.only or options.resume else None
     target = old.with_suffix("") if old else options.out / f"{slug}-{time.strftime('%Y-%m-%d')}"
-    results: dict[str, Any] = json.loads(old.read_text())["parts"] if old else {}
+    results: dict[str, Any] = (json.loads(old.read_text())["parts"] if old else {}) | installed
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         passed = {name for name, result in results.items() if result["status"] == "passed"}
         chosen = select(parts(folder), options.only, passed)
-        if options.wheels:
-            chosen = [wheels_part(options.wheels.resolve()), *chosen]
         for place, part in enumerate(chosen):
             print(f"{part.name} ...", end=" ", flush=True)
             seconds = limit(part, chosen[place + 1 :], deadline - time.monotonic())

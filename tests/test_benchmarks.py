@@ -539,8 +539,10 @@ def test_counters_from_the_profilers_csv():
 FAKE_SECTIONS = """==PROF== Connected
 "ID","Kernel Name","Grid Size","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name"
 "0","_head_stats_kernel","(132, 1, 1)","GPU Speed Of Light Throughput","Duration","ms","1.5",""
-"0","_head_stats_kernel","(132, 1, 1)","GPU Speed Of Light Throughput","","","","SOLBottleneck"
+"0","_head_stats_kernel","(132, 1, 1)","GPU Speed Of Light Throughput","","","","advice
+of two ""lines"", the second one"
 "1","_head_dz_kernel","(132, 1, 1)","Launch Statistics","Registers Per Thread","register/thread","168",""
+==PROF== Disconnected
 """
 
 
@@ -629,6 +631,8 @@ def test_a_part_that_measured_nothing_has_failed(tmp_path):
     assert told("sanitizer", clean.replace("done", "")) == "the ops did not run to their end"
     rows = [row("matmul", 1).as_dict(), row("cpp", math.nan, error="no room").as_dict()]
     assert told("bench_scaling", "", rows=rows) and told("model_heads", "") and told("sweep", "")
+    assert told("bench_policy_step", "", rows=[row("grpo", 1).as_dict()]) == ""  # no contender says ours
+    assert told("bench_policy_step", "", rows=rows[1:])
     rows += [row("triton, one id", 1).as_dict()]
     assert told("bench_scaling", "", rows=rows) == "" and told("sweep", "", sweep=dict(winner_ms=1.0)) == ""
     silent = gpu_report.Part("bench_x", python("print('nothing')"), 1)
@@ -661,13 +665,19 @@ def test_wheels_are_installed_from_their_folder_alone(monkeypatch, tmp_path, cap
     (tmp_path / "FAKE-1-py3-none-any.whl").touch()
     part = gpu_report.wheels_part(tmp_path)
     assert {"--no-index", "--find-links", str(tmp_path / "FAKE-1-py3-none-any.whl")} <= set(part.command)
+    order = []  # the wheels come before the question what is installed
     monkeypatch.setattr(gpu_report, "parts", lambda folder: [gpu_report.Part("a", python("print(1)"), 20)])
-    monkeypatch.setattr(gpu_report, "describe", lambda: dict(FAKE_MACHINE))
+    monkeypatch.setattr(gpu_report, "describe", lambda: order.append("describe") or dict(FAKE_MACHINE))
+    run_and_read = gpu_report.run_and_read
+    monkeypatch.setattr(
+        gpu_report, "run_and_read", lambda part, *rest: order.append(part.name) or run_and_read(part, *rest)
+    )
     monkeypatch.setattr(gpu_report.torch.cuda, "is_available", lambda: True)
     assert gpu_report.main(["--out", str(tmp_path / "out"), "--wheels", str(tmp_path)]) == 1
     (report,) = (tmp_path / "out").glob("*.json")
     statuses = {name: part["status"] for name, part in json.loads(report.read_text())["parts"].items()}
     assert statuses["wheels"].startswith("failed") and statuses["a"] == "passed"  # not a wheel; the rest runs
+    assert order == ["wheels", "describe", "a"]
 
 
 def test_model_heads_are_those_that_no_other_part_measures(monkeypatch, tmp_path, capsys):

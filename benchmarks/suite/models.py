@@ -37,7 +37,7 @@ def qwen3(device: str, quick: bool) -> Any:
 def ragged_batch(device: str, vocabulary: int, quick: bool) -> Batch:
     """SEQUENCES of a quarter of T to T tokens, evenly spread, as rollouts: T = 2048 (GPU), 256 or 128 (CPU).
 
-    On a GPU 10,236 tokens in all.
+    On a GPU 10,237 tokens in all.
     """
     T = 2048 if device == "cuda" else 128 if quick else 256
     lengths = torch.linspace(T // 4, T, SEQUENCES).long().tolist()  # of prompt and response
