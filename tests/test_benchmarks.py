@@ -707,7 +707,7 @@ def test_model_heads_have_no_compiled_contender(monkeypatch):
     monkeypatch.setattr(model_heads, "shapes", lambda device, quick: [shape])
     monkeypatch.setattr(model_heads, "more_shapes", lambda device: iter([shape._replace(K=heads.K)]))
     found = list(model_heads.cases("cpu"))
-    assert len(found) == 4 and all("torch.compile of eager" not in case.contenders for case in found)
+    assert len(found) == 8 and all("torch.compile of eager" not in case.contenders for case in found)
     results = {name: found[0].contenders[name]() for name in ("cpp", "eager log_softmax")}
     found[0].check(results)
 
@@ -872,9 +872,10 @@ def test_search_descends_within_its_time():
     assert list(tried(0)) == [HALF]
     assert 1 < len(tried(3)) <= 4
     assert sweep.fastest({HALF: None}) == HALF
+    assert prepared[0] == [HALF, *sweep.neighbours(HALF, "sm_90", "half")]  # side by side, the first one too
     assert kept[0] == {HALF: cost(HALF)} and [len(x) for x in kept].count(1) == 3  # after each one tried
     late = sweep.search(
-        HALF, lambda c: sweep.neighbours(c, "sm_90", "half"), lambda configs: configs[:1], cost, lambda: 1.0,
+        HALF, lambda c: sweep.neighbours(c, "sm_90", "half"), lambda configs: configs[1:2], cost, lambda: 1.0,
         lambda tried: None,
     )  # fmt: skip
     first = sweep.neighbours(HALF, "sm_90", "half")[0]

@@ -1,9 +1,10 @@
-"""linear_logprobs at the heads of real models: `python -m benchmarks.gpu.model_heads [--json F]`.
+"""The head ops at the heads of real models: `python -m benchmarks.gpu.model_heads [--json F]`.
 
-First the shape of D = 4096 that has targets, with the peers; then each shape that a full run adds (every
-model, N = 64 and 65,536, odd N and V) once, forward and backward, beside the bare matmul and eager. K in
-{1, 5, 10} and 65,536 rows of the smallest model are points of bench_scaling. Nothing is compiled by
-torch.compile, whose seconds go to bench_linear_logprobs. The file is rewritten after every case.
+First every op at the shape of D = 4096 that has targets, with the peers (a quick run of the ops' benchmarks
+has D = 1024); then linear_logprobs at each shape that a full run adds (every model, N = 64 and 65,536, odd N
+and V) once, forward and backward, beside the bare matmul and eager. K in {1, 5, 10} and 65,536 rows of the
+smallest model are points of bench_scaling. Last, liger's chunked GRPO loss. Nothing of ours or of eager is
+compiled by torch.compile, whose seconds go to the ops' benchmarks. The file is rewritten after every case.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.bench_linear_candidates import candidates_case
+from benchmarks.bench_linear_distrl_loss import Batch, loss_case
 from benchmarks.bench_linear_logprobs import forward_case, step_case
 from benchmarks.run import write_json
 from benchmarks.suite.heads import K as MANY
@@ -42,8 +45,15 @@ def cases(device: str) -> Iterator[Case]:
     del forward, kept  # their tensors, while the next case is measured
     for frozen in (False, True):
         yield step_case(large, device, frozen, with_compile=False)
+    yield candidates_case(large, device, with_compile=False)
+    for frozen in (False, True):
+        yield loss_case(Batch.calibrated(large, device, frozen), device, with_grpo=False, with_compile=False)
     for shape in added(device):
         yield step_case(shape, device, frozen=False, with_peers=False, with_compile=False)
+    second = added(device)[-2:][0]  # liger's loss compiles itself and takes long to, so it comes last
+    yield loss_case(
+        Batch.calibrated(second, device, frozen=False), device, with_grpo=device == "cuda", with_compile=False
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -82,26 +82,23 @@ def search(
 ) -> dict[Config, float | None]:
     """Steepest descent from `start`: {configuration: milliseconds, or None if it cannot run}, in order tried.
 
-    prepare compiles a round's configurations and returns those that are ready in time; a round is only begun
-    while time_left() is positive, and cut short when it no longer is. keep is given all that was tried after
-    each one.
+    prepare compiles a round's configurations and returns those that are ready in time; the first round has
+    `start`, which is tried whatever happens, and its neighbours. A round is only begun while time_left() is
+    positive, and cut short when it no longer is. keep is given all that was tried after each one.
     """
-    tried: dict[Config, float | None] = {start: evaluate(start)}
-    keep(tried)
-    best = start
-    while time_left() > 0:
-        fresh = [config for config in near(best) if config not in tried]
-        if not fresh:
-            break
-        for config in prepare(fresh):
-            if time_left() <= 0:
+    tried: dict[Config, float | None] = {}
+    best, fresh = None, [start, *near(start)]
+    while fresh and (not tried or time_left() > 0):
+        ready = prepare(fresh)
+        for config in ready if tried else dict.fromkeys([start, *ready]):
+            if tried and time_left() <= 0:
                 break
             tried[config] = evaluate(config)
             keep(tried)
-        leader = fastest(tried)
-        if leader == best:
+        if fastest(tried) == best:
             break
-        best = leader
+        best = fastest(tried)
+        fresh = [config for config in near(best) if config not in tried]
     return tried
 
 
