@@ -102,7 +102,8 @@ class BuildExtension(build_ext):
             gencode += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         newest = architectures[-1]
         gencode += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
-        for source in CUDA_SOURCES:
+        runs = []
+        for source in CUDA_SOURCES:  # at once, and each for all architectures at once
             target = Path(self.build_temp) / (Path(source).stem + ".cu.o")
             target.parent.mkdir(parents=True, exist_ok=True)
             command = [
@@ -113,6 +114,8 @@ class BuildExtension(build_ext):
                 str(target),
                 "-O3",
                 "-std=c++17",
+                "--threads",
+                "0",
                 "--cudart=static",
                 "-Icsrc",
                 "-Xcompiler",
@@ -120,14 +123,16 @@ class BuildExtension(build_ext):
                 *gencode,
             ]
             print(" ".join(command), flush=True)
-            try:
-                subprocess.run(command, check=True, cwd=ROOT)
-            except (OSError, subprocess.CalledProcessError) as error:
+            runs.append((command, subprocess.Popen(command, cwd=ROOT)))
+            objects.append(str(target))
+        codes = [run.wait() for _, run in runs]
+        for (command, _), code in zip(runs, codes, strict=True):
+            if code:
+                error = subprocess.CalledProcessError(code, command)
                 if os.environ.get("IPVRM_CUDA") == "1":
-                    raise
+                    raise error
                 print(f"ipvrm: CUDA sources were not compiled ({error}); impl='cuda' is off", file=sys.stderr)
                 return
-            objects.append(str(target))
         extension.extra_objects += objects
         extension.define_macros += [("IPVRM_WITH_CUDA", "1")]
         cuda_root = Path(nvcc).resolve().parent.parent

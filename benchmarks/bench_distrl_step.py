@@ -1,5 +1,5 @@
 """One DistRL step, end to end: behaviour pass with candidates, reward model on the same ids, advantages,
-two-branch loss, backward; at 8 x 2048 (GPU) or 8 x 256 (CPU) tokens.
+two-branch loss, backward; on 8 sequences of up to 2048 (GPU) or 256 (CPU) tokens, a quarter of that at least.
 
 Eager: full logits of both models, log_softmax, top-k, a loop over time for GAE, padded or packed as suits.
 Released: the same with log_softmax over 64 rows at a time. Ours: linear_candidates, linear_logprobs,

@@ -28,6 +28,7 @@ from ipvrm_kernels.linear_logprobs import LinearLogprobs
 OP = "linear_logprobs"
 ALONE = ", log-prob alone"
 CHUNKED = "F.linear_cross_entropy"  # the peer that a target names
+TRL, LIGER = "TRL chunked log-prob", "liger fused linear CE"  # the same on a GPU
 TRL_ENTROPY = "TRL chunked log-prob + entropy"
 LARGEST_TRAINED = 1 << 30  # bytes of weight up to which a CPU run takes its gradient, by every contender
 
@@ -98,6 +99,8 @@ def forward_case(shape: Shape, device: str) -> Case:
     aims = targets("forward", shape, implementations, device)
     if aims and device == "cpu":
         aims |= {f"{name}{ALONE}": Target(1 / 3, f"{CHUNKED}{ALONE}") for name in implementations}
+    elif aims:
+        aims |= {f"{name}{ALONE}": Target(1 / 3, f"{TRL}{ALONE}") for name in implementations}
     return Case(
         OP, title, contenders, check, shape.flops, shape.flops, absent=late, axes=shape.axes, targets=aims
     )
@@ -193,5 +196,8 @@ def step_case(
     aims = targets(kind, shape, implementations, device)
     if aims and peers and device == "cpu":
         aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *kept, *scalar)}
+    elif aims and with_peers:  # log-probs beside log-probs, a scalar loss beside a scalar loss
+        aims |= {name: Target(1 / 3, f"{TRL}, one id") for name in one_id}
+        aims |= {name: Target(1 / 3, f"{LIGER}, one id") for name in scalar}
     work = (2 if frozen else 3) * shape.flops
     return Case(OP, title, contenders, check, shape.flops, work, absent=late, axes=shape.axes, targets=aims)

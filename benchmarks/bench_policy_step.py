@@ -1,5 +1,6 @@
 """One policy step behind the rollouts, end to end: behaviour pass, reward-model update and score, policy
-update, at 8 x 2048 (GPU) or 8 x 256 (CPU) tokens; on the CPU also at the scale of `ipvrm demo`.
+update, on 8 sequences of up to 2048 (GPU) or 256 (CPU) tokens, a quarter of that at least; on the CPU also at
+the scale of `ipvrm demo`.
 
 The yardstick is GRPO with the same reward model, without candidates; DistRL adds the exact candidates of the
 behaviour pass, their log-probs under the reward model and their branch of the loss. GRPO alone has no reward
@@ -125,8 +126,8 @@ def calibrated(policy: Any, batch: Batch) -> float:
     Random weights are flat at 1, where there is none; colder, the count rises to a peak and falls to one.
     Rows beyond the peak are like a trained model's: most have one candidate, some two or more.
     """
-    grid = torch.logspace(0, -4, 41).tolist()
     hidden, parts = hidden_states(policy, batch)[:256], head(policy)
+    grid = torch.logspace(0, -4, 10 if hidden.is_cuda else 41).tolist()  # seconds of a GPU are dear
     found = (
         linear_candidates(hidden, parts.weight, min_prob=0.1, temperature=t, **parts.transform())
         for t in grid

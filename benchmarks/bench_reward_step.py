@@ -1,5 +1,5 @@
-"""One reward-model training step, end to end: model forward, IPVRM loss, backward, at 8 x 2048 (GPU) or
-8 x 256 (CPU) tokens.
+"""One reward-model training step, end to end: model forward, IPVRM loss, backward, on 8 sequences of up to
+2048 (GPU) or 256 (CPU) tokens, a quarter of that at least.
 
 Before: the model's own full logits, `log_softmax`, padded Eq. 9 in eager PyTorch, as reward-model trainers
 write it. As released: the same with log_softmax over 64 rows at a time, which keeps every slice for the

@@ -19,19 +19,22 @@ if not (ROOT / "benchmarks" / "run.py").is_file():
     pytest.skip("no checkout with benchmarks/ beside the tests", allow_module_level=True)
 sys.path.append(str(ROOT))  # behind the installed packages, which stay the ones that are tested
 
+import ipvrm_kernels  # noqa: E402
 from benchmarks import (  # noqa: E402
     bench_linear_candidates,
     bench_linear_distrl_loss,
     bench_linear_logprobs,
     bench_linear_logprobs_partial,
+    bench_prefix_value_loss,
     bench_scaling,
+    bench_segment_scan,
     gate,
     gpu_report,
     render,
     run,
 )
-from benchmarks.gpu import small, sweep  # noqa: E402
-from benchmarks.suite import heads, machine, measure, peers, tables  # noqa: E402
+from benchmarks.gpu import model_heads, small, sweep  # noqa: E402
+from benchmarks.suite import heads, machine, measure, models, peers, sequences, tables  # noqa: E402
 from benchmarks.suite.measure import Case, Row, Target  # noqa: E402
 from ipvrm_kernels.backend import HAS_CPP  # noqa: E402
 from ipvrm_kernels.head import tuned  # noqa: E402
@@ -524,10 +527,16 @@ done
 
 def test_parts_fit_the_budget_and_name_every_benchmark():
     listed = gpu_report.parts(Path("x"))
-    assert sum(part.slice for part in listed) <= gpu_report.BUDGET <= 540
+    assert sum(gpu_report.SLICES.values()) <= gpu_report.BUDGET < 540  # with the wheels' part
     names = [part.name for part in listed]
-    assert names[:4] == ["build", "sweep", "tests", "sanitizer"] and names[-1] == "ncu"
-    assert {f"bench_{name}" for name in run.MODULES} <= set(names) and set(gpu_report.SLICES) <= set(names)
+    assert names[:5] == ["build", "small", "sweep", "tests", "sanitizer"] and names[-1] == "ncu"
+    assert {*names, "wheels"} == set(gpu_report.SLICES) and len(set(names)) == len(names)
+    ops = [word for part in listed if "--op" in part.command for word in part.command if word in run.MODULES]
+    assert sorted(ops) == sorted(run.MODULES)
+    for part in listed:  # a part stopped at its limit leaves the file it rewrites
+        if part.name.startswith("bench_") or part.name in ("sweep", "model_heads"):
+            assert part.command[part.command.index("--json") + 1] == str(Path("x") / f"{part.name}.json")
+    assert min(part.slice for part in listed) >= 9  # seconds: a process that imports torch and sees a GPU
 
 
 def test_selection_and_time_slices():
@@ -537,6 +546,9 @@ def test_selection_and_time_slices():
     assert gpu_report.limit(a, [b, c], 60) == 10
     assert gpu_report.limit(b, [c], 55) == 22  # what a left is shared
     assert gpu_report.limit(c, [], 200) == 90  # a part that hangs gets three slices at most
+    build = gpu_report.Part("build", [], 10, needed=True)  # the rest needs it: more than its share
+    assert gpu_report.limit(build, [b, c], 60) == 30 and gpu_report.limit(build, [b, c], 25) == 25
+    assert [part.name for part in gpu_report.parts(Path("x")) if part.needed] == ["build"]
 
 
 def python(code):
@@ -612,8 +624,302 @@ def test_counters_from_the_profilers_csv():
     assert gpu_report.counters("==ERROR== ERR_NVGPUCTRPERM") == []
 
 
+FAKE_SECTIONS = """==PROF== Connected
+"ID","Kernel Name","Grid Size","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name"
+"0","_head_stats_kernel","(132, 1, 1)","GPU Speed Of Light Throughput","Duration","ms","1.5",""
+"0","_head_stats_kernel","(132, 1, 1)","GPU Speed Of Light Throughput","","","","advice
+of two ""lines"", the second one"
+"1","_head_dz_kernel","(132, 1, 1)","Launch Statistics","Registers Per Thread","register/thread","168",""
+==PROF== Disconnected
+"""
+
+
+def told(name, log, **found):
+    part = next(part for part in gpu_report.parts(Path("x")) if part.name == name)
+    return gpu_report.nothing_measured(part, found, log)
+
+
+def test_counters_of_sections_have_no_advice_and_name_no_metric():
+    stats, dz = gpu_report.counters(FAKE_SECTIONS)
+    assert stats == dict(kernel="_head_stats_kernel", grid="(132, 1, 1)", Duration="1.5 ms")
+    assert dz["Registers Per Thread"] == "168 register/thread"
+    parts = {part.name: part.command for part in gpu_report.parts(Path("x"))}
+    assert "--metrics" not in parts["ncu"] and parts["ncu"].count("--section") == len(gpu_report.SECTIONS)
+    tensor = parts["ncu_tensor"][parts["ncu_tensor"].index("--metrics") + 1]
+    assert "tensor_cycles_active" in tensor and "inst_executed" not in tensor
+
+
+@pytest.mark.parametrize("name", ["ncu", "ncu_tensor"])
+def test_a_profile_without_both_kernels_has_failed(name):
+    assert told(name, "", counters=gpu_report.counters(FAKE_SECTIONS)) == ""
+    refused = "==PROF== x\n==ERROR== ERR_NVGPUCTRPERM - no permission"
+    reason = told(name, refused, counters=[])
+    assert "_head_stats_kernel" in reason and "_head_dz_kernel" in reason and "ERR_NVGPUCTRPERM" in reason
+    first = gpu_report.counters(FAKE_SECTIONS)[:1]
+    assert told(name, "", counters=first) == "no counters of _head_dz_kernel"
+    bare = [dict(kernel=kernel, grid="") for kernel in gpu_report.KERNELS]  # launches without a metric
+    assert told(name, "", counters=bare)
+
+
+FAKE_TESTS = """tests/kernels/test_a.py::test_x[triton-cuda-False] PASSED        [  1%]
+tests/kernels/test_a.py::test_x[triton-cuda-[0, 9, 50]] SKIPPED (why)   [  2%]
+tests/kernels/test_a.py::test_x[torch-cuda] PASSED [  3%]
+[gw3] [  4%] PASSED tests/kernels/test_b.py::test_y[cuda-cuda]
+[gw0] [ 11%] FAILED tests/kernels/test_b.py::test_y[triton-cuda-[0, 9]]
+tests/kernels/test_b.py::test_on_cuda PASSED [100%]
+SKIPPED [1] tests/kernels/test_a.py:7: why
+FAILED tests/kernels/test_b.py::test_y[triton-cuda-[0, 9]] - assert 0
+"""
+
+
+def test_outcomes_of_tests_are_counted_by_backend_and_survive_a_kill():
+    found = gpu_report.outcomes(FAKE_TESTS)
+    assert found["counts"] == {
+        "triton-cuda": dict(PASSED=1, SKIPPED=1, FAILED=1), "torch-cuda": dict(PASSED=1),
+        "cuda-cuda": dict(PASSED=1), "other": dict(PASSED=1),
+    }  # fmt: skip
+    assert found["failed"] == ["tests/kernels/test_b.py::test_y[triton-cuda-[0, 9]]"]
+    assert gpu_report.outcomes(FAKE_TESTS[:100])["counts"] == {"triton-cuda": dict(PASSED=1)}
+    assert told("tests", "", tests=found) == ""
+    only_torch = gpu_report.outcomes(FAKE_TESTS.replace("cuda-cuda", "torch-cuda"))
+    assert told("tests", "", tests=only_torch) == "no test passed for cuda-cuda"
+    assert "triton-cuda, cuda-cuda" in told("tests", "", tests=gpu_report.outcomes("no tests ran"))
+
+
+def test_pytest_itself_prints_lines_that_are_counted(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('impl', ['triton-cuda', 'cuda-cuda'])\n"
+        "def test_x(impl):\n    assert impl[0] == 't'\ndef test_y():\n    pytest.skip('why not')\n"
+    )
+    part = gpu_report.tests_part()
+    flags = part.command[part.command.index("tests/kernels") + 1 : part.command.index("-k")]
+    command = [sys.executable, "-m", "pytest", str(tmp_path), *flags, "--rootdir", str(tmp_path)]
+    log = tmp_path / "log"
+    gpu_report.run_part(gpu_report.Part("tests", command, 1, env=part.env), 100, log)
+    counts = gpu_report.outcomes(log.read_text())["counts"]
+    assert counts == {
+        "triton-cuda": dict(PASSED=1), "cuda-cuda": dict(FAILED=1), "other": dict(SKIPPED=1),
+    }  # fmt: skip
+
+
+def test_tests_run_side_by_side_where_xdist_is_installed(monkeypatch):
+    monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: object())
+    part = gpu_report.tests_part()
+    assert part.command[-2:] == ["-n", "8"] and int(part.env["OMP_NUM_THREADS"]) >= 1
+    monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: None)
+    assert "-n" not in gpu_report.tests_part().command
+
+
+def test_a_part_that_measured_nothing_has_failed(tmp_path):
+    assert told("build", "building\nipvrm: CUDA sources were not compiled (x); impl='cuda' is off\n")
+    assert told("build", "building\n") == ""
+    assert told("small", "linear_logprobs triton\n") and told("small", "a\ndone\n") == ""
+    clean = "========= COMPUTE-SANITIZER\ndone\n========= ERROR SUMMARY: 0 errors\n"
+    assert told("sanitizer", clean) == "" and told("sanitizer", "done\n")
+    assert told("sanitizer", clean.replace("done", "")) == "the ops did not run to their end"
+    rows = [row("matmul", 1).as_dict(), row("cpp", math.nan, error="no room").as_dict()]
+    assert told("bench_scaling", "", rows=rows) and told("model_heads", "") and told("sweep", "")
+    assert told("bench_policy_step", "", rows=[row("grpo", 1).as_dict()]) == ""  # no contender says ours
+    assert told("bench_policy_step", "", rows=rows[1:])
+    rows += [row("triton, one id", 1).as_dict()]
+    assert told("bench_scaling", "", rows=rows) == "" and told("sweep", "", sweep=dict(winner_ms=1.0)) == ""
+    silent = gpu_report.Part("bench_x", python("print('nothing')"), 1)
+    result = gpu_report.run_and_read(silent, 60, tmp_path)
+    assert result["status"] == "failed: no row of ours was timed" and result["tail"] == ["nothing"]
+
+
+def test_a_part_stopped_at_its_limit_keeps_its_rows(tmp_path):
+    content = json.dumps(dict(rows=[row("cpp", 1).as_dict()]))
+    code = (
+        f"import time; from pathlib import Path; Path({str(tmp_path / 'bench_x.json')!r})"
+        f".write_text({content!r}); time.sleep(60)"
+    )
+    result = gpu_report.run_and_read(gpu_report.Part("bench_x", python(code), 1), 5, tmp_path)
+    assert result["status"] == "stopped at its limit of 5 s" and result["rows"][0]["contender"] == "cpp"
+
+
+def test_the_sanitizer_sees_every_allocation(tmp_path):
+    parts = {part.name: part for part in gpu_report.parts(Path("x"))}
+    assert parts["sanitizer"].env == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    code = python("import os; print(os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'], 'PATH' in os.environ)")
+    part = gpu_report.Part("a", code, 1, env=parts["sanitizer"].env)
+    assert gpu_report.run_part(part, 60, tmp_path / "log")["tail"] == ["1 True"]
+    small_part = [part for part in parts.values() if part.command[-1] == "benchmarks.gpu.small"]
+    assert [part.name for part in small_part] == ["small", "sanitizer"]  # compiled before it is watched
+
+
+def test_wheels_are_installed_from_their_folder_alone(monkeypatch, tmp_path, capsys):
+    assert gpu_report.wheels_part(tmp_path).missing == f"no wheels in {tmp_path}"
+    (tmp_path / "FAKE-1-py3-none-any.whl").touch()
+    part = gpu_report.wheels_part(tmp_path)
+    assert {"--no-index", "--find-links", str(tmp_path / "FAKE-1-py3-none-any.whl")} <= set(part.command)
+    order = []  # the wheels come before the question what is installed
+    monkeypatch.setattr(gpu_report, "parts", lambda folder: [gpu_report.Part("a", python("print(1)"), 20)])
+    monkeypatch.setattr(gpu_report, "describe", lambda: order.append("describe") or dict(FAKE_MACHINE))
+    run_and_read = gpu_report.run_and_read
+    monkeypatch.setattr(
+        gpu_report, "run_and_read", lambda part, *rest: order.append(part.name) or run_and_read(part, *rest)
+    )
+    monkeypatch.setattr(gpu_report.torch.cuda, "is_available", lambda: True)
+    assert gpu_report.main(["--out", str(tmp_path / "out"), "--wheels", str(tmp_path)]) == 1
+    (report,) = (tmp_path / "out").glob("*.json")
+    statuses = {name: part["status"] for name, part in json.loads(report.read_text())["parts"].items()}
+    assert statuses["wheels"].startswith("failed") and statuses["a"] == "passed"  # not a wheel; the rest runs
+    assert order == ["wheels", "describe", "a"]
+
+
+def test_model_heads_are_those_that_no_other_part_measures(monkeypatch, tmp_path, capsys):
+    chosen = model_heads.added("cuda")
+    models = {"Qwen3-0.6B", "Qwen3-0.6B unpadded", "Qwen3-1.7B", "Qwen3-8B", "Llama-3.2-1B"}
+    assert {shape.model for shape in chosen} == models and {64, 65_536} <= {shape.N for shape in chosen}
+    assert sum(shape.flops for shape in chosen) < 1.5e14 and chosen[-1].N == 65_536
+    made = []
+
+    def fake_cases(device):
+        for name in ("a", "b"):
+            made.append(name)
+            yield Case("FAKE", name, {"cpp": lambda: torch.ones(1)}, lambda results: None)
+            assert json.loads((tmp_path / "f.json").read_text())["rows"][-1]["shape"] == name
+
+    monkeypatch.setattr(model_heads, "cases", fake_cases)
+    monkeypatch.setattr(model_heads, "measure", lambda case, device, s: measure.measure(case, "cpu", 0.01))
+    monkeypatch.setattr(model_heads, "describe", lambda: dict(FAKE_MACHINE))
+    assert model_heads.main(["--json", str(tmp_path / "f.json")]) == (0 if torch.cuda.is_available() else 2)
+    monkeypatch.setattr(model_heads.torch.cuda, "is_available", lambda: True)
+    assert model_heads.main(["--json", str(tmp_path / "f.json")]) == 0 and made[-2:] == ["a", "b"]
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the contender is the C++ op")
+def test_model_heads_have_no_compiled_contender(monkeypatch):
+    shape = heads.Shape(40, 16, 101, torch.float32, 2, "FAKE")
+    monkeypatch.setattr(model_heads, "shapes", lambda device, quick: [shape])
+    monkeypatch.setattr(model_heads, "more_shapes", lambda device: iter([shape._replace(K=heads.K)]))
+    found = list(model_heads.cases("cpu"))
+    assert len(found) == 8 and all("torch.compile of eager" not in case.contenders for case in found)
+    results = {name: found[0].contenders[name]() for name in ("cpp", "eager log_softmax")}
+    found[0].check(results)
+
+
+# --------------------------------------------------------------------------- what benchmarks ask of a GPU
+
+
+def test_a_step_of_a_gpu_has_a_model_made_on_it(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    seen = []
+
+    class Fake(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(1))
+
+    def from_config(config, dtype):
+        seen.append((torch.empty(1).device.type, dtype, config.num_hidden_layers))
+        return Fake()
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", from_config)
+    models.qwen3("meta", quick=True)
+    assert seen == [("meta", torch.float32, 4)]
+    monkeypatch.undo()
+    model = models.qwen3("cpu", quick=True)
+    assert model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_no_loop_over_long_sequences_on_a_gpu(monkeypatch):
+    """What is built for "cuda", on the CPU."""
+    monkeypatch.setattr(bench_scaling, "edges", lambda lengths, device: sequences.edges(lengths, "cpu"))
+    monkeypatch.setattr(bench_scaling, "_packed", lambda T, device: (
+        sequences.edges([T] * bench_scaling.SEQUENCES, "cpu"), torch.randn(bench_scaling.SEQUENCES * T)
+    ))  # fmt: skip
+    for T, first in ((2048, "padded loop"), (32_768, "torch")):
+        case = bench_scaling.scan_case(T, "cuda")
+        assert next(iter(case.contenders)) == first and ("padded loop" in case.contenders) == (T == 2048)
+    assert "padded loop" in bench_scaling.scan_case(32_768, "cpu").contenders
+    monkeypatch.setattr(
+        bench_segment_scan, "batches", lambda device, quick, level: sequences.batches("cpu", quick, level)
+    )
+    monkeypatch.setattr(bench_segment_scan, "runnable", lambda op, device: sequences.runnable(op, "cpu"))
+    monkeypatch.setattr(sequences, "FULL", ((2, 300, True), (1, 6000, True)))
+    short, long = bench_segment_scan.cases("cuda", False)
+    assert next(iter(short.contenders)) == "padded loop" and next(iter(long.contenders)) == "torch"
+    assert list(long.contenders).count("torch") == 1 and "padded loop" not in long.contenders
+    results = {name: run() for name, run in long.contenders.items()}
+    long.check(results)
+    if HAS_CPP:
+        with pytest.raises(AssertionError):
+            long.check(results | dict(cpp=results["cpp"] * 1.01))
+
+
+def test_targets_against_peers_on_a_gpu(monkeypatch):
+    """Cases as of a GPU (any device but "cpu"), on the CPU at a tiny shape that is said to have targets."""
+    shape = heads.Shape(16, 8, 33, torch.float32)
+    on_cpu = lambda make: lambda *given: make(*given[:-1], "cpu")  # noqa: E731
+    for name in ("inputs", "kernels", "one_token", "edges"):
+        monkeypatch.setattr(bench_linear_logprobs, name, on_cpu(getattr(bench_linear_logprobs, name)))
+    has_targets = lambda kind, shape, names, device: dict.fromkeys(names, Target(4.0))  # noqa: E731
+    monkeypatch.setattr(bench_linear_logprobs, "targets", has_targets)
+    names = sequences.kernels("linear_logprobs", "cpu")
+    third = {"TRL": Target(1 / 3, "TRL chunked log-prob, one id"),
+             "liger": Target(1 / 3, "liger fused linear CE, one id")}  # fmt: skip
+    forward = bench_linear_logprobs.forward_case(shape, "meta").targets
+    for frozen in (False, True):
+        step = bench_linear_logprobs.step_case(shape, "meta", frozen, with_compile=False).targets
+        for name in names:
+            assert forward[f"{name}, log-prob alone"] == Target(1 / 3, "TRL chunked log-prob, log-prob alone")
+            assert step[f"{name}, one id"] == third["TRL"] and step[name] == Target(4.0)
+            assert step[f"{name} linear_distrl_loss, one id"] == third["liger"]
+    alone = bench_linear_logprobs.step_case(shape, "meta", False, with_peers=False, with_compile=False)
+    assert set(alone.targets) == set(names)
+    offered = {*peers.one_token("cuda")[0], *peers.one_token("cuda")[1]}
+    assert {"TRL chunked log-prob", "liger fused linear CE"} <= offered  # what the targets name
+
+
+def test_the_value_loss_states_its_target_in_microseconds(monkeypatch):
+    on_cpu = lambda device, quick, level: sequences.batches("cpu", quick, level)  # noqa: E731
+    monkeypatch.setattr(bench_prefix_value_loss, "batches", on_cpu)
+    monkeypatch.setattr(sequences, "FULL", ((256, 2048, False), (2, 30, True)))
+    stated, other = bench_prefix_value_loss.cases("cuda", False)
+    assert stated.shape == "B=256 T=2048 forward+backward, target raw <= 30 us of device time"
+    assert "us" not in other.shape
+
+
+def test_installed_peers_give_the_log_prob():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(24, 16), torch.randn(50, 16)
+    target = torch.randint(0, 50, (24,))
+    expected = torch.log_softmax(hidden @ weight.T, 1)
+    found, absent = peers.one_token("cpu")
+    quick = [name for name in found if "torch_compile" not in name]  # which takes half a minute to compile
+    if not quick:
+        pytest.skip(f"no peer: {absent}")
+    for name in quick:
+        leaf = hidden.clone().requires_grad_()
+        total = found[name](leaf, weight, target)
+        measure.assert_close(name, total, -expected.gather(1, target[:, None]).sum(), 1e-5)
+        (gradient,) = torch.autograd.grad(total, leaf)
+        wanted = (expected.exp() - torch.nn.functional.one_hot(target, 50)) @ weight
+        measure.assert_close(name, gradient, wanted, 1e-4)
+    run_trl, reason = peers.with_entropy()
+    if run_trl is None:
+        pytest.skip(reason)
+    log_p, entropy = run_trl(hidden, weight, target)
+    measure.assert_close("log-prob", log_p, expected.gather(1, target[:, None])[:, 0], 1e-5)
+    measure.assert_close("entropy", entropy, -(expected.exp() * expected).sum(1), 1e-5)
+
+
 def test_every_op_runs_once_for_the_sanitizer(capsys):
-    assert small.main(["--device", "cpu"]) == 0 and capsys.readouterr().out == "done\n"
+    assert small.main(["--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "done"
+    if HAS_CPP:
+        assert {line.split()[0] for line in lines[:-1]} == {op for op in ipvrm_kernels.OPS if "_" in op}
+
+
+def test_no_implementation_to_watch_is_an_error(monkeypatch):
+    monkeypatch.setattr(small, "kernels", lambda op, device: [])
+    with pytest.raises(RuntimeError, match="no implementation runs"):
+        small.main(["--device", "cpu"])
 
 
 # --------------------------------------------------------------------------------------------------- sweep
@@ -635,16 +941,17 @@ def test_search_descends_within_its_time():
     def cost(config):
         return None if config.BLOCK_V == 64 else abs(config.BLOCK_D - 128) + 10 * config.num_stages
 
-    prepared = []
+    prepared, kept = [], []
 
     def tried(rounds):
         left = iter([1.0] * rounds)
         return sweep.search(
             HALF,
             lambda c: sweep.neighbours(c, "sm_90", "half"),
-            prepared.append,
+            lambda configs: prepared.append(configs) or configs,
             cost,
             lambda: next(left, 0.0),
+            lambda tried: kept.append(dict(tried)),
         )
 
     found = tried(1000)
@@ -653,6 +960,126 @@ def test_search_descends_within_its_time():
     assert list(tried(0)) == [HALF]
     assert 1 < len(tried(3)) <= 4
     assert sweep.fastest({HALF: None}) == HALF
+    assert prepared[0] == [HALF, *sweep.neighbours(HALF, "sm_90", "half")]  # side by side, the first one too
+    assert kept[0] == {HALF: cost(HALF)} and [len(x) for x in kept].count(1) == 3  # after each one tried
+    late = sweep.search(
+        HALF, lambda c: sweep.neighbours(c, "sm_90", "half"), lambda configs: configs[1:2], cost, lambda: 1.0,
+        lambda tried: None,
+    )  # fmt: skip
+    first = sweep.neighbours(HALF, "sm_90", "half")[0]
+    assert list(late)[:2] == [HALF, first]  # what was not compiled in time is not timed
+
+
+def test_every_kind_of_every_architecture_can_be_swept():
+    for architecture, kind in sweep.CONFIGS:
+        if architecture != "interpreter":
+            assert sweep.neighbours(sweep.CONFIGS[architecture, kind], architecture, kind)
+
+
+def test_compiling_aside_ends_at_its_deadline(monkeypatch):
+    code = "import json, sys, time; time.sleep(60 if json.loads(sys.argv[1])['num_stages'] == 2 else 0)"
+    plain = sweep.subprocess.Popen
+    processes = []
+
+    def popen(command, **options):
+        processes.append(plain([*python(code), command[-1]], **options))
+        return processes[-1]
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", popen)
+    start = time.monotonic()
+    slow, quick = HALF._replace(num_stages=2), HALF._replace(num_stages=4)
+    assert sweep.compile_aside([slow, quick], "half", 8.0) == [quick] and time.monotonic() - start < 30
+    assert all(process.poll() is not None for process in processes)
+
+
+@pytest.fixture
+def fake_trial(monkeypatch):
+    """A Trial on the CPU, whose ops are the reference and whose tiles are looked up as on sm_90."""
+    calls = []
+
+    def on_cpu(name):
+        op = getattr(ipvrm_kernels, name)
+
+        def run(*given, impl, max_workspace_bytes=None, **options):
+            weight = given[1]
+            calls.append((name, weight.dtype, weight.requires_grad, options.get("softcap")))
+            return op(*given, impl="torch", **options)
+
+        return run
+
+    for name in ("linear_logprobs", "linear_candidates", "linear_distrl_loss"):
+        monkeypatch.setattr(sweep, name, on_cpu(name))
+
+    def operands(hidden, weight, bias, transform, limit):
+        fits = weight.numel() * hidden.element_size() <= limit // 2
+        kind = "half" if weight.dtype == hidden.dtype or fits else "master"
+        return types.SimpleNamespace(config=sweep.CONFIGS["sm_90", kind])
+
+    monkeypatch.setattr(sweep.triton_tiles, "operands", operands)
+    for key in list(sweep.CONFIGS):
+        monkeypatch.setitem(sweep.CONFIGS, key, sweep.CONFIGS[key])
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["half", "master"])
+def test_a_trial_runs_what_the_tiles_are_for(kind, fake_trial, capsys):
+    shape = heads.Shape(24, 16, 101, torch.bfloat16, 3)
+    trial = sweep.Trial(("sm_90", kind), shape, "cpu")
+    assert trial(sweep.CONFIGS["sm_90", kind]) > 0, capsys.readouterr().err
+    weight = torch.bfloat16 if kind == "half" else torch.float32
+    runs = set(fake_trial)
+    assert {("linear_logprobs", weight, trained, None) for trained in (True, False)} <= runs
+    assert ("linear_distrl_loss", weight, True, None) in runs
+    assert ("linear_logprobs", weight, True, sweep.SOFTCAP) in runs
+    assert any(run[0] == "linear_candidates" for run in runs) == (kind == "half")
+    assert trial(HALF._replace(num_stages=5)) is not None  # the table is read anew
+
+
+def test_a_trial_of_tiles_that_the_ops_do_not_use_is_an_error(fake_trial):
+    trial = sweep.Trial(("sm_80", "half"), heads.Shape(24, 16, 101, torch.bfloat16, 3), "cpu")
+    with pytest.raises(RuntimeError, match="do not use the tiles"):
+        trial(HALF._replace(num_stages=5))
+
+
+def test_a_trial_that_is_wrong_is_not_timed(fake_trial, monkeypatch, capsys):
+    trial = sweep.Trial(("sm_90", "half"), heads.Shape(24, 16, 101, torch.bfloat16, 3), "cpu")
+    assert trial(HALF) is not None
+    right = trial.frozen
+    trial.frozen = lambda: tuple(part * 1.1 for part in right())  # the stored path alone
+    assert trial(HALF) is None and "AssertionError" in capsys.readouterr().err
+
+
+def test_a_master_weight_is_not_copied_in_its_sweep():
+    shape = heads.shapes("cuda", True)[0]
+    limit = sweep.workspace("master", shape)
+    copy = shape.V * shape.D * shape.dtype.itemsize
+    assert limit // 2 < copy < limit and sweep.workspace("half", shape) is None
+
+
+def test_a_sweep_writes_as_it_goes_and_fails_without_a_time(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sweep, "describe", lambda: dict(FAKE_MACHINE))
+    monkeypatch.setattr(sweep, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sweep, "compile_aside", lambda configs, kind, seconds: configs)
+    written, found = tmp_path / "sweep.json", []
+    monkeypatch.setattr(sweep, "write_tuned", found.append)
+
+    def trial(key, shape):
+        def evaluate(config):
+            if written.is_file():
+                found.append(len(json.loads(written.read_text())["tried"]))
+            return {HALF.num_stages: 10.0, 2: 8.0}.get(config.num_stages, 11.0)
+
+        return evaluate
+
+    monkeypatch.setattr(sweep, "Trial", trial)
+    flags = ["--json", str(written), "--seconds", "60", "--write"]
+    assert sweep.main(flags) == 0 and found[0] == 1
+    assert any(isinstance(x, dict) and x["config"]["num_stages"] == 2 for x in found)
+    content = json.loads(written.read_text())
+    assert content["winner"]["num_stages"] == 2 and content["winner_ms"] == 8.0
+    monkeypatch.setattr(sweep, "Trial", lambda key, shape: lambda config: None)
+    assert sweep.main(flags) == 1
 
 
 def test_the_winner_becomes_the_default_if_it_gains(monkeypatch, tmp_path):

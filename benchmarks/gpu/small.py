@@ -1,7 +1,8 @@
 """Every op once, forward and backward: `python -m benchmarks.gpu.small [--target]`, for tools that watch it.
 
 Small odd shapes for compute-sanitizer, which slows a kernel a hundredfold; with --target the head alone at
-the shape that has targets, for the profiler's counters.
+the shape that has targets, for the profiler's counters. Each op is named when it has run; no implementation
+to run is an error.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ def head(shape: Shape, device: str, impl: str) -> None:
     weight.requires_grad_()
     out = ipvrm_kernels.linear_logprobs(hidden, weight, ids, return_entropy=True, impl=impl)
     (out.logprobs.sum() + out.entropy.sum()).backward()
+    ran("linear_logprobs", impl, device)
     found = ipvrm_kernels.linear_candidates(
         3 * hidden.detach(), weight.detach(), sampled=ids[:, 0].contiguous(), impl=impl
     )
+    ran("linear_candidates", impl, device)
     row = torch.randn(shape.N, device=device)
     loss = ipvrm_kernels.linear_distrl_loss(
         hidden, weight, ids[:, 0], found.ids, row, found.logprobs, row,
         torch.randn_like(found.logprobs), edges([shape.N], device), impl=impl,
     )  # fmt: skip
     loss.loss.backward()
+    ran("linear_distrl_loss", impl, device)
 
 
 def partial(device: str, impl: str) -> None:
@@ -43,6 +47,7 @@ def partial(device: str, impl: str) -> None:
     hidden.requires_grad_()
     part = ipvrm_kernels.linear_logprobs_partial(hidden, weight, ids, vocab_start=0, impl=impl)
     part.sumexp.sum().backward()
+    ran("linear_logprobs_partial", impl, device)
 
 
 def sequences(device: str) -> None:
@@ -58,8 +63,24 @@ def sequences(device: str) -> None:
         "clipped_surrogate": lambda impl: ipvrm_kernels.clipped_surrogate(x, fixed, fixed, impl=impl)[0],
     }
     for op, call in calls.items():
-        for impl in kernels(op, device):
+        for impl in implementations(op, device):
             call(impl).sum().backward()
+            ran(op, impl, device)
+
+
+def implementations(op: str, device: str) -> list[str]:
+    """`kernels`, of which there must be one."""
+    found = kernels(op, device)
+    if not found:
+        raise RuntimeError(f"{op}: no implementation runs on {device} here\n{ipvrm_kernels.backends()}")
+    return found
+
+
+def ran(op: str, impl: str, device: str) -> None:
+    """Say that an op has run to its end."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{op} {impl}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,12 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
         model = MODELS[name]
         head(Shape(N, model.D, model.V, torch.bfloat16, ids), device, "triton")
     else:
-        for impl in kernels("linear_logprobs", device):
+        for impl in implementations("linear_logprobs", device):
             head(SMALL, device, impl)
             partial(device, impl)
         sequences(device)
-    if device == "cuda":
-        torch.cuda.synchronize()
     print("done")
     return 0
 

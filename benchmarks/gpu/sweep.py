@@ -2,14 +2,17 @@
 
 From the configuration in use, all neighbours (one field one step away) are compiled side by side, checked
 against the first one's results and timed; the best becomes the next start, until none is better or the time
-is over. --write puts a winner that gains at least GAIN into ipvrm_kernels/head/tuned.json, where the package
-reads its defaults; --apply F does so from a report measured elsewhere.
+is over. The files are written after every configuration, so that a sweep that is killed keeps what it has.
+Exits 1 if nothing could be timed. --write puts a winner that gains at least GAIN into
+ipvrm_kernels/head/tuned.json, where the package reads its defaults; --apply F does so from a report measured
+elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -25,12 +28,14 @@ from benchmarks.run import write_json
 from benchmarks.suite.heads import GPU_DEFAULT, MODELS, Shape, inputs
 from benchmarks.suite.machine import ROOT, describe
 from benchmarks.suite.measure import assert_close, once
-from ipvrm_kernels import linear_candidates, linear_logprobs
+from benchmarks.suite.sequences import edges
+from ipvrm_kernels import linear_candidates, linear_distrl_loss, linear_logprobs
+from ipvrm_kernels.head import Transform, triton_tiles
 from ipvrm_kernels.head.triton_tiles import CONFIGS, Config, tiles_of
 from ipvrm_kernels.head.tuned import FILE
 
 STEPS: dict[str, Sequence[int]] = dict(
-    BLOCK_N=(64, 128, 256), BLOCK_V=(64, 128, 256), BLOCK_D=(32, 64, 128), num_warps=(4, 8),
+    BLOCK_N=(64, 128, 256), BLOCK_V=(64, 128, 256), BLOCK_D=(16, 32, 64, 128), num_warps=(4, 8),
     num_stages=(2, 3, 4, 5), programs_per_sm=(1, 2),
 )  # fmt: skip
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a block may use
@@ -38,6 +43,8 @@ OPERAND_BYTES = {"half": (2, 2), "master": (2, 4), "fp32": (4, 4)}  # of hidden 
 ACCUMULATORS = 128  # fp32 registers of a tile a thread, beyond which the compiler spills
 GAIN = 0.02  # a winner must be this much faster to become the default
 ROUNDS = 7
+SOFTCAP = 30.0
+RESERVE = 8.0  # seconds that compiling leaves for timing what it compiled
 COMPILE_ROWS = 256  # rows of the call that compiles: as divisible as the timed ones
 
 
@@ -68,30 +75,30 @@ def neighbours(config: Config, arch: str, kind: str) -> list[Config]:
 def search(
     start: Config,
     near: Callable[[Config], list[Config]],
-    prepare: Callable[[list[Config]], None],
+    prepare: Callable[[list[Config]], list[Config]],
     evaluate: Callable[[Config], float | None],
     time_left: Callable[[], float],
+    keep: Callable[[Mapping[Config, float | None]], None],
 ) -> dict[Config, float | None]:
     """Steepest descent from `start`: {configuration: milliseconds, or None if it cannot run}, in order tried.
 
-    prepare compiles a round's configurations; a round is only begun while time_left() is positive, and cut
-    short when it no longer is.
+    prepare compiles a round's configurations and returns those that are ready in time; the first round has
+    `start`, which is tried whatever happens, and its neighbours. A round is only begun while time_left() is
+    positive, and cut short when it no longer is. keep is given all that was tried after each one.
     """
-    tried: dict[Config, float | None] = {start: evaluate(start)}
-    best = start
-    while time_left() > 0:
-        fresh = [config for config in near(best) if config not in tried]
-        if not fresh:
-            break
-        prepare(fresh)
-        for config in fresh:
-            if time_left() <= 0:
+    tried: dict[Config, float | None] = {}
+    best, fresh = None, [start, *near(start)]
+    while fresh and (not tried or time_left() > 0):
+        ready = prepare(fresh)
+        for config in ready if tried else dict.fromkeys([start, *ready]):
+            if tried and time_left() <= 0:
                 break
             tried[config] = evaluate(config)
-        leader = fastest(tried)
-        if leader == best:
+            keep(tried)
+        if fastest(tried) == best:
             break
-        best = leader
+        best = fastest(tried)
+        fresh = [config for config in near(best) if config not in tried]
     return tried
 
 
@@ -101,51 +108,105 @@ def fastest(tried: Mapping[Config, float | None]) -> Config:
     return min(timed, key=lambda config: timed[config]) if timed else next(iter(tried))
 
 
-class Trial:
-    """Times one configuration on the ops that use it, after a check against the first one's results."""
+def workspace(kind: str, shape: Shape) -> int | None:
+    """max_workspace_bytes under which the head has operands of `kind`: a master weight must not be copied."""
+    return (shape.V * shape.D * 2) * 7 // 4 if kind == "master" else None
 
-    def __init__(self, key: tuple[str, str], shape: Shape) -> None:
+
+class Trial:
+    """Times one configuration on the ops that use it, after a check against the first one's results.
+
+    The trained and the frozen head, the latter from stored probabilities, candidates, the fused loss; a
+    softcap, which has tiles of its own, is checked and not timed.
+    """
+
+    def __init__(self, key: tuple[str, str], shape: Shape, device: str = "cuda") -> None:
         self.key = key
-        self.hidden, self.weight, ids = inputs(shape, "cuda")
+        self.limit = workspace(key[1], shape)
+        self.hidden, weight, ids = inputs(shape, device)
+        self.weight = weight.float() if key[1] == "master" else weight
         self.hidden.requires_grad_()
         self.weight.requires_grad_()
-        self.ids, self.upstream = ids, torch.randn(ids.shape, device="cuda")
-        self.flush = torch.empty(64 * 2**20, device="cuda")
+        self.ids, self.sampled = ids, ids[:, 0].contiguous()
+        self.upstream, self.row = torch.randn(ids.shape, device=device), torch.randn(shape.N, device=device)
+        self.old = 0.2 * torch.randn(ids.shape, device=device) - math.log(shape.V)
+        self.cu_seqlens = edges([shape.N], device)
+        self.flush = torch.empty(64 * 2**20, device=device) if device == "cuda" else None
         self.expected: tuple[torch.Tensor, ...] | None = None
 
-    def step(self) -> tuple[torch.Tensor, ...]:
-        out = linear_logprobs(self.hidden, self.weight, self.ids, return_entropy=True, impl="triton")
-        gradients = torch.autograd.grad(out.logprobs, (self.hidden, self.weight), self.upstream)
-        return out.logprobs.detach(), *gradients
+    def used(self) -> Config:
+        """The configuration that the ops look up."""
+        transform = Transform(1.0, None, 1.0, self.hidden.dtype)
+        limit = triton_tiles.DEFAULT_WORKSPACE if self.limit is None else self.limit
+        hidden, weight = self.hidden.detach(), self.weight.detach()
+        return triton_tiles.operands(hidden, weight, None, transform, limit).config
 
-    def candidates(self) -> Any:
-        return linear_candidates(self.hidden.detach(), self.weight.detach(), impl="triton")
+    def step(self, softcap: float | None = None) -> tuple[torch.Tensor, ...]:
+        leaves = (self.hidden, self.weight)
+        out = linear_logprobs(
+            *leaves, self.ids, return_entropy=True, softcap=softcap, max_workspace_bytes=self.limit,
+            impl="triton",
+        )  # fmt: skip
+        return out.logprobs.detach(), *torch.autograd.grad(out.logprobs, leaves, self.upstream)
+
+    def frozen(self) -> tuple[torch.Tensor, ...]:
+        out = linear_logprobs(
+            self.hidden, self.weight.detach(), self.ids, max_workspace_bytes=self.limit, impl="triton"
+        )
+        return torch.autograd.grad(out.logprobs, self.hidden, self.upstream)
+
+    def candidates(self) -> tuple[torch.Tensor, ...]:
+        hidden, weight = self.hidden.detach(), self.weight.detach()
+        found = linear_candidates(hidden, weight, sampled=self.sampled, impl="triton")
+        return found.lse, found.sampled_logprobs
+
+    def loss(self) -> tuple[torch.Tensor, ...]:
+        out = linear_distrl_loss(
+            self.hidden, self.weight, self.sampled, self.ids[:, 1:], self.old[:, 0], self.old[:, 1:],
+            self.row, self.upstream[:, 1:], self.cu_seqlens, max_workspace_bytes=self.limit, impl="triton",
+        )  # fmt: skip
+        return torch.autograd.grad(out.loss, (self.hidden, self.weight))
 
     def __call__(self, config: Config) -> float | None:
         CONFIGS[self.key] = config
+        if self.used() != config:
+            raise RuntimeError(f"the ops do not use the tiles of {self.key} on these operands")
         try:
-            self.candidates()
-            results = self.step()
+            runs = [self.step, self.frozen, self.loss]
+            if self.limit is None:  # linear_candidates takes no limit and would copy a master weight
+                runs.append(self.candidates)
+            results = tuple(part for run in runs for part in run()) + self.step(SOFTCAP)
             if self.expected is None:
                 self.expected = results
             for got, wanted in zip(results, self.expected, strict=True):
                 assert_close(str(config), got.float(), wanted.float(), 2e-2)
-            runs = (self.step, self.candidates)
+            del results
             return sum(statistics.median(once(run, self.flush) for _ in range(ROUNDS)) for run in runs)
         except (RuntimeError, AssertionError, TritonError) as error:  # wrong, or more than the GPU has
-            print(f"{config}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{config}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             return None
 
 
-def compile_aside(configs: Sequence[Config], kind: str) -> None:
-    """Fill Triton's cache, a process for each configuration; what fails here is reported when it is timed."""
+def compile_aside(configs: Sequence[Config], kind: str, seconds: float) -> list[Config]:
+    """Fill Triton's cache, a process for each configuration: those that took no longer than `seconds`.
+
+    What fails here is reported when it is timed.
+    """
     command = [sys.executable, "-m", "benchmarks.gpu.sweep", "--kind", kind, "--compile"]
+    deadline = time.monotonic() + seconds
     processes = [
         subprocess.Popen([*command, json.dumps(config._asdict())], cwd=ROOT, stderr=subprocess.DEVNULL)
         for config in configs
     ]
-    for process in processes:
-        process.wait()
+    ready = []
+    for config, process in zip(configs, processes, strict=True):
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+            ready.append(config)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return ready
 
 
 def entry(sweep: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -204,21 +265,30 @@ def main(arguments: list[str] | None = None) -> int:
     if options.compile:
         Trial(key, shape._replace(N=COMPILE_ROWS))(Config(**json.loads(options.compile)))
         return 0
+
+    def time_left() -> float:
+        return deadline - time.monotonic()
+
+    def keep(tried: Mapping[Config, float | None]) -> None:
+        config, ms = next(reversed(tried.items()))
+        print(f"{'cannot run' if ms is None else f'{ms:.3f} ms':>12}  {config}", flush=True)
+        result = report(key, shape, tried)
+        new = entry(result)
+        if options.json:
+            write_json(options.json, result)
+        if options.write and new is not None:
+            write_tuned(new)
+
     tried = search(
-        CONFIGS[key], lambda c: neighbours(c, *key), lambda cs: compile_aside(cs, options.kind),
-        Trial(key, shape), lambda: deadline - time.monotonic(),
+        CONFIGS[key], lambda c: neighbours(c, *key),
+        lambda configs: compile_aside(configs, options.kind, time_left() - RESERVE), Trial(key, shape),
+        time_left, keep,
     )  # fmt: skip
     result = report(key, shape, tried)
-    for one in result["tried"]:
-        print(f"{one['ms'] or 'cannot run':>12}  {one['config']}")
-    new = entry(result)
     print(f"winner: {result['winner']}, {result['start_ms']} -> {result['winner_ms']} ms")
-    if options.json:
-        write_json(options.json, result)
-    if options.write and new is not None:
-        write_tuned(new)
+    if options.write and entry(result) is not None:
         print(f"written: {FILE}")
-    return 0
+    return 0 if result["winner_ms"] is not None else 1
 
 
 if __name__ == "__main__":

@@ -20,6 +20,15 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # 
 CSRC = HERE.parents[1] / "csrc"
 
 
+# what the test report (--junitxml F) keeps of each kernel; by hand: python tests/kernels/compile_ahead.py > F
+RESOURCES = ("registers", "shared", "spill_stores", "spill_loads", "wgmma", "tma")
+
+
+def _name(record):
+    constexprs = " ".join(f"{key}={value}" for key, value in record["constexprs"].items())
+    return f"sm_{record['sm']} {record['kernel']} {record['operands'] or ''} {constexprs}"
+
+
 def nvcc():
     roots = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     found = [
@@ -29,7 +38,7 @@ def nvcc():
 
 
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="triton is not installed")
-def test_triton_kernels_compile_without_spills(tmp_path):
+def test_triton_kernels_compile_without_spills(tmp_path, record_property):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)  # compile for real, whatever an earlier run left
     command = [sys.executable, str(HERE / "compile_ahead.py")]
@@ -48,6 +57,8 @@ def test_triton_kernels_compile_without_spills(tmp_path):
     finally:
         for run in runs:
             run.kill()
+    for record in records:
+        record_property(_name(record), {key: record[key] for key in RESOURCES})
     written = {
         name for path in (HERE.parents[1] / "ipvrm_kernels").rglob("*.py")
         for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())
@@ -70,12 +81,17 @@ def test_triton_kernels_compile_without_spills(tmp_path):
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 @pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.name)
-def test_cuda_kernels_compile_without_spills(source, arch, tmp_path):
+def test_cuda_kernels_compile_without_spills(source, arch, tmp_path, record_property):
     flags = ["-O3", "-std=c++17", f"-I{CSRC}", f"-arch=sm_{arch}", "-Xptxas", "-v"]
     command = [nvcc(), "-cubin", str(source), "-o", str(tmp_path / "out.cubin"), *flags]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     stores = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    used = re.findall(r"Used (\d+) registers", result.stderr)
+    names = re.findall(r"Compiling entry function '(\w+)'", result.stderr)
+    for name, registers, (spill_stores, spill_loads) in zip(names, used, stores, strict=True):
+        values = dict(registers=int(registers), spill_stores=int(spill_stores), spill_loads=int(spill_loads))
+        record_property(f"sm_{arch} {name}", values)
     kernels = len(re.findall(r"__global__", source.read_text()))
     assert len(stores) == kernels, result.stderr
     assert all(pair == ("0", "0") for pair in stores), result.stderr
