@@ -88,11 +88,22 @@ def gpu_page(content: Mapping[str, Any], level: str = "#") -> str:
         *(f"| {name} | {part['status']} | {part['seconds']} |" for name, part in parts.items()), "",
     ]  # fmt: skip
     for part in parts.values():
+        if part.get("tests"):
+            lines += [_tests(part["tests"]), ""]
         if part.get("sweep"):
             lines += [_sweep(part["sweep"]), ""]
         if part.get("counters"):
             lines += [_counters(part["counters"]), ""]
     return "\n".join(lines) + "\n" + _measured(machine, _rows(content))
+
+
+def _tests(found: Mapping[str, Any]) -> str:
+    counts = [
+        f"{impl}: " + ", ".join(f"{count} {outcome.lower()}" for outcome, count in sorted(by.items()))
+        for impl, by in found["counts"].items()
+    ]
+    failed = [f"- {name}" for name in found["failed"]]
+    return "\n".join([f"Tests by implementation: {'; '.join(counts)}.", *(["", *failed] if failed else [])])
 
 
 def _rows(content: Mapping[str, Any]) -> list[Row]:

@@ -1123,6 +1123,11 @@ def test_the_results_page_quotes_the_files_and_their_losses():
     )  # fmt: skip
     parts = dict(
         sweep=dict(status="passed", seconds=3.0, sweep=sweep_result),
+        tests=dict(
+            status="failed",
+            seconds=4.0,
+            tests=dict(counts=dict(triton=dict(PASSED=8, FAILED=1)), failed=["test_fake[triton-cuda]"]),
+        ),
         bench_a=dict(status="stopped at its limit of 5 s", seconds=5.0, rows=[r.as_dict() for r in rows]),
         ncu=dict(status="passed", seconds=1.0, counters=gpu_report.counters(FAKE_NCU)),
     )
@@ -1135,6 +1140,7 @@ def test_the_results_page_quotes_the_files_and_their_losses():
     assert page.count("- op, shape: cpp 1.60x slower than eager") == 2
     assert "| op | shape | matmul 2.00 ms | 2.00 cpp (1 MiB) | **1.25** eager (1 MiB) |" in page
     assert "N^1.00" in page and "2 configurations, 1 ran" in page and "(start, winner)" in page
+    assert "triton: 1 failed, 8 passed." in page and "- test_fake[triton-cuda]" in page
     assert "1.5 msecond" in page and "stopped at its limit of 5 s" in page
 
 
