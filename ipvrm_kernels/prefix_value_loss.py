@@ -132,7 +132,7 @@ if backend.HAS_TRITON:
         margin_ptr,  # (B,)
         weight_ptr,  # (B,)
         denominator_ptr,  # ()
-        sums_ptr,  # (B,), with COUNT (2, B)
+        sums_ptr,  # (B,), with COUNT (2, B): of omega, of the loss
         slope_ptr,  # (N,)
         margin_value,  # scalar
         inverse_divisor,  # scalar
@@ -185,9 +185,11 @@ if backend.HAS_TRITON:
             sigmoid = tl.where(z < 0.0, e, 1.0) / (1.0 + e)  # (BLOCK_T,)
             tl.store(slope_ptr + rows, -scale * omega * sign * sigmoid / t, mask=valid)
             carry += tl.sum(log_ratio, 0)
-        tl.store(sums_ptr + sequence, scale * loss)
+        into = sums_ptr + sequence
         if COUNT:
-            tl.store(sums_ptr + tl.num_programs(0) + sequence, omega_sum)
+            tl.store(into, omega_sum)
+            into += tl.num_programs(0)
+        tl.store(into, scale * loss)
 
     @triton.jit(do_not_specialize=["N"])
     def _prefix_value_loss_bwd_kernel(
@@ -213,11 +215,12 @@ if backend.HAS_TRITON:
 
 
 def _finished(sums: Tensor, slope: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, slope, counted) of a GPU kernel's sums (B,), or (2,B) with the sums of omega."""
+    """(loss, slope, counted) of a GPU kernel's sums (B,), or (2, B) behind the sums of omega: `counted` then
+    starts its memory, for Inductor asserts that an op's output is aligned to 16 bytes."""
     if not count:
         return sums.sum(), slope, sums.new_empty(0)
     totals = sums.sum(1)
-    return totals[0] / totals[1], slope, totals[1]
+    return totals[1] / totals[0], slope, totals[0]
 
 
 def _triton_loss_fwd(
@@ -279,7 +282,7 @@ def _cuda_loss_fwd(
     sums, slope = log_ratio.new_empty((2, B) if count else B), torch.empty_like(log_ratio)
     backend.native_call(
         "prefix_value_loss_fwd_cuda", log_ratio, cu_seqlens, outcome, margin, weight, denominator,
-        margin_value, 1 / divisor, sums, sums[1] if count else None, slope,
+        margin_value, 1 / divisor, sums[1] if count else sums, sums[0] if count else None, slope,
         B, log_ratio.shape[0], beta, WEIGHTINGS.index(weighting), per_sequence,
     )  # fmt: skip
     return _finished(sums, slope, count)
