@@ -215,8 +215,9 @@ if backend.HAS_TRITON:
 
 
 def _finished(sums: Tensor, slope: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, slope, counted) of a GPU kernel's sums (B,), or (2, B) behind the sums of omega: `counted` then
-    starts its memory, for Inductor asserts that an op's output is aligned to 16 bytes."""
+    """(loss, slope, counted) of a GPU kernel's sums (B,), or (2, B) of omega and of the loss: in this order,
+    since `counted` has to start its memory, as the fake's does.
+    """
     if not count:
         return sums.sum(), slope, sums.new_empty(0)
     totals = sums.sum(1)
