@@ -133,7 +133,7 @@ if backend.HAS_TRITON:
         margin_ptr,  # (B,)
         weight_ptr,  # (B,)
         denominator_ptr,  # ()
-        sums_ptr,  # (B,), with COUNT (2, B)
+        sums_ptr,  # (B,), with COUNT (2, B): of omega, of the loss
         slope_ptr,  # (N,)
         margin_value,  # scalar
         inverse_divisor,  # scalar
@@ -188,9 +188,11 @@ if backend.HAS_TRITON:
                 sigmoid = tl.where(z < 0.0, e, 1.0) / (1.0 + e)  # (BLOCK_T,)
                 tl.store(slope_ptr + rows, -scale * omega * sign * sigmoid / t, mask=valid)
             carry += tl.sum(log_ratio, 0)
-        tl.store(sums_ptr + sequence, scale * loss)
+        into = sums_ptr + sequence
         if COUNT:
-            tl.store(sums_ptr + tl.num_programs(0) + sequence, omega_sum)
+            tl.store(into, omega_sum)
+            into += tl.num_programs(0)
+        tl.store(into, scale * loss)
 
     @triton.jit(do_not_specialize=["N"])
     def _prefix_value_loss_bwd_kernel(
@@ -216,11 +218,13 @@ if backend.HAS_TRITON:
 
 
 def _finished(sums: Tensor, slope: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, slope, counted) of a GPU kernel's sums (B,), or (2,B) with the sums of omega."""
+    """(loss, slope, counted) of a GPU kernel's sums (B,), or (2, B) of omega and of the loss: in this order,
+    since `counted` has to start its memory, as the fake's does.
+    """
     if not count:
         return sums.sum(), slope, sums.new_empty(0)
     totals = sums.sum(1)
-    return totals[0] / totals[1], slope, totals[1]
+    return totals[1] / totals[0], slope, totals[0]
 
 
 def _triton_loss_fwd(
@@ -286,7 +290,8 @@ def _cuda_loss_fwd(
     slope = torch.empty_like(log_ratio) if needs_gradient else log_ratio.new_empty(0)
     backend.native_call(
         "prefix_value_loss_fwd_cuda", log_ratio, cu_seqlens, outcome, margin, weight, denominator,
-        margin_value, 1 / divisor, sums, sums[1] if count else None, slope if needs_gradient else None,
+        margin_value, 1 / divisor, sums[1] if count else sums, sums[0] if count else None,
+        slope if needs_gradient else None,
         B, log_ratio.shape[0], beta, WEIGHTINGS.index(weighting), per_sequence,
     )  # fmt: skip
     return _finished(sums, slope, count)

@@ -55,6 +55,23 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_empty_like(*a, **k)))
 
 
+@pytest.fixture
+def peak_of(request, peak_of):
+    """tests/conftest.py's, of CPU tensors; in a test of a GPU, of its allocator, in blocks of 512 bytes."""
+    if "device" not in request.fixturenames or request.getfixturevalue("device") != "cuda":
+        return peak_of
+
+    def peak_on_gpu(run):
+        run()  # a vendor library's own workspace stays allocated
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run()
+        return torch.cuda.max_memory_allocated() - before, result
+
+    return peak_on_gpu
+
+
 class Unchecked(NamedTuple):
     """A batch of N = 12 tokens whose edges are wrong, with guards around every buffer."""
 

@@ -15,6 +15,7 @@ from ipvrm_kernels import (
     linear_logprobs,
 )
 from ipvrm_kernels.head import Transform, blocks, cpu
+from ipvrm_kernels.linear_logprobs import IMPLS as linear_logprobs_impls
 
 MIB = 2**20
 PLAIN = Transform(1.0, None, 1.0, torch.float32)
@@ -176,6 +177,26 @@ def test_rows_without_gradient_cost_nothing():
     torch.testing.assert_close(dbias, alone[2])
     nothing, zeros = gradients(hidden, ids, torch.zeros_like(upstream))
     assert nothing == 0 and all((x == 0).all() for x in zeros)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_frozen_head_costs_two_matmuls(softcap, entropy, monkeypatch):
+    """Logits, and the expectation behind dhidden; the backward adds only what depends on the ids, N K D."""
+    monkeypatch.setattr(blocks, "ROWS", 48)  # several blocks of rows and of columns
+    monkeypatch.setattr(blocks, "COLUMNS", 128)
+    hidden, weight, ids = case(100, D=16, V=500)
+    transform, upstream = PLAIN._replace(softcap=softcap), torch.randn(ids.shape)
+    forward, backward = linear_logprobs_impls["cpp"]
+    with Matmuls() as counted:
+        saved = forward(hidden, weight, None, ids, transform, entropy, True, None, False)
+        dhidden = backward(upstream, None, None, hidden, weight, None, ids, *saved, transform,
+                           (True, False, False), None, False)[0]  # fmt: skip
+    assert counted.total == 2 * 100 * 16 * 500
+    leaf = hidden.double().requires_grad_()
+    exact = linear_logprobs(leaf, weight.double(), ids, softcap=softcap).logprobs
+    (truth,) = torch.autograd.grad((exact * upstream).sum(), leaf)
+    torch.testing.assert_close(dhidden.double(), truth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("needs", [(True, True, False), (True, False, False), (False, True, False)], ids=str)

@@ -171,7 +171,8 @@ def test_workspace_is_honoured_or_refused_with_the_least_that_works(impl, device
         outputs = 4 * N * (3 + 2) * (path != "forward")  # log-probs, lse, entropy wait for the backward
         kept = num_bytes(*found) * (1 + ("policy" in path)) + outputs + 4 * N * D * (path != "forward")
         own = 4 * N * 8 + 4 * N * D  # the loss of this test itself
-        assert peak <= limit + kept + own or device != "cpu"
+        blocks = 0 if device == "cpu" else 512 * 64  # a GPU's allocator rounds each tensor up
+        assert peak <= limit + kept + own + blocks
 
 
 def test_rows_without_a_gradient_are_left_out(impl, device):
@@ -229,15 +230,16 @@ def test_only_row_blocks_with_a_gradient_are_multiplied(impl, device, monkeypatc
     def spied(ops, rows, da, *rest):
         marked = da.fill_(7.0) if not seen else da
         real(ops, rows, marked, *rest)
-        seen.append((int(rows.num_active), (da != 7).any(1).nonzero()[:, 0].tolist()))
+        written = (da != 7).any(1).nonzero()[:, 0].tolist()
+        seen.append((int(rows.num_active), written, list(range(ops.config.BLOCK_N))))
 
     monkeypatch.setattr(backward, "launch_dz", spied)
     hidden, weight = torch.randn(400, 24, device=device), torch.randn(300, 24, device=device)
     ids = torch.randint(0, 300, (400, 1), device=device)
     keep = torch.randperm(400, device=device) < 30
     gradients(lambda h, w: linear_logprobs(h, w, ids, impl=impl).logprobs[keep].sum(), hidden, weight)
-    block = importlib.import_module("ipvrm_kernels.head.triton_tiles").CONFIGS["interpreter", "fp32"].BLOCK_N
-    assert seen[0] == (30, list(range(block))) or device != "cpu"
+    num_active, written, first_block = seen[0]
+    assert num_active == 30 and written == first_block
 
 
 def test_gradients_repeat_bitwise(impl, device):

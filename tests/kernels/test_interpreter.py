@@ -12,6 +12,7 @@ from ipvrm_kernels import backend
 
 HERE = Path(__file__).parent
 BUDGET = 180  # seconds, of the suite's twelve minutes; twice that fails
+LEAST_PASSED = 700  # of 745 in November 2026: what is skipped or deselected by mistake is missed
 MODULES = sorted(path.name for path in HERE.glob("test_*.py") if "\nOP = " in path.read_text())
 
 
@@ -20,13 +21,14 @@ MODULES = sorted(path.name for path in HERE.glob("test_*.py") if "\nOP = " in pa
 def test_triton_kernels_in_the_interpreter():
     assert "test_segment_scan.py" in MODULES
     command = [
-        sys.executable, "-m", "pytest", "-q", "-k", "triton and not compile", "-p", "no:cacheprovider",
-        "--rootdir", str(HERE.parents[1]), *(str(HERE / name) for name in MODULES),
+        sys.executable, "-m", "pytest", "-q", "-rfEp", "-k", "triton and not compile",
+        "-p", "no:cacheprovider", "--rootdir", str(HERE.parents[1]), *(str(HERE / name) for name in MODULES),
     ]  # fmt: skip
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
     result = subprocess.run(
         command, capture_output=True, text=True, env=env, cwd=HERE.parents[1], check=False, timeout=2 * BUDGET
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= 80, result.stdout[-2000:]
+    passed = re.findall(r"^PASSED \S*?(test_\w+\.py)::", result.stdout, re.MULTILINE)
+    assert set(passed) == set(MODULES), set(MODULES) - set(passed)
+    assert len(passed) >= LEAST_PASSED, result.stdout[-2000:]

@@ -1,5 +1,6 @@
 """linear_candidates against a Python scan of every row: exact sets, order, ties, thresholds, errors."""
 
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,8 @@ from ipvrm_kernels import backend, linear_candidates, linear_logprobs
 from ipvrm_kernels.linear_candidates import IMPLS, num_slots
 
 OP = "linear_candidates"
+OPTIONS = dict(bias=True, logit_scale=1.7, softcap=4.0, temperature=0.6)
+PAIRS = [dict(pair) for pair in itertools.combinations(OPTIONS.items(), 2)]
 
 
 def case(N=30, D=16, V=131, seed=0, level=6.0, dtype=torch.float32):
@@ -93,6 +96,52 @@ def test_transform(impl, device):
     hidden, weight = case()
     bias = torch.randn(131)
     check(impl, device, hidden, weight, bias=bias, logit_scale=1.5, softcap=5.0, temperature=0.8)
+
+
+@pytest.mark.parametrize("options", PAIRS, ids=lambda o: "-".join(o))
+def test_option_pairs(impl, device, options):
+    hidden, weight = case(level=3.0)
+    options = dict(options, bias=torch.randn(131)) if "bias" in options else options
+    check(impl, device, hidden, weight, min_prob=0.02, **options)
+
+
+@pytest.mark.parametrize("rule", [(0.02, None), (None, 12)], ids=str)
+@pytest.mark.parametrize("level", [0.01, 6.0], ids=["flat", "peaked"])
+def test_all_negative_logits(impl, device, rule, level):
+    """A padded logit of 0, or a maximum that began at 0, would hold all the probability."""
+    bias = torch.full((131,), -60.0)
+    check(impl, device, *case(level=level), min_prob=rule[0], top_k=rule[1], bias=bias)
+
+
+def test_non_contiguous_inputs(impl, device):
+    """A strided hidden state and bias, a transposed weight, sampled ids with a stride."""
+    hidden, weight = (x.to(device) for x in case())
+    sampled, bias = torch.randint(-1, 131, (30,), device=device), torch.randn(131, device=device)
+    spaced = [torch.stack([torch.zeros_like(x), x], -1)[..., 1] for x in (hidden, sampled, bias)]
+    turned = weight.T.contiguous().T
+    assert not any(x.is_contiguous() for x in (*spaced, turned))
+    out = linear_candidates(spaced[0], turned, sampled=spaced[1], bias=spaced[2], impl=impl)
+    plain = linear_candidates(hidden, weight, sampled=sampled, bias=bias, impl=impl)
+    for mine, theirs in ((out.lse, plain.lse), (out.sampled_logprobs, plain.sampled_logprobs)):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)  # another layout, another matmul kernel
+    check_sets(out, naive_log_p(hidden.cpu(), weight.cpu(), bias.cpu()), 0.1, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_operands_only(impl, device, dtype):
+    """The sets, log-probs and lse are fp32's of rounded hidden and weight, not those of rounded logits."""
+    hidden, weight = case(level=15.0)
+    with torch.autocast(device, dtype=dtype):
+        out = linear_candidates(hidden.to(device), weight.to(device), min_prob=0.02, impl=impl)
+    assert out.logprobs.dtype == out.lse.dtype == torch.float32
+    truth = naive_log_p(hidden.to(dtype), weight.to(dtype))
+    tolerance = 8 * torch.finfo(torch.float32).eps * truth.abs().max().item()
+    check_sets(out, truth, 0.02, 50, tolerance)
+    lse = (hidden.to(dtype).double() @ weight.to(dtype).double().T).logsumexp(1)
+    torch.testing.assert_close(out.lse.double().cpu(), lse, rtol=0, atol=tolerance)
+    z = hidden.to(dtype) @ weight.to(dtype).T
+    assert (out.lse.cpu() - z.float().logsumexp(1)).abs().max() > 1e-3
+    assert (out.lse.cpu() - (hidden @ weight.T).logsumexp(1)).abs().max() > 1e-3
 
 
 def test_hand_worked(impl, device):
@@ -240,13 +289,18 @@ def test_errors(change, message):
         linear_candidates(arguments.pop("hidden"), arguments.pop("weight"), **arguments)
 
 
-def test_opcheck_and_compile(impl, device):
+def test_opcheck(impl, device):
     hidden, weight = (x.to(device) for x in case(N=6, V=20))
     sampled = torch.randint(-1, 20, (6,), device=device)
     for given_sampled, min_prob, K in ((sampled, 0.1, 10), (None, None, 30)):
         arguments = (hidden, weight, None, given_sampled, 1.0, 4.0, 0.7, torch.float32, min_prob, K,
                      given_sampled is not None, False, impl)  # fmt: skip
         torch.library.opcheck(torch.ops.ipvrm.linear_candidates, arguments)
+
+
+def test_compile(impl, device):
+    hidden, weight = (x.to(device) for x in case(N=6, V=20))
+    sampled = torch.randint(-1, 20, (6,), device=device)
 
     def function(hidden, weight):
         return linear_candidates(hidden, weight, sampled=sampled, impl=impl)

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ipvrm_kernels import backend, linear_logprobs, linear_logprobs_partial, merge_partials
+from ipvrm_kernels.linear_logprobs_partial import IMPLS
 
 if backend.HAS_TRITON:
     from ipvrm_kernels.head import triton_forward
@@ -35,6 +38,161 @@ def loss(out, ids):
     out.logprobs.register_hook(lambda g: g * mark)
     picked = torch.where(out.logprobs > -math.inf, out.logprobs, 0.0)
     return picked.sum() + 0.3 * out.lse.square().sum() - 2 * out.entropy.sum()
+
+
+def naive(hidden, weight, bias, ids, logit_scale=1.0, softcap=None, temperature=1.0):
+    """(logprobs, lse, entropy, z) of the whole vocabulary's logits, in the dtype of hidden."""
+    z = (hidden @ weight.T + bias) * logit_scale
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+    log_p = torch.log_softmax(z, 1)
+    picked = torch.where(ids >= 0, log_p.gather(1, ids.clamp(min=0)), -math.inf)
+    return picked, torch.logsumexp(z, 1), -(log_p.exp() * log_p).sum(1), z
+
+
+def random_case(N=12, D=5, V=23, seed=0, level=1.0, shift=0.0, dtype=torch.float32):
+    """(hidden, weight, bias), ids with -1."""
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(N, D, generator=g) * level, torch.randn(V, D, generator=g) / D**0.5
+    variables = (hidden, weight, torch.randn(V, generator=g) + shift)
+    return [x.to(dtype) for x in variables], torch.randint(-1, V, (N, 3), generator=g)
+
+
+def outputs_and_gradients(function, variables, ids, wide=None, device="cpu"):
+    """[logprobs, lse, entropy, dhidden, dweight, dbias] in fp64, under random upstream gradients.
+
+    In `wide`, gradients are rounded to the variables' dtype; not in fp64, the truth.
+    """
+    exact = torch.float64 if wide == torch.float64 else None
+    required = [x.to(device, exact, copy=True).requires_grad_() for x in variables]
+    out = function(*(x if wide is None else x.to(wide) for x in required), ids.to(device))[:3]
+    g = torch.Generator().manual_seed(7)
+    up = [torch.randn(x.shape, generator=g).to(x.device, x.dtype) for x in out]
+    up[0] = torch.where(ids.to(device) >= 0, up[0], math.nan if wide is None else 0.0)
+    return [x.detach().double().cpu() for x in (*out, *torch.autograd.grad(out, required, up))]
+
+
+def check(impl, device, variables, ids, cuts, **options):
+    """err(shards) <= 2 err(plain PyTorch, fp32, same inputs) + 8 eps max|z|, for outputs and every gradient.
+
+    In bf16 or fp16 every shard's dhidden is rounded, and their sum again; Triton rounds da to the operands'
+    dtype for the tensor cores, as plain PyTorch in it does.
+    """
+
+    def ours(*inputs):
+        return merged(*inputs, cuts, impl=impl, **options)
+
+    def plain(*inputs):
+        return naive(*inputs, **options)
+
+    dtype = variables[0].dtype
+    exact = outputs_and_gradients(plain, variables, ids, torch.float64)
+    single = outputs_and_gradients(plain, variables, ids, torch.float32)
+    if impl == "triton" and dtype != torch.float32:
+        single[3:] = outputs_and_gradients(plain, variables, ids, dtype)[3:]
+    got = outputs_and_gradients(ours, variables, ids, None, device)
+    z = naive(*(x.double() for x in variables), ids, **options)[3]
+    largest = max(1.0, z.abs().max().item() if z.numel() else 0.0)
+    assert (got[0] <= 0).all() and torch.equal(got[0].isinf(), exact[0].isinf())
+    for i, (mine, theirs, truth) in enumerate(zip(got, single, exact, strict=True)):
+        mine, theirs, truth = (torch.where(truth.isinf(), 0.0, x) for x in (mine, theirs, truth))
+        if truth.numel():
+            slack = 8 * torch.finfo(torch.float32).eps * largest
+            if i == 3 and dtype != torch.float32:
+                slack += len(cuts) * torch.finfo(dtype).eps * truth.abs().max().item()
+            assert (mine - truth).abs().max() <= 2 * (theirs - truth).abs().max() + slack
+
+
+@pytest.mark.parametrize(("level", "options"), [(10.0, {}), (3.0, OPTIONS)], ids=["plain", "transformed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_narrow_inputs_never_round_logits(impl, device, dtype, level, options):
+    """The log-probs, lse and entropy of two uneven shards are fp32's although |z| reaches 30."""
+    variables, ids = random_case(N=40, D=24, V=131, level=level, dtype=dtype)
+    check(impl, device, variables, ids, [50], **options)
+
+
+def test_all_negative_logits(impl, device):
+    """A padded column of 0, or a maximum that began at 0, would hold all the probability or none."""
+    check(impl, device, *random_case(shift=-60.0), [7, 8])
+
+
+@settings(max_examples=5 if backend.INTERPRETED else 30, deadline=None)  # the interpreter is slow
+@given(
+    N=st.integers(0, 20), D=st.integers(1, 20), V=st.integers(1, 150), level=st.floats(0.01, 30),
+    shift=st.floats(-50, 50), seed=st.integers(0, 2**31), places=st.lists(st.integers(1, 149), max_size=3),
+)  # fmt: skip
+def test_any_shards(impl, device, N, D, V, level, shift, seed, places):
+    variables, ids = random_case(N, D, V, seed, level, shift)
+    check(impl, device, variables, ids, sorted({place for place in places if place < V}))
+
+
+def faulty(fault, launchers):
+    """A launcher pair with one classic mistake."""
+
+    def forward(hidden, weight, bias, *rest):
+        if fault == "dropped tail mask":
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, 13))
+            bias = torch.nn.functional.pad(bias, (0, 13))
+        top, *sums = launchers.forward(hidden, weight, bias, *rest)
+        return top.clamp(min=0) if fault == "maxima merged with 0" else top, *sums
+
+    def backward(dsumexp, dsum_z_exp, did_logits, *rest):
+        if fault == "upstream gradient of row 0":
+            dsumexp = dsumexp[:1].expand_as(dsumexp)
+        if fault == "dropped entropy gradient":
+            dsum_z_exp = None
+        if fault == "dropped sparse patch":
+            did_logits = None
+        return launchers.backward(dsumexp, dsum_z_exp, did_logits, *rest)
+
+    return launchers._replace(forward=forward, backward=backward)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["dropped tail mask", "maxima merged with 0", "upstream gradient of row 0", "dropped entropy gradient",
+     "dropped sparse patch"],
+)  # fmt: skip
+def test_seeded_faults_are_caught(impl, device, fault, monkeypatch):
+    inputs = random_case(shift=-8.0)
+    check(impl, device, *inputs, [9])
+    monkeypatch.setitem(IMPLS, impl, faulty(fault, IMPLS[impl]))
+    with pytest.raises(AssertionError):
+        check(impl, device, *inputs, [9])
+
+
+def test_autocast_rounds_operands_only(impl, device):
+    variables, ids = random_case(N=40, D=24, V=131, level=10.0)
+    hidden, weight, bias = (x.to(device).requires_grad_() for x in variables)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = merged(hidden, weight, bias, ids.to(device), [50], impl=impl)
+        gradients = torch.autograd.grad(out.lse.sum(), (hidden, weight, bias))
+    rounded = [x.bfloat16() for x in variables[:2]]
+    exact = naive(*(x.double() for x in (*rounded, variables[2])), ids)
+    for mine, truth in zip(out, exact, strict=False):
+        torch.testing.assert_close(mine.double().cpu(), truth, rtol=1e-5, atol=1e-5)
+    z = (rounded[0] @ rounded[1].T).float() + variables[2]
+    assert (out.lse.cpu() - z.logsumexp(1)).abs().max() > 1e-3
+    assert {x.dtype for x in (*out, *gradients)} == {torch.float32}
+
+
+def test_non_contiguous_inputs(impl, device):
+    """A strided hidden state, bias and ids, columns of a transposed weight: values and gradients."""
+    variables, ids = random_case()
+    variables = [x.to(device) for x in (*variables, ids)]
+
+    def spaced(x):
+        return torch.stack([torch.zeros_like(x), x], -1)[..., 1]
+
+    def found(hidden, weight, bias, ids):
+        required = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+        out = merged(*required, ids, [9], impl=impl)
+        return [*out, *torch.autograd.grad(loss(out, ids), required)]
+
+    hidden, weight, bias, ids = variables
+    strided = (spaced(hidden), weight.T.contiguous().T, spaced(bias), spaced(ids))
+    assert not any(x.is_contiguous() for x in strided)
+    for mine, theirs in zip(found(*strided), found(*variables), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [7, 8], [5, 11, 22]], ids=str)
@@ -116,10 +274,14 @@ def test_gradcheck():
     torch.autograd.gradcheck(function, variables)
 
 
-def test_opcheck_and_compile(impl, device):
+def test_opcheck(impl, device):
     (hidden, weight, bias), ids = inputs(dtype=torch.float32, device=device)
     arguments = (hidden, weight, bias, ids, 1.0, 4.0, 0.7, torch.float32, impl)
     torch.library.opcheck(torch.ops.ipvrm.linear_logprobs_partial_fwd, arguments)
+
+
+def test_compile(impl, device):
+    (hidden, weight, bias), ids = inputs(dtype=torch.float32, device=device)
 
     def total(hidden):
         return merged(hidden, weight, bias, ids, [9], impl=impl).lse.sum()

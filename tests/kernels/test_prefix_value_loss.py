@@ -426,7 +426,7 @@ def test_errors(change, message):
         prefix_value_loss(args.pop("log_ratio"), args.pop("cu_seqlens"), args.pop("outcome"), **args)
 
 
-def test_opcheck_and_compile(impl, device):
+def test_opcheck(impl, device):
     cu = edges([3, 4], device)
     x = torch.randn(7, device=device, requires_grad=True)
     outcome = torch.tensor([1.0, 0.0], device=device)
@@ -434,6 +434,11 @@ def test_opcheck_and_compile(impl, device):
     for tensors, per_sequence in (((ones, ones, ones[0].clone()), True), ((None, None, None), False)):
         arguments = (x, cu, outcome, *tensors, 1.0, 0.0, 2.0, "late", per_sequence, True, impl)
         torch.library.opcheck(torch.ops.ipvrm.prefix_value_loss, arguments)
+
+
+def test_compile(impl, device):
+    cu, outcome = edges([3, 4], device), torch.tensor([1.0, 0.0], device=device)
+    x = torch.randn(7, device=device, requires_grad=True)
     compiled = torch.compile(
         lambda x: prefix_value_loss(x, cu, outcome, impl=impl) * 2, fullgraph=True, backend="aot_eager"
     )
