@@ -189,7 +189,7 @@ def test_a_frozen_head_costs_two_matmuls(softcap, entropy, monkeypatch):
     transform, upstream = PLAIN._replace(softcap=softcap), torch.randn(ids.shape)
     forward, backward = linear_logprobs_impls["cpp"]
     with Matmuls() as counted:
-        saved = forward(hidden, weight, None, ids, transform, entropy, True, None, False)
+        saved = forward(hidden, weight, None, ids, transform, entropy, True, None, False, 0)
         dhidden = backward(upstream, None, None, hidden, weight, None, ids, *saved, transform,
                            (True, False, False), None, False)[0]  # fmt: skip
     assert counted.total == 2 * 100 * 16 * 500

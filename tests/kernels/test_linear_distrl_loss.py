@@ -135,13 +135,22 @@ def test_tied_head(impl, device):
     moved = {k: v.to(device) for k, v in inputs.items()}
     table = moved["weight"].clone().requires_grad_()
 
-    def gradient(function, **options):
+    def step(function, **options):
         hidden = moved["hidden"] + torch.tanh(table[moved["token_ids"].clamp(min=0)])
         loss = function({**moved, "hidden": hidden, "weight": table}, dual_clip=1.5, alpha=0.7, **options)[0]
-        return torch.autograd.grad(loss, table)[0]
+        return loss.detach(), torch.autograd.grad(loss, table)[0]
 
-    mine, theirs = gradient(fused, impl=impl), gradient(composed)
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    for mine, theirs in zip(step(fused, impl=impl), step(composed), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trainable", "frozen"])
+def test_composition_over_several_tiles_of_the_vocabulary(impl, device, trained):
+    """Ids in each tile and in the masked tail, both branches clipping, a block of rows after another."""
+    V = 300 if backend.INTERPRETED else 2300
+    inputs = case((40, 0, 3, 57), V=V, drift=1.0)
+    inputs["token_ids"][:4] = torch.tensor([0, V - 1, V // 2, V - 2])
+    check(inputs, impl, device, 2e-5, trained=trained, dual_clip=1.5, alpha=0.7)
 
 
 def test_both_branches_clip_somewhere(impl, device):
