@@ -8,8 +8,9 @@ pass over the (N, K) temporal differences.
 Would a fused op pay? No, so it stays composed. The last row is what the same batch costs in the policy loss:
 the bare `hidden @ weight.T` of the head, of which `linear_distrl_loss` runs at least three, on one block of
 the batch's tokens; its name says how many such blocks the batch has. "composed" is a tiny part of their sum
-(benchmarks/results/README.md, advantages), so that even a free op would save nothing that shows. The rows named "part" are pieces of "composed", to be read beside it: scaling by sigma_V (Eq. 25),
-moments of the prompts (Eq. 27, paper alone), GAE (Eq. 8).
+(benchmarks/results/README.md, advantages), so that even a free op would save nothing that shows. The rows
+named "part" are pieces of "composed", to be read beside it: scaling by sigma_V (Eq. 25), moments of the
+prompts (Eq. 27, paper alone), GAE (Eq. 8).
 """
 
 from __future__ import annotations
