@@ -214,7 +214,9 @@ class _Run:
                     folder = self._save_checkpoint(done)
                     if stop:
                         raise interrupted(folder, done, config.max_steps, interrupt.signal)
-        return self._finish(record, evaluated, time.perf_counter() - started)
+            # there is no checkpoint of the last step: a signal must not end the process before the models are
+            # written
+            return self._finish(record, evaluated, time.perf_counter() - started)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One rollout batch: collect, measure, score, learn. Returns its record."""

@@ -781,6 +781,22 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
     assert_same_run(settings.output_dir, uninterrupted.output_dir)
 
 
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_number):
+    """The run has no checkpoint, so the models are written to the end; the handlers are put back."""
+    write, handler = train_policy_module._Run._write_policy, signal.getsignal(signal_number)
+
+    def signalled(self, folder):
+        assert signal.getsignal(signal_number) is not handler, "the signal would end the process here"
+        os.kill(os.getpid(), signal_number)
+        return write(self, folder)
+
+    monkeypatch.setattr(train_policy_module._Run, "_write_policy", signalled)
+    folder = train(config()).output_dir
+    assert {"model.safetensors", "reward_model", "results.json"} <= {path.name for path in folder.iterdir()}
+    assert signal.getsignal(signal_number) is handler
+
+
 def test_unanimous_prompts_late_in_a_run_lose_nothing(config, monkeypatch):
     """What has been learnt is saved, and the resumed run goes on behind those prompts."""
     settings = config(algorithm="grpo", max_steps=3, save_steps=0)
