@@ -28,7 +28,7 @@ from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.verify import Verdict
 from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
 from ipvrm.training.online_reward import OnlineReward, auc, token_and_candidate_logprobs
-from ipvrm.training.optimizer import data_parallel_accelerator
+from ipvrm.training.optimizer import NotFinite, data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, candidate_config, loss_config, resolve
 from ipvrm.training.policy_model import PolicyLoss, behaviour
 from ipvrm.training.policy_rollouts import Collector, Question, Targets, Unanimous, Verified, rollouts_of
@@ -36,7 +36,16 @@ from ipvrm.training.train_policy import train_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 VERIFIERS = """
+import os
+from pathlib import Path
+
+BROKEN = Path(__file__).with_name("broken")
+if BROKEN.exists():
+    raise RuntimeError("no longer to be imported")
+
 def first(response, answer):
+    if BROKEN.exists():
+        os._exit(1)
     return response.split(";")[0] == answer
 
 def never(response, answer):
@@ -634,24 +643,8 @@ def test_nan_in_the_online_update_stops_the_run(config, monkeypatch):
 
     ipvrm_loss = objectives.ipvrm_loss
     monkeypatch.setattr(objectives, "ipvrm_loss", lambda x, *rest, **kw: ipvrm_loss(x / 0.0, *rest, **kw))
-    with pytest.raises(IpvrmError, match="step 1: summed loss .*no checkpoint was written yet"):
+    with pytest.raises(IpvrmError, match="step 1: summed loss .*; stopped before any weight took it"):
         train(config())
-
-
-def test_nan_in_an_advantage_stops_before_the_weights_take_it(config, monkeypatch):
-    outcome_advantages, calls = train_policy_module.outcome_advantages, []
-
-    def poisoned(*arguments, **options):
-        calls.append(None)
-        found = outcome_advantages(*arguments, **options)
-        return found * float("nan") if len(calls) == 3 else found
-
-    monkeypatch.setattr(train_policy_module, "outcome_advantages", poisoned)
-    settings = config(algorithm="grpo", max_steps=4, save_steps=1)
-    with pytest.raises(IpvrmError, match="step 3: an advantage is not a number.*checkpoint-2, is intact"):
-        train(settings)
-    newest = checkpoints(settings.output_dir)[-1]
-    assert all(value.isfinite().all() for value in weights(newest).values())
 
 
 def test_verifier_failures_are_counted_and_left_out(config):
@@ -814,6 +807,116 @@ def test_unanimous_prompts_late_in_a_run_lose_nothing(config, monkeypatch):
     result = train(replace(settings, resume_from_checkpoint="latest"))
     assert calls == [0, 12, 24, 36] and result.metrics["prompts_seen"] == 48
     assert [record["step"] for record in log_of(result.output_dir)] == [1, 2, 3]
+
+
+def break_the_verifier(patch, toy):
+    """Its worker dies, and the next one does not start."""
+    (toy / "broken").touch()
+
+
+def run_out_of_memory(patch, toy):
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("no more of it")
+
+    patch.setattr("ipvrm.rollouts.engine.TransformersEngine.__call__", fails)
+
+
+def poison_an_advantage(patch, toy):
+    advantages = train_policy_module.outcome_advantages
+    patch.setattr(train_policy_module, "outcome_advantages", lambda *a, **k: advantages(*a, **k) / 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected", "reason"),
+    [
+        (break_the_verifier, IpvrmError, "no longer to be imported"),
+        (run_out_of_memory, torch.OutOfMemoryError, "no more of it"),
+        (poison_an_advantage, IpvrmError, "step 3: an advantage is not a number"),
+    ],
+)
+def test_a_step_that_fails_before_it_learns_loses_nothing(
+    config, toy, monkeypatch, capsys, fault, expected, reason
+):
+    """The steps before it are saved, although no checkpoint was due, and the resumed run is the same run."""
+    settings = config(algorithm="grpo", max_steps=4, save_steps=0)
+    step = train_policy_module._Run._step
+    with monkeypatch.context() as patch:
+
+        def third_fails(self, number):
+            if number == 2:
+                fault(patch, toy)
+            return step(self, number)
+
+        patch.setattr(train_policy_module._Run, "_step", third_fails)
+        try:
+            with pytest.raises(expected, match=reason) as caught:
+                train(settings)
+        finally:
+            (toy / "broken").unlink(missing_ok=True)
+    assert "The run so far: " in str(caught.value) + capsys.readouterr().err
+    (saved,) = checkpoints(settings.output_dir)
+    assert saved.name == "checkpoint-2"
+    folder = train(replace(settings, resume_from_checkpoint="latest")).output_dir
+    whole = train(config("whole", algorithm="grpo", max_steps=4, save_steps=0)).output_dir
+    assert same_bits(folder, whole) and log_of(folder) == log_of(whole)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_an_evaluation_that_fails_loses_nothing(config, toy, monkeypatch, steps):
+    """The step before it is in the log and saved; of the last step, the resumed run evaluates again."""
+    settings = config(
+        algorithm="grpo", max_steps=steps, save_steps=0, eval_data=str(toy / "prompts.jsonl"), eval_steps=2
+    )
+    accuracy, calls = Collector.accuracy, []
+
+    def second_fails(self):
+        calls.append(None)
+        if len(calls) == 2:
+            raise IpvrmError("no verifier")
+        return accuracy(self)
+
+    monkeypatch.setattr(Collector, "accuracy", second_fails)
+    with pytest.raises(IpvrmError, match="no verifier. The run so far: .*checkpoint-2"):
+        train(settings)
+    assert [record["step"] for record in log_of(settings.output_dir)] == [0, 1, 2]
+    result = train(replace(settings, resume_from_checkpoint="latest"))
+    whole = train(replace(settings, output_dir=str(Path(settings.output_dir).with_name("whole"))))
+    assert same_bits(result.output_dir, whole.output_dir)
+    assert result.metrics["eval"] == whole.metrics["eval"]
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "moved", "saves"),
+    [
+        (("ipvrm.training.online_reward.update", 2), "the reward model", 0),  # its second minibatch
+        (("ipvrm.training.train_policy.update", 1), "the reward model", 1),
+        (("ipvrm.training.train_policy.update", 2), "the policy and the reward model", 0),
+    ],
+)
+def test_a_step_that_fails_while_it_learns_says_what_is_lost(config, monkeypatch, poisoned, moved, saves):
+    """Weights that have learnt from half a step are not those of a checkpoint."""
+    (name, minibatch), step = poisoned, train_policy_module._Run._step
+    module, update = name.removesuffix(".update"), sys.modules[name.removesuffix(".update")].update
+    number, calls = [0], []
+
+    def counted(self, at):
+        number[0] = at
+        calls.clear()
+        return step(self, at)
+
+    def fails(*arguments, **options):
+        calls.append(None)
+        if number[0] == 1 and len(calls) == minibatch:
+            raise NotFinite("summed loss nan")
+        return update(*arguments, **options)
+
+    monkeypatch.setattr(train_policy_module._Run, "_step", counted)
+    monkeypatch.setattr(f"{module}.update", fails)
+    settings = config(max_steps=3, save_steps=saves, minibatch_size=10)
+    where = "checkpoint-1, is intact, .*: 0" if saves else "no checkpoint was written yet, .*: 1"
+    with pytest.raises(IpvrmError, match=f"Not saved: {moved} had learnt from step 2 already; .*{where}"):
+        train(settings)
+    assert [path.name for path in checkpoints(settings.output_dir)] == ["checkpoint-1"] * bool(saves)
 
 
 def test_resume_refuses_another_run(uninterrupted, toy, tmp_path):
