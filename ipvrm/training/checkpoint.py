@@ -105,6 +105,17 @@ def remove_old_checkpoints(folder: str | Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
+def remove_later(folder: str | Path, step: int) -> None:
+    """Deletes what a run that goes on from `step` makes again: later checkpoints, and the results.
+
+    Left there, they would count as newer than the checkpoints that are written from now on.
+    """
+    for path in checkpoints(folder):
+        if _step_of(path) > step:
+            shutil.rmtree(path)
+    (Path(folder) / "results.json").unlink(missing_ok=True)
+
+
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Writes the optimizer's tensors to `folder` and returns its scalars, for `trainer_state.json`."""
     tensors: dict[str, Tensor] = {}

@@ -774,6 +774,27 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
     assert_same_run(settings.output_dir, uninterrupted.output_dir)
 
 
+def test_resuming_an_older_checkpoint_keeps_what_it_saves(uninterrupted, tmp_path, monkeypatch):
+    """The later checkpoints of the finished run do not push out the one that is announced."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted.output_dir, folder)
+    outside = shutil.copytree(folder / "checkpoint-1", tmp_path / "checkpoint-1")
+    settings = replace(uninterrupted, output_dir=str(folder), save_steps=0, save_total_limit=1)
+    step = train_policy_module._Run._step
+
+    def signalled(self, number):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_policy_module._Run, "_step", signalled)
+        with pytest.raises(TrainingInterrupted, match="after update 2 of 4") as caught:
+            train(replace(settings, resume_from_checkpoint=str(outside)))
+    assert checkpoints(folder) == [caught.value.checkpoint] and not (folder / "results.json").exists()
+    train(replace(settings, resume_from_checkpoint="latest"))
+    assert_same_run(folder, uninterrupted.output_dir)
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_number):
     """The run has no checkpoint, so the models are written to the end; the handlers are put back."""
