@@ -37,6 +37,7 @@ from ipvrm.training.train_policy import train_policy
 ROOT = Path(__file__).resolve().parents[2]
 VERIFIERS = """
 import os
+import time
 from pathlib import Path
 
 BROKEN = Path(__file__).with_name("broken")
@@ -54,6 +55,13 @@ def never(response, answer):
 def breaks(response, answer):
     if response.startswith("2"):
         raise RuntimeError("no idea")
+    return response.startswith("3")
+
+def hangs_or_dies(response, answer):
+    if response.startswith("2"):
+        time.sleep(60)
+    if response.startswith("1"):
+        os._exit(3)
     return response.startswith("3")
 """
 
@@ -651,6 +659,32 @@ def test_verifier_failures_are_counted_and_left_out(config):
     record = log_of(train(config(algorithm="grpo", verifier="toy_verifiers:breaks")).output_dir)[-1]
     assert record["verifier_failures"] == record["error"] > 0
     assert record["responses_trained"] <= 48 - record["error"]
+
+
+def test_a_verifier_that_hangs_or_dies_is_counted_and_left_out(config, monkeypatch):
+    """What it did not answer is neither right nor wrong: the step trains on the others alone."""
+    trained, behaviour_of = [], train_policy_module._Run._behaviour
+
+    def kept(self, rollouts):
+        for response in rollouts.responses:
+            text = self.tokenizer.decode(response.input_ids[response.prompt_length :])
+            trained.append((text, response.label))
+        return behaviour_of(self, rollouts)
+
+    monkeypatch.setattr(train_policy_module._Run, "_behaviour", kept)
+    settings = config(
+        algorithm="grpo",
+        verifier="toy_verifiers:hangs_or_dies",
+        verifier_timeout=0.5,
+        verifier_workers=2,
+        rollout_prompts=6,
+    )
+    record = log_of(train(settings).output_dir)[-1]
+    assert record["timeout"] > 0 and record["crash"] > 0 and record["error"] == 0
+    assert record["verifier_failures"] == record["timeout"] + record["crash"]
+    assert {(text[0], label) for text, label in trained} == {("3", 1), ("0", 0)}
+    judged = record["responses"] - record["truncated"] - record["verifier_failures"]
+    assert record["responses_trained"] == len(trained) <= judged
 
 
 def test_prompts_that_cannot_be_used(config, tmp_path):
