@@ -318,22 +318,57 @@ def sampled(toy):
     return load_model(toy / "sft"), rollouts_of(verified, torch.device("cpu"))
 
 
+def assert_ratios_are_one(policy, rollouts, indices, temperature, allowed):
+    """Those that the loss forms itself, each of them: none lies outside of a clip range of `allowed`."""
+    narrow = PolicyLossConfig(
+        clip_low=allowed, clip_high=allowed, candidate_clip_low=allowed, candidate_clip_high=allowed
+    )
+    batch, targets = rollouts.batch(indices), rollouts.targets(indices)
+    for sign in (1.0, -1.0):  # the clipped branch is taken above the range, then below it
+        advantages = [
+            torch.full_like(x, sign) for x in (targets.old_logprobs, targets.old_candidate_logprobs)
+        ]
+        signed = targets._replace(advantages=advantages[0], candidate_advantages=advantages[1])
+        metrics = PolicyLoss(policy, narrow, temperature)(batch, signed, 1.0, 1.0).metrics
+        for branch in ("token", "candidate"):
+            clipped, count = metrics[f"{branch}_clip_fraction"]
+            assert float(clipped) == 0, (branch, sign, indices)
+            assert abs(float(metrics[f"{branch}_kl"][0])) <= allowed * float(count)
+    assert float(metrics["token_kl"][1]) == len(batch.token_ids)
+    assert float(metrics["candidate_kl"][1]) == (targets.candidate_ids >= 0).sum()
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [CandidateConfig(), CandidateConfig.preset("release"), None],
+    ids=["paper", "release", "none"],
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_ratios_are_one_in_the_first_epoch(sampled, temperature):
+def test_ratios_are_one_in_the_first_epoch(sampled, temperature, candidates):
     """To 1e-5 between the passes at one shape, to 1e-4 where the micro-batch is another one."""
     policy, rollouts = sampled
     everything = list(range(12))
     batch = rollouts.batch(everything)
-    for candidates in (CandidateConfig(), CandidateConfig.preset("release"), None):
-        old = behaviour(policy, batch, candidates, temperature)
-        new = response_logprobs(policy, batch, temperature)
-        assert (new - old.logprobs).exp().sub(1).abs().max() < 1e-5
-        again, others = token_and_candidate_logprobs(policy, batch, old.candidate_ids, temperature)
-        used = old.candidate_ids >= 0
-        assert (again - old.logprobs).exp().sub(1).abs().max() < 1e-5
-        assert (others - old.candidate_logprobs)[used].exp().sub(1).abs().sum() < 1e-5 * max(1, used.sum())
-        alone = torch.cat([response_logprobs(policy, rollouts.batch([i]), temperature) for i in everything])
-        assert (alone - old.logprobs).exp().sub(1).abs().max() < 1e-4
+    old = behaviour(policy, batch, candidates, temperature)
+    measured = replace(
+        rollouts,
+        old_logprobs=old.logprobs,
+        candidate_ids=old.candidate_ids,
+        old_candidate_logprobs=old.candidate_logprobs,
+        advantages=torch.zeros_like(old.logprobs),
+        candidate_advantages=torch.zeros_like(old.candidate_logprobs),
+    )
+    new = response_logprobs(policy, batch, temperature)
+    assert (new - old.logprobs).exp().sub(1).abs().max() < 1e-5
+    for split, allowed in (([everything], 1e-5), ([[i] for i in everything], 1e-4)):
+        for indices in split:
+            tokens = rollouts.tokens_of(indices)
+            ids = old.candidate_ids[tokens]
+            got, others = token_and_candidate_logprobs(policy, rollouts.batch(indices), ids, temperature)
+            assert (got - old.logprobs[tokens]).exp().sub(1).abs().max() < allowed
+            ratios = (others - old.candidate_logprobs[tokens])[ids >= 0].exp()
+            assert torch.allclose(ratios, torch.ones_like(ratios), rtol=0, atol=allowed)
+            assert_ratios_are_one(policy, measured, indices, temperature, allowed)
 
 
 def test_one_candidate_that_is_the_sampled_token(sampled):
