@@ -143,7 +143,8 @@ def toy_config(toy, output, **changes):
     }
     settings |= changes
     if settings["algorithm"] in ("distrl", "grpo_prm", "prime"):
-        settings.setdefault("reward_model", str(toy / "ipvrm"))
+        objective = "implicit_prm" if settings["algorithm"] == "prime" else "ipvrm"
+        settings.setdefault("reward_model", str(toy / objective))
     else:
         settings.pop("rm_learning_rate")
     return PolicyConfig(**settings)
@@ -251,17 +252,13 @@ def test_it_learns(config, toy):
         {"algorithm": "spro"},
         {"preset": "release", "num_generations": 4},
         {"preset": "release", "num_generations": 4, "algorithm": "grpo"},
-        {"td_reference": "sft", "rm_update": "frozen"},
+        {"td_reference": "sft", "rm_update": "frozen", "rm_learning_rate": None},
         {"mixed_precision": "bf16", "num_epochs": 2},
         {"temperature": 0.7, "gradient_checkpointing": True},
     ],
     ids=str,
 )
 def test_the_other_ways_run(config, toy, changes):
-    if changes.get("algorithm") == "prime":
-        changes = changes | {"reward_model": str(toy / "implicit_prm")}
-    if changes.get("rm_update") == "frozen":
-        changes = changes | {"rm_learning_rate": None}
     folder = train(config(**changes)).output_dir
     record = log_of(folder)[-1]
     assert not same_bits(folder, toy / "sft")
@@ -276,19 +273,34 @@ def test_the_other_ways_run(config, toy, changes):
 # ------------------------------------------------------------------------------- one update, by definition
 
 
-@pytest.mark.parametrize("preset", ["paper", "release"])
-def test_the_split_does_not_matter(config, toy, preset):
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, (5, 1)),
+        ({"preset": "release", "num_generations": 4}, (5, 1)),
+        ({"algorithm": "grpo"}, (5,)),
+        ({"algorithm": "grpo_prm", "rm_update": "after"}, (5,)),
+        ({"algorithm": "prime"}, (5,)),
+        ({"algorithm": "spro"}, (5,)),
+    ],
+    ids=str,
+)
+def test_the_split_does_not_matter(config, toy, changes, sizes):
     """Micro-batches of 1, 5 and all: the same policy and reward model."""
     # A large epsilon makes Adam's step proportional to the gradient; else rounding decides the sign near 0.
-    common = {"preset": preset, "num_generations": 4, "adam_epsilon": 1.0}
-    common |= {"learning_rate": 1.0, "rm_learning_rate": 1.0, "max_grad_norm": 0.0}
+    common = {"adam_epsilon": 1.0, "learning_rate": 1.0, "rm_learning_rate": 1.0, "max_grad_norm": 0.0}
+    settings = config(**changes, **common)
     runs = {
-        size: train(config(f"by{size}", per_device_train_batch_size=size, **common)).output_dir
-        for size in (64, 5, 1)
+        size: train(
+            replace(settings, output_dir=f"{settings.output_dir}-by{size}", per_device_train_batch_size=size)
+        ).output_dir
+        for size in (64, *sizes)
     }
-    for size in (5, 1):
+    for size in sizes:
         assert_close_weights(runs[size], runs[64], toy / "sft")
-        assert_close_weights(runs[size] / "reward_model", runs[64] / "reward_model", toy / "ipvrm")
+        if settings.reward_model is not None:
+            models = (runs[size] / "reward_model", runs[64] / "reward_model", settings.reward_model)
+            assert_close_weights(*models)
         for name, value in log_of(runs[64])[0].items():
             assert log_of(runs[size])[0][name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
@@ -779,8 +791,10 @@ def flags(config):
 
 
 def assert_same_run(a, b):
-    assert same_bits(a, b) and same_bits(Path(a) / "reward_model", Path(b) / "reward_model")
-    assert log_of(a) == log_of(b)
+    a, b = Path(a), Path(b)
+    assert same_bits(a, b) and log_of(a) == log_of(b)
+    assert (a / "reward_model").exists() == (b / "reward_model").exists()
+    assert not (a / "reward_model").exists() or same_bits(a / "reward_model", b / "reward_model")
 
 
 def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
@@ -791,6 +805,30 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
     (folder / "model.safetensors").unlink()
     train(replace(uninterrupted, output_dir=str(folder), resume_from_checkpoint="latest"))
     assert_same_run(folder, uninterrupted.output_dir)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "grpo"},
+        {"algorithm": "grpo_prm", "rm_update": "after"},
+        {"algorithm": "prime", "num_epochs": 2},
+        {"algorithm": "spro", "num_epochs": 2},
+        {"td_reference": "sft"},
+        {"rm_update": "frozen", "rm_learning_rate": None},
+        {"preset": "release", "num_generations": 4},
+        {"mixed_precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_every_way_resumes_to_the_same_bits(config, tmp_path, changes):
+    settings = config(max_steps=3, save_steps=1, save_total_limit=9, **changes)
+    whole = train(settings).output_dir
+    folder = Path(shutil.copytree(whole, tmp_path / "again"))
+    (folder / "model.safetensors").unlink()
+    name = str(folder / "checkpoint-1")
+    train(replace(settings, output_dir=str(folder), resume_from_checkpoint=name))
+    assert_same_run(folder, whole)
 
 
 KILLED_IN_A_SAVE = """
@@ -948,7 +986,7 @@ def test_a_step_that_fails_before_it_learns_loses_nothing(
     assert saved.name == "checkpoint-2"
     folder = train(replace(settings, resume_from_checkpoint="latest")).output_dir
     whole = train(config("whole", algorithm="grpo", max_steps=4, save_steps=0)).output_dir
-    assert same_bits(folder, whole) and log_of(folder) == log_of(whole)
+    assert_same_run(folder, whole)
 
 
 @pytest.mark.parametrize("steps", [2, 3])
