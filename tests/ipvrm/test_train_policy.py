@@ -989,6 +989,34 @@ def test_a_step_that_fails_before_it_learns_loses_nothing(
     assert_same_run(folder, whole)
 
 
+def disk_is_full(folder):
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "reason"),
+    [
+        ("ipvrm.training.train_policy.save_folder", disk_is_full, r"saving failed too \(no space left\)"),
+        ("accelerate.Accelerator.num_processes", property(lambda self: 2), "not known that all ranks"),
+    ],
+)
+def test_a_failure_that_cannot_be_saved_is_not_hidden(config, monkeypatch, target, value, reason):
+    """Nor is a save begun that other ranks, which may not have failed, would not take part in."""
+    settings, step = config(algorithm="grpo", max_steps=3, save_steps=1), train_policy_module._Run._step
+
+    def third_fails(self, number):
+        if number == 2:
+            monkeypatch.setattr(target, value)
+            raise IpvrmError("no verifier")
+        return step(self, number)
+
+    monkeypatch.setattr(train_policy_module._Run, "_step", third_fails)
+    with pytest.raises(
+        IpvrmError, match=f"no verifier. Not saved: .*{reason}.*checkpoint-2, is intact, .*: 0"
+    ):
+        train(settings)
+
+
 @pytest.mark.parametrize("steps", [2, 3])
 def test_an_evaluation_that_fails_loses_nothing(config, toy, monkeypatch, steps):
     """The step before it is in the log and saved; of the last step, the resumed run evaluates again."""
