@@ -56,12 +56,17 @@ def interrupted(folder: Path, step: int, total: int, signal_number: int) -> Trai
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    found = []
-    for path in Path(folder).glob(f"{PREFIX}*"):
-        number = path.name[len(PREFIX) :]
-        if number.isdigit() and (path / STATE).is_file():
-            found.append((int(number), path))
-    return [path for _, path in sorted(found)]
+    found = [path for path in Path(folder).glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
+    return sorted((path for path in found if (path / STATE).is_file()), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[len(PREFIX) :])
+
+
+def newest_step(folder: str | Path) -> int:
+    """The step of the newest complete checkpoint in `folder`, 0 where there is none."""
+    return max(map(_step_of, checkpoints(folder)), default=0)
 
 
 def newest_in_words(folder: str | Path) -> str:
@@ -98,6 +103,17 @@ def remove_old_checkpoints(folder: str | Path, keep: int) -> None:
     """Deletes all but the newest `keep` checkpoints of `folder`."""
     for path in checkpoints(folder)[:-keep]:
         shutil.rmtree(path)
+
+
+def remove_later(folder: str | Path, step: int) -> None:
+    """Deletes what a run that goes on from `step` makes again: later checkpoints, and the results.
+
+    Left there, they would count as newer than the checkpoints that are written from now on.
+    """
+    for path in checkpoints(folder):
+        if _step_of(path) > step:
+            shutil.rmtree(path)
+    (Path(folder) / "results.json").unlink(missing_ok=True)
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

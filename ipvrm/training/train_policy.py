@@ -8,6 +8,7 @@ update does not depend on micro-batches, packing or ranks. Ranks share the work 
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,9 @@ class PolicyResult:
 def train_policy(config: PolicyConfig, progress: bool = True) -> PolicyResult:
     """Trains a policy and writes its run folder; under `accelerate launch` on every rank.
 
+    What fails after the first step is raised once the steps before it are in a checkpoint, where the weights
+    are still theirs, and every rank is known to have failed alike.
+
     Raises:
         IpvrmError: anything the user can act on, before the first step where possible.
         TrainingInterrupted: SIGINT or SIGTERM; a checkpoint has been written.
@@ -115,6 +119,7 @@ class _Run:
         self.candidates = candidate_config(config)
         self.loss_config = loss_config(config)
         self.seconds: dict[str, float] = {}
+        self.moved: set[str] = set()  # the models that have learnt from a step that is not finished
 
     # ------------------------------------------------------------------------------------------- before
 
@@ -170,6 +175,9 @@ class _Run:
         if state is not None and self.resumed is not None:
             checkpoint.load_optimizer(self.resumed, self.module, self.optimizer.optimizer, state["optimizer"])
             checkpoint.restore_rng_state(self.resumed, self.accelerator.process_index)
+        self._watch("the policy", self.optimizer.optimizer)
+        if self.reward is not None and self.reward.trained:
+            self._watch("the reward model", self.reward.optimizer.optimizer)
         stops = stop_ids(self.policy, self.tokenizer)
         engine = TransformersEngine(self.policy, stops, config.per_device_eval_batch_size)
         with VerifierPool(config.verifier, config.verifier_workers, config.verifier_timeout) as pool:
@@ -182,29 +190,29 @@ class _Run:
 
     def _loop(self) -> PolicyResult:
         config = self.config
+        if self.resumed is not None and self.main:
+            checkpoint.remove_later(self.output, self.start)
         self.log = (
             JsonlLog(self.output / "metrics.jsonl", after_step=self.start or None) if self.main else None
         )
         started = time.perf_counter()
         record: dict[str, Any] = {}
         evaluated: dict[str, float] = {}
-        if self.start == 0 and self.evaluator is not None:
+        # at the end too: there may be a checkpoint of the last step because its evaluation has failed
+        if self.start in (0, config.max_steps) and self.evaluator is not None:
             evaluated = self.evaluator.accuracy()
-            self._record({"step": 0, **evaluated})
+            record = {"step": self.start, **evaluated}
+            self._record(record)
         with Interrupt() as interrupt, self.progress.bar("train-policy", config.max_steps, self.start) as bar:
             for step in range(self.start, config.max_steps):
-                try:
-                    record = self._step(step)
-                except Unanimous as error:
-                    if not step:
-                        raise
-                    self.place = error.place  # what resumes goes on behind these prompts
-                    raise IpvrmError(f"{error}. The run so far: {self._save_checkpoint(step)}") from error
                 done, last = step + 1, step + 1 == config.max_steps
+                with self._kept_on_failure(step):
+                    record = self._step(step)
                 if self.evaluator is not None and (
                     last or (config.eval_steps is not None and done % config.eval_steps == 0)
                 ):
-                    evaluated = self.evaluator.accuracy()
+                    with self._kept_on_failure(done, record):
+                        evaluated = self.evaluator.accuracy()
                     record |= evaluated
                 shown = ("policy_loss", "rollout_accuracy", "tokens_per_second")
                 bar(done, **{name: record[name] for name in shown})
@@ -214,7 +222,9 @@ class _Run:
                     folder = self._save_checkpoint(done)
                     if stop:
                         raise interrupted(folder, done, config.max_steps, interrupt.signal)
-        return self._finish(record, evaluated, time.perf_counter() - started)
+            # there is no checkpoint of the last step: a signal must not end the process before the models are
+            # written
+            return self._finish(record, evaluated, time.perf_counter() - started)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One rollout batch: collect, measure, score, learn. Returns its record."""
@@ -250,12 +260,12 @@ class _Run:
             with self._timed("update"):
                 record |= self._update(rollouts, step, factor)
         except NotFinite as error:
-            raise IpvrmError(
-                f"step {step + 1}: {error}; stopped before the weights took it; "
-                f"{checkpoint.newest_in_words(self.output)}. Lower --learning_rate, --rm_learning_rate or "
-                "--max_grad_norm, or look at the prompts of this step"
+            raise NotFinite(
+                f"step {step + 1}: {error}; stopped before any weight took it. Lower --learning_rate, "
+                "--rm_learning_rate or --max_grad_norm, or look at the prompts of this step"
             ) from error
         self.place = place
+        self.moved.clear()
         seconds = time.perf_counter() - before
         record |= self.seconds | {"seconds": seconds, "tokens_per_second": collected["tokens"] / seconds}
         return record | {"peak_memory_bytes": peak_memory(self.device)}
@@ -398,6 +408,50 @@ class _Run:
         if self.log is not None:
             self.log.write(record)
             self.progress.logged(record, self.config.max_steps)
+
+    def _watch(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Every update that `optimizer` makes from now on is noted in `moved`."""
+        optimizer.register_step_post_hook(lambda *_: self.moved.add(name))
+
+    @contextmanager
+    def _kept_on_failure(self, done: int, unlogged: dict[str, Any] | None = None) -> Iterator[None]:
+        """Saves the `done` finished steps when something goes wrong inside, and says so.
+
+        Args:
+            unlogged: the record of the last of them where the log does not have it yet.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not done:  # nothing to lose
+                raise
+            if isinstance(error, Unanimous):
+                self.place = error.place  # what resumes goes on behind these prompts
+            if unlogged is not None:
+                self._record(unlogged)
+            kept = self._keep(done, error)
+            if isinstance(error, IpvrmError):
+                raise IpvrmError(f"{error}. {kept}") from error
+            if self.main:
+                print(f"\n{kept}", file=sys.stderr, flush=True)
+            raise
+
+    def _keep(self, done: int, error: Exception) -> str:
+        """Saves the `done` finished steps if it can after `error`; what came of it, in words."""
+        alike = self.accelerator.num_processes == 1 or isinstance(error, (Unanimous, NotFinite))
+        if self.moved:
+            why = f"{' and '.join(sorted(self.moved))} had learnt from step {done + 1} already"
+        elif not alike:  # a save needs all ranks, and the others may wait for this one elsewhere
+            why = "it is not known that all ranks have failed alike"
+        else:
+            try:
+                return f"The run so far: {self._save_checkpoint(done)}"
+            except Exception as second:
+                why = f"saving failed too ({second})"
+        lost = done - checkpoint.newest_step(self.output)
+        return (
+            f"Not saved: {why}; {checkpoint.newest_in_words(self.output)}, steps lost before this one: {lost}"
+        )
 
     def _write_policy(self, folder: Path) -> None:
         """A model folder; under LoRA the merged weights, and the adapters beside them."""

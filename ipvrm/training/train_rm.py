@@ -254,7 +254,9 @@ class _Run:
                     folder = self._save_checkpoint(done, pending)
                     if stop:
                         raise interrupted(folder, done, self.total_steps, interrupt.signal)
-        return self._finish(means, validation)
+            # there is no checkpoint of the last update: a signal must not end the process before the model is
+            # written
+            return self._finish(means, validation)
 
     def _update(self, step: int, interrupt: Interrupt) -> tuple[dict[str, tuple[float, float]], float, bool]:
         """One optimizer update: metric sums and gradient norm over all ranks, and whether one is to stop."""

@@ -28,7 +28,7 @@ from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.verify import Verdict
 from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
 from ipvrm.training.online_reward import OnlineReward, auc, token_and_candidate_logprobs
-from ipvrm.training.optimizer import data_parallel_accelerator
+from ipvrm.training.optimizer import NotFinite, data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, candidate_config, loss_config, resolve
 from ipvrm.training.policy_model import PolicyLoss, behaviour
 from ipvrm.training.policy_rollouts import Collector, Question, Targets, Unanimous, Verified, rollouts_of
@@ -36,7 +36,17 @@ from ipvrm.training.train_policy import train_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 VERIFIERS = """
+import os
+import time
+from pathlib import Path
+
+BROKEN = Path(__file__).with_name("broken")
+if BROKEN.exists():
+    raise RuntimeError("no longer to be imported")
+
 def first(response, answer):
+    if BROKEN.exists():
+        os._exit(1)
     return response.split(";")[0] == answer
 
 def never(response, answer):
@@ -45,6 +55,13 @@ def never(response, answer):
 def breaks(response, answer):
     if response.startswith("2"):
         raise RuntimeError("no idea")
+    return response.startswith("3")
+
+def hangs_or_dies(response, answer):
+    if response.startswith("2"):
+        time.sleep(60)
+    if response.startswith("1"):
+        os._exit(3)
     return response.startswith("3")
 """
 
@@ -126,7 +143,8 @@ def toy_config(toy, output, **changes):
     }
     settings |= changes
     if settings["algorithm"] in ("distrl", "grpo_prm", "prime"):
-        settings.setdefault("reward_model", str(toy / "ipvrm"))
+        objective = "implicit_prm" if settings["algorithm"] == "prime" else "ipvrm"
+        settings.setdefault("reward_model", str(toy / objective))
     else:
         settings.pop("rm_learning_rate")
     return PolicyConfig(**settings)
@@ -234,17 +252,13 @@ def test_it_learns(config, toy):
         {"algorithm": "spro"},
         {"preset": "release", "num_generations": 4},
         {"preset": "release", "num_generations": 4, "algorithm": "grpo"},
-        {"td_reference": "sft", "rm_update": "frozen"},
+        {"td_reference": "sft", "rm_update": "frozen", "rm_learning_rate": None},
         {"mixed_precision": "bf16", "num_epochs": 2},
         {"temperature": 0.7, "gradient_checkpointing": True},
     ],
     ids=str,
 )
 def test_the_other_ways_run(config, toy, changes):
-    if changes.get("algorithm") == "prime":
-        changes = changes | {"reward_model": str(toy / "implicit_prm")}
-    if changes.get("rm_update") == "frozen":
-        changes = changes | {"rm_learning_rate": None}
     folder = train(config(**changes)).output_dir
     record = log_of(folder)[-1]
     assert not same_bits(folder, toy / "sft")
@@ -259,19 +273,34 @@ def test_the_other_ways_run(config, toy, changes):
 # ------------------------------------------------------------------------------- one update, by definition
 
 
-@pytest.mark.parametrize("preset", ["paper", "release"])
-def test_the_split_does_not_matter(config, toy, preset):
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, (5, 1)),
+        ({"preset": "release", "num_generations": 4}, (5, 1)),
+        ({"algorithm": "grpo"}, (5,)),
+        ({"algorithm": "grpo_prm", "rm_update": "after"}, (5,)),
+        ({"algorithm": "prime"}, (5,)),
+        ({"algorithm": "spro"}, (5,)),
+    ],
+    ids=str,
+)
+def test_the_split_does_not_matter(config, toy, changes, sizes):
     """Micro-batches of 1, 5 and all: the same policy and reward model."""
     # A large epsilon makes Adam's step proportional to the gradient; else rounding decides the sign near 0.
-    common = {"preset": preset, "num_generations": 4, "adam_epsilon": 1.0}
-    common |= {"learning_rate": 1.0, "rm_learning_rate": 1.0, "max_grad_norm": 0.0}
+    common = {"adam_epsilon": 1.0, "learning_rate": 1.0, "rm_learning_rate": 1.0, "max_grad_norm": 0.0}
+    settings = config(**changes, **common)
     runs = {
-        size: train(config(f"by{size}", per_device_train_batch_size=size, **common)).output_dir
-        for size in (64, 5, 1)
+        size: train(
+            replace(settings, output_dir=f"{settings.output_dir}-by{size}", per_device_train_batch_size=size)
+        ).output_dir
+        for size in (64, *sizes)
     }
-    for size in (5, 1):
+    for size in sizes:
         assert_close_weights(runs[size], runs[64], toy / "sft")
-        assert_close_weights(runs[size] / "reward_model", runs[64] / "reward_model", toy / "ipvrm")
+        if settings.reward_model is not None:
+            models = (runs[size] / "reward_model", runs[64] / "reward_model", settings.reward_model)
+            assert_close_weights(*models)
         for name, value in log_of(runs[64])[0].items():
             assert log_of(runs[size])[0][name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
@@ -301,22 +330,57 @@ def sampled(toy):
     return load_model(toy / "sft"), rollouts_of(verified, torch.device("cpu"))
 
 
+def assert_ratios_are_one(policy, rollouts, indices, temperature, allowed):
+    """Those that the loss forms itself, each of them: none lies outside of a clip range of `allowed`."""
+    narrow = PolicyLossConfig(
+        clip_low=allowed, clip_high=allowed, candidate_clip_low=allowed, candidate_clip_high=allowed
+    )
+    batch, targets = rollouts.batch(indices), rollouts.targets(indices)
+    for sign in (1.0, -1.0):  # the clipped branch is taken above the range, then below it
+        advantages = [
+            torch.full_like(x, sign) for x in (targets.old_logprobs, targets.old_candidate_logprobs)
+        ]
+        signed = targets._replace(advantages=advantages[0], candidate_advantages=advantages[1])
+        metrics = PolicyLoss(policy, narrow, temperature)(batch, signed, 1.0, 1.0).metrics
+        for branch in ("token", "candidate"):
+            clipped, count = metrics[f"{branch}_clip_fraction"]
+            assert float(clipped) == 0, (branch, sign, indices)
+            assert abs(float(metrics[f"{branch}_kl"][0])) <= allowed * float(count)
+    assert float(metrics["token_kl"][1]) == len(batch.token_ids)
+    assert float(metrics["candidate_kl"][1]) == (targets.candidate_ids >= 0).sum()
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [CandidateConfig(), CandidateConfig.preset("release"), None],
+    ids=["paper", "release", "none"],
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_ratios_are_one_in_the_first_epoch(sampled, temperature):
+def test_ratios_are_one_in_the_first_epoch(sampled, temperature, candidates):
     """To 1e-5 between the passes at one shape, to 1e-4 where the micro-batch is another one."""
     policy, rollouts = sampled
     everything = list(range(12))
     batch = rollouts.batch(everything)
-    for candidates in (CandidateConfig(), CandidateConfig.preset("release"), None):
-        old = behaviour(policy, batch, candidates, temperature)
-        new = response_logprobs(policy, batch, temperature)
-        assert (new - old.logprobs).exp().sub(1).abs().max() < 1e-5
-        again, others = token_and_candidate_logprobs(policy, batch, old.candidate_ids, temperature)
-        used = old.candidate_ids >= 0
-        assert (again - old.logprobs).exp().sub(1).abs().max() < 1e-5
-        assert (others - old.candidate_logprobs)[used].exp().sub(1).abs().sum() < 1e-5 * max(1, used.sum())
-        alone = torch.cat([response_logprobs(policy, rollouts.batch([i]), temperature) for i in everything])
-        assert (alone - old.logprobs).exp().sub(1).abs().max() < 1e-4
+    old = behaviour(policy, batch, candidates, temperature)
+    measured = replace(
+        rollouts,
+        old_logprobs=old.logprobs,
+        candidate_ids=old.candidate_ids,
+        old_candidate_logprobs=old.candidate_logprobs,
+        advantages=torch.zeros_like(old.logprobs),
+        candidate_advantages=torch.zeros_like(old.candidate_logprobs),
+    )
+    new = response_logprobs(policy, batch, temperature)
+    assert (new - old.logprobs).exp().sub(1).abs().max() < 1e-5
+    for split, allowed in (([everything], 1e-5), ([[i] for i in everything], 1e-4)):
+        for indices in split:
+            tokens = rollouts.tokens_of(indices)
+            ids = old.candidate_ids[tokens]
+            got, others = token_and_candidate_logprobs(policy, rollouts.batch(indices), ids, temperature)
+            assert (got - old.logprobs[tokens]).exp().sub(1).abs().max() < allowed
+            ratios = (others - old.candidate_logprobs[tokens])[ids >= 0].exp()
+            assert torch.allclose(ratios, torch.ones_like(ratios), rtol=0, atol=allowed)
+            assert_ratios_are_one(policy, measured, indices, temperature, allowed)
 
 
 def test_one_candidate_that_is_the_sampled_token(sampled):
@@ -634,30 +698,40 @@ def test_nan_in_the_online_update_stops_the_run(config, monkeypatch):
 
     ipvrm_loss = objectives.ipvrm_loss
     monkeypatch.setattr(objectives, "ipvrm_loss", lambda x, *rest, **kw: ipvrm_loss(x / 0.0, *rest, **kw))
-    with pytest.raises(IpvrmError, match="step 1: summed loss .*no checkpoint was written yet"):
+    with pytest.raises(IpvrmError, match="step 1: summed loss .*; stopped before any weight took it"):
         train(config())
-
-
-def test_nan_in_an_advantage_stops_before_the_weights_take_it(config, monkeypatch):
-    outcome_advantages, calls = train_policy_module.outcome_advantages, []
-
-    def poisoned(*arguments, **options):
-        calls.append(None)
-        found = outcome_advantages(*arguments, **options)
-        return found * float("nan") if len(calls) == 3 else found
-
-    monkeypatch.setattr(train_policy_module, "outcome_advantages", poisoned)
-    settings = config(algorithm="grpo", max_steps=4, save_steps=1)
-    with pytest.raises(IpvrmError, match="step 3: an advantage is not a number.*checkpoint-2, is intact"):
-        train(settings)
-    newest = checkpoints(settings.output_dir)[-1]
-    assert all(value.isfinite().all() for value in weights(newest).values())
 
 
 def test_verifier_failures_are_counted_and_left_out(config):
     record = log_of(train(config(algorithm="grpo", verifier="toy_verifiers:breaks")).output_dir)[-1]
     assert record["verifier_failures"] == record["error"] > 0
     assert record["responses_trained"] <= 48 - record["error"]
+
+
+def test_a_verifier_that_hangs_or_dies_is_counted_and_left_out(config, monkeypatch):
+    """What it did not answer is neither right nor wrong: the step trains on the others alone."""
+    trained, behaviour_of = [], train_policy_module._Run._behaviour
+
+    def kept(self, rollouts):
+        for response in rollouts.responses:
+            text = self.tokenizer.decode(response.input_ids[response.prompt_length :])
+            trained.append((text, response.label))
+        return behaviour_of(self, rollouts)
+
+    monkeypatch.setattr(train_policy_module._Run, "_behaviour", kept)
+    settings = config(
+        algorithm="grpo",
+        verifier="toy_verifiers:hangs_or_dies",
+        verifier_timeout=0.5,
+        verifier_workers=2,
+        rollout_prompts=6,
+    )
+    record = log_of(train(settings).output_dir)[-1]
+    assert record["timeout"] > 0 and record["crash"] > 0 and record["error"] == 0
+    assert record["verifier_failures"] == record["timeout"] + record["crash"]
+    assert {(text[0], label) for text, label in trained} == {("3", 1), ("0", 0)}
+    judged = record["responses"] - record["truncated"] - record["verifier_failures"]
+    assert record["responses_trained"] == len(trained) <= judged
 
 
 def test_prompts_that_cannot_be_used(config, tmp_path):
@@ -717,8 +791,10 @@ def flags(config):
 
 
 def assert_same_run(a, b):
-    assert same_bits(a, b) and same_bits(Path(a) / "reward_model", Path(b) / "reward_model")
-    assert log_of(a) == log_of(b)
+    a, b = Path(a), Path(b)
+    assert same_bits(a, b) and log_of(a) == log_of(b)
+    assert (a / "reward_model").exists() == (b / "reward_model").exists()
+    assert not (a / "reward_model").exists() or same_bits(a / "reward_model", b / "reward_model")
 
 
 def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
@@ -729,6 +805,30 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
     (folder / "model.safetensors").unlink()
     train(replace(uninterrupted, output_dir=str(folder), resume_from_checkpoint="latest"))
     assert_same_run(folder, uninterrupted.output_dir)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "grpo"},
+        {"algorithm": "grpo_prm", "rm_update": "after"},
+        {"algorithm": "prime", "num_epochs": 2},
+        {"algorithm": "spro", "num_epochs": 2},
+        {"td_reference": "sft"},
+        {"rm_update": "frozen", "rm_learning_rate": None},
+        {"preset": "release", "num_generations": 4},
+        {"mixed_precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_every_way_resumes_to_the_same_bits(config, tmp_path, changes):
+    settings = config(max_steps=3, save_steps=1, save_total_limit=9, **changes)
+    whole = train(settings).output_dir
+    folder = Path(shutil.copytree(whole, tmp_path / "again"))
+    (folder / "model.safetensors").unlink()
+    name = str(folder / "checkpoint-1")
+    train(replace(settings, output_dir=str(folder), resume_from_checkpoint=name))
+    assert_same_run(folder, whole)
 
 
 KILLED_IN_A_SAVE = """
@@ -781,6 +881,43 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
     assert_same_run(settings.output_dir, uninterrupted.output_dir)
 
 
+def test_resuming_an_older_checkpoint_keeps_what_it_saves(uninterrupted, tmp_path, monkeypatch):
+    """The later checkpoints of the finished run do not push out the one that is announced."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted.output_dir, folder)
+    outside = shutil.copytree(folder / "checkpoint-1", tmp_path / "checkpoint-1")
+    settings = replace(uninterrupted, output_dir=str(folder), save_steps=0, save_total_limit=1)
+    step = train_policy_module._Run._step
+
+    def signalled(self, number):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_policy_module._Run, "_step", signalled)
+        with pytest.raises(TrainingInterrupted, match="after update 2 of 4") as caught:
+            train(replace(settings, resume_from_checkpoint=str(outside)))
+    assert checkpoints(folder) == [caught.value.checkpoint] and not (folder / "results.json").exists()
+    train(replace(settings, resume_from_checkpoint="latest"))
+    assert_same_run(folder, uninterrupted.output_dir)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_number):
+    """The run has no checkpoint, so the models are written to the end; the handlers are put back."""
+    write, handler = train_policy_module._Run._write_policy, signal.getsignal(signal_number)
+
+    def signalled(self, folder):
+        assert signal.getsignal(signal_number) is not handler, "the signal would end the process here"
+        os.kill(os.getpid(), signal_number)
+        return write(self, folder)
+
+    monkeypatch.setattr(train_policy_module._Run, "_write_policy", signalled)
+    folder = train(config()).output_dir
+    assert {"model.safetensors", "reward_model", "results.json"} <= {path.name for path in folder.iterdir()}
+    assert signal.getsignal(signal_number) is handler
+
+
 def test_unanimous_prompts_late_in_a_run_lose_nothing(config, monkeypatch):
     """What has been learnt is saved, and the resumed run goes on behind those prompts."""
     settings = config(algorithm="grpo", max_steps=3, save_steps=0)
@@ -798,6 +935,144 @@ def test_unanimous_prompts_late_in_a_run_lose_nothing(config, monkeypatch):
     result = train(replace(settings, resume_from_checkpoint="latest"))
     assert calls == [0, 12, 24, 36] and result.metrics["prompts_seen"] == 48
     assert [record["step"] for record in log_of(result.output_dir)] == [1, 2, 3]
+
+
+def break_the_verifier(patch, toy):
+    """Its worker dies, and the next one does not start."""
+    (toy / "broken").touch()
+
+
+def run_out_of_memory(patch, toy):
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("no more of it")
+
+    patch.setattr("ipvrm.rollouts.engine.TransformersEngine.__call__", fails)
+
+
+def poison_an_advantage(patch, toy):
+    advantages = train_policy_module.outcome_advantages
+    patch.setattr(train_policy_module, "outcome_advantages", lambda *a, **k: advantages(*a, **k) / 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected", "reason"),
+    [
+        (break_the_verifier, IpvrmError, "no longer to be imported"),
+        (run_out_of_memory, torch.OutOfMemoryError, "no more of it"),
+        (poison_an_advantage, IpvrmError, "step 3: an advantage is not a number"),
+    ],
+)
+def test_a_step_that_fails_before_it_learns_loses_nothing(
+    config, toy, monkeypatch, capsys, fault, expected, reason
+):
+    """The steps before it are saved, although no checkpoint was due, and the resumed run is the same run."""
+    settings = config(algorithm="grpo", max_steps=4, save_steps=0)
+    step = train_policy_module._Run._step
+    with monkeypatch.context() as patch:
+
+        def third_fails(self, number):
+            if number == 2:
+                fault(patch, toy)
+            return step(self, number)
+
+        patch.setattr(train_policy_module._Run, "_step", third_fails)
+        try:
+            with pytest.raises(expected, match=reason) as caught:
+                train(settings)
+        finally:
+            (toy / "broken").unlink(missing_ok=True)
+    assert "The run so far: " in str(caught.value) + capsys.readouterr().err
+    (saved,) = checkpoints(settings.output_dir)
+    assert saved.name == "checkpoint-2"
+    folder = train(replace(settings, resume_from_checkpoint="latest")).output_dir
+    whole = train(config("whole", algorithm="grpo", max_steps=4, save_steps=0)).output_dir
+    assert_same_run(folder, whole)
+
+
+def disk_is_full(folder):
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "reason"),
+    [
+        ("ipvrm.training.train_policy.save_folder", disk_is_full, r"saving failed too \(no space left\)"),
+        ("accelerate.Accelerator.num_processes", property(lambda self: 2), "not known that all ranks"),
+    ],
+)
+def test_a_failure_that_cannot_be_saved_is_not_hidden(config, monkeypatch, target, value, reason):
+    """Nor is a save begun that other ranks, which may not have failed, would not take part in."""
+    settings, step = config(algorithm="grpo", max_steps=3, save_steps=1), train_policy_module._Run._step
+
+    def third_fails(self, number):
+        if number == 2:
+            monkeypatch.setattr(target, value)
+            raise IpvrmError("no verifier")
+        return step(self, number)
+
+    monkeypatch.setattr(train_policy_module._Run, "_step", third_fails)
+    with pytest.raises(
+        IpvrmError, match=f"no verifier. Not saved: .*{reason}.*checkpoint-2, is intact, .*: 0"
+    ):
+        train(settings)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_an_evaluation_that_fails_loses_nothing(config, toy, monkeypatch, steps):
+    """The step before it is in the log and saved; of the last step, the resumed run evaluates again."""
+    settings = config(
+        algorithm="grpo", max_steps=steps, save_steps=0, eval_data=str(toy / "prompts.jsonl"), eval_steps=2
+    )
+    accuracy, calls = Collector.accuracy, []
+
+    def second_fails(self):
+        calls.append(None)
+        if len(calls) == 2:
+            raise IpvrmError("no verifier")
+        return accuracy(self)
+
+    monkeypatch.setattr(Collector, "accuracy", second_fails)
+    with pytest.raises(IpvrmError, match="no verifier. The run so far: .*checkpoint-2"):
+        train(settings)
+    assert [record["step"] for record in log_of(settings.output_dir)] == [0, 1, 2]
+    result = train(replace(settings, resume_from_checkpoint="latest"))
+    whole = train(replace(settings, output_dir=str(Path(settings.output_dir).with_name("whole"))))
+    assert same_bits(result.output_dir, whole.output_dir)
+    assert result.metrics["eval"] == whole.metrics["eval"]
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "moved", "saves"),
+    [
+        (("ipvrm.training.online_reward.update", 2), "the reward model", 0),  # its second minibatch
+        (("ipvrm.training.train_policy.update", 1), "the reward model", 1),
+        (("ipvrm.training.train_policy.update", 2), "the policy and the reward model", 0),
+    ],
+)
+def test_a_step_that_fails_while_it_learns_says_what_is_lost(config, monkeypatch, poisoned, moved, saves):
+    """Weights that have learnt from half a step are not those of a checkpoint."""
+    (name, minibatch), step = poisoned, train_policy_module._Run._step
+    module, update = name.removesuffix(".update"), sys.modules[name.removesuffix(".update")].update
+    number, calls = [0], []
+
+    def counted(self, at):
+        number[0] = at
+        calls.clear()
+        return step(self, at)
+
+    def fails(*arguments, **options):
+        calls.append(None)
+        if number[0] == 1 and len(calls) == minibatch:
+            raise NotFinite("summed loss nan")
+        return update(*arguments, **options)
+
+    monkeypatch.setattr(train_policy_module._Run, "_step", counted)
+    monkeypatch.setattr(f"{module}.update", fails)
+    settings = config(max_steps=3, save_steps=saves, minibatch_size=10)
+    where = "checkpoint-1, is intact, .*: 0" if saves else "no checkpoint was written yet, .*: 1"
+    with pytest.raises(IpvrmError, match=f"Not saved: {moved} had learnt from step 2 already; .*{where}"):
+        train(settings)
+    assert [path.name for path in checkpoints(settings.output_dir)] == ["checkpoint-1"] * bool(saves)
 
 
 def test_resume_refuses_another_run(uninterrupted, toy, tmp_path):

@@ -472,6 +472,22 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
     assert log_of(folder) == log_of(uninterrupted.output_dir)
 
 
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_number):
+    """The run has no checkpoint, so the model is written to the end; the handlers are put back."""
+    write, handler = train_rm._Run._write_model, signal.getsignal(signal_number)
+
+    def signalled(self, *places):
+        assert signal.getsignal(signal_number) is not handler, "the signal would end the process here"
+        os.kill(os.getpid(), signal_number)
+        return write(self, *places)
+
+    monkeypatch.setattr(train_rm._Run, "_write_model", signalled)
+    folder = train(config(max_steps=1)).output_dir
+    assert {"model.safetensors", "results.json"} <= {path.name for path in folder.iterdir()}
+    assert signal.getsignal(signal_number) is handler
+
+
 def test_interrupt_on_the_command_line(uninterrupted, tmp_path):
     code = """
         import os, signal, sys
