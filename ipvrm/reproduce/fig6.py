@@ -5,7 +5,8 @@
 
 All variants start from the same policy and the same IPVRM, and train by DistRL on the same prompts with the
 same random numbers; only `--rm_update`, `--dlw` and `--adb` differ. At every step the reward model is
-measured on the new rollouts, each response before the update that learns from its label.
+measured on new rollouts before it learns from any of them: where it is updated, on those of the step's first
+minibatch; frozen, on all.
 
 Scale `smoke` is the demo's arithmetic task on a CPU. A finished variant is kept and reused.
 """
@@ -41,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 OF_REWARD_MODEL = (
     "rm_auc",
     "rm_accuracy",
+    "rm_auc_responses",
     "rm_scored_auc",
     "value_right",
     "value_wrong",
@@ -49,6 +51,8 @@ OF_REWARD_MODEL = (
     "rm_loss",
     "rm_grad_norm",
 )
+# Of the runs' keys: one that logged rm_auc over several states of the reward model is not reused.
+MEASURED = "rm_auc before any update from the step's rollouts"
 OF_POLICY = ("rollout_accuracy", "responses_trained", "entropy", "seconds")
 
 
@@ -139,7 +143,7 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
             policy = _policy_config(demo, output, name, settings)
             train = partial(train_policy, policy, progress=shown.live)
             try:
-                stages.in_place(name, settings, train, after=["problems"])
+                stages.in_place(name, settings | {"measured": MEASURED}, train, after=["problems"])
             except TrainingInterrupted as error:
                 raise TrainingInterrupted(
                     f"{name}: stopped; the same command reuses the finished runs and starts this one afresh",
@@ -268,8 +272,7 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     start and end for independent, though they share their problems: too large rather than too small.
 
     AUC and accuracy of the reward model: means over the steps of all seeds, `auc_gain` the mean difference to
-    `frozen` at the same step and seed, from the second step on (in the first, half or more is measured before
-    any update).
+    `frozen` at the same step and seed, from the second step on (in the first all reward models are the same).
 
     Args:
         runs: by variant and seed, what `_curves` returns.

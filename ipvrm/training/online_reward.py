@@ -174,8 +174,8 @@ class OnlineReward:
             factor: of the schedule, on the learning rate.
 
         Returns:
-            Metrics as (sum, count), the last gradient norm, and each response's final mean value (B,) as it
-            was before the update that used its label.
+            Metrics as (sum, count), the last gradient norm, and the final mean values of the first minibatch
+            (M,): the only ones that no update from these rollouts has changed.
 
         Raises:
             NotFinite: from `ipvrm.training.optimizer.update`.
@@ -190,6 +190,7 @@ class OnlineReward:
                 margin=self.objective.margin,
                 config=self.balance,
             )
+        first = minibatches[0]
         finals = torch.zeros_like(rollouts.outcome)
         totals: dict[str, tuple[float, float]] = {}
         grad_norm = 0.0
@@ -207,7 +208,7 @@ class OnlineReward:
                 loss, metrics = self.objective(
                     log_ratio, batch.cu_seqlens, batch.outcome, denominator, of_rows
                 )
-                if micro:
+                if micro and minibatch is first:
                     values = prefix_values(log_ratio.detach(), batch.cu_seqlens, beta=self.info.beta)
                     finals[rows] = values.mean_value[batch.cu_seqlens[1:].long() - 1]
                 return loss, stacked(metrics, METRICS)
@@ -224,7 +225,7 @@ class OnlineReward:
             for name, (total, count) in paired(values, METRICS).items():
                 old = totals.get(name, (0.0, 0.0))
                 totals[name] = (old[0] + total, old[1] + count)
-        return totals, grad_norm, self.accelerator.reduce(finals, "sum")
+        return totals, grad_norm, self.accelerator.reduce(finals, "sum")[first]
 
     # ---------------------------------------------------------------------------------------------- files
 
