@@ -30,7 +30,7 @@ from ipvrm.objectives import BETA, METRICS, Balance, Objective, online_balance, 
 from ipvrm.reward_model import RewardModelInfo, find_reference, read_info, reference_entries, write_info
 from ipvrm.training import checkpoint
 from ipvrm.training.optimizer import adamw, update
-from ipvrm.training.policy_config import PolicyConfig, balance_config
+from ipvrm.training.policy_config import PolicyConfig, balance_config, reads_reference
 from ipvrm.training.policy_rollouts import Rollouts
 from ipvrm.training.run_folder import versions
 from ipvrm_kernels import linear_logprobs, prefix_values
@@ -87,7 +87,9 @@ class OnlineReward:
         margin = margin if config.rm_margin is None else config.rm_margin
         self.objective = Objective(objective, self.info.beta, margin or 0.0)
         self._check_vocabulary(policy_tokenizer)
-        self.reference_folder = find_reference(self.folder, self.info, config.reference)
+        self.reference_folder: Path | None = None
+        if reads_reference(config):
+            self.reference_folder = find_reference(self.folder, self.info, config.reference)
 
     def _check_vocabulary(self, policy_tokenizer: Any) -> None:
         if self.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
@@ -117,6 +119,7 @@ class OnlineReward:
         model.train(self.trained).requires_grad_(self.trained)
         self.reference: nn.Module | None = None
         if self.config.td_reference == "sft":
+            assert self.reference_folder is not None
             self.reference = load_model(self.reference_folder, torch.float32, self.accelerator.device)
         if not self.trained:
             self.module: nn.Module = ResponseLogprobs(model.to(self.accelerator.device))
@@ -243,8 +246,9 @@ class OnlineReward:
             folder: where to write. policy: the folder of the policy as written. final_place: where `folder`
                 and the policy above it will be.
         """
-        entries = reference_entries(self.reference_folder, final_place, self.info.reference_hash)
-        if self.trained and self.config.td_reference == "behaviour":
+        if self.reference_folder is not None:
+            entries = reference_entries(self.reference_folder, final_place, self.info.reference_hash)
+        else:
             entries = {
                 "reference": "..",
                 "reference_given": str(final_place.parent),

@@ -1,14 +1,18 @@
-"""The online reward model: what its AUC is measured on."""
+"""The online reward model: what its AUC is measured on, and when it needs its own reference."""
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
 
 import ipvrm.training.train_policy as train_policy_module
-from ipvrm import RewardConfig, train_reward_model
+from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
 from ipvrm.data import Response, epoch_order
 from ipvrm.model import load_model
+from ipvrm.training.online_reward import OnlineReward
+from ipvrm.training.optimizer import data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_rollouts import Verified, rollouts_of
 
@@ -80,3 +84,27 @@ def test_with_several_minibatches_it_is_that_of_the_first_before_any_update(meas
     after, ((pooled, _), _) = measured("after", 8)
     assert after["rm_auc_responses"] == 24
     torch.testing.assert_close(pooled, frozen, rtol=1e-4, atol=1e-6)
+
+
+def test_a_lost_reference_matters_only_where_it_is_read(tiny_folder, reward_folder, tokenizer, tmp_path):
+    moved = tmp_path / "rm"
+    shutil.copytree(reward_folder, moved)
+    stored = json.loads((moved / "ipvrm_config.json").read_text())
+    gone = {"reference": "../gone", "reference_given": "gone"}
+    (moved / "ipvrm_config.json").write_text(json.dumps(stored | gone))
+    accelerator = data_parallel_accelerator("test", use_cpu=True, mixed_precision="no")
+
+    def online(**changes):
+        given = {"model": str(tiny_folder), "reward_model": str(moved), "train_data": "", "output_dir": "o"}
+        return OnlineReward(resolve(PolicyConfig(**given | changes)), tokenizer, accelerator)
+
+    for changes in ({"td_reference": "sft"}, {"rm_update": "frozen"}, {"algorithm": "prime"}):
+        with pytest.raises(IpvrmError, match="reference model .* was not found"):
+            online(**changes)
+        assert online(**changes, reference=str(tiny_folder)).reference_folder == tiny_folder
+    reward = online()
+    reward.load(None, None)
+    policy = tmp_path / "policy"
+    shutil.copytree(tiny_folder, policy)
+    reward.write(policy / "reward_model", policy, policy / "reward_model")
+    RewardModel.from_pretrained(policy / "reward_model")  # its reference is the policy above it
