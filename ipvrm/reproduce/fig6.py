@@ -28,7 +28,6 @@ from ipvrm.demo.base_model import MAX_NEW_TOKENS
 from ipvrm.demo.run import STAGE_FILE, Stages, prepare, train_choice
 from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
 from ipvrm.progress import Progress
-from ipvrm.training.checkpoint import TrainingInterrupted
 from ipvrm.training.run_folder import manifest, read_json, write_text
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -142,14 +141,7 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
             settings = _settings(sizes, seed) | switches
             policy = _policy_config(demo, output, name, settings)
             train = partial(train_policy, policy, progress=shown.live)
-            try:
-                stages.in_place(name, settings | {"measured": MEASURED}, train, after=["problems"])
-            except TrainingInterrupted as error:
-                raise TrainingInterrupted(
-                    f"{name}: stopped; the same command reuses the finished runs and starts this one afresh",
-                    error.checkpoint,
-                    error.exit_code,
-                ) from error
+            stages.in_place(name, settings | {"measured": MEASURED}, train, after=["problems"])
             runs.setdefault(variant, {})[str(seed)] = _curves(output / name)
     results = {
         "config": asdict(config),
