@@ -396,7 +396,12 @@ def _print(results: dict[str, Any]) -> None:
         f"{completions} completions, {counts.get('completions_truncated', 0)} of them cut off",
         markup=False,
     )
-    options: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None}
+    options: dict[str, Any] = {
+        "title_justify": "left",
+        "title_style": "bold",
+        "box": None,
+        "padding": (0, 1, 0, 0),
+    }
     table = Table(title="Correlation with the Monte-Carlo value (95 % interval over prompts)", **options)
     for i, name in enumerate(("", "Pearson", "Spearman", "ceiling")):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
