@@ -114,7 +114,8 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
         What results.json holds.
 
     Raises:
-        IpvrmError: an unknown scale, or seeds that are none, negative or repeated.
+        IpvrmError: an unknown scale, seeds that are none, negative or repeated, or a demo that has not
+            finished and is not one of the full size.
         TrainingInterrupted: SIGINT or SIGTERM during a run.
     """
     from ipvrm.reproduce.fig6_report import write_report
@@ -160,10 +161,15 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
 
 def _demo(demo: Path, shown: Progress) -> dict[str, Any]:
     """What the IPVRM of the demo's folder was made from. Of a demo that has not finished, what is missing of
-    base model, rollouts and IPVRM is made as `ipvrm demo` makes it."""
+    base model, rollouts and IPVRM is made as `ipvrm demo` makes it.
+
+    Raises:
+        IpvrmError: an unfinished demo of other sizes or another seed: its stages would be replaced.
+    """
     choice = CHOICES[0]
     reward = f"reward-{choice.objective}"
     if not (demo / "results.json").exists():
+        _refuse_another(demo)
         demo.mkdir(parents=True, exist_ok=True)
         stages = Stages(demo, shown, BUDGETS)
         prepare(stages, FULL, seed=0)
@@ -177,6 +183,18 @@ def _demo(demo: Path, shown: Progress) -> dict[str, Any]:
         "multiple_of": stored["base"]["settings"]["multiple_of"],
         "reward_model": {n: stored[reward]["settings"][n] for n in ("objective", "beta", "margin")},
     }
+
+
+def _refuse_another(demo: Path) -> None:
+    wanted = asdict(FULL) | {"seed": 0}
+    for name in ("base", "rollouts"):
+        file = demo / name / STAGE_FILE
+        stored = read_json(file)["settings"] if file.exists() else {}
+        if changed := [key for key, value in stored.items() if wanted.get(key) != value]:
+            raise IpvrmError(
+                f"--demo {demo}: an unfinished demo with another {', '.join(changed)} (--quick, or another "
+                "--seed); finish it by the command that started it, or name another folder"
+            )
 
 
 def write_problems(folder: Path, demo: Path, held_out: int, seed: int) -> None:

@@ -170,8 +170,24 @@ def test_a_missing_demo_is_made_by_its_own_stages(trained, tmp_path, monkeypatch
         fig6, "train_choice", lambda stages, name, choice, seed: made.append((name, choice.objective, seed))
     )
     (demo / "results.json").unlink()
+    write_base(demo, multiple_of=fig6.FULL.multiple_of, seed=0)
     reproduce(Fig6Config(demo=str(demo), output_dir=str(tmp_path / "f")), progress=False, scale=SCALE)
     assert made == [("prepare", fig6.FULL, 0), ("reward-ipvrm", "ipvrm", 0)]
+
+
+def write_base(demo, **settings):
+    stage = json.loads((demo / "base" / "stage.json").read_text()) | {"settings": settings}
+    (demo / "base" / "stage.json").write_text(json.dumps(stage))
+
+
+@pytest.mark.parametrize("changed", [{"multiple_of": 10}, {"seed": 3}], ids=str)
+def test_an_unfinished_demo_of_other_settings_is_left_as_it_is(trained, demo, tmp_path, changed):
+    (demo / "results.json").unlink()
+    write_base(demo, **{"multiple_of": 1, "seed": 0, **changed})
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in demo.rglob("*"))
+    with pytest.raises(IpvrmError, match=f"unfinished demo with another {next(iter(changed))}"):
+        reproduce(Fig6Config(demo=str(demo), output_dir=str(tmp_path / "f")), progress=False, scale=SCALE)
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in demo.rglob("*")) == before and not trained
 
 
 @pytest.mark.parametrize(
