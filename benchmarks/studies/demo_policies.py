@@ -4,7 +4,8 @@
 
 Selection: base model, rollouts, reward model and problems of `ipvrm demo` at full size, but of another seed.
 Every candidate is judged by the smaller of the gains of GRPO and DistRL + IPVRM, in standard errors, one seed
-each; ties go to the candidate listed first. The winner is `FULL.policies` of ipvrm/demo/settings.py.
+each; ties go to the candidate listed first. The winner, a corner of the two by two grid, is `FULL.policies`
+of ipvrm/demo/settings.py.
 Measurement: the demo's own seed, whose problems the selection has not seen, and three seeds of every
 algorithm. No candidate is measured there but the winner.
 

@@ -42,6 +42,7 @@ from ipvrm.demo.settings import (
     Sizes,
 )
 from ipvrm.progress import Progress
+from ipvrm.training.checkpoint import TrainingInterrupted
 from ipvrm.training.run_folder import manifest, read_json, save_folder, write_json
 
 STAGE_FILE = "stage.json"
@@ -66,6 +67,7 @@ def run_demo(
 
     Raises:
         IpvrmError: no policy seed, or a task that this model cannot learn.
+        TrainingInterrupted: SIGINT or SIGTERM while a reward model or a policy was trained.
     """
     from ipvrm.demo.evaluation import evaluate_models
     from ipvrm.demo.report import write_report
@@ -218,13 +220,21 @@ class Stages:
     def in_place(
         self, name: str, settings: dict[str, Any], make: Callable[[], Any], after: list[str] | None = None
     ) -> None:
-        """The same for a stage that writes its own folder; what an interrupted one left is removed first."""
+        """The same for a stage that writes its own folder; what an interrupted one left is removed first.
+
+        Raises:
+            TrainingInterrupted: with what the same command will do; `make`'s message names flags of its own.
+        """
         key = self._key(name, settings, after or [])
         if self._is_done(name, key):
             return
         shutil.rmtree(self.output / name, ignore_errors=True)
         started = time.perf_counter()
-        make()
+        try:
+            make()
+        except TrainingInterrupted as error:
+            message = f"{name}: stopped; the same command reuses what is finished and starts {name} afresh"
+            raise TrainingInterrupted(message, error.checkpoint, error.exit_code) from error
         self._finish(name, key, settings, started, self.output / name)
 
     def _key(self, name: str, settings: dict[str, Any], after: list[str]) -> str:

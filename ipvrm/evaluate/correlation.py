@@ -46,6 +46,11 @@ def partial(correlation: Callable[[Column, Column], float], x: Column, y: Column
     return (xy - xz * yz) / math.sqrt(rest) if rest > 1e-12 else math.nan  # nan compares false
 
 
+def less(correlation: Callable[[Column, Column], float], x: Column, y: Column, other: Column) -> float:
+    """By how much x goes with y better than `other` does, (n,) each: bootstrapped, a paired comparison."""
+    return correlation(x, y) - correlation(other, y)
+
+
 def auc(scores: Column, outcome: Column) -> float:
     """Probability that a right observation (outcome 1) scores above a wrong one (0); ties count half."""
     right = outcome == 1

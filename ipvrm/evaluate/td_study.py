@@ -10,7 +10,8 @@ The share of right ones is the Monte-Carlo value of the branch, and td is compar
     centred      both less their mean over the branches of the prefix: which branch is the better one?
     difference   td against the branch's value less the value of the prefix: does the token help or harm?
 
-Beside it stands what the policy's own log pi(c|s) reaches, and what td says beyond it (partial correlation).
+Beside it stands what the policy's own log pi(c|s) reaches, the difference of the two correlations on the same
+branches, and what td says beyond log pi (partial correlation).
 A Monte-Carlo value is noisy: `ceiling` is the linear correlation of the true values with the estimated ones,
 sqrt(1 - noise / variance), with noise from p (1 - p) / (completions - 1); a TD that is linear in the true
 value reaches that and not 1. Intervals are over prompts, drawn with replacement.
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 
 from ipvrm import IpvrmError
-from ipvrm.evaluate.correlation import auc, bootstrap, centred, partial, pearson, spearman
+from ipvrm.evaluate.correlation import auc, bootstrap, centred, less, partial, pearson, spearman
 from ipvrm.evaluate.td_branches import FRACTIONS, Brancher, BranchOptions, Question
 from ipvrm.evaluate.thresholds import finite_or_none
 from ipvrm.model import load_model, load_tokenizer, weights_hash
@@ -318,16 +319,14 @@ def _correlations(table: np.ndarray, resamples: int, seed: int) -> dict[str, Any
                 kind: _with_interval(function, (x[used], y), prompt[used], resamples, seed)
                 for kind, function in (("pearson", pearson), ("spearman", spearman))
             }
-        view["td_beyond_log_prob"] = {
-            kind: _with_interval(
-                functools.partial(partial, function),
-                (predictors["td"][used], y, predictors["log_prob"][used]),
-                prompt[used],
-                resamples,
-                seed,
-            )
-            for kind, function in (("pearson", pearson), ("spearman", spearman))
-        }
+        both = (predictors["td"][used], y, predictors["log_prob"][used])
+        for name_of, of_both in (("td_less_log_prob", less), ("td_beyond_log_prob", partial)):
+            view[name_of] = {
+                kind: _with_interval(
+                    functools.partial(of_both, function), both, prompt[used], resamples, seed
+                )
+                for kind, function in (("pearson", pearson), ("spearman", spearman))
+            }
         found[name] = view
     return found
 
@@ -371,7 +370,12 @@ def _with_interval(
 
 # -------------------------------------------------------------------------------------------------- output
 
-LABELS = {"td": "TD", "log_prob": "log pi", "td_beyond_log_prob": "TD | log pi"}
+LABELS = {
+    "td": "TD",
+    "log_prob": "log pi",
+    "td_less_log_prob": "TD - log pi",
+    "td_beyond_log_prob": "TD | log pi",
+}
 
 
 def _cell(entry: dict[str, Any], digits: int) -> str:
@@ -392,7 +396,12 @@ def _print(results: dict[str, Any]) -> None:
         f"{completions} completions, {counts.get('completions_truncated', 0)} of them cut off",
         markup=False,
     )
-    options: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None}
+    options: dict[str, Any] = {
+        "title_justify": "left",
+        "title_style": "bold",
+        "box": None,
+        "padding": (0, 1, 0, 0),
+    }
     table = Table(title="Correlation with the Monte-Carlo value (95 % interval over prompts)", **options)
     for i, name in enumerate(("", "Pearson", "Spearman", "ceiling")):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)

@@ -5,7 +5,8 @@
 
 All variants start from the same policy and the same IPVRM, and train by DistRL on the same prompts with the
 same random numbers; only `--rm_update`, `--dlw` and `--adb` differ. At every step the reward model is
-measured on the new rollouts, each response before the update that learns from its label.
+measured on new rollouts before it learns from any of them: where it is updated, on those of the step's first
+minibatch; frozen, on all.
 
 Scale `smoke` is the demo's arithmetic task on a CPU. A finished variant is kept and reused.
 """
@@ -27,7 +28,6 @@ from ipvrm.demo.base_model import MAX_NEW_TOKENS
 from ipvrm.demo.run import STAGE_FILE, Stages, prepare, train_choice
 from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
 from ipvrm.progress import Progress
-from ipvrm.training.checkpoint import TrainingInterrupted
 from ipvrm.training.run_folder import manifest, read_json, write_text
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 OF_REWARD_MODEL = (
     "rm_auc",
     "rm_accuracy",
+    "rm_auc_responses",
     "rm_scored_auc",
     "value_right",
     "value_wrong",
@@ -49,6 +50,8 @@ OF_REWARD_MODEL = (
     "rm_loss",
     "rm_grad_norm",
 )
+# Of the runs' keys: one that logged rm_auc over several states of the reward model is not reused.
+MEASURED = "rm_auc before any update from the step's rollouts"
 OF_POLICY = ("rollout_accuracy", "responses_trained", "entropy", "seconds")
 
 
@@ -111,7 +114,8 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
         What results.json holds.
 
     Raises:
-        IpvrmError: an unknown scale, or seeds that are none, negative or repeated.
+        IpvrmError: an unknown scale, seeds that are none, negative or repeated, or a demo that has not
+            finished and is not one of the full size.
         TrainingInterrupted: SIGINT or SIGTERM during a run.
     """
     from ipvrm.reproduce.fig6_report import write_report
@@ -138,14 +142,7 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
             settings = _settings(sizes, seed) | switches
             policy = _policy_config(demo, output, name, settings)
             train = partial(train_policy, policy, progress=shown.live)
-            try:
-                stages.in_place(name, settings, train, after=["problems"])
-            except TrainingInterrupted as error:
-                raise TrainingInterrupted(
-                    f"{name}: stopped; the same command reuses the finished runs and starts this one afresh",
-                    error.checkpoint,
-                    error.exit_code,
-                ) from error
+            stages.in_place(name, settings | {"measured": MEASURED}, train, after=["problems"])
             runs.setdefault(variant, {})[str(seed)] = _curves(output / name)
     results = {
         "config": asdict(config),
@@ -164,10 +161,15 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
 
 def _demo(demo: Path, shown: Progress) -> dict[str, Any]:
     """What the IPVRM of the demo's folder was made from. Of a demo that has not finished, what is missing of
-    base model, rollouts and IPVRM is made as `ipvrm demo` makes it."""
+    base model, rollouts and IPVRM is made as `ipvrm demo` makes it.
+
+    Raises:
+        IpvrmError: an unfinished demo of other sizes or another seed: its stages would be replaced.
+    """
     choice = CHOICES[0]
     reward = f"reward-{choice.objective}"
     if not (demo / "results.json").exists():
+        _refuse_another(demo)
         demo.mkdir(parents=True, exist_ok=True)
         stages = Stages(demo, shown, BUDGETS)
         prepare(stages, FULL, seed=0)
@@ -181,6 +183,18 @@ def _demo(demo: Path, shown: Progress) -> dict[str, Any]:
         "multiple_of": stored["base"]["settings"]["multiple_of"],
         "reward_model": {n: stored[reward]["settings"][n] for n in ("objective", "beta", "margin")},
     }
+
+
+def _refuse_another(demo: Path) -> None:
+    wanted = asdict(FULL) | {"seed": 0}
+    for name in ("base", "rollouts"):
+        file = demo / name / STAGE_FILE
+        stored = read_json(file)["settings"] if file.exists() else {}
+        if changed := [key for key, value in stored.items() if wanted.get(key) != value]:
+            raise IpvrmError(
+                f"--demo {demo}: an unfinished demo with another {', '.join(changed)} (--quick, or another "
+                "--seed); finish it by the command that started it, or name another folder"
+            )
 
 
 def write_problems(folder: Path, demo: Path, held_out: int, seed: int) -> None:
@@ -268,8 +282,7 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     start and end for independent, though they share their problems: too large rather than too small.
 
     AUC and accuracy of the reward model: means over the steps of all seeds, `auc_gain` the mean difference to
-    `frozen` at the same step and seed, from the second step on (in the first, half or more is measured before
-    any update).
+    `frozen` at the same step and seed, from the second step on (in the first all reward models are the same).
 
     Args:
         runs: by variant and seed, what `_curves` returns.

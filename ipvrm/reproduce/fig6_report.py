@@ -89,10 +89,19 @@ def legend(results: dict[str, Any]) -> str:
     return (
         "± is a standard error. Accuracy: at the last step; its error is "
         f"{accuracy}. AUC and accuracy of V: does the mean value at the end of a response tell right from "
-        "wrong ones, before the update that learns from its label; means over steps. AUC - frozen: mean "
-        "difference at the same step, from the second on; steps of one run are not independent, so its error "
-        "is too small for a claim about other runs. V gap: mean value of right responses less that of wrong."
+        "wrong ones, before the reward model has learnt from any rollout of the step; means over steps. "
+        f"Where it is updated that is the step's first minibatch, {_responses(results, 'both')} responses "
+        f"on average; frozen, all {_responses(results, 'frozen')}. AUC - frozen: mean difference at the same "
+        "step, from the second on; steps of one run are not independent, so its error is too small for a "
+        "claim about other runs. V gap: mean value of right responses less that of wrong, as the policy got "
+        "them, so after the step's updates."
     )
+
+
+def _responses(results: dict[str, Any], variant: str) -> str:
+    runs = results["variants"][variant]["seeds"].values()
+    counts = [count for run in runs for count in run["reward_model"]["rm_auc_responses"]]
+    return f"{sum(counts) / len(counts):.0f}"
 
 
 def conclusions(results: dict[str, Any]) -> Iterator[str]:

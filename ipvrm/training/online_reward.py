@@ -30,7 +30,7 @@ from ipvrm.objectives import BETA, METRICS, Balance, Objective, online_balance, 
 from ipvrm.reward_model import RewardModelInfo, find_reference, read_info, reference_entries, write_info
 from ipvrm.training import checkpoint
 from ipvrm.training.optimizer import adamw, update
-from ipvrm.training.policy_config import PolicyConfig, balance_config
+from ipvrm.training.policy_config import PolicyConfig, balance_config, reads_reference
 from ipvrm.training.policy_rollouts import Rollouts
 from ipvrm.training.run_folder import versions
 from ipvrm_kernels import linear_logprobs, prefix_values
@@ -87,7 +87,9 @@ class OnlineReward:
         margin = margin if config.rm_margin is None else config.rm_margin
         self.objective = Objective(objective, self.info.beta, margin or 0.0)
         self._check_vocabulary(policy_tokenizer)
-        self.reference_folder = find_reference(self.folder, self.info, config.reference)
+        self.reference_folder: Path | None = None
+        if reads_reference(config):
+            self.reference_folder = find_reference(self.folder, self.info, config.reference)
 
     def _check_vocabulary(self, policy_tokenizer: Any) -> None:
         if self.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
@@ -117,6 +119,7 @@ class OnlineReward:
         model.train(self.trained).requires_grad_(self.trained)
         self.reference: nn.Module | None = None
         if self.config.td_reference == "sft":
+            assert self.reference_folder is not None
             self.reference = load_model(self.reference_folder, torch.float32, self.accelerator.device)
         if not self.trained:
             self.module: nn.Module = ResponseLogprobs(model.to(self.accelerator.device))
@@ -174,8 +177,8 @@ class OnlineReward:
             factor: of the schedule, on the learning rate.
 
         Returns:
-            Metrics as (sum, count), the last gradient norm, and each response's final mean value (B,) as it
-            was before the update that used its label.
+            Metrics as (sum, count), the last gradient norm, and the final mean values of the first minibatch
+            (M,): the only ones that no update from these rollouts has changed.
 
         Raises:
             NotFinite: from `ipvrm.training.optimizer.update`.
@@ -190,6 +193,7 @@ class OnlineReward:
                 margin=self.objective.margin,
                 config=self.balance,
             )
+        first = minibatches[0]
         finals = torch.zeros_like(rollouts.outcome)
         totals: dict[str, tuple[float, float]] = {}
         grad_norm = 0.0
@@ -207,7 +211,7 @@ class OnlineReward:
                 loss, metrics = self.objective(
                     log_ratio, batch.cu_seqlens, batch.outcome, denominator, of_rows
                 )
-                if micro:
+                if micro and minibatch is first:
                     values = prefix_values(log_ratio.detach(), batch.cu_seqlens, beta=self.info.beta)
                     finals[rows] = values.mean_value[batch.cu_seqlens[1:].long() - 1]
                 return loss, stacked(metrics, METRICS)
@@ -224,7 +228,7 @@ class OnlineReward:
             for name, (total, count) in paired(values, METRICS).items():
                 old = totals.get(name, (0.0, 0.0))
                 totals[name] = (old[0] + total, old[1] + count)
-        return totals, grad_norm, self.accelerator.reduce(finals, "sum")
+        return totals, grad_norm, self.accelerator.reduce(finals, "sum")[first]
 
     # ---------------------------------------------------------------------------------------------- files
 
@@ -242,8 +246,9 @@ class OnlineReward:
             folder: where to write. policy: the folder of the policy as written. final_place: where `folder`
                 and the policy above it will be.
         """
-        entries = reference_entries(self.reference_folder, final_place, self.info.reference_hash)
-        if self.trained and self.config.td_reference == "behaviour":
+        if self.reference_folder is not None:
+            entries = reference_entries(self.reference_folder, final_place, self.info.reference_hash)
+        else:
             entries = {
                 "reference": "..",
                 "reference_given": str(final_place.parent),

@@ -1,7 +1,7 @@
 """Settings of `ipvrm train-policy`, their defaults and what is refused."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from ipvrm import IpvrmError
@@ -37,7 +37,7 @@ FREE_ON_RESUME = {
     "use_cpu",
     "dry_run",
 }
-# Flags that only some algorithms have; given to another one they are refused, never ignored.
+# Flags that only some algorithms have; given where nothing reads them they are refused, never ignored.
 ONLINE_FLAGS = ("rm_learning_rate", "rm_margin", "dlw", "adb")
 REWARD_FLAGS = (*ONLINE_FLAGS, "rm_update", "td_reference", "reference")
 GAE_FLAGS = ("discount", "lam", "gae_coef")
@@ -49,6 +49,11 @@ CANDIDATE_FLAGS = (
     "candidate_clip_low",
     "candidate_clip_high",
 )
+EVAL_FLAGS = ("eval_steps", "eval_num_generations", "eval_temperature", "eval_top_p")
+UNREAD_AT_ZERO = {
+    "alpha": tuple(flag for flag in CANDIDATE_FLAGS if flag != "alpha"),
+    "gae_coef": ("discount", "lam"),
+}
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "distrl": (*REWARD_FLAGS, *GAE_FLAGS, *CANDIDATE_FLAGS),
     "grpo": (),
@@ -92,6 +97,7 @@ NOT_NEGATIVE = (
     "gae_coef",
     "clip_high",
     "candidate_clip_high",
+    "eval_temperature",
 )
 NO_REWARD_MODEL = {
     "grpo": "its advantage is the outcome alone",
@@ -117,13 +123,13 @@ class PolicyConfig:
     reward_model: str | None = None
     """A folder that train-rm wrote; for distrl, grpo_prm and prime."""
     reference: str | None = None
-    """Where the reward model's reference is, if it has moved."""
+    """Where the reward model's reference is, if it has moved; read under `td_reference` sft, or if frozen."""
     preset: Preset = "paper"
     """paper, or release: what the released code does."""
 
     td_reference: Literal["behaviour", "sft"] | None = None
     """What the reward model's log-probs are compared with: the policy that sampled (default), or the
-    reference it was trained against (Table 9)."""
+    reference it was trained against (Table 9; prime's default, which freezes its reference)."""
     rm_update: Literal["before", "after", "frozen"] | None = None
     """The reward model learns from the rollouts before it scores them (default), after that, or not."""
     dlw: bool | None = None
@@ -169,7 +175,8 @@ class PolicyConfig:
     train_prompts: int = 256
     """Most prompts with mixed outcomes that a step trains on; the others are left out."""
     max_rounds: int = 1
-    """Rounds until train_prompts are found; then the step takes what there is."""
+    """Rounds until train_prompts are found; then the step takes what there is, be it one mixed prompt
+    (`prompts_mixed` in the log)."""
     max_new_tokens: int = 2048
     """Longest response; one that has not ended by then is dropped and counted."""
     temperature: float = 1.0
@@ -262,18 +269,45 @@ def resolve(config: PolicyConfig) -> PolicyConfig:
         for flag in ONLINE_FLAGS:
             if getattr(config, flag) is not None:
                 raise IpvrmError(f"--rm_update frozen: the reward model is not trained; leave --{flag} out")
+    for switch, flags in UNREAD_AT_ZERO.items():
+        for flag in flags:
+            if getattr(config, switch) == 0 and getattr(config, flag) is not None:
+                raise IpvrmError(f"--{switch} 0: nothing reads --{flag}; leave it out")
     empty = {flag: x for flag, x in _defaults(config).items() if getattr(config, flag) is None}
     config = replace(config, **empty)
     if config.candidate_mode == "min_prob" and config.top_k is not None:
         raise IpvrmError("--top_k belongs to --candidate_mode top_k; min_prob takes every candidate")
-    if config.lora_r is None and config.lora_alpha is not None:
-        raise IpvrmError("--lora_alpha belongs to --lora_r")
+    for flag in ("lora_alpha", "lora_target_modules"):
+        if config.lora_r is None and _given(config, flag):
+            raise IpvrmError(f"--{flag} belongs to --lora_r")
+    for flag in EVAL_FLAGS:
+        if config.eval_data is None and _given(config, flag):
+            raise IpvrmError(f"--{flag} belongs to --eval_data")
+    if config.reference is not None and not reads_reference(config):
+        raise IpvrmError(
+            f"--td_reference {config.td_reference}: nothing reads --reference; leave it out, or add "
+            "--td_reference sft"
+        )
     if config.lora_r is not None and config.lora_alpha is None:
         config = replace(config, lora_alpha=float(config.lora_r))
     if config.candidate_mode == "top_k" and config.top_k is None:
         config = replace(config, top_k=5)
     _check(config)
     return config
+
+
+def reads_reference(config: PolicyConfig) -> bool:
+    """Whether a resolved config needs the model that the reward model was trained against: to score and
+    learn, or to write the frozen reward model with it."""
+    return config.td_reference == "sft" or config.rm_update == "frozen"
+
+
+def _given(config: PolicyConfig, flag: str) -> bool:
+    """Whether the value differs from the default, which cannot be told from a flag left out."""
+    return bool(getattr(config, flag) != _FIELD_DEFAULTS[flag])
+
+
+_FIELD_DEFAULTS = {field.name: field.default for field in fields(PolicyConfig)}
 
 
 def _defaults(config: PolicyConfig) -> dict[str, Any]:
@@ -288,12 +322,16 @@ def _defaults(config: PolicyConfig) -> dict[str, Any]:
         **{flag: getattr(advantages, flag) for flag in GAE_FLAGS},
         "candidate_mode": "min_prob" if candidates.top_k is None else "top_k",
         "min_prob": candidates.min_prob,
-        "td_reference": "behaviour",
+        # PRIME's reference is its starting model throughout (arXiv 2502.01456)
+        "td_reference": "sft" if config.algorithm == "prime" else "behaviour",
         "rm_update": "before",
         "spro_beta": 0.05,
     }
     if config.rm_update == "frozen":
         del values["rm_learning_rate"]
+    for switch, flags in UNREAD_AT_ZERO.items():
+        if getattr(config, switch) == 0:
+            values = {flag: x for flag, x in values.items() if flag not in flags}
     every = {"num_generations", "learning_rate", "clip_low", "clip_high", "dual_clip"}
     return {flag: x for flag, x in values.items() if flag in every or flag in ALGORITHMS[config.algorithm]}
 
@@ -325,6 +363,18 @@ def _check(config: PolicyConfig) -> None:
         raise IpvrmError(f"min_prob must lie in [1/128, 1]; got {config.min_prob}")
     if config.rm_margin is not None and not math.isfinite(config.rm_margin):
         raise IpvrmError(f"rm_margin must be finite; got {config.rm_margin}")
+    if not 0 < config.eval_top_p <= 1:
+        raise IpvrmError(f"eval_top_p must lie in (0, 1]; got {config.eval_top_p}")
+    if config.eval_temperature == 0 and config.eval_num_generations > 1:
+        raise IpvrmError(
+            "eval_temperature 0 writes the same response every time; leave --eval_num_generations out"
+        )
+    drawn = config.rollout_prompts * config.max_rounds
+    if _given(config, "train_prompts") and config.train_prompts > drawn:
+        raise IpvrmError(
+            f"train_prompts {config.train_prompts}: a step draws {drawn} at most, rollout_prompts "
+            f"{config.rollout_prompts} x max_rounds {config.max_rounds}"
+        )
 
 
 # ------------------------------------------------------------------- what the functions of the method take

@@ -288,9 +288,9 @@ class _Run:
         """Scores and online update of the reward model, in the order asked for, and the advantages."""
         config, record = self.config, dict[str, float]()
         reference, candidate_reference = reward.reference_logprobs(rollouts)
+        batches = self._minibatches(len(rollouts.responses), step, 0)
 
         def learn() -> Tensor:
-            batches = self._minibatches(len(rollouts.responses), step, 0)
             sums, grad_norm, finals = reward.update(rollouts, reference, batches, factor)
             total = MetricSums()
             total.add(sums)
@@ -303,11 +303,15 @@ class _Run:
         after = values.mean_value[rollouts.cu_seqlens[1:].long() - 1]
         if config.rm_update == "after":
             learn()
-        # `rm_*`: before the reward model has seen a response's label; `rm_scored_*`: as it scored it.
+        # rm_auc, rm_accuracy: before any update from these rollouts, and so under `before` of the first
+        # minibatch alone, since later ones hold responses to prompts that were learnt from; rm_scored_auc:
+        # as it scored them all.
+        unseen = rollouts.outcome if finals is None else rollouts.outcome[batches[0]]
         finals, right = after if finals is None else finals, rollouts.outcome == 1
         record |= {
-            "rm_auc": auc(finals, rollouts.outcome),
-            "rm_accuracy": float(((finals > 0) == right).float().mean()),
+            "rm_auc": auc(finals, unseen),
+            "rm_accuracy": float(((finals > 0) == (unseen == 1)).float().mean()),
+            "rm_auc_responses": len(unseen),
             "rm_scored_auc": auc(after, rollouts.outcome),
             "value_right": float(after[right].mean()),
             "value_wrong": float(after[~right].mean()),

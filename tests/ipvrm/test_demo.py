@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+import signal
 import sys
 from pathlib import Path
 from random import Random
@@ -23,6 +25,7 @@ from ipvrm.demo.settings import ALGORITHMS, CHOICES, Choice, DemoConfig, PolicyS
 from ipvrm.evaluate.thresholds import f1_of_hits, hits, sweep
 from ipvrm.rollouts.engine import TransformersEngine
 from ipvrm.training import train_policy as policy_training
+from ipvrm.training.checkpoint import TrainingInterrupted, interrupted
 
 MINI = Sizes(
     hidden_size=32,
@@ -183,6 +186,24 @@ def test_interrupted_stage_starts_afresh_and_gives_the_same_numbers(demo, again)
     repeated, trained = again()
     assert trained == ["ipvrm"]  # the same settings give the same model: what follows from it is kept
     assert repeated["models"] == results["models"]
+
+
+@pytest.mark.parametrize("stage", ["reward-ipvrm", "policy-grpo"])
+def test_an_interruption_says_what_the_same_command_will_do(demo, tmp_path, monkeypatch, stage):
+    import ipvrm
+
+    output = tmp_path / "run"
+    shutil.copytree(demo[0], output)
+    (output / stage / "stage.json").unlink()
+
+    def stops(config, progress=True):
+        raise interrupted(Path(config.output_dir) / "checkpoint-1", 1, 2, signal.SIGTERM)
+
+    monkeypatch.setattr(ipvrm, "train_reward_model", stops, raising=False)
+    monkeypatch.setattr(policies, "train_policy", stops)
+    with pytest.raises(TrainingInterrupted, match=f"{stage}: stopped; the same command reuses") as caught:
+        run_demo(DemoConfig(str(output)), progress=False, sizes=MINI)
+    assert "--" not in str(caught.value) and caught.value.exit_code == 143
 
 
 def test_another_choice_repeats_only_what_depends_on_it(demo, again):

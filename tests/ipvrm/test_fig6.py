@@ -36,6 +36,7 @@ def fake_run(config, progress=True):
             "step": step,
             "rm_auc": 0.7 if step == 1 else AUC[name] + 0.01 * (step % 2),
             "rm_accuracy": 0.6,
+            "rm_auc_responses": 4 if name == "frozen" else 2,
             "value_right": 2.0,
             "value_wrong": 0.5,
         }
@@ -108,10 +109,13 @@ def test_the_variants_differ_in_their_switches_alone(demo, trained, tmp_path):
         assert run["step"] == [1, 2, 3, 4] and len(run["reward_model"]["value_std"]) == 4
     report = (output / "report.md").read_text()
     assert all(sentence in report for sentence in results["conclusions"])
+    assert "first minibatch, 2 responses on average; frozen, all 4." in report
     assert "One seed of a small arithmetic task" in report and "not tested" in report
 
 
-def test_finished_variants_are_reused_and_an_interrupted_one_starts_afresh(demo, trained, tmp_path):
+def test_finished_variants_are_reused_and_an_interrupted_one_starts_afresh(
+    demo, trained, tmp_path, monkeypatch
+):
     config = Fig6Config(demo=str(demo), output_dir=str(tmp_path / "fig6"))
     first = reproduce(config, progress=False, scale=SCALE)
     trained.clear()
@@ -124,6 +128,10 @@ def test_finished_variants_are_reused_and_an_interrupted_one_starts_afresh(demo,
     (demo / "reward-ipvrm" / "stage.json").write_text(json.dumps(other))
     reproduce(config, progress=False, scale=SCALE)
     assert len(trained) == 5  # another reward model: nothing can be reused
+    trained.clear()
+    monkeypatch.setattr(fig6, "MEASURED", "otherwise")
+    reproduce(config, progress=False, scale=SCALE)
+    assert len(trained) == 5  # another definition of what is logged
 
 
 def test_an_interruption_says_what_the_same_command_will_do(demo, trained, tmp_path, monkeypatch):
@@ -162,8 +170,24 @@ def test_a_missing_demo_is_made_by_its_own_stages(trained, tmp_path, monkeypatch
         fig6, "train_choice", lambda stages, name, choice, seed: made.append((name, choice.objective, seed))
     )
     (demo / "results.json").unlink()
+    write_base(demo, multiple_of=fig6.FULL.multiple_of, seed=0)
     reproduce(Fig6Config(demo=str(demo), output_dir=str(tmp_path / "f")), progress=False, scale=SCALE)
     assert made == [("prepare", fig6.FULL, 0), ("reward-ipvrm", "ipvrm", 0)]
+
+
+def write_base(demo, **settings):
+    stage = json.loads((demo / "base" / "stage.json").read_text()) | {"settings": settings}
+    (demo / "base" / "stage.json").write_text(json.dumps(stage))
+
+
+@pytest.mark.parametrize("changed", [{"multiple_of": 10}, {"seed": 3}], ids=str)
+def test_an_unfinished_demo_of_other_settings_is_left_as_it_is(trained, demo, tmp_path, changed):
+    (demo / "results.json").unlink()
+    write_base(demo, **{"multiple_of": 1, "seed": 0, **changed})
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in demo.rglob("*"))
+    with pytest.raises(IpvrmError, match=f"unfinished demo with another {next(iter(changed))}"):
+        reproduce(Fig6Config(demo=str(demo), output_dir=str(tmp_path / "f")), progress=False, scale=SCALE)
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in demo.rglob("*")) == before and not trained
 
 
 @pytest.mark.parametrize(

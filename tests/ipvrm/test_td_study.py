@@ -1,5 +1,6 @@
 """The TD study: its mathematics on hand-made cases, planted TDs, what is left out, resuming."""
 
+import functools
 import json
 import random
 import sys
@@ -12,7 +13,7 @@ import torch
 from ipvrm import IpvrmError
 from ipvrm.demo.base_model import make_model, make_tokenizer
 from ipvrm.evaluate import td_branches, td_study
-from ipvrm.evaluate.correlation import auc, bootstrap, centred, partial, pearson, ranks, spearman
+from ipvrm.evaluate.correlation import auc, bootstrap, centred, less, partial, pearson, ranks, spearman
 from ipvrm.evaluate.td_study import TdConfig, analyse, study
 from ipvrm.model import save_model, template_hash
 from ipvrm.reward_model import RewardModel, RewardModelInfo, reference_entries, write_info
@@ -35,6 +36,20 @@ def test_correlations_by_hand():
     assert spearman(column(1, 2, 3, 4), column(1, 8, 27, 64)) == pytest.approx(1)
     # ranks 1.5, 1.5, 3 and 1, 2, 3: 1.5 / sqrt(1.5 * 2)
     assert spearman(column(0, 0, 5), column(1, 2, 3)) == pytest.approx(1.5 / np.sqrt(3))
+
+
+def test_a_paired_difference_shows_what_marginal_intervals_hide():
+    """Two columns that share the noise of their groups: their intervals overlap, that of the difference does
+    not hold 0."""
+    rng = np.random.default_rng(3)
+    group = np.repeat(np.arange(60), 5)
+    y = rng.normal(size=300)
+    shared = y + rng.normal(size=60)[group] * 2
+    worse, better = shared + rng.normal(size=300) * 1.6, shared + rng.normal(size=300) * 0.2
+    assert less(pearson, worse, y, better) == pearson(worse, y) - pearson(better, y)
+    one, other = (bootstrap(pearson, (x, y), group, 500, 0) for x in (worse, better))
+    assert one.high > other.low
+    assert bootstrap(functools.partial(less, pearson), (worse, y, better), group, 500, 0).high < 0
 
 
 def test_partial_correlation_is_that_of_what_the_third_column_leaves_over():

@@ -665,7 +665,6 @@ def poison(folder):
         (change_json("config.json", vocab_size=99), "its head has 99 tokens, the policy's 20"),
         (change_json("ipvrm_config.json", objective="q_rm"), "'q_rm' gives no log-ratio"),
         (change_json("ipvrm_config.json", objective="dpo", margin=None), "add --rm_update frozen"),
-        (change_json("ipvrm_config.json", reference_hash="0" * 64), "reference model .* was not found"),
         (lambda folder: (folder / "ipvrm_config.json").unlink(), "no ipvrm_config.json"),
     ],
 )

@@ -1,0 +1,76 @@
+"""Flags of `train-policy` that nothing would read are refused, and only those."""
+
+import pytest
+
+from ipvrm import IpvrmError
+from ipvrm.training.policy_config import PolicyConfig, reads_reference, resolve
+
+
+def settings(**changes):
+    given = {"reward_model": "r"} | changes
+    if given.get("algorithm") in ("grpo", "spro"):
+        del given["reward_model"]
+    return PolicyConfig("m", "d", "o", **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lora_target_modules": ("q_proj",)}, "--lora_target_modules belongs to --lora_r"),
+        ({"lora_alpha": 8.0}, "--lora_alpha belongs to --lora_r"),
+        ({"eval_steps": 5}, "--eval_steps belongs to --eval_data"),
+        ({"eval_num_generations": 4}, "--eval_num_generations belongs to --eval_data"),
+        ({"eval_temperature": 1.0}, "--eval_temperature belongs to --eval_data"),
+        ({"eval_top_p": 1.0}, "--eval_top_p belongs to --eval_data"),
+        ({"reference": "x"}, "--td_reference behaviour: nothing reads --reference"),
+        ({"reference": "x", "rm_update": "after"}, "nothing reads --reference"),
+        ({"alpha": 0.0, "candidate_clip_low": 0.2}, "--alpha 0: nothing reads --candidate_clip_low"),
+        ({"alpha": 0.0, "candidate_clip_high": 0.2}, "--alpha 0: nothing reads --candidate_clip_high"),
+        ({"alpha": 0.0, "candidate_mode": "top_k"}, "--alpha 0: nothing reads --candidate_mode"),
+        ({"alpha": 0.0, "top_k": 3}, "--alpha 0: nothing reads --top_k"),
+        ({"alpha": 0.0, "min_prob": 0.2}, "--alpha 0: nothing reads --min_prob"),
+        ({"gae_coef": 0.0, "lam": 0.9}, "--gae_coef 0: nothing reads --lam"),
+        ({"gae_coef": 0.0, "discount": 0.9}, "--gae_coef 0: nothing reads --discount"),
+        ({"train_prompts": 65, "rollout_prompts": 32, "max_rounds": 2}, "train_prompts 65: a step draws 64"),
+        (
+            {"eval_data": "e", "eval_temperature": 0.0, "eval_num_generations": 2},
+            "leave --eval_num_generations",
+        ),
+        ({"eval_data": "e", "eval_temperature": -1.0}, "eval_temperature must not be negative"),
+        ({"eval_data": "e", "eval_top_p": 2.0}, r"eval_top_p must lie in \(0, 1\]"),
+    ],
+    ids=str,
+)
+def test_what_nothing_reads_is_refused(changes, reason):
+    with pytest.raises(IpvrmError, match=reason):
+        resolve(settings(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_r": 4, "lora_target_modules": ("q_proj",)},
+        {"eval_data": "e", "eval_steps": 5, "eval_temperature": 0.0},
+        {"eval_data": "e", "eval_num_generations": 4, "eval_top_p": 1.0},
+        {"reference": "x", "td_reference": "sft"},
+        {"reference": "x", "rm_update": "frozen"},
+        {"reference": "x", "algorithm": "prime"},
+        {"alpha": 0.0, "gae_coef": 0.0},
+        {"alpha": 0.0, "preset": "release"},
+        {"rollout_prompts": 32},  # the default of train_prompts is above it
+        {"train_prompts": 64, "rollout_prompts": 32, "max_rounds": 2},
+    ],
+    ids=str,
+)
+def test_what_is_read_is_not_and_resolving_again_changes_nothing(changes):
+    resolved = resolve(settings(**changes))
+    assert resolve(resolved) == resolved
+
+
+def test_the_reference_is_the_behaviour_policy_except_in_prime():
+    assert resolve(settings(algorithm="prime")).td_reference == "sft"
+    assert resolve(settings(algorithm="prime", td_reference="behaviour")).td_reference == "behaviour"
+    for algorithm in ("distrl", "grpo_prm"):
+        resolved = resolve(settings(algorithm=algorithm))
+        assert resolved.td_reference == "behaviour" and not reads_reference(resolved)
+    assert reads_reference(resolve(settings(rm_update="frozen")))
