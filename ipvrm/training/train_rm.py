@@ -210,6 +210,8 @@ class _Run:
 
     def _loop(self) -> TrainResult:
         config = self.config
+        if self.resumed is not None and self.main:
+            checkpoint.remove_later(self.output, self.start)
         self.log = (
             JsonlLog(self.output / "metrics.jsonl", after_step=self.start or None) if self.main else None
         )
