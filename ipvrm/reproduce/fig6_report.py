@@ -91,10 +91,11 @@ def legend(results: dict[str, Any]) -> str:
         f"{accuracy}. AUC and accuracy of V: does the mean value at the end of a response tell right from "
         "wrong ones, before the reward model has learnt from any rollout of the step; means over steps. "
         f"Where it is updated that is the step's first minibatch, {_responses(results, 'both')} responses "
-        f"on average; frozen, all {_responses(results, 'frozen')}. AUC - frozen: mean difference at the same "
-        "step, from the second on; steps of one run are not independent, so its error is too small for a "
-        "claim about other runs. V gap: mean value of right responses less that of wrong, as the policy got "
-        "them, so after the step's updates."
+        f"on average; frozen, all {_responses(results, 'frozen')}. At the first step all are one model, and "
+        "their AUC differs by that choice alone. AUC - frozen: mean difference at the same step, from the "
+        "second on; steps of one run are not independent, so its error is too small for a claim about other "
+        "runs. V gap: mean value of right responses less that of wrong, as the policy got them, so after the "
+        "step's updates."
     )
 
 
