@@ -26,6 +26,7 @@ from ipvrm_kernels.head.blocks import WORKSPACE
 from ipvrm_kernels.linear_logprobs import LinearLogprobs
 
 OP = "linear_logprobs"
+SCALAR_OP = "linear_distrl_loss"
 ALONE = ", log-prob alone"
 CHUNKED = "F.linear_cross_entropy"  # the peer that a target names
 TRL, LIGER = "TRL chunked log-prob", "liger fused linear CE"  # the same on a GPU
@@ -139,7 +140,7 @@ def step_case(
     def released() -> tuple[Tensor, ...]:
         return torch.autograd.grad(sliced_logprobs(hidden @ weight.T, ids), leaves, upstream)
 
-    def scalar_loss(impl: str) -> Callable[[], Any]:
+    def scalar_loss(impl: str, workspace: int | None = None) -> Callable[[], Any]:
         with torch.no_grad():
             old = linear_logprobs(hidden, weight, sampled).logprobs
         none, ones = old.new_empty(len(old), 0), torch.ones_like(old)  # ratio 1: d loss / d log-prob = -1
@@ -148,7 +149,7 @@ def step_case(
         def run() -> tuple[Tensor, ...]:
             out = linear_distrl_loss(
                 hidden, weight, sampled, no_ids, old, none, ones, none, edge,
-                reduction="token_mean", token_denominator=1.0, impl=impl,
+                reduction="token_mean", token_denominator=1.0, max_workspace_bytes=workspace, impl=impl,
             )  # fmt: skip
             return torch.autograd.grad(out.loss, leaves)
 
@@ -160,7 +161,8 @@ def step_case(
     room = WORKSPACE + 4 * shape.N * shape.V
     keeping = [name for name in implementations if name == "cpp" and not frozen]
     kept = {f"{name} logits kept, one id": ours(name, sampled, minus_one, room) for name in keeping}
-    scalar = {f"{name} linear_distrl_loss, one id": name for name in kernels("linear_distrl_loss", device)}
+    scalar = {f"{name} linear_distrl_loss, one id": (name, None) for name in kernels(SCALAR_OP, device)}
+    scalar |= {f"{name} linear_distrl_loss logits kept, one id": (name, room) for name in keeping}
     contenders: dict[str, Callable[[], Any]] = {
         "matmul": lambda: hidden.detach() @ weight.detach().T,
         **{name: ours(name, ids, upstream) for name in implementations},
@@ -174,7 +176,7 @@ def step_case(
         contenders |= {
             **one_id,
             **kept,
-            **{label: scalar_loss(name) for label, name in scalar.items()},
+            **{label: scalar_loss(*options) for label, options in scalar.items()},
             **{f"{name}, one id": peer(function) for name, function in peers.items()},
         }
 

@@ -33,8 +33,8 @@ MODULES = (
     "reward_step", "distrl_step", "policy_step", "advantages", "scaling",
 )  # fmt: skip
 SECONDS = dict(quick=0.4, default=2.0, full=3.0)  # of rounds a case, beyond the least number of rounds
-# of everything on two idle cores, estimated from FLOPs and from a quick run; printed before it starts
-MINUTES = dict(quick=3, default=18, full=28)
+# of everything on two idle cores, printed before it starts: full as measured, the others less what they leave out
+MINUTES = dict(quick=3, default=30, full=44)
 
 
 def suite(name: str, device: str, mode: str) -> Iterator[Case]:

@@ -273,7 +273,8 @@ def backward(
     )  # fmt: skip
     R, C, padded = plan
     dhidden = torch.zeros((n, D) if needs[0] else 0)
-    dweight = torch.zeros((V, D) if needs[1] else 0, dtype=weight.dtype if narrow else torch.float32)
+    new_dweight = torch.empty if n else torch.zeros  # the first rows' product is written, not added
+    dweight = new_dweight((V, D) if needs[1] else 0, dtype=weight.dtype if narrow else torch.float32)
     dbias = torch.zeros(V if needs[2] else 0)
     keep = 0 if kept is None else len(kept) // max(N, 1)
     width = min(COLUMNS, V) if keep else C  # of the first blocks
@@ -346,10 +347,10 @@ def fused_gradients(
             wide=True,
         )
 
-    dhidden = torch.zeros((N, D) if needs[0] else 0)
-    dweight = torch.zeros((V, D) if needs[1] else 0)
-    dbias = torch.zeros(V if needs[2] else 0)
     new = torch.empty
+    dhidden = torch.zeros((N, D) if needs[0] else 0)
+    dweight, written = new((V, D) if needs[1] else 0), False
+    dbias = torch.zeros(V if needs[2] else 0)
     kept = [new(R * (c1 - c0)) for c0, c1 in blocks(V, COLUMNS)]  # z of a block of rows, tile by tile
     spare, spare_h = (
         new(R * min(COLUMNS, V)),
@@ -392,12 +393,13 @@ def fused_gradients(
                 if needs[0]:
                     dh.addmm_(a, w_blocks.block(c0, c1), beta=0 if c0 == 0 else 1)
                 if needs[1]:
-                    dweight[c0:c1].addmm_(a.T, h)
+                    dweight[c0:c1].addmm_(a.T, h, beta=1 if written else 0)
                 if needs[2]:
                     dbias[c0:c1] += a.sum(0)
+            written = True
             if needs[0] and up.active is not None:
                 dhidden[r0:r1].index_copy_(0, up.active, dh)
-    return dhidden, dweight, dbias
+    return dhidden, dweight if written else dweight.zero_(), dbias
 
 
 def frozen_backward(
