@@ -33,7 +33,7 @@ MODULES = (
     "reward_step", "distrl_step", "policy_step", "advantages", "scaling",
 )  # fmt: skip
 SECONDS = dict(quick=0.4, default=2.0, full=3.0)  # of rounds a case, beyond the least number of rounds
-# of everything on two idle cores, printed before it starts: full as measured, the others less what they leave out
+# of everything on two idle cores, printed before it starts; full as measured, default estimated from it
 MINUTES = dict(quick=3, default=30, full=44)
 
 
