@@ -724,6 +724,7 @@ def test_a_verifier_that_hangs_or_dies_is_counted_and_left_out(config, monkeypat
         verifier_timeout=0.5,
         verifier_workers=2,
         rollout_prompts=6,
+        train_prompts=6,
     )
     record = log_of(train(settings).output_dir)[-1]
     assert record["timeout"] > 0 and record["crash"] > 0 and record["error"] == 0
