@@ -18,7 +18,7 @@ BUDGETS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The whole method on a task small enough for two CPU cores: about six minutes, or one with --quick."""
+    """The whole method on a task small enough for two CPU cores: about four minutes, or one with --quick."""
 
     output_dir: str = "runs/demo"
     """Folder for models, tables and the picture; finished stages in it are reused."""
