@@ -217,6 +217,12 @@ if backend.HAS_TRITON:
             carry += tl.sum(slope, 0)
 
 
+def _gpu_outputs(log_ratio: Tensor, B: int, count: bool, needs_gradient: bool) -> tuple[Tensor, Tensor]:
+    """What a GPU kernel fills: sums as `_finished` takes them, slope (N,) or without a gradient (0,)."""
+    sums = log_ratio.new_empty((2, B) if count else B)
+    return sums, torch.empty_like(log_ratio) if needs_gradient else log_ratio.new_empty(0)
+
+
 def _finished(sums: Tensor, slope: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, slope, counted) of a GPU kernel's sums (B,), or (2, B) of omega and of the loss: in this order,
     since `counted` has to start its memory, as the fake's does.
@@ -233,8 +239,7 @@ def _triton_loss_fwd(
     per_sequence: bool, count: bool, needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B = cu_seqlens.shape[0] - 1
-    sums = log_ratio.new_empty((2, B) if count else B)
-    slope = torch.empty_like(log_ratio) if needs_gradient else log_ratio.new_empty(0)
+    sums, slope = _gpu_outputs(log_ratio, B, count, needs_gradient)
     given = (margin, weight, denominator)
     with torch.cuda.device_of(log_ratio):
         _prefix_value_loss_fwd_kernel[(B,)](
@@ -286,8 +291,7 @@ def _cuda_loss_fwd(
     per_sequence: bool, count: bool, needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B = cu_seqlens.shape[0] - 1
-    sums = log_ratio.new_empty((2, B) if count else B)
-    slope = torch.empty_like(log_ratio) if needs_gradient else log_ratio.new_empty(0)
+    sums, slope = _gpu_outputs(log_ratio, B, count, needs_gradient)
     backend.native_call(
         "prefix_value_loss_fwd_cuda", log_ratio, cu_seqlens, outcome, margin, weight, denominator,
         margin_value, 1 / divisor, sums[1] if count else sums, sums[0] if count else None,
