@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ipvrm import IpvrmError
-from ipvrm.training.run_folder import read_json, write_json
+from ipvrm.training.run_folder import JsonlLog, read_json, write_json
 
 PREFIX = "checkpoint-"
 STATE = "trainer_state.json"
@@ -52,6 +52,28 @@ def interrupted(folder: Path, step: int, total: int, signal_number: int) -> Trai
         f"the same command with {again} goes on from there"
     )
     return TrainingInterrupted(message, folder, 128 + (signal_number or signal.SIGINT))
+
+
+def resumed_from(folder: Path, given: str | None, mark: str) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint names, None without it.
+
+    Raises:
+        IpvrmError: it does not exist, or it is not asked for and the folder holds checkpoints or `mark`.
+    """
+    if given is not None:
+        return find_checkpoint(folder, given)
+    if checkpoints(folder) or (folder / mark).exists():
+        raise IpvrmError(
+            f"{folder} holds a run already; add --resume_from_checkpoint latest, or name another --output_dir"
+        )
+    return None
+
+
+def open_log(folder: Path, start: int, resumed: bool) -> JsonlLog:
+    """The run's log after `start` steps; a resumed run first loses what came later (`remove_later`)."""
+    if resumed:
+        remove_later(folder, start)
+    return JsonlLog(folder / "metrics.jsonl", after_step=start or None)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

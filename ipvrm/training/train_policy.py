@@ -52,7 +52,6 @@ from ipvrm.training.policy_config import (
 from ipvrm.training.policy_model import PolicyLoss, add_adapters, behaviour, merged
 from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash, read_questions
 from ipvrm.training.run_folder import (
-    JsonlLog,
     manifest,
     move_into,
     remove_leftovers,
@@ -104,14 +103,7 @@ class _Run:
         for given in filter(None, (config.model, config.reward_model)):
             if self.output.resolve() == Path(given).resolve():
                 raise IpvrmError(f"--output_dir {self.output} is a starting model; it would be overwritten")
-        self.resumed: Path | None = None
-        if config.resume_from_checkpoint is not None:
-            self.resumed = checkpoint.find_checkpoint(self.output, config.resume_from_checkpoint)
-        elif checkpoint.checkpoints(self.output) or (self.output / "results.json").exists():
-            raise IpvrmError(
-                f"{self.output} holds a run already; add --resume_from_checkpoint latest, "
-                "or name another --output_dir"
-            )
+        self.resumed = checkpoint.resumed_from(self.output, config.resume_from_checkpoint, "results.json")
         self.tokenizer = load_tokenizer(config.model)
         self.reward = None
         if config.reward_model is not None:
@@ -190,11 +182,9 @@ class _Run:
 
     def _loop(self) -> PolicyResult:
         config = self.config
-        if self.resumed is not None and self.main:
-            checkpoint.remove_later(self.output, self.start)
-        self.log = (
-            JsonlLog(self.output / "metrics.jsonl", after_step=self.start or None) if self.main else None
-        )
+        self.log = None
+        if self.main:
+            self.log = checkpoint.open_log(self.output, self.start, resumed=self.resumed is not None)
         started = time.perf_counter()
         record: dict[str, Any] = {}
         evaluated: dict[str, float] = {}

@@ -46,7 +46,6 @@ from ipvrm.training.checkpoint import interrupted
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.reward_config import FREE_ON_RESUME, RewardConfig, objective_of, resolve
 from ipvrm.training.run_folder import (
-    JsonlLog,
     manifest,
     move_into,
     remove_leftovers,
@@ -95,14 +94,7 @@ class _Run:
         self.main = self.accelerator.is_main_process
         self.progress = Progress(enabled=progress and self.main)
         self.device = self.accelerator.device
-        self.resumed: Path | None = None
-        if config.resume_from_checkpoint is not None:
-            self.resumed = checkpoint.find_checkpoint(self.output, config.resume_from_checkpoint)
-        elif checkpoint.checkpoints(self.output) or (self.output / CONFIG_NAME).exists():
-            raise IpvrmError(
-                f"{self.output} holds a run already; add --resume_from_checkpoint latest, "
-                "or name another --output_dir"
-            )
+        self.resumed = checkpoint.resumed_from(self.output, config.resume_from_checkpoint, CONFIG_NAME)
         self.reference_name = config.reference or config.model
         if self.output.resolve() in (Path(config.model).resolve(), Path(self.reference_name).resolve()):
             raise IpvrmError(
@@ -210,11 +202,9 @@ class _Run:
 
     def _loop(self) -> TrainResult:
         config = self.config
-        if self.resumed is not None and self.main:
-            checkpoint.remove_later(self.output, self.start)
-        self.log = (
-            JsonlLog(self.output / "metrics.jsonl", after_step=self.start or None) if self.main else None
-        )
+        self.log = None
+        if self.main:
+            self.log = checkpoint.open_log(self.output, self.start, resumed=self.resumed is not None)
         self.started = time.perf_counter()
         self.tokens = 0
         self.epoch, self.order = -1, list[int]()
