@@ -41,6 +41,12 @@ ipvrm::Branch branch(int reduction, float divisor, float low, float high, float 
 PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
 
+#if defined(__x86_64__) && defined(__GNUC__)
+  m.attr("is_intel") = __builtin_cpu_is("intel") != 0;
+#else
+  m.attr("is_intel") = false;
+#endif
+
   m.def(
       "edges_rise_cpu",
       [](Address cu, int64_t B, int64_t N, int) { return ipvrm::edges_rise_cpu(edges(cu), B, N); }, no_gil);
@@ -128,6 +134,13 @@ PYBIND11_MODULE(_C, m) {
                                       {in(dlogprobs), at<int64_t>(ids), K, at<double>(total), in(lse), in(lse_low),
                                        in(dentropy), in(entropy)},
                                       threads);
+      },
+      no_gil);
+
+  m.def(
+      "transpose_cpu",
+      [](Address x, int64_t rows, int64_t cols, Address y, int threads) {
+        ipvrm::transpose_cpu(in(x), rows, cols, out(y), threads);
       },
       no_gil);
 

@@ -115,6 +115,19 @@ IPVRM_SIMD void slope_row(const float* z, float* dz, int64_t cols, LogitTransfor
   }
 }
 
+// out[j * stride + i] = in[i * cols + j] for i < height, whole cache lines of `out` at a time where height is 16
+IPVRM_SIMD void transpose_band(const float* in, int64_t height, int64_t cols, float* out, int64_t stride) {
+  if (height == 16) {
+    for (int64_t j = 0; j < cols; ++j) {
+#pragma omp simd
+      for (int64_t i = 0; i < 16; ++i) out[j * stride + i] = in[i * cols + j];
+    }
+    return;
+  }
+  for (int64_t j = 0; j < cols; ++j)
+    for (int64_t i = 0; i < height; ++i) out[j * stride + i] = in[i * cols + j];
+}
+
 struct Candidate {
   float value;
   int32_t id;
@@ -299,6 +312,15 @@ void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t
       const double slope = transform.limit > 0.0f ? transform.capped_slope(z_at[k]) : transform.scale;
       dz[j] = static_cast<float>((sum - std::exp(log_p) * (total + dentropy * (log_p + entropy))) * slope);
     }
+  });
+}
+
+void transpose_cpu(const float* in, int64_t rows, int64_t cols, float* out, int num_threads) {
+  constexpr int64_t kSide = 16;  // floats of a cache line
+  const int64_t bands = (rows + kSide - 1) / kSide;
+  for_each_row(bands, kSide * cols, num_threads, [&](int64_t band) {
+    const int64_t row0 = band * kSide, height = std::min(kSide, rows - row0);
+    transpose_band(in + row0 * cols, height, cols, out + row0, rows);
   });
 }
 

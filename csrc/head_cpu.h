@@ -63,4 +63,7 @@ void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t
                             int64_t row0, bool gather, bool transformed, const float* bias, LogitTransform transform,
                             RowGradients gradients, int num_threads);
 
+// out (cols, rows) = in (rows, cols) transposed.
+void transpose_cpu(const float* in, int64_t rows, int64_t cols, float* out, int num_threads);
+
 }  // namespace ipvrm

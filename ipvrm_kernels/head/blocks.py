@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .matmul import transient_bytes
+
 WORKSPACE = 64 * 2**20
 RESERVE = 2**20  # of it, for what a matmul's views and conversions allocate on the way
 ROWS, COLUMNS = 1024, 1024  # of a tile where memory allows: 4 MiB of logits
@@ -63,12 +65,13 @@ class Plan(NamedTuple):
 def make_plan(
     op: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None, deterministic: bool,
     *, N: int, per_row: int = 0, per_column: int = 0, at_least: int = 0, gathers: bool = False,
+    gradients: bool = False,
 ) -> Plan:  # fmt: skip
     """The largest tiles up to ROWS x COLUMNS whose scratch memory fits; refuses with the least that works.
 
     N: rows of the batch; per_row, per_column: bytes that the caller needs besides tile and operands;
     at_least: bytes that a later step needs by itself; gathers: rows of hidden are copied even where BLAS
-    could read them.
+    could read them; gradients: of hidden or weight are formed, or the expectation, by further matmuls.
     """
     V, D = weight.shape
     copied = []  # bytes per row of hidden and of weight
@@ -78,7 +81,7 @@ def make_plan(
         copied.append(0 if direct else D * (4 + 2 * converts))
 
     def scratch(R: int, C: int) -> int:
-        matrices = 4 * R * C + R * copied[0] + C * copied[1]
+        matrices = 4 * R * C + R * copied[0] + C * copied[1] + transient_bytes(R, C, D, gradients)
         return max(matrices + R * (per_row + 64) + C * (per_column + 4) + RESERVE * (limit is None), at_least)
 
     most = WORKSPACE if limit is None else limit
@@ -113,7 +116,9 @@ def kept_columns(
     narrow = 4 * weight.shape[1] * (weight.dtype != torch.float32)  # as the backward's plan has it
     passes = (
         make_plan(op, hidden, weight, dtype, None, False, N=N, per_row=per_row),
-        make_plan(op, hidden, weight, dtype, None, False, N=N, per_column=narrow, gathers=True),
+        make_plan(
+            op, hidden, weight, dtype, None, False, N=N, per_column=narrow, gathers=True, gradients=True
+        ),
     )
     if min(plan.columns for plan in passes) < block:  # D so large that a pass takes narrower tiles
         return 0
@@ -128,11 +133,17 @@ def kept_block(kept: Tensor, N: int, start: int, stop: int) -> Tensor:
 def kept_rows(N: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None) -> int:
     """Rows whose z fits into the workspace beside everything else; blocks of equal size, at most N."""
     V, D = weight.shape
+    C = min(COLUMNS, V)
     free = WORKSPACE - RESERVE if limit is None else limit
     if not reads_directly(weight, dtype):
-        free -= 6 * D * min(COLUMNS, V)
-    per_row = 4 * (V + min(COLUMNS, V)) + 14 * D + 64
-    most = max(free // per_row, 0)
+        free -= 6 * D * C
+
+    def scratch(R: int) -> int:
+        return R * (4 * (V + C) + 14 * D + 64) + transient_bytes(R, C, D, True)
+
+    each = scratch(1) - scratch(0)
+    most = max((free - scratch(0)) // each, 0)
+    most = max((free - (scratch(most) - most * each)) // each, 0)  # packing grows with few rows
     if most == 0 or N == 0:
         return 0
     return -(-N // -(-N // most))

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..backend import native_call
 from . import Transform, transform_slope
 from .blocks import COLUMNS, Operand, blocks, kept_block, kept_rows, make_plan, reads_directly
+from .matmul import multiply, room_to_turn, turned
 
 # rows whose z must fit for keeping it to pay: frozen head, and trainable, where every block rewrites dweight
 LEAST_KEPT = (64, 256)
@@ -79,9 +80,11 @@ def pair_bytes(weight: Tensor, dtype: torch.dtype) -> int:
 def add_product(out: Tensor, a: Tensor, b: Tensor, padded: int) -> None:
     """out += a @ b; with `padded` rows in a, of which out has the first, in a matmul of that fixed shape."""
     if padded:
-        out += torch.mm(a, b)[: len(out)]
+        product = out.new_empty(len(a), b.shape[1])
+        multiply(product, a, b)
+        out += product[: len(out)]
     else:
-        out.addmm_(a, b)
+        multiply(out, a, b, add=True)
 
 
 class Sums(NamedTuple):
@@ -107,12 +110,15 @@ def sweep(
     (N, D), V, K = hidden.shape, weight.shape[0], ids.shape[1]
     rule = candidates or Candidates(0, -math.inf)
     per_row = 4 * K + (8 * rule.capacity if candidates else 0)
-    per_row += 4 * D * (expectation is not None and deterministic)
-    # the backward of a frozen head gathers, and cannot refuse any more
+    # a backward may follow, and cannot refuse any more: a frozen head's gathers, the other forms products
     gathered = 0 if expectation is None else K * pair_bytes(weight, transform.dtype) + 4 * D
+    refusing = limit is not None
+    narrow = refusing and weight.dtype != torch.float32
+    products = refusing or expectation is not None
     plan = make_plan(
-        op, hidden, weight, transform.dtype, limit, deterministic, N=N, per_row=per_row, at_least=gathered
-    )
+        op, hidden, weight, transform.dtype, limit, deterministic, N=N, at_least=gathered, gathers=refusing,
+        per_row=per_row + 4 * D * (products and deterministic), per_column=4 * D * narrow, gradients=products,
+    )  # fmt: skip
     new = torch.empty
     R, C, padded = plan
     tile = new(max(R, padded) * C)
@@ -143,7 +149,7 @@ def sweep(
                     z = kept_block(kept, N, c0, c1)[r0:r1]
                 else:
                     z = tile[: len(h) * len(w)].view(len(h), len(w))
-                torch.mm(h, w.T, out=z)
+                multiply(z, h, w.T)
                 native_call(
                     "head_forward_tile_cpu", z, r1 - r0, c1 - c0, c0, bias_block(bias, c0, c1),
                     *native_transform(transform), top, sums[0], state.sum_z_exp, ids[r0:r1], id_z, K,
@@ -269,7 +275,7 @@ def backward(
     narrow = needs[1] and not wide and weight.dtype != torch.float32
     plan = make_plan(
         op, hidden, weight, transform.dtype, limit, deterministic, N=n, gathers=up.active is not None,
-        per_row=4 * D * deterministic, per_column=4 * D * narrow,
+        per_row=4 * D * deterministic, per_column=4 * D * narrow, gradients=True,
     )  # fmt: skip
     R, C, padded = plan
     dhidden = torch.zeros((n, D) if needs[0] else 0)
@@ -279,6 +285,7 @@ def backward(
     keep = 0 if kept is None else len(kept) // max(N, 1)
     width = min(COLUMNS, V) if keep else C  # of the first blocks
     tile = torch.empty(max(max(R, padded) * C, width))
+    room = room_to_turn(len(tile) if needs[1] else 0)
     chunk = torch.empty((max(C, width), D) if narrow else 0)
     h_blocks = Operand(hidden, transform.dtype, R, padded)
     w_blocks = Operand(weight, transform.dtype, max(C, width))
@@ -295,13 +302,13 @@ def backward(
                     z = z[r0:r1] if up.active is None else z
                     up.write_slopes(z, a, (r0, r1), c0, bias, transform, kept=True)
                 else:
-                    torch.mm(h, w.T, out=a)
+                    multiply(a, h, w.T)
                     up.write_slopes(a, a, (r0, r1), c0, bias, transform, kept=False)
                 if needs[0]:
                     add_product(dhidden[r0:r1], a, w, padded)
                 a, h = a[: r1 - r0], h[: r1 - r0]
                 if needs[1]:
-                    dw.addmm_(a.T, h, beta=0 if r0 == 0 else 1)
+                    multiply(dw, turned(a, room), h, add=r0 > 0)
                 if needs[2]:
                     dbias[c0:c1] += a.sum(0)
             if narrow:
@@ -356,6 +363,7 @@ def fused_gradients(
         new(R * min(COLUMNS, V)),
         new((R, D) if R < N or not reads_directly(hidden, transform.dtype) else 0),
     )
+    turn = room_to_turn(len(spare) if needs[1] else 0)
     lse, lse_low, top = new(R), new(R), new(R)
     sumexp = new(R, dtype=torch.float64)
     id_z, logprobs = new(R, K), new(R, K)
@@ -368,7 +376,7 @@ def fused_gradients(
             sumexp.zero_()
             for (c0, c1), room in zip(blocks(V, COLUMNS), kept, strict=True):
                 z = room[: rows * (c1 - c0)].view(rows, -1)
-                torch.mm(h, w_blocks.block(c0, c1).T, out=z)
+                multiply(z, h, w_blocks.block(c0, c1).T)
                 native_call(
                     "head_forward_tile_cpu", z, rows, c1 - c0, c0, bias_block(bias, c0, c1),
                     *native_transform(transform), top, sumexp, None, ids[r0:r1], id_z, K,
@@ -391,9 +399,9 @@ def fused_gradients(
                 a = z if up.active is None else spare[: n * (c1 - c0)].view(n, -1)
                 up.write_slopes(z, a, (0, n), c0, bias, transform, kept=True)
                 if needs[0]:
-                    dh.addmm_(a, w_blocks.block(c0, c1), beta=0 if c0 == 0 else 1)
+                    multiply(dh, a, w_blocks.block(c0, c1), add=c0 > 0)
                 if needs[1]:
-                    dweight[c0:c1].addmm_(a.T, h, beta=1 if written else 0)
+                    multiply(dweight[c0:c1], turned(a, turn), h, add=written)
                 if needs[2]:
                     dbias[c0:c1] += a.sum(0)
             written = True

@@ -1,6 +1,7 @@
 """A test that asks for `impl` and `device` runs for each implementation its module's OP has, or says why not.
 
-A module sets OP = "segment_scan" (a row of `backends()`). test_interpreter.py runs the same tests again with
+A module sets OP = "segment_scan" (a row of `backends()`). The CPU's head ops run once for each library that
+can do their matmuls. test_interpreter.py runs the same tests again with
 TRITON_INTERPRET=1, in a subprocess, so that one `pytest` covers Triton's kernels on a machine without a GPU.
 """
 
@@ -16,6 +17,7 @@ import torch
 
 import ipvrm_kernels
 from ipvrm_kernels import backend
+from ipvrm_kernels.head import matmul
 
 
 def pytest_generate_tests(metafunc):
@@ -30,12 +32,32 @@ def pytest_generate_tests(metafunc):
         runs = [d for d in devices if backend.why_not(name, d) is None]
         if name == "torch" and backend.INTERPRETED:
             runs = []  # the parent process runs it
-        params += [pytest.param(name, device, id=f"{name}-{device}") for device in runs]
+        params += [pytest.param(name, device, None, id=f"{name}-{device}") for device in runs]
+        if name == "cpp" and runs and metafunc.module.OP.startswith("linear_") and not backend.INTERPRETED:
+            params += other_matmuls()
         if not runs:
             reason = backend.why_not(name, devices[-1]) or "covered outside the interpreter"
             mark = pytest.mark.skip(reason=f"impl={name!r}: {reason}")
-            params.append(pytest.param(name, devices[-1], id=f"{name}-{devices[-1]}", marks=mark))
-    metafunc.parametrize(("impl", "device"), params)
+            params.append(pytest.param(name, devices[-1], None, id=f"{name}-{devices[-1]}", marks=mark))
+    metafunc.parametrize(("impl", "device", "cpu_matmul"), params, indirect=["cpu_matmul"])
+
+
+def other_matmuls():
+    """The C++ head ops with each matmul library that is not this machine's choice."""
+    params = []
+    for name in set(matmul.NAMES) - {matmul.library()}:
+        reason = matmul.why_not(name)
+        skip = () if reason is None else pytest.mark.skip(reason=f"matmuls by {name}: {reason}")
+        params.append(pytest.param("cpp", "cpu", name, id=f"cpp-cpu-{name}", marks=skip))
+    return params
+
+
+@pytest.fixture(autouse=True)
+def cpu_matmul(request, monkeypatch):
+    """The library of the CPU's matmuls: the parameter, or this machine's choice."""
+    name = getattr(request, "param", None)
+    if name is not None:
+        monkeypatch.setenv(matmul.VARIABLE, name)
 
 
 @pytest.fixture(autouse=True)

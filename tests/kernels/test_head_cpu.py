@@ -14,12 +14,21 @@ from ipvrm_kernels import (
     linear_distrl_loss,
     linear_logprobs,
 )
-from ipvrm_kernels.head import Transform, blocks, cpu
+from ipvrm_kernels.head import Transform, blocks, cpu, matmul
 from ipvrm_kernels.linear_logprobs import IMPLS as linear_logprobs_impls
 
 MIB = 2**20
 PLAIN = Transform(1.0, None, 1.0, torch.float32)
 pytestmark = pytest.mark.skipif(not backend.HAS_CPP, reason="the extension is not built")
+
+
+@pytest.fixture(autouse=True, params=matmul.NAMES)
+def cpu_matmul(request, monkeypatch):
+    """Every test here runs with each matmul library that can run."""
+    reason = matmul.why_not(request.param)
+    if reason is not None:
+        pytest.skip(f"matmuls by {request.param}: {reason}")
+    monkeypatch.setenv(matmul.VARIABLE, request.param)
 
 
 @pytest.fixture
@@ -42,9 +51,12 @@ class Matmuls(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+        if func.overloadpacket == torch.ops.aten.addmm:
             a, b = args[-2:]
             self.total += a.shape[0] * a.shape[1] * b.shape[1]
+        if func.overloadpacket == torch.ops.mkldnn._linear_pointwise:
+            a, b = args[:2]
+            self.total += a.shape[0] * a.shape[1] * b.shape[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -141,9 +153,10 @@ def test_workspace_is_honoured(name, limit, peak_bytes):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["forward", "trainable", "distrl"])
-def test_too_small_a_workspace_is_refused_with_the_least_that_works(name):
-    inputs = case(70, V=300)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["forward", "trainable", "frozen", "distrl"])
+def test_too_small_a_workspace_is_refused_with_the_least_that_works(name, dtype):
+    inputs = case(70, V=300, dtype=dtype)
     with pytest.raises(
         ValueError, match=r"max_workspace_bytes must be at least \d+ for impl='cpp'"
     ) as caught:
@@ -201,8 +214,8 @@ def test_a_frozen_head_costs_two_matmuls(softcap, entropy, monkeypatch):
 
 @pytest.mark.parametrize("needs", [(True, True, False), (True, False, False), (False, True, False)], ids=str)
 def test_a_fused_loss_costs_three_matmuls_and_clipped_rows_one(needs, monkeypatch):
-    monkeypatch.setattr(blocks, "WORKSPACE", 3 * MIB)  # several blocks of rows
-    hidden, weight, ids = case(1000, D=16, V=700)
+    monkeypatch.setattr(blocks, "WORKSPACE", 8 * MIB)  # several blocks of rows
+    hidden, weight, ids = case(3000, D=16, V=700)
     upstream = torch.randn(ids.shape)
     upstream[::3] = 0
     seen = []
@@ -213,9 +226,9 @@ def test_a_fused_loss_costs_three_matmuls_and_clipped_rows_one(needs, monkeypatc
 
     with Matmuls() as counted:
         got = cpu.fused_gradients("op", hidden, weight, None, ids, PLAIN, slopes, needs)
-    assert len(seen) > 1 and seen[0][0] == 0 and seen[-1][1] == 1000
+    assert len(seen) > 1 and seen[0][0] == 0 and seen[-1][1] == 3000
     active = int((upstream != 0).any(1).sum())
-    assert counted.total == (1000 + sum(needs) * active) * 16 * 700
+    assert counted.total == (3000 + sum(needs) * active) * 16 * 700
     leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     logprobs = linear_logprobs(*leaves, ids).logprobs
     expected = torch.autograd.grad((logprobs * upstream).sum(), leaves)
