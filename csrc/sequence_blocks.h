@@ -118,30 +118,53 @@ IPVRM_SIMD void prefix_slopes_block(const float* __restrict dvalue, const float*
   }
 }
 
+// One stretch of margin_loss_block: `lanes` tokens in whole vectors from position t0 on, of which those up to `last` count.
+template <bool kWeighted, bool kPartial>
+inline float margin_loss_stretch(const float* __restrict value, const float* __restrict inverse, float* __restrict out, int t0,
+                                 int lanes, float last, float margin, float constant, float linear, PrefixWeights weights) {
+  float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+  for (int i = 0; i < lanes; ++i) {
+    const MarginLoss at = margin_loss(value[i] * inverse[i], -1.0f, margin);
+    float loss = at.loss;
+    if (kWeighted || kPartial) {
+      const float t = static_cast<float>(t0 + i);  // compared as a float: g++ would split the loop at an integer
+      if (kWeighted) loss *= weights.at(t);
+      if (kPartial) loss = t > last ? 0.0f : loss;
+    }
+    part += loss;
+    out[i] = (kWeighted ? constant * inverse[i] + linear : constant * inverse[i]) * at.derivative;  // scale * omega_t / t
+  }
+  return part;
+}
+
 // values[i] = -sign * value_t, scale = -sign * d sums / d (omega_t loss_t). Returns the block's sum of omega_t * loss_t;
-// fills its slopes.
-IPVRM_SIMD double margin_loss_block(const float* __restrict values, const float* __restrict inverse_t,
-                                    float* __restrict slope, int before, int count, float margin, float scale,
-                                    PrefixWeights weights) {
+// fills its slopes. Without weights, omega_t = 1, it has a fifth fewer instructions.
+template <bool kWeighted>
+inline double margin_loss_stretches(const float* values, const float* inverse_t, float* slope, int before, int count,
+                                    float margin, float scale, PrefixWeights weights) {
   const float constant = scale * weights.constant, linear = scale * weights.slope;
-  const float last = static_cast<float>(before + count);  // compared as a float: g++ would split the loop at an integer
+  const float last = static_cast<float>(before + count);
   double total = 0.0;
   for (int first = 0; first < count; first += kLossBlock) {
-    const int t0 = before + first + 1;
-    const int n = vectors(std::min(kLossBlock, count - first));
-    const float *__restrict value = values + first, *__restrict inverse = inverse_t + first;  // under -fwrapv an index
-    float* __restrict out = slope + first;                                               // first + i would gather
-    float part = 0.0f;
-#pragma omp simd reduction(+ : part)
-    for (int i = 0; i < kLanes * n; ++i) {
-      const float t = static_cast<float>(t0 + i);
-      const MarginLoss at = margin_loss(value[i] * inverse[i], -1.0f, margin);
-      part += t > last ? 0.0f : weights.at(t) * at.loss;
-      out[i] = (constant * inverse[i] + linear) * at.derivative;  // scale * omega_t / t
+    const int n = std::min(kLossBlock, count - first), full = n / kLanes * kLanes, t0 = before + first + 1;
+    const float *value = values + first, *inverse = inverse_t + first;
+    float* out = slope + first;
+    total += margin_loss_stretch<kWeighted, false>(value, inverse, out, t0, full, last, margin, constant, linear, weights);
+    if (full < n) {
+      total += margin_loss_stretch<kWeighted, true>(value + full, inverse + full, out + full, t0 + full, kLanes, last, margin,
+                                                    constant, linear, weights);
     }
-    total += part;
   }
   return total;
+}
+
+IPVRM_SIMD double margin_loss_block(const float* values, const float* inverse_t, float* slope, int before, int count,
+                                    float margin, float scale, PrefixWeights weights) {
+  if (weights.constant == 1.0f && weights.slope == 0.0f) {
+    return margin_loss_stretches<false>(values, inverse_t, slope, before, count, margin, scale, weights);
+  }
+  return margin_loss_stretches<true>(values, inverse_t, slope, before, count, margin, scale, weights);
 }
 
 // The same for a run of short sequences with each token's margin, scale and omega; leaves omega_t * loss_t in `omega`.

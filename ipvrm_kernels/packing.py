@@ -103,7 +103,7 @@ def checked_tokens(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor) -> Te
         )
     check_cu_seqlens_shape(op, cu_seqlens, tokens)
     backend.refuse_forward_mode(op, tokens)
-    return tokens if tokens.dtype == torch.float64 else tokens.float()
+    return tokens if tokens.dtype in (torch.float32, torch.float64) else tokens.float()
 
 
 def checked_finite(op: str, name: str, value: float) -> float:

@@ -483,7 +483,8 @@ def prefix_value_loss(
                 f"{op}: {name} must be ({B},) on {log_ratio.device}, "
                 f"got {tuple(given.shape)} on {given.device}"
             )
-        return given.detach().to(log_ratio.dtype)
+        plain = given.dtype == log_ratio.dtype and not given.requires_grad
+        return given if plain else given.detach().to(log_ratio.dtype)
 
     if not isinstance(outcome, Tensor) or outcome.dim() != 1:
         given = tuple(outcome.shape) if isinstance(outcome, Tensor) else type(outcome).__name__
