@@ -3,8 +3,9 @@
 Small fixed shapes, one thread, ours against the bare matmul and against eager PyTorch. A ratio that is more
 than TOLERANCE worse than the committed one (benchmarks/gate.json) in two measurements fails, so that a slow
 change cannot land unseen. `--write` commits to the ratios measured now: after a speed-up, or a slow-down that
-is meant, named in the commit. Ratios carry over between machines of one CPU model and instruction set only:
-on another one FOREIGN times the committed ratio is allowed. Results are checked before anything is timed.
+is meant, named in the commit. Ratios carry over between machines of one CPU model, instruction set and
+library of matmuls only: on another one FOREIGN times the committed ratio is allowed. Results are checked
+before anything is timed.
 
 What makes it stable on a loaded machine: CPU time of this process instead of wall time (others' time slices
 do not count), contenders interleaved, the least of several calls a block (a call whose caches others swept is
@@ -46,7 +47,7 @@ TOLERANCE = 1.25
 FOREIGN = 2.5  # on another CPU: only what is broken outright shows
 BLOCKS, CALLS = 5, 8
 
-SAME = ("cpu", "simd")  # what machines whose ratios carry over have in common
+SAME = ("cpu", "simd", "cpu_matmul")  # what machines whose ratios carry over have in common
 Ratios = dict[str, dict[str, float]]  # what is measured: {what it is compared with: ours / that}
 
 

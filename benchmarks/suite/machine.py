@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ipvrm_kernels.head import matmul
+
 PACKAGES = (
     "ipvrm", "torch", "triton", "transformers", "numpy", "cut-cross-entropy", "liger-kernel", "trl",
     "quack-kernels",
@@ -30,6 +32,7 @@ def describe() -> dict[str, Any]:
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         cpu=_cpu_name(),
         simd=torch.backends.cpu.get_cpu_capability(),
+        cpu_matmul=matmul.library(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         python=platform.python_version(),

@@ -1,4 +1,4 @@
-"""The tile driver of the head ops on the CPU: BLAS for the matmuls, C++ while a tile is in cache.
+"""The tile driver of the head ops on the CPU: a library's matmuls, C++ while a tile is in cache.
 
 A tile h.w (R, C) is made by one matmul into a reused fp32 buffer and finished by csrc/head_cpu.cpp. Rows are
 blocked as well as the vocabulary, so scratch memory does not grow with N: a plan picks R and C so that tile,

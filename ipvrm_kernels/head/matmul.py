@@ -1,10 +1,9 @@
 """The fp32 matmuls of the CPU head ops: by the BLAS behind torch.mm, or by oneDNN where that BLAS is slow.
 
 MKL takes its AVX-512 kernels on Intel processors only and AVX2 on all others: half of what an AMD Zen 5 can
-do. oneDNN, which PyTorch's x86 builds bring along, goes by the instructions. On two cores of such a machine,
-1024 x 1024 x 1024: 10.2 ms by torch.mm, 4.7 ms by oneDNN (benchmarks/studies/cpu_matmul.py). It sums all D
-products of a logit in one chain where MKL cuts them into parts, so its rounding error is about twice MKL's,
-within the ops' tolerance.
+do. oneDNN, which PyTorch's x86 builds bring along, goes by the instructions: twice as fast there, at about
+twice the rounding error, since it sums the products of a logit in longer chains
+(benchmarks/studies/cpu_matmul.py).
 
 PyTorch reaches oneDNN for dense fp32 by the op that Inductor compiles `linear` to; it takes no `out`, so a
 product passes through a tensor of its own, which `transient_bytes` lets the plans count.
@@ -42,7 +41,8 @@ def why_not(name: str) -> str | None:
 @cache
 def _choose(asked: str) -> str:
     if not asked:
-        return "onednn" if why_not("onednn") is None and not backend.IS_INTEL else "blas"
+        slow = torch.backends.mkl.is_available() and not backend.IS_INTEL  # MKL, which stays with AVX2
+        return "onednn" if slow and why_not("onednn") is None else "blas"
     reason = why_not(asked)
     if reason is not None:
         raise ValueError(f"{VARIABLE}={asked} cannot run here: {reason}")
@@ -56,6 +56,17 @@ def library() -> str:
     """
     name = _choose(os.environ.get(VARIABLE, ""))
     return name if torch.backends.mkldnn.enabled else "blas"
+
+
+def reason() -> str:
+    """Why `library` says what it says, in words."""
+    if os.environ.get(VARIABLE):
+        return f"{VARIABLE} asks for it"
+    if library() == "onednn":
+        return f"it uses AVX-512, which MKL keeps to Intel's processors; {VARIABLE}=blas overrules"
+    if not torch.backends.mkldnn.enabled:
+        return "torch.backends.mkldnn.enabled is False"
+    return why_not("onednn") or f"PyTorch's BLAS uses AVX-512 here itself; {VARIABLE}=onednn overrules"
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:

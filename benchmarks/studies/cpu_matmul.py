@@ -1,0 +1,133 @@
+"""What the CPU head ops gain from oneDNN's matmuls, and what it costs in rounding.
+
+The three products of a tile, and whole ops on N=2048 D=1024 V=32,000, each by both libraries in interleaved
+rounds; and the rounding error of h.w against fp64 in units of eps max|z|, of which the ops may use 8 beside
+twice that of plain PyTorch.
+
+    python -m benchmarks.studies.cpu_matmul --out results.json
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.suite.heads import SPEC, K
+from benchmarks.suite.machine import describe
+from benchmarks.suite.measure import Case, measure
+from ipvrm.training.run_folder import write_json
+from ipvrm_kernels import linear_candidates, linear_logprobs
+from ipvrm_kernels.head import matmul
+
+N = 2048
+TILES = ((1024, 1024), (405, 1024))  # rows and columns: of the recomputing backward, of a scalar loss
+WIDTHS = (256, 1024, 4096, 8192)  # D whose rounding is measured
+
+
+def by(library: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` with this library's matmuls."""
+
+    def with_library() -> Any:
+        before = os.environ.get(matmul.VARIABLE)
+        os.environ[matmul.VARIABLE] = library
+        try:
+            return run()
+        finally:
+            if before is None:
+                del os.environ[matmul.VARIABLE]
+            else:
+                os.environ[matmul.VARIABLE] = before
+
+    return with_library
+
+
+def agree(results: Mapping[str, Any]) -> None:
+    """Both libraries' tensors are equal to rounding."""
+    first, second = results.values()
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def cases() -> Iterator[Case]:
+    """(what, contender "blas" | "onednn")."""
+    D, V = SPEC.D, SPEC.V
+    for R, C in TILES:
+        h, w, tile, room = torch.randn(R, D), torch.randn(C, D), torch.randn(R, C), torch.empty(R * C)
+        z, dh, dw = torch.empty(R, C), torch.empty(R, D), torch.empty(C, D)
+
+        def product(out: Tensor, a: Callable[[], Tensor], b: Tensor) -> Callable[[], tuple[Tensor]]:
+            def multiplied() -> tuple[Tensor]:
+                matmul.multiply(out, a(), b)
+                return (out.clone(),)
+
+            return multiplied
+
+        products = {
+            "z = h w.T": product(z, lambda h=h: h, w.T),
+            "dh = dz w": product(dh, lambda tile=tile: tile, w),
+            "dw = dz.T h": product(dw, lambda tile=tile, room=room: matmul.turned(tile, room), h),
+        }
+        for name, run in products.items():
+            yield Case(
+                "tile", f"{R} x {C} x {D} {name}", {lib: by(lib, run) for lib in matmul.NAMES}, agree,
+                flops=2.0 * R * C * D, work=2.0 * R * C * D,
+            )  # fmt: skip
+    hidden, weight = torch.randn(N, D), torch.randn(V, D) / D**0.5
+    ids, upstream = torch.randint(0, V, (N, K)), torch.randn(N, K)
+
+    def step(trainable: bool) -> tuple[Tensor, ...]:
+        leaves = [hidden.requires_grad_(), weight.requires_grad_(trainable)][: 1 + trainable]
+        out = linear_logprobs(hidden, weight, ids, impl="cpp").logprobs
+        return torch.autograd.grad(out, leaves, upstream)
+
+    ops: dict[str, Callable[[], Any]] = {
+        "linear_candidates": torch.no_grad()(lambda: linear_candidates(hidden, weight, impl="cpp")[2:4]),
+        f"linear_logprobs K={K} forward+backward, frozen head": lambda: step(False),
+        f"linear_logprobs K={K} forward+backward, trainable head": lambda: step(True),
+    }
+    for name, run in ops.items():
+        yield Case("op", f"N={N} D={D} V={V} {name}", {lib: by(lib, run) for lib in matmul.NAMES}, agree)
+
+
+def rounding() -> list[dict[str, Any]]:
+    """Largest and root-mean-square error of h.w in units of eps max|z|, by D and library."""
+    rows = []
+    for D in WIDTHS:
+        h, w, z = torch.randn(512, D), torch.randn(2048, D) / D**0.5, torch.empty(512, 2048)
+        exact = h.double() @ w.double().T
+        unit = torch.finfo(torch.float32).eps * exact.abs().max()
+        for library in matmul.NAMES:
+            by(library, lambda z=z, h=h, w=w: matmul.multiply(z, h, w.T))()
+            error = (z.double() - exact).abs() / unit
+            rows.append(
+                dict(D=D, library=library, max=error.max().item(), rms=error.square().mean().sqrt().item())
+            )
+    return rows
+
+
+def main() -> None:
+    """Console entry."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    for library in matmul.NAMES:
+        if matmul.why_not(library):
+            raise SystemExit(f"cpu_matmul: {library} cannot run here: {matmul.why_not(library)}")
+    rows = []
+    for case in cases():
+        new = measure(case, "cpu")
+        rows += [row.as_dict() for row in new]
+        blas, onednn = new
+        print(f"{case.shape:<75} {blas.median_ms:9.2f} ms by blas, {onednn.median_ms:9.2f} ms by onednn")
+    errors = rounding()
+    for row in errors:
+        print(f"D={row['D']:<5} {row['library']:<7} max {row['max']:.2f} rms {row['rms']:.3f} eps max|z|")
+    write_json(arguments.out, {"rows": rows, "rounding": errors, "machine": describe()})
+
+
+if __name__ == "__main__":
+    main()
