@@ -12,6 +12,7 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = (
     "1"  # a cached graph would call an op by an outdated signature
 )
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,19 @@ def cpu_matmul(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def same_dot_for_every_row(monkeypatch):
+    """For tests of equal bits: the interpreter's tl.dot is NumPy's matmul, whose BLAS on some processors sums a
+    tile's last rows in another order than the first."""
+    if not backend.INTERPRETED:
+        return
+
+    def dot(a, b, dtype=None):
+        return np.einsum("...ij,...jk->...ik", a, b, dtype=dtype)
+
+    monkeypatch.setattr(np, "matmul", dot)
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_tiles_of_a_compute_capability(impl, device, capability, row):
     assert importlib.import_module("ipvrm_kernels.head.triton_tiles").tiles_of(capability) == row
 
 
-def test_a_row_is_the_same_whatever_surrounds_it(impl, device):
+def test_a_row_is_the_same_whatever_surrounds_it(impl, device, same_dot_for_every_row):
     """Bitwise, at another N, another position in the tile, and among other neighbours; every output."""
     hidden, weight = torch.randn(150, 24, device=device), torch.randn(700, 24, device=device)
     ids = torch.randint(0, 700, (150, 2), device=device)
@@ -91,7 +91,7 @@ def test_a_row_is_the_same_whatever_surrounds_it(impl, device):
         assert all(torch.equal(x, y[rows]) for x, y in zip(part, sets, strict=True))
 
 
-def test_candidates_have_the_logprobs_of_linear_logprobs(impl, device):
+def test_candidates_have_the_logprobs_of_linear_logprobs(impl, device, same_dot_for_every_row):
     """The first PPO ratio is exactly 1: the same gather-dot and the same lse in both ops."""
     hidden, weight = 3 * torch.randn(40, 24, device=device), torch.randn(300, 24, device=device)
     out = linear_candidates(hidden, weight, impl=impl)
@@ -175,7 +175,7 @@ def test_workspace_is_honoured_or_refused_with_the_least_that_works(impl, device
         assert peak <= limit + kept + own + blocks
 
 
-def test_rows_without_a_gradient_are_left_out(impl, device):
+def test_rows_without_a_gradient_are_left_out(impl, device, same_dot_for_every_row):
     """They may hold NaN: their dhidden is exactly 0, and the others' gradients are those without them."""
     hidden, weight = torch.randn(150, 24, device=device), torch.randn(300, 24, device=device)
     ids, bias = torch.randint(0, 300, (150, 2), device=device), torch.randn(300, device=device)
