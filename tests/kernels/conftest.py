@@ -68,8 +68,8 @@ def _seeded():
 
 @pytest.fixture
 def same_dot_for_every_row(monkeypatch):
-    """For tests of equal bits: the interpreter's tl.dot is NumPy's matmul, whose BLAS on some processors sums a
-    tile's last rows in another order than the first."""
+    """For tests of equal bits: the interpreter's tl.dot is NumPy's matmul, whose BLAS on some processors sums
+    the last rows of a tile in another order than the first."""
     if not backend.INTERPRETED:
         return
 
