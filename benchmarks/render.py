@@ -41,7 +41,7 @@ python -m benchmarks.run --full --json benchmarks/results/cpu-full.json \\
     --csv benchmarks/results/cpu-full.csv --plot benchmarks/results/plots && python -m benchmarks.render
 ```
 
-(forty-four minutes on two cores) and a GPU's by
+(thirty-four minutes on two cores) and a GPU's by
 `python -m benchmarks.gpu_report && python -m benchmarks.render`. How it is measured: every contender's result
 is checked before anything is timed; then contenders take turns, and the median, the 20th and the 80th
 percentile of their times are kept; memory is the peak above inputs, scratch that less what is returned.

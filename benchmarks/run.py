@@ -34,7 +34,7 @@ MODULES = (
 )  # fmt: skip
 SECONDS = dict(quick=0.4, default=2.0, full=3.0)  # of rounds a case, beyond the least number of rounds
 # of everything on two idle cores, printed before it starts; full as measured, default estimated from it
-MINUTES = dict(quick=3, default=30, full=44)
+MINUTES = dict(quick=3, default=24, full=34)
 
 
 def suite(name: str, device: str, mode: str) -> Iterator[Case]:

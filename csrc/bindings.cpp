@@ -3,6 +3,10 @@
 
 #include <pybind11/pybind11.h>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 #include "head_cpu.h"
 #include "policy_cpu.h"
 #include "sequence_cpu.h"
@@ -36,16 +40,24 @@ ipvrm::Branch branch(int reduction, float divisor, float low, float high, float 
   return {static_cast<ipvrm::Reduction>(reduction), divisor, {low, high, dual}};
 }
 
+// The family of an AMD processor (0x19: Zen 3 and 4, 0x1A: Zen 5), 0 of any other.
+int amd_family() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return 0;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
+  return static_cast<int>(((eax >> 8) & 0xF) + ((eax >> 20) & 0xFF));
+#else
+  return 0;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
 
-#if defined(__x86_64__) && defined(__GNUC__)
-  m.attr("is_intel") = __builtin_cpu_is("intel") != 0;
-#else
-  m.attr("is_intel") = false;
-#endif
+  m.attr("amd_family") = amd_family();
 
   m.def(
       "edges_rise_cpu",

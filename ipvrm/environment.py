@@ -40,7 +40,7 @@ def report() -> str:
     found = versions() | {name: installed_version(name) for name in MORE_PACKAGES}
     lines.append("versions    " + ", ".join(f"{name} {version}" for name, version in found.items()))
     lines += ["", str(ipvrm_kernels.backends()), ""]
-    lines.append(f"CPU matmuls {matmul.library()} for the head ops: {matmul.reason()}")
+    lines.append(f"CPU matmuls {matmul.describe()}")
     runtimes = openmp_runtimes()
     lines.append("OpenMP      " + (", ".join(runtimes) or "no runtime found"))
     if len(runtimes) > 1:

@@ -50,6 +50,8 @@ from .head.blocks import kept_columns
 if backend.HAS_TRITON:
     from .head import triton_backward, triton_forward, triton_ids, triton_stored
 
+NOTHING, FROZEN, TRAINED = "nothing", "frozen", "trained"  # the backward that follows a forward
+
 
 class LinearLogprobs(NamedTuple):
     """logprobs shaped like ids, lse (N,), entropy (N,) or None; fp32, in nats; fp64 for fp64 inputs."""
@@ -72,14 +74,14 @@ def linear_logprobs_reference(
 
 def _torch_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool, keep: int,
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_workspace(
         "linear_logprobs", max_workspace_bytes, hidden.shape[0], weight.shape[0], out_dtype(hidden)
     )
     logprobs, lse, entropy = linear_logprobs_reference(hidden, weight, ids, bias, transform, return_entropy)
     expectation = lse.new_empty(0)
-    if frozen_head:
+    if follows == FROZEN:
         z = transformed_logits(hidden, weight, bias, transform)
         p = torch.exp(z - lse[:, None]) * transform_slope(z, transform)
         expectation = head_gradients(p, hidden, weight, bias, transform.dtype, (True, False, False))[0]
@@ -119,13 +121,15 @@ def _torch_backward(
 
 def _cpp_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool, keep: int,
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     result = cpu.forward(
         "linear_logprobs", hidden, weight, bias, ids, transform, entropy=return_entropy,
-        expectation=frozen_head, keep=keep, limit=max_workspace_bytes, deterministic=deterministic,
+        expectation=follows == FROZEN, backward_follows=follows != NOTHING, keep=keep,
+        limit=max_workspace_bytes, deterministic=deterministic,
     )  # fmt: skip
-    return result.logprobs, result.lse, result.entropy, result.expectation if frozen_head else result.saved
+    saved = result.expectation if follows == FROZEN else result.saved
+    return result.logprobs, result.lse, result.entropy, saved
 
 
 def _cpp_backward(
@@ -149,14 +153,14 @@ def _cpp_backward(
 
 def _triton_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool, keep: int,
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Two matmuls for a frozen head where its probabilities fit the workspace, else three, else one."""
     limit, explicit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE, max_workspace_bytes is not None
     ids = ids.contiguous()
     with torch.cuda.device_of(hidden):
         ops = triton_forward.operands(hidden, weight, bias, transform, limit)
-        if frozen_head:
+        if follows == FROZEN:
             R = triton_stored.stored_rows(ops, ids.shape[1], return_entropy, False, limit)
             if R:
                 return triton_stored.stored_expectation(ops, ids, return_entropy, R)
@@ -166,7 +170,7 @@ def _triton_forward(
         stats = triton_forward.stats(ops, return_entropy, rows_at_once=at_once)
         logprobs, lse = stats.logprobs(triton_forward.id_logits(ops, ids)), stats.lse()
         expectation = remainder = stats.lse_remainder(lse)  # (N,) takes the place of the expectation
-        if frozen_head:
+        if follows == FROZEN:
             expectation = triton_backward.expectation(ops, ids, lse, remainder, limit, explicit)
     return logprobs, lse, stats.entropy() if return_entropy else lse.new_empty(0), expectation
 
@@ -204,18 +208,19 @@ IMPLS = {
 def _forward_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
-    return_entropy: bool, frozen_head: bool, max_workspace_bytes: int | None, deterministic: bool, keep: int,
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logprobs, lse, entropy, what the backward needs besides).
 
-    keep: columns whose z is kept for it, impl="cpp" and a trainable head only.
+    follows: the backward there will be, NOTHING, FROZEN (head, gradient of hidden alone) or TRAINED.
+    keep: columns whose z is kept for it, impl="cpp" and TRAINED only.
     """
     if backend.checks_values(ids):
         check_ids("linear_logprobs", "ids", ids, weight.shape[0])
     transform = Transform(scale, softcap, temperature, dtype)
     logprobs, lse, entropy, expectation = IMPLS[impl].forward(
-        hidden, weight, bias, ids, transform, return_entropy, frozen_head, max_workspace_bytes, deterministic,
+        hidden, weight, bias, ids, transform, return_entropy, follows, max_workspace_bytes, deterministic,
         keep,
     )  # fmt: skip
     return logprobs, lse, entropy, expectation
@@ -224,12 +229,12 @@ def _forward_op(
 @_forward_op.register_fake
 def _(
     hidden, weight, bias, ids, scale, softcap, temperature, dtype,
-    return_entropy, frozen_head, max_workspace_bytes, deterministic, keep, impl,
+    return_entropy, follows, max_workspace_bytes, deterministic, keep, impl,
 ):  # fmt: skip
     lse = hidden.new_empty(hidden.shape[0], dtype=out_dtype(hidden))
     entropy = lse.new_empty(lse.shape if return_entropy else 0)
     # the expectation, or (N,) what rounding lse to fp32 lost, with cpp (N * keep,) z after it
-    saved = hidden.shape if frozen_head else hidden.shape[0] * (1 + keep) if impl != "torch" else 0
+    saved = hidden.shape if follows == FROZEN else hidden.shape[0] * (1 + keep) if impl != "torch" else 0
     return lse.new_empty(ids.shape), lse, entropy, lse.new_empty(saved)
 
 
@@ -326,14 +331,16 @@ def linear_logprobs(
     check_row_ids(op, "ids", ids, hidden, (1, 2))
     impl = backend.choose(op, IMPLS, impl, hidden)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    frozen = torch.is_grad_enabled() and hidden.requires_grad and not trained
+    follows = NOTHING
+    if torch.is_grad_enabled() and (trained or hidden.requires_grad):
+        follows = TRAINED if trained else FROZEN
     keep, may_keep = 0, not deterministic and not torch.compiler.is_compiling()
-    if impl == "cpp" and trained and torch.is_grad_enabled() and may_keep:
+    if impl == "cpp" and follows == TRAINED and may_keep:
         per_row = 4 * (1 if ids.dim() == 1 else ids.shape[1])
         keep = kept_columns(op, hidden, weight, transform.dtype, max_workspace_bytes, per_row)
     logprobs, lse, entropy, _ = _forward_op(
         hidden, weight, bias, ids.long()[:, None] if ids.dim() == 1 else ids.long(),
-        *transform, bool(return_entropy), frozen, max_workspace_bytes, bool(deterministic), keep, impl,
+        *transform, bool(return_entropy), follows, max_workspace_bytes, bool(deterministic), keep, impl,
     )  # fmt: skip
     return LinearLogprobs(
         logprobs[:, 0] if ids.dim() == 1 else logprobs, lse, entropy if return_entropy else None

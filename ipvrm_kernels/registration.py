@@ -2,8 +2,7 @@
 
 The sequence ops are small enough for dispatch to be most of their time. Forward and backward of a 64-token
 `prefix_value_loss` on the CPU, torch 2.13: 270 us by the decorator, 174 us through `Library.define`
-with `torch.library.register_autograd`, 131 us like this, of which a sixth goes once nothing but autograd is
-listening and the dispatcher is left out. The decorator adds a check on every call that
+with `torch.library.register_autograd`, 131 us like this. The decorator adds a check on every call that
 no output shares memory with an input or another output: functions registered here must see to it.
 `register_autograd` adds a generic autograd.Function; here it is written out.
 """
@@ -19,10 +18,25 @@ _LIBRARY = torch.library.Library("ipvrm", "FRAGMENT")
 _TENSORS = (torch.Tensor, torch.nn.Parameter)  # plain ones; their subclasses have a say of their own
 _tracing_state = torch._C._get_tracing_state
 _transform_level = torch._C._functorch.maybe_current_level
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # the form behind is_grads_batched
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _num_function_modes = torch._C._len_torch_function_stack
+_dispatch_keys = torch._C._dispatch_keys
 _below_autograd = torch._C._AutoDispatchBelowAutograd  # what torch.library's own formula enters
+
+
+def _plain_keys() -> set[int]:
+    """Key sets of tensors that nothing but autograd and autocast takes an interest in: not batched, lazily
+    negated, zero, functional or meta. The second of a device is of tensors made in inference mode."""
+    of, keys = torch._C.DispatchKeySet, torch._C.DispatchKey
+    found = set()
+    for device in ("CPU", "CUDA"):
+        inference = of(getattr(keys, device)) | of(getattr(keys, f"Autocast{device}"))
+        found.add((inference | of(keys.ADInplaceOrView) | of(getattr(keys, f"Autograd{device}"))).raw_repr())
+        found.add(inference.raw_repr())
+    return found
+
+
+_PLAIN_KEYS = _plain_keys()
 
 
 def register(
@@ -33,7 +47,8 @@ def register(
 ) -> Callable[..., Any]:
     """Register `function` as torch.ops.ipvrm.<its name without the underscore>; returns what to call.
 
-    That is the op, or where only autograd would see the call, `function` under an autograd.Function.
+    That is the op, or where only autograd would see the call, `function` under an autograd.Function, and
+    profilers do not show the op's name then.
     function: its annotations are the op's schema; no defaults, returns new tensors, mutates nothing.
     fake: the same signature, empty outputs. backward(ctx, *grads), setup_context(ctx, inputs, output): as for
     an autograd.Function.
@@ -74,7 +89,7 @@ def register(
         requires_grad = False
         for x in inputs:
             if isinstance(x, torch.Tensor):
-                if type(x) not in _TENSORS or _is_legacy_batched(x):
+                if type(x) not in _TENSORS or _dispatch_keys(x).raw_repr() not in _PLAIN_KEYS:
                     return op(*inputs)
                 requires_grad |= x.requires_grad
         return direct.apply(*inputs) if requires_grad and torch.is_grad_enabled() else function(*inputs)
@@ -107,4 +122,4 @@ def is_last_backward(*tensors: torch.Tensor) -> bool:
 
 def is_batched(x: torch.Tensor) -> bool:
     """Whether x stands for several: under torch.func.vmap, or in the older form behind is_grads_batched."""
-    return torch._C._functorch.is_batchedtensor(x) or _is_legacy_batched(x)
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)

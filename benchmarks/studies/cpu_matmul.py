@@ -1,15 +1,19 @@
 """What the CPU head ops gain from oneDNN's matmuls, and what it costs in rounding.
 
 The three products of a tile, and whole ops on N=2048 D=1024 V=32,000, each by both libraries in interleaved
-rounds; and the rounding error of h.w against fp64 in units of eps max|z|, of which the ops may use 8 beside
-twice that of plain PyTorch.
+rounds; the rounding error of h.w against fp64 in units of eps max|z|, of which the ops may use 8 beside twice
+that of plain PyTorch; and what batch sizes cost that were never seen before, since oneDNN makes and keeps a
+kernel for every shape.
 
     python -m benchmarks.studies.cpu_matmul --out results.json
 """
 
 import argparse
 import os
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +27,10 @@ from ipvrm_kernels import linear_candidates, linear_logprobs
 from ipvrm_kernels.head import matmul
 
 N = 2048
-TILES = ((1024, 1024), (405, 1024))  # rows and columns: of the recomputing backward, of a scalar loss
+TILES = ((1024, 1024), (384, 1024))  # rows and columns: of the recomputing backward, of a scalar loss
 WIDTHS = (256, 1024, 4096, 8192)  # D whose rounding is measured
+SIZES = ((128, 320), (1024, 8192))  # (D, V) of the steps at many batch sizes: a demo's, and larger
+BATCHES = range(1000, 1100)
 
 
 def by(library: str, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -58,9 +64,11 @@ def cases() -> Iterator[Case]:
         h, w, tile, room = torch.randn(R, D), torch.randn(C, D), torch.randn(R, C), torch.empty(R * C)
         z, dh, dw = torch.empty(R, C), torch.empty(R, D), torch.empty(C, D)
 
-        def product(out: Tensor, a: Callable[[], Tensor], b: Tensor) -> Callable[[], tuple[Tensor]]:
+        def product(
+            out: Tensor, a: Callable[[], Tensor], b: Tensor, rows: int = R
+        ) -> Callable[[], tuple[Tensor]]:
             def multiplied() -> tuple[Tensor]:
-                matmul.multiply(out, a(), b)
+                matmul.multiply(out, a(), b, rows=rows)
                 return (out.clone(),)
 
             return multiplied
@@ -100,12 +108,42 @@ def rounding() -> list[dict[str, Any]]:
         exact = h.double() @ w.double().T
         unit = torch.finfo(torch.float32).eps * exact.abs().max()
         for library in matmul.NAMES:
-            by(library, lambda z=z, h=h, w=w: matmul.multiply(z, h, w.T))()
+            by(library, lambda z=z, h=h, w=w: matmul.multiply(z, h, w.T, rows=len(h)))()
             error = (z.double() - exact).abs() / unit
             rows.append(
                 dict(D=D, library=library, max=error.max().item(), rms=error.square().mean().sqrt().item())
             )
     return rows
+
+
+def fresh_sizes() -> list[dict[str, Any]]:
+    """Milliseconds of a step of linear_logprobs at batch sizes new to the process and again; MiB it grew."""
+    rows = []
+    for D, V in SIZES:
+        weight = (torch.randn(V, D) / D**0.5).requires_grad_()
+        hidden = torch.randn(max(BATCHES), D).requires_grad_()
+        ids = torch.randint(0, V, (max(BATCHES), 1))
+
+        def step(size: int, hidden: Tensor = hidden, weight: Tensor = weight, ids: Tensor = ids) -> float:
+            started = time.perf_counter()
+            out = linear_logprobs(hidden[:size], weight, ids[:size], impl="cpp").logprobs
+            torch.autograd.grad(out.sum(), (hidden, weight))
+            return (time.perf_counter() - started) * 1e3
+
+        for library in matmul.NAMES:
+            run = by(library, lambda step=step: [statistics.median(map(step, BATCHES)) for _ in range(3)])
+            by(library, lambda step=step: step(1))()  # what every size needs
+            before = resident_mib()
+            first, _, again = run()
+            grew = resident_mib() - before
+            rows.append(dict(D=D, V=V, library=library, first_ms=first, again_ms=again, grew_mib=grew))
+    return rows
+
+
+def resident_mib() -> float:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main() -> None:
@@ -126,7 +164,15 @@ def main() -> None:
     errors = rounding()
     for row in errors:
         print(f"D={row['D']:<5} {row['library']:<7} max {row['max']:.2f} rms {row['rms']:.3f} eps max|z|")
-    write_json(arguments.out, {"rows": rows, "rounding": errors, "machine": describe()})
+    fresh = fresh_sizes()
+    for row in fresh:
+        print(
+            f"D={row['D']} V={row['V']} {row['library']:<7} a step at a new N {row['first_ms']:.2f} ms, "
+            f"again {row['again_ms']:.2f} ms, {len(BATCHES)} sizes hold {row['grew_mib']:.0f} MiB"
+        )
+    write_json(
+        arguments.out, {"times": rows, "rounding": errors, "fresh_sizes": fresh, "machine": describe()}
+    )
 
 
 if __name__ == "__main__":

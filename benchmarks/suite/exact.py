@@ -9,10 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.suite.measure import assert_close
+from benchmarks.suite.measure import assert_close, is_ours
 
 ROWS = 128  # of the batch, of the first and the last one always two
 VOCABULARY_ROWS = 64  # of dweight, where no eager gradient is there to compare it with
+# the others' gradients may be off by so many times our tolerance: eager fp32 was 1.2e-4 and 1.8e-4 off in
+# dhidden and dweight of linear_distrl_loss at V=151,936, and that is its accuracy, not a wrong result
+OTHERS = 5
 BLOCK = 8192  # rows of weight converted to fp64 at a time
 
 
@@ -66,7 +69,7 @@ class Exact:
 
         dhidden on `rows`; dweight against that of `eager`, without it on VOCABULARY_ROWS rows.
         """
-        allowed = gradient_tolerance(self.hidden.dtype)
+        allowed = gradient_tolerance(self.hidden.dtype) * (1 if is_ours(name) else OTHERS)
         g, i = upstream[self.rows].double(), ids[self.rows]
         dz = (-g.sum(1, keepdim=True) * self.log_p.exp()).scatter_add(1, i, g)
         parts = zip(dz.split(BLOCK, 1), self.weight.split(BLOCK), strict=True)

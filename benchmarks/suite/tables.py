@@ -226,6 +226,8 @@ def conditions(machine: Mapping[str, Any]) -> str:
     where = machine["device"]
     if where == "CPU":
         where = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+        if "cpu_matmul" in machine:
+            where += f", our matmuls by {machine['cpu_matmul']}"
     modified = " (modified)" if machine["modified"] else ""
     return f"{where}; {versions}; commit {machine['commit']}{modified}; {machine['date']}"
 

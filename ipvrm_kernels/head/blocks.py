@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .matmul import transient_bytes
+from .matmul import transient_bytes, whole_rows
 
 WORKSPACE = 64 * 2**20
 RESERVE = 2**20  # of it, for what a matmul's views and conversions allocate on the way
@@ -18,7 +19,7 @@ FIXED_ROWS = 128  # of every matmul in deterministic mode
 
 
 class Operand:
-    """Blocks of a matrix's rows in fp32: slices where BLAS reads them as they are, else copies in one buffer.
+    """Blocks of a matrix's rows in fp32: slices where a matmul reads them as they are, else copies.
 
     `padded_to` makes every block that many rows, zero below its last.
     """
@@ -50,7 +51,7 @@ class Operand:
 
 
 def reads_directly(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether slices of x are fp32 operands as they are: no rounding to `dtype`, no upcast, BLAS strides."""
+    """Whether slices of x are fp32 operands as they are: no rounding to `dtype` or upcast, BLAS's strides."""
     return x.dtype == dtype == torch.float32 and 1 in x.stride()
 
 
@@ -70,8 +71,8 @@ def make_plan(
     """The largest tiles up to ROWS x COLUMNS whose scratch memory fits; refuses with the least that works.
 
     N: rows of the batch; per_row, per_column: bytes that the caller needs besides tile and operands;
-    at_least: bytes that a later step needs by itself; gathers: rows of hidden are copied even where BLAS
-    could read them; gradients: of hidden or weight are formed, or the expectation, by further matmuls.
+    at_least: bytes that a later step needs by itself; gathers: rows of hidden are copied even where a
+    matmul could read them; gradients: of hidden or weight are formed, or the expectation, by further matmuls.
     """
     V, D = weight.shape
     copied = []  # bytes per row of hidden and of weight
@@ -141,12 +142,17 @@ def kept_rows(N: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit:
     def scratch(R: int) -> int:
         return R * (4 * (V + C) + 14 * D + 64) + transient_bytes(R, C, D, True)
 
-    each = scratch(1) - scratch(0)
-    most = max((free - scratch(0)) // each, 0)
-    most = max((free - (scratch(most) - most * each)) // each, 0)  # packing grows with few rows
-    if most == 0 or N == 0:
-        return 0
-    return -(-N // -(-N // most))
+    most = bisect.bisect_right(range(N + 1), free, key=scratch) - 1
+    if most <= 0 or whole_rows(most) < most:
+        return whole_rows(max(most, 0))
+    return -(-N // -(-N // most))  # in as few blocks, equal ones
+
+
+def row_blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """`blocks` in sizes that the matmuls are fast at; what is left is a block of its own."""
+    whole = whole_rows(total)
+    yield from blocks(whole, whole_rows(size))
+    yield from ((whole + start, whole + stop) for start, stop in blocks(total - whole, size))
 
 
 def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:

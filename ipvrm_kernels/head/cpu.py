@@ -1,9 +1,9 @@
 """The tile driver of the head ops on the CPU: a library's matmuls, C++ while a tile is in cache.
 
-A tile h.w (R, C) is made by one matmul into a reused fp32 buffer and finished by csrc/head_cpu.cpp. Rows are
-blocked as well as the vocabulary, so scratch memory does not grow with N: a plan picks R and C so that tile,
-upcast operands and chunk of dweight fit into `max_workspace_bytes`, 64 MiB by default. bf16 and fp16 operands
-are upcast block by block; logits are never rounded.
+A tile h.w (R, C) is made by one matmul (matmul.py) into a reused fp32 buffer and finished by
+csrc/head_cpu.cpp. Rows are blocked as well as the vocabulary, so scratch memory does not grow with N: a plan
+picks R and C so that tile, upcast operands and chunk of dweight fit into `max_workspace_bytes`, 64 MiB by
+default. bf16 and fp16 operands are upcast block by block; logits are never rounded.
 
 Forward: per block of rows one pass over the vocabulary. A frozen head's expectation E = sum_v p_v z'_v w_v is
 carried along like a flash attention's output. Backward: per vocabulary chunk the tile again, dz in its place,
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ..backend import native_call
 from . import Transform, transform_slope
-from .blocks import COLUMNS, Operand, blocks, kept_block, kept_rows, make_plan, reads_directly
-from .matmul import multiply, room_to_turn, turned
+from .blocks import COLUMNS, Operand, blocks, kept_block, kept_rows, make_plan, row_blocks
+from .matmul import multiply, padded_rows, room_to_turn, turned
 
 # rows whose z must fit for keeping it to pay: frozen head, and trainable, where every block rewrites dweight
 LEAST_KEPT = (64, 256)
@@ -81,10 +81,10 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, padded: int) -> None:
     """out += a @ b; with `padded` rows in a, of which out has the first, in a matmul of that fixed shape."""
     if padded:
         product = out.new_empty(len(a), b.shape[1])
-        multiply(product, a, b)
+        multiply(product, a, b, rows=len(a))
         out += product[: len(out)]
     else:
-        multiply(out, a, b, add=True)
+        multiply(out, a, b, rows=len(a), add=True)
 
 
 class Sums(NamedTuple):
@@ -101,23 +101,25 @@ def sweep(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
     *, entropy: bool, expectation: Tensor | None = None, candidates: Candidates | None = None,
     kept: Tensor | None = None, limit: int | None = None, deterministic: bool = False,
+    backward_follows: bool = False,
 ) -> Iterator[tuple[int, int, Sums]]:  # fmt: skip
     """One pass over the vocabulary for every block of rows r0 .. r1; ids (N, K) contiguous, K may be 0.
 
     expectation: (N, D) zeros; a block's rows hold sum_v exp(z - max) z' w_v when it is handed out.
     kept: (N * keep,) takes z of the first `keep` columns; see `kept_columns`, whose plan this is.
+    backward_follows: under the same `limit`, which then has to hold it too.
     """
     (N, D), V, K = hidden.shape, weight.shape[0], ids.shape[1]
     rule = candidates or Candidates(0, -math.inf)
     per_row = 4 * K + (8 * rule.capacity if candidates else 0)
-    # a backward may follow, and cannot refuse any more: a frozen head's gathers, the other forms products
+    # a backward cannot refuse any more: a frozen head's gathers, any other one forms products
     gathered = 0 if expectation is None else K * pair_bytes(weight, transform.dtype) + 4 * D
-    refusing = limit is not None
-    narrow = refusing and weight.dtype != torch.float32
-    products = refusing or expectation is not None
+    narrow = backward_follows and weight.dtype != torch.float32
+    products = backward_follows or expectation is not None
     plan = make_plan(
-        op, hidden, weight, transform.dtype, limit, deterministic, N=N, at_least=gathered, gathers=refusing,
-        per_row=per_row + 4 * D * (products and deterministic), per_column=4 * D * narrow, gradients=products,
+        op, hidden, weight, transform.dtype, limit, deterministic, N=N, at_least=gathered, gradients=products,
+        per_row=per_row + 4 * D * (products and deterministic), per_column=4 * D * narrow,
+        gathers=backward_follows,
     )  # fmt: skip
     new = torch.empty
     R, C, padded = plan
@@ -135,7 +137,7 @@ def sweep(
     h_blocks = Operand(hidden, transform.dtype, R, padded)
     w_blocks = Operand(weight, transform.dtype, C)
     state = Sums(top, sums[0], sums[1] if entropy else None, id_z, buffers)
-    for r0, r1 in blocks(N, R):
+    for r0, r1 in row_blocks(N, R):
         h = h_blocks.block(r0, r1)
         top.fill_(-math.inf)
         sums.zero_()
@@ -149,7 +151,7 @@ def sweep(
                     z = kept_block(kept, N, c0, c1)[r0:r1]
                 else:
                     z = tile[: len(h) * len(w)].view(len(h), len(w))
-                multiply(z, h, w.T)
+                multiply(z, h, w.T, rows=len(h))
                 native_call(
                     "head_forward_tile_cpu", z, r1 - r0, c1 - c0, c0, bias_block(bias, c0, c1),
                     *native_transform(transform), top, sums[0], state.sum_z_exp, ids[r0:r1], id_z, K,
@@ -163,11 +165,12 @@ def sweep(
 def forward(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
     *, entropy: bool = False, expectation: bool = False, candidates: Candidates | None = None, slots: int = 0,
-    keep: int = 0, limit: int | None = None, deterministic: bool = False,
+    keep: int = 0, limit: int | None = None, deterministic: bool = False, backward_follows: bool = False,
 ) -> Forward:  # fmt: skip
     """One pass over the vocabulary for every block of rows; ids (N, K) int64, K may be 0.
 
     keep: `kept_columns` at this limit, for a backward that will be given `saved`.
+    backward_follows: refuses a `limit` that is too small for it.
     """
     (N, D), V, K = hidden.shape, weight.shape[0], ids.shape[1]
     new, ids = torch.empty, ids.contiguous()
@@ -180,6 +183,7 @@ def forward(
         op, hidden, weight, bias, ids, transform, entropy=entropy, candidates=candidates,
         kept=result.saved[N:] if keep else None, limit=None if keep else limit,
         expectation=result.expectation if expectation else None, deterministic=deterministic,
+        backward_follows=backward_follows and limit is not None and not keep,
     )  # fmt: skip
     for r0, r1, (top, sumexp, sum_z_exp, id_z, buffers) in blocks_done:
         native_call(
@@ -294,7 +298,7 @@ def backward(
         for c0, c1 in columns if n else ():
             w = w_blocks.block(c0, c1)
             dw = chunk[: c1 - c0] if narrow else dweight[c0:c1]
-            for r0, r1 in blocks(n, min(R, max(len(tile) // (c1 - c0), 1)) if c0 < keep else R):
+            for r0, r1 in row_blocks(n, min(R, max(len(tile) // (c1 - c0), 1)) if c0 < keep else R):
                 h = h_blocks.block(r0, r1, up.active)
                 a = tile[: len(h) * len(w)].view(len(h), len(w))
                 if kept is not None and c0 < keep:
@@ -302,13 +306,13 @@ def backward(
                     z = z[r0:r1] if up.active is None else z
                     up.write_slopes(z, a, (r0, r1), c0, bias, transform, kept=True)
                 else:
-                    multiply(a, h, w.T)
+                    multiply(a, h, w.T, rows=len(h))
                     up.write_slopes(a, a, (r0, r1), c0, bias, transform, kept=False)
                 if needs[0]:
                     add_product(dhidden[r0:r1], a, w, padded)
                 a, h = a[: r1 - r0], h[: r1 - r0]
                 if needs[1]:
-                    multiply(dw, turned(a, room), h, add=r0 > 0)
+                    multiply(dw, turned(a, room), h, rows=len(h), add=r0 > 0)
                 if needs[2]:
                     dbias[c0:c1] += a.sum(0)
             if narrow:
@@ -336,47 +340,39 @@ def fused_gradients(
     ids = ids.contiguous()
     R = kept_rows(N, hidden, weight, transform.dtype, limit)
     if not any(needs) or deterministic or R == 0 or min(N, LEAST_KEPT[bool(needs[1])]) > R:
-        result = forward(op, hidden, weight, bias, ids, transform, limit=limit, deterministic=deterministic)
+        result = forward(
+            op, hidden, weight, bias, ids, transform, limit=limit, deterministic=deterministic,
+            backward_follows=any(needs),
+        )  # fmt: skip
         dlogprobs = slopes(0, N, result.logprobs)
         if not any(needs):
             return torch.empty(0), torch.empty(0), torch.empty(0)
         up = make_upstream(dlogprobs, None, None, ids, V, result.lse, result.saved, result.entropy)
         return backward(
-            op,
-            up,
-            hidden,
-            weight,
-            bias,
-            transform,
-            needs,
-            limit=limit,
-            deterministic=deterministic,
+            op, up, hidden, weight, bias, transform, needs, limit=limit, deterministic=deterministic,
             wide=True,
-        )
+        )  # fmt: skip
 
     new = torch.empty
     dhidden = torch.zeros((N, D) if needs[0] else 0)
     dweight, written = new((V, D) if needs[1] else 0), False
     dbias = torch.zeros(V if needs[2] else 0)
     kept = [new(R * (c1 - c0)) for c0, c1 in blocks(V, COLUMNS)]  # z of a block of rows, tile by tile
-    spare, spare_h = (
-        new(R * min(COLUMNS, V)),
-        new((R, D) if R < N or not reads_directly(hidden, transform.dtype) else 0),
-    )
+    spare, spare_h = new(R * min(COLUMNS, V)), new(0)
     turn = room_to_turn(len(spare) if needs[1] else 0)
     lse, lse_low, top = new(R), new(R), new(R)
     sumexp = new(R, dtype=torch.float64)
     id_z, logprobs = new(R, K), new(R, K)
     w_blocks = Operand(weight, transform.dtype, COLUMNS)
     with torch.autocast("cpu", enabled=False):
-        for r0, r1 in blocks(N, R):
+        for r0, r1 in row_blocks(N, R):
             rows = r1 - r0
             h = Operand(hidden, transform.dtype, R).block(r0, r1)
             top.fill_(-math.inf)
             sumexp.zero_()
             for (c0, c1), room in zip(blocks(V, COLUMNS), kept, strict=True):
                 z = room[: rows * (c1 - c0)].view(rows, -1)
-                multiply(z, h, w_blocks.block(c0, c1).T)
+                multiply(z, h, w_blocks.block(c0, c1).T, rows=rows)
                 native_call(
                     "head_forward_tile_cpu", z, rows, c1 - c0, c0, bias_block(bias, c0, c1),
                     *native_transform(transform), top, sumexp, None, ids[r0:r1], id_z, K,
@@ -388,25 +384,30 @@ def fused_gradients(
             )  # fmt: skip
             dlogprobs = slopes(r0, r1, logprobs[:rows])
             up = make_upstream(dlogprobs, None, None, ids[r0:r1], V, lse, lse_low, lse)
-            n = up.num_rows
+            n = m = up.num_rows
             if n == 0:
                 continue
-            if up.active is not None:
-                h = torch.index_select(h, 0, up.active, out=spare_h[:n])
-            dh = new((n, D)) if up.active is not None and needs[0] else dhidden[r0:r1]
+            if up.active is not None:  # the others' place is taken by zeros, up to a size the matmuls like
+                m = min(padded_rows(n), rows)
+                spare_h = spare_h if len(spare_h) else new((R, D))
+                torch.index_select(h, 0, up.active, out=spare_h[:n])
+                h = spare_h[:m]
+                h[n:] = 0
+            dh = new((m, D)) if up.active is not None and needs[0] else dhidden[r0:r1]
             for (c0, c1), room in zip(blocks(V, COLUMNS), kept, strict=True):
                 z = room[: rows * (c1 - c0)].view(rows, -1)
-                a = z if up.active is None else spare[: n * (c1 - c0)].view(n, -1)
+                a = z if up.active is None else spare[: m * (c1 - c0)].view(m, -1)
+                a[n:] = 0
                 up.write_slopes(z, a, (0, n), c0, bias, transform, kept=True)
                 if needs[0]:
-                    multiply(dh, a, w_blocks.block(c0, c1), add=c0 > 0)
+                    multiply(dh, a, w_blocks.block(c0, c1), rows=m, add=c0 > 0)
                 if needs[1]:
-                    multiply(dweight[c0:c1], turned(a, turn), h, add=written)
+                    multiply(dweight[c0:c1], turned(a, turn), h, rows=m, add=written)
                 if needs[2]:
                     dbias[c0:c1] += a.sum(0)
             written = True
             if needs[0] and up.active is not None:
-                dhidden[r0:r1].index_copy_(0, up.active, dh)
+                dhidden[r0:r1].index_copy_(0, up.active, dh[:n])
     return dhidden, dweight if written else dweight.zero_(), dbias
 
 

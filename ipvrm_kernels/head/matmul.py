@@ -1,12 +1,15 @@
 """The fp32 matmuls of the CPU head ops: by the BLAS behind torch.mm, or by oneDNN where that BLAS is slow.
 
-MKL takes its AVX-512 kernels on Intel processors only and AVX2 on all others: half of what an AMD Zen 5 can
-do. oneDNN, which PyTorch's x86 builds bring along, goes by the instructions: twice as fast there, at about
-twice the rounding error, since it sums the products of a logit in longer chains
-(benchmarks/studies/cpu_matmul.py).
+An AMD Zen 5 has full-width AVX-512, and PyTorch's MKL does not use it: on two of its cores MKL reaches 215
+GFLOP/s, where AVX2's peak is 268 and AVX-512's 500. oneDNN, which PyTorch's x86 builds bring along, reaches
+440, at two to three times MKL's rounding error, since it sums the products of a logit in longer chains; the
+ops' tolerance covers that (benchmarks/results/cpu_matmul.json). Other processors keep the BLAS: for them
+nobody has measured.
 
 PyTorch reaches oneDNN for dense fp32 by the op that Inductor compiles `linear` to; it takes no `out`, so a
-product passes through a tensor of its own, which `transient_bytes` lets the plans count.
+product passes through a tensor of its own, which `transient_bytes` lets the plans count. oneDNN has no fast
+kernel for operands that are not dense, and it makes and keeps one for every shape, megabytes each where sizes
+are odd: it gets blocks of GRANULE rows and multiples of it (or 64), and the BLAS what is left of a batch.
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ from .. import backend
 
 NAMES = ("blas", "onednn")
 VARIABLE = "IPVRM_CPU_MATMUL"  # one of NAMES, to overrule the choice
-# what oneDNN packs into, per thread: bytes for each term of the sums, up to so many terms, and some more
+ZEN_5 = 0x1A  # the family of AMD processors with full-width AVX-512
+# what oneDNN packs into, per thread whatever the tile: bytes a term of the sums, up to so many, and more
 PACKED_PER_TERM, PACKED_TERMS, PACKED_BESIDES = 256, 1024, 2048
+GRANULE = 128  # rows
+MOST_THREADS = 60  # beyond them packing would take a quarter of the default workspace
 
 
 @cache
@@ -39,14 +45,31 @@ def why_not(name: str) -> str | None:
 
 
 @cache
-def _choose(asked: str) -> str:
-    if not asked:
-        slow = torch.backends.mkl.is_available() and not backend.IS_INTEL  # MKL, which stays with AVX2
-        return "onednn" if slow and why_not("onednn") is None else "blas"
-    reason = why_not(asked)
+def _asked(name: str) -> str:
+    reason = why_not(name)
     if reason is not None:
-        raise ValueError(f"{VARIABLE}={asked} cannot run here: {reason}")
-    return asked
+        raise ValueError(f"{VARIABLE}={name} cannot run here: {reason}")
+    return name
+
+
+def _choice() -> tuple[str, str]:
+    """(library, why)."""
+    asked = os.environ.get(VARIABLE, "")
+    if not torch.backends.mkldnn.enabled:
+        return "blas", "torch.backends.mkldnn.enabled is False"
+    if asked:
+        return _asked(asked), f"{VARIABLE} asks for it"
+    missing = why_not("onednn")
+    if missing is not None:
+        return "blas", missing
+    if backend.AMD_FAMILY < ZEN_5 or not torch.backends.mkl.is_available():
+        return (
+            "blas",
+            f"oneDNN was faster on AMD Zen 5 only, of what was measured; {VARIABLE}=onednn tries it",
+        )
+    if torch.get_num_threads() > MOST_THREADS:
+        return "blas", f"for more than {MOST_THREADS} threads oneDNN would pack into too much memory"
+    return "onednn", f"it uses AVX-512, and MKL on this processor does not; {VARIABLE}=blas overrules"
 
 
 def library() -> str:
@@ -54,25 +77,30 @@ def library() -> str:
 
     Raises: ValueError if the environment variable IPVRM_CPU_MATMUL names one that cannot run here.
     """
-    name = _choose(os.environ.get(VARIABLE, ""))
-    return name if torch.backends.mkldnn.enabled else "blas"
+    return _choice()[0]
 
 
-def reason() -> str:
-    """Why `library` says what it says, in words."""
-    if os.environ.get(VARIABLE):
-        return f"{VARIABLE} asks for it"
-    if library() == "onednn":
-        return f"it uses AVX-512, which MKL keeps to Intel's processors; {VARIABLE}=blas overrules"
-    if not torch.backends.mkldnn.enabled:
-        return "torch.backends.mkldnn.enabled is False"
-    return why_not("onednn") or f"PyTorch's BLAS uses AVX-512 here itself; {VARIABLE}=onednn overrules"
+def describe() -> str:
+    """`library` and why, in words; what is wrong with IPVRM_CPU_MATMUL, if it is."""
+    try:
+        return "{}: {}".format(*_choice())
+    except ValueError as error:
+        return f"none: {error}"
 
 
-def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """out (M, N) = a (M, K) @ b (K, N), or out += it; fp32, for any strides."""
-    if library() == "blas":
-        torch.addmm(out, a, b, beta=int(add), out=out)
+def suits(rows: int) -> bool:
+    """Whether oneDNN may see a matmul over so many rows of the batch: there are few such numbers."""
+    return rows % GRANULE == 0 or rows == 64
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, *, rows: int, add: bool = False) -> None:
+    """out (M, N) = a (M, K) @ b (K, N), or out += it; fp32, for any strides. rows: M or K, the batch's."""
+    dense = a.is_contiguous() and (b.is_contiguous() or b.T.is_contiguous())
+    if not dense or not suits(rows) or library() == "blas":
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
         return
     product = torch.ops.mkldnn._linear_pointwise.default(a, b.T, None, "none", [], "")
     if add:
@@ -83,7 +111,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
 
 def turned(tile: Tensor, room: Tensor) -> Tensor:
     """tile (R, C), contiguous, transposed as `multiply` reads it fastest; room: from `room_to_turn`."""
-    if library() == "blas":
+    if room.numel() == 0 or not suits(len(tile)):
         return tile.T
     out = room[: tile.numel()].view(tile.shape[1], tile.shape[0])
     backend.native_call("transpose_cpu", tile, *tile.shape, out)
@@ -91,8 +119,18 @@ def turned(tile: Tensor, room: Tensor) -> Tensor:
 
 
 def room_to_turn(elements: int) -> Tensor:
-    """The `room` of `turned` for tiles of up to so many elements."""
+    """The `room` of `turned` for tiles of up to so many elements; none where a view does."""
     return torch.empty(elements if library() == "onednn" else 0)
+
+
+def whole_rows(rows: int) -> int:
+    """So many of `rows` as one matmul over them should take."""
+    return rows if library() == "blas" or rows < GRANULE else rows - rows % GRANULE
+
+
+def padded_rows(rows: int) -> int:
+    """As many as one matmul over `rows` may as well take, the others zeros."""
+    return rows if library() == "blas" else -(-rows // GRANULE) * GRANULE
 
 
 def transient_bytes(R: int, C: int, D: int, gradients: bool) -> int:
@@ -104,4 +142,6 @@ def transient_bytes(R: int, C: int, D: int, gradients: bool) -> int:
         return 0
     terms = min(max(C, D, R if gradients else 0), PACKED_TERMS)
     packed = torch.get_num_threads() * (PACKED_PER_TERM * terms + PACKED_BESIDES)
-    return packed + 4 * (R * C + (R + C) * max(C, D) if gradients else R * C)
+    if not gradients:
+        return packed + 4 * R * C
+    return packed + 4 * (R * C + max(R * C, R * D, C * D))  # the room, and one product at a time

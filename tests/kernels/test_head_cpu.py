@@ -15,6 +15,7 @@ from ipvrm_kernels import (
     linear_logprobs,
 )
 from ipvrm_kernels.head import Transform, blocks, cpu, matmul
+from ipvrm_kernels.linear_logprobs import FROZEN
 from ipvrm_kernels.linear_logprobs import IMPLS as linear_logprobs_impls
 
 MIB = 2**20
@@ -51,7 +52,7 @@ class Matmuls(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket == torch.ops.aten.addmm:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
             a, b = args[-2:]
             self.total += a.shape[0] * a.shape[1] * b.shape[1]
         if func.overloadpacket == torch.ops.mkldnn._linear_pointwise:
@@ -167,6 +168,16 @@ def test_too_small_a_workspace_is_refused_with_the_least_that_works(name, dtype)
         run_op(name, *inputs, max_workspace_bytes=least - 1)
 
 
+@pytest.mark.parametrize("name", ["trainable", "distrl"])
+def test_without_a_backward_the_forward_s_own_least_is_enough(name):
+    inputs, least = case(70, V=300, dtype=torch.bfloat16), []  # whose dweight is formed in a chunk of fp32
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="at least") as caught:
+            run_op("forward" if name == "trainable" and not grad else name, *inputs, max_workspace_bytes=100)
+        least.append(int(str(caught.value).split("at least ")[1].split()[0]))
+    assert least[0] < least[1]
+
+
 def test_rows_without_gradient_cost_nothing():
     """Gradients of the other rows alone, in as many multiply-adds."""
     hidden, weight, ids = case(300, D=16, V=500)
@@ -202,7 +213,7 @@ def test_a_frozen_head_costs_two_matmuls(softcap, entropy, monkeypatch):
     transform, upstream = PLAIN._replace(softcap=softcap), torch.randn(ids.shape)
     forward, backward = linear_logprobs_impls["cpp"]
     with Matmuls() as counted:
-        saved = forward(hidden, weight, None, ids, transform, entropy, True, None, False, 0)
+        saved = forward(hidden, weight, None, ids, transform, entropy, FROZEN, None, False, 0)
         dhidden = backward(upstream, None, None, hidden, weight, None, ids, *saved, transform,
                            (True, False, False), None, False)[0]  # fmt: skip
     assert counted.total == 2 * 100 * 16 * 500
@@ -227,8 +238,10 @@ def test_a_fused_loss_costs_three_matmuls_and_clipped_rows_one(needs, monkeypatc
     with Matmuls() as counted:
         got = cpu.fused_gradients("op", hidden, weight, None, ids, PLAIN, slopes, needs)
     assert len(seen) > 1 and seen[0][0] == 0 and seen[-1][1] == 3000
-    active = int((upstream != 0).any(1).sum())
-    assert counted.total == (3000 + sum(needs) * active) * 16 * 700
+    rows = 0  # of the others of a block as many as fill up oneDNN's sizes
+    for r0, r1 in seen:
+        rows += min(matmul.padded_rows(int((upstream[r0:r1] != 0).any(1).sum())), r1 - r0)
+    assert rows < 2300 and counted.total == (3000 + sum(needs) * rows) * 16 * 700
     leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     logprobs = linear_logprobs(*leaves, ids).logprobs
     expected = torch.autograd.grad((logprobs * upstream).sum(), leaves)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ipvrm_kernels import backend, linear_logprobs
+from ipvrm_kernels.linear_logprobs import FROZEN, TRAINED
 
 OP = "linear_logprobs"
 H, W, I = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)  # noqa: E741
@@ -101,10 +102,10 @@ def test_opcheck(impl, device):
     weight = torch.randn(11, 5, device=device, requires_grad=True)
     bias = torch.randn(11, device=device, requires_grad=True)
     ids = torch.randint(-1, 11, (6, 3), device=device)
-    trained, frozen_head = (weight, bias), (weight.detach(), None)
+    trained, frozen = (weight, bias), (weight.detach(), None)
     all_columns = 11 if impl == "cpp" else 0
-    for head, frozen, keep in ((trained, False, 0), (trained, False, all_columns), (frozen_head, True, 0)):
-        arguments = (hidden, *head, ids, 1.0, 4.0, 0.7, torch.float32, True, frozen, None, False, keep, impl)
+    for head, follows, keep in ((trained, TRAINED, 0), (trained, TRAINED, all_columns), (frozen, FROZEN, 0)):
+        arguments = (hidden, *head, ids, 1.0, 4.0, 0.7, torch.float32, True, follows, None, False, keep, impl)
         torch.library.opcheck(torch.ops.ipvrm.linear_logprobs_fwd, arguments)
 
 

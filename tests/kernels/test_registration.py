@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,6 +83,31 @@ def test_per_sample_gradients(name):
     (batched,) = torch.autograd.grad(out, x, upstream, is_grads_batched=True, retain_graph=True)
     each = [torch.autograd.grad(out, x, g, retain_graph=True)[0] for g in upstream]
     torch.testing.assert_close(batched, torch.stack(each))
+
+
+def test_a_lazily_negated_tensor_is_not_read_as_it_lies(name):
+    complex_pairs = torch.stack([torch.zeros_like(X), X], 1)
+    negated = torch.view_as_complex(complex_pairs).conj().imag  # -X, and only a bit says so
+    assert negated.is_neg()
+    torch.testing.assert_close(CALLS[name](negated), CALLS[name](-X))
+    torch.testing.assert_close(CALLS[name](torch._neg_view(X)), CALLS[name](-X))
+
+
+def test_checkpoints_and_saved_tensor_hooks_see_what_is_saved(name):
+    def gradient(call):
+        x = X.clone().requires_grad_()
+        return torch.autograd.grad(call(x).sum(), x)[0]
+
+    expected, packed = gradient(CALLS[name]), []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hooked = gradient(CALLS[name])
+    again = gradient(lambda x: torch.utils.checkpoint.checkpoint(CALLS[name], x, use_reentrant=False))
+    assert torch.equal(hooked, expected) and torch.equal(again, expected) and packed
 
 
 def test_without_autograd_the_function_itself_runs(name, monkeypatch):
