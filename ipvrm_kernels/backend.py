@@ -33,7 +33,7 @@ except ImportError as error:  # not built, or built for another Python
 
 HAS_CPP = _C is not None
 HAS_CUDA = _C is not None and bool(_C.has_cuda)
-AMD_FAMILY: int = 0 if _C is None else _C.amd_family  # of the processor; 0: not AMD's
+AMD_FAMILY: int = getattr(_C, "amd_family", 0)  # of the processor; 0: not AMD's
 
 _checks = False
 

@@ -50,6 +50,7 @@ from .head import (
     refuse_double_backward,
 )
 from .linear_logprobs import IMPLS as LOGPROB_IMPLS
+from .linear_logprobs import NOTHING
 from .packing import check_cu_seqlens, check_cu_seqlens_shape
 from .registration import is_batched, is_last_backward
 
@@ -78,7 +79,7 @@ def _torch_forward(
     head = LOGPROB_IMPLS["torch"]
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     logprobs, lse, entropy, absent = head.forward(
-        hidden, weight, bias, ids, transform, False, False, None, deterministic, 0
+        hidden, weight, bias, ids, transform, False, NOTHING, None, deterministic, 0
     )
     divisors = distrl_objective.batch_divisors(batch, objective)
     *outputs, dlogprobs = OBJECTIVE_IMPLS["torch"](logprobs, batch, objective, divisors)
@@ -295,8 +296,9 @@ def linear_distrl_loss(
         impl: None | "torch" | "cpp" | "triton", see `backends()`.
 
     A row none of whose elements has a gradient (unused, clipped, A = 0) gets an exact 0 in dhidden and adds
-        nothing to dweight and dbias. On the CPU such rows are left out of both gradient matmuls; on Triton
-        these two, the vendor's, still cover all rows of a block, since a count would need a sync.
+        nothing to dweight and dbias. On the CPU such rows are left out of both gradient matmuls (with oneDNN,
+        zeros fill the others up to a multiple of 128); on Triton these two, the vendor's, still cover all
+        rows of a block, since a count would need a sync.
 
     Returns: DistRLLoss, fp32 (fp64 for fp64 hidden). Only `loss` is differentiable (once, in hidden, weight
         and bias); token_loss, candidate_loss and metrics are detached. metrics maps the names in `METRICS` to

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .matmul import transient_bytes, whole_rows
+from .matmul import library, transient_bytes, whole_rows
 
 WORKSPACE = 64 * 2**20
 RESERVE = 2**20  # of it, for what a matmul's views and conversions allocate on the way
@@ -132,7 +132,7 @@ def kept_block(kept: Tensor, N: int, start: int, stop: int) -> Tensor:
 
 
 def kept_rows(N: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None) -> int:
-    """Rows whose z fits into the workspace beside everything else; blocks of equal size, at most N."""
+    """Rows whose z fits into the workspace beside everything else, at most N; for `row_blocks`."""
     V, D = weight.shape
     C = min(COLUMNS, V)
     free = WORKSPACE - RESERVE if limit is None else limit
@@ -143,9 +143,9 @@ def kept_rows(N: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit:
         return R * (4 * (V + C) + 14 * D + 64) + transient_bytes(R, C, D, True)
 
     most = bisect.bisect_right(range(N + 1), free, key=scratch) - 1
-    if most <= 0 or whole_rows(most) < most:
-        return whole_rows(max(most, 0))
-    return -(-N // -(-N // most))  # in as few blocks, equal ones
+    if most <= 0 or most >= N:
+        return max(min(most, N), 0)
+    return -(-N // -(-N // most)) if library() == "blas" else whole_rows(most)  # as few blocks, or fast ones
 
 
 def row_blocks(total: int, size: int) -> Iterator[tuple[int, int]]:

@@ -137,7 +137,7 @@ def sweep(
     h_blocks = Operand(hidden, transform.dtype, R, padded)
     w_blocks = Operand(weight, transform.dtype, C)
     state = Sums(top, sums[0], sums[1] if entropy else None, id_z, buffers)
-    for r0, r1 in row_blocks(N, R):
+    for r0, r1 in blocks(N, R) if padded else row_blocks(N, R):
         h = h_blocks.block(r0, r1)
         top.fill_(-math.inf)
         sums.zero_()
@@ -298,7 +298,8 @@ def backward(
         for c0, c1 in columns if n else ():
             w = w_blocks.block(c0, c1)
             dw = chunk[: c1 - c0] if narrow else dweight[c0:c1]
-            for r0, r1 in row_blocks(n, min(R, max(len(tile) // (c1 - c0), 1)) if c0 < keep else R):
+            size = min(R, max(len(tile) // (c1 - c0), 1)) if c0 < keep else R
+            for r0, r1 in blocks(n, size) if padded else row_blocks(n, size):
                 h = h_blocks.block(r0, r1, up.active)
                 a = tile[: len(h) * len(w)].view(len(h), len(w))
                 if kept is not None and c0 < keep:
@@ -388,7 +389,7 @@ def fused_gradients(
             if n == 0:
                 continue
             if up.active is not None:  # the others' place is taken by zeros, up to a size the matmuls like
-                m = min(padded_rows(n), rows)
+                m = padded_rows(n, rows)
                 spare_h = spare_h if len(spare_h) else new((R, D))
                 torch.index_select(h, 0, up.active, out=spare_h[:n])
                 h = spare_h[:m]

@@ -1,10 +1,9 @@
 """The fp32 matmuls of the CPU head ops: by the BLAS behind torch.mm, or by oneDNN where that BLAS is slow.
 
-An AMD Zen 5 has full-width AVX-512, and PyTorch's MKL does not use it: on two of its cores MKL reaches 215
-GFLOP/s, where AVX2's peak is 268 and AVX-512's 500. oneDNN, which PyTorch's x86 builds bring along, reaches
-440, at two to three times MKL's rounding error, since it sums the products of a logit in longer chains; the
-ops' tolerance covers that (benchmarks/results/cpu_matmul.json). Other processors keep the BLAS: for them
-nobody has measured.
+An AMD Zen 5 has full-width AVX-512, and PyTorch's MKL does not use it. oneDNN, which PyTorch's x86 builds
+bring along, does: on two cores of an EPYC it takes half the time, at 1.4 to 2.7 times MKL's rounding error,
+since it sums the products of a logit in longer chains; that is within the ops' tolerance
+(benchmarks/results/cpu_matmul.json). Other processors keep the BLAS: for them nobody has measured.
 
 PyTorch reaches oneDNN for dense fp32 by the op that Inductor compiles `linear` to; it takes no `out`, so a
 product passes through a tensor of its own, which `transient_bytes` lets the plans count. oneDNN has no fast
@@ -24,11 +23,11 @@ from .. import backend
 
 NAMES = ("blas", "onednn")
 VARIABLE = "IPVRM_CPU_MATMUL"  # one of NAMES, to overrule the choice
-ZEN_5 = 0x1A  # the family of AMD processors with full-width AVX-512
+ZEN_5 = 0x1A  # the family of the AMD processor that was measured
 # what oneDNN packs into, per thread whatever the tile: bytes a term of the sums, up to so many, and more
 PACKED_PER_TERM, PACKED_TERMS, PACKED_BESIDES = 256, 1024, 2048
-GRANULE = 128  # rows
-MOST_THREADS = 60  # beyond them packing would take a quarter of the default workspace
+GRANULE, LEAST = 128, 64  # rows: multiples of the first, or the second
+MOST_THREADS = 60  # beyond them packing would take more than about a quarter of the default workspace
 
 
 @cache
@@ -57,18 +56,19 @@ def _choice() -> tuple[str, str]:
     asked = os.environ.get(VARIABLE, "")
     if not torch.backends.mkldnn.enabled:
         return "blas", "torch.backends.mkldnn.enabled is False"
+    threads = torch.get_num_threads()
+    crowd = f"of {threads} threads, more than {MOST_THREADS}, oneDNN would pack into too much memory"
     if asked:
-        return _asked(asked), f"{VARIABLE} asks for it"
+        if _asked(asked) == "onednn" and threads > MOST_THREADS:
+            raise ValueError(f"{VARIABLE}={asked} cannot run here: {crowd}")
+        return asked, f"{VARIABLE} asks for it"
     missing = why_not("onednn")
     if missing is not None:
         return "blas", missing
-    if backend.AMD_FAMILY < ZEN_5 or not torch.backends.mkl.is_available():
-        return (
-            "blas",
-            f"oneDNN was faster on AMD Zen 5 only, of what was measured; {VARIABLE}=onednn tries it",
-        )
-    if torch.get_num_threads() > MOST_THREADS:
-        return "blas", f"for more than {MOST_THREADS} threads oneDNN would pack into too much memory"
+    if backend.AMD_FAMILY != ZEN_5 or not torch.backends.mkl.is_available():
+        return "blas", f"oneDNN is known to be faster on AMD Zen 5 only; {VARIABLE}=onednn tries it"
+    if threads > MOST_THREADS:
+        return "blas", crowd
     return "onednn", f"it uses AVX-512, and MKL on this processor does not; {VARIABLE}=blas overrules"
 
 
@@ -90,7 +90,22 @@ def describe() -> str:
 
 def suits(rows: int) -> bool:
     """Whether oneDNN may see a matmul over so many rows of the batch: there are few such numbers."""
-    return rows % GRANULE == 0 or rows == 64
+    return rows % GRANULE == 0 or rows == LEAST
+
+
+def whole_rows(rows: int) -> int:
+    """So many of `rows` as one matmul over them should take: all, or the largest number that suits."""
+    if library() == "blas" or rows < LEAST:
+        return rows
+    return rows - rows % GRANULE if rows >= GRANULE else LEAST
+
+
+def padded_rows(rows: int, most: int) -> int:
+    """`rows` and as many rows of zeros as make the matmul fast, up to `most` in all and as many as `rows`."""
+    if library() == "blas":
+        return rows
+    suiting = LEAST if rows <= LEAST else -(-rows // GRANULE) * GRANULE
+    return suiting if suiting <= min(most, 2 * rows) else rows
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, rows: int, add: bool = False) -> None:
@@ -123,16 +138,6 @@ def room_to_turn(elements: int) -> Tensor:
     return torch.empty(elements if library() == "onednn" else 0)
 
 
-def whole_rows(rows: int) -> int:
-    """So many of `rows` as one matmul over them should take."""
-    return rows if library() == "blas" or rows < GRANULE else rows - rows % GRANULE
-
-
-def padded_rows(rows: int) -> int:
-    """As many as one matmul over `rows` may as well take, the others zeros."""
-    return rows if library() == "blas" else -(-rows // GRANULE) * GRANULE
-
-
 def transient_bytes(R: int, C: int, D: int, gradients: bool) -> int:
     """Memory that the matmuls of one tile (R, C) of h.w take besides their operands, at most.
 
@@ -140,8 +145,9 @@ def transient_bytes(R: int, C: int, D: int, gradients: bool) -> int:
     """
     if library() == "blas":
         return 0
+    room = 4 * R * C if gradients else 0
+    if R < LEAST:  # oneDNN does not see it
+        return room
     terms = min(max(C, D, R if gradients else 0), PACKED_TERMS)
     packed = torch.get_num_threads() * (PACKED_PER_TERM * terms + PACKED_BESIDES)
-    if not gradients:
-        return packed + 4 * R * C
-    return packed + 4 * (R * C + max(R * C, R * D, C * D))  # the room, and one product at a time
+    return packed + room + 4 * (max(R * C, R * D, C * D) if gradients else R * C)  # one product at a time

@@ -226,6 +226,7 @@ def test_a_frozen_head_costs_two_matmuls(softcap, entropy, monkeypatch):
 @pytest.mark.parametrize("needs", [(True, True, False), (True, False, False), (False, True, False)], ids=str)
 def test_a_fused_loss_costs_three_matmuls_and_clipped_rows_one(needs, monkeypatch):
     monkeypatch.setattr(blocks, "WORKSPACE", 8 * MIB)  # several blocks of rows
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # each packs, on a machine with many
     hidden, weight, ids = case(3000, D=16, V=700)
     upstream = torch.randn(ids.shape)
     upstream[::3] = 0
@@ -240,7 +241,7 @@ def test_a_fused_loss_costs_three_matmuls_and_clipped_rows_one(needs, monkeypatc
     assert len(seen) > 1 and seen[0][0] == 0 and seen[-1][1] == 3000
     rows = 0  # of the others of a block as many as fill up oneDNN's sizes
     for r0, r1 in seen:
-        rows += min(matmul.padded_rows(int((upstream[r0:r1] != 0).any(1).sum())), r1 - r0)
+        rows += matmul.padded_rows(int((upstream[r0:r1] != 0).any(1).sum()), r1 - r0)
     assert rows < 2300 and counted.total == (3000 + sum(needs) * rows) * 16 * 700
     leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     logprobs = linear_logprobs(*leaves, ids).logprobs

@@ -151,18 +151,19 @@ for w in (weight, weight.T.contiguous().T, torch.randn(2300, 40)[:, 8:]):
     ],
 )  # fmt: skip
 def test_transient_bytes_is_no_less_than_what_is_taken(library, R, C, D, threads, peak_of):
+    rows = R if R < matmul.LEAST else matmul.GRANULE  # as oneDNN sees them, if it does
     h, w, tile = torch.randn(R, D), torch.randn(C, D), torch.randn(R, C)
     z, dh, dw = torch.empty(R, C), torch.zeros(R, D), torch.zeros(C, D)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        peak, _ = peak_of(lambda: (matmul.multiply(z, h, w.T, rows=128), torch.empty(1))[1])
+        peak, _ = peak_of(lambda: (matmul.multiply(z, h, w.T, rows=rows), torch.empty(1))[1])
         assert peak - 4 <= matmul.transient_bytes(R, C, D, gradients=False)
 
         def gradients():
             room = matmul.room_to_turn(tile.numel())
-            matmul.multiply(dh, tile, w, rows=128, add=True)
-            matmul.multiply(dw, matmul.turned(tile, room), h, rows=128, add=True)
+            matmul.multiply(dh, tile, w, rows=rows, add=True)
+            matmul.multiply(dw, matmul.turned(tile, room), h, rows=rows, add=True)
             return torch.empty(1)
 
         peak, _ = peak_of(gradients)
@@ -200,3 +201,36 @@ def test_few_shapes_whatever_the_batch(library):
     for M, K, *_ in seen:
         assert M in rows or K in rows, (M, K)
     assert len(seen) <= 2 * 3 * len(rows)  # two widths of tiles, three products
+
+
+@pytest.mark.parametrize("D, V", [(1024, 32_000), (1024, 151_936), (4096, 128_256), (64, 500)])
+def test_a_scalar_loss_keeps_its_logits_in_fast_blocks(zen_5, D, V):
+    zen_5.setattr(torch, "get_num_threads", lambda: 2)
+    weight = torch.empty(V, D)
+    for N in (1, 63, 64, 100, 129, 200, 300, 2048, 5000):
+        R = blocks.kept_rows(N, torch.empty(N, D), weight, torch.float32, None)
+        assert R == N or R < matmul.LEAST or matmul.suits(R)
+        sizes = [stop - start for start, stop in blocks.row_blocks(N, R)] if R else []
+        assert sum(sizes) == (N if R else 0)
+        assert sum(not matmul.suits(size) for size in sizes) <= (1 if R >= matmul.GRANULE else len(sizes))
+
+
+def test_padding_of_active_rows(zen_5):
+    sizes = {
+        (1, 63): 1,
+        (1, 64): 64,
+        (63, 64): 64,
+        (40, 128): 64,
+        (65, 128): 128,
+        (65, 100): 65,
+        (200, 384): 256,
+    }
+    assert {key: matmul.padded_rows(*key) for key in sizes} == sizes
+
+
+def test_too_many_threads_are_refused_when_asked_for(zen_5):
+    zen_5.setattr(torch, "get_num_threads", lambda: 61)
+    assert matmul.library() == "blas" and "61 threads" in matmul.describe()
+    zen_5.setenv(matmul.VARIABLE, "onednn")
+    with pytest.raises(ValueError, match="61 threads"):
+        matmul.library()
