@@ -57,9 +57,11 @@ def _choice() -> tuple[str, str]:
     if not torch.backends.mkldnn.enabled:
         return "blas", "torch.backends.mkldnn.enabled is False"
     threads = torch.get_num_threads()
-    crowd = f"of {threads} threads, more than {MOST_THREADS}, oneDNN would pack into too much memory"
+    crowd = ""
+    if threads > MOST_THREADS:
+        crowd = f"of {threads} threads, more than {MOST_THREADS}, oneDNN would pack into too much memory"
     if asked:
-        if _asked(asked) == "onednn" and threads > MOST_THREADS:
+        if _asked(asked) == "onednn" and crowd:
             raise ValueError(f"{VARIABLE}={asked} cannot run here: {crowd}")
         return asked, f"{VARIABLE} asks for it"
     missing = why_not("onednn")
@@ -67,7 +69,7 @@ def _choice() -> tuple[str, str]:
         return "blas", missing
     if backend.AMD_FAMILY != ZEN_5 or not torch.backends.mkl.is_available():
         return "blas", f"oneDNN is known to be faster on AMD Zen 5 only; {VARIABLE}=onednn tries it"
-    if threads > MOST_THREADS:
+    if crowd:
         return "blas", crowd
     return "onednn", f"it uses AVX-512, and MKL on this processor does not; {VARIABLE}=blas overrules"
 
