@@ -23,8 +23,8 @@ from torch import Tensor
 from benchmarks.suite.heads import shapes
 from benchmarks.suite.measure import Case, assert_close
 from benchmarks.suite.sequences import edges
-from ipvrm.advantages import AdvantageConfig, distrl_advantages, gae
-from ipvrm.prompt_groups import Moments, PromptGroups, batch_moments, moments, one_rank, segment_sums
+from ipvrm.losses.advantages import AdvantageConfig, distrl_advantages, gae
+from ipvrm.losses.prompt_groups import Moments, PromptGroups, batch_moments, moments, one_rank, segment_sums
 from ipvrm_kernels import segment_scan, unpack
 
 OP = "advantages"

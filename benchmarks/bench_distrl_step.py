@@ -20,8 +20,8 @@ from benchmarks.suite.heads import MIN_PROB, SLOTS
 from benchmarks.suite.measure import Case, assert_close
 from benchmarks.suite.models import SEQUENCES, qwen3, ragged_batch, sharpen, title
 from benchmarks.suite.peers import sliced_log_softmax
-from ipvrm.data import Batch
-from ipvrm.model import head, hidden_states
+from ipvrm.data.batches import Batch
+from ipvrm.models.causal_lm import head, hidden_states
 from ipvrm_kernels import linear_candidates, linear_distrl_loss, linear_logprobs, segment_scan, unpack
 
 OP = "distrl_step"

@@ -23,14 +23,15 @@ from torch import Tensor
 
 from benchmarks.suite.measure import Case, Target, assert_close
 from benchmarks.suite.models import PROMPT, qwen3, ragged_batch, title
-from ipvrm.advantages import distrl_advantages, outcome_advantages, temporal_difference
-from ipvrm.data import Batch, Response, collate
+from ipvrm.data.batches import Batch, collate
+from ipvrm.data.responses import Response
 from ipvrm.demo.base_model import make_model, make_tokenizer
 from ipvrm.demo.settings import FULL
-from ipvrm.model import head, hidden_states, response_logprobs
-from ipvrm.objectives import ipvrm_loss
-from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig
-from ipvrm.training.baselines import per_token
+from ipvrm.losses.advantages import distrl_advantages, outcome_advantages, temporal_difference
+from ipvrm.losses.baselines import per_token
+from ipvrm.losses.objectives import ipvrm_loss
+from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
+from ipvrm.models.causal_lm import head, hidden_states, response_logprobs
 from ipvrm.training.online_reward import token_and_candidate_logprobs
 from ipvrm.training.policy_model import PolicyLoss, behaviour
 from ipvrm.training.policy_rollouts import Targets

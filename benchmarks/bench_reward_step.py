@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks.suite.measure import Case, assert_close
 from benchmarks.suite.models import qwen3, ragged_batch, title
 from benchmarks.suite.peers import sliced_logprobs
-from ipvrm.model import response_logprobs
-from ipvrm.objectives import ipvrm_loss
+from ipvrm.losses.objectives import ipvrm_loss
+from ipvrm.models.causal_lm import response_logprobs
 
 OP = "reward_step"
 SLICE = 64

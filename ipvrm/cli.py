@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ipvrm import IpvrmError, __version__
+from ipvrm.errors import IpvrmError
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ COMMANDS = {
     "env": Command("versions, device, backends and why one is missing", "ipvrm.environment", None, "main"),
     "make-tiny-model": Command(
         "a small random Qwen3 and a tokenizer trained on your texts",
-        "ipvrm.tiny_model",
+        "ipvrm.models.tiny_model",
         "TinyModelConfig",
         "main",
     ),
@@ -54,7 +54,7 @@ COMMANDS = {
     ),
     "eval td": Command(
         "one-step TD against Monte-Carlo outcomes of branches, AUC of the value",
-        "ipvrm.evaluate.td_study",
+        "ipvrm.reproduce.td_study",
         "TdConfig",
         "main",
     ),
@@ -71,6 +71,8 @@ EXIT_INTERRUPTED = 130
 
 def usage() -> str:
     """What `ipvrm --help` prints."""
+    from ipvrm_kernels import __version__
+
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return (
@@ -89,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else EXIT_ERROR
     if arguments[0] == "--version":
+        from ipvrm_kernels import __version__
+
         print(__version__)
         return 0
     name = next((n for n in (" ".join(arguments[:2]), arguments[0]) if n in COMMANDS), None)

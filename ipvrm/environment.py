@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ipvrm.training.run_folder import installed_version, versions
+from ipvrm.run_folder import installed_version, versions
 
 MORE_PACKAGES = ("triton", "pyarrow", "tyro", "rich", "peft", "trl", "math-verify", "matplotlib")
 OPENMP = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/ ]*)$")

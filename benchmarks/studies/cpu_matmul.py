@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.suite.heads import SPEC, K
 from benchmarks.suite.machine import describe
 from benchmarks.suite.measure import Case, measure
-from ipvrm.training.run_folder import write_json
+from ipvrm.run_folder import write_json
 from ipvrm_kernels import linear_candidates, linear_logprobs
 from ipvrm_kernels.head import matmul
 

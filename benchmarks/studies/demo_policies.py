@@ -25,7 +25,7 @@ from ipvrm.demo.policies import compare, read_outcomes
 from ipvrm.demo.run import Stages, prepare, prepare_policies, train_algorithm, train_choice, train_policies
 from ipvrm.demo.settings import CHOICES, FULL, PolicySettings, Sizes
 from ipvrm.progress import Progress
-from ipvrm.training.run_folder import manifest, write_json
+from ipvrm.run_folder import manifest, write_json
 
 RESULTS = Path(__file__).parent.parent / "results" / "demo_policies.json"
 SELECTION_SEED, SEED, NUM_SEEDS = 1, 0, 3

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite import machine
+from ipvrm.data.rows import read_rows
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.verify import final_answer
-from ipvrm.rows import read_rows
-from ipvrm.training.run_folder import write_json
+from ipvrm.run_folder import write_json
 
 LISTED = 30
 NUMBER = re.compile(r"-?\d+(\.\d+)?(/\d+)?")

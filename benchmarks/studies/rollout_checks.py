@@ -23,10 +23,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.suite import machine
+from ipvrm.data.rows import read_prompts
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.verify import VerifierPool
-from ipvrm.rows import read_prompts
-from ipvrm.training.run_folder import write_json
+from ipvrm.run_folder import write_json
 
 BATCH, OTHER_BATCH, KILLED_AT = 64, 7, 128
 SIZES = {"limit": 64, "num_generations": 4, "max_new_tokens": 256}

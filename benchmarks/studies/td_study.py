@@ -15,10 +15,10 @@ import numpy as np
 
 from ipvrm.demo.base_model import MAX_NEW_TOKENS
 from ipvrm.demo.settings import CHOICES, NAMES
-from ipvrm.evaluate.td_study import TdConfig, analyse, study
 from ipvrm.evaluate.thresholds import percentile_interval
 from ipvrm.reproduce.fig6 import write_problems
-from ipvrm.training.run_folder import manifest, read_json, write_json
+from ipvrm.reproduce.td_study import TdConfig, analyse, study
+from ipvrm.run_folder import manifest, read_json, write_json
 
 RESULTS = Path(__file__).parent.parent / "results" / "td_study"
 SEED = 700  # of the problems, and of answers and completions

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.suite.heads import CANDIDATES_PER_ROW, measured
-from ipvrm.data import Batch, Response, collate
-from ipvrm.model import head, hidden_states
+from ipvrm.data.batches import Batch, collate
+from ipvrm.data.responses import Response
+from ipvrm.models.causal_lm import head, hidden_states
 
 PROMPT = 16  # tokens of every prompt
 SEQUENCES = 8

@@ -55,7 +55,7 @@ def make_tokenizer() -> Any:
 
 def make_model(tokenizer: Any, hidden_size: int, num_layers: int, seed: int) -> Any:
     """A randomly initialised Qwen3 with tied embeddings, fp32."""
-    from ipvrm.tiny_model import TinyModelConfig, random_qwen3
+    from ipvrm.models.tiny_model import TinyModelConfig, random_qwen3
 
     config = TinyModelConfig(
         output_dir="",

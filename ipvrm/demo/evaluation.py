@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ipvrm import IpvrmError
 from ipvrm.demo.arithmetic import (
     SHIFTED_FORMATS,
     STEP_SEPARATOR,
@@ -20,9 +19,9 @@ from ipvrm.demo.arithmetic import (
 )
 from ipvrm.demo.rollouts import read_rollouts
 from ipvrm.demo.settings import Choice, Sizes
+from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.best_of_n import PICKS, Samples, best_of_n, response_scores
 from ipvrm.evaluate.scoring import SolutionScores, score_solutions
-from ipvrm.evaluate.steps import RULES
 from ipvrm.evaluate.thresholds import (
     bootstrap_difference,
     f1_report,
@@ -32,9 +31,10 @@ from ipvrm.evaluate.thresholds import (
     sweep,
     trivial_baselines,
 )
+from ipvrm.models.reward_model import RewardModel
 from ipvrm.progress import Progress
-from ipvrm.reward_model import RewardModel
-from ipvrm.training.run_folder import write_json, write_text
+from ipvrm.run_folder import write_json, write_text
+from ipvrm.steps import RULES
 
 FORMATS = (TRAINING_FORMAT, *SHIFTED_FORMATS)
 

@@ -9,7 +9,7 @@ from typing import Any
 from ipvrm.demo.figures import MISSING, draw_policies, draw_trace
 from ipvrm.demo.settings import ALGORITHMS, NAMES
 from ipvrm.evaluate.thresholds import Interval
-from ipvrm.training.run_folder import read_json, write_json, write_text
+from ipvrm.run_folder import read_json, write_json, write_text
 
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 SHOWN_FROM = 3.0  # standard errors of a gain

@@ -13,7 +13,7 @@ from ipvrm.demo.arithmetic import STEP_SEPARATOR, Problem, answer_of, first_wron
 from ipvrm.demo.base_model import sample
 from ipvrm.demo.settings import Sizes
 from ipvrm.progress import Progress
-from ipvrm.training.run_folder import write_json
+from ipvrm.run_folder import write_json
 
 
 def problems_of_parts(sizes: Sizes, seed: int) -> dict[str, list[Problem]]:
@@ -34,7 +34,7 @@ def roll_out(folder: Path, base: Path, sizes: Sizes, seed: int, progress: Progre
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from ipvrm.model import load_model, load_tokenizer
+    from ipvrm.models.causal_lm import load_model, load_tokenizer
 
     model, tokenizer = load_model(base, torch.float32), load_tokenizer(base)
     problems = problems_of_parts(sizes, seed)

@@ -27,7 +27,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ipvrm import IpvrmError
 from ipvrm.demo.base_model import make_model, make_tokenizer, train_base
 from ipvrm.demo.rollouts import roll_out
 from ipvrm.demo.settings import (
@@ -41,9 +40,10 @@ from ipvrm.demo.settings import (
     PolicySettings,
     Sizes,
 )
+from ipvrm.errors import IpvrmError
 from ipvrm.progress import Progress
+from ipvrm.run_folder import manifest, read_json, save_folder, write_json
 from ipvrm.training.checkpoint import TrainingInterrupted
-from ipvrm.training.run_folder import manifest, read_json, save_folder, write_json
 
 STAGE_FILE = "stage.json"
 
@@ -126,7 +126,8 @@ def prepare(stages: "Stages", sizes: Sizes, seed: int) -> None:
 
 def train_choice(stages: "Stages", name: str, choice: Choice, seed: int) -> None:
     """A reward model from the outcome labels of the rollouts, into the folder `name`."""
-    from ipvrm import RewardConfig, train_reward_model
+    from ipvrm.training.reward_config import RewardConfig
+    from ipvrm.training.train_rm import train_reward_model
 
     config = RewardConfig(
         model=str(stages.output / "base"),
@@ -260,7 +261,7 @@ class Stages:
 
 
 def _train_base(folder: Path, sizes: Sizes, seed: int, progress: Progress) -> None:
-    from ipvrm.model import save_model
+    from ipvrm.models.causal_lm import save_model
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, sizes.hidden_size, sizes.num_layers, seed)

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ipvrm import IpvrmError
-from ipvrm.evaluate.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
+from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import (
     f1_report,
     finite_or_none,
@@ -30,7 +29,8 @@ from ipvrm.evaluate.thresholds import (
     sweep,
     trivial_baselines,
 )
-from ipvrm.training.run_folder import manifest, read_json, write_json
+from ipvrm.run_folder import manifest, read_json, write_json
+from ipvrm.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
 
 PROTOCOLS = ("transfer", "oracle")
 PART_ITEMS = 50  # solutions per part file: what an interruption can lose
@@ -115,8 +115,8 @@ def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
         IpvrmError: unreadable data or model, a bad step format, or an output folder with scores made under
             other settings.
     """
+    from ipvrm.models.reward_model import RewardModel
     from ipvrm.progress import Progress
-    from ipvrm.reward_model import RewardModel
 
     check_step_format(config.step_format)
     subsets = {Path(path).stem: read_items(path, config.limit) for path in config.data}
@@ -203,7 +203,7 @@ def _scores(
 
 def _model_key(config: EvalConfig, info: Any) -> dict[str, Any]:
     """What stored scores depend on, besides the data."""
-    from ipvrm.model import weights_hash
+    from ipvrm.models.causal_lm import weights_hash
 
     return {
         "model": weights_hash(config.model),

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ipvrm import IpvrmError
-from ipvrm.data import BadRow, OnBadRow, report_bad_rows
-from ipvrm.evaluate.steps import STEP_FORMAT, STEP_SEPARATOR, check_step_format
-from ipvrm.model import local_folder, weights_hash
+from ipvrm.data.rows import BadRow, OnBadRow, report_bad_rows
+from ipvrm.errors import IpvrmError
+from ipvrm.models.causal_lm import local_folder, weights_hash
+from ipvrm.models.reward_model import BATCH_TOKENS, CONFIG_NAME, RewardModel, Score
 from ipvrm.progress import Progress
-from ipvrm.reward_model import BATCH_TOKENS, CONFIG_NAME, RewardModel, Score
-from ipvrm.training.run_folder import write_text
+from ipvrm.run_folder import write_text
+from ipvrm.steps import STEP_FORMAT, STEP_SEPARATOR, check_step_format
 
 CHUNK = 64  # solutions scored, and written, at a time
 

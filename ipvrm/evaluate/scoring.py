@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ipvrm.evaluate.steps import RULES, step_scores
-from ipvrm.reward_model import RewardModel
+from ipvrm.models.reward_model import RewardModel
+from ipvrm.steps import RULES, step_scores
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,20 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from ipvrm import IpvrmError
 from ipvrm.demo.arithmetic import Problem, make_problems
 from ipvrm.demo.base_model import MAX_NEW_TOKENS
 from ipvrm.demo.run import STAGE_FILE, Stages, prepare, train_choice
 from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
+from ipvrm.errors import IpvrmError
 from ipvrm.progress import Progress
-from ipvrm.training.run_folder import manifest, read_json, write_text
+from ipvrm.run_folder import manifest, read_json, write_text
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {"rm_update": "frozen"},
@@ -281,8 +281,9 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     problems do not lessen; with several seeds, together with that of the mean over seeds. The gain takes
     start and end for independent, though they share their problems: too large rather than too small.
 
-    AUC and accuracy of the reward model: means over the steps of all seeds, `auc_gain` the mean difference to
-    `frozen` at the same step and seed, from the second step on (in the first all reward models are the same).
+    AUC and accuracy of the reward model: means over the steps of all seeds in which they are defined,
+    `auc_gain` the mean difference to `frozen` at the same step and seed, from the second step on (in the
+    first all reward models are the same).
 
     Args:
         runs: by variant and seed, what `_curves` returns.
@@ -298,7 +299,9 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "start": (start, errors[0]),
             "end": (end, math.hypot(errors[1], between_seeds)),
             "gain": (end - start, math.hypot(*errors, between_seeds)),
-            "auc": _mean([x for run in by_seed.values() for x in run["reward_model"]["rm_auc"]]),
+            "auc": _mean(
+                [x for run in by_seed.values() for x in run["reward_model"]["rm_auc"] if x is not None]
+            ),
             "rm_accuracy": _mean([x for run in by_seed.values() for x in run["reward_model"]["rm_accuracy"]]),
             "value_gap": _mean([x for run in by_seed.values() for x in _gaps(run["reward_model"])]),
             "auc_gain": _mean(_differences(by_seed, runs["frozen"], "rm_auc")),
@@ -317,6 +320,10 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), spread / math.sqrt(len(values))
 
 
+def _defined(values: Iterable[float | None]) -> list[float]:
+    return [x for x in values if x is not None]
+
+
 def _gaps(reward_model: dict[str, list[float]]) -> list[float]:
     """Mean final value of right responses less that of wrong ones, by step."""
     pairs = zip(reward_model["value_right"], reward_model["value_wrong"], strict=True)
@@ -327,7 +334,7 @@ def _differences(by_seed: dict[str, Any], frozen: dict[str, Any], name: str) -> 
     found = []
     for seed, run in by_seed.items():
         pairs = zip(run["reward_model"][name], frozen[seed]["reward_model"][name], strict=True)
-        found += [own - other for own, other in list(pairs)[1:]]
+        found += [own - other for own, other in list(pairs)[1:] if own is not None and other is not None]
     return found or [0.0]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm.demo.figures import GRID, INK, MUTED
-from ipvrm.training.run_folder import write_json, write_text
+from ipvrm.run_folder import write_json, write_text
 
 MISSING = "no picture: matplotlib is not installed; pip install 'ipvrm[plot]' and run it again for fig6.png"
 COLOURS = {"frozen": "#7b8794", "naive": "#c0392b", "DLW": "#d99a2b", "ADB": "#2f8a57", "both": "#2f5d8a"}
@@ -165,7 +165,9 @@ def draw(path: Path, variants: dict[str, Any]) -> Path | None:
         points = [(p[0]["step"], sum(e["accuracy"] for e in p) / len(p)) for p in held_out]
         left.plot(*zip(*points, strict=True), **style)
         auc = zip(*(run["reward_model"]["rm_auc"] for run in runs), strict=True)
-        right.plot(runs[0]["step"], [sum(values) / len(values) for values in auc], **style)
+        defined = [[x for x in values if x is not None] for values in auc]  # one list a step
+        means = [sum(values) / len(values) if values else float("nan") for values in defined]
+        right.plot(runs[0]["step"], means, **style)
     first = next(iter(variants.values()))["seeds"]
     start = next(iter(first.values()))["held_out"][0]
     error = (start["accuracy"] * (1 - start["accuracy"]) / start["responses"]) ** 0.5

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ipvrm import IpvrmError
-from ipvrm.data import end_of_turn_id, length_sorted_microbatches
+from ipvrm.data.batches import length_sorted_microbatches
+from ipvrm.data.responses import end_of_turn_id
+from ipvrm.errors import IpvrmError
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ipvrm import IpvrmError
-from ipvrm.progress import Progress
-from ipvrm.rollouts.verify import OUTCOMES, TIMEOUT_SECONDS, Outcome, Verdict, VerifierPool
-from ipvrm.rows import COLUMNS as CONVERSATION_COLUMNS
-from ipvrm.rows import (
+from ipvrm.data.rows import COLUMNS as CONVERSATION_COLUMNS
+from ipvrm.data.rows import (
     TURNS,
     BadRow,
     Message,
@@ -23,7 +20,10 @@ from ipvrm.rows import (
     report_bad_rows,
     turns,
 )
-from ipvrm.training.run_folder import manifest, summary_path, write_json, write_table
+from ipvrm.errors import IpvrmError
+from ipvrm.progress import Progress
+from ipvrm.rollouts.verify import OUTCOMES, TIMEOUT_SECONDS, Outcome, Verdict, VerifierPool
+from ipvrm.run_folder import manifest, summary_path, write_json, write_table
 
 COLUMNS = (*CONVERSATION_COLUMNS, "answer", "reward_model", "data_source", "sample", "truncated")
 LISTED_FAILURES = 20

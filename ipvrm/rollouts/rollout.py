@@ -11,20 +11,13 @@ from typing import Any, cast
 
 import torch
 
-from ipvrm import IpvrmError
-from ipvrm.data import length_sorted_microbatches
-from ipvrm.model import load_model, load_tokenizer, local_folder, weights_hash
+from ipvrm.data.batches import length_sorted_microbatches
+from ipvrm.data.rows import BadRow, OnBadRow, Prompt, read_prompts, report_bad_rows
+from ipvrm.errors import IpvrmError
+from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, weights_hash
 from ipvrm.progress import Progress
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, encode_prompt, response_seed, stop_ids
-from ipvrm.rows import BadRow, OnBadRow, Prompt, read_prompts, report_bad_rows
-from ipvrm.training.run_folder import (
-    manifest,
-    read_json,
-    remove_leftovers,
-    summary_path,
-    write_json,
-    write_table,
-)
+from ipvrm.run_folder import manifest, read_json, remove_leftovers, summary_path, write_json, write_table
 
 # What a resumed run may change: it does not decide the responses, or its contents are compared by hash.
 FREE_ON_RESUME = ("model", "input", "output", "per_device_eval_batch_size", "use_cpu", "on_bad_row")

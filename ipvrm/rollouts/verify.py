@@ -26,7 +26,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
-from ipvrm import IpvrmError
+from ipvrm.errors import IpvrmError
 
 Outcome = Literal["right", "wrong", "no_answer", "timeout", "crash", "error", "unreadable_ground_truth"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)

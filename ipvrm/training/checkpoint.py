@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ipvrm import IpvrmError
-from ipvrm.training.run_folder import JsonlLog, read_json, write_json
+from ipvrm.errors import IpvrmError
+from ipvrm.run_folder import JsonlLog, read_json, write_json
 
 PREFIX = "checkpoint-"
 STATE = "trainer_state.json"

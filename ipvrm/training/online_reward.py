@@ -12,9 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ipvrm import IpvrmError
-from ipvrm.data import Batch
-from ipvrm.model import (
+from ipvrm.data.batches import Batch
+from ipvrm.errors import IpvrmError
+from ipvrm.losses.metrics import paired, stacked
+from ipvrm.losses.objectives import BETA, METRICS, Balance, Objective, online_balance
+from ipvrm.models.causal_lm import (
     ResponseLogprobs,
     disable_dropout,
     head,
@@ -26,13 +28,18 @@ from ipvrm.model import (
     template_hash,
     weights_hash,
 )
-from ipvrm.objectives import BETA, METRICS, Balance, Objective, online_balance, paired, stacked
-from ipvrm.reward_model import RewardModelInfo, find_reference, read_info, reference_entries, write_info
+from ipvrm.models.reward_model import (
+    RewardModelInfo,
+    find_reference,
+    read_info,
+    reference_entries,
+    write_info,
+)
+from ipvrm.run_folder import versions
 from ipvrm.training import checkpoint
 from ipvrm.training.optimizer import adamw, update
 from ipvrm.training.policy_config import PolicyConfig, balance_config, reads_reference
 from ipvrm.training.policy_rollouts import Rollouts
-from ipvrm.training.run_folder import versions
 from ipvrm_kernels import linear_logprobs, prefix_values
 
 FOLDER = "reward_model"
@@ -281,13 +288,3 @@ def _head_size(model: str | Path) -> int:
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(local_folder(model)).get_text_config().vocab_size)
-
-
-def auc(scores: Tensor, outcome: Tensor) -> float:
-    """Probability that a right response (B,) scores above a wrong one, ties counted half; else 0.5."""
-    right, wrong = scores[outcome == 1].double(), scores[outcome == 0].double()
-    if not len(right) or not len(wrong):
-        return 0.5
-    order = torch.sort(wrong).values
-    below = torch.searchsorted(order, right) + torch.searchsorted(order, right, right=True)
-    return float(below.sum()) / 2 / len(right) / len(wrong)

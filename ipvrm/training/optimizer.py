@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ipvrm import IpvrmError
+from ipvrm.errors import IpvrmError
 
 Item = TypeVar("Item")
 

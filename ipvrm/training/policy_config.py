@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from ipvrm import IpvrmError
-from ipvrm.advantages import AdvantageConfig
-from ipvrm.data import OnBadRow
-from ipvrm.objectives import BalanceConfig
-from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig
-from ipvrm.presets import Preset, by_preset
+from ipvrm.data.rows import OnBadRow
+from ipvrm.errors import IpvrmError
+from ipvrm.losses.advantages import AdvantageConfig
+from ipvrm.losses.objectives import BalanceConfig
+from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
+from ipvrm.losses.presets import Preset, by_preset
 from ipvrm.rollouts.verify import TIMEOUT_SECONDS
 
 # A resumed run may change these: they do not decide the weights, or their contents are compared by hash.

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ipvrm import IpvrmError
-from ipvrm.data import Batch
-from ipvrm.model import head, hidden_states
-from ipvrm.policy_loss import CandidateConfig, PolicyLossConfig, select_candidates
+from ipvrm.data.batches import Batch
+from ipvrm.errors import IpvrmError
+from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig, select_candidates
+from ipvrm.models.causal_lm import head, hidden_states
 from ipvrm.training.policy_config import PolicyConfig
 from ipvrm.training.policy_rollouts import Targets
 from ipvrm_kernels import DistRLLoss, linear_distrl_loss, linear_logprobs

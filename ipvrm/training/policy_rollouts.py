@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ipvrm import IpvrmError
-from ipvrm.data import Batch, Response, collate, epoch_order, microbatches_for_rank
+from ipvrm.data.batches import Batch, collate, epoch_order, microbatches_for_rank
+from ipvrm.data.responses import Response
+from ipvrm.data.rows import BadRow, Prompt, read_prompts, report_bad_rows
+from ipvrm.errors import IpvrmError
 from ipvrm.rollouts.engine import Engine, Sampling, encode_prompt, response_seed
 from ipvrm.rollouts.verify import VerifierPool
-from ipvrm.rows import BadRow, Prompt, read_prompts, report_bad_rows
 from ipvrm.training.policy_config import PolicyConfig
 
 FAILURES = ("timeout", "crash", "error", "unreadable_ground_truth")

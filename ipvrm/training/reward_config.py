@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ipvrm import IpvrmError
-from ipvrm.data import OnBadRow, OnLong
-from ipvrm.objectives import BETA, Objective, check_objective
+from ipvrm.data.responses import OnLong
+from ipvrm.data.rows import OnBadRow
+from ipvrm.errors import IpvrmError
+from ipvrm.losses.objectives import BETA, Objective, check_objective
 
 # A resumed run may change these: they do not decide the weights, or their contents are compared by hash.
 # Another split of the optimizer batch (per_device_train_batch_size, ranks) changes them by rounding only.

@@ -20,10 +20,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ipvrm import IpvrmError
-from ipvrm.advantages import distrl_advantages, outcome_advantages, temporal_difference
-from ipvrm.data import Batch, epoch_order
-from ipvrm.model import (
+from ipvrm.data.batches import Batch, epoch_order
+from ipvrm.errors import IpvrmError
+from ipvrm.losses.advantages import distrl_advantages, outcome_advantages, temporal_difference
+from ipvrm.losses.baselines import per_token, prime_advantages, spro_advantages
+from ipvrm.losses.metrics import MetricSums, auc, paired, stacked
+from ipvrm.models.causal_lm import (
     disable_dropout,
     load_model,
     load_tokenizer,
@@ -32,14 +34,13 @@ from ipvrm.model import (
     save_model,
     weights_hash,
 )
-from ipvrm.objectives import MetricSums, paired, stacked
 from ipvrm.progress import Interrupt, Progress, peak_memory
 from ipvrm.rollouts.engine import TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import VerifierPool
+from ipvrm.run_folder import manifest, move_into, remove_leftovers, save_folder, write_json, write_text
 from ipvrm.training import checkpoint
-from ipvrm.training.baselines import per_token, prime_advantages, spro_advantages
 from ipvrm.training.checkpoint import interrupted
-from ipvrm.training.online_reward import FOLDER, OnlineReward, auc
+from ipvrm.training.online_reward import FOLDER, OnlineReward
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.policy_config import (
     FREE_ON_RESUME,
@@ -51,14 +52,6 @@ from ipvrm.training.policy_config import (
 )
 from ipvrm.training.policy_model import PolicyLoss, add_adapters, behaviour, merged
 from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash, read_questions
-from ipvrm.training.run_folder import (
-    manifest,
-    move_into,
-    remove_leftovers,
-    save_folder,
-    write_json,
-    write_text,
-)
 from ipvrm_kernels import prefix_values
 from ipvrm_kernels.linear_distrl_loss import METRICS as POLICY_METRICS
 
@@ -274,9 +267,9 @@ class _Run:
         rollouts.candidate_ids, rollouts.old_candidate_logprobs = ids, logprobs
         rollouts.candidate_advantages = torch.zeros_like(logprobs)
 
-    def _reward(self, reward: OnlineReward, rollouts: Rollouts, step: int, factor: float) -> dict[str, float]:
+    def _reward(self, reward: OnlineReward, rollouts: Rollouts, step: int, factor: float) -> dict[str, Any]:
         """Scores and online update of the reward model, in the order asked for, and the advantages."""
-        config, record = self.config, dict[str, float]()
+        config, record = self.config, dict[str, Any]()
         reference, candidate_reference = reward.reference_logprobs(rollouts)
         batches = self._minibatches(len(rollouts.responses), step, 0)
 
@@ -299,10 +292,10 @@ class _Run:
         unseen = rollouts.outcome if finals is None else rollouts.outcome[batches[0]]
         finals, right = after if finals is None else finals, rollouts.outcome == 1
         record |= {
-            "rm_auc": auc(finals, unseen),
+            "rm_auc": auc(finals.cpu(), unseen.cpu()),
             "rm_accuracy": float(((finals > 0) == (unseen == 1)).float().mean()),
             "rm_auc_responses": len(unseen),
-            "rm_scored_auc": auc(after, rollouts.outcome),
+            "rm_scored_auc": auc(after.cpu(), rollouts.outcome.cpu()),
             "value_right": float(after[right].mean()),
             "value_wrong": float(after[~right].mean()),
             "value_mean": float(values.value.mean()),

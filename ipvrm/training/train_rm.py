@@ -18,16 +18,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from ipvrm import IpvrmError
-from ipvrm.data import (
-    Response,
-    collate,
-    epoch_order,
-    microbatches_for_rank,
-    read_rows,
-    tokenize,
-)
-from ipvrm.model import (
+from ipvrm.data.batches import collate, epoch_order, microbatches_for_rank
+from ipvrm.data.responses import Response, tokenize
+from ipvrm.data.rows import read_rows
+from ipvrm.errors import IpvrmError
+from ipvrm.losses.metrics import Metrics, MetricSums, paired, stacked
+from ipvrm.losses.objectives import METRICS
+from ipvrm.models.causal_lm import (
     ResponseLogprobs,
     disable_dropout,
     load_model,
@@ -37,15 +34,10 @@ from ipvrm.model import (
     template_hash,
     weights_hash,
 )
-from ipvrm.objectives import METRICS, Metrics, MetricSums, paired, stacked
+from ipvrm.models.reference import REFERENCE_FILE, data_hash, reference_logprobs, split_packed
+from ipvrm.models.reward_model import CONFIG_NAME, RewardModelInfo, reference_entries, write_info
 from ipvrm.progress import Interrupt, Progress, peak_memory
-from ipvrm.reference import REFERENCE_FILE, data_hash, reference_logprobs, split_packed
-from ipvrm.reward_model import CONFIG_NAME, RewardModelInfo, reference_entries, write_info
-from ipvrm.training import checkpoint
-from ipvrm.training.checkpoint import interrupted
-from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
-from ipvrm.training.reward_config import FREE_ON_RESUME, RewardConfig, objective_of, resolve
-from ipvrm.training.run_folder import (
+from ipvrm.run_folder import (
     manifest,
     move_into,
     remove_leftovers,
@@ -54,6 +46,10 @@ from ipvrm.training.run_folder import (
     write_json,
     write_text,
 )
+from ipvrm.training import checkpoint
+from ipvrm.training.checkpoint import interrupted
+from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
+from ipvrm.training.reward_config import FREE_ON_RESUME, RewardConfig, objective_of, resolve
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipvrm.tiny_model import TinyModelConfig, make_tiny_model
+from ipvrm.models.tiny_model import TinyModelConfig, make_tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # models this small are fastest so, above all beside other processes
@@ -47,7 +47,7 @@ def tiny_folder(tmp_path_factory, rollouts):
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_folder):
-    from ipvrm.model import load_tokenizer
+    from ipvrm.models.causal_lm import load_tokenizer
 
     return load_tokenizer(tiny_folder)
 

@@ -12,15 +12,14 @@ import ipvrm
 from ipvrm import (
     AdvantageConfig,
     IpvrmError,
-    advantages,
     distrl_advantages,
     gae,
     online_balance,
     outcome_advantages,
-    prompt_groups,
     temporal_difference,
     whiten,
 )
+from ipvrm.losses import advantages, prompt_groups
 from ipvrm_kernels import segment_scan
 
 PAPER, RELEASE = AdvantageConfig.preset("paper"), AdvantageConfig.preset("release")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ipvrm.training.baselines import per_token, prime_advantages, spro_advantages
+from ipvrm.losses.baselines import per_token, prime_advantages, spro_advantages
 
 
 def batch(lengths, seed=0):

@@ -11,17 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipvrm import IpvrmError
-from ipvrm.data import (
-    Response,
-    Row,
-    collate,
-    end_of_turn_id,
-    epoch_order,
-    length_sorted_microbatches,
-    microbatches_for_rank,
-    read_rows,
-    tokenize,
-)
+from ipvrm.data.batches import collate, epoch_order, length_sorted_microbatches, microbatches_for_rank
+from ipvrm.data.responses import Response, end_of_turn_id, tokenize
+from ipvrm.data.rows import Row, read_rows
 
 CHAT = [{"role": "user", "content": "What is 1 + 2?"}, {"role": "assistant", "content": "Answer: 3"}]
 GOOD = {"conversation": CHAT, "label": 1}

@@ -5,7 +5,8 @@ from random import Random
 import pytest
 import torch
 
-from ipvrm.data import Row, tokenize
+from ipvrm.data.responses import tokenize
+from ipvrm.data.rows import Row
 from ipvrm.demo import base_model
 from ipvrm.demo.arithmetic import Problem, make_problems
 from ipvrm.demo.base_model import MAX_NEW_TOKENS, make_model, make_tokenizer, prompt_text, sample, train_base

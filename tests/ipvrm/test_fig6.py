@@ -11,7 +11,7 @@ import pytest
 
 from ipvrm import IpvrmError
 from ipvrm.demo.arithmetic import Problem, make_problems
-from ipvrm.objectives import BalanceConfig
+from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.reproduce import fig6
 from ipvrm.reproduce.fig6 import VARIANTS, Fig6Config, Scale, reproduce, summary
 from ipvrm.reproduce.fig6_report import conclusions

@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from ipvrm import IpvrmError
-from ipvrm.data import Response, collate
-from ipvrm.model import (
+from ipvrm.data.batches import collate
+from ipvrm.data.responses import Response
+from ipvrm.models.causal_lm import (
     check_head,
     disable_dropout,
     head,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ipvrm import IpvrmError
-from ipvrm.objectives import (
+from ipvrm.losses.objectives import (
     DPO_METRICS,
     METRICS,
     BalanceConfig,

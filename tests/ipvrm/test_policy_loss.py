@@ -18,10 +18,10 @@ from ipvrm import (
     distrl_advantages,
     distrl_loss,
     force_sampled,
-    policy_loss,
     select_candidates,
     temporal_difference,
 )
+from ipvrm.losses import policy_loss
 from ipvrm_kernels import DistRLLoss, linear_distrl_loss, linear_logprobs
 from ipvrm_kernels.backend import why_not
 from ipvrm_kernels.distrl_objective import IMPLS as OBJECTIVE_IMPLS

@@ -9,7 +9,7 @@ import torch
 
 from ipvrm import IpvrmError, RewardModel
 from ipvrm.cli import main
-from ipvrm.data import Response
+from ipvrm.data.responses import Response
 from ipvrm.training.reward_config import RewardConfig
 from ipvrm.training.train_rm import train_reward_model
 
@@ -129,7 +129,7 @@ def test_a_failed_save_leaves_what_was_there(reward_model, home, monkeypatch):
     def fails(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("ipvrm.reward_model.write_info", fails)
+    monkeypatch.setattr("ipvrm.models.reward_model.write_info", fails)
     with pytest.raises(OSError, match="no space"):
         reward_model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

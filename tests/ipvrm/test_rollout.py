@@ -17,8 +17,9 @@ import torch
 
 from ipvrm import IpvrmError
 from ipvrm.cli import main
-from ipvrm.data import Row, tokenize
-from ipvrm.model import load_model
+from ipvrm.data.responses import tokenize
+from ipvrm.data.rows import Row, read_prompts
+from ipvrm.models.causal_lm import load_model
 from ipvrm.rollouts.engine import (
     Sampling,
     TransformersEngine,
@@ -28,8 +29,7 @@ from ipvrm.rollouts.engine import (
     stop_ids,
 )
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
-from ipvrm.rows import read_prompts
-from ipvrm.training.run_folder import summary_path
+from ipvrm.run_folder import summary_path
 
 FLAGS = ("model", "input", "output", "num_generations", "max_new_tokens", "per_device_eval_batch_size")
 PROMPTS = [
@@ -244,7 +244,7 @@ def test_prompt_tokens_are_those_a_reward_model_is_trained_on(tokenizer):
 
 
 def test_prompts_without_a_chat_template(tiny_folder):
-    from ipvrm.model import load_tokenizer
+    from ipvrm.models.causal_lm import load_tokenizer
 
     plain = load_tokenizer(tiny_folder)
     plain.chat_template = None

@@ -13,11 +13,11 @@ import torch
 from ipvrm import IpvrmError
 from ipvrm.demo.base_model import make_model, make_tokenizer
 from ipvrm.evaluate import td_branches, td_study
-from ipvrm.evaluate.correlation import auc, bootstrap, centred, less, partial, pearson, ranks, spearman
-from ipvrm.evaluate.td_study import TdConfig, analyse, study
-from ipvrm.model import save_model, template_hash
-from ipvrm.reward_model import RewardModel, RewardModelInfo, reference_entries, write_info
-from ipvrm.training.online_reward import auc as auc_of_tensors
+from ipvrm.losses.metrics import auc
+from ipvrm.models.causal_lm import save_model, template_hash
+from ipvrm.models.reward_model import RewardModel, RewardModelInfo, reference_entries, write_info
+from ipvrm.reproduce.correlation import bootstrap, centred, less, partial, pearson, ranks, spearman
+from ipvrm.reproduce.td_study import TdConfig, analyse, study
 
 
 def column(*values):
@@ -67,13 +67,15 @@ def test_undefined_correlations_are_nan(x, y):
     assert np.isnan(pearson(column(*x), column(*y))) and np.isnan(spearman(column(*x), column(*y)))
 
 
-def test_auc_by_hand_and_against_the_one_of_the_training_log():
+def test_auc_by_hand_and_against_all_pairs():
     # right 3, 1 against wrong 2, 1: 3 beats both, 1 ties once and loses once
     assert auc(column(3, 1, 2, 1), column(1, 1, 0, 0)) == (2 + 0.5) / 4
-    assert np.isnan(auc(column(1, 2), column(1, 1)))
+    assert auc(column(1, 2), column(1, 1)) is None
     rng = np.random.default_rng(0)
     scores, outcome = rng.integers(0, 6, 80).astype(float), rng.integers(0, 2, 80).astype(float)
-    assert auc(scores, outcome) == pytest.approx(auc_of_tensors(torch.tensor(scores), torch.tensor(outcome)))
+    gaps = scores[outcome == 1][:, None] - scores[outcome == 0]
+    by_pairs = ((gaps > 0) + 0.5 * (gaps == 0)).mean()
+    assert auc(scores, outcome) == auc(torch.tensor(scores), torch.tensor(outcome)) == pytest.approx(by_pairs)
 
 
 def test_centred_takes_each_groups_mean_off():

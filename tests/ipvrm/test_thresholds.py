@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipvrm.evaluate.steps import first_error
 from ipvrm.evaluate.thresholds import (
     Interval,
     Threshold,
@@ -25,6 +24,7 @@ from ipvrm.evaluate.thresholds import (
     sweep,
     trivial_baselines,
 )
+from ipvrm.steps import first_error
 
 GOLDEN = Path(os.environ.get("IPVRM_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 GOLDEN_FILES = sorted(GOLDEN.glob("processbench_*.json"))

@@ -15,7 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 import ipvrm.training.train_rm as train_rm
-from ipvrm import IpvrmError, objectives
+from ipvrm import IpvrmError
+from ipvrm.losses import objectives
 from ipvrm.training import checkpoint
 from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
 from ipvrm.training.optimizer import learning_rate_factor
@@ -248,7 +249,7 @@ def test_reference_logprobs_are_computed_once(config, monkeypatch):
     train(first)
     folder = Path(first.output_dir)
     (folder / "ipvrm_config.json").unlink()
-    monkeypatch.setattr("ipvrm.reference._logprobs", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr("ipvrm.models.reference._logprobs", lambda *a: pytest.fail("computed again"))
     train(first)
     monkeypatch.undo()
     other = train(config("other", max_steps=1)).output_dir
@@ -595,7 +596,7 @@ def test_no_logits_in_a_training_run(config, wide_folder, rollouts, tokenizer, p
     ]
     logits = 4 * WIDE * sum(len(ids) for ids in tokenizer(answers).input_ids)  # bytes of (N_response, V)
     if fault:
-        monkeypatch.setattr("ipvrm.model.response_logprobs", full_logits)
+        monkeypatch.setattr("ipvrm.models.causal_lm.response_logprobs", full_logits)
     one_batch = dict(max_steps=1, global_batch_size=44, per_device_train_batch_size=44)
     peak, _ = peak_of(lambda: train(config(model=str(wide_folder), **one_batch)))
     assert (peak < 0.5 * logits) == (not fault), f"{peak / 2**20:.0f} MiB, logits {logits / 2**20:.0f} MiB"

@@ -13,7 +13,8 @@ import pytest
 
 from ipvrm import IpvrmError
 from ipvrm.cli import main
-from ipvrm.data import read_rows, tokenize
+from ipvrm.data.responses import tokenize
+from ipvrm.data.rows import read_rows
 from ipvrm.rollouts import verify
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.verify import (
@@ -24,7 +25,7 @@ from ipvrm.rollouts.verify import (
     verify_math,
     verify_string,
 )
-from ipvrm.training.run_folder import summary_path
+from ipvrm.run_folder import summary_path
 
 DEADLINE = 0.5
 RUDE = '''

@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ipvrm.data import Response, collate, microbatches_for_rank
-from ipvrm.model import ResponseLogprobs, load_model
+from ipvrm.data.batches import collate, microbatches_for_rank
+from ipvrm.data.responses import Response
+from ipvrm.models.causal_lm import ResponseLogprobs, load_model
 from ipvrm.progress import Progress
 
 REFERENCE_FILE = "reference_logprobs.safetensors"

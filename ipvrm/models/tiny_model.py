@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipvrm import IpvrmError
-from ipvrm.training.run_folder import save_folder
+from ipvrm.errors import IpvrmError
+from ipvrm.run_folder import save_folder
 
 END_OF_TURN = "<|im_end|>"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", END_OF_TURN)
@@ -164,7 +164,7 @@ def make_tiny_model(config: TinyModelConfig) -> Path:
         )
     if not config.texts:
         raise IpvrmError("make-tiny-model: --texts needs at least one file")
-    from ipvrm.model import save_model
+    from ipvrm.models.causal_lm import save_model
 
     tokenizer = train_tokenizer((text for path in config.texts for text in texts_of(path)), config.vocab_size)
     model = random_qwen3(tokenizer, config)

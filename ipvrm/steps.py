@@ -22,7 +22,7 @@ from string import Formatter
 import torch
 from torch import Tensor
 
-from ipvrm import IpvrmError
+from ipvrm.errors import IpvrmError
 
 RULES = ("step", "prefix", "mean", "mean_diff")
 STEP_FORMAT = "Step {i}: {step}"

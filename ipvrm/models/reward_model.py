@@ -12,18 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ipvrm import IpvrmError
-from ipvrm.data import Response, Row, collate, length_sorted_microbatches, tokenize
-from ipvrm.evaluate.steps import (
-    STEP_FORMAT,
-    STEP_SEPARATOR,
-    first_error,
-    render_steps,
-    step_of_token,
-    step_scores,
-)
-from ipvrm.evaluate.steps import step_ends as last_token_of_steps
-from ipvrm.model import (
+from ipvrm.data.batches import collate, length_sorted_microbatches
+from ipvrm.data.responses import Response, tokenize
+from ipvrm.data.rows import Row
+from ipvrm.errors import IpvrmError
+from ipvrm.models.causal_lm import (
     load_model,
     load_tokenizer,
     local_folder,
@@ -33,7 +26,9 @@ from ipvrm.model import (
     template_hash,
     weights_hash,
 )
-from ipvrm.training.run_folder import move_into, read_json, save_folder, versions, write_json
+from ipvrm.run_folder import move_into, read_json, save_folder, versions, write_json
+from ipvrm.steps import STEP_FORMAT, STEP_SEPARATOR, first_error, render_steps, step_of_token, step_scores
+from ipvrm.steps import step_ends as last_token_of_steps
 
 CONFIG_NAME = "ipvrm_config.json"
 BATCH_TOKENS = 8192

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ipvrm.data import Response, collate, length_sorted_microbatches
-from ipvrm.policy_loss import CandidateConfig
-from ipvrm.reward_model import RewardModel
+from ipvrm.data.batches import collate, length_sorted_microbatches
+from ipvrm.data.responses import Response
+from ipvrm.data.rows import Prompt
+from ipvrm.losses.policy_loss import CandidateConfig
+from ipvrm.models.reward_model import RewardModel
 from ipvrm.rollouts.engine import Engine, Sampling, response_seed
 from ipvrm.rollouts.verify import Verdict, VerifierPool
-from ipvrm.rows import Prompt
 from ipvrm.training.policy_model import behaviour
 
 FRACTIONS = (25, 50, 75, 100)  # of an answer, in percent

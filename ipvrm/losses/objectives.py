@@ -9,23 +9,23 @@
 Metrics are (sum, count) pairs of 0-d fp32 tensors under fixed keys, so that micro-batches and ranks add up.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ipvrm import IpvrmError
-from ipvrm.presets import Preset, by_preset
-from ipvrm.prompt_groups import PromptGroups, Reduce, checked_outcome, one_rank
+from ipvrm.errors import IpvrmError
+from ipvrm.losses.metrics import Metrics
+from ipvrm.losses.presets import Preset, by_preset
+from ipvrm.losses.prompt_groups import PromptGroups, Reduce, checked_outcome, one_rank
 from ipvrm_kernels import prefix_value_loss, prefix_values
 from ipvrm_kernels.backend import checks_values
 from ipvrm_kernels.prefix_value_loss import prefix_weight_sums
 
 PrefixWeighting = Literal["uniform", "late", "early"]
 Reduction = Literal["sequence_mean", "token_mean"]
-Metrics = dict[str, tuple[Tensor, Tensor]]
 METRICS = ("loss", "prefix_accuracy", "outcome_accuracy", "value_right", "value_wrong")
 DPO_METRICS = ("loss", "pair_accuracy", "value_chosen", "value_rejected")
 
@@ -273,7 +273,7 @@ def online_balance(
         outcome: (B,) 0 or 1. group: (B,) int, the prompt of each rollout. num_groups: G.
         margin: before the shift.
         config: `BalanceConfig.preset("paper" | "release")`, or one's own.
-        reduce: sums over ranks, see `ipvrm.prompt_groups`.
+        reduce: sums over ranks, see `ipvrm.losses.prompt_groups`.
 
     Raises:
         ValueError: shapes, dtypes, an outcome other than 0 and 1, or a group outside [0, G).
@@ -341,30 +341,3 @@ class Objective:
             reduction=self.reduction,
             denominator=denominator,
         )
-
-
-def stacked(metrics: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str]) -> Tensor:
-    """(2 M,) sum and count of each of M metrics in turn, so that they add up as one tensor."""
-    return torch.stack([value for name in names for value in metrics[name]])
-
-
-def paired(values: Sequence[float], names: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """The (sum, count) pairs of what `stacked` gave."""
-    return dict(zip(names, zip(values[::2], values[1::2], strict=True), strict=True))
-
-
-class MetricSums:
-    """Sums and counts of several updates, as plain numbers."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
-
-    def add(self, pairs: Mapping[str, Sequence[float]]) -> None:
-        """Adds (sum, count) pairs."""
-        for name, (total, count) in pairs.items():
-            old = self.values.get(name, [0.0, 0.0])
-            self.values[name] = [old[0] + total, old[1] + count]
-
-    def means(self, prefix: str = "") -> dict[str, float]:
-        """sum / count of each metric; 0 where nothing was counted."""
-        return {prefix + name: total / max(count, 1.0) for name, (total, count) in self.values.items()}

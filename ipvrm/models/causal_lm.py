@@ -18,8 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ipvrm import IpvrmError
-from ipvrm.data import Batch
+from ipvrm.data.batches import Batch
+from ipvrm.errors import IpvrmError
 
 __all__ = [
     "Head",

@@ -1,8 +1,8 @@
-"""How two columns go together, with intervals over groups: linear and rank correlation, AUC.
+"""How two columns go together, with intervals over groups: linear and rank correlation.
 
 Observations come in groups (branches of a prefix, prefixes of a prompt). `centred` takes the mean of its
 group off every value; `bootstrap` draws whole groups with replacement, since observations of one group are
-not independent. What is undefined (a constant column, one class alone) is nan.
+not independent. What is undefined (a constant column) is nan.
 """
 
 import math
@@ -51,15 +51,6 @@ def less(correlation: Callable[[Column, Column], float], x: Column, y: Column, o
     return correlation(x, y) - correlation(other, y)
 
 
-def auc(scores: Column, outcome: Column) -> float:
-    """Probability that a right observation (outcome 1) scores above a wrong one (0); ties count half."""
-    right = outcome == 1
-    n, m = int(right.sum()), int((~right).sum())
-    if not n or not m:
-        return math.nan
-    return float((ranks(scores)[right].sum() - n * (n + 1) / 2) / (n * m))
-
-
 def centred(values: Column, group: NDArray[np.int64]) -> Column:
     """`values` (n,) less the mean of those of the same group; `group` (n,) holds numbers from 0.
 
@@ -73,13 +64,14 @@ def centred(values: Column, group: NDArray[np.int64]) -> Column:
 
 
 def bootstrap(
-    statistic: Callable[..., float],
+    statistic: Callable[..., float | None],
     columns: Sequence[Column],
     group: NDArray[Any],
     resamples: int,
     seed: int,
 ) -> Interval:
-    """95 % percentile interval of `statistic(*columns)`, whole groups drawn with replacement.
+    """95 % percentile interval of `statistic(*columns)` (None or nan: undefined), whole groups drawn with
+    replacement.
 
     Args:
         columns: (n,) each. group: (n,) equal for observations that are drawn together.
@@ -92,5 +84,6 @@ def bootstrap(
     found = np.empty(resamples)
     for i, drawn in enumerate(draws):
         rows = np.concatenate([members[g] for g in drawn])
-        found[i] = statistic(*(column[rows] for column in columns))
+        value = statistic(*(column[rows] for column in columns))
+        found[i] = math.nan if value is None else value
     return percentile_interval(found)

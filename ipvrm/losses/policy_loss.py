@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ipvrm.advantages import last_tokens
-from ipvrm.presets import Preset, by_preset
-from ipvrm.prompt_groups import check_edges, check_like, described
+from ipvrm.losses.advantages import last_tokens
+from ipvrm.losses.presets import Preset, by_preset
+from ipvrm.losses.prompt_groups import check_edges, check_like, described
 from ipvrm_kernels import Candidates, DistRLLoss, clipped_surrogate, linear_candidates
 from ipvrm_kernels.backend import checks_values
 from ipvrm_kernels.distrl_objective import METRICS, check_candidates, check_denominator, normal_probs
@@ -79,7 +79,7 @@ def distrl_loss(
         candidate_logprobs: (N, K) likewise, of the candidates.
         old_logprobs, old_candidate_logprobs: (N,), (N, K) under the behaviour policy; -inf marks an unused
             element, which adds no loss, gradient or count.
-        advantages, candidate_advantages: (N,), (N, K), see `ipvrm.advantages.distrl_advantages`.
+        advantages, candidate_advantages: (N,), (N, K), see `ipvrm.losses.advantages.distrl_advantages`.
         cu_seqlens: (B + 1,) int32; an empty sequence counts in B and adds 0.
         config: `PolicyLossConfig.preset("paper" | "release")`, or one's own.
         token_denominator, candidate_denominator: replace the divisor computed from this call (B, N or the sum

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ipvrm import IpvrmError, __version__
+from ipvrm.errors import IpvrmError
 
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
@@ -162,13 +162,15 @@ def installed_version(package: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python, ipvrm and the packages that decide the numbers."""
+    from ipvrm_kernels import __version__
+
     own = {"ipvrm": __version__, "python": platform.python_version()}
     return own | {name: installed_version(name) for name in VERSIONED_PACKAGES}
 
 
 def _git_commit() -> str | None:
     """Commit of the checkout this package runs from, `+changes` when it has any; None outside of one."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     try:

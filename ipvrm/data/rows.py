@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from ipvrm import IpvrmError
+from ipvrm.errors import IpvrmError
 
 Message = dict[str, str]
 OnBadRow = Literal["error", "skip"]

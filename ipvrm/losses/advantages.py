@@ -12,7 +12,7 @@ checked, except in code that torch.compile traces.
 Moments are population moments, in two passes so that nothing cancels. Shapes: N response tokens of B packed
 sequences, edges in `cu_seqlens` (B + 1,) int32; K candidates; G prompts, `group` (B,) says whose rollout a
 sequence is. Floats are fp32 (fp64 in, fp64 out). `reduce` joins the batches of all ranks to one
-(`ipvrm.prompt_groups`).
+(`ipvrm.losses.prompt_groups`).
 """
 
 import math
@@ -22,9 +22,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ipvrm import IpvrmError
-from ipvrm.presets import Preset, by_preset
-from ipvrm.prompt_groups import (
+from ipvrm.errors import IpvrmError
+from ipvrm.losses.presets import Preset, by_preset
+from ipvrm.losses.prompt_groups import (
     PromptGroups,
     Reduce,
     batch_moments,
@@ -168,7 +168,7 @@ def outcome_advantages(
     Args:
         outcome: (B,) 0 or 1. group: (B,) int, the prompt of each rollout. num_groups: G.
         std_floor: the divisor is s + 1e-6 (add) or max(s, 1e-6) (clamp).
-        reduce: sums over ranks, see `ipvrm.prompt_groups`.
+        reduce: sums over ranks, see `ipvrm.losses.prompt_groups`.
 
     Returns:
         (B,) fp32; 0 where a prompt's outcomes agree, and for a single rollout.
@@ -207,7 +207,7 @@ def distrl_advantages(
         outcome: (B,) 0 or 1. cu_seqlens: (B + 1,) int32; an empty sequence counts as a rollout of its prompt.
         group: (B,) int, the prompt of each sequence, in any order. num_groups: G, over all ranks.
         config: `AdvantageConfig.preset("paper" | "release")`, or one's own.
-        reduce: sums over ranks, see `ipvrm.prompt_groups`.
+        reduce: sums over ranks, see `ipvrm.losses.prompt_groups`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an outcome other than 0 and 1, a group outside

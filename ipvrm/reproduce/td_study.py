@@ -34,17 +34,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ipvrm import IpvrmError
-from ipvrm.evaluate.correlation import auc, bootstrap, centred, less, partial, pearson, spearman
-from ipvrm.evaluate.td_branches import FRACTIONS, Brancher, BranchOptions, Question
+from ipvrm.data.rows import BadRow, OnBadRow, read_prompts, report_bad_rows
+from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import finite_or_none
-from ipvrm.model import load_model, load_tokenizer, weights_hash
+from ipvrm.losses.metrics import auc
+from ipvrm.models.causal_lm import load_model, load_tokenizer, weights_hash
+from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
 from ipvrm.progress import Progress
-from ipvrm.reward_model import BATCH_TOKENS, RewardModel
+from ipvrm.reproduce.correlation import bootstrap, centred, less, partial, pearson, spearman
+from ipvrm.reproduce.td_branches import FRACTIONS, Brancher, BranchOptions, Question
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, encode_prompt, stop_ids
 from ipvrm.rollouts.verify import TIMEOUT_SECONDS, VerifierPool
-from ipvrm.rows import BadRow, OnBadRow, read_prompts, report_bad_rows
-from ipvrm.training.run_folder import manifest, read_json, remove_leftovers, write_json
+from ipvrm.run_folder import manifest, read_json, remove_leftovers, write_json
 
 CHUNK_PROMPTS = 16  # sampled together: what an interruption can lose
 # They do not decide the numbers of a prompt, or their contents are compared by hash.
@@ -358,7 +359,7 @@ def _value_auc(records: Sequence[dict[str, Any]], resamples: int, seed: int) -> 
 
 
 def _with_interval(
-    statistic: Callable[..., float],
+    statistic: Callable[..., float | None],
     columns: Sequence[np.ndarray],
     prompt: np.ndarray,
     resamples: int,

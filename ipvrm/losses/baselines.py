@@ -2,14 +2,14 @@
 
 N response tokens of B packed sequences, edges in `cu_seqlens` (B + 1,) int32; G prompts, `group` (B,) says
 whose rollout a sequence is; `outcome` (B,) is 0 or 1. GRPO's own advantage, and the first term of several
-others, is `ipvrm.advantages.outcome_advantages`; Eq. 13, of `grpo_prm` and `distrl`, is `distrl_advantages`.
+others, is `outcome_advantages`; Eq. 13, of `grpo_prm` and `distrl`, is `distrl_advantages`.
 """
 
 import torch
 from torch import Tensor
 
-from ipvrm.advantages import StdFloor, gae, outcome_advantages, whiten
-from ipvrm.prompt_groups import PromptGroups, segment_sums
+from ipvrm.losses.advantages import StdFloor, gae, outcome_advantages, whiten
+from ipvrm.losses.prompt_groups import PromptGroups, segment_sums
 from ipvrm_kernels import segment_scan
 
 

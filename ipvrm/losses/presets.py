@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeVar
 
-from ipvrm import IpvrmError
+from ipvrm.errors import IpvrmError
 
 Preset = Literal["paper", "release"]
 Settings = TypeVar("Settings")

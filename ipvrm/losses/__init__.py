@@ -1,0 +1,1 @@
+"""The method's mathematics as pure functions of tensors: objectives, advantages, policy loss and presets."""
