@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
-    "ipvrm_kernels": ("__version__",),
     "ipvrm.errors": ("IpvrmError",),
     "ipvrm.losses.advantages": (
         "AdvantageConfig", "Advantages", "distrl_advantages", "gae", "outcome_advantages",
@@ -29,10 +28,14 @@ _NAMES = {
     "ipvrm.training.train_rm": ("train_reward_model",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from ipvrm.run_folder import installed_version
+
+        return installed_version("ipvrm")
     if name not in _HOME:
         raise AttributeError(f"module 'ipvrm' has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(import_module(_HOME[name]), name)

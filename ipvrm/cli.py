@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm.errors import IpvrmError
+from ipvrm.run_folder import installed_version
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,10 @@ EXIT_INTERRUPTED = 130
 
 def usage() -> str:
     """What `ipvrm --help` prints."""
-    from ipvrm_kernels import __version__
-
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return (
-        f"usage: ipvrm <command> [--config FILE.yaml] [--flag value ...]      (ipvrm {__version__})\n\n"
+        f"usage: ipvrm <command> [--config FILE.yaml] [--flag value ...]      (ipvrm {installed_version('ipvrm')})\n\n"
         "Implicit prefix-value reward models: train them from outcome labels, score steps with them.\n\n"
         + "\n".join(lines)
         + "\n\n`ipvrm <command> --help` lists its flags; they win over --config, and that over defaults.\n"
@@ -91,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else EXIT_ERROR
     if arguments[0] == "--version":
-        from ipvrm_kernels import __version__
-
-        print(__version__)
+        print(installed_version("ipvrm"))
         return 0
     name = next((n for n in (" ".join(arguments[:2]), arguments[0]) if n in COMMANDS), None)
     if name is None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,42 @@ class JsonlLog:
         self._file.close()
 
 
+FREE = {"free_on_resume": True}  # dataclasses.field(metadata=FREE)
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings of a dataclass that decide its results: all fields but those marked `FREE` on resume.
+
+    A field is free that does not decide what comes out (a batch size of one device, an interval of the log),
+    or whose contents are compared by hash (a path).
+    """
+    names = [field.name for field in fields(config) if not field.metadata.get("free_on_resume")]
+    return {name: getattr(config, name) for name in names}
+
+
+def same_run(stored: Mapping[str, Any], now: Mapping[str, Any], what: str, words: Mapping[str, str]) -> None:
+    """Whether a run may go on with what lies there already: refuses it where a setting has changed.
+
+    Args:
+        stored, now: settings and hashes, `stored` as it was read from JSON.
+        what: begins the message: what lies there.
+        words: what an entry is called whose values say nothing to a reader (a hash).
+
+    Raises:
+        IpvrmError: it names every changed setting, with both values.
+    """
+    now = json.loads(json.dumps(now, default=str))  # JSON has no tuples
+    changed = [
+        words[name] if name in words else f"{name} ({stored.get(name)!r} then, {now.get(name)!r} now)"
+        for name in sorted({*stored, *now})
+        if stored.get(name) != now.get(name)
+    ]
+    if changed:
+        raise IpvrmError(
+            f"{what} was made otherwise; changed: {', '.join(changed)}. Put them back, or choose another output"
+        )
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -162,9 +199,7 @@ def installed_version(package: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python, ipvrm and the packages that decide the numbers."""
-    from ipvrm_kernels import __version__
-
-    own = {"ipvrm": __version__, "python": platform.python_version()}
+    own = {"ipvrm": installed_version("ipvrm"), "python": platform.python_version()}
     return own | {name: installed_version(name) for name in VERSIONED_PACKAGES}
 
 

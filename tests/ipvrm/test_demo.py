@@ -76,10 +76,10 @@ def demo(tmp_path_factory):
 @pytest.fixture
 def again(demo, monkeypatch):
     """Runs the demo again in the finished folder; what it trains is listed."""
-    import ipvrm
+    from ipvrm.training import train_rm
 
     trained = []
-    original = ipvrm.train_reward_model
+    original = train_rm.train_reward_model
 
     def counting(config, progress=True):
         trained.append(config.objective)
@@ -89,7 +89,7 @@ def again(demo, monkeypatch):
         trained.append(f"{config.algorithm} {config.seed}")
         return policy_training.train_policy(config, progress)
 
-    monkeypatch.setattr(ipvrm, "train_reward_model", counting, raising=False)
+    monkeypatch.setattr(train_rm, "train_reward_model", counting, raising=False)
     monkeypatch.setattr(policies, "train_policy", counting_policies)
     monkeypatch.setattr(rollouts, "sample", noisy_samples)
     monkeypatch.setattr(TransformersEngine, "__call__", noisy_engine)
@@ -190,7 +190,7 @@ def test_interrupted_stage_starts_afresh_and_gives_the_same_numbers(demo, again)
 
 @pytest.mark.parametrize("stage", ["reward-ipvrm", "policy-grpo"])
 def test_an_interruption_says_what_the_same_command_will_do(demo, tmp_path, monkeypatch, stage):
-    import ipvrm
+    from ipvrm.training import train_rm
 
     output = tmp_path / "run"
     shutil.copytree(demo[0], output)
@@ -199,7 +199,7 @@ def test_an_interruption_says_what_the_same_command_will_do(demo, tmp_path, monk
     def stops(config, progress=True):
         raise interrupted(Path(config.output_dir) / "checkpoint-1", 1, 2, signal.SIGTERM)
 
-    monkeypatch.setattr(ipvrm, "train_reward_model", stops, raising=False)
+    monkeypatch.setattr(train_rm, "train_reward_model", stops, raising=False)
     monkeypatch.setattr(policies, "train_policy", stops)
     with pytest.raises(TrainingInterrupted, match=f"{stage}: stopped; the same command reuses") as caught:
         run_demo(DemoConfig(str(output)), progress=False, sizes=MINI)

@@ -12,10 +12,10 @@ import torch
 
 from ipvrm import IpvrmError
 from ipvrm.demo.base_model import make_model, make_tokenizer
-from ipvrm.evaluate import td_branches, td_study
 from ipvrm.losses.metrics import auc
 from ipvrm.models.causal_lm import save_model, template_hash
 from ipvrm.models.reward_model import RewardModel, RewardModelInfo, reference_entries, write_info
+from ipvrm.reproduce import td_branches, td_study
 from ipvrm.reproduce.correlation import bootstrap, centred, less, partial, pearson, ranks, spearman
 from ipvrm.reproduce.td_study import TdConfig, analyse, study
 
