@@ -72,10 +72,10 @@ EXIT_INTERRUPTED = 130
 
 def usage() -> str:
     """What `ipvrm --help` prints."""
-    width = max(map(len, COMMANDS))
+    width, version = max(map(len, COMMANDS)), installed_version("ipvrm")
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return (
-        f"usage: ipvrm <command> [--config FILE.yaml] [--flag value ...]      (ipvrm {installed_version('ipvrm')})\n\n"
+        f"usage: ipvrm <command> [--config FILE.yaml] [--flag value ...]      (ipvrm {version})\n\n"
         "Implicit prefix-value reward models: train them from outcome labels, score steps with them.\n\n"
         + "\n".join(lines)
         + "\n\n`ipvrm <command> --help` lists its flags; they win over --config, and that over defaults.\n"

@@ -126,7 +126,8 @@ def same_run(stored: Mapping[str, Any], now: Mapping[str, Any], what: str, words
     ]
     if changed:
         raise IpvrmError(
-            f"{what} was made otherwise; changed: {', '.join(changed)}. Put them back, or choose another output"
+            f"{what} was made otherwise; changed: {', '.join(changed)}. "
+            "Put them back, or choose another output"
         )
 
 
