@@ -1,7 +1,10 @@
-// The module ipvrm_kernels._C: functions that take addresses, sizes and a CUDA stream as integers, and the flag has_cuda.
+// The module ipvrm_kernels._C: functions that take addresses, sizes and a CUDA stream as integers and what belongs together
+// as structs, whose fields Python sets by name, addresses as integers; and the flag has_cuda.
 // Python allocates and validates; these fill. The GIL is released throughout.
 
 #include <pybind11/pybind11.h>
+
+#include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
@@ -29,16 +32,38 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// In the order in which ipvrm_kernels/distrl_objective.py passes them.
-ipvrm::PolicyRows policy_rows(Address logprobs, Address token_ids, Address candidate_ids, Address old, Address candidate_old,
-                              Address advantages, Address candidate_advantages, Address cu, int64_t B, int64_t row0,
-                              int64_t n, int64_t K) {
-  return {in(logprobs), at<int64_t>(token_ids), at<int64_t>(candidate_ids), in(old), in(candidate_old), in(advantages),
-          in(candidate_advantages), edges(cu), B, row0, n, K};
-}
-ipvrm::Branch branch(int reduction, float divisor, float low, float high, float dual) {
-  return {static_cast<ipvrm::Reduction>(reduction), divisor, {low, high, dual}};
-}
+// A struct as Python holds it: 0 and null until set, with what its addresses point into.
+template <typename S>
+struct Held : S {
+  py::object alive;
+};
+
+template <typename S>
+struct Struct : py::class_<Held<S>> {
+  Struct(py::module_& m, const char* name) : py::class_<Held<S>>(m, name) {
+    this->def(py::init<>());
+    this->def_readwrite("alive", &Held<S>::alive);
+  }
+
+  template <typename F>
+  Struct& field(const char* name, F S::*member) {
+    if constexpr (std::is_pointer_v<F>) {
+      this->def_property(
+          name, [=](const Held<S>& s) { return reinterpret_cast<Address>(s.*member); },
+          [=](Held<S>& s, Address address) { s.*member = reinterpret_cast<F>(address); });
+    } else if constexpr (std::is_enum_v<F>) {
+      this->def_property(
+          name, [=](const Held<S>& s) { return static_cast<int>(s.*member); },
+          [=](Held<S>& s, int value) { s.*member = static_cast<F>(value); });
+    } else if constexpr (std::is_class_v<F>) {  // by value; who sets it keeps what it points into alive
+      this->def_property(name, nullptr, [=](Held<S>& s, const Held<F>& value) { s.*member = value; });
+    } else {
+      this->def_property(
+          name, [=](const Held<S>& s) { return s.*member; }, [=](Held<S>& s, F value) { s.*member = value; });
+    }
+    return *this;
+  }
+};
 
 // The family of an AMD processor (0x19: Zen 3 and 4, 0x1A: Zen 5), 0 of any other.
 int amd_family() {
@@ -75,57 +100,79 @@ PYBIND11_MODULE(_C, m) {
         ipvrm::prefix_values_fwd_cpu(in(l), edges(cu), out(value), out(mean), out(prob), out(td), B, beta, threads);
       },
       no_gil);
+  Struct<ipvrm::PrefixValueGradients>(m, "PrefixValueGradients")
+      .field("dvalue", &ipvrm::PrefixValueGradients::dvalue)
+      .field("dmean_value", &ipvrm::PrefixValueGradients::dmean_value)
+      .field("dprob", &ipvrm::PrefixValueGradients::dprob)
+      .field("dtd", &ipvrm::PrefixValueGradients::dtd);
   m.def(
       "prefix_values_bwd_cpu",
-      [](Address dvalue, Address dmean, Address dprob, Address dtd, Address prob, Address cu, Address dl, int64_t B,
-         int64_t, float beta, int threads) {
-        ipvrm::prefix_values_bwd_cpu(in(dvalue), in(dmean), in(dprob), in(dtd), in(prob), edges(cu), out(dl), B, beta,
-                                     threads);
+      [](const Held<ipvrm::PrefixValueGradients>& upstream, Address prob, Address cu, Address dl, int64_t B, int64_t,
+         float beta, int threads) {
+        ipvrm::prefix_values_bwd_cpu(upstream, in(prob), edges(cu), out(dl), B, beta, threads);
       },
       no_gil);
+  Struct<ipvrm::LossTerms>(m, "LossTerms")
+      .field("outcome", &ipvrm::LossTerms::outcome)
+      .field("margin", &ipvrm::LossTerms::margin)
+      .field("weight", &ipvrm::LossTerms::weight)
+      .field("denominator", &ipvrm::LossTerms::denominator)
+      .field("margin_value", &ipvrm::LossTerms::margin_value)
+      .field("inverse_divisor", &ipvrm::LossTerms::inverse_divisor)
+      .field("weighting", &ipvrm::LossTerms::weighting)
+      .field("per_sequence", &ipvrm::LossTerms::per_sequence);
   m.def(
       "prefix_value_loss_fwd_cpu",
-      [](Address l, Address cu, Address outcome, Address margin, Address weight, Address denominator, float margin_value,
-         float inverse_divisor, Address loss, Address gradient, int64_t B, int64_t N, float beta, int weighting,
-         bool per_sequence, bool count, int threads) {
-        return ipvrm::prefix_value_loss_fwd_cpu(
-            in(l), edges(cu), {in(outcome), in(margin), in(weight), in(denominator), margin_value, inverse_divisor},
-            out(loss), out(gradient), B, N, beta, weighting, per_sequence, count, threads);
+      [](Address l, Address cu, const Held<ipvrm::LossTerms>& terms, Address loss, Address gradient, int64_t B, int64_t N,
+         float beta, bool count, int threads) {
+        return ipvrm::prefix_value_loss_fwd_cpu(in(l), edges(cu), terms, out(loss), out(gradient), B, N, beta, count,
+                                                threads);
       },
       no_gil);
 
-  // Head ops: (scale, limit) is a LogitTransform, (top, sumexp, sum_z_exp) a RowState, (count, cand_ids, cand_z, threshold,
-  // slots, capacity, log_min_prob) CandidateBuffers.
+  // Head ops
+  Struct<ipvrm::LogitTransform>(m, "LogitTransform")
+      .field("scale", &ipvrm::LogitTransform::scale)
+      .field("limit", &ipvrm::LogitTransform::limit);
+  Struct<ipvrm::RowState>(m, "RowState")
+      .field("top", &ipvrm::RowState::top)
+      .field("sumexp", &ipvrm::RowState::sumexp)
+      .field("sum_z_exp", &ipvrm::RowState::sum_z_exp);
+  Struct<ipvrm::CandidateBuffers>(m, "CandidateBuffers")
+      .field("count", &ipvrm::CandidateBuffers::count)
+      .field("ids", &ipvrm::CandidateBuffers::ids)
+      .field("z", &ipvrm::CandidateBuffers::z)
+      .field("threshold", &ipvrm::CandidateBuffers::threshold)
+      .field("slots", &ipvrm::CandidateBuffers::slots)
+      .field("capacity", &ipvrm::CandidateBuffers::capacity)
+      .field("log_min_prob", &ipvrm::CandidateBuffers::log_min_prob);
+  Struct<ipvrm::RowBlock>(m, "RowBlock")
+      .field("rows", &ipvrm::RowBlock::rows)
+      .field("K", &ipvrm::RowBlock::K)
+      .field("D", &ipvrm::RowBlock::D)
+      .field("ids", &ipvrm::RowBlock::ids)
+      .field("id_z", &ipvrm::RowBlock::id_z)
+      .field("expectation", &ipvrm::RowBlock::expectation)
+      .field("state", &ipvrm::RowBlock::state)
+      .field("candidates", &ipvrm::RowBlock::candidates);
   m.def(
       "head_forward_tile_cpu",
-      [](Address tile, int64_t rows, int64_t cols, int64_t col0, Address bias, float scale, float limit, Address top,
-         Address sumexp, Address sum_z_exp, Address ids, Address id_z, int64_t K, Address count, Address cand_ids,
-         Address cand_z, Address threshold, int64_t slots, int64_t capacity, float log_min_prob, Address expectation,
-         int64_t D, int threads) {
-        ipvrm::head_forward_tile_cpu(
-            out(tile), rows, cols, col0, in(bias), {scale, limit}, {out(top), at<double>(sumexp), at<double>(sum_z_exp)},
-            at<int64_t>(ids), out(id_z), K,
-            {at<int32_t>(count), at<int32_t>(cand_ids), out(cand_z), out(threshold), slots, capacity, log_min_prob},
-            out(expectation), D, threads);
+      [](Address tile, int64_t cols, int64_t col0, Address bias, const Held<ipvrm::LogitTransform>& transform,
+         const Held<ipvrm::RowBlock>& block, int threads) {
+        ipvrm::head_forward_tile_cpu(out(tile), cols, col0, in(bias), transform, block, threads);
       },
       no_gil);
   m.def(
       "head_finish_cpu",
-      [](Address top, Address sumexp, Address sum_z_exp, Address ids, Address id_z, int64_t rows, int64_t K, int64_t V,
-         Address lse, Address lse_low, Address entropy, Address logprobs, Address expectation, int64_t D, int threads) {
-        ipvrm::head_finish_cpu({out(top), at<double>(sumexp), at<double>(sum_z_exp)}, at<int64_t>(ids), in(id_z), rows, K, V,
-                               out(lse), out(lse_low), out(entropy), out(logprobs), out(expectation), D, threads);
+      [](const Held<ipvrm::RowBlock>& block, int64_t V, Address lse, Address lse_low, Address entropy, Address logprobs,
+         int threads) {
+        ipvrm::head_finish_cpu(block, V, out(lse), out(lse_low), out(entropy), out(logprobs), threads);
       },
       no_gil);
   m.def(
       "head_candidates_cpu",
-      [](Address top, Address sumexp, Address count, Address cand_ids, Address cand_z, Address threshold, int64_t slots,
-         int64_t capacity, float log_min_prob, int64_t rows, int64_t K, Address ids, Address logprobs, Address counts,
-         int threads) {
-        ipvrm::head_candidates_cpu(
-            {out(top), at<double>(sumexp), nullptr},
-            {at<int32_t>(count), at<int32_t>(cand_ids), out(cand_z), out(threshold), slots, capacity, log_min_prob}, rows, K,
-            at<int64_t>(ids), out(logprobs), at<int64_t>(counts), threads);
+      [](const Held<ipvrm::RowBlock>& block, int64_t slots, Address ids, Address logprobs, Address counts, int threads) {
+        ipvrm::head_candidates_cpu(block, slots, at<int64_t>(ids), out(logprobs), at<int64_t>(counts), threads);
       },
       no_gil);
   m.def(
@@ -136,15 +183,21 @@ PYBIND11_MODULE(_C, m) {
                                  at<uint8_t>(active), threads);
       },
       no_gil);
+  Struct<ipvrm::RowGradients>(m, "RowGradients")
+      .field("dlogprobs", &ipvrm::RowGradients::dlogprobs)
+      .field("ids", &ipvrm::RowGradients::ids)
+      .field("K", &ipvrm::RowGradients::K)
+      .field("total", &ipvrm::RowGradients::total)
+      .field("lse", &ipvrm::RowGradients::lse)
+      .field("lse_low", &ipvrm::RowGradients::lse_low)
+      .field("dentropy", &ipvrm::RowGradients::dentropy)
+      .field("entropy", &ipvrm::RowGradients::entropy)
+      .field("active", &ipvrm::RowGradients::active);
   m.def(
       "head_backward_tile_cpu",
-      [](Address tile, Address dz, int64_t rows, int64_t cols, int64_t col0, Address index, int64_t row0, bool gather,
-         bool transformed, Address bias, float scale, float limit, Address dlogprobs, Address ids, int64_t K, Address total,
-         Address lse, Address lse_low, Address dentropy, Address entropy, int threads) {
-        ipvrm::head_backward_tile_cpu(in(tile), out(dz), rows, cols, col0, at<int64_t>(index), row0, gather, transformed,
-                                      in(bias), {scale, limit},
-                                      {in(dlogprobs), at<int64_t>(ids), K, at<double>(total), in(lse), in(lse_low),
-                                       in(dentropy), in(entropy)},
+      [](Address tile, Address dz, int64_t rows, int64_t cols, int64_t col0, int64_t row0, bool kept, Address bias,
+         const Held<ipvrm::LogitTransform>& transform, const Held<ipvrm::RowGradients>& gradients, int threads) {
+        ipvrm::head_backward_tile_cpu(in(tile), out(dz), rows, cols, col0, row0, kept, in(bias), transform, gradients,
                                       threads);
       },
       no_gil);
@@ -156,12 +209,16 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil);
 
-  // Policy losses: (low, high, dual) is a Clips.
+  // Policy losses
+  Struct<ipvrm::Clips>(m, "Clips")
+      .field("low", &ipvrm::Clips::low)
+      .field("high", &ipvrm::Clips::high)
+      .field("dual", &ipvrm::Clips::dual);
   m.def(
       "clipped_surrogate_fwd_cpu",
-      [](Address logprobs, Address old, Address advantages, int64_t count, float low, float high, float dual, Address loss,
+      [](Address logprobs, Address old, Address advantages, int64_t count, const Held<ipvrm::Clips>& clips, Address loss,
          Address clipped, Address dual_clipped, Address slope, int threads) {
-        ipvrm::clipped_surrogate_fwd_cpu(in(logprobs), in(old), in(advantages), count, {low, high, dual}, out(loss),
+        ipvrm::clipped_surrogate_fwd_cpu(in(logprobs), in(old), in(advantages), count, clips, out(loss),
                                          at<uint8_t>(clipped), at<uint8_t>(dual_clipped), out(slope), threads);
       },
       no_gil);
@@ -171,21 +228,34 @@ PYBIND11_MODULE(_C, m) {
         ipvrm::clipped_surrogate_bwd_cpu(in(dloss), in(slope), out(dlogprobs), count, threads);
       },
       no_gil);
+  Struct<ipvrm::PolicyRows>(m, "PolicyRows")
+      .field("logprobs", &ipvrm::PolicyRows::logprobs)
+      .field("token_ids", &ipvrm::PolicyRows::token_ids)
+      .field("candidate_ids", &ipvrm::PolicyRows::candidate_ids)
+      .field("old_logprobs", &ipvrm::PolicyRows::old_logprobs)
+      .field("old_candidate_logprobs", &ipvrm::PolicyRows::old_candidate_logprobs)
+      .field("advantages", &ipvrm::PolicyRows::advantages)
+      .field("candidate_advantages", &ipvrm::PolicyRows::candidate_advantages)
+      .field("cu_seqlens", &ipvrm::PolicyRows::cu_seqlens)
+      .field("B", &ipvrm::PolicyRows::B)
+      .field("row0", &ipvrm::PolicyRows::row0)
+      .field("n", &ipvrm::PolicyRows::n)
+      .field("K", &ipvrm::PolicyRows::K);
+  Struct<ipvrm::Branch>(m, "Branch")
+      .field("reduction", &ipvrm::Branch::reduction)
+      .field("divisor", &ipvrm::Branch::divisor)
+      .field("clips", &ipvrm::Branch::clips);
+  Struct<ipvrm::ObjectiveOutputs>(m, "ObjectiveOutputs")
+      .field("loss", &ipvrm::ObjectiveOutputs::loss)
+      .field("token_loss", &ipvrm::ObjectiveOutputs::token_loss)
+      .field("candidate_loss", &ipvrm::ObjectiveOutputs::candidate_loss)
+      .field("metrics", &ipvrm::ObjectiveOutputs::metrics)
+      .field("dlogprobs", &ipvrm::ObjectiveOutputs::dlogprobs);
   m.def(
       "distrl_objective_cpu",
-      [](Address logprobs, Address token_ids, Address candidate_ids, Address old, Address candidate_old,
-         Address advantages, Address candidate_advantages, Address cu, int64_t B, int64_t row0, int64_t n, int64_t K,
-         int token_reduction, float token_divisor, float token_low, float token_high, int candidate_reduction,
-         float candidate_divisor, float candidate_low, float candidate_high, float dual, float alpha, Address loss,
-         Address token_loss, Address candidate_loss, Address metrics, Address dlogprobs, Address partial, int64_t block_rows,
-         int threads) {
-        ipvrm::distrl_objective_cpu(
-            policy_rows(logprobs, token_ids, candidate_ids, old, candidate_old, advantages, candidate_advantages, cu, B,
-                        row0, n, K),
-            branch(token_reduction, token_divisor, token_low, token_high, dual),
-            branch(candidate_reduction, candidate_divisor, candidate_low, candidate_high, dual), alpha,
-            {out(loss), out(token_loss), out(candidate_loss), out(metrics), out(dlogprobs)}, at<double>(partial), block_rows,
-            threads);
+      [](const Held<ipvrm::PolicyRows>& rows, const Held<ipvrm::Branch>& tokens, const Held<ipvrm::Branch>& candidates,
+         float alpha, const Held<ipvrm::ObjectiveOutputs>& outputs, Address partial, int64_t block_rows, int threads) {
+        ipvrm::distrl_objective_cpu(rows, tokens, candidates, alpha, outputs, at<double>(partial), block_rows, threads);
       },
       no_gil);
 
@@ -208,20 +278,17 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "prefix_values_bwd_cuda",
-      [=](Address dvalue, Address dmean, Address dprob, Address dtd, Address prob, Address cu, Address dl, int64_t B, int64_t N,
+      [=](const Held<ipvrm::PrefixValueGradients>& upstream, Address prob, Address cu, Address dl, int64_t B, int64_t N,
           float beta, Address stream) {
-        ipvrm::prefix_values_bwd_cuda(in(dvalue), in(dmean), in(dprob), in(dtd), in(prob), edges(cu), out(dl), B, N, beta,
-                                      stream_of(stream));
+        ipvrm::prefix_values_bwd_cuda(upstream, in(prob), edges(cu), out(dl), B, N, beta, stream_of(stream));
       },
       no_gil);
   m.def(
       "prefix_value_loss_fwd_cuda",
-      [=](Address l, Address cu, Address outcome, Address margin, Address weight, Address denominator, float margin_value,
-         float inverse_divisor, Address loss, Address counted, Address slope, int64_t B, int64_t N, float beta, int weighting,
-         bool per_sequence, Address stream) {
-        ipvrm::prefix_value_loss_fwd_cuda(
-            in(l), edges(cu), {in(outcome), in(margin), in(weight), in(denominator), margin_value, inverse_divisor},
-            out(loss), out(counted), out(slope), B, N, beta, weighting, per_sequence, stream_of(stream));
+      [=](Address l, Address cu, const Held<ipvrm::LossTerms>& terms, Address loss, Address counted, Address slope, int64_t B,
+          int64_t N, float beta, Address stream) {
+        ipvrm::prefix_value_loss_fwd_cuda(in(l), edges(cu), terms, out(loss), out(counted), out(slope), B, N, beta,
+                                          stream_of(stream));
       },
       no_gil);
   m.def(
@@ -232,9 +299,9 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "clipped_surrogate_fwd_cuda",
-      [=](Address logprobs, Address old, Address advantages, int64_t count, float low, float high, float dual, Address loss,
+      [=](Address logprobs, Address old, Address advantages, int64_t count, const Held<ipvrm::Clips>& clips, Address loss,
           Address clipped, Address dual_clipped, Address slope, Address stream) {
-        ipvrm::clipped_surrogate_fwd_cuda(in(logprobs), in(old), in(advantages), count, {low, high, dual}, out(loss),
+        ipvrm::clipped_surrogate_fwd_cuda(in(logprobs), in(old), in(advantages), count, clips, out(loss),
                                           at<uint8_t>(clipped), at<uint8_t>(dual_clipped), out(slope), stream_of(stream));
       },
       no_gil);

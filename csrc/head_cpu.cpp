@@ -189,15 +189,17 @@ void emit(const CandidateBuffers& c, const RowState& state, int64_t row, const f
 
 }  // namespace
 
-void head_forward_tile_cpu(float* tile, int64_t rows, int64_t cols, int64_t col0, const float* bias,
-                           LogitTransform transform, RowState state, const int64_t* ids, float* id_z, int64_t K,
-                           CandidateBuffers candidates, float* expectation, int64_t D, int num_threads) {
-  for_each_row(rows, cols, num_threads, [&](int64_t row) {
+void head_forward_tile_cpu(float* tile, int64_t cols, int64_t col0, const float* bias, LogitTransform transform,
+                           const RowBlock& block, int num_threads) {
+  const RowState& state = block.state;
+  const int64_t K = block.K, D = block.D;
+  float* expectation = block.expectation;
+  for_each_row(block.rows, cols, num_threads, [&](int64_t row) {
     float* z = tile + row * cols;
     transform_row(z, z, cols, bias, transform);
     for (int64_t k = 0; k < K; ++k) {
-      const uint64_t j = static_cast<uint64_t>(ids[row * K + k] - col0);
-      if (j < static_cast<uint64_t>(cols)) id_z[row * K + k] = z[j];
+      const uint64_t j = static_cast<uint64_t>(block.ids[row * K + k] - col0);
+      if (j < static_cast<uint64_t>(cols)) block.id_z[row * K + k] = z[j];
     }
     const float tile_top = max_of(z, cols);
     if (tile_top == -kInf && !std::isnan(sum_exp(z, cols, 0.0f))) {  // nothing but masked tokens
@@ -219,7 +221,7 @@ void head_forward_tile_cpu(float* tile, int64_t rows, int64_t cols, int64_t col0
     }
     sumexp = factor * sumexp + tile_sum;
     state.top[row] = top;
-    if (candidates.count) emit(candidates, state, row, z, cols, col0, tile_top);
+    if (block.candidates.count) emit(block.candidates, state, row, z, cols, col0, tile_top);
     if (expectation) {
       exp_in_place(z, cols, top, transform);
       if (factor != 1.0) scale_row(expectation + row * D, D, static_cast<float>(factor));
@@ -227,26 +229,31 @@ void head_forward_tile_cpu(float* tile, int64_t rows, int64_t cols, int64_t col0
   });
 }
 
-void head_finish_cpu(RowState state, const int64_t* ids, const float* id_z, int64_t rows, int64_t K, int64_t V, float* lse,
-                     float* lse_low, float* entropy, float* logprobs, float* expectation, int64_t D, int num_threads) {
-  for_each_row(rows, K + (expectation ? D : 1), num_threads, [&](int64_t row) {
+void head_finish_cpu(const RowBlock& block, int64_t V, float* lse, float* lse_low, float* entropy, float* logprobs,
+                     int num_threads) {
+  for_each_row(block.rows, block.K + (block.expectation ? block.D : 1), num_threads, [&](int64_t row) {
+    const int64_t K = block.K;
+    const RowState& state = block.state;
     const double log_total = log_sum(state, row);
     lse[row] = static_cast<float>(log_total);
     if (lse_low) lse_low[row] = static_cast<float>(log_total - lse[row]);
     if (entropy) entropy[row] = static_cast<float>(std::log(state.sumexp[row]) - state.sum_z_exp[row] / state.sumexp[row]);
     for (int64_t i = row * K; i < (row + 1) * K; ++i) {
-      const bool owned = static_cast<uint64_t>(ids[i]) < static_cast<uint64_t>(V);
-      logprobs[i] = owned ? std::min(static_cast<float>(id_z[i] - log_total), 0.0f) : -kInf;
+      const bool owned = static_cast<uint64_t>(block.ids[i]) < static_cast<uint64_t>(V);
+      logprobs[i] = owned ? std::min(static_cast<float>(block.id_z[i] - log_total), 0.0f) : -kInf;
     }
-    if (expectation) scale_row(expectation + row * D, D, static_cast<float>(1.0 / state.sumexp[row]));
+    if (block.expectation) {
+      scale_row(block.expectation + row * block.D, block.D, static_cast<float>(1.0 / state.sumexp[row]));
+    }
   });
 }
 
-void head_candidates_cpu(RowState state, CandidateBuffers candidates, int64_t rows, int64_t K, int64_t* ids, float* logprobs,
-                         int64_t* counts, int num_threads) {
-  for_each_row(rows, 64, num_threads, [&](int64_t row) {
+void head_candidates_cpu(const RowBlock& block, int64_t slots, int64_t* ids, float* logprobs, int64_t* counts,
+                         int num_threads) {
+  const CandidateBuffers& candidates = block.candidates;
+  for_each_row(block.rows, 64, num_threads, [&](int64_t row) {
     static thread_local std::vector<Candidate> best;
-    const double log_total = log_sum(state, row);
+    const double log_total = log_sum(block.state, row);
     prune(candidates, row);
     best.clear();
     for (int64_t i = 0; i < candidates.count[row]; ++i) {
@@ -255,10 +262,10 @@ void head_candidates_cpu(RowState state, CandidateBuffers candidates, int64_t ro
       if (log_p >= candidates.log_min_prob) best.push_back({log_p, candidates.ids[at]});
     }
     std::sort(best.begin(), best.end());
-    const int64_t used = std::min<int64_t>(K, best.size());
-    for (int64_t k = 0; k < K; ++k) {
-      ids[row * K + k] = k < used ? best[k].id : -1;
-      logprobs[row * K + k] = k < used ? best[k].value : -kInf;
+    const int64_t used = std::min<int64_t>(slots, best.size());
+    for (int64_t k = 0; k < slots; ++k) {
+      ids[row * slots + k] = k < used ? best[k].id : -1;
+      logprobs[row * slots + k] = k < used ? best[k].value : -kInf;
     }
     counts[row] = used;
   });
@@ -279,14 +286,13 @@ void head_upstream_cpu(const float* dlogprobs, const float* dlse, const float* d
   });
 }
 
-void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t cols, int64_t col0, const int64_t* index,
-                            int64_t row0, bool gather, bool transformed, const float* bias, LogitTransform transform,
-                            RowGradients g, int num_threads) {
+void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t cols, int64_t col0, int64_t row0, bool kept,
+                            const float* bias, LogitTransform transform, const RowGradients& g, int num_threads) {
   for_each_row(rows, cols, num_threads, [&](int64_t row) {
-    const int64_t n = index ? index[row] : row0 + row;
-    const float* z = tile + (gather ? n - row0 : row) * cols;
+    const int64_t n = g.active ? g.active[row0 + row] : row0 + row;
+    const float* z = tile + (kept ? n : row) * cols;
     float* dz = out + row * cols;
-    if (!transformed) {
+    if (!kept) {
       transform_row(z, dz, cols, bias, transform);
       z = dz;
     }

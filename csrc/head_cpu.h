@@ -27,25 +27,36 @@ struct CandidateBuffers {
   float log_min_prob;
 };
 
-// h.w to z in place; the state takes in this tile; id_z (rows, K) gets z of the ids in it; candidates (count null if
-// unwanted) are emitted. With `expectation` (rows, D) the tile becomes exp(z - max) dz/da and its rows are rescaled.
-void head_forward_tile_cpu(float* tile, int64_t rows, int64_t cols, int64_t col0, const float* bias,
-                           LogitTransform transform, RowState state, const int64_t* ids, float* id_z, int64_t K,
-                           CandidateBuffers candidates, float* expectation, int64_t D, int num_threads);
+// A block of rows on its way through the vocabulary: what the forward carries from tile to tile.
+struct RowBlock {
+  int64_t rows;
+  int64_t K;
+  int64_t D;
+  const int64_t* ids;           // (rows, K)
+  float* id_z;                  // (rows, K) z of the ids met so far
+  float* expectation;           // (rows, D), null if unwanted
+  RowState state;
+  CandidateBuffers candidates;  // count null if unwanted
+};
+
+// h.w to z in place; the state takes in this tile (rows, cols), id_z the z of the ids in it; candidates are emitted. With
+// `expectation` the tile becomes exp(z - max) dz/da and the rows of `expectation` are rescaled.
+void head_forward_tile_cpu(float* tile, int64_t cols, int64_t col0, const float* bias, LogitTransform transform,
+                           const RowBlock& block, int num_threads);
 
 // lse, what rounding it to fp32 lost, entropy (the latter two null if unwanted), logprobs (rows, K); expectation /= sumexp.
-void head_finish_cpu(RowState state, const int64_t* ids, const float* id_z, int64_t rows, int64_t K, int64_t V, float* lse,
-                     float* lse_low, float* entropy, float* logprobs, float* expectation, int64_t D, int num_threads);
+void head_finish_cpu(const RowBlock& block, int64_t V, float* lse, float* lse_low, float* entropy, float* logprobs,
+                     int num_threads);
 
-// Sorted (rows, K) ids and log-probs, padded with -1 and -inf, and their counts.
-void head_candidates_cpu(RowState state, CandidateBuffers candidates, int64_t rows, int64_t K, int64_t* ids, float* logprobs,
-                         int64_t* counts, int num_threads);
+// Sorted (rows, slots) ids and log-probs, padded with -1 and -inf, and their counts.
+void head_candidates_cpu(const RowBlock& block, int64_t slots, int64_t* ids, float* logprobs, int64_t* counts,
+                         int num_threads);
 
 // total[n] = sum_k dlogprobs - dlse, active[n] = whether any upstream gradient of row n is not 0. Any may be null.
 void head_upstream_cpu(const float* dlogprobs, const float* dlse, const float* dentropy, const int64_t* ids, int64_t N,
                        int64_t K, int64_t V, double* total, uint8_t* active, int num_threads);
 
-// Upstream gradients and statistics of all rows; dlogprobs and dentropy may be null.
+// Upstream gradients and statistics of all rows of a batch; dlogprobs and dentropy may be null.
 struct RowGradients {
   const float* dlogprobs;  // (N, K)
   const int64_t* ids;      // (N, K)
@@ -55,13 +66,13 @@ struct RowGradients {
   const float* lse_low;  // may be null
   const float* dentropy;
   const float* entropy;
+  const int64_t* active;  // rows with a gradient; null: all
 };
 
-// dz/d(h.w + b) dL/dz of a tile. Row i of `out` is row index[i] (i + row0 where index is null) of the batch; it is read from
-// row i of `tile`, or from row index[i] - row0 if `gather`. `transformed`: the tile holds z already. `out` may be `tile`.
-void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t cols, int64_t col0, const int64_t* index,
-                            int64_t row0, bool gather, bool transformed, const float* bias, LogitTransform transform,
-                            RowGradients gradients, int num_threads);
+// out (rows, cols) = dz/d(h.w + b) dL/dz of the active rows row0 .. row0 + rows. The tile holds h.w of these rows, and `out`
+// may be `tile`; or, if `kept`, z of all rows of the batch.
+void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t cols, int64_t col0, int64_t row0, bool kept,
+                            const float* bias, LogitTransform transform, const RowGradients& gradients, int num_threads);
 
 // out (cols, rows) = in (rows, cols) transposed.
 void transpose_cpu(const float* in, int64_t rows, int64_t cols, float* out, int num_threads);

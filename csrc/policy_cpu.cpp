@@ -147,8 +147,8 @@ void clipped_surrogate_bwd_cpu(const float* dloss, const float* slope, float* dl
                  [&](int64_t i, int64_t length) { slope_block(dloss + i, slope + i, dlogprobs + i, length); });
 }
 
-void distrl_objective_cpu(PolicyRows rows, Branch tokens, Branch candidates, float alpha, ObjectiveOutputs outputs,
-                          double* partial, int64_t block_rows, int num_threads) {
+void distrl_objective_cpu(const PolicyRows& rows, const Branch& tokens, const Branch& candidates, float alpha,
+                          const ObjectiveOutputs& outputs, double* partial, int64_t block_rows, int num_threads) {
   const Branch branches[2] = {tokens, candidates};
   const int64_t blocks = (rows.n + block_rows - 1) / block_rows;
   const int threads = rows.n * (rows.K + 1) < kThreaded ? 1 : num_threads;

@@ -39,7 +39,7 @@ struct ObjectiveOutputs {
 
 // The DistRL objective of these rows. partial (ceil(n / block_rows), 11) is scratch: sums of blocks, added in their order,
 // so that the result does not depend on the number of threads.
-void distrl_objective_cpu(PolicyRows rows, Branch tokens, Branch candidates, float alpha, ObjectiveOutputs outputs,
-                          double* partial, int64_t block_rows, int num_threads);
+void distrl_objective_cpu(const PolicyRows& rows, const Branch& tokens, const Branch& candidates, float alpha,
+                          const ObjectiveOutputs& outputs, double* partial, int64_t block_rows, int num_threads);
 
 }  // namespace ipvrm

@@ -324,16 +324,14 @@ struct LossForward {
   double* losses;
   float* gradient;
   float beta, inverse_divisor;
-  Weighting kind;
-  bool per_sequence;
   float scale(int64_t b, const PrefixWeights& weights) const {
     const float own = terms.weight ? inverse_divisor * terms.weight[b] : inverse_divisor;
-    return per_sequence ? own / weights.sum : own;
+    return terms.per_sequence ? own / weights.sum : own;
   }
   double sum(const Piece& piece) const { return piece_sum(log_ratio, piece); }
   double run(const Piece& piece, double carry) const {
     const int64_t b = piece.sequence;
-    const PrefixWeights weights = prefix_weights(kind, static_cast<float>(piece.length));
+    const PrefixWeights weights = prefix_weights(terms.weighting, static_cast<float>(piece.length));
     const float against = 1.0f - 2.0f * terms.outcome[b];  // -sign
     float copy[kBlock], values[kBlock], buffer[kBlock], inverse[kBlock];
     double total = 0.0;
@@ -349,7 +347,7 @@ struct LossForward {
   bool returns() const { return gradient != nullptr; }
   ScanReverse back() const { return {gradient, gradient, beta}; }
   void finish(int64_t b, int length, double total) const {
-    const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
+    const PrefixWeights weights = prefix_weights(terms.weighting, static_cast<float>(length));
     losses[b] = scale(b, weights) * total;
   }
   void run_short(const Run& run) const {
@@ -359,7 +357,7 @@ struct LossForward {
     inverse_positions(run, inverse.tokens());
     for (int k = 0; k < run.num_sequences; ++k) {
       const int64_t b = run.sequence + k;
-      const PrefixWeights weights = prefix_weights(kind, static_cast<float>(run.length(k)));
+      const PrefixWeights weights = prefix_weights(terms.weighting, static_cast<float>(run.length(k)));
       const float factor = against(k) * scale(b, weights);
       float *margin_to = margins.tokens() + run.offset(k), *scale_to = scales.tokens() + run.offset(k);
       float* omega_to = omegas.tokens() + run.offset(k);
@@ -426,30 +424,29 @@ void prefix_values_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, fl
                     PrefixValuesForward{log_ratio, value, mean_value, prob, td, beta});
 }
 
-void prefix_values_bwd_cpu(const float* dvalue, const float* dmean_value, const float* dprob, const float* dtd,
-                           const float* prob, const int32_t* cu_seqlens, float* dlog_ratio, int64_t num_sequences,
-                           float beta, int num_threads) {
+void prefix_values_bwd_cpu(const PrefixValueGradients& upstream, const float* prob, const int32_t* cu_seqlens,
+                           float* dlog_ratio, int64_t num_sequences, float beta, int num_threads) {
+  const auto [dvalue, dmean_value, dprob, dtd] = upstream;
   for_each_sequence(cu_seqlens, num_sequences, num_threads,
                     PrefixValuesBackward{dvalue, dmean_value, dprob, dtd, prob, dlog_ratio, beta});
 }
 
 bool prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, const LossTerms& terms, float* loss,
-                               float* gradient, int64_t num_sequences, int64_t num_rows, float beta, int weighting,
-                               bool per_sequence, bool count, int num_threads) {
+                               float* gradient, int64_t num_sequences, int64_t num_rows, float beta, bool count,
+                               int num_threads) {
   if (!edges_rise_cpu(cu_seqlens, num_sequences, num_rows) || !valid(terms, num_sequences)) return false;
-  const Weighting kind = static_cast<Weighting>(weighting);
   float inverse_divisor = terms.denominator ? 1.0f / *terms.denominator : terms.inverse_divisor;
   if (count) {
     double sum = 0.0;
     for (int64_t b = 0; b < num_sequences; ++b) {
       const int32_t length = cu_seqlens[b + 1] - cu_seqlens[b];
-      if (length > 0) sum += prefix_weights(kind, static_cast<float>(length)).sum;
+      if (length > 0) sum += prefix_weights(terms.weighting, static_cast<float>(length)).sum;
     }
     inverse_divisor = static_cast<float>(inverse_divisor / sum);
   }
   std::vector<double> losses(num_sequences, 0.0);  // 0 for an empty sequence, which the loop passes over
   for_each_sequence(cu_seqlens, num_sequences, num_threads,
-                    LossForward{log_ratio, terms, losses.data(), gradient, beta, inverse_divisor, kind, per_sequence});
+                    LossForward{log_ratio, terms, losses.data(), gradient, beta, inverse_divisor});
   *loss = static_cast<float>(std::accumulate(losses.begin(), losses.end(), 0.0));
   return true;
 }

@@ -178,7 +178,7 @@ prefix_values_bwd_kernel(const float* __restrict__ dvalue, const float* __restri
 __global__ void __launch_bounds__(kThreads)
 prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens, LossTerms terms,
                              float* __restrict__ losses, float* __restrict__ counted, float* __restrict__ slope,
-                             int64_t num_rows, float beta, Weighting kind, bool per_sequence) {
+                             int64_t num_rows, float beta) {
   __shared__ float warp_sums[kWarps];
   const int b = blockIdx.x;
   const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
@@ -189,10 +189,10 @@ prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t*
     }
     return;
   }
-  const PrefixWeights weights = prefix_weights(kind, static_cast<float>(length));
+  const PrefixWeights weights = prefix_weights(terms.weighting, static_cast<float>(length));
   float scale = terms.denominator ? 1.0f / *terms.denominator : terms.inverse_divisor;
   if (terms.weight) scale *= terms.weight[b];
-  if (per_sequence) scale /= weights.sum;
+  if (terms.per_sequence) scale /= weights.sum;
   const float sign = 2.0f * terms.outcome[b] - 1.0f;
   const float margin_b = terms.margin ? terms.margin[b] : terms.margin_value;
   TileScan scan(1.0, warp_sums);
@@ -271,21 +271,20 @@ void prefix_values_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, f
   check_launch("prefix_values");
 }
 
-void prefix_values_bwd_cuda(const float* dvalue, const float* dmean_value, const float* dprob, const float* dtd,
-                            const float* prob, const int32_t* cu_seqlens, float* dlog_ratio, int64_t num_sequences,
-                            int64_t num_rows, float beta, void* stream) {
+void prefix_values_bwd_cuda(const PrefixValueGradients& upstream, const float* prob, const int32_t* cu_seqlens,
+                            float* dlog_ratio, int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
   prefix_values_bwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(
-      dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, dlog_ratio, num_rows, beta);
+      upstream.dvalue, upstream.dmean_value, upstream.dprob, upstream.dtd, prob, cu_seqlens, dlog_ratio, num_rows, beta);
   check_launch("prefix_values backward");
 }
 
 void prefix_value_loss_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, const LossTerms& terms, float* losses,
                                 float* counted, float* slope, int64_t num_sequences, int64_t num_rows, float beta,
-                                int weighting, bool per_sequence, void* stream) {
+                                void* stream) {
   if (num_sequences == 0) return;
   prefix_value_loss_fwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(
-      log_ratio, cu_seqlens, terms, losses, counted, slope, num_rows, beta, static_cast<Weighting>(weighting), per_sequence);
+      log_ratio, cu_seqlens, terms, losses, counted, slope, num_rows, beta);
   check_launch("prefix_value_loss");
 }
 

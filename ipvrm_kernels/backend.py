@@ -57,10 +57,25 @@ def checks_values(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (_checks or tensor.device.type == "cpu")
 
 
+def native_struct(name: str, **fields: Any) -> Any:
+    """The extension's struct `name` with these fields: tensors as addresses, structs by value, the rest 0.
+
+    It keeps alive what its addresses point into, and a struct that it is a field of keeps it.
+    """
+    assert _C is not None
+    struct = getattr(_C, name)()
+    for field, value in fields.items():
+        if value is not None:
+            setattr(struct, field, value.data_ptr() if isinstance(value, Tensor) else value)
+    struct.alive = fields
+    return struct
+
+
 def native_call(name: str, *args: Any) -> Any:
     """Call `name` of the extension: tensors as addresses, None as 0, then the thread count or CUDA stream.
 
-    Returns what it returns. Only called after `choose` has said that the extension can run.
+    Structs are from `native_struct`. Returns what it returns. Only called after `choose` has said that the
+    extension can run.
     """
     assert _C is not None
     plain = [arg.data_ptr() if isinstance(arg, Tensor) else 0 if arg is None else arg for arg in args]

@@ -128,8 +128,14 @@ if backend.HAS_TRITON:
 
 
 def clip_bounds(clip_low: float, clip_high: float, dual_clip: float | None) -> tuple[float, float, float]:
-    """csrc's Clips: the interval of rho, and the multiple of |A| that bounds a loss with A < 0."""
+    """The interval of rho, and the multiple of |A| that bounds a loss with A < 0."""
     return 1 - clip_low, 1 + clip_high, math.inf if dual_clip is None else dual_clip
+
+
+def native_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> Any:
+    """csrc's Clips."""
+    low, high, dual = clip_bounds(clip_low, clip_high, dual_clip)
+    return backend.native_struct("Clips", low=low, high=high, dual=dual)
 
 
 def _empty_outputs(logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -169,7 +175,7 @@ def _native_forward(device: str) -> Any:
         outputs = _empty_outputs(logprobs)
         backend.native_call(
             f"clipped_surrogate_fwd_{device}", logprobs, old_logprobs, advantages, logprobs.numel(),
-            *clip_bounds(clip_low, clip_high, dual_clip), *outputs,
+            native_clips(clip_low, clip_high, dual_clip), *outputs,
         )  # fmt: skip
         return outputs
 

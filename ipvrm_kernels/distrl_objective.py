@@ -15,13 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backend
-from .clipped_surrogate import clip_bounds, clipped_surrogate_reference  # the formula; no launch is shared
+from .clipped_surrogate import (  # the formula; no launch is shared
+    clip_bounds,
+    clipped_surrogate_reference,
+    native_clips,
+)
 from .packing import lengths
 
 if backend.HAS_TRITON:
@@ -369,12 +373,14 @@ def _triton(
     partial = logprobs.new_empty(num_blocks, 16)
     pointers = [x if isinstance(x, Tensor) else None for x in divisors]
     numbers = [0.0 if isinstance(x, Tensor) else x for x in divisors]
-    bounds = _bounds(objective)
+    low, high, candidate_low, candidate_high = objective.clips
+    bounds = clip_bounds(low, high, objective.dual_clip)
+    candidate_bounds = clip_bounds(candidate_low, candidate_high, objective.dual_clip)
     with torch.cuda.device_of(logprobs):
         if num_blocks:
             _distrl_objective_kernel[(num_blocks,)](
                 logprobs, *batch[:7], *(partial if x is None else x for x in pointers), out.dlogprobs,
-                partial, B, B.bit_length(), row0, n, columns - 1, *numbers, *bounds[0][:2], *bounds[1],
+                partial, B, B.bit_length(), row0, n, columns - 1, *numbers, *bounds[:2], *candidate_bounds,
                 objective.alpha,
                 TOKEN_REDUCTION=objective.reduction, CANDIDATE_REDUCTION=objective.candidate_reduction,
                 TOKEN_POINTER=pointers[0] is not None, CANDIDATE_POINTER=pointers[1] is not None, BLOCK=BLOCK,
@@ -383,39 +389,31 @@ def _triton(
     return out
 
 
-def _bounds(objective: Objective) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """csrc's Clips of both branches."""
-    low, high, candidate_low, candidate_high = objective.clips
-    return (
-        clip_bounds(low, high, objective.dual_clip),
-        clip_bounds(candidate_low, candidate_high, objective.dual_clip),
-    )
-
-
-def _native_arguments(
-    logprobs: Tensor, batch: Batch, objective: Objective, numbers: Sequence[float], row0: int, out: Evaluated
-) -> tuple[Any, ...]:
-    """What the native kernels take first: rows, the two branches, alpha, outputs."""
-    n, columns = logprobs.shape
-    kinds = (objective.reduction, objective.candidate_reduction)
-    branches = [
-        (CANDIDATE_REDUCTIONS.index(kind), number, low, high)
-        for kind, number, (low, high, _) in zip(kinds, numbers, _bounds(objective), strict=True)
-    ]
-    return (
-        logprobs, *batch[:7], batch.cu_seqlens.shape[0] - 1, row0, n, columns - 1, *branches[0], *branches[1],
-        _bounds(objective)[0][2], objective.alpha, *out,
-    )  # fmt: skip
-
-
 def _cpp(
     logprobs: Tensor, batch: Batch, objective: Objective, divisors: Divisors, row0: int = 0
 ) -> Evaluated:
     out = _empty(logprobs)
     num_blocks = -(-len(logprobs) // BLOCK_ROWS)
     partial = torch.empty((num_blocks, SUMS), dtype=torch.float64)
-    arguments = _native_arguments(logprobs, batch, objective, [float(x) for x in divisors], row0, out)
-    backend.native_call("distrl_objective_cpu", *arguments, partial, BLOCK_ROWS)
+    struct, clips, dual_clip = backend.native_struct, objective.clips, objective.dual_clip
+    rows = struct(
+        "PolicyRows", logprobs=logprobs, B=batch.cu_seqlens.shape[0] - 1, row0=row0,
+        n=len(logprobs), K=logprobs.shape[1] - 1, **dict(zip(batch._fields[:7], batch[:7], strict=True)),
+    )  # fmt: skip
+    branches = [
+        struct(
+            "Branch", reduction=CANDIDATE_REDUCTIONS.index(kind), divisor=float(divisor),
+            clips=native_clips(low, high, dual_clip),
+        )
+        for kind, divisor, low, high in (
+            (objective.reduction, divisors.tokens, clips[0], clips[1]),
+            (objective.candidate_reduction, divisors.candidates, clips[2], clips[3]),
+        )
+    ]  # fmt: skip
+    outputs = struct("ObjectiveOutputs", **out._asdict())
+    backend.native_call(
+        "distrl_objective_cpu", rows, *branches, objective.alpha, outputs, partial, BLOCK_ROWS
+    )
     return out
 
 

@@ -263,6 +263,18 @@ def _triton_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: flo
     return dlog_ratio
 
 
+def _loss_terms(
+    outcome: Tensor, margin: Tensor | None, weight: Tensor | None, denominator: Tensor | None,
+    margin_value: float, divisor: float, weighting: str, per_sequence: bool,
+) -> Any:  # fmt: skip
+    """csrc's LossTerms."""
+    return backend.native_struct(
+        "LossTerms", outcome=outcome, margin=margin, weight=weight, denominator=denominator,
+        margin_value=margin_value, inverse_divisor=1 / divisor, weighting=WEIGHTINGS.index(weighting),
+        per_sequence=per_sequence,
+    )  # fmt: skip
+
+
 def _cpp_loss_fwd(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
@@ -271,9 +283,9 @@ def _cpp_loss_fwd(
     B, N = cu_seqlens.shape[0] - 1, log_ratio.shape[0]
     loss, gradient = log_ratio.new_empty(()), log_ratio.new_empty(N if needs_gradient else 0)
     valid = backend.native_call(
-        "prefix_value_loss_fwd_cpu", log_ratio, cu_seqlens, outcome, margin, weight, denominator,
-        margin_value, 1 / divisor, loss, gradient if needs_gradient else None, B, N, beta,
-        WEIGHTINGS.index(weighting), per_sequence, count,
+        "prefix_value_loss_fwd_cpu", log_ratio, cu_seqlens,
+        _loss_terms(outcome, margin, weight, denominator, margin_value, divisor, weighting, per_sequence),
+        loss, gradient if needs_gradient else None, B, N, beta, count,
     )  # fmt: skip
     if not valid:  # which is cheap to know on the way; the words are found here
         _check_loss_values(cu_seqlens, N, outcome, margin, weight, denominator)
@@ -293,10 +305,10 @@ def _cuda_loss_fwd(
     B = cu_seqlens.shape[0] - 1
     sums, slope = _gpu_outputs(log_ratio, B, count, needs_gradient)
     backend.native_call(
-        "prefix_value_loss_fwd_cuda", log_ratio, cu_seqlens, outcome, margin, weight, denominator,
-        margin_value, 1 / divisor, sums[1] if count else sums, sums[0] if count else None,
-        slope if needs_gradient else None,
-        B, log_ratio.shape[0], beta, WEIGHTINGS.index(weighting), per_sequence,
+        "prefix_value_loss_fwd_cuda", log_ratio, cu_seqlens,
+        _loss_terms(outcome, margin, weight, denominator, margin_value, divisor, weighting, per_sequence),
+        sums[1] if count else sums, sums[0] if count else None, slope if needs_gradient else None,
+        B, log_ratio.shape[0], beta,
     )  # fmt: skip
     return _finished(sums, slope, count)
 

@@ -184,8 +184,11 @@ def _native_values_bwd(device: str) -> Any:
     ) -> Tensor:  # fmt: skip
         dlog_ratio = torch.empty_like(prob)
         backend.native_call(
-            f"prefix_values_bwd_{device}", dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, dlog_ratio,
-            cu_seqlens.shape[0] - 1, prob.shape[0], beta,
+            f"prefix_values_bwd_{device}",
+            backend.native_struct(
+                "PrefixValueGradients", dvalue=dvalue, dmean_value=dmean_value, dprob=dprob, dtd=dtd
+            ),
+            prob, cu_seqlens, dlog_ratio, cu_seqlens.shape[0] - 1, prob.shape[0], beta,
         )  # fmt: skip
         return dlog_ratio
 

@@ -18,12 +18,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backend import native_call
+from ..backend import native_call, native_struct
 from . import Transform, transform_slope
 from .blocks import COLUMNS, Operand, blocks, kept_block, kept_rows, make_plan, row_blocks
 from .matmul import multiply, padded_rows, room_to_turn, turned
@@ -59,11 +59,12 @@ class Forward(NamedTuple):
     counts: Tensor  # (N,) int64
 
 
-def native_transform(transform: Transform) -> tuple[float, float]:
-    """(scale, limit) of csrc's LogitTransform: z = limit * tanh(x * scale), or x * scale without softcap."""
-    if transform.softcap is None:
-        return transform.scale / transform.temperature, 0.0
-    return transform.scale / transform.softcap, transform.softcap / transform.temperature
+def native_transform(transform: Transform) -> Any:
+    """csrc's LogitTransform: z = limit * tanh(x * scale), or x * scale without softcap."""
+    scale, softcap, temperature = transform.scale, transform.softcap, transform.temperature
+    if softcap is None:
+        return native_struct("LogitTransform", scale=scale / temperature, limit=0.0)
+    return native_struct("LogitTransform", scale=scale / softcap, limit=softcap / temperature)
 
 
 def bias_block(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
@@ -94,7 +95,7 @@ class Sums(NamedTuple):
     sumexp: Tensor  # (R,) fp64 sum exp(z - max)
     sum_z_exp: Tensor | None  # (R,) fp64 sum (z - max) exp(z - max)
     id_z: Tensor  # (R, K) z of the ids that exist, else unwritten
-    buffers: tuple[Tensor | float | None, ...]  # csrc's CandidateBuffers
+    native: Any  # csrc's RowBlock of these
 
 
 def sweep(
@@ -130,13 +131,15 @@ def sweep(
     count = new(R if candidates else 0, dtype=torch.int32)
     found = new((R, rule.capacity) if candidates else 0, dtype=torch.int32)
     found_z, threshold = new(found.shape), new(count.shape)
-    buffers = (
-        count if candidates else None, found, found_z, threshold,
-        rule.slots, rule.capacity, rule.log_min_prob,
+    buffers = native_struct(
+        "CandidateBuffers", count=count if candidates else None, ids=found, z=found_z, threshold=threshold,
+        slots=rule.slots, capacity=rule.capacity, log_min_prob=rule.log_min_prob,
     )  # fmt: skip
+    sum_z_exp = sums[1] if entropy else None
+    state = native_struct("RowState", top=top, sumexp=sums[0], sum_z_exp=sum_z_exp)
+    native = native_transform(transform)
     h_blocks = Operand(hidden, transform.dtype, R, padded)
     w_blocks = Operand(weight, transform.dtype, C)
-    state = Sums(top, sums[0], sums[1] if entropy else None, id_z, buffers)
     for r0, r1 in blocks(N, R) if padded else row_blocks(N, R):
         h = h_blocks.block(r0, r1)
         top.fill_(-math.inf)
@@ -144,6 +147,10 @@ def sweep(
         count.zero_()
         threshold.fill_(-math.inf)
         E = None if expectation is None else expectation[r0:r1]
+        block = native_struct(
+            "RowBlock", rows=r1 - r0, K=K, D=D, ids=ids[r0:r1], id_z=id_z, expectation=E, state=state,
+            candidates=buffers,
+        )  # fmt: skip
         with torch.autocast("cpu", enabled=False):
             for c0, c1 in blocks(V, C):
                 w = w_blocks.block(c0, c1)
@@ -152,14 +159,10 @@ def sweep(
                 else:
                     z = tile[: len(h) * len(w)].view(len(h), len(w))
                 multiply(z, h, w.T, rows=len(h))
-                native_call(
-                    "head_forward_tile_cpu", z, r1 - r0, c1 - c0, c0, bias_block(bias, c0, c1),
-                    *native_transform(transform), top, sums[0], state.sum_z_exp, ids[r0:r1], id_z, K,
-                    *buffers, E, D,
-                )  # fmt: skip
+                native_call("head_forward_tile_cpu", z, c1 - c0, c0, bias_block(bias, c0, c1), native, block)
                 if E is not None:
                     add_product(E, z, w, padded)
-        yield r0, r1, state
+        yield r0, r1, Sums(top, sums[0], sum_z_exp, id_z, block)
 
 
 def forward(
@@ -185,16 +188,15 @@ def forward(
         expectation=result.expectation if expectation else None, deterministic=deterministic,
         backward_follows=backward_follows and limit is not None and not keep,
     )  # fmt: skip
-    for r0, r1, (top, sumexp, sum_z_exp, id_z, buffers) in blocks_done:
+    for r0, r1, sums in blocks_done:
         native_call(
-            "head_finish_cpu", top, sumexp, sum_z_exp, ids[r0:r1], id_z, r1 - r0, K, V,
-            result.lse[r0:r1], result.saved[r0:r1], result.entropy[r0:r1] if entropy else None,
-            result.logprobs[r0:r1], result.expectation[r0:r1] if expectation else None, D,
+            "head_finish_cpu", sums.native, V, result.lse[r0:r1], result.saved[r0:r1],
+            result.entropy[r0:r1] if entropy else None, result.logprobs[r0:r1],
         )  # fmt: skip
         if candidates:
             native_call(
-                "head_candidates_cpu", top, sumexp, *buffers, r1 - r0, slots,
-                result.candidate_ids[r0:r1], result.candidate_logprobs[r0:r1], result.counts[r0:r1],
+                "head_candidates_cpu", sums.native, slots, result.candidate_ids[r0:r1],
+                result.candidate_logprobs[r0:r1], result.counts[r0:r1],
             )  # fmt: skip
     return result
 
@@ -226,6 +228,7 @@ class Upstream(NamedTuple):
     dentropy: Tensor | None
     entropy: Tensor
     active: Tensor | None  # (n,) int64 rows with a gradient; None: all
+    native: Any  # csrc's RowGradients of these
 
     @property
     def num_rows(self) -> int:
@@ -233,18 +236,15 @@ class Upstream(NamedTuple):
 
     def write_slopes(
         self, tile: Tensor, out: Tensor, rows: tuple[int, int], col0: int, bias: Tensor | None,
-        transform: Transform, *, kept: bool,
+        transform: Any, *, kept: bool,
     ) -> None:  # fmt: skip
-        """out (rows, C) = dL/d(h.w + b) of rows r0 .. r1 of `active`.
+        """out (rows, C) = dL/d(h.w + b) of rows r0 .. r1 of `active`; transform: from `native_transform`.
 
         The tile holds h.w of these rows, or, if `kept`, z of all rows.
         """
-        index = None if self.active is None else self.active[rows[0] :]
         native_call(
-            "head_backward_tile_cpu", tile, out, rows[1] - rows[0], tile.shape[1], col0, index,
-            0 if index is not None else rows[0], kept and index is not None, kept,
-            bias_block(bias, col0, col0 + tile.shape[1]), *native_transform(transform), self.dlogprobs,
-            self.ids, self.ids.shape[1], self.total, self.lse, self.lse_low, self.dentropy, self.entropy,
+            "head_backward_tile_cpu", tile, out, rows[1] - rows[0], tile.shape[1], col0, rows[0], kept,
+            bias_block(bias, col0, col0 + tile.shape[1]), transform, self.native,
         )  # fmt: skip
 
 
@@ -260,10 +260,13 @@ def make_upstream(
     N, K = ids.shape
     total, active = torch.empty(N, dtype=torch.float64), torch.empty(N, dtype=torch.uint8)
     native_call("head_upstream_cpu", dlogprobs, dlse, dentropy, ids, N, K, V, total, active)
-    index = active.nonzero()[:, 0]
-    return Upstream(
-        dlogprobs, ids, total, lse, lse_low, dentropy, entropy, None if len(index) == N else index
-    )
+    nonzero = active.nonzero()[:, 0]
+    index = None if len(nonzero) == N else nonzero
+    native = native_struct(
+        "RowGradients", dlogprobs=dlogprobs, ids=ids, K=K, total=total, lse=lse, lse_low=lse_low,
+        dentropy=dentropy, entropy=entropy, active=index,
+    )  # fmt: skip
+    return Upstream(dlogprobs, ids, total, lse, lse_low, dentropy, entropy, index, native)
 
 
 def backward(
@@ -293,6 +296,7 @@ def backward(
     chunk = torch.empty((max(C, width), D) if narrow else 0)
     h_blocks = Operand(hidden, transform.dtype, R, padded)
     w_blocks = Operand(weight, transform.dtype, max(C, width))
+    native = native_transform(transform)
     with torch.autocast("cpu", enabled=False):
         columns = itertools.chain(blocks(keep, width), ((keep + a, keep + b) for a, b in blocks(V - keep, C)))
         for c0, c1 in columns if n else ():
@@ -304,11 +308,10 @@ def backward(
                 a = tile[: len(h) * len(w)].view(len(h), len(w))
                 if kept is not None and c0 < keep:
                     z = kept_block(kept, N, c0, c1)
-                    z = z[r0:r1] if up.active is None else z
-                    up.write_slopes(z, a, (r0, r1), c0, bias, transform, kept=True)
+                    up.write_slopes(z, a, (r0, r1), c0, bias, native, kept=True)
                 else:
                     multiply(a, h, w.T, rows=len(h))
-                    up.write_slopes(a, a, (r0, r1), c0, bias, transform, kept=False)
+                    up.write_slopes(a, a, (r0, r1), c0, bias, native, kept=False)
                 if needs[0]:
                     add_product(dhidden[r0:r1], a, w, padded)
                 a, h = a[: r1 - r0], h[: r1 - r0]
@@ -364,6 +367,7 @@ def fused_gradients(
     lse, lse_low, top = new(R), new(R), new(R)
     sumexp = new(R, dtype=torch.float64)
     id_z, logprobs = new(R, K), new(R, K)
+    native, state = native_transform(transform), native_struct("RowState", top=top, sumexp=sumexp)
     w_blocks = Operand(weight, transform.dtype, COLUMNS)
     with torch.autocast("cpu", enabled=False):
         for r0, r1 in row_blocks(N, R):
@@ -371,18 +375,12 @@ def fused_gradients(
             h = Operand(hidden, transform.dtype, R).block(r0, r1)
             top.fill_(-math.inf)
             sumexp.zero_()
+            block = native_struct("RowBlock", rows=rows, K=K, D=D, ids=ids[r0:r1], id_z=id_z, state=state)
             for (c0, c1), room in zip(blocks(V, COLUMNS), kept, strict=True):
                 z = room[: rows * (c1 - c0)].view(rows, -1)
                 multiply(z, h, w_blocks.block(c0, c1).T, rows=rows)
-                native_call(
-                    "head_forward_tile_cpu", z, rows, c1 - c0, c0, bias_block(bias, c0, c1),
-                    *native_transform(transform), top, sumexp, None, ids[r0:r1], id_z, K,
-                    None, None, None, None, 0, 0, -math.inf, None, D,
-                )  # fmt: skip
-            native_call(
-                "head_finish_cpu", top, sumexp, None, ids[r0:r1], id_z, rows, K, V, lse, lse_low, None,
-                logprobs, None, D,
-            )  # fmt: skip
+                native_call("head_forward_tile_cpu", z, c1 - c0, c0, bias_block(bias, c0, c1), native, block)
+            native_call("head_finish_cpu", block, V, lse, lse_low, None, logprobs)
             dlogprobs = slopes(r0, r1, logprobs[:rows])
             up = make_upstream(dlogprobs, None, None, ids[r0:r1], V, lse, lse_low, lse)
             n = m = up.num_rows
@@ -399,7 +397,7 @@ def fused_gradients(
                 z = room[: rows * (c1 - c0)].view(rows, -1)
                 a = z if up.active is None else spare[: m * (c1 - c0)].view(m, -1)
                 a[n:] = 0
-                up.write_slopes(z, a, (0, n), c0, bias, transform, kept=True)
+                up.write_slopes(z, a, (0, n), c0, bias, native, kept=True)
                 if needs[0]:
                     multiply(dh, a, w_blocks.block(c0, c1), rows=m, add=c0 > 0)
                 if needs[1]:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import weakref
 
 import pytest
 import torch
@@ -129,3 +131,30 @@ def test_forward_mode_is_refused(way):
             else:
                 with torch.autograd.forward_ad.dual_level():
                     function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def test_no_native_function_takes_more_than_ten_bare_numbers():
+    """What belongs together goes down as a struct with named fields: swapped addresses are silent."""
+    extension = pytest.importorskip("ipvrm_kernels._C")
+    functions = {name: f.__doc__ for name, f in vars(extension).items() if name.endswith(("_cpu", "_cuda"))}
+    assert len(functions) >= 12
+    for name, signature in functions.items():
+        arguments = re.findall(r"arg\d+: (\S+)", signature.splitlines()[0])
+        assert len(arguments) >= 4, signature
+        bare = [x for x in arguments if "ipvrm" not in x]
+        assert len(bare) <= 10, f"{name} takes {len(bare)}: {signature}"
+
+
+def test_a_native_struct_keeps_its_tensors_and_refuses_other_names():
+    pytest.importorskip("ipvrm_kernels._C")
+    top = torch.zeros(3)
+    address, gone = top.data_ptr(), weakref.ref(top)
+    state = backend.native_struct("RowState", top=top, sumexp=None)
+    block = backend.native_struct("RowBlock", rows=3, state=state)
+    assert (state.top, state.sumexp, state.sum_z_exp, block.rows) == (address, 0, 0, 3)
+    del top, state
+    assert gone() is not None
+    del block
+    assert gone() is None
+    with pytest.raises(AttributeError, match="tops"):
+        backend.native_struct("RowState", tops=torch.zeros(3))

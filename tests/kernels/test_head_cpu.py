@@ -373,12 +373,12 @@ def test_seeded_faults_are_caught(fault, monkeypatch):
 
     def faulty(name, *args):
         args = list(args)
-        if fault == "tail tile lost" and name == "head_forward_tile_cpu" and args[2] < 32:
+        if fault == "tail tile lost" and name == "head_forward_tile_cpu" and args[1] < 32:
             return
         if fault == "ids one column off" and name == "head_forward_tile_cpu":
-            args[3] -= 1
+            args[2] -= 1
         if fault == "upstream of the first rows" and name == "head_backward_tile_cpu":
-            args[6] = 0
+            args[5] = 0
         real(name, *args)
 
     monkeypatch.setattr(cpu, "native_call", faulty)
