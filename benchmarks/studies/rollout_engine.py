@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from benchmarks.suite import machine
+from ipvrm.data.chat import encode_prompt
 from ipvrm.data.rows import read_prompts
 from ipvrm.models.causal_lm import load_model, load_tokenizer
-from ipvrm.rollouts.engine import Sampling, TransformersEngine, _Draw, encode_prompt
+from ipvrm.rollouts.engine import Sampling, TransformersEngine, _Draw
 from ipvrm.run_folder import write_json
 
 PROMPTS, SAMPLES, NEW_TOKENS, VOCABULARY = 16, 4, 64, 151_936

@@ -1,14 +1,15 @@
-"""Rows of text with an outcome label to token ids: the only place that renders chat.
+"""Rows of text with an outcome label to token ids: the one way that every command takes.
 
 A row is a conversation whose last message is the assistant's, or a prompt and a response. It becomes the
-token ids of prompt + response, the response ending at the end-of-turn token.
+tokens of the prompt and those that the policy sampled, the end-of-turn token included where it ended.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ipvrm.data.rows import BadRow, OnBadRow, Row, report_bad_rows
+from ipvrm.data.chat import Chat, missing_part, tokenizer_hash
+from ipvrm.data.rows import BadRow, OnBadRow, Row, Sampled, report_bad_rows
 from ipvrm.errors import IpvrmError
 
 OnLong = Literal["drop", "truncate"]
@@ -45,65 +46,46 @@ class Tokenized:
     bad: list[BadRow]
 
 
-def end_of_turn_id(tokenizer: Any) -> int:
-    """Id of the token that ends the assistant's turn: the first special token that the chat template writes
-    behind the assistant's text, else the tokenizer's `eos_token`.
-
-    Raises:
-        IpvrmError: there is neither.
-    """
-    if tokenizer.chat_template is not None:
-        probe = "ipvrm-probe"
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception:  # jinja raises what the template's author wrote; each row will report it
-            text = ""
-        tail = text[text.rindex(probe) + len(probe) :] if probe in text else ""
-        special = set(tokenizer.all_special_ids)
-        special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        for token_id in tokenizer(tail, add_special_tokens=False)["input_ids"]:
-            if token_id in special:
-                return int(token_id)
-    if tokenizer.eos_token_id is None:
-        raise IpvrmError(
-            "the tokenizer has no token that ends a turn; set its eos_token or its chat template"
-        )
-    return int(tokenizer.eos_token_id)
-
-
 def tokenize(
     rows: Sequence[Row],
-    tokenizer: Any,
+    chat: Chat | Any,
     *,
     max_length: int | None,
     on_long: OnLong = "drop",
     on_bad_row: OnBadRow = "error",
     with_offsets: bool = False,
 ) -> Tokenized:
-    """Rows to token ids, in order.
+    """Rows to token ids, in order: prompt + what the policy sampled.
 
-    With a chat template a text prompt becomes one user message; without, prompt and response are joined as
-    they are. The prompt's tokens must be a prefix of the whole's. The response ends at the first end-of-turn
-    token behind its text, which is appended where the template writes none.
+    A row's response is, in this order: (1) the ids that `ipvrm rollout` stored, if they are of this
+    tokenizer; they must decode to the row's text; (2) the text's own tokens behind the prompt's, and behind
+    them the token that ends a turn under this template (else `eos_token`) where the response ended; (3) where
+    the answer is a message with more than content (reasoning, tool calls), what the template writes for it.
+    With a chat template a text prompt becomes one user message; without, prompt and response stand as they
+    are.
 
     Args:
+        chat: tokenizer and the variables of its template.
         max_length: most tokens of prompt and response together; None for no limit.
         on_long: `drop` leaves longer rows out and counts them; `truncate` cuts the response on the right (it
             then has no end-of-turn token) and drops only rows whose prompt leaves no room.
         with_offsets: fill `Response.offsets`.
+
+    Returns: besides the usual counts, `other_tokens_than_sampled`: rows whose stored ids are not what their
+        text encodes to; `ids_of_another_tokenizer`: rows whose stored ids cannot be used here.
 
     Raises:
         IpvrmError: bad rows under `on_bad_row="error"`, or a tokenizer without character offsets.
     """
     if on_long not in ("drop", "truncate"):
         raise IpvrmError(f"on_long must be 'drop' or 'truncate'; got {on_long!r}")
-    if not tokenizer.is_fast:
+    chat = chat if isinstance(chat, Chat) else Chat(chat)
+    if not chat.tokenizer.is_fast:
         raise IpvrmError(
-            f"{type(tokenizer).__name__} gives no character offsets; "
+            f"{type(chat.tokenizer).__name__} gives no character offsets; "
             "a tokenizer.json (fast tokenizer) is needed"
         )
-    encoder = _Encoder(tokenizer, with_offsets)
+    encoder = _Encoder(chat, with_offsets)
     responses: list[Response] = []
     bad: list[BadRow] = []
     counts = {"rows": len(rows), "used": 0, "bad": 0, "too_long_dropped": 0, "truncated": 0}
@@ -129,98 +111,99 @@ def tokenize(
         "response_tokens": sum(r.length for r in responses),
         "right": sum(r.label == 1 for r in responses),
         "wrong": sum(r.label == 0 for r in responses),
+        **encoder.counts,
     }
     return Tokenized(responses, counts, bad)
 
 
 class _Encoder:
-    """Renders and encodes a chunk of rows; yields a Response, or the reason why there is none, for each."""
+    """Encodes a chunk of rows; yields a Response, or the reason why there is none, for each."""
 
-    def __init__(self, tokenizer: Any, with_offsets: bool):
-        self.tokenizer = tokenizer
+    def __init__(self, chat: Chat, with_offsets: bool):
+        self.chat = chat
         self.with_offsets = with_offsets
-        self.end_of_turn = end_of_turn_id(tokenizer)
-        self.chat = tokenizer.chat_template is not None
-        # Templates write their own BOS. Plain text gets the one the tokenizer would add.
-        leading = [] if self.chat else tokenizer("a", add_special_tokens=True)["input_ids"][:1]
-        self.leading = tuple(leading) if leading == [tokenizer.bos_token_id] else ()
-        self.prompts: dict[str, tuple[int, ...]] = {}  # rollouts of one prompt share its tokens
+        self.hash: str | None = None
+        self.counts = {"other_tokens_than_sampled": 0, "ids_of_another_tokenizer": 0}
 
     def __call__(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Response | str]]:
-        rendered: list[tuple[str, str] | str] = [self._render(row) for row in rows]
-        texts = [item for item in rendered if isinstance(item, tuple)]
-        new = list({prompt: None for prompt, _ in texts if prompt not in self.prompts})
-        for prompt, ids in zip(new, self._encode(new)["input_ids"] if new else [], strict=True):
-            self.prompts[prompt] = tuple(ids)
-        encodings = self._encode([text for _, text in texts]).encodings if texts else []
-        index = 0
-        for row, item in zip(rows, rendered, strict=True):
-            if isinstance(item, str):
-                yield row, item
-                continue
-            yield row, self._response(row, *item, encodings[index])
-            index += 1
+        texts = [self._answer(row) for row in rows]
+        encodings = iter(self.chat.encodings([t for t in texts if not isinstance(t, ValueError)]))
+        for row, text in zip(rows, texts, strict=True):
+            try:
+                if isinstance(text, ValueError):
+                    raise text
+                yield row, self._response(row, text, next(encodings))
+            except ValueError as error:
+                yield row, str(error)
 
-    def _encode(self, texts: list[str]) -> Any:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)
-
-    def _render(self, row: Row) -> tuple[str, str] | str:
-        """(prompt text, whole text), or the reason why there is none."""
-        if not self.chat:
-            if not isinstance(row.prompt, str):
-                return "messages need a tokenizer with a chat template, and this one has none"
-            return row.prompt, row.prompt + row.response
-        prompt = (
-            [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else list(row.prompt)
-        )
+    def _answer(self, row: Row) -> str | ValueError:
+        """The text that becomes the response's tokens."""
+        if row.message is None:
+            return row.response
         try:
-            text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            answer = {"role": "assistant", "content": row.response}
-            whole = self.tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
-        except Exception as error:  # jinja raises what the template's author wrote
-            return f"the chat template refuses the conversation: {error}"
-        if not whole.startswith(text):
-            return (
-                "the chat template writes the prompt differently when an answer follows; "
-                "it must be a prefix of the whole"
-            )
-        return text, whole
+            if not self.chat.has_template:
+                raise ValueError("messages need a tokenizer with a chat template, and this one has none")
+            return self.chat.render_answer(row.prompt, row.message, row.tools)
+        except ValueError as error:
+            return error
 
-    def _response(self, row: Row, prompt: str, text: str, encoding: Any) -> Response | str:
-        prompt_ids = self.prompts[prompt]
-        ids = encoding.ids
-        P = len(prompt_ids)
-        if not P + len(self.leading):
-            return "the prompt has no tokens; the first response token would have nothing that predicts it"
-        if tuple(ids[:P]) != prompt_ids:
-            return (
-                "the prompt's tokens are not a prefix of the whole's (a token spans their boundary); "
-                "end the prompt with a space or newline"
-            )
-        content = row.response.strip()  # templates may strip it
-        begin = text.find(content, len(prompt))
-        if begin < 0:
-            return "the chat template rewrites the response's text"
-        end = begin + len(content)
-        # where the response starts, or would without the stripping
-        origin = begin - row.response.index(content)
-        if text.startswith(row.response, origin):
-            begin, end = origin, origin + len(row.response)
-        offsets = encoding.offsets
-        stop = len(ids)  # first token that starts behind the text
-        while stop > P and offsets[stop - 1][0] >= end:
-            stop -= 1
-        ending = next((i for i in range(stop, len(ids)) if ids[i] == self.end_of_turn), None)
-        body = ids[: ending if ending is not None else stop]
-        if len(body) <= P:
-            return "the response has no tokens"
+    def _response(self, row: Row, text: str, encoding: Any) -> Response:
+        ids, offsets = list(encoding.ids), list(encoding.offsets)
+        end = self.chat.end_of_turn
+        if row.message is not None and end in ids:  # what templates write behind the end is nobody's
+            ids = ids[: ids.index(end) + 1]
+        if row.ended and ids[-1:] != [end]:
+            ids.append(end)
+        elif not row.ended and row.message is not None and ids[-1:] == [end]:
+            ids.pop()
+        prompt = self.chat.prompt_ids(row.prompt, row.tools)
+        if (sampled := row.sampled) is not None and self._is_ours(sampled):
+            self._check_sampled(row, sampled)
+            prompt = sampled.prompt_ids
+            if list(sampled.response_ids) != ids:
+                self.counts["other_tokens_than_sampled"] += 1
+                ids = list(sampled.response_ids)
+                offsets = _offsets(self.chat.tokenizer, ids) if self.with_offsets else []
+        if not ids or (row.ended and len(ids) == 1 and not text):
+            raise ValueError("the response has no tokens")
         relative = None
         if self.with_offsets:
-            relative = tuple(
-                (max(first, begin) - origin, last - origin) if last > begin and first < end else (-1, -1)
-                for first, last in offsets[P : len(body)]
-            )
-            relative += ((-1, -1),)
-        return Response(
-            (*self.leading, *body, self.end_of_turn), len(self.leading) + P, row.label, row.source, relative
-        )
+            of_text = [(a, b) if b <= len(text) else (-1, -1) for a, b in offsets[: len(ids)]]
+            relative = (*of_text, *[(-1, -1)] * (len(ids) - len(of_text)))
+            if row.ended:
+                relative = (*relative[:-1], (-1, -1))
+        return Response((*prompt, *ids), len(prompt), row.label, row.source, relative)
+
+    def _is_ours(self, sampled: Sampled) -> bool:
+        if self.hash is None:
+            self.hash = tokenizer_hash(self.chat.tokenizer)
+        self.counts["ids_of_another_tokenizer"] += sampled.tokenizer_hash != self.hash
+        return sampled.tokenizer_hash == self.hash
+
+    def _check_sampled(self, row: Row, sampled: Sampled) -> None:
+        """Raises ValueError unless the stored ids decode to the row's text."""
+        body = sampled.response_ids[:-1] if row.ended else sampled.response_ids
+        if not sampled.prompt_ids or not sampled.response_ids:
+            raise ValueError("prompt_ids and response_ids must hold at least one id each")
+        if (found := self._decode(body)) != row.response:
+            raise ValueError(f"response_ids decode to another text than the response: {found!r:.60}")
+        text = self._decode(sampled.prompt_ids)
+        messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        if missing_part(messages, row.tools, text):
+            raise ValueError(f"prompt_ids decode to another text than the prompt: {text!r:.60}")
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        try:
+            return str(self.chat.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        except (OverflowError, IndexError, TypeError) as error:
+            raise ValueError(f"ids that the tokenizer does not have: {error}") from error
+
+
+def _offsets(tokenizer: Any, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Character range of each token within the text of all of them; one that only starts or continues a
+    character lies in that character's range."""
+    ends = [
+        len(tokenizer.decode(list(ids[: i + 1]), clean_up_tokenization_spaces=False).rstrip("\ufffd"))
+        for i in range(len(ids))
+    ]
+    return [(min(start, end), max(start, end)) for start, end in zip([0, *ends], ends, strict=False)]

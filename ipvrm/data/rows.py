@@ -9,22 +9,53 @@ from typing import Any, Literal
 
 from ipvrm.errors import IpvrmError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 OnBadRow = Literal["error", "skip"]
-COLUMNS = ("conversation", "prompt", "response", "label")
-PROMPT_COLUMNS = ("prompt", "answer", "reward_model", "data_source")
+COLUMNS = (
+    "conversation", "prompt", "response", "label", "system", "tools", "truncated",
+    "prompt_ids", "response_ids", "tokenizer_hash",
+)  # fmt: skip
+PROMPT_COLUMNS = ("prompt", "system", "tools", "answer", "reward_model", "data_source")
+SAMPLED = ("prompt_ids", "response_ids", "tokenizer_hash")
 TURNS = (("conversation",), ("prompt", "response"))  # one of these sets of columns holds a rollout
 SHOWN_BAD_ROWS = 10
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """The ids that a policy was given and sampled, the token that ended the response included."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    tokenizer_hash: str  # `ipvrm.data.chat.tokenizer_hash`
+
+
+@dataclass(frozen=True)
 class Row:
-    """One rollout as text. `source` is `file:row`; `label` is 1 (right), 0 (wrong) or None (unlabelled)."""
+    """One rollout as text. `source` is `file:row`; `label` is 1 (right), 0 (wrong) or None (unlabelled).
+
+    `message` is the answer where it has more than content (reasoning, tool calls); `tools` what the template
+    is given beside the messages; `ended` whether the response has reached its end of turn.
+    """
 
     source: str
     prompt: str | tuple[Message, ...]
     response: str
     label: int | None = None
+    message: Message | None = None
+    tools: tuple[Any, ...] | None = None
+    ended: bool = True
+    sampled: Sampled | None = None
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The messages of a record: what was asked, and the answer; `message` where it has more than content."""
+
+    prompt: str | tuple[Message, ...]
+    response: str
+    message: Message | None = None
+    tools: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +66,7 @@ class Prompt:
     prompt: str | tuple[Message, ...]
     answer: str | None = None
     data_source: str | None = None
+    tools: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +88,8 @@ def read_rows(
 
     Args:
         path: rows with `conversation` (messages, assistant last), or `prompt` (text or messages) and
-            `response`; and `label` (0 or 1).
+            `response`; `label` (0 or 1); where known `system` (a system message's text), `tools`,
+            `truncated`, and what `ipvrm rollout` stored (`prompt_ids`, `response_ids`, `tokenizer_hash`).
         on_bad_row: `error` raises with the first bad rows; `skip` leaves them out and returns them.
         require_label: False accepts rows without a label.
 
@@ -67,10 +100,21 @@ def read_rows(
     bad: list[BadRow] = []
     for number, record in records(Path(path), COLUMNS, TURNS):
         try:
-            prompt, response = turns(record)
-            if not response.strip():
+            found = turns(record)
+            if not found.response.strip() and found.message is None:
                 raise ValueError("the response is empty")
-            rows.append(Row(f"{path}:{number}", prompt, response, _label(record, require_label)))
+            rows.append(
+                Row(
+                    f"{path}:{number}",
+                    found.prompt,
+                    found.response,
+                    _label(record, require_label),
+                    found.message,
+                    found.tools,
+                    not truncated(record),
+                    sampled(record),
+                )  # fmt: skip
+            )
         except ValueError as error:
             bad.append(BadRow(str(path), number, str(error)))
     report_bad_rows(bad, on_bad_row, total=len(rows) + len(bad))
@@ -100,7 +144,8 @@ def read_prompts(
             prompt = prompt_of(as_object(record))
             if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
                 raise ValueError("the prompt ends with an assistant's message; there is no turn to write")
-            prompts.append(Prompt(number, prompt, ground_truth(record), data_source(record)))
+            answer, source = ground_truth(record), data_source(record)
+            prompts.append(Prompt(number, prompt, answer, source, tools_of(record)))
         except ValueError as error:
             bad.append(BadRow(str(path), number, str(error)))
     report_bad_rows(bad, on_bad_row, total=len(prompts) + len(bad))
@@ -191,10 +236,60 @@ def prompt_of(record: dict[str, Any]) -> str | tuple[Message, ...]:
     if (prompt := record.get("prompt")) is None:
         raise ValueError(f"needs `prompt`; the columns are {', '.join(map(str, record)) or 'none'}")
     if not isinstance(prompt, str):
-        return tuple(_messages(prompt, "prompt"))
+        return _with_system(tuple(_messages(prompt, "prompt")), record)
     if not prompt:
         raise ValueError("prompt is empty; the first response token would have nothing that predicts it")
-    return prompt
+    if record.get("system") is None:
+        return prompt
+    return _with_system(({"role": "user", "content": prompt},), record)
+
+
+def _with_system(messages: tuple[Message, ...], record: dict[str, Any]) -> tuple[Message, ...]:
+    system = record.get("system")
+    if system is None:
+        return messages
+    if not isinstance(system, str):
+        raise ValueError(f"system must be text; got {type(system).__name__}")
+    if any(message["role"] == "system" for message in messages):
+        raise ValueError("there is a `system` column and a system message; leave one of them out")
+    return ({"role": "system", "content": system}, *messages)
+
+
+def tools_of(record: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The `tools` of a record, a list or a JSON list in a text. Raises ValueError with the reason."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise ValueError(f"tools is not valid JSON: {error}") from error
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"tools must be a list of objects; got {tools!r:.40}")
+    return tuple(_without_none(tools))
+
+
+def truncated(record: dict[str, Any]) -> bool:
+    """Whether the response was cut off before its end of turn. Raises ValueError with the reason."""
+    value = record.get("truncated")
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"truncated must be true or false; got {value!r:.40}")
+    return bool(value)
+
+
+def sampled(record: dict[str, Any]) -> Sampled | None:
+    """The ids that `ipvrm rollout` stored. Raises ValueError with the reason."""
+    given = [name for name in SAMPLED if record.get(name) is not None]
+    if not given:
+        return None
+    if len(given) < len(SAMPLED):
+        raise ValueError(f"{', '.join(SAMPLED)} belong together; the row has {', '.join(given)} alone")
+    ids = [record[name] for name in SAMPLED[:2]]
+    for name, value in zip(SAMPLED, ids, strict=False):
+        if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+            raise ValueError(f"{name} must be a list of token ids; got {value!r:.40}")
+    return Sampled(tuple(ids[0]), tuple(ids[1]), str(record[SAMPLED[2]]))
 
 
 def ground_truth(record: dict[str, Any]) -> str | None:
@@ -217,48 +312,60 @@ def data_source(record: dict[str, Any]) -> str | None:
     return value
 
 
-def turns(record: Any) -> tuple[str | tuple[Message, ...], str]:
-    """(prompt, response) of a record. Raises ValueError with the reason."""
+def turns(record: Any) -> Turns:
+    """What was asked and answered in a record. Raises ValueError with the reason."""
     record = as_object(record)
-    prompt: str | tuple[Message, ...]
+    tools = tools_of(record)
     if record.get("conversation") is not None:
         messages = _messages(record["conversation"], "conversation")
-        if messages[-1]["role"] != "assistant":
-            raise ValueError(
-                f"the last message must be the assistant's; its role is {messages[-1]['role']!r}"
-            )
+        answer = messages[-1]
+        if answer["role"] != "assistant":
+            raise ValueError(f"the last message must be the assistant's; its role is {answer['role']!r}")
         if len(messages) < 2:
             raise ValueError(
                 "conversation must hold a prompt before the assistant's message; it has one message"
             )
-        prompt, response = tuple(messages[:-1]), messages[-1]["content"]
-    elif record.get("prompt") is not None and "response" in record:
-        prompt, response = prompt_of(record), record["response"]
-    else:
+        prompt = _with_system(tuple(messages[:-1]), record)
+        structured = answer if set(answer) - {"role", "content"} else None
+        return Turns(prompt, answer["content"], structured, tools)
+    if record.get("prompt") is None or "response" not in record:
         names = ", ".join(map(str, record)) or "none"
         raise ValueError(
             f"needs `conversation`, or `prompt` and `response`; the columns with a value are {names}"
         )
+    response = record["response"]
     if not isinstance(response, str):
         raise ValueError(f"the response must be text; got {type(response).__name__}")
-    return prompt, response
+    return Turns(prompt_of(record), response, None, tools)
 
 
 def _messages(value: Any, column: str) -> list[Message]:
+    """The messages whole, without keys that hold nothing (parquet fills them in)."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{column} must be a list of messages; got {type(value).__name__} {value!r:.40}")
-    messages = []
+    messages: list[Message] = []
     for index, message in enumerate(value):
         if not isinstance(message, dict):
             raise ValueError(f"{column}[{index}] must be a message; got {type(message).__name__}")
+        message = _without_none(message)
+        if message.get("tool_calls") == []:
+            del message["tool_calls"]
+        elif "tool_calls" in message:
+            message.setdefault("content", "")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(
                 f"{column}[{index}] must have text `role` and `content`; "
                 f"got {type(role).__name__} and {type(content).__name__}"
             )
-        messages.append({"role": role, "content": content})
+        messages.append(message)
     return messages
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
 def _label(record: dict[str, Any], required: bool) -> int | None:

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ipvrm.data.chat import encode_prompt
 from ipvrm.demo.arithmetic import Problem, make_problems, right_answer
 from ipvrm.demo.base_model import MAX_NEW_TOKENS
 from ipvrm.demo.rollouts import problems_of_parts
 from ipvrm.demo.settings import PolicySettings, Sizes
 from ipvrm.evaluate.thresholds import percentile_interval
 from ipvrm.models.causal_lm import load_model, load_tokenizer
-from ipvrm.rollouts.engine import Sampling, TransformersEngine, encode_prompt, response_seed, stop_ids
+from ipvrm.rollouts.engine import Sampling, TransformersEngine, response_seed, stop_ids
 from ipvrm.run_folder import read_json, write_json, write_table
 from ipvrm.training.checkpoint import checkpoints
 from ipvrm.training.policy_config import PolicyConfig

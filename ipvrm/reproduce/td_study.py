@@ -34,6 +34,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from ipvrm.data.chat import encode_prompt
 from ipvrm.data.rows import BadRow, OnBadRow, read_prompts, report_bad_rows
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import finite_or_none
@@ -43,7 +44,7 @@ from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
 from ipvrm.progress import Progress
 from ipvrm.reproduce.correlation import bootstrap, centred, less, partial, pearson, spearman
 from ipvrm.reproduce.td_branches import FRACTIONS, Brancher, BranchOptions, Question
-from ipvrm.rollouts.engine import Sampling, TransformersEngine, encode_prompt, stop_ids
+from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import TIMEOUT_SECONDS, VerifierPool
 from ipvrm.run_folder import manifest, read_json, remove_leftovers, write_json
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ipvrm.data.batches import length_sorted_microbatches
-from ipvrm.data.responses import end_of_turn_id
+from ipvrm.data.chat import end_of_turn_id
 from ipvrm.errors import IpvrmError
 
 
@@ -184,23 +184,3 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
 def response_seed(seed: int, row: int, sample: int) -> int:
     """The seed of one response: a function of the run's, the prompt's row and the sample's number."""
     return int(np.random.SeedSequence([seed, row, sample]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def encode_prompt(prompt: str | Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
-    """Token ids up to where the response starts, the same that `ipvrm.data.tokenize` gives a rollout.
-
-    Raises:
-        ValueError: the reason why there are none.
-    """
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise ValueError("messages need a tokenizer with a chat template, and this one has none")
-        ids = list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
-        leading = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
-        return leading + ids if leading == [tokenizer.bos_token_id] else ids
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # jinja raises what the template's author wrote
-        raise ValueError(f"the chat template refuses the prompt: {error}") from error
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -12,12 +12,15 @@ from ipvrm.data.rows import COLUMNS as CONVERSATION_COLUMNS
 from ipvrm.data.rows import (
     TURNS,
     BadRow,
-    Message,
     OnBadRow,
+    Sampled,
+    Turns,
     data_source,
     ground_truth,
     records,
     report_bad_rows,
+    sampled,
+    truncated,
     turns,
 )
 from ipvrm.errors import IpvrmError
@@ -25,7 +28,7 @@ from ipvrm.progress import Progress
 from ipvrm.rollouts.verify import OUTCOMES, TIMEOUT_SECONDS, Outcome, Verdict, VerifierPool
 from ipvrm.run_folder import manifest, summary_path, write_json, write_table
 
-COLUMNS = (*CONVERSATION_COLUMNS, "answer", "reward_model", "data_source", "sample", "truncated")
+COLUMNS = (*CONVERSATION_COLUMNS, "answer", "reward_model", "data_source", "sample")
 LISTED_FAILURES = 20
 KEPT: tuple[Outcome, ...] = ("right", "wrong", "no_answer")
 # Why a row gets no label, besides the outcomes of a verifier.
@@ -76,24 +79,21 @@ class LabelConfig:
 @dataclass(frozen=True)
 class _Rollout:
     row: int
-    prompt: str | tuple[Message, ...]
-    response: str
+    turns: Turns
     answer: str | None
     data_source: str | None
     sample: int | None
-    truncated: bool | None
+    truncated: bool
+    sampled: Sampled | None
 
 
 def _read(path: Path) -> tuple[list[_Rollout], list[BadRow]]:
     rollouts, bad = [], []
     for number, record in records(path, COLUMNS, TURNS):
         try:
-            prompt, response = turns(record)
-            sample, truncated = record.get("sample"), record.get("truncated")
-            if truncated is not None and not isinstance(truncated, bool):
-                raise ValueError(f"truncated must be true or false; got {truncated!r:.40}")
-            answer, source = ground_truth(record), data_source(record)
-            rollouts.append(_Rollout(number, prompt, response, answer, source, sample, truncated))
+            answer, source, cut = ground_truth(record), data_source(record), truncated(record)
+            found, ids = turns(record), sampled(record)
+            rollouts.append(_Rollout(number, found, answer, source, record.get("sample"), cut, ids))
         except ValueError as error:
             bad.append(BadRow(str(path), number, str(error)))
     return rollouts, bad
@@ -104,7 +104,7 @@ def _skip_reason(rollout: _Rollout, keep_truncated: bool) -> str | None:
         return "missing_ground_truth"
     if rollout.truncated and not keep_truncated:
         return "truncated"
-    return None if rollout.response.strip() else "empty"
+    return None if rollout.turns.response.strip() else "empty"
 
 
 def label_file(config: LabelConfig, progress: bool = True) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def label_file(config: LabelConfig, progress: bool = True) -> dict[str, Any]:
         asked = [r for r, reason in zip(rollouts, skipped, strict=True) if reason is None]
         started = time.monotonic()
         with shown.bar("verify", len(asked)) as update:
-            verdicts = pool.judge([(r.response, r.answer or "") for r in asked], update)
+            verdicts = pool.judge([(r.turns.response, r.answer or "") for r in asked], update)
         seconds = time.monotonic() - started
     summary = {
         **_counts(asked, verdicts, Counter(reason for reason in skipped if reason), len(bad)),
@@ -163,7 +163,7 @@ def _counts(
     for rollout, verdict in zip(asked, verdicts, strict=True):
         by_source.setdefault(rollout.data_source or "", Counter())[verdict.outcome] += 1
         if verdict.label is not None:
-            by_prompt.setdefault(json.dumps(rollout.prompt), set()).add(verdict.label)
+            by_prompt.setdefault(json.dumps(rollout.turns.prompt), set()).add(verdict.label)
         elif len(failures) < LISTED_FAILURES:
             failures.append({"row": rollout.row, "outcome": verdict.outcome, "detail": verdict.detail})
     unanimous = Counter(next(iter(labels)) for labels in by_prompt.values() if len(labels) == 1)
@@ -192,16 +192,28 @@ def _accuracy(outcomes: Counter[Outcome]) -> float | None:
 
 
 def _rows(asked: Sequence[_Rollout], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """Rows with a label. Where any prompt is messages all are: a text is the user's message."""
-    chat = any(not isinstance(rollout.prompt, str) for rollout in asked)
+    """Rows with a label. Where any prompt is messages all are: a text is the user's message.
+
+    An answer that has more than content (reasoning, tool calls) is kept whole, as a `conversation`.
+    """
+    chat = any(not isinstance(rollout.turns.prompt, str) for rollout in asked)
     rows = []
     for rollout, verdict in zip(asked, verdicts, strict=True):
         if verdict.label is None:
             continue
-        row = asdict(rollout)
-        if chat and isinstance(rollout.prompt, str):
-            row["prompt"] = [{"role": "user", "content": rollout.prompt}]
-        rows.append(row | {"label": verdict.label, "extracted": verdict.extracted})
+        found, prompt = rollout.turns, rollout.turns.prompt
+        if chat and isinstance(prompt, str):
+            prompt = ({"role": "user", "content": prompt},)
+        row: dict[str, Any] = {"row": rollout.row, "prompt": prompt if isinstance(prompt, str) else [*prompt]}
+        row |= {name: getattr(rollout, name) for name in ("answer", "data_source", "sample", "truncated")}
+        row |= {"response": found.response, "label": verdict.label, "extracted": verdict.extracted}
+        if found.message is not None:
+            row["conversation"] = [*prompt, found.message]
+        if found.tools is not None:
+            row["tools"] = json.dumps(found.tools)
+        if rollout.sampled is not None:
+            row |= asdict(rollout.sampled)
+        rows.append(row)
     return rows
 
 

@@ -12,11 +12,12 @@ from typing import Any, cast
 import torch
 
 from ipvrm.data.batches import length_sorted_microbatches
+from ipvrm.data.chat import encode_prompt, tokenizer_hash
 from ipvrm.data.rows import BadRow, OnBadRow, Prompt, read_prompts, report_bad_rows
 from ipvrm.errors import IpvrmError
 from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, weights_hash
 from ipvrm.progress import Progress
-from ipvrm.rollouts.engine import Sampling, TransformersEngine, encode_prompt, response_seed, stop_ids
+from ipvrm.rollouts.engine import Sampling, TransformersEngine, response_seed, stop_ids
 from ipvrm.run_folder import manifest, read_json, remove_leftovers, summary_path, write_json, write_table
 
 # What a resumed run may change: it does not decide the responses, or its contents are compared by hash.
@@ -29,7 +30,9 @@ class RolloutConfig:
 
     In: `prompt` (text or chat messages) per row; `answer` or `reward_model.ground_truth`, and `data_source`,
     are carried along. Out: one row per response with `prompt`, `response`, `sample`, `truncated`, `answer`,
-    `data_source`, `row`, `prompt_tokens`, `response_tokens`; OUTPUT.summary.json has the counts.
+    `data_source`, `row`, `prompt_tokens`, `response_tokens`, and the ids themselves (`prompt_ids`,
+    `response_ids`, the token that ended it included; `tokenizer_hash` says whose they are), which
+    `ipvrm train-rm` then learns from; OUTPUT.summary.json has the counts.
     Label them with `ipvrm label`.
     A killed run goes on at its last complete batch when the same command is given again, and ends with the
     file that it would have written without the interruption.
@@ -125,7 +128,8 @@ def roll_out(config: RolloutConfig, progress: bool = True) -> dict[str, Any]:
         shown.note(f"{len(shards.rows)} of {len(jobs)} responses are kept; the same command goes on")
         raise
     chat = tokenizer.chat_template is not None
-    rows = [_row(job, shards.rows[job.prompt.row, job.sample], chat) for job in jobs]
+    digest = tokenizer_hash(tokenizer)
+    rows = [_row(job, shards.rows[job.prompt.row, job.sample], chat, digest) for job in jobs]
     summary = {
         **_counts(rows, shards.seconds),
         "prompts_in": len(prompts) + len(bad),
@@ -166,7 +170,7 @@ def _jobs(
     jobs, refused = [], []
     for prompt in prompts:
         try:
-            ids = encode_prompt(prompt.prompt, tokenizer)
+            ids = encode_prompt(prompt, tokenizer)
             if context is not None and len(ids) + config.max_new_tokens > context:
                 raise ValueError(
                     f"its {len(ids)} tokens and {config.max_new_tokens} new ones (--max_new_tokens) are more "
@@ -188,6 +192,7 @@ def _response(job: _Job, ids: list[int], tokenizer: Any, stops: set[int]) -> dic
         "response": text,
         "truncated": not ended,
         "response_tokens": len(ids),
+        "response_ids": ids,
     }
 
 
@@ -219,7 +224,7 @@ class _Shards:
         shutil.rmtree(self.folder)
 
 
-def _row(job: _Job, response: dict[str, Any], chat: bool) -> dict[str, Any]:
+def _row(job: _Job, response: dict[str, Any], chat: bool, digest: str) -> dict[str, Any]:
     """A row of the output. A text prompt is the user's message where the tokenizer has a chat template."""
     prompt: Any = job.prompt.prompt
     if not isinstance(prompt, str):
@@ -227,7 +232,10 @@ def _row(job: _Job, response: dict[str, Any], chat: bool) -> dict[str, Any]:
     elif chat:
         prompt = [{"role": "user", "content": prompt}]
     carried = {"prompt": prompt, "answer": job.prompt.answer, "data_source": job.prompt.data_source}
-    return carried | response | {"prompt_tokens": len(job.ids)}
+    if job.prompt.tools is not None:
+        carried["tools"] = json.dumps(job.prompt.tools)
+    ids = {"prompt_tokens": len(job.ids), "prompt_ids": job.ids, "tokenizer_hash": digest}
+    return carried | response | ids
 
 
 def _counts(rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ipvrm.data.batches import Batch, collate, epoch_order, microbatches_for_rank
+from ipvrm.data.chat import encode_prompt
 from ipvrm.data.responses import Response
 from ipvrm.data.rows import BadRow, Prompt, read_prompts, report_bad_rows
 from ipvrm.errors import IpvrmError
-from ipvrm.rollouts.engine import Engine, Sampling, encode_prompt, response_seed
+from ipvrm.rollouts.engine import Engine, Sampling, response_seed
 from ipvrm.rollouts.verify import VerifierPool
 from ipvrm.training.policy_config import PolicyConfig
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from ipvrm import IpvrmError
 from ipvrm.data.batches import collate, epoch_order, length_sorted_microbatches, microbatches_for_rank
-from ipvrm.data.responses import Response, end_of_turn_id, tokenize
+from ipvrm.data.chat import end_of_turn_id
+from ipvrm.data.responses import Response, tokenize
 from ipvrm.data.rows import Row, read_rows
 
 CHAT = [{"role": "user", "content": "What is 1 + 2?"}, {"role": "assistant", "content": "Answer: 3"}]
@@ -142,31 +143,33 @@ BODY = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
 TAIL = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
-def test_template_that_strips_and_thinks(tokenizer):
-    """Qwen3 writes an empty think block before the last answer, Llama strips text; offsets do not move."""
-    think = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
-    template = BODY + think + "{{ m.content | trim }}<|im_end|>\n" + TAIL
-    other = variant(tokenizer, template)
-    response = tokenize(
-        [Row("f:1", "p", "  ab cd ", 1)], other, max_length=None, with_offsets=True
-    ).responses[0]
-    text = decode(other, response.input_ids[response.prompt_length :])
-    assert text == "<think>\n\n</think>\n\nab cd<|im_end|>"
-    inside = [o for o in response.offsets if o != (-1, -1)]
-    assert response.offsets[0] == (-1, -1)
-    assert (inside[0][0], inside[-1][1]) == (2, 7)
+THINK = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "writes", [THINK + "{{ m.content | trim }}", "{{ m.content }} [done]", "{{ m.content | upper }}"]
+)
+def test_the_response_is_what_was_sampled_whatever_the_template_makes_of_it(tokenizer, writes):
+    """Qwen3 writes an empty think block before the last answer, Llama strips text: the policy saw neither."""
+    other = variant(
+        tokenizer,
+        BODY
+        + "{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        + writes
+        + "{% endif %}<|im_end|>\n"
+        + TAIL,
+    )
+    text = "  ab cd "
+    response = tokenize([Row("f:1", "p", text, 1)], other, max_length=None, with_offsets=True).responses[0]
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert response.input_ids[response.prompt_length :] == (*own, end_of_turn_id(tokenizer))
+    assert (response.offsets[0][0], response.offsets[-2][1], response.offsets[-1]) == (0, len(text), (-1, -1))
 
 
 def test_end_of_turn_appended_where_the_template_writes_none(tokenizer):
     other = variant(tokenizer, BODY + "{{ m.content }}\n" + TAIL)
     response = tokenize([Row("f:1", "p", "ab", 1)], other, max_length=None).responses[0]
     assert decode(other, response.input_ids[response.prompt_length :]).endswith("ab<|im_end|>")
-
-
-def test_what_the_template_writes_before_the_end_of_turn_belongs_to_the_response(tokenizer):
-    other = variant(tokenizer, BODY + "{{ m.content }} [done]<|im_end|>\n" + TAIL)
-    response = tokenize([Row("f:1", "p", "ab", 1)], other, max_length=None).responses[0]
-    assert decode(other, response.input_ids[response.prompt_length :]) == "ab [done]<|im_end|>"
 
 
 def test_end_of_turn_is_the_templates_not_the_tokenizers(tokenizer):
@@ -186,29 +189,37 @@ def test_end_of_turn_text_inside_the_response_does_not_end_it(tokenizer):
     assert decode(tokenizer, response.input_ids[response.prompt_length :]) == "a<|im_end|>b<|im_end|>"
 
 
-def test_prompt_must_be_a_token_prefix(tokenizer):
+def test_a_base_model_is_trained_on_the_prompts_tokens_and_the_responses(tokenizer):
+    """A token that would span the boundary was never sampled; a prompt may end in a space."""
     raw = variant(tokenizer, None)
-    rows = [Row("f:1", "What is 1 + 2? Answ", "er: 3", 1), Row("f:2", "What is 1 + 2?\n", "Answer: 3", 1)]
-    with pytest.raises(IpvrmError, match="f:1: .*not a prefix of the whole"):
-        tokenize(rows, raw, max_length=None)
-    result = tokenize(rows, raw, max_length=None, on_bad_row="skip")
-    assert [r.source for r in result.responses] == ["f:2"]
-    assert result.counts["bad"] == 1 and result.bad[0].row == 1
+    for prompt, text in (("What is 1 + 2? Answ", "er: 3"), ("Q: 1 + 2. A: ", "3")):
+        response = tokenize([Row("f:1", prompt, text, 1)], raw, max_length=None).responses[0]
+        parts = [raw(part, add_special_tokens=False)["input_ids"] for part in (prompt, text)]
+        assert response.input_ids == (*parts[0], *parts[1], end_of_turn_id(raw))
+        assert response.prompt_length == len(parts[0])
 
 
-def test_templates_that_rewrite_are_refused(tokenizer):
-    rewrites_prompt = variant(tokenizer, BODY + "{{ m.content }}{{ loop.length }}<|im_end|>\n" + TAIL)
-    with pytest.raises(IpvrmError, match="writes the prompt differently"):
-        tokenize([Row("f:1", "p", "ab", 1)], rewrites_prompt, max_length=None)
-    upper = variant(tokenizer, BODY + "{{ m.content | upper }}<|im_end|>\n" + TAIL)
-    with pytest.raises(IpvrmError, match="rewrites the response"):
-        tokenize([Row("f:1", "p", "ab", 1)], upper, max_length=None)
+def test_a_response_ends_only_where_it_ended(tokenizer):
+    end = end_of_turn_id(tokenizer)
+    rows = [
+        Row("f:1", "p", "ab", 1),
+        Row("f:2", "p", "ab", 1, ended=False),
+        Row("f:3", "p", "ab<|im_end|>", 1),
+    ]
+    whole, cut, written = (r.input_ids for r in tokenize(rows, tokenizer, max_length=None).responses)
+    assert whole == (*cut, end) == written and cut[-1] != end
+
+
+def test_templates_that_refuse_are_bad_rows(tokenizer):
     picky = variant(tokenizer, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(IpvrmError, match="f:1: the chat template refuses .*roles must alternate"):
         tokenize([Row("f:1", "p", "ab", 1)], picky, max_length=None)
     raw = variant(tokenizer, None)
     with pytest.raises(IpvrmError, match="chat template, and this one has none"):
         tokenize([Row("f:1", (CHAT[0],), "ab", 1)], raw, max_length=None)
+    upper = variant(tokenizer, BODY + "{{ m.content | upper }}<|im_end|>\n" + TAIL)
+    with pytest.raises(IpvrmError, match=r"f:1: message 1 \(role 'user'\): .* does not write its content"):
+        tokenize([Row("f:1", "p", "ab", 1)], upper, max_length=None)
 
 
 def test_long_rows_are_dropped_or_truncated_on_the_right(tokenizer):

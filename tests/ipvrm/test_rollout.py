@@ -17,6 +17,7 @@ import torch
 
 from ipvrm import IpvrmError
 from ipvrm.cli import main
+from ipvrm.data.chat import encode_prompt
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import Row, read_prompts
 from ipvrm.models.causal_lm import load_model
@@ -24,7 +25,6 @@ from ipvrm.rollouts.engine import (
     Sampling,
     TransformersEngine,
     _Draw,
-    encode_prompt,
     response_seed,
     stop_ids,
 )

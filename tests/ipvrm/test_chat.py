@@ -1,0 +1,262 @@
+"""Nothing of a row is lost on the way to its tokens, and they are the sampled ones: templates that drop,
+think, strip and call tools; the real tokenizers where they are at hand."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ipvrm import IpvrmError
+from ipvrm.data.chat import Chat, encode_prompt, parse_template_kwargs, tokenizer_hash
+from ipvrm.data.responses import tokenize
+from ipvrm.data.rows import Row, Sampled, read_prompts, read_rows
+
+# The traits of Qwen3's template: calls and tools are written, thinking only in the last answer, roles known.
+TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for m in messages %}
+{%- if m.role in ('user', 'system', 'assistant') %}<|im_start|>{{ m.role }}
+{% if loop.last and m.reasoning_content %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content.split('</think>')[-1].lstrip('\\n') if not loop.last else m.content }}
+{%- for call in m.tool_calls or [] %}
+<tool_call>{{ call.function.name }} {{ call.function.arguments | tojson }}</tool_call>
+{%- endfor %}<|im_end|>
+{% elif m.role == 'tool' %}<|im_start|>user
+<tool_response>{{ m.content }}</tool_response><|im_end|>
+{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+GOOD = {"prompt": "a", "response": "b", "label": 1}
+USER = {"role": "user", "content": "Add 17 and 25."}
+ANSWER = {"role": "assistant", "content": "42"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "gauge", "arguments": {"station": "Koro"}}}]}  # fmt: skip
+RESULT = {"role": "tool", "content": "3.2 m", "tool_call_id": "c1"}
+
+
+@pytest.fixture
+def chat(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = TEMPLATE
+    return Chat(other)
+
+
+def rows_of(tmp_path, *records, suffix=".jsonl"):
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(records)), path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return read_rows(path, "skip")
+
+
+# Two conversations that differ in one thing alone: other tokens, or a bad row with the reason.
+OTHER_CALL, OTHER_NAME = (
+    json.loads(json.dumps(CALL).replace(*pair)) for pair in (("Koro", "Oka"), ("gauge", "level"))
+)
+
+
+def thinking(text, **answer):
+    return {"role": "assistant", "content": "42", "reasoning_content": text} | answer
+
+
+def written_as(role, text):
+    return [{"role": role, "content": text}, USER, ANSWER]
+
+
+PAIRS = {
+    "a call's arguments": ([USER, CALL, RESULT, ANSWER], [USER, OTHER_CALL, RESULT, ANSWER]),
+    "a call's name": ([USER, CALL, RESULT, ANSWER], [USER, OTHER_NAME, RESULT, ANSWER]),
+    "a call in the answer": ([USER, CALL], [USER, OTHER_CALL]),
+    "reasoning of the answer": ([USER, thinking("17 + 25")], [USER, thinking("25 + 17")]),
+    "thoughts of an earlier answer": (
+        [USER, thinking("a"), USER, ANSWER],
+        [USER, thinking("b"), USER, ANSWER],
+    ),
+    "thoughts within an earlier answer": (
+        [USER, ANSWER | {"content": "<think>a</think>42"}, USER, ANSWER],
+        [USER, ANSWER | {"content": "<think>b</think>42"}, USER, ANSWER],
+    ),
+    "a developer message": (written_as("developer", "One number."), written_as("developer", "At length.")),
+    "a role in another case": (written_as("System", "One number."), written_as("System", "At length.")),
+    "a text that the next message holds": (written_as("critic", "17"), written_as("critic", "25")),
+    "a text that the markup holds": (written_as("critic", "user"), written_as("critic", "start")),
+    "a speaker's name": ([USER | {"name": "Ada"}, ANSWER], [USER | {"name": "Bob"}, ANSWER]),
+    "a key that nobody knows": ([USER | {"mood": "kind"}, ANSWER], [USER | {"mood": "harsh"}, ANSWER]),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("what", PAIRS)
+def test_no_part_of_a_message_is_lost_in_silence(chat, tmp_path, what, suffix):
+    rows, bad = rows_of(tmp_path, *({"conversation": c, "label": 1} for c in PAIRS[what]), suffix=suffix)
+    found = tokenize(rows, chat, max_length=None, on_bad_row="skip")
+    refused = [*bad, *found.bad]
+    if refused:
+        assert len(refused) == 2 and all("does not write" in b.reason for b in refused), refused
+    else:
+        first, second = found.responses
+        assert first.input_ids != second.input_ids
+    written = ("call", "reasoning of the answer")
+    assert bool(refused) != any(word in what for word in written), [b.reason for b in refused]
+
+
+@pytest.mark.parametrize(
+    "column", [{"system": "One number."}, {"tools": [{"type": "function", "function": {"name": "gauge"}}]}]
+)
+@pytest.mark.parametrize(
+    "record", [{"conversation": [USER, ANSWER]}, {"prompt": USER["content"], "response": "42"}]
+)
+def test_columns_beside_the_messages_reach_the_template(chat, tmp_path, column, record):
+    rows, bad = rows_of(tmp_path, record | column | {"label": 1}, record | {"label": 1})
+    given, plain = tokenize(rows, chat, max_length=None).responses
+    text = chat.tokenizer.decode(given.input_ids)
+    assert not bad and given.input_ids != plain.input_ids and ("One number." in text or "gauge" in text)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": USER["content"]} | column))
+    assert encode_prompt(read_prompts(path)[0][0], chat.tokenizer) == list(
+        given.input_ids[: given.prompt_length]
+    )
+
+
+def test_two_system_messages_are_refused(tmp_path):
+    conversation = [{"role": "system", "content": "a"}, USER, ANSWER]
+    _, bad = rows_of(tmp_path, {"conversation": conversation, "system": "b", "label": 1}, GOOD)
+    assert "`system` column and a system message" in bad[0].reason
+
+
+def test_a_structured_answer_continues_the_prompt_or_is_refused(chat, tmp_path):
+    conversation = [USER, thinking("17 + 25")]
+    rows, _ = rows_of(tmp_path, {"conversation": conversation, "label": 1})
+    response = tokenize(rows, chat, max_length=None).responses[0]
+    text = chat.tokenizer.decode(response.input_ids[response.prompt_length :])
+    assert text == "<think>\n17 + 25\n</think>\n\n42<|im_end|>"
+    closed = Chat(chat.tokenizer, {"enable_thinking": False})
+    with pytest.raises(
+        IpvrmError, match="writes the prompt differently when this answer follows.*chat_template_kwargs"
+    ):
+        tokenize(rows, closed, max_length=None)
+
+
+def test_template_variables(chat):
+    prompt = chat.tokenizer.decode(Chat(chat.tokenizer, {"enable_thinking": False}).prompt_ids("a"))
+    assert prompt.endswith("<think>\n\n</think>\n\n") and prompt != chat.tokenizer.decode(
+        chat.prompt_ids("a")
+    )
+    with pytest.raises(IpvrmError, match="does not read 'enable_thinkng'"):
+        Chat(chat.tokenizer, {"enable_thinkng": False})
+    assert parse_template_kwargs('{"a": [1]}') == {"a": [1]} and parse_template_kwargs(None) == {}
+    for text in ("{", "[1]"):
+        with pytest.raises(IpvrmError, match="--chat_template_kwargs"):
+            parse_template_kwargs(text)
+
+
+# ------------------------------------------------------------------------------------------- the sampled ids
+
+
+def sampled_row(chat, text="Answer: 3", ended=True, ids=None, prompt_ids=None, digest=None):
+    ids = chat.encode([text])["input_ids"][0] if ids is None else ids
+    ids = [*ids, chat.end_of_turn] if ended else ids
+    prompt_ids = chat.prompt_ids("What is 1 + 2?") if prompt_ids is None else prompt_ids
+    stored = Sampled(tuple(prompt_ids), tuple(ids), digest or tokenizer_hash(chat.tokenizer))
+    return Row("f:1", "What is 1 + 2?", text, 1, ended=ended, sampled=stored)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_stored_ids_are_used_to_the_last_one_and_counted_where_the_text_encodes_otherwise(chat, ended):
+    text = "Answer: 3"
+    letters = [chat.encode([c])["input_ids"][0] for c in text]
+    ids = [i for parts in letters for i in parts]
+    assert ids != chat.encode([text])["input_ids"][0]
+    found = tokenize([sampled_row(chat, text, ended, ids)], chat, max_length=None, with_offsets=True)
+    response = found.responses[0]
+    assert list(response.input_ids[response.prompt_length :]) == ids + [chat.end_of_turn] * ended
+    assert found.counts["other_tokens_than_sampled"] == 1
+    assert response.offsets[: len(ids)] == tuple((i, i + 1) for i in range(len(text)))
+    same = tokenize([sampled_row(chat, text, ended)], chat, max_length=None)
+    assert same.counts["other_tokens_than_sampled"] == 0
+
+
+def test_stored_ids_that_say_something_else_are_a_bad_row(chat):
+    other = chat.encode(["Answer: 4"])["input_ids"][0]
+    for row in (
+        sampled_row(chat, ids=other),
+        sampled_row(chat, prompt_ids=chat.prompt_ids("What is 7 + 2?")),
+        sampled_row(chat, ids=[10**9]),
+    ):
+        with pytest.raises(
+            IpvrmError, match="f:1: (response_ids|prompt_ids|ids) .*(another text|does not have)"
+        ):
+            tokenize([row], chat, max_length=None)
+
+
+def test_ids_of_another_tokenizer_are_counted_and_the_text_is_encoded(chat):
+    row = sampled_row(chat, ids=[1, 2, 3], digest="0" * 16)
+    found = tokenize([row], chat, max_length=None)
+    plain = tokenize([Row("f:1", row.prompt, row.response, 1)], chat, max_length=None)
+    assert found.responses == plain.responses and found.counts["ids_of_another_tokenizer"] == 1
+
+
+def test_incomplete_ids_are_a_bad_row(tmp_path):
+    wrong = {"prompt_ids": [1], "response_ids": ["x"], "tokenizer_hash": "0"}
+    _, bad = rows_of(tmp_path, GOOD, GOOD | {"prompt_ids": [1]}, GOOD | wrong)
+    assert ["belong together" in bad[0].reason, "must be a list of token ids" in bad[1].reason] == [
+        True,
+        True,
+    ]
+
+
+# ------------------------------------------------------------------------------------------ real tokenizers
+
+
+@pytest.fixture(params=["qwen3", "gemma3", "smollm2"])
+def real(request):
+    """A folder of IPVRM_TOKENIZERS, see CONTRIBUTING.md, or a skip with the reason."""
+    folder = Path(os.environ.get("IPVRM_TOKENIZERS", "")) / request.param
+    if "IPVRM_TOKENIZERS" not in os.environ or not (folder / "tokenizer.json").is_file():
+        pytest.skip(f"no tokenizer {request.param} in IPVRM_TOKENIZERS; CONTRIBUTING.md says how to get it")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+END = {"qwen3": "<|im_end|>", "gemma3": "<end_of_turn>", "smollm2": "<|im_end|>"}
+TEXTS = (
+    "17 + 25 = 42. So \\boxed{42}",
+    "<think>\nadd\n</think>\n\n\\boxed{42}",
+    "  naïve π≈3 \U0001f600\n\n",
+    " ",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("ended", [True, False])
+def test_real_templates_keep_to_what_was_sampled(real, request, text, ended):
+    prompt = [{"role": "user", "content": "Add 17 and 25."}]
+    row = Row("a:1", tuple(prompt), text, 1, ended=ended)
+    response = tokenize([row], real, max_length=None, with_offsets=True).responses[0]
+    rendered = real.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    sampled = real(text, add_special_tokens=False)["input_ids"]
+    end = real.convert_tokens_to_ids(END[request.node.callspec.params["real"]])
+    assert response.input_ids == (
+        *real(rendered, add_special_tokens=False)["input_ids"],
+        *sampled,
+        *[end] * ended,
+    )
+    assert len(response.offsets) == response.length == len(sampled) + ended
+    assert real.decode(response.input_ids[response.prompt_length :][: len(sampled)]) == text
