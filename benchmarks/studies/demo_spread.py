@@ -1,0 +1,334 @@
+"""The demo's comparisons over several base models: another seed is another base model, other rollouts and
+other problems, and so is another processor.
+
+    python -m benchmarks.studies.demo_spread --seeds 0 2 3 [--work_dir DIR]
+
+Of every base model four reward models from the same rollouts: IPVRM and Implicit PRM as the demo sets them,
+and each with the paper's beta and margin. The step score of each is the rule with the best F1 on its
+validation traces in the training format, where its threshold comes from too; test traces choose nothing.
+Best-of-N beside majority vote and pass@N. Five policies, one run each: the demo's three, and GRPO + IPVRM and
+DistRL + IPVRM at the paper's GAE (coefficient 1; lambda 0.95). Seed 1, on which the
+demo's settings were chosen, stays out.
+
+Intervals redraw base models and, within each, traces or problems together: 95 %, one draw of models fewer
+than there are (Rao and Wu 1988). Each base model is a file of its own in benchmarks/results/demo_spread; a
+rerun with the same --work_dir goes on where the last one stopped. Some fifteen minutes a base model on two
+idle cores.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.suite.machine import describe
+from ipvrm.demo.arithmetic import answer_of
+from ipvrm.demo.evaluation import FORMATS, TRAINING_FORMAT, _pick_scores, read_traces, score_traces
+from ipvrm.demo.policies import read_outcomes
+from ipvrm.demo.rollouts import read_rollouts
+from ipvrm.demo.run import Stages, prepare, prepare_policies, train_algorithm, train_choice
+from ipvrm.demo.settings import CHOICES, FULL, Choice
+from ipvrm.evaluate.best_of_n import PICKS, Samples, expected_pick, majority_vote, pass_at_n
+from ipvrm.evaluate.thresholds import (
+    f1_of_hits,
+    harmonic_mean,
+    hits,
+    percentile_interval,
+    sweep,
+    trivial_baselines,
+)
+from ipvrm.models.reward_model import RewardModel
+from ipvrm.progress import Progress
+from ipvrm.run_folder import manifest, read_json, write_json, write_text
+from ipvrm.steps import RULES
+
+RESULTS = Path(__file__).parent.parent / "results" / "demo_spread"
+COMMAND = "python -m benchmarks.studies.demo_spread"
+REWARD_MODELS = {
+    "ipvrm": CHOICES[0],
+    "ipvrm, the paper's": replace(CHOICES[0], beta=10.0, margin=5.0),
+    "implicit_prm": CHOICES[1],
+    "implicit_prm, the paper's": replace(CHOICES[1], beta=0.05),
+}
+PAPER_GAE = replace(FULL.policies, gae_coef=1.0)  # lambda is 0.95, train-policy's default
+POLICIES = {
+    "grpo": ("grpo", FULL.policies),
+    "grpo_prm": ("grpo_prm", FULL.policies),
+    "distrl": ("distrl", FULL.policies),
+    "grpo_prm, the paper's GAE": ("grpo_prm", PAPER_GAE),
+    "distrl, the paper's GAE": ("distrl", PAPER_GAE),
+}
+RESAMPLES = 2000
+
+
+def folder_of(kind: str, name: str) -> str:
+    return f"{kind}-" + name.replace(", the paper's", "-paper").replace(" GAE", "-gae")
+
+
+def reward_model_results(stages: Stages, name: str, choice: Choice) -> dict[str, Any]:
+    """F1 by format at the rule and threshold that the validation traces choose, and Best-of-N."""
+    rollouts = stages.output / "rollouts"
+    model = RewardModel.from_pretrained(stages.output / folder_of("reward", name), device="cpu")
+    validation, _ = read_traces(rollouts / "validation.jsonl")
+    test, _ = read_traces(rollouts / "test.jsonl")
+    found = score_traces(model, validation)
+    swept = {rule: sweep([s.by_rule[rule] for s in found], [t.label for t in validation]) for rule in RULES}
+    rule = max(RULES, key=lambda r: swept[r][1].f1)
+    labels = [trace.label for trace in test]
+    formats = {}
+    for written in FORMATS:
+        scores = [s.by_rule[rule] for s in score_traces(model, test, written)]
+        hit = hits(scores, labels, swept[rule][0].score)
+        formats[written.name] = {"f1": f1_of_hits(hit, labels).f1, "hit": [int(h) for h in hit]}
+    problems = []
+    for (problem, responses), scores in zip(
+        read_rollouts(rollouts / "best_of_n.jsonl"),
+        _pick_scores(model, rollouts / "best_of_n.jsonl"),
+        strict=True,
+    ):
+        answers = [answer_of(r) if r else None for r in responses]
+        problems.append(Samples(answers, [a == problem.answer for a in answers], scores))
+    picked = {
+        str(n): {pick: [expected_pick(p.scores[pick], p.correct, n) for p in problems] for pick in PICKS}
+        for n in FULL.best_of_n
+    }
+    other = {
+        str(n): {
+            "majority vote": [majority_vote(p.answers, p.correct, n) for p in problems],
+            "pass@N": [pass_at_n(p.correct, n) for p in problems],
+            "one sample": [pass_at_n(p.correct, 1) for p in problems],
+        }
+        for n in FULL.best_of_n
+    }
+    return {
+        "choice": asdict(choice) | {"rule": rule},
+        "validation_f1": {r: swept[r][1].f1 for r in RULES},
+        "formats": formats,
+        "best_of_n": picked,
+        "without_a_model": other,
+    }
+
+
+def measure(work: Path, seed: int) -> dict[str, Any]:
+    """Everything of one base model."""
+    started = time.perf_counter()
+    work.mkdir(parents=True, exist_ok=True)
+    stages = Stages(work, Progress())
+    prepare(stages, FULL, seed)
+    for name, choice in REWARD_MODELS.items():
+        train_choice(stages, folder_of("reward", name), choice, seed)
+    models = {name: reward_model_results(stages, name, choice) for name, choice in REWARD_MODELS.items()}
+    prepare_policies(stages, FULL, seed)
+    outcomes = {"base model": read_outcomes(work / "policy-start")["0"]}
+    for name, (algorithm, settings) in POLICIES.items():
+        folder = folder_of("policy", name)
+        train_algorithm(stages, folder, algorithm, replace(settings, points=1), seed)
+        outcomes[name] = read_outcomes(work / folder)[str(settings.steps)]
+    test, _ = read_traces(work / "rollouts" / "test.jsonl")
+    labels = [trace.label for trace in test]
+    baselines = trivial_baselines(labels, [len(trace.steps) for trace in test])
+    return {
+        "seed": seed,
+        "base": read_json(work / "base" / "base.json"),
+        "erroneous": [int(label >= 0) for label in labels],
+        "baselines": {name: value.f1 for name, value in baselines.items()},
+        "reward_models": models,
+        "policies": {name: {"gae_coef": s.gae_coef, "algorithm": a} for name, (a, s) in POLICIES.items()},
+        "outcomes": outcomes,
+        "stage_seconds": {name: stage["seconds"] for name, stage in stages.done.items()},
+        "seconds_of_this_run": time.perf_counter() - started,
+        "machine": describe(),
+        "manifest": manifest(COMMAND, seeds={"demo": seed}),
+    }
+
+
+# -------------------------------------------------------------------------------------------------- summary
+
+Weights = NDArray[np.float64]  # (n,) of a resample, sum 1
+Statistic = Callable[[dict[str, Any], Weights | None], float]
+
+
+def estimate(
+    runs: Sequence[dict[str, Any]], size: Callable[[dict[str, Any]], int], of: Statistic
+) -> dict[str, Any]:
+    """Mean over base models of a statistic, each one's value, and an interval over both levels."""
+    rng = np.random.default_rng(0)
+    values = [of(run, None) for run in runs]
+    means = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        drawn = rng.integers(0, len(runs), max(1, len(runs) - 1))
+        weights = [rng.multinomial(size(runs[d]), np.full(size(runs[d]), 1 / size(runs[d]))) for d in drawn]
+        means[i] = np.mean([of(runs[d], w / w.sum()) for d, w in zip(drawn, weights, strict=True)])
+    return {
+        "mean": statistics.fmean(values),
+        "by_model": values,
+        "interval": list(percentile_interval(means)),
+    }
+
+
+def f1_statistic(name: str, written: str) -> Statistic:
+    def of(run: dict[str, Any], weights: Weights | None) -> float:
+        hit = np.asarray(run["reward_models"][name]["formats"][written]["hit"], float)
+        wrong = np.asarray(run["erroneous"], bool)
+        w = np.full(len(hit), 1 / len(hit)) if weights is None else weights
+        parts = [float((hit * w)[part].sum() / max(w[part].sum(), 1e-12)) for part in (wrong, ~wrong)]
+        return harmonic_mean(*parts)
+
+    return of
+
+
+def mean_statistic(values: Callable[[dict[str, Any]], Sequence[float]]) -> Statistic:
+    def of(run: dict[str, Any], weights: Weights | None) -> float:
+        found = np.asarray(values(run), float)
+        return float(found.mean() if weights is None else (found * weights).sum())
+
+    return of
+
+
+def difference(a: Statistic, b: Statistic) -> Statistic:
+    return lambda run, weights: a(run, weights) - b(run, weights)
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tables over all base models; differences are paired by trace or problem."""
+
+    def traces(run: dict[str, Any]) -> int:
+        return len(run["erroneous"])
+
+    def held_out(run: dict[str, Any]) -> int:
+        return len(run["outcomes"]["base model"])
+
+    def problems(run: dict[str, Any]) -> int:
+        return len(run["reward_models"]["ipvrm"]["best_of_n"]["4"]["final"])
+
+    f1 = {
+        written.name: {
+            name: estimate(runs, traces, f1_statistic(name, written.name)) for name in REWARD_MODELS
+        }
+        for written in FORMATS
+    }
+    gaps = {
+        written.name: {
+            f"{a} less {b}": estimate(
+                runs, traces, difference(f1_statistic(a, written.name), f1_statistic(b, written.name))
+            )
+            for a, b in (("ipvrm", "implicit_prm"), ("ipvrm, the paper's", "implicit_prm, the paper's"))
+        }
+        for written in FORMATS
+    }
+    best_of: dict[str, Any] = {}
+    for n in map(str, FULL.best_of_n):
+        best_of[n] = {
+            f"{name}: {pick}": estimate(
+                runs,
+                problems,
+                mean_statistic(lambda r, m=name, p=pick, n=n: r["reward_models"][m]["best_of_n"][n][p]),
+            )
+            for name in REWARD_MODELS
+            for pick in PICKS
+        } | {
+            way: estimate(
+                runs,
+                problems,
+                mean_statistic(lambda r, w=way, n=n: r["reward_models"]["ipvrm"]["without_a_model"][n][w]),
+            )
+            for way in ("one sample", "majority vote", "pass@N")
+        }
+    accuracy = {
+        name: estimate(runs, held_out, mean_statistic(lambda r, m=name: r["outcomes"][m]))
+        for name in ("base model", *POLICIES)
+    }
+    pairs = [(name, "base model") for name in POLICIES] + [
+        ("grpo_prm", "grpo"), ("distrl", "grpo"), ("distrl", "grpo_prm"),
+        ("distrl, the paper's GAE", "grpo_prm, the paper's GAE"), ("distrl, the paper's GAE", "grpo"),
+    ]  # fmt: skip
+    gains = {
+        f"{a} less {b}": estimate(
+            runs,
+            held_out,
+            mean_statistic(lambda r, a=a, b=b: np.subtract(r["outcomes"][a], r["outcomes"][b])),
+        )
+        for a, b in pairs
+    }
+    baselines = {name: statistics.fmean(r["baselines"][name] for r in runs) for name in runs[0]["baselines"]}
+    return {
+        "f1": f1,
+        "f1_differences": gaps,
+        "baselines": baselines,
+        "best_of_n": best_of,
+        "policies": accuracy,
+        "policy_differences": gains,
+    }
+
+
+def page(runs: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+
+    def cell(entry: dict[str, Any], sign: str = "") -> str:
+        low, high = (100 * x for x in entry["interval"])
+        each = " / ".join(format(100 * x, f"{sign}.1f") for x in entry["by_model"])
+        return f"{format(100 * entry['mean'], f'{sign}.1f')} ({low:{sign}.1f} to {high:{sign}.1f}) | {each}"
+
+    def table(head: str, rows: dict[str, Any], sign: str = "") -> list[str]:
+        return [f"| {head} | mean and 95 % interval | each base model |", "|---|--:|--:|"] + [
+            f"| {name} | {cell(entry, sign)} |" for name, entry in rows.items()
+        ]
+
+    lines = [
+        f"# The demo over {len(runs)} base models",
+        "",
+        (__doc__ or "").split("\n\n")[0].replace("\n", " ") + " All numbers in %; what is compared, and how "
+        f"intervals are made, is said in `benchmarks/studies/demo_spread.py`. Command: `{COMMAND}`.",
+        "",
+    ]
+    for name in REWARD_MODELS:
+        choice = runs[0]["reward_models"][name]["choice"]
+        rules = ", ".join(run["reward_models"][name]["choice"]["rule"] for run in runs)
+        lines.append(f"- {name}: beta {choice['beta']:g}, margin {choice['margin']}, step score {rules}")
+    for written in FORMATS:
+        lines += ["", f"## First wrong step, F1, {written.name}", ""]
+        lines += table("reward model", summary["f1"][written.name])
+        lines += ["", *table("difference", summary["f1_differences"][written.name], "+")]
+    constant = ", ".join(f"{name} {100 * value:.1f}" for name, value in summary["baselines"].items())
+    lines += ["", f"Without a model (mean over base models): {constant}."]
+    for n, rows in summary["best_of_n"].items():
+        lines += ["", f"## Best of {n}, share of right answers", "", *table("chosen by", rows)]
+    lines += [
+        "",
+        "## Policies, right answers on held-out problems",
+        "",
+        *table("policy", summary["policies"]),
+    ]
+    lines += ["", *table("difference", summary["policy_differences"], "+"), "", "## Time and machine", ""]
+    for run in runs:
+        seconds = sum(run["stage_seconds"].values())
+        lines.append(f"- seed {run['seed']}: {seconds:.0f} s of stages on {run['machine']['cpu']}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 2, 3])
+    parser.add_argument("--work_dir", default="runs/demo_spread", help="models and rollouts")
+    parser.add_argument("--output", default=str(RESULTS), help="folder of the results")
+    arguments = parser.parse_args()
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for seed in arguments.seeds:
+        if not (output / f"seed{seed}.json").exists():
+            write_json(output / f"seed{seed}.json", measure(Path(arguments.work_dir) / f"seed{seed}", seed))
+        runs = [read_json(path) for path in sorted(output.glob("seed*.json"))]
+        summary = summarise(runs)
+        write_json(output / "summary.json", summary)
+        write_text(output / "README.md", page(runs, summary))
+    print(f"written to {output}; training format: {summary['f1'][TRAINING_FORMAT.name]}")
+
+
+if __name__ == "__main__":
+    main()
