@@ -51,6 +51,7 @@ def tokenize(
     chat: Chat | Any,
     *,
     max_length: int | None,
+    max_positions: int | None = None,
     on_long: OnLong = "drop",
     on_bad_row: OnBadRow = "error",
     with_offsets: bool = False,
@@ -67,6 +68,7 @@ def tokenize(
     Args:
         chat: tokenizer and the variables of its template.
         max_length: most tokens of prompt and response together; None for no limit.
+        max_positions: of the model; a row that is longer after all is a bad one.
         on_long: `drop` leaves longer rows out and counts them; `truncate` cuts the response on the right (it
             then has no end-of-turn token) and drops only rows whose prompt leaves no room.
         with_offsets: fill `Response.offsets`.
@@ -89,11 +91,15 @@ def tokenize(
     responses: list[Response] = []
     bad: list[BadRow] = []
     counts = {"rows": len(rows), "used": 0, "bad": 0, "too_long_dropped": 0, "truncated": 0}
+
+    def refused(row: Row, reason: str) -> None:
+        file, _, number = row.source.rpartition(":")
+        bad.append(BadRow(file, int(number) if number.isdigit() else 0, reason))
+
     for start in range(0, len(rows), TOKENIZER_CHUNK):
         for row, response in encoder(rows[start : start + TOKENIZER_CHUNK]):
             if isinstance(response, str):
-                file, _, number = row.source.rpartition(":")
-                bad.append(BadRow(file, int(number) if number.isdigit() else 0, response))
+                refused(row, response)
                 continue
             if max_length is not None and len(response.input_ids) > max_length:
                 if on_long == "drop" or response.prompt_length >= max_length:
@@ -102,6 +108,11 @@ def tokenize(
                 counts["truncated"] += 1
                 offsets = response.offsets and response.offsets[: max_length - response.prompt_length]
                 response = replace(response, input_ids=response.input_ids[:max_length], offsets=offsets)
+            if max_positions is not None and len(response.input_ids) > max_positions:
+                length, limit = len(response.input_ids), max_positions
+                excess = f"its {length} tokens are more than the model's {limit} positions"
+                refused(row, f"{excess}; shorten it, or where the command has --max_length, give {limit}")
+                continue
             responses.append(response)
     report_bad_rows(bad, on_bad_row, total=len(rows))
     counts |= {

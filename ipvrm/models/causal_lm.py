@@ -31,6 +31,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "local_folder",
+    "max_positions",
     "memory_estimate",
     "relative_to",
     "response_logprobs",
@@ -154,13 +155,43 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer of a model folder or Hub name. Raises IpvrmError when there is none."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a model folder or Hub name.
 
+    Raises:
+        IpvrmError: there is none, or it has ids for which the model beside it has no embedding.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = local_folder(name)
     try:
-        return AutoTokenizer.from_pretrained(local_folder(name))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
     except (OSError, ValueError, KeyError) as error:
         raise IpvrmError(f"{name}: no tokenizer can be loaded: {error}") from error
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise IpvrmError(
+            f"{name}: the tokenizer has ids up to {largest} ({token!r}), the model {rows} rows; resize the "
+            "embeddings (model.resize_token_embeddings) or take the model's own tokenizer"
+        )
+    return tokenizer
+
+
+def max_positions(model: nn.Module | str | Path) -> int | None:
+    """How many positions a model has, as its config says (with YaRN, what it stretches them to); None where
+    it names no limit."""
+    if isinstance(model, str | Path):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(local_folder(model)).get_text_config()
+    else:
+        config = cast(Any, model).config.get_text_config()
+    stated = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if stated is None or not factor or not original:
+        return stated
+    return max(int(stated), int(factor * original))
 
 
 def _body(model: Any) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ l_t = log pi_phi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t),   V_t = beta * sum_
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ipvrm.data.batches import collate, length_sorted_microbatches
+from ipvrm.data.chat import Chat
 from ipvrm.data.responses import Response, tokenize
 from ipvrm.data.rows import Row
 from ipvrm.errors import IpvrmError
@@ -20,6 +21,7 @@ from ipvrm.models.causal_lm import (
     load_model,
     load_tokenizer,
     local_folder,
+    max_positions,
     relative_to,
     response_logprobs,
     save_model,
@@ -50,6 +52,7 @@ class RewardModelInfo:
     reference_hash: str
     template_hash: str
     versions: dict[str, str]
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class RewardModel:
         self.reference = reference
         self.tokenizer = tokenizer
         self.info = info
+        self.chat = Chat(tokenizer, info.chat_template_kwargs)
+        self.max_positions = min((n for m in (model, reference) if (n := max_positions(m))), default=None)
         sizes = [cast(Any, m).get_input_embeddings().weight.shape[0] for m in (model, reference)]
         if sizes[0] != sizes[1]:
             raise IpvrmError(
@@ -184,15 +189,18 @@ class RewardModel:
             batch_tokens: most tokens of a padded micro-batch.
 
         Raises:
-            IpvrmError: a bad `step_format`, or a solution without steps or that the chat template refuses;
-                the message holds its position, counted from 1.
+            IpvrmError: a bad `step_format`, or a solution without steps, that the chat template refuses or
+                that has more tokens than the models have positions; the message holds its position, counted
+                from 1.
         """
         rendered = [render_steps(steps, step_format, step_separator) for _, steps in items]
         rows = [
             Row(f"item:{number}", problem, text)
             for number, ((problem, _), (text, _)) in enumerate(zip(items, rendered, strict=True), 1)
         ]
-        responses = tokenize(rows, self.tokenizer, max_length=max_length, with_offsets=True).responses
+        responses = tokenize(
+            rows, self.chat, max_length=max_length, max_positions=self.max_positions, with_offsets=True
+        ).responses
         log_ratios = self.token_log_ratios(responses, batch_tokens)
         found: list[SolutionTokens | None] = [None] * len(items)
         for response, log_ratio in zip(responses, log_ratios, strict=True):
@@ -253,7 +261,7 @@ class RewardModel:
 
 def reference_entries(
     reference: str | Path, folder: str | Path, known_hash: str | None = None
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """The entries of `RewardModelInfo` that name `reference` as seen from run folder `folder`."""
     local = local_folder(reference)
     return {
@@ -276,7 +284,7 @@ def read_info(folder: str | Path) -> RewardModelInfo:
             f"{folder}: no {CONFIG_NAME}; this is not a folder that `ipvrm train-rm` or save_pretrained wrote"
         )
     stored = read_json(path)
-    names = [field.name for field in fields(RewardModelInfo)]
+    names = [f.name for f in fields(RewardModelInfo) if f.name in stored or f.default_factory is MISSING]
     missing = [name for name in names if name not in stored]
     if missing:
         raise IpvrmError(f"{path}: entries are missing: {', '.join(missing)}")

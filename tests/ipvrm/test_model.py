@@ -18,14 +18,17 @@ from transformers import (
 
 from ipvrm import IpvrmError
 from ipvrm.data.batches import collate
-from ipvrm.data.responses import Response
+from ipvrm.data.responses import Response, tokenize
+from ipvrm.data.rows import Row
 from ipvrm.models.causal_lm import (
     check_head,
     disable_dropout,
     head,
     hidden_states,
     load_model,
+    load_tokenizer,
     local_folder,
+    max_positions,
     memory_estimate,
     response_logprobs,
     save_model,
@@ -244,3 +247,52 @@ def test_memory_estimate_counts_parameters(tiny_folder):
     assert estimate["parameters"] == sum(p.numel() for p in model.parameters())
     assert estimate["weights_gradients_adam_bytes"] == 16 * estimate["parameters"]
     assert estimate["activation_bytes"] == 2 * 10 * 2 * 32 * 4 * 16
+
+
+# ------------------------------------------------------------------------ ids and positions beyond the model
+
+
+@pytest.fixture
+def larger_tokenizer(tiny_folder, tmp_path):
+    """The tiny model beside a tokenizer with one token more than the model has rows."""
+    folder = tmp_path / "larger"
+    shutil.copytree(tiny_folder, folder)
+    tokenizer = load_tokenizer(tiny_folder)
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    extra = [f"<extra{i}>" for i in range(vocab - len(tokenizer) + 1)]
+    tokenizer.add_tokens(extra)
+    tokenizer.save_pretrained(folder)
+    return folder, vocab
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_before_any_work(larger_tokenizer):
+    folder, vocab = larger_tokenizer
+    with pytest.raises(IpvrmError, match=rf"ids up to {vocab} \('<extra\d+>'\), the model {vocab} rows"):
+        load_tokenizer(folder)
+
+
+def test_positions_of_a_model(tiny_folder, tmp_path):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    assert (
+        max_positions(tiny_folder)
+        == max_positions(load_model(tiny_folder))
+        == config["max_position_embeddings"]
+    )
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    for stated, expected in ((64, 256), (512, 512)):
+        folder = tmp_path / str(stated)
+        shutil.copytree(tiny_folder, folder)
+        (folder / "config.json").write_text(
+            json.dumps(config | {"max_position_embeddings": stated, "rope_parameters": yarn})
+        )
+        assert max_positions(folder) == expected
+
+
+def test_a_row_longer_than_the_model_is_a_bad_row(tokenizer):
+    rows = [Row("f:1", "p", "ab", 1), Row("f:2", "p", "ab " * 60, 0)]
+    with pytest.raises(IpvrmError, match=r"f:2: its \d+ tokens are more than the model's 40 positions"):
+        tokenize(rows, tokenizer, max_length=None, max_positions=40)
+    found = tokenize(rows, tokenizer, max_length=None, max_positions=40, on_bad_row="skip")
+    assert [r.source for r in found.responses] == ["f:1"] and found.counts["bad"] == 1
+    cut = tokenize(rows, tokenizer, max_length=40, on_long="truncate", max_positions=40)
+    assert [len(r.input_ids) for r in cut.responses][1] == 40
