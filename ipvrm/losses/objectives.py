@@ -231,7 +231,9 @@ class BalanceConfig:
     adb: bool = True
     """Adaptive difficulty boundary: the margin is shifted by the prompt's difficulty logit(mu) (Eq. 15)."""
     rescale: bool = False
-    """Rescales the weights of DLW so that those of a prompt sum to n; 1 where its outcomes agree."""
+    """Rescales the weights of DLW so that those of a prompt sum to n."""
+    drop_unanimous: bool = False
+    """Where a prompt's outcomes agree its rollouts weigh 0 and their margin is not shifted."""
     difficulty_dtype: Literal["float64", "float32"] = "float64"
     """What logit(mu) is computed in: it differs by 1e-3 where a prompt's outcomes agree."""
 
@@ -244,7 +246,9 @@ class BalanceConfig:
     @classmethod
     def preset(cls, name: Preset) -> "BalanceConfig":
         """`paper`, or `release`: what the released code does."""
-        return by_preset(name, paper=cls(), release=cls(rescale=True, difficulty_dtype="float32"))
+        return by_preset(
+            name, paper=cls(), release=cls(rescale=True, drop_unanimous=True, difficulty_dtype="float32")
+        )
 
 
 class Balance(NamedTuple):
@@ -266,7 +270,8 @@ def online_balance(
 ) -> Balance:
     """Weight and margin of every rollout, from its prompt's share mu of right ones in [1e-6, 1 - 1e-6].
 
-        weight = 1 - mu if r = 1 else mu (DLW);  rescaled: 1 / (2 mu) if r = 1 else 1 / (2 (1 - mu))
+        weight = 1 - mu if r = 1 else mu (DLW);  rescaled: 1 / (2 mu) if r = 1 else 1 / (2 (1 - mu)),
+            and 1 where a prompt's outcomes agree (0 with drop_unanimous, as the released trainer does it)
         margin - (2r - 1) * logit(mu) (ADB, Eq. 15)
 
     Args:
@@ -286,18 +291,22 @@ def online_balance(
     )
     share = groups.spread(right.double() / count.clamp(min=1))  # (B,), exact sums of 0 and 1
     mean = share.clamp(SHARE_FLOOR, 1 - SHARE_FLOOR)
+    unanimous = (share == 0) | (share == 1)
     own = torch.where(outcome == 1, mean, 1 - mean)  # the share of rollouts with this one's outcome
     weight = torch.ones_like(mean)
     if config.dlw and config.rescale:
         # a prompt's 1 - mu and mu sum to 2 n mu (1 - mu)
-        weight = torch.where((share == 0) | (share == 1), weight, 1 / (2 * own))
+        weight = torch.where(unanimous, weight, 1 / (2 * own))
     elif config.dlw:
         weight = 1 - own
     margins = torch.full_like(mean, margin)
     if config.adb:
         exact = config.difficulty_dtype == "float64"
         difficulty = torch.logit(share if exact else share.float(), eps=SHARE_FLOOR)
-        margins = margins - (2 * outcome - 1) * difficulty
+        shift = (2 * outcome - 1) * difficulty
+        margins = margins - (torch.where(unanimous, 0.0, shift) if config.drop_unanimous else shift)
+    if config.drop_unanimous:
+        weight = torch.where(unanimous, 0.0, weight)
     return Balance(weight.float(), margins.float())
 
 

@@ -113,14 +113,26 @@ def compare_dpo(golden):
 
 
 def compare_balance(golden):
+    """Where outcomes agree the files pin a function that nothing calls; the preset follows the trainer there."""
+    of_prompt = [golden.outcome[golden.group == g] for g in range(golden.num_groups)]
+    mixed = torch.tensor([bool(of_prompt[g].unique().numel() == 2) for g in golden.group.tolist()])
     for dlw in (0, 1):
         for adb in (0, 1):
             config = replace(ipvrm.BalanceConfig.preset("release"), dlw=bool(dlw), adb=bool(adb))
             balance = ipvrm.online_balance(
                 golden.outcome, golden.group, golden.num_groups, margin=5.0, config=config
             )
-            golden.compare(f"balance_dlw{dlw}_adb{adb}_weight", balance.weight)
-            golden.compare(f"balance_dlw{dlw}_adb{adb}_margin", balance.margin)
+            pinned = ipvrm.online_balance(
+                golden.outcome,
+                golden.group,
+                golden.num_groups,
+                margin=5.0,
+                config=replace(config, drop_unanimous=False),
+            )
+            golden.compare(f"balance_dlw{dlw}_adb{adb}_weight", pinned.weight)
+            golden.compare(f"balance_dlw{dlw}_adb{adb}_margin", pinned.margin)
+            assert all(torch.equal(a[mixed], b[mixed]) for a, b in zip(balance, pinned, strict=True))
+            assert not balance.weight[~mixed].any() and bool((balance.margin[~mixed] == 5).all())
 
 
 def compare_candidates(golden):

@@ -244,13 +244,21 @@ def test_balance_by_hand_paper():
 def test_balance_by_hand_release():
     weight, margin = online_balance(BALANCE_OUTCOME, BALANCE_GROUP, 3, config=BalanceConfig.preset("release"))
     assert weight.tolist() == pytest.approx(
-        [2, 2 / 3, 1, 2 / 3, 1, 2 / 3, 1, 1], rel=1e-6
-    )  # sums to 4 in prompt 1
+        [2, 2 / 3, 0, 2 / 3, 0, 2 / 3, 0, 0], rel=1e-6
+    )  # sums to 4 in prompt 1; unanimous prompts have no say
+    paper = online_balance(BALANCE_OUTCOME, BALANCE_GROUP, 3).margin
+    mixed = torch.tensor([0, 1, 3, 5])
+    torch.testing.assert_close(margin[mixed], paper[mixed])
+    assert margin[[2, 4, 6, 7]].tolist() == [5.0] * 4
+
+
+def test_balance_rescaled_without_dropping():
+    config = replace(BalanceConfig.preset("release"), drop_unanimous=False)
+    weight, margin = online_balance(BALANCE_OUTCOME, BALANCE_GROUP, 3, config=config)
+    assert weight[[2, 4, 6, 7]].tolist() == [1.0] * 4
     paper = online_balance(BALANCE_OUTCOME, BALANCE_GROUP, 3).margin
     unanimous_right = torch.tensor([2, 4, 7])
     assert float((margin - paper)[unanimous_right].abs().max()) == pytest.approx(0.0132, rel=0.01)  # fp32
-    others = torch.tensor([0, 1, 3, 5, 6])
-    torch.testing.assert_close(margin[others], paper[others])
 
 
 @pytest.mark.parametrize("preset", ["paper", "release"])
@@ -261,7 +269,9 @@ def test_balance_switches(preset):
     adb = online_balance(BALANCE_OUTCOME, BALANCE_GROUP, 3, margin=2.0, config=replace(config, dlw=False))
     torch.testing.assert_close(dlw.weight, both.weight)
     torch.testing.assert_close(adb.margin, both.margin)
-    assert dlw.margin.tolist() == [2.0] * 8 and adb.weight.tolist() == [1.0] * 8
+    assert dlw.margin.tolist() == [2.0] * 8
+    agree = [2, 4, 6, 7] if preset == "release" else []
+    assert adb.weight.tolist() == [0.0 if i in agree else 1.0 for i in range(8)]
 
 
 def test_balance_errors():
