@@ -20,10 +20,17 @@ def per_token(of_sequence: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prime_advantages(
-    rewards: Tensor, outcome: Tensor, cu_seqlens: Tensor, group: Tensor, num_groups: int
+    rewards: Tensor,
+    outcome: Tensor,
+    cu_seqlens: Tensor,
+    group: Tensor,
+    num_groups: int,
+    *,
+    batch_norm: bool = True,
 ) -> Tensor:
     """PRIME (arXiv 2502.01456, Eq. 5, and its released code): whitened returns of two leave-one-out rewards.
 
+        r_t <- r_t / (max_{b,t} |sum_{i>=t} r_{b,i}| + 1e-6)              with batch_norm, over the whole batch
         process_t = n/(n-1) * r_t - 1/(n-1) * sum_k mean_t r_{k,t}        over the n rollouts k of the prompt
         outcome   = n/(n-1) * o   - 1/(n-1) * sum_k o_k                   at the last token
         return_t  = sum_{i>=t} (process_i + outcome_i),    advantage = whiten(return) over all tokens
@@ -32,7 +39,10 @@ def prime_advantages(
 
     Args:
         rewards: (N,) r_t = beta * log-ratio of the implicit reward model, at every token.
+        batch_norm: PRIME's and verl's `batch_norm`, their default; the paper does not name it.
     """
+    if batch_norm and len(rewards):
+        rewards = rewards / (gae(rewards, cu_seqlens, lam=1.0).abs().max() + 1e-6)
     groups = PromptGroups("prime_advantages", group, num_groups)
     lengths = cu_seqlens.diff()
     n = groups.spread(groups.sums(torch.ones_like(outcome)))  # (B,)

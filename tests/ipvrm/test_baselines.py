@@ -17,9 +17,13 @@ GROUP = torch.tensor([1, 0, 1, 0, 1])  # in any order
 LENGTHS = [3, 5, 1, 2, 4]
 
 
-def test_prime_is_leave_one_out_on_both_rewards_then_whitened():
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_prime_is_leave_one_out_on_both_rewards_then_whitened(batch_norm):
     rewards, edges = batch(LENGTHS)
     rows = rewards.split(LENGTHS)
+    if batch_norm:
+        largest = max(float(row[t:].sum().abs()) for row in rows for t in range(len(row)))
+        rows = [row / (largest + 1e-6) for row in rows]
     returns = []
     for b, row in enumerate(rows):
         others = [k for k in range(5) if GROUP[k] == GROUP[b] and k != b]
@@ -34,8 +38,15 @@ def test_prime_is_leave_one_out_on_both_rewards_then_whitened():
         returns.append(process.flip(0).cumsum(0).flip(0))
     whole = torch.cat(returns)
     want = (whole - whole.mean()) / (whole.var(correction=1) + 1e-8).sqrt()
-    got = prime_advantages(rewards, OUTCOME, edges, GROUP, 2)
+    got = prime_advantages(rewards, OUTCOME, edges, GROUP, 2, batch_norm=batch_norm)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_prime_does_not_depend_on_the_scale_of_its_rewards():
+    """Under batch_norm beta says nothing: process and outcome keep their weights."""
+    rewards, edges = batch(LENGTHS)
+    got = [prime_advantages(scale * rewards, OUTCOME, edges, GROUP, 2) for scale in (1.0, 100.0)]
+    torch.testing.assert_close(*got, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("floor", ["add", "clamp"])

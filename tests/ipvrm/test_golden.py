@@ -113,7 +113,7 @@ def compare_dpo(golden):
 
 
 def compare_balance(golden):
-    """Where outcomes agree the files pin a function that nothing calls; the preset follows the trainer there."""
+    """Where outcomes agree the files pin a function that nothing calls; the preset follows the trainer."""
     of_prompt = [golden.outcome[golden.group == g] for g in range(golden.num_groups)]
     mixed = torch.tensor([bool(of_prompt[g].unique().numel() == 2) for g in golden.group.tolist()])
     for dlw in (0, 1):
