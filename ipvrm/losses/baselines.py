@@ -30,7 +30,7 @@ def prime_advantages(
 ) -> Tensor:
     """PRIME (arXiv 2502.01456, Eq. 5, and its released code): whitened returns of two leave-one-out rewards.
 
-        r_t <- r_t / (max_{b,t} |sum_{i>=t} r_{b,i}| + 1e-6)              with batch_norm, over the whole batch
+        r_t <- r_t / (max_{b,t} |sum_{i>=t} r_{b,i}| + 1e-6)       with batch_norm, over the whole batch
         process_t = n/(n-1) * r_t - 1/(n-1) * sum_k mean_t r_{k,t}        over the n rollouts k of the prompt
         outcome   = n/(n-1) * o   - 1/(n-1) * sum_k o_k                   at the last token
         return_t  = sum_{i>=t} (process_i + outcome_i),    advantage = whiten(return) over all tokens
