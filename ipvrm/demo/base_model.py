@@ -3,11 +3,12 @@
 Everything is made on the spot. A solution is the assistant's turn of the chat template, ended by `<|end|>`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from random import Random
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ipvrm.demo.arithmetic import MAX_STEPS, MIN_STEPS, Problem, make_problem, noisy_solution
 
@@ -76,6 +77,35 @@ def prompt_text(problem: Problem) -> str:
     return f"{SPECIAL['user']}{problem.text}{SPECIAL['assistant']}"
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made nearly orthogonal, for (n, m) matrices (arXiv 2502.16982).
+
+    `torch.optim.Muon` does the same in bf16, which processors without bf16 instructions are slow at: there it
+    takes two thirds of this training. This one is in fp32. Three Newton-Schulz steps; the update has the root
+    mean square of AdamW's, 0.2.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(buffer, group["momentum"])  # Nesterov
+                tall = x.shape[0] > x.shape[1]
+                x = x.T if tall else x
+                x = x / x.norm().clamp(min=1e-7)
+                for _ in range(3):
+                    gram = x @ x.T
+                    x = torch.addmm(
+                        x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
+                    )
+                p.add_(x.T if tall else x, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
 def train_base(
     model: Any,
     tokenizer: Any,
@@ -106,9 +136,7 @@ def train_base(
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     others = [p for p in model.parameters() if p.ndim != 2 or p is embedding]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(
-            matrices, lr=MUON_RATE, weight_decay=0.0, ns_steps=3, adjust_lr_fn="match_rms_adamw"
-        ),
+        Muon(matrices, lr=MUON_RATE),
         torch.optim.AdamW(others, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]

@@ -9,7 +9,15 @@ from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import Row
 from ipvrm.demo import base_model
 from ipvrm.demo.arithmetic import Problem, make_problems
-from ipvrm.demo.base_model import MAX_NEW_TOKENS, make_model, make_tokenizer, prompt_text, sample, train_base
+from ipvrm.demo.base_model import (
+    MAX_NEW_TOKENS,
+    Muon,
+    make_model,
+    make_tokenizer,
+    prompt_text,
+    sample,
+    train_base,
+)
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +141,20 @@ def test_sampling_from_a_real_model_follows_its_distribution(tokenizer, model):
     wanted = expected[tokenizer.convert_tokens_to_ids(list(characters))]
     share = counts / counts.sum()
     assert (share - wanted / wanted.sum()).abs().max() < 0.05
+
+
+def test_muon_is_the_librarys_but_for_its_rounding():
+    """torch.optim.Muon rounds its matmuls to bf16: the updates agree as far as that allows."""
+    torch.manual_seed(0)
+    shapes, weights = [(48, 32), (32, 48)], []
+    for ours in (True, False):
+        torch.manual_seed(1)
+        matrices = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        library = {"weight_decay": 0.0, "ns_steps": 3, "adjust_lr_fn": "match_rms_adamw"}
+        optimizer = Muon(matrices, lr=0.1) if ours else torch.optim.Muon(matrices, lr=0.1, **library)
+        for _ in range(2):
+            for p in matrices:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in matrices]))
+    assert float((weights[0] - weights[1]).norm() / weights[1].norm()) < 0.02
