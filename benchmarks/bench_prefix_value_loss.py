@@ -76,14 +76,14 @@ def _scaled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _raw(batch: Batch, impl: str) -> Callable[[], tuple[Tensor, Tensor]]:
-    forward, backward = IMPLS[impl]
+    entry = IMPLS[impl]
     one = torch.ones((), device=batch.packed.device)
     numbers = (None, None, None, MARGIN, batch.outcome.shape[0], BETA, "uniform", True, False, True)
 
     def run() -> tuple[Tensor, Tensor]:
-        loss, slope, _ = forward(batch.packed, batch.cu_seqlens, batch.outcome, *numbers)
-        if impl == "cpp":
-            return loss, slope
-        return loss, backward(slope, batch.cu_seqlens, one, BETA)
+        loss, saved = entry.forward(batch.packed, batch.cu_seqlens, batch.outcome, *numbers)
+        if entry.last_backward is not None:
+            return loss, entry.last_backward(one, saved)
+        return loss, entry.backward(one, saved, batch.cu_seqlens, BETA)
 
     return run

@@ -1,9 +1,8 @@
 """Fused ops for prefix-value reward models and distribution-level RL; needs torch, and triton on GPUs."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from .backend import Backends, set_checks
+from .backend import Backends, Impl, set_checks
 from .backend import table as _table
 from .clipped_surrogate import IMPLS as _clipped_surrogate_impls
 from .clipped_surrogate import ClippedSurrogate, clipped_surrogate
@@ -25,7 +24,7 @@ from .segment_scan import segment_scan
 
 __version__ = "0.1.0"
 
-OPS: dict[str, Mapping[str, Any]] = {
+OPS: dict[str, Mapping[str, Impl]] = {
     "linear_logprobs": _linear_logprobs_impls,
     "linear_logprobs_partial": _linear_logprobs_partial_impls,
     "linear_candidates": _linear_candidates_impls,

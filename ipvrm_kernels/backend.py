@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,26 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
             )
 
 
+def _nothing(*_: Any) -> Sequence[tuple[int, ...]]:
+    return ()
+
+
+def _no_backward(*_: Any) -> Any:
+    raise AssertionError("this implementation has no backward of its own")
+
+
+class Impl(NamedTuple):
+    """One implementation of an op, an entry of its table IMPLS; what its functions take, the op file says.
+
+    The op hands `saved` from forward to backward unread: it belongs to the implementation.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] = _no_backward  # left out if there is no gradient, or the op forms it
+    saved: Callable[..., Sequence[tuple[int, ...]]] = _nothing  # shapes of the tensors forward saves
+    last_backward: Callable[..., Any] | None = None  # in place of backward where it may use up `saved`
+
+
 def why_not(impl: str, device_type: str) -> str | None:
     """None if `impl` can run on a device of this type here, else the reason in words."""
     if impl == "torch":
@@ -134,7 +154,7 @@ def why_not(impl: str, device_type: str) -> str | None:
     return f"no such implementation; the names are {', '.join(IMPL_NAMES)}"
 
 
-def choose(op: str, impls: Mapping[str, Any], impl: str | None, tensor: Tensor) -> str:
+def choose(op: str, impls: Mapping[str, Impl], impl: str | None, tensor: Tensor) -> str:
     """Name of the implementation of `op` that runs for `tensor`'s device and dtype.
 
     Raises ValueError with the reason if a named `impl` cannot run. fp64 runs in the reference only (`torch`).
@@ -175,7 +195,7 @@ class Backends(dict[str, dict[str, dict[str, str]]]):
         return "\n".join(lines)
 
 
-def table(ops: Mapping[str, Mapping[str, Any]]) -> Backends:
+def table(ops: Mapping[str, Mapping[str, Impl]]) -> Backends:
     """The state of every implementation of every op, for CPU tensors and, on a machine with one, a GPU."""
     result = Backends()
     for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
@@ -194,7 +214,7 @@ def table(ops: Mapping[str, Mapping[str, Any]]) -> Backends:
     return result
 
 
-def _default(impls: Mapping[str, Any], device_type: str) -> str:
+def _default(impls: Mapping[str, Impl], device_type: str) -> str:
     for name in DEFAULT_ORDER.get(device_type, ()):
         if name in impls and why_not(name, device_type) is None:
             return name

@@ -12,13 +12,14 @@ tensors once and emits the slope, the backward is one product; eager PyTorch mak
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backend
-from .head import refuse_double_backward
+from .registration import register
 
 if backend.HAS_TRITON:
     import triton
@@ -191,62 +192,53 @@ def _native_backward(device: str) -> Any:
     return run
 
 
-# each value: (forward, backward)
+def _saved(shape: Sequence[int]) -> Sequence[tuple[int, ...]]:
+    """The derivative of every element."""
+    return (tuple(shape),)
+
+
+# forward -> (loss, clipped, dual_clipped, derivative); backward(dloss, derivative)
 IMPLS = {
-    "cuda": (_native_forward("cuda"), _native_backward("cuda")),
-    "triton": (_triton_forward, _triton_backward),
-    "cpp": (_native_forward("cpu"), _native_backward("cpu")),
-    "torch": (clipped_surrogate_reference, _torch_backward),
+    "cuda": backend.Impl(_native_forward("cuda"), _native_backward("cuda"), _saved),
+    "triton": backend.Impl(_triton_forward, _triton_backward, _saved),
+    "cpp": backend.Impl(_native_forward("cpu"), _native_backward("cpu"), _saved),
+    "torch": backend.Impl(clipped_surrogate_reference, _torch_backward, _saved),
 }
 
 
-@torch.library.custom_op("ipvrm::clipped_surrogate_fwd", mutates_args=())
-def _forward_op(
+def _bwd_fake(logprobs: Tensor) -> Tensor:
+    return torch.empty_like(logprobs, memory_format=torch.contiguous_format)
+
+
+@register(fake=_bwd_fake, gradient_of="clipped_surrogate", instead="torch.clamp and torch.maximum")
+def _clipped_surrogate_bwd(dloss: Tensor, logprobs: Tensor, impl: str, saved: list[Tensor]) -> Tensor:
+    """logprobs only tells autograd what the gradient depends on."""
+    return IMPLS[impl].backward(dloss.contiguous(), *saved)
+
+
+def _fake(logprobs: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return logprobs.new_empty(shape, dtype=dtype)
+
+    shape, dtype = logprobs.shape, logprobs.dtype
+    saved = [new(x, dtype) for x in IMPLS[impl].saved(shape)]
+    return new(shape, dtype), new(shape, torch.bool), new(shape, torch.bool), saved
+
+
+def _backward(dloss: Tensor, logprobs: Tensor, impl: str, saved: list[Tensor]) -> dict[str, Tensor]:
+    return {"logprobs": _clipped_surrogate_bwd(dloss, logprobs, impl, saved)}
+
+
+@register(fake=_fake, returns=(*ClippedSurrogate._fields, "saved"), backward=_backward)
+def _clipped_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
     clip_low: float, clip_high: float, dual_clip: float | None, impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return IMPLS[impl][0](
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    loss, clipped, dual_clipped, *saved = IMPLS[impl].forward(
         logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous(),
         clip_low, clip_high, dual_clip,
     )  # fmt: skip
-
-
-@_forward_op.register_fake
-def _(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
-      dual_clip: float | None, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    def new(dtype: torch.dtype) -> Tensor:
-        return logprobs.new_empty(logprobs.shape, dtype=dtype)
-
-    return new(logprobs.dtype), new(torch.bool), new(torch.bool), new(logprobs.dtype)
-
-
-@torch.library.custom_op("ipvrm::clipped_surrogate_bwd", mutates_args=())
-def _backward_op(dloss: Tensor, slope: Tensor, logprobs: Tensor, impl: str) -> Tensor:
-    return IMPLS[impl][1](dloss.contiguous(), slope)
-
-
-@_backward_op.register_fake
-def _(dloss: Tensor, slope: Tensor, logprobs: Tensor, impl: str) -> Tensor:
-    return torch.empty_like(slope)
-
-
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    _, clipped, dual_clipped, slope = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(clipped, dual_clipped, slope)
-    ctx.save_for_backward(slope, inputs[0])  # logprobs only so that a double backward reaches the refusal
-    ctx.impl = inputs[6]
-
-
-def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
-    if dloss is None or not ctx.needs_input_grad[0]:
-        return (None,) * 7
-    slope, logprobs = ctx.saved_tensors
-    return _backward_op(dloss, slope, logprobs, ctx.impl), *(None,) * 6
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(refuse_double_backward("clipped_surrogate"))
+    return loss, clipped, dual_clipped, saved
 
 
 def check_clips(
@@ -299,7 +291,7 @@ def clipped_surrogate(
     check_clips(op, clip_low, clip_high, dual_clip)
     backend.refuse_forward_mode(op, logprobs)
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    loss, clipped, dual_clipped, _ = _forward_op(
+    loss, clipped, dual_clipped, _ = _clipped_surrogate(
         logprobs.to(dtype), old_logprobs.detach().to(dtype), advantages.detach().to(dtype),
         float(clip_low), float(clip_high), None if dual_clip is None else float(dual_clip),
         backend.choose(op, IMPLS, impl, logprobs),

@@ -29,6 +29,7 @@ from .head import (
     times_log,
     transformed_logits,
 )
+from .registration import register
 
 
 class Candidates(NamedTuple):
@@ -240,11 +241,26 @@ def _triton_rows(
     return best_ids, best_logprobs, counts, lse, entropy, picked
 
 
-IMPLS = {"triton": _triton, "cpp": _cpp, "torch": linear_candidates_reference}
+IMPLS = {
+    "triton": backend.Impl(_triton),
+    "cpp": backend.Impl(_cpp),
+    "torch": backend.Impl(linear_candidates_reference),
+}
 
 
-@torch.library.custom_op("ipvrm::linear_candidates", mutates_args=())
-def _candidates_op(
+def _fake(
+    hidden: Tensor, sampled: Tensor | None, K: int, return_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    N = hidden.shape[0]
+    lse = hidden.new_empty(N, dtype=out_dtype(hidden))
+    return (
+        lse.new_empty((N, K), dtype=torch.int64), lse.new_empty(N, K), lse.new_empty(N, dtype=torch.int64),
+        lse, lse.new_empty(N if return_entropy else 0), lse.new_empty(0 if sampled is None else N),
+    )  # fmt: skip
+
+
+@register(fake=_fake)
+def _linear_candidates(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None,
     scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
     min_prob: float | None, K: int, return_entropy: bool, deterministic: bool, impl: str,
@@ -252,18 +268,9 @@ def _candidates_op(
     if sampled is not None and backend.checks_values(sampled):
         check_ids("linear_candidates", "sampled", sampled, weight.shape[0])
     transform = Transform(scale, softcap, temperature, dtype)
-    return IMPLS[impl](hidden, weight, bias, sampled, transform, min_prob, K, return_entropy, deterministic)
-
-
-@_candidates_op.register_fake
-def _(hidden, weight, bias, sampled, scale, softcap, temperature, dtype, min_prob, K, return_entropy,
-      deterministic, impl):  # fmt: skip
-    N = hidden.shape[0]
-    lse = hidden.new_empty(N, dtype=out_dtype(hidden))
-    return (
-        lse.new_empty((N, K), dtype=torch.int64), lse.new_empty(N, K), lse.new_empty(N, dtype=torch.int64),
-        lse, lse.new_empty(N if return_entropy else 0), lse.new_empty(0 if sampled is None else N),
-    )  # fmt: skip
+    return IMPLS[impl].forward(
+        hidden, weight, bias, sampled, transform, min_prob, K, return_entropy, deterministic
+    )
 
 
 def num_slots(op: str, min_prob: float | None, top_k: int | None) -> int:
@@ -321,7 +328,7 @@ def linear_candidates(
     K = num_slots(op, min_prob, top_k)
     if sampled is not None:
         check_row_ids(op, "sampled", sampled, hidden, (1,))
-    ids, logprobs, counts, lse, entropy, sampled_logprobs = _candidates_op(
+    ids, logprobs, counts, lse, entropy, sampled_logprobs = _linear_candidates(
         hidden.detach(), weight.detach(), None if bias is None else bias.detach(),
         None if sampled is None else sampled.long(), *transform,
         None if min_prob is None else float(min_prob), K, bool(return_entropy), bool(deterministic),

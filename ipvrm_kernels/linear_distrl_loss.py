@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ from .distrl_objective import (
 )
 from .distrl_objective import IMPLS as OBJECTIVE_IMPLS
 from .head import (
+    INSTEAD,
+    TRAINABLE,
     Transform,
     cast_gradients,
     check_ids,
@@ -47,12 +49,11 @@ from .head import (
     fake_gradients,
     out_dtype,
     prepare,
-    refuse_double_backward,
 )
 from .linear_logprobs import IMPLS as LOGPROB_IMPLS
 from .linear_logprobs import NOTHING
 from .packing import check_cu_seqlens, check_cu_seqlens_shape
-from .registration import is_batched, is_last_backward
+from .registration import is_batched, is_last_backward, register
 
 if backend.HAS_TRITON:
     from .head import triton_forward, triton_stored
@@ -78,16 +79,16 @@ def _torch_forward(
     check_workspace(OP, max_workspace_bytes, hidden.shape[0], weight.shape[0], out_dtype(hidden))
     head = LOGPROB_IMPLS["torch"]
     ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
-    logprobs, lse, entropy, absent = head.forward(
-        hidden, weight, bias, ids, transform, False, NOTHING, None, deterministic, 0
+    logprobs, lse, entropy, _ = head.forward(
+        hidden, weight, bias, ids, transform, False, NOTHING, None, deterministic, False
     )
     divisors = distrl_objective.batch_divisors(batch, objective)
     *outputs, dlogprobs = OBJECTIVE_IMPLS["torch"](logprobs, batch, objective, divisors)
-    gradients: tuple[Tensor, ...] = (absent, absent.clone(), absent.clone())
+    gradients = [lse.new_empty(0) for _ in needs]
     if any(needs):
         gradients = head.backward(
-            dlogprobs, None, None, hidden, weight, bias, ids, logprobs, lse, entropy, absent, transform,
-            needs, None, deterministic,
+            dlogprobs, None, None, hidden, weight, bias, ids, logprobs, lse, entropy, (), transform,
+            NOTHING, needs, None, deterministic,
         )  # fmt: skip
     return *outputs, *gradients
 
@@ -139,19 +140,82 @@ def _triton_forward(
     return *(total.float() for total in sums), *gradients
 
 
-# each forms (loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias) in one call
-IMPLS = {"triton": _triton_forward, "cpp": _cpp_forward, "torch": _torch_forward}
+def _saved(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> Sequence[tuple[int, ...]]:
+    """The gradients for an upstream of 1, fp32; 0 elements where not needed."""
+    inputs = (hidden, weight, bias)
+    return [tuple(x.shape) if need and x is not None else (0,) for x, need in zip(inputs, needs, strict=True)]
 
 
-@torch.library.custom_op("ipvrm::linear_distrl_loss_fwd", mutates_args=())
-def _forward_op(
+def _scaled(dloss: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+    return [gradient * dloss for gradient in saved]
+
+
+def _scaled_in_place(dloss: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+    return [gradient.mul_(dloss) for gradient in saved]  # a copy would be a second fp32 dweight
+
+
+# forward -> (loss, token_loss, candidate_loss, metrics, *saved); both backwards (dloss, saved)
+IMPLS = {
+    "triton": backend.Impl(_triton_forward, _scaled, _saved, _scaled_in_place),
+    "cpp": backend.Impl(_cpp_forward, _scaled, _saved, _scaled_in_place),
+    "torch": backend.Impl(_torch_forward, _scaled, _saved, _scaled_in_place),
+}
+
+
+def _bwd_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_gradients(hidden, weight, bias, needs)
+
+
+@register(fake=_bwd_fake, gradient_of=OP, instead=INSTEAD)
+def _linear_distrl_loss_bwd(
+    dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], impl: str,
+    saved: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients times dloss, cast once; out of place, for compiled graphs and graphs that are kept."""
+    return cast_gradients(IMPLS[impl].backward(dloss, saved), (hidden, weight, bias), needs)
+
+
+def _fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, form: list[bool], impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    def new(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=out_dtype(hidden))
+
+    saved = [new(*shape) for shape in IMPLS[impl].saved(hidden, weight, bias, form)]
+    return new(), new(), new(), new(len(METRICS), 2), saved
+
+
+def _backward(
+    dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, impl: str, saved: list[Tensor],
+    needs: dict[str, bool],
+) -> dict[str, Tensor]:  # fmt: skip
+    wanted, last_backward = [needs[x] for x in TRAINABLE], IMPLS[impl].last_backward
+    if is_batched(dloss):  # in place a gradient would be scaled by all
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{OP}: batched gradients (vmap, is_grads_batched) with create_graph=True are "
+                               "not supported; loop over the upstream gradients")  # fmt: skip
+        gradients = cast_gradients(IMPLS[impl].backward(dloss, saved), (hidden, weight, bias), wanted)
+    elif last_backward is not None and is_last_backward(dloss, *saved):
+        gradients = cast_gradients(last_backward(dloss, saved), (hidden, weight, bias), wanted)
+    else:
+        gradients = _linear_distrl_loss_bwd(dloss, hidden, weight, bias, wanted, impl, saved)
+    return dict(zip(TRAINABLE, gradients, strict=True))
+
+
+@register(fake=_fake, returns=(*DistRLLoss._fields, "saved"), backward=_backward)
+def _linear_distrl_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, candidate_ids: Tensor,
     old_logprobs: Tensor, old_candidate_logprobs: Tensor, advantages: Tensor, candidate_advantages: Tensor,
     cu_seqlens: Tensor, token_denominator: Tensor | None, candidate_denominator: Tensor | None,
     scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
     alpha: float, clips: list[float], dual_clip: float | None, reduction: str, candidate_reduction: str,
-    needs: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    form: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """form: which of the gradients by hidden, weight and bias are formed."""
     tensors = (
         token_ids, candidate_ids, old_logprobs, old_candidate_logprobs, advantages, candidate_advantages,
         cu_seqlens, token_denominator, candidate_denominator,
@@ -159,73 +223,12 @@ def _forward_op(
     batch = Batch._make(None if x is None else x.contiguous() for x in tensors)
     if backend.checks_values(hidden):
         _check_values(batch, weight.shape[0])
-    loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias = IMPLS[impl](
+    loss, token_loss, candidate_loss, metrics, *saved = IMPLS[impl].forward(
         hidden, weight, bias, batch, Transform(scale, softcap, temperature, dtype),
-        Objective(alpha, clips, dual_clip, reduction, candidate_reduction), needs,
+        Objective(alpha, clips, dual_clip, reduction, candidate_reduction), form,
         max_workspace_bytes, deterministic,
     )  # fmt: skip
-    return loss, token_loss, candidate_loss, metrics, dhidden, dweight, dbias
-
-
-@_forward_op.register_fake
-def _(hidden, weight, bias, token_ids, candidate_ids, old_logprobs, old_candidate_logprobs, advantages,
-      candidate_advantages, cu_seqlens, token_denominator, candidate_denominator, scale, softcap, temperature,
-      dtype, alpha, clips, dual_clip, reduction, candidate_reduction, needs, max_workspace_bytes,
-      deterministic, impl):  # fmt: skip
-    def new(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=out_dtype(hidden))
-
-    gradients = (
-        new(*x.shape) if need and x is not None else new(0)
-        for x, need in zip((hidden, weight, bias), needs, strict=True)
-    )
-    return new(), new(), new(), new(len(METRICS), 2), *gradients
-
-
-@torch.library.custom_op("ipvrm::linear_distrl_loss_bwd", mutates_args=())
-def _backward_op(
-    dloss: Tensor,
-    gradients: list[Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients times dloss, cast once; out of place, for compiled graphs and graphs that are kept."""
-    return cast_gradients([g * dloss for g in gradients], (hidden, weight, bias), needs)
-
-
-@_backward_op.register_fake
-def _(dloss, gradients, hidden, weight, bias, needs):
-    return fake_gradients(hidden, weight, bias, needs)
-
-
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    _, *detached = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*detached)
-    ctx.save_for_backward(*inputs[:3], *output[4:])
-
-
-def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
-    if dloss is None:
-        return (None,) * 25
-    hidden, weight, bias, *formed = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    if is_batched(dloss):  # no rule for the backward op, and in place one would be scaled by all
-        if torch.is_grad_enabled():
-            raise RuntimeError(f"{OP}: batched gradients (vmap, is_grads_batched) with create_graph=True are "
-                               "not supported; loop over the upstream gradients")  # fmt: skip
-        gradients = cast_gradients([g * dloss for g in formed], (hidden, weight, bias), needs)
-    elif is_last_backward(dloss, *formed):  # in place: a copy would be a second fp32 dweight
-        gradients = cast_gradients([g.mul_(dloss) for g in formed], (hidden, weight, bias), needs)
-    else:
-        gradients = _backward_op(dloss, formed, hidden, weight, bias, needs)
-    return *(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 22
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(refuse_double_backward(OP))
+    return loss, token_loss, candidate_loss, metrics, saved
 
 
 def _check_values(batch: Batch, V: int) -> None:
@@ -350,7 +353,7 @@ def linear_distrl_loss(
         )
     ]
     tracked = torch.is_grad_enabled()
-    loss, token_loss, candidate_loss, metrics, *_ = _forward_op(
+    loss, token_loss, candidate_loss, metrics, _ = _linear_distrl_loss(
         hidden, weight, bias, token_ids.long(), candidate_ids.long(), *floats, cu_seqlens, *denominators,
         *transform, float(alpha),
         [float(c) for c in (clip_low, clip_high, candidate_clip_low, candidate_clip_high)],

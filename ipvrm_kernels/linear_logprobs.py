@@ -27,7 +27,8 @@ from torch import Tensor
 
 from . import backend
 from .head import (
-    Launchers,
+    INSTEAD,
+    TRAINABLE,
     Transform,
     add_at_ids,
     cast_gradients,
@@ -39,13 +40,13 @@ from .head import (
     head_gradients,
     out_dtype,
     prepare,
-    refuse_double_backward,
     select_ids,
     times_log,
     transform_slope,
     transformed_logits,
 )
 from .head.blocks import kept_columns
+from .registration import register
 
 if backend.HAS_TRITON:
     from .head import triton_backward, triton_forward, triton_ids, triton_stored
@@ -74,25 +75,33 @@ def linear_logprobs_reference(
 
 def _torch_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     check_workspace(
         "linear_logprobs", max_workspace_bytes, hidden.shape[0], weight.shape[0], out_dtype(hidden)
     )
     logprobs, lse, entropy = linear_logprobs_reference(hidden, weight, ids, bias, transform, return_entropy)
-    expectation = lse.new_empty(0)
+    saved = []
     if follows == FROZEN:
         z = transformed_logits(hidden, weight, bias, transform)
         p = torch.exp(z - lse[:, None]) * transform_slope(z, transform)
-        expectation = head_gradients(p, hidden, weight, bias, transform.dtype, (True, False, False))[0]
-    return logprobs, lse, entropy, expectation
+        saved.append(head_gradients(p, hidden, weight, bias, transform.dtype, (True, False, False))[0])
+    return logprobs, lse, entropy, saved
+
+
+def _torch_saved(
+    hidden: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, follows: str,
+    max_workspace_bytes: int | None, keep: bool,
+) -> Sequence[tuple[int, ...]]:  # fmt: skip
+    """A frozen head's expectation."""
+    return (tuple(hidden.shape),) if follows == FROZEN else ()
 
 
 def _torch_backward(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    logprobs: Tensor, lse: Tensor, entropy: Tensor, expectation: Tensor, transform: Transform,
-    needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
+    logprobs: Tensor, lse: Tensor, entropy: Tensor, saved: Sequence[Tensor], transform: Transform,
+    follows: str, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     N, V = hidden.shape[0], weight.shape[0]
     check_workspace("linear_logprobs", max_workspace_bytes, N, V, lse.dtype)
@@ -102,10 +111,10 @@ def _torch_backward(
     if dlse is not None:
         total = total - dlse[:, None]
 
-    if expectation.numel() and dentropy is None:  # frozen head
+    if follows == FROZEN and dentropy is None:
         rows = weight[torch.where(owned, ids, 0)].to(transform.dtype).to(lse.dtype)  # (N, K, D)
         slope = transform_slope(torch.where(owned, logprobs + lse[:, None], 0.0), transform)
-        dhidden = ((g * slope)[:, :, None] * rows).sum(1) - total * expectation
+        dhidden = ((g * slope)[:, :, None] * rows).sum(1) - total * saved[0]
         return dhidden, lse.new_empty(0), lse.new_empty(0)
 
     z = transformed_logits(hidden, weight, bias, transform)
@@ -121,29 +130,51 @@ def _torch_backward(
 
 def _cpp_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    columns = _kept_columns(hidden, weight, ids, transform.dtype, follows, max_workspace_bytes, keep)
     result = cpu.forward(
         "linear_logprobs", hidden, weight, bias, ids, transform, entropy=return_entropy,
-        expectation=follows == FROZEN, backward_follows=follows != NOTHING, keep=keep,
+        expectation=follows == FROZEN, backward_follows=follows != NOTHING, keep=columns,
         limit=max_workspace_bytes, deterministic=deterministic,
     )  # fmt: skip
-    saved = result.expectation if follows == FROZEN else result.saved
+    saved = [result.expectation] if follows == FROZEN else [result.lse_low, result.kept]
     return result.logprobs, result.lse, result.entropy, saved
+
+
+def _kept_columns(
+    hidden: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, follows: str,
+    max_workspace_bytes: int | None, keep: bool,
+) -> int:  # fmt: skip
+    if not keep or follows != TRAINED:
+        return 0
+    return kept_columns("linear_logprobs", hidden, weight, dtype, max_workspace_bytes, 4 * ids.shape[1])
+
+
+def _cpp_saved(
+    hidden: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, follows: str,
+    max_workspace_bytes: int | None, keep: bool,
+) -> Sequence[tuple[int, ...]]:  # fmt: skip
+    """A frozen head's expectation; else what rounding lse to fp32 lost, and z of the columns kept."""
+    if follows == FROZEN:
+        return (tuple(hidden.shape),)
+    N = hidden.shape[0]
+    columns = _kept_columns(hidden, weight, ids, dtype, follows, max_workspace_bytes, keep)
+    return (N,), (N * columns,)
 
 
 def _cpp_backward(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    logprobs: Tensor, lse: Tensor, entropy: Tensor, expectation: Tensor, transform: Transform,
-    needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
+    logprobs: Tensor, lse: Tensor, entropy: Tensor, saved: Sequence[Tensor], transform: Transform,
+    follows: str, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    frozen, N = expectation.dim() == 2, hidden.shape[0]
-    lse_low = None if frozen else expectation[:N]
-    kept = None if frozen or len(expectation) == N else expectation[N:]
+    lse_low, kept = (None, None) if follows == FROZEN else saved
+    if kept is not None and not kept.numel():
+        kept = None
     up = cpu.make_upstream(dlogprobs, dlse, dentropy, ids, weight.shape[0], lse, lse_low, entropy)
-    if frozen and dentropy is None:
-        dhidden = cpu.frozen_backward(up, weight, logprobs, expectation, transform, max_workspace_bytes)
+    if follows == FROZEN and dentropy is None:
+        dhidden = cpu.frozen_backward(up, weight, logprobs, saved[0], transform, max_workspace_bytes)
         return dhidden, lse.new_empty(0), lse.new_empty(0)
     return cpu.backward(
         "linear_logprobs", up, hidden, weight, bias, transform, needs, kept=kept,
@@ -153,8 +184,8 @@ def _cpp_backward(
 
 def _triton_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Two matmuls for a frozen head where its probabilities fit the workspace, else three, else one."""
     limit, explicit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE, max_workspace_bytes is not None
     ids = ids.contiguous()
@@ -163,123 +194,122 @@ def _triton_forward(
         if follows == FROZEN:
             R = triton_stored.stored_rows(ops, ids.shape[1], return_entropy, False, limit)
             if R:
-                return triton_stored.stored_expectation(ops, ids, return_entropy, R)
+                stored = triton_stored.stored_expectation(ops, ids, return_entropy, R)
+                logprobs, lse, entropy, expectation = stored
+                return logprobs, lse, entropy, [expectation]
         at_once = triton_forward.stats_rows(
             "linear_logprobs", ops, ids.shape[1], return_entropy, limit, explicit
         )
         stats = triton_forward.stats(ops, return_entropy, rows_at_once=at_once)
         logprobs, lse = stats.logprobs(triton_forward.id_logits(ops, ids)), stats.lse()
-        expectation = remainder = stats.lse_remainder(lse)  # (N,) takes the place of the expectation
+        saved = stats.lse_remainder(lse)
         if follows == FROZEN:
-            expectation = triton_backward.expectation(ops, ids, lse, remainder, limit, explicit)
-    return logprobs, lse, stats.entropy() if return_entropy else lse.new_empty(0), expectation
+            saved = triton_backward.expectation(ops, ids, lse, saved, limit, explicit)
+    return logprobs, lse, stats.entropy() if return_entropy else lse.new_empty(0), [saved]
+
+
+def _triton_saved(
+    hidden: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, follows: str,
+    max_workspace_bytes: int | None, keep: bool,
+) -> Sequence[tuple[int, ...]]:  # fmt: skip
+    """A frozen head's expectation, else what rounding lse to fp32 lost."""
+    return (tuple(hidden.shape if follows == FROZEN else hidden.shape[:1]),)
 
 
 def _triton_backward(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    logprobs: Tensor, lse: Tensor, entropy: Tensor, expectation: Tensor, transform: Transform,
-    needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
+    logprobs: Tensor, lse: Tensor, entropy: Tensor, saved: Sequence[Tensor], transform: Transform,
+    follows: str, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     limit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE
     ids = ids.contiguous()
     with torch.cuda.device_of(hidden):
         ops = triton_forward.operands(hidden, weight, bias, transform, limit)
         up = triton_ids.upstream_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
-        frozen = expectation.dim() == 2
-        if frozen and dentropy is None:
-            dhidden = triton_ids.frozen_dhidden(ops, ids, logprobs, lse, up, expectation)
+        if follows == FROZEN and dentropy is None:
+            dhidden = triton_ids.frozen_dhidden(ops, ids, logprobs, lse, up, saved[0])
             return dhidden, lse.new_empty(0), lse.new_empty(0)
         return triton_backward.gradients(
             "linear_logprobs", ops, weight.dtype, ids, logprobs, lse,
-            torch.zeros_like(lse) if frozen else expectation, entropy, up, needs, limit,
+            torch.zeros_like(lse) if follows == FROZEN else saved[0], entropy, up, needs, limit,
             max_workspace_bytes is not None,
         )  # fmt: skip
 
 
+# saved(hidden, weight, ids, dtype, follows, max_workspace_bytes, keep)
 IMPLS = {
-    "triton": Launchers(_triton_forward, _triton_backward),
-    "cpp": Launchers(_cpp_forward, _cpp_backward),
-    "torch": Launchers(_torch_forward, _torch_backward),
+    "triton": backend.Impl(_triton_forward, _triton_backward, _triton_saved),
+    "cpp": backend.Impl(_cpp_forward, _cpp_backward, _cpp_saved),
+    "torch": backend.Impl(_torch_forward, _torch_backward, _torch_saved),
 }
 
 
-@torch.library.custom_op("ipvrm::linear_logprobs_fwd", mutates_args=())
-def _forward_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
-    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: int,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logprobs, lse, entropy, what the backward needs besides).
-
-    follows: the backward there will be, NOTHING, FROZEN (head, gradient of hidden alone) or TRAINED.
-    keep: columns whose z is kept for it, impl="cpp" and TRAINED only.
-    """
-    if backend.checks_values(ids):
-        check_ids("linear_logprobs", "ids", ids, weight.shape[0])
-    transform = Transform(scale, softcap, temperature, dtype)
-    logprobs, lse, entropy, expectation = IMPLS[impl].forward(
-        hidden, weight, bias, ids, transform, return_entropy, follows, max_workspace_bytes, deterministic,
-        keep,
-    )  # fmt: skip
-    return logprobs, lse, entropy, expectation
+def _bwd_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_gradients(hidden, weight, bias, needs)
 
 
-@_forward_op.register_fake
-def _(
-    hidden, weight, bias, ids, scale, softcap, temperature, dtype,
-    return_entropy, follows, max_workspace_bytes, deterministic, keep, impl,
-):  # fmt: skip
-    lse = hidden.new_empty(hidden.shape[0], dtype=out_dtype(hidden))
-    entropy = lse.new_empty(lse.shape if return_entropy else 0)
-    # the expectation, or (N,) what rounding lse to fp32 lost, with cpp (N * keep,) z after it
-    saved = hidden.shape if follows == FROZEN else hidden.shape[0] * (1 + keep) if impl != "torch" else 0
-    return lse.new_empty(ids.shape), lse, entropy, lse.new_empty(saved)
-
-
-@torch.library.custom_op("ipvrm::linear_logprobs_bwd", mutates_args=())
-def _backward_op(
+@register(fake=_bwd_fake, gradient_of="linear_logprobs", instead=INSTEAD)
+def _linear_logprobs_bwd(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    logprobs: Tensor, lse: Tensor, entropy: Tensor, expectation: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
-    needs: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str,
+    logprobs: Tensor, lse: Tensor, entropy: Tensor,
+    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, follows: str,
+    needs: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str, saved: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     transform = Transform(scale, softcap, temperature, dtype)
     gradients = IMPLS[impl].backward(
-        dlogprobs, dlse, dentropy, hidden, weight, bias, ids, logprobs, lse, entropy, expectation, transform,
-        needs, max_workspace_bytes, deterministic,
+        dlogprobs, dlse, dentropy, hidden, weight, bias, ids, logprobs, lse, entropy, saved, transform,
+        follows, needs, max_workspace_bytes, deterministic,
     )  # fmt: skip
     return cast_gradients(gradients, (hidden, weight, bias), needs)
 
 
-@_backward_op.register_fake
-def _(dlogprobs, dlse, dentropy, hidden, weight, bias, ids, logprobs, lse, entropy, expectation, scale,
-      softcap, temperature, dtype, needs, max_workspace_bytes, deterministic, impl):  # fmt: skip
-    return fake_gradients(hidden, weight, bias, needs)
+def _fake(
+    hidden: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, return_entropy: bool, follows: str,
+    max_workspace_bytes: int | None, keep: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    lse = hidden.new_empty(hidden.shape[0], dtype=out_dtype(hidden))
+    entropy = lse.new_empty(lse.shape if return_entropy else 0)
+    shapes = IMPLS[impl].saved(hidden, weight, ids, dtype, follows, max_workspace_bytes, keep)
+    return lse.new_empty(ids.shape), lse, entropy, [lse.new_empty(shape) for shape in shapes]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, ids, *transform = inputs[:8]
-    return_entropy, _, max_workspace_bytes, deterministic, _, impl = inputs[8:]
-    logprobs, lse, entropy, expectation = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(expectation, *(() if return_entropy else (entropy,)))
-    ctx.save_for_backward(hidden, weight, bias, ids, logprobs, lse, entropy, expectation)
-    ctx.transform, ctx.options = transform, (max_workspace_bytes, deterministic, impl)
+def _backward(
+    dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    logprobs: Tensor, lse: Tensor, entropy: Tensor, saved: list[Tensor],
+    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, impl: str,
+    needs: dict[str, bool],
+) -> dict[str, Tensor]:  # fmt: skip
+    gradients = _linear_logprobs_bwd(
+        dlogprobs, dlse, dentropy if return_entropy else None, hidden, weight, bias, ids,
+        logprobs, lse, entropy, scale, softcap, temperature, dtype, follows, [needs[x] for x in TRAINABLE],
+        max_workspace_bytes, deterministic, impl, saved,
+    )  # fmt: skip
+    return dict(zip(TRAINABLE, gradients, strict=True))
 
 
-def _backward(ctx, dlogprobs, dlse, dentropy, _):
-    needs = list(ctx.needs_input_grad[:3])
-    gradients = _backward_op(
-        dlogprobs, dlse, dentropy, *ctx.saved_tensors, *ctx.transform, needs, *ctx.options
-    )
-    return *(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 11
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(refuse_double_backward("linear_logprobs"))
+@register(fake=_fake, returns=(*LinearLogprobs._fields, "saved"), backward=_backward)
+def _linear_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """follows: the backward there will be, NOTHING, FROZEN (head, gradient of hidden alone) or TRAINED.
+    keep: z may be kept for it, where max_workspace_bytes allows.
+    """
+    if backend.checks_values(ids):
+        check_ids("linear_logprobs", "ids", ids, weight.shape[0])
+    transform = Transform(scale, softcap, temperature, dtype)
+    return IMPLS[impl].forward(
+        hidden, weight, bias, ids, transform, return_entropy, follows, max_workspace_bytes, deterministic,
+        keep,
+    )  # fmt: skip
 
 
 def linear_logprobs(
@@ -334,11 +364,8 @@ def linear_logprobs(
     follows = NOTHING
     if torch.is_grad_enabled() and (trained or hidden.requires_grad):
         follows = TRAINED if trained else FROZEN
-    keep, may_keep = 0, not deterministic and not torch.compiler.is_compiling()
-    if impl == "cpp" and follows == TRAINED and may_keep:
-        per_row = 4 * (1 if ids.dim() == 1 else ids.shape[1])
-        keep = kept_columns(op, hidden, weight, transform.dtype, max_workspace_bytes, per_row)
-    logprobs, lse, entropy, _ = _forward_op(
+    keep = not deterministic and not torch.compiler.is_compiling()
+    logprobs, lse, entropy, _ = _linear_logprobs(
         hidden, weight, bias, ids.long()[:, None] if ids.dim() == 1 else ids.long(),
         *transform, bool(return_entropy), follows, max_workspace_bytes, bool(deterministic), keep, impl,
     )  # fmt: skip

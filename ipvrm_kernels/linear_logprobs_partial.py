@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backend
 from .head import (
-    Launchers,
+    INSTEAD,
+    TRAINABLE,
     Transform,
     add_at_ids,
     cast_gradients,
@@ -34,13 +35,13 @@ from .head import (
     head_gradients,
     out_dtype,
     prepare,
-    refuse_double_backward,
     select_ids,
     times_log,
     transform_slope,
     transformed_logits,
 )
 from .linear_logprobs import LinearLogprobs
+from .registration import register
 
 if backend.HAS_TRITON:
     from .head import triton_backward, triton_forward, triton_ids
@@ -153,34 +154,20 @@ def _cpp_backward(
 
 
 IMPLS = {
-    "triton": Launchers(_triton_forward, _triton_backward),
-    "cpp": Launchers(_cpp_forward, _cpp_backward),
-    "torch": Launchers(linear_logprobs_partial_reference, _torch_backward),
+    "triton": backend.Impl(_triton_forward, _triton_backward),
+    "cpp": backend.Impl(_cpp_forward, _cpp_backward),
+    "torch": backend.Impl(linear_logprobs_partial_reference, _torch_backward),
 }
 
 
-@torch.library.custom_op("ipvrm::linear_logprobs_partial_fwd", mutates_args=())
-def _forward_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    top, sumexp, sum_z_exp, id_logits = IMPLS[impl].forward(
-        hidden, weight, bias, ids, Transform(scale, softcap, temperature, dtype)
-    )
-    return top, sumexp, sum_z_exp, id_logits
+def _bwd_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_gradients(hidden, weight, bias, needs)
 
 
-@_forward_op.register_fake
-def _(hidden, weight, bias, ids, scale, softcap, temperature, dtype, impl):
-    def new(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=out_dtype(hidden))
-
-    N = hidden.shape[0]
-    return new(N), new(N), new(N), new(*ids.shape)
-
-
-@torch.library.custom_op("ipvrm::linear_logprobs_partial_bwd", mutates_args=())
-def _backward_op(
+@register(fake=_bwd_fake, gradient_of=OP, instead=INSTEAD)
+def _linear_logprobs_partial_bwd(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, top: Tensor,
     scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, needs: list[bool], impl: str,
@@ -192,27 +179,33 @@ def _backward_op(
     return cast_gradients(gradients, (hidden, weight, bias), needs)
 
 
-@_backward_op.register_fake
-def _(dsumexp, dsum_z_exp, did_logits, hidden, weight, bias, ids, top, scale, softcap, temperature, dtype,
-      needs, impl):  # fmt: skip
-    return fake_gradients(hidden, weight, bias, needs)
+def _fake(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def new(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=out_dtype(hidden))
+
+    N = hidden.shape[0]
+    return new(N), new(N), new(N), new(*ids.shape)
 
 
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(*inputs[:4], output[0])
-    ctx.transform, ctx.impl = inputs[4:8], inputs[8]
+def _backward(
+    dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, max: Tensor,
+    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, needs: dict[str, bool],
+    impl: str,
+) -> dict[str, Tensor]:  # fmt: skip
+    gradients = _linear_logprobs_partial_bwd(
+        dsumexp, dsum_z_exp, did_logits, hidden, weight, bias, ids, max,
+        scale, softcap, temperature, dtype, [needs[x] for x in TRAINABLE], impl,
+    )  # fmt: skip
+    return dict(zip(TRAINABLE, gradients, strict=True))
 
 
-def _backward(ctx: Any, _: Any, *upstream: Tensor | None) -> Any:
-    needs = list(ctx.needs_input_grad[:3])
-    gradients = _backward_op(*upstream, *ctx.saved_tensors, *ctx.transform, needs, ctx.impl)
-    return *(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 6
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(refuse_double_backward(OP))
+@register(fake=_fake, returns=Partial._fields, backward=_backward)
+def _linear_logprobs_partial(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return IMPLS[impl].forward(hidden, weight, bias, ids, Transform(scale, softcap, temperature, dtype))
 
 
 def linear_logprobs_partial(
@@ -250,7 +243,9 @@ def linear_logprobs_partial(
     owned = (local >= vocab_start) & (local < vocab_start + weight.shape[0])
     local = torch.where(owned, local - vocab_start, -1)
     impl = backend.choose(OP, IMPLS, impl, hidden)
-    top, sumexp, sum_z_exp, id_logits = _forward_op(hidden, weight, bias, local, *transform, impl)
+    top, sumexp, sum_z_exp, id_logits = _linear_logprobs_partial(
+        hidden, weight, bias, local, *transform, impl
+    )
     return Partial(top, sumexp, sum_z_exp, id_logits[:, 0] if ids.dim() == 1 else id_logits)
 
 

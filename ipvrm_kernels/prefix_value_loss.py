@@ -4,16 +4,16 @@
     omega_t = 1 (uniform) | t/T (late, Eq. 17) | 1 - t/T (early, Eq. 18; 1 where T = 1)
     mean_value_t = beta / t * sum_{i<=t} log_ratio_i (Eq. 5),   s_b = 2 outcome_b - 1
 
-d loss / d log_ratio_j = beta * sum_{t>=j} (d loss / d value_t), the reverse scan of these slopes. On a GPU
-the forward emits the slopes and the backward scans them; on the CPU the forward does both while a sequence
-is in cache. Eager PyTorch pads to (B, T) and passes over it ten times.
+d loss / d log_ratio_j = beta * sum_{t>=j} dvalue_t with dvalue_t = d loss / d value_t, a reverse scan. On a
+GPU the forward emits dvalue and the backward scans it; on the CPU the forward does both while a sequence is
+in cache. Eager PyTorch pads to (B, T) and passes over it ten times.
 
 Shapes: log_ratio (N,), cu_seqlens (B+1,) int32, outcome, margin, weight (B,), loss ().
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ if backend.HAS_TRITON:
 
     from .packing import sequence_rows
 
+OP = "prefix_value_loss"
 BLOCK_T = 1024
 WEIGHTINGS = ("uniform", "late", "early")  # index = csrc/token_math.h's Weighting
 REDUCTIONS = ("sequence_mean", "token_mean")
@@ -59,7 +60,7 @@ def prefix_value_loss_reference(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor, weight: Tensor,
     beta: float, weighting: str, per_sequence: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(sums (B,2), slope (N,)) in plain PyTorch; sums differentiable, slope = d sum_b sums[b,0] / d value.
+    """(sums (B,2), dvalue (N,)) in plain PyTorch; sums differentiable, dvalue = d sum_b sums[b,0] / d value.
 
     sums[b] = [w_b sum_t omega_t loss_t, sum_t omega_t], both divided by the latter if `per_sequence`.
     """
@@ -76,9 +77,9 @@ def prefix_value_loss_reference(
         segment_scan_reference(per_token, cu_seqlens), (1, 0)
     )  # (N+1,) tree sums, unlike index_add's
     total = torch.where(omega_sum > 0, running[cu_seqlens[1:].long()], 0.0)  # (B,)
-    slope = -scale[segment] * omega * sign * torch.sigmoid(z) / t
+    dvalue = -scale[segment] * omega * sign * torch.sigmoid(z) / t
     counted = (omega_sum > 0).to(omega_sum.dtype) if per_sequence else omega_sum
-    return torch.stack([total, counted], dim=1), slope.detach()
+    return torch.stack([total, counted], dim=1), dvalue.detach()
 
 
 def _softplus(z: Tensor) -> Tensor:
@@ -91,23 +92,36 @@ def _torch_loss_fwd(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
     per_sequence: bool, count: bool, needs_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    _check_loss_values(cu_seqlens, log_ratio.shape[0], outcome, margin, weight, denominator)
     margin = torch.full_like(outcome, margin_value) if margin is None else margin
     weight = torch.ones_like(outcome) if weight is None else weight
-    sums, slope = prefix_value_loss_reference(
+    sums, dvalue = prefix_value_loss_reference(
         log_ratio, cu_seqlens, outcome, margin, weight, beta, weighting, per_sequence
     )
     scale = 1 / (divisor if denominator is None else denominator)
     loss = scale * sums[:, 0].sum()
-    slope = scale * slope if needs_gradient else slope.new_empty(0)
+    saved = [scale * dvalue] if needs_gradient else []
     if not count:
-        return loss, slope, log_ratio.new_empty(0)
+        return loss, saved
     counted = sums[:, 1].sum()
-    return loss / counted, slope, counted
+    return loss / counted, [*saved, counted] if needs_gradient else []
 
 
-def _torch_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
-    return beta * scale * segment_scan_reference(slope, cu_seqlens, reverse=True)
+def _torch_loss_bwd(dloss: Tensor, saved: Sequence[Tensor], cu_seqlens: Tensor, beta: float) -> Tensor:
+    return beta * _scale(dloss, saved) * segment_scan_reference(saved[0], cu_seqlens, reverse=True)
+
+
+def _scanned_saved(N: int, count: bool, needs_gradient: bool) -> Sequence[tuple[int, ...]]:
+    """dvalue, but for the sum of omega, which only the edges tell: that is `counted`, after it."""
+    if not needs_gradient:
+        return ()
+    return ((N,), ()) if count else ((N,),)
+
+
+def _scale(dloss: Tensor, saved: Sequence[Tensor]) -> Tensor:
+    """() what the reverse scan of saved dvalue is multiplied by, besides beta."""
+    return dloss / saved[1] if len(saved) == 2 else dloss
 
 
 if backend.HAS_TRITON:
@@ -134,7 +148,7 @@ if backend.HAS_TRITON:
         weight_ptr,  # (B,)
         denominator_ptr,  # ()
         sums_ptr,  # (B,), with COUNT (2, B): of omega, of the loss
-        slope_ptr,  # (N,)
+        dvalue_ptr,  # (N,)
         margin_value,  # scalar
         inverse_divisor,  # scalar
         N,  # scalar
@@ -186,7 +200,7 @@ if backend.HAS_TRITON:
             loss += tl.sum(tl.where(valid, per_token, 0.0), 0)
             if NEEDS_GRADIENT:
                 sigmoid = tl.where(z < 0.0, e, 1.0) / (1.0 + e)  # (BLOCK_T,)
-                tl.store(slope_ptr + rows, -scale * omega * sign * sigmoid / t, mask=valid)
+                tl.store(dvalue_ptr + rows, -scale * omega * sign * sigmoid / t, mask=valid)
             carry += tl.sum(log_ratio, 0)
         into = sums_ptr + sequence
         if COUNT:
@@ -196,7 +210,7 @@ if backend.HAS_TRITON:
 
     @triton.jit(do_not_specialize=["N"])
     def _prefix_value_loss_bwd_kernel(
-        slope_ptr,  # (N,)
+        dvalue_ptr,  # (N,)
         cu_seqlens_ptr,  # (B+1,)
         scale_ptr,  # ()
         dlog_ratio_ptr,  # (N,)
@@ -212,53 +226,57 @@ if backend.HAS_TRITON:
         for block in range(start, end, BLOCK_T):
             rows = end - 1 - (block - start + offsets)  # (BLOCK_T,) from the last token back
             valid = rows >= start  # (BLOCK_T,)
-            slope = tl.load(slope_ptr + rows, mask=valid, other=0.0)  # (BLOCK_T,)
-            tl.store(dlog_ratio_ptr + rows, factor * (tl.cumsum(slope, 0) + carry), mask=valid)
-            carry += tl.sum(slope, 0)
+            dvalue = tl.load(dvalue_ptr + rows, mask=valid, other=0.0)  # (BLOCK_T,)
+            tl.store(dlog_ratio_ptr + rows, factor * (tl.cumsum(dvalue, 0) + carry), mask=valid)
+            carry += tl.sum(dvalue, 0)
 
 
-def _gpu_outputs(log_ratio: Tensor, B: int, count: bool, needs_gradient: bool) -> tuple[Tensor, Tensor]:
-    """What a GPU kernel fills: sums as `_finished` takes them, slope (N,) or without a gradient (0,)."""
+def _gpu_outputs(
+    log_ratio: Tensor, B: int, count: bool, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What a GPU kernel fills: sums as `_finished` takes them, dvalue (N,) or None."""
     sums = log_ratio.new_empty((2, B) if count else B)
-    return sums, torch.empty_like(log_ratio) if needs_gradient else log_ratio.new_empty(0)
+    return sums, torch.empty_like(log_ratio) if needs_gradient else None
 
 
-def _finished(sums: Tensor, slope: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, slope, counted) of a GPU kernel's sums (B,), or (2, B) of omega and of the loss: in this order,
-    since `counted` has to start its memory, as the fake's does.
+def _finished(sums: Tensor, dvalue: Tensor | None, count: bool) -> tuple[Tensor, list[Tensor]]:
+    """(loss, saved) of a GPU kernel's sums (B,), or (2, B) of omega and of the loss: in this order, since
+    `counted` has to start its memory, as the fake's does.
     """
+    saved = [] if dvalue is None else [dvalue]
     if not count:
-        return sums.sum(), slope, sums.new_empty(0)
+        return sums.sum(), saved
     totals = sums.sum(1)
-    return totals[1] / totals[0], slope, totals[0]
+    return totals[1] / totals[0], [*saved, totals[0]] if saved else []
 
 
 def _triton_loss_fwd(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
     per_sequence: bool, count: bool, needs_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    _check_loss_values(cu_seqlens, log_ratio.shape[0], outcome, margin, weight, denominator)
     B = cu_seqlens.shape[0] - 1
-    sums, slope = _gpu_outputs(log_ratio, B, count, needs_gradient)
+    sums, dvalue = _gpu_outputs(log_ratio, B, count, needs_gradient)
     given = (margin, weight, denominator)
     with torch.cuda.device_of(log_ratio):
         _prefix_value_loss_fwd_kernel[(B,)](
-            log_ratio, cu_seqlens, outcome, *(outcome if x is None else x for x in given), sums, slope,
-            margin_value, 1 / divisor, log_ratio.shape[0], beta,
+            log_ratio, cu_seqlens, outcome, *(outcome if x is None else x for x in given), sums,
+            log_ratio if dvalue is None else dvalue, margin_value, 1 / divisor, log_ratio.shape[0], beta,
             WEIGHTING=weighting, PER_SEQUENCE=per_sequence, COUNT=count, HAS_MARGIN=margin is not None,
             HAS_WEIGHT=weight is not None, HAS_DENOMINATOR=denominator is not None,
             NEEDS_GRADIENT=needs_gradient, BLOCK_T=BLOCK_T,
         )  # fmt: skip
-    return _finished(sums, slope, count)
+    return _finished(sums, dvalue, count)
 
 
-def _triton_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
-    dlog_ratio = torch.empty_like(slope)
-    if slope.shape[0]:
-        grid = (cu_seqlens.shape[0] - 1,)
-        with torch.cuda.device_of(slope):
+def _triton_loss_bwd(dloss: Tensor, saved: Sequence[Tensor], cu_seqlens: Tensor, beta: float) -> Tensor:
+    dvalue, dlog_ratio = saved[0], torch.empty_like(saved[0])
+    if dvalue.shape[0]:
+        grid, scale = (cu_seqlens.shape[0] - 1,), _scale(dloss, saved)
+        with torch.cuda.device_of(dvalue):
             _prefix_value_loss_bwd_kernel[grid](
-                slope, cu_seqlens, scale, dlog_ratio, slope.shape[0], beta, BLOCK_T=BLOCK_T
+                dvalue, cu_seqlens, scale, dlog_ratio, dvalue.shape[0], beta, BLOCK_T=BLOCK_T
             )
     return dlog_ratio
 
@@ -279,55 +297,76 @@ def _cpp_loss_fwd(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
     per_sequence: bool, count: bool, needs_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     B, N = cu_seqlens.shape[0] - 1, log_ratio.shape[0]
-    loss, gradient = log_ratio.new_empty(()), log_ratio.new_empty(N if needs_gradient else 0)
+    loss, gradient = log_ratio.new_empty(()), log_ratio.new_empty(N) if needs_gradient else None
     valid = backend.native_call(
         "prefix_value_loss_fwd_cpu", log_ratio, cu_seqlens,
         _loss_terms(outcome, margin, weight, denominator, margin_value, divisor, weighting, per_sequence),
-        loss, gradient if needs_gradient else None, B, N, beta, count,
+        loss, gradient, B, N, beta, count,
     )  # fmt: skip
     if not valid:  # which is cheap to know on the way; the words are found here
         _check_loss_values(cu_seqlens, N, outcome, margin, weight, denominator)
         raise AssertionError("prefix_value_loss: refused by the kernel for no reason that Python can see")
-    return loss, gradient, loss.new_empty(0)
+    return loss, [] if gradient is None else [gradient]
 
 
-def _cpp_loss_bwd(gradient: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
-    return gradient * scale
+def _cpp_saved(N: int, count: bool, needs_gradient: bool) -> Sequence[tuple[int, ...]]:
+    """The gradient of log_ratio itself."""
+    return ((N,),) if needs_gradient else ()
+
+
+def _cpp_loss_bwd(dloss: Tensor, saved: Sequence[Tensor], cu_seqlens: Tensor, beta: float) -> Tensor:
+    return saved[0] * dloss
+
+
+def _cpp_last_bwd(dloss: Tensor, saved: Sequence[Tensor]) -> Tensor:
+    return saved[0] if dloss.item() == 1 else saved[0].mul_(dloss)
 
 
 def _cuda_loss_fwd(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
     per_sequence: bool, count: bool, needs_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    _check_loss_values(cu_seqlens, log_ratio.shape[0], outcome, margin, weight, denominator)
     B = cu_seqlens.shape[0] - 1
-    sums, slope = _gpu_outputs(log_ratio, B, count, needs_gradient)
+    sums, dvalue = _gpu_outputs(log_ratio, B, count, needs_gradient)
     backend.native_call(
         "prefix_value_loss_fwd_cuda", log_ratio, cu_seqlens,
         _loss_terms(outcome, margin, weight, denominator, margin_value, divisor, weighting, per_sequence),
-        sums[1] if count else sums, sums[0] if count else None, slope if needs_gradient else None,
+        sums[1] if count else sums, sums[0] if count else None, dvalue,
         B, log_ratio.shape[0], beta,
     )  # fmt: skip
-    return _finished(sums, slope, count)
+    return _finished(sums, dvalue, count)
 
 
-def _cuda_loss_bwd(slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float) -> Tensor:
-    dlog_ratio = torch.empty_like(slope)
-    B, N = cu_seqlens.shape[0] - 1, slope.shape[0]
-    backend.native_call("prefix_value_loss_bwd_cuda", slope, cu_seqlens, scale, dlog_ratio, B, N, beta)
+def _cuda_loss_bwd(dloss: Tensor, saved: Sequence[Tensor], cu_seqlens: Tensor, beta: float) -> Tensor:
+    dvalue, dlog_ratio, scale = saved[0], torch.empty_like(saved[0]), _scale(dloss, saved)
+    B, N = cu_seqlens.shape[0] - 1, dvalue.shape[0]
+    backend.native_call("prefix_value_loss_bwd_cuda", dvalue, cu_seqlens, scale, dlog_ratio, B, N, beta)
     return dlog_ratio
 
 
-# each value: (forward, backward). cpp forms the gradient in the forward, while a sequence is in cache; on a
-# GPU the reverse scan is a kernel either way.
+# backward(dloss, saved, cu_seqlens, beta), last_backward(dloss, saved), saved(N, count, needs_gradient). cpp
+# forms the gradient in the forward, while a sequence is in cache; on a GPU the scan back is a kernel anyhow
 IMPLS = {
-    "cuda": (_cuda_loss_fwd, _cuda_loss_bwd),
-    "triton": (_triton_loss_fwd, _triton_loss_bwd),
-    "cpp": (_cpp_loss_fwd, _cpp_loss_bwd),
-    "torch": (_torch_loss_fwd, _torch_loss_bwd),
+    "cuda": backend.Impl(_cuda_loss_fwd, _cuda_loss_bwd, _scanned_saved),
+    "triton": backend.Impl(_triton_loss_fwd, _triton_loss_bwd, _scanned_saved),
+    "cpp": backend.Impl(_cpp_loss_fwd, _cpp_loss_bwd, _cpp_saved, _cpp_last_bwd),
+    "torch": backend.Impl(_torch_loss_fwd, _torch_loss_bwd, _scanned_saved),
 }
+
+
+def _bwd_fake(log_ratio: Tensor) -> Tensor:
+    return torch.empty_like(log_ratio, memory_format=torch.contiguous_format)
+
+
+@register(fake=_bwd_fake, gradient_of=OP, instead="a loss built from segment_scan and softplus")
+def _prefix_value_loss_bwd(
+    dloss: Tensor, log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str, saved: list[Tensor]
+) -> Tensor:  # log_ratio only tells autograd what the gradient depends on
+    return IMPLS[impl].backward(dloss.contiguous(), saved, cu_seqlens.contiguous(), beta)
 
 
 def _counts(denominator: Tensor | None, divisor: float, per_sequence: bool) -> bool:
@@ -335,104 +374,63 @@ def _counts(denominator: Tensor | None, divisor: float, per_sequence: bool) -> b
     return denominator is None and divisor == 0 and not per_sequence
 
 
+def _fake(
+    log_ratio: Tensor, denominator: Tensor | None, divisor: float, per_sequence: bool, needs_gradient: bool,
+    impl: str,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    count = _counts(denominator, divisor, per_sequence)
+    shapes = IMPLS[impl].saved(log_ratio.shape[0], count, needs_gradient)
+    return log_ratio.new_empty(()), [log_ratio.new_empty(shape) for shape in shapes]
+
+
+def _backward(
+    dloss: Tensor, log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str, saved: list[Tensor]
+) -> dict[str, Tensor]:
+    last_backward = IMPLS[impl].last_backward
+    if last_backward is not None and not is_batched(dloss) and is_last_backward(dloss, *saved):
+        return {"log_ratio": last_backward(dloss, saved)}
+    return {"log_ratio": _prefix_value_loss_bwd(dloss, log_ratio, cu_seqlens, beta, impl, saved)}
+
+
+@register(fake=_fake, returns=("loss", "saved"), backward=_backward)
 def _prefix_value_loss(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
     per_sequence: bool, needs_gradient: bool, impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss (), slope (N,), counted): d loss / d log_ratio = beta / counted * reverse scan of slope, or with
-    cpp d loss / d log_ratio (N,) in its place, nothing counted. Without needs_gradient it is (0,).
-
-    margin None: margin_value for all; weight None: 1; denominator None: divisor, or where that is 0, B or the
-    sum of omega. Only the last is in `counted` (), which is (0,) otherwise: slope holds the other divisors.
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """margin None: margin_value for all; weight None: 1; denominator None: divisor, or where that is 0, B or
+    the sum of omega.
     """
     N = log_ratio.shape[0]
     log_ratio, cu_seqlens, outcome = log_ratio.contiguous(), cu_seqlens.contiguous(), outcome.contiguous()
     margin, weight = (None if x is None else x.contiguous() for x in (margin, weight))
-    if (impl != "cpp" or N == 0) and backend.checks_values(log_ratio):  # cpp checks as it goes
-        _check_loss_values(cu_seqlens, N, outcome, margin, weight, denominator)
     count = _counts(denominator, divisor, per_sequence)
     if N == 0:
-        counted = log_ratio.new_ones(() if count and impl != "cpp" else 0)
-        return log_ratio.new_zeros(()), log_ratio.new_empty(0), counted
+        _check_loss_values(cu_seqlens, N, outcome, margin, weight, denominator)
+        shapes = IMPLS[impl].saved(N, count, needs_gradient)
+        return log_ratio.new_zeros(()), [log_ratio.new_ones(shape) for shape in shapes]
     own = float(cu_seqlens.shape[0] - 1) if per_sequence else 1.0  # an empty sequence counts and adds 0
-    return IMPLS[impl][0](
+    return IMPLS[impl].forward(
         log_ratio, cu_seqlens, outcome, margin, weight, denominator,
         margin_value, divisor or own, beta, weighting, per_sequence, count, needs_gradient,
     )  # fmt: skip
-
-
-def _fake(
-    log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
-    denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
-    per_sequence: bool, needs_gradient: bool, impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    N = log_ratio.shape[0]
-    counted = () if _counts(denominator, divisor, per_sequence) and impl != "cpp" else 0
-    return (
-        log_ratio.new_empty(()),
-        log_ratio.new_empty(N if needs_gradient else 0),
-        log_ratio.new_empty(counted),
-    )
-
-
-def _prefix_value_loss_bwd(
-    log_ratio: Tensor, slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str
-) -> Tensor:  # log_ratio only tells autograd what the gradient depends on
-    return IMPLS[impl][1](slope, cu_seqlens.contiguous(), scale.contiguous(), beta)
-
-
-def _bwd_fake(
-    log_ratio: Tensor, slope: Tensor, cu_seqlens: Tensor, scale: Tensor, beta: float, impl: str
-) -> Tensor:
-    return torch.empty_like(slope)
-
-
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "prefix_value_loss: its gradient cannot be differentiated; build the loss from segment_scan and "
-        "softplus where a second derivative is needed"
-    )
-
-
-_bwd_op = register(_prefix_value_loss_bwd, _bwd_fake, _refuse)
-
-
-def _loss_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    _, slope, counted = output
-    ctx.mark_non_differentiable(slope, counted)
-    log_ratio, cu_seqlens, ctx.beta, ctx.impl = inputs[0], inputs[1], inputs[8], inputs[12]
-    ctx.save_for_backward(log_ratio, cu_seqlens, slope, counted)
-
-
-def _loss_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
-    if dloss is None:
-        return (None,) * 13
-    log_ratio, cu_seqlens, slope, counted = ctx.saved_tensors
-    if ctx.impl == "cpp" and not is_batched(dloss) and is_last_backward(dloss, slope):
-        return slope if dloss.item() == 1 else slope.mul_(dloss), *(None,) * 12  # the gradient, used up
-    scale = dloss / counted if counted.dim() == 0 else dloss
-    return _bwd_op(log_ratio, slope, cu_seqlens, scale, ctx.beta, ctx.impl), *(None,) * 12
-
-
-_loss_op = register(_prefix_value_loss, _fake, _loss_backward, _loss_setup)
 
 
 def _check_loss_values(
     cu_seqlens: Tensor, N: int, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None,
 ) -> None:  # fmt: skip
-    op = "prefix_value_loss"
-    check_cu_seqlens(op, cu_seqlens, N)
+    if not backend.checks_values(outcome):
+        return
+    check_cu_seqlens(OP, cu_seqlens, N)
     if not bool(((outcome == 0) | (outcome == 1)).all()):
         wrong = outcome[(outcome != 0) & (outcome != 1)]
-        raise ValueError(f"{op}: outcome must be 0 or 1, got {wrong[:4].tolist()}")
+        raise ValueError(f"{OP}: outcome must be 0 or 1, got {wrong[:4].tolist()}")
     for name, values in (("margin", margin), ("weight", weight)):
         if values is not None and not bool(values.isfinite().all()):
-            raise ValueError(f"{op}: {name} must be finite, got {values[~values.isfinite()][:4].tolist()}")
+            raise ValueError(f"{OP}: {name} must be finite, got {values[~values.isfinite()][:4].tolist()}")
     if denominator is not None and not bool((denominator > 0) & denominator.isfinite()):
-        raise ValueError(f"{op}: denominator must be positive and finite, got {denominator.item()}")
+        raise ValueError(f"{OP}: denominator must be positive and finite, got {denominator.item()}")
 
 
 def prefix_value_loss(
@@ -468,22 +466,21 @@ def prefix_value_loss(
     Returns: 0-d fp32 (fp64 for fp64 input) loss, 0 for an empty batch. Differentiable in log_ratio, once.
     Raises: ValueError on a wrong shape, dtype, device, option or value.
     """
-    op = "prefix_value_loss"
-    log_ratio = checked_tokens(op, "log_ratio", log_ratio, cu_seqlens)
-    beta = checked_finite(op, "beta", beta)
+    log_ratio = checked_tokens(OP, "log_ratio", log_ratio, cu_seqlens)
+    beta = checked_finite(OP, "beta", beta)
     B = cu_seqlens.shape[0] - 1
     if prefix_weighting not in WEIGHTINGS:
         raise ValueError(
-            f"{op}: prefix_weighting must be one of {', '.join(WEIGHTINGS)}, got {prefix_weighting!r}"
+            f"{OP}: prefix_weighting must be one of {', '.join(WEIGHTINGS)}, got {prefix_weighting!r}"
         )
     if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        raise ValueError(f"{OP}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     limits = torch.finfo(log_ratio.dtype)  # of the arithmetic: 1e39 is not finite in fp32
     margin_value = 0.0
     if not isinstance(margin, Tensor):
-        margin_value = checked_finite(op, "margin", margin)
+        margin_value = checked_finite(OP, "margin", margin)
         if abs(margin_value) > limits.max:
-            raise ValueError(f"{op}: margin must be finite in {log_ratio.dtype}, got {margin_value}")
+            raise ValueError(f"{OP}: margin must be finite in {log_ratio.dtype}, got {margin_value}")
 
     def per_sequence(name: str, given: float | Tensor) -> Tensor:
         if not isinstance(given, Tensor):
@@ -492,7 +489,7 @@ def prefix_value_loss(
             return log_ratio.new_ones(B) * given.detach()
         if given.shape != (B,) or given.device != log_ratio.device:
             raise ValueError(
-                f"{op}: {name} must be ({B},) on {log_ratio.device}, "
+                f"{OP}: {name} must be ({B},) on {log_ratio.device}, "
                 f"got {tuple(given.shape)} on {given.device}"
             )
         plain = given.dtype == log_ratio.dtype and not given.requires_grad
@@ -500,24 +497,24 @@ def prefix_value_loss(
 
     if not isinstance(outcome, Tensor) or outcome.dim() != 1:
         given = tuple(outcome.shape) if isinstance(outcome, Tensor) else type(outcome).__name__
-        raise ValueError(f"{op}: outcome must be a tensor of shape ({B},), got {given}")
+        raise ValueError(f"{OP}: outcome must be a tensor of shape ({B},), got {given}")
     divisor = 0.0
     if denominator is not None and not isinstance(denominator, Tensor):
         if not limits.tiny <= denominator <= limits.max:
-            raise ValueError(f"{op}: denominator must be positive and finite, got {denominator}")
+            raise ValueError(f"{OP}: denominator must be positive and finite, got {denominator}")
         divisor, denominator = float(denominator), None
     if denominator is not None:
         if denominator.dim() != 0:
             raise ValueError(
-                f"{op}: denominator must be a number or 0-d, got shape {tuple(denominator.shape)}"
+                f"{OP}: denominator must be a number or 0-d, got shape {tuple(denominator.shape)}"
             )
         denominator = denominator.detach().to(log_ratio.device, log_ratio.dtype)
     needs_gradient = torch.is_grad_enabled() and log_ratio.requires_grad
-    loss, _, _ = _loss_op(
+    loss, _ = _prefix_value_loss(
         log_ratio, cu_seqlens, per_sequence("outcome", outcome),
         per_sequence("margin", margin) if isinstance(margin, Tensor) else None,
         None if weight is None else per_sequence("weight", weight), denominator, margin_value, divisor,
         beta, prefix_weighting, reduction == "sequence_mean", needs_gradient,
-        backend.choose(op, IMPLS, impl, log_ratio),
+        backend.choose(OP, IMPLS, impl, log_ratio),
     )  # fmt: skip
     return loss

@@ -56,14 +56,14 @@ def _torch_values_bwd(
     prob: Tensor, cu_seqlens: Tensor, beta: float,
 ) -> Tensor:  # fmt: skip
     t = positions(cu_seqlens, prob.shape[0], prob.dtype)
-    slope = torch.zeros_like(prob)
+    all_dvalue = torch.zeros_like(prob)  # (N,) by value_t, also through mean_value_t and prob_t
     if dmean_value is not None:
-        slope = slope + dmean_value / t
+        all_dvalue = all_dvalue + dmean_value / t
     if dprob is not None:
-        slope = slope + dprob * prob * (1 - prob) / t
+        all_dvalue = all_dvalue + dprob * prob * (1 - prob) / t
     if dvalue is not None:
-        slope = slope + dvalue
-    total = segment_scan_reference(slope, cu_seqlens, reverse=True)
+        all_dvalue = all_dvalue + dvalue
+    total = segment_scan_reference(all_dvalue, cu_seqlens, reverse=True)
     return beta * (total if dtd is None else total + dtd)
 
 
@@ -122,19 +122,19 @@ if backend.HAS_TRITON:
             rows = end - 1 - (block - start + offsets)  # (BLOCK_T,) from the last token back
             valid = rows >= start  # (BLOCK_T,)
             t = tl.maximum(rows - start + 1, 1).to(tl.float32)  # (BLOCK_T,)
-            slope = tl.zeros((BLOCK_T,), tl.float32)
+            all_dvalue = tl.zeros((BLOCK_T,), tl.float32)  # (BLOCK_T,)
             if HAS_DVALUE:
-                slope += tl.load(dvalue_ptr + rows, mask=valid, other=0.0)
+                all_dvalue += tl.load(dvalue_ptr + rows, mask=valid, other=0.0)
             if HAS_DMEAN:
-                slope += tl.load(dmean_value_ptr + rows, mask=valid, other=0.0) / t
+                all_dvalue += tl.load(dmean_value_ptr + rows, mask=valid, other=0.0) / t
             if HAS_DPROB:
                 prob = tl.load(prob_ptr + rows, mask=valid, other=0.0)  # (BLOCK_T,)
-                slope += tl.load(dprob_ptr + rows, mask=valid, other=0.0) * prob * (1.0 - prob) / t
-            total = tl.cumsum(slope, 0) + carry  # (BLOCK_T,)
+                all_dvalue += tl.load(dprob_ptr + rows, mask=valid, other=0.0) * prob * (1.0 - prob) / t
+            total = tl.cumsum(all_dvalue, 0) + carry  # (BLOCK_T,)
             if HAS_DTD:
                 total += tl.load(dtd_ptr + rows, mask=valid, other=0.0)
             tl.store(dlog_ratio_ptr + rows, beta * total, mask=valid)
-            carry += tl.sum(slope, 0)
+            carry += tl.sum(all_dvalue, 0)
 
 
 def _triton_values_fwd(
@@ -195,69 +195,46 @@ def _native_values_bwd(device: str) -> Any:
     return run
 
 
-# each value: (forward, backward)
 IMPLS = {
-    "cuda": (_native_values_fwd("cuda"), _native_values_bwd("cuda")),
-    "triton": (_triton_values_fwd, _triton_values_bwd),
-    "cpp": (_native_values_fwd("cpu"), _native_values_bwd("cpu")),
-    "torch": (prefix_values_reference, _torch_values_bwd),
+    "cuda": backend.Impl(_native_values_fwd("cuda"), _native_values_bwd("cuda")),
+    "triton": backend.Impl(_triton_values_fwd, _triton_values_bwd),
+    "cpp": backend.Impl(_native_values_fwd("cpu"), _native_values_bwd("cpu")),
+    "torch": backend.Impl(prefix_values_reference, _torch_values_bwd),
 }
 
 
-def _prefix_values(
-    log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backend.checks_values(log_ratio):
-        check_cu_seqlens("prefix_values", cu_seqlens, log_ratio.shape[0])
-    return IMPLS[impl][0](log_ratio.contiguous(), cu_seqlens.contiguous(), beta)
+def _bwd_fake(prob: Tensor) -> Tensor:
+    return torch.empty_like(prob)
 
 
-def _fake(
-    log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N = log_ratio.shape[0]
-    return log_ratio.new_empty(N), log_ratio.new_empty(N), log_ratio.new_empty(N), log_ratio.new_empty(N)
-
-
+@register(fake=_bwd_fake, gradient_of="prefix_values", instead="values built from segment_scan")
 def _prefix_values_bwd(
     dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
     prob: Tensor, cu_seqlens: Tensor, beta: float, impl: str,
 ) -> Tensor:  # fmt: skip
     grads = [None if grad is None else grad.contiguous() for grad in (dvalue, dmean_value, dprob, dtd)]
-    return IMPLS[impl][1](*grads, prob, cu_seqlens.contiguous(), beta)
+    return IMPLS[impl].backward(*grads, prob, cu_seqlens.contiguous(), beta)
 
 
-def _bwd_fake(
+def _fake(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N = log_ratio.shape[0]
+    return log_ratio.new_empty(N), log_ratio.new_empty(N), log_ratio.new_empty(N), log_ratio.new_empty(N)
+
+
+def _backward(
     dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
     prob: Tensor, cu_seqlens: Tensor, beta: float, impl: str,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(prob)
+) -> dict[str, Tensor]:  # fmt: skip
+    return {"log_ratio": _prefix_values_bwd(dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, beta, impl)}
 
 
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "prefix_values: its gradient cannot be differentiated; build the values from segment_scan where a "
-        "second derivative is needed"
-    )
-
-
-_bwd_op = register(_prefix_values_bwd, _bwd_fake, _refuse)
-
-
-def _values_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    _, cu_seqlens, ctx.beta, ctx.impl = inputs
-    ctx.save_for_backward(cu_seqlens, output[2])
-
-
-def _values_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    if all(grad is None for grad in grads):
-        return None, None, None, None
-    cu_seqlens, prob = ctx.saved_tensors
-    return _bwd_op(*grads, prob, cu_seqlens, ctx.beta, ctx.impl), None, None, None
-
-
-_values_op = register(_prefix_values, _fake, _values_backward, _values_setup)
+@register(fake=_fake, returns=PrefixValues._fields, backward=_backward)
+def _prefix_values(
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend.checks_values(log_ratio):
+        check_cu_seqlens("prefix_values", cu_seqlens, log_ratio.shape[0])
+    return IMPLS[impl].forward(log_ratio.contiguous(), cu_seqlens.contiguous(), beta)
 
 
 def prefix_values(
@@ -279,4 +256,4 @@ def prefix_values(
     log_ratio = checked_tokens(op, "log_ratio", log_ratio, cu_seqlens)
     beta = checked_finite(op, "beta", beta)
     chosen = backend.choose(op, IMPLS, impl, log_ratio)
-    return PrefixValues(*_values_op(log_ratio, cu_seqlens, beta, chosen))
+    return PrefixValues(*_prefix_values(log_ratio, cu_seqlens, beta, chosen))

@@ -1,21 +1,25 @@
-"""register: a torch.library op, at a fraction of what `torch.library.custom_op` costs per call.
+"""register: a torch.library op whose rules get its inputs by name, cheap to call.
 
 The sequence ops are small enough for dispatch to be most of their time. Forward and backward of a 64-token
-`prefix_value_loss` on the CPU, torch 2.13: 270 us by the decorator, 174 us through `Library.define`
-with `torch.library.register_autograd`, 131 us like this. The decorator adds a check on every call that
-no output shares memory with an input or another output: functions registered here must see to it.
+`prefix_value_loss` on the CPU, torch 2.13: 270 us by `torch.library.custom_op`, 174 us through
+`Library.define` with `torch.library.register_autograd`, 131 us like this. custom_op adds a check on every
+call that no output shares memory with an input or another output: functions registered here must see to it.
 `register_autograd` adds a generic autograd.Function; here it is written out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args, get_type_hints
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("ipvrm", "FRAGMENT")
-_TENSORS = (torch.Tensor, torch.nn.Parameter)  # plain ones; their subclasses have a say of their own
+_TENSORS = (Tensor, torch.nn.Parameter)  # plain ones; their subclasses have a say of their own
+MOST_LISTED = 3  # tensors in a list input
 _tracing_state = torch._C._get_tracing_state
 _transform_level = torch._C._functorch.maybe_current_level
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -40,45 +44,188 @@ _PLAIN_KEYS = _plain_keys()
 
 
 def register(
-    function: Callable[..., Any],
+    *,
     fake: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-) -> Callable[..., Any]:
-    """Register `function` as torch.ops.ipvrm.<its name without the underscore>; returns what to call.
+    returns: Sequence[str] = (),
+    backward: Callable[..., Mapping[str, Tensor | None]] | None = None,
+    gradient_of: str = "",
+    instead: str = "",
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function becomes torch.ops.ipvrm.<its name without the underscore>, and what to call.
 
-    That is the op, or where only autograd would see the call, `function` under an autograd.Function, and
-    profilers do not show the op's name then.
-    function: its annotations are the op's schema; no defaults, returns new tensors, mutates nothing.
-    fake: the same signature, empty outputs. backward(ctx, *grads), setup_context(ctx, inputs, output): as for
-    an autograd.Function.
+    That is the op, or where only autograd would see the call, the function under an autograd.Function, and
+    profilers do not show the op's name then. Calls are positional. The function's annotations are the op's
+    schema: no defaults, returns new tensors, mutates nothing. The last input and the last output may be a
+    list[Tensor]; such an output has no gradient.
+
+    fake, backward: ask for what they need by the names of their parameters; fake for inputs, and returns
+        empty outputs. backward for inputs, outputs (as named in `returns`), d<output>, the upstream gradient
+        or None, and `needs`, {input: whether its gradient is wanted}; it returns {input: gradient}. Exactly
+        what it asks for is saved. Not called where every upstream gradient is None. An output whose d<output>
+        it does not ask for is not differentiable.
+    gradient_of: the op whose gradient this function is; to differentiate it again raises RuntimeError, which
+        names what to use `instead`.
+    Without backward and gradient_of, inputs have to be detached.
     """
-    name = function.__name__.removeprefix("_")
-    _LIBRARY.define(
-        name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
-    )
-    op: Callable[..., Any] = getattr(torch.ops.ipvrm, name).default
 
-    def differentiable(run: Callable[..., Any]) -> type[torch.autograd.Function]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__.removeprefix("_")
+        hints = get_type_hints(function)
+        kinds = {x: hints[x] for x in inspect.signature(function).parameters}
+        schema = torch.library.infer_schema(function, mutates_args=())
+        raw = function
+        listed = [x for x, kind in kinds.items() if kind == list[Tensor]]
+        if listed:
+            *first, last = kinds
+            if listed != [last]:
+                raise TypeError(f"{name}: only the last input may be a list[Tensor], got {', '.join(listed)}")
+            # a list in its schema would cost the op PyTorch's fallback for batched tensors
+            flat = [f"{last}_{i}" for i in range(MOST_LISTED)]
+            schema = schema.replace(f"Tensor[] {last}", ", ".join(f"Tensor? {x}" for x in flat))
+            kinds = {x: kinds[x] for x in first} | dict.fromkeys(flat, Tensor | None)
+            raw = _gathered(function, len(first))
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        op: Callable[..., Any] = getattr(torch.ops.ipvrm, name).default
+
+        names = [*kinds]
+        pick_asked = _picker([names.index(x) for x in _parameters(name, "fake", fake, names)])
+
+        def fake_by_name(*inputs: Any) -> Any:
+            return fake(*pick_asked(inputs))
+
+        _LIBRARY.impl(name, raw, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ipvrm::{name}", fake_by_name, lib=_LIBRARY)
+        if backward is not None or gradient_of:
+            rule = backward or _refusal(gradient_of, instead)
+            call = _differentiable(name, raw, op, kinds, hints["return"], returns, rule)
+        else:
+            call = _without_gradient(raw, op)
+        return _spread(call) if listed else call
+
+    return decorate
+
+
+def _refusal(op: str, instead: str) -> Callable[..., Any]:
+    def refuse() -> None:
+        raise RuntimeError(
+            f"{op}: double backward is not supported; its gradient cannot be differentiated. Where a second "
+            f"derivative is needed, use {instead}"
+        )
+
+    return refuse
+
+
+def _parameters(op: str, what: str, rule: Callable[..., Any], known: Sequence[str]) -> list[str]:
+    """The names of the rule's parameters; TypeError unless all are known."""
+    asked = list(inspect.signature(rule).parameters)
+    unknown = [x for x in asked if x not in known]
+    if unknown:
+        raise TypeError(f"{op}: its {what} asks for {', '.join(unknown)}; there is {', '.join(known)}")
+    return asked
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """From a sequence the tuple of its items at these positions, at C's speed."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda items: tuple(items[i] for i in positions)
+
+
+def _gathered(function: Callable[..., Any], first: int) -> Callable[..., Any]:
+    """function, whose last input is a list, for inputs as `_spread` makes them."""
+    return lambda *inputs: function(*inputs[:first], [x for x in inputs[first:] if x is not None])
+
+
+def _spread(call: Callable[..., Any]) -> Callable[..., Any]:
+    """call, which takes MOST_LISTED tensors or None at the end, for a list in their place."""
+    return lambda *inputs: call(*inputs[:-1], *inputs[-1], *(None,) * (MOST_LISTED - len(inputs[-1])))
+
+
+def _without_gradient(function: Callable[..., Any], op: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:
+        plain = _only_autograd() and all(_is_plain(x) for x in inputs if isinstance(x, Tensor))
+        return function(*inputs) if plain else op(*inputs)
+
+    return call
+
+
+def _differentiable(
+    name: str,
+    function: Callable[..., Any],
+    op: Callable[..., Any],
+    kinds: Mapping[str, Any],
+    returned: Any,
+    returns: Sequence[str],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Registers the op's autograd kernel; returns what to call in the op's place."""
+    outputs = (returned,) if returned is Tensor else get_args(returned)
+    if list[Tensor] in outputs[:-1]:
+        raise TypeError(f"{name}: only the last output may be a list[Tensor], got {returned}")
+    if returns and len(returns) != len(outputs):
+        raise TypeError(f"{name}: returns must name its {len(outputs)} outputs, got {', '.join(returns)}")
+    if returns and "needs" in kinds:
+        raise TypeError(f"{name}: no input may be called needs, which is a name of register's")
+    index = {x: i for i, x in enumerate(kinds)}
+    kind_of = {**kinds, **dict(zip(returns, outputs, strict=False))}
+    upstream = [f"d{x}" if kind_of[x] is Tensor else "" for x in returns]
+    asked = _parameters(name, "backward", backward, [*kind_of, *filter(None, upstream), "needs"])
+    tensors = [x for x in asked if kind_of.get(x) in (Tensor, Tensor | None)]
+    plain = [x for x in asked if x in kinds and x not in tensors]
+    lists = [x for x in asked if kind_of.get(x) == list[Tensor]]
+    # a gradient names no outputs, and all of them lead to the refusal
+    pick_constant = _picker([i for i, x in enumerate(upstream) if x and x not in asked])
+    pick_saved = _picker([[*kinds, *returns].index(x) for x in tensors])
+    pick_plain = _picker([index[x] for x in plain])
+    pool = [*tensors, *plain, *(upstream or [""]), *(lists or [""]), "needs"]
+    pick_asked = _picker([pool.index(x) for x in asked])
+    num_tensors, wants_needs = len(tensors), "needs" in asked
+    nothing = (None,) * len(kinds)
+
+    def save(ctx: Any, inputs: Any, output: Any) -> None:
+        if returned is Tensor:
+            output = (output,)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*pick_constant(output))
+        ctx.plain = pick_plain(inputs)
+        ctx.save_for_backward(*pick_saved((*inputs, *output)), *(output[-1] if lists else ()))
+
+    def backward_by_name(ctx: Any, *grads: Tensor | None) -> Any:
+        for grad in grads:
+            if grad is not None:
+                break
+        else:
+            return nothing
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        pool = (
+            *saved[:num_tensors], *ctx.plain, *grads, list(saved[num_tensors:]),
+            dict(zip(kinds, needs, strict=True)) if wants_needs else None,
+        )  # fmt: skip
+        gradients = list(nothing)
+        for x, gradient in backward(*pick_asked(pool)).items():
+            if needs[index[x]]:
+                gradients[index[x]] = gradient
+        return tuple(gradients)
+
+    def formula(run: Callable[..., Any]) -> type[torch.autograd.Function]:
         class Differentiable(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *inputs: Any) -> Any:
                 output = run(*inputs)
-                if setup_context is not None:
-                    setup_context(ctx, inputs, output)
+                save(ctx, inputs, output)
                 return output
 
-        Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
+        Differentiable.backward = staticmethod(backward_by_name)  # type: ignore[method-assign]
         return Differentiable
 
     def below_autograd(*inputs: Any) -> Any:
         with _below_autograd():
             return op(*inputs)
 
-    dispatched, direct = differentiable(below_autograd), differentiable(function)
+    dispatched, direct = formula(below_autograd), formula(function)
 
     def autograd_kernel(*inputs: Any) -> Any:
-        tensors = (x for x in inputs if isinstance(x, torch.Tensor))
+        tensors = (x for x in inputs if isinstance(x, Tensor))
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return dispatched.apply(*inputs)
         return below_autograd(*inputs)
@@ -88,16 +235,19 @@ def register(
             return op(*inputs)
         requires_grad = False
         for x in inputs:
-            if isinstance(x, torch.Tensor):
-                if type(x) not in _TENSORS or _dispatch_keys(x).raw_repr() not in _PLAIN_KEYS:
+            if isinstance(x, Tensor):
+                if type(x) not in _TENSORS or _dispatch_keys(x).raw_repr() not in _PLAIN_KEYS:  # _is_plain(x)
                     return op(*inputs)
                 requires_grad |= x.requires_grad
         return direct.apply(*inputs) if requires_grad and torch.is_grad_enabled() else function(*inputs)
 
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, autograd_kernel, "Autograd")
-    torch.library.register_fake(f"ipvrm::{name}", fake, lib=_LIBRARY)
     return call
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing but autograd and autocast takes an interest in x."""
+    return type(x) in _TENSORS and _dispatch_keys(x).raw_repr() in _PLAIN_KEYS
 
 
 def _only_autograd() -> bool:
@@ -111,15 +261,15 @@ def _only_autograd() -> bool:
     )
 
 
-def is_last_backward(*tensors: torch.Tensor) -> bool:
+def is_last_backward(*tensors: Tensor) -> bool:
     """Whether this backward call's graph is freed after it, with nothing tracing or differentiating it."""
-    plain = all(type(x) is torch.Tensor for x in tensors)  # not fake or functional
+    plain = all(type(x) is Tensor for x in tensors)  # not fake or functional
     traced = torch.compiler.is_compiling() or not plain
     transformed = _transform_level() is not None  # torch.func: may come back here
     kept = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph, create_graph's default too
     return not traced and not transformed and not kept and not torch.is_grad_enabled()  # create_graph
 
 
-def is_batched(x: torch.Tensor) -> bool:
+def is_batched(x: Tensor) -> bool:
     """Whether x stands for several: under torch.func.vmap, or in the older form behind is_grads_batched."""
     return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)

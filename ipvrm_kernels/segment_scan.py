@@ -110,31 +110,28 @@ def _native(device: str) -> Any:
     return run
 
 
-IMPLS = {"cuda": _native("cuda"), "triton": _triton, "cpp": _native("cpu"), "torch": segment_scan_reference}
+IMPLS = {
+    "cuda": backend.Impl(_native("cuda")),
+    "triton": backend.Impl(_triton),
+    "cpp": backend.Impl(_native("cpu")),
+    "torch": backend.Impl(segment_scan_reference),
+}
 
 
-def _segment_scan(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> Tensor:
-    if backend.checks_values(x):
-        check_cu_seqlens("segment_scan", cu_seqlens, x.shape[0])
-    y = IMPLS[impl](x.contiguous(), cu_seqlens.contiguous(), decay, reverse)
-    return y.clone() if y.data_ptr() == x.data_ptr() else y  # the reference returns its input for N < 2
-
-
-def _fake(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> Tensor:
+def _fake(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    _, cu_seqlens, ctx.decay, ctx.reverse, ctx.impl = inputs
-    ctx.save_for_backward(cu_seqlens)
+def _backward(dy: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> dict[str, Tensor]:
+    return {"x": _segment_scan(dy, cu_seqlens, decay, not reverse, impl)}
 
 
-def _backward(ctx: Any, dy: Tensor) -> Any:
-    (cu_seqlens,) = ctx.saved_tensors
-    return _scan_op(dy, cu_seqlens, ctx.decay, not ctx.reverse, ctx.impl), None, None, None, None
-
-
-_scan_op = register(_segment_scan, _fake, _backward, _setup_context)
+@register(fake=_fake, returns=("y",), backward=_backward)
+def _segment_scan(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> Tensor:
+    if backend.checks_values(x):
+        check_cu_seqlens("segment_scan", cu_seqlens, x.shape[0])
+    y = IMPLS[impl].forward(x.contiguous(), cu_seqlens.contiguous(), decay, reverse)
+    return y.clone() if y.data_ptr() == x.data_ptr() else y  # the reference returns its input for N < 2
 
 
 def segment_scan(
@@ -156,4 +153,4 @@ def segment_scan(
     decay = checked_finite("segment_scan", "decay", decay)
     if abs(decay) > 1:
         raise ValueError(f"segment_scan: decay must be within -1 .. 1, got {decay}")
-    return _scan_op(x, cu_seqlens, decay, bool(reverse), backend.choose("segment_scan", IMPLS, impl, x))
+    return _segment_scan(x, cu_seqlens, decay, bool(reverse), backend.choose("segment_scan", IMPLS, impl, x))

@@ -6,7 +6,7 @@ z = softcap((hidden @ weight.T + bias) * logit_scale) / temperature,  softcap(x)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from ..backend import refuse_forward_mode
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES_AND_FP32 = FLOATS[:3]
+TRAINABLE = ("hidden", "weight", "bias")  # inputs with a gradient; `needs` lists them in this order
 
 
 class Transform(NamedTuple):
@@ -25,13 +26,6 @@ class Transform(NamedTuple):
     softcap: float | None
     temperature: float
     dtype: torch.dtype
-
-
-class Launchers(NamedTuple):
-    """The forward and backward of one backend."""
-
-    forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., tuple[Tensor, ...]]
 
 
 def transformed_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
@@ -215,13 +209,4 @@ def fake_gradients(
     return dhidden, dweight, dbias
 
 
-def refuse_double_backward(op: str) -> Callable[..., None]:
-    """The autograd formula of a backward op."""
-
-    def refuse(ctx, *upstream) -> None:
-        raise RuntimeError(
-            f"{op}: double backward is not supported; its gradient cannot be differentiated. Use "
-            "torch.log_softmax on materialised logits where a second derivative is needed"
-        )
-
-    return refuse
+INSTEAD = "torch.log_softmax on materialised logits"  # where a second derivative is needed

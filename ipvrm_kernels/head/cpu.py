@@ -49,9 +49,8 @@ class Forward(NamedTuple):
 
     logprobs: Tensor  # (N, K)
     lse: Tensor  # (N,)
-    # (N * (1 + keep),) what rounding lse to fp32 lost (a backward would feel it where |lse| is large), then z
-    # of the first `keep` columns, a block of COLUMNS after another
-    saved: Tensor
+    lse_low: Tensor  # (N,) what rounding lse to fp32 lost; a backward would feel it where |lse| is large
+    kept: Tensor  # (N * keep,) z of the first `keep` columns, a block of COLUMNS after another
     entropy: Tensor  # (N,)
     expectation: Tensor  # (N, D)
     candidate_ids: Tensor  # (N, slots) int64
@@ -172,25 +171,25 @@ def forward(
 ) -> Forward:  # fmt: skip
     """One pass over the vocabulary for every block of rows; ids (N, K) int64, K may be 0.
 
-    keep: `kept_columns` at this limit, for a backward that will be given `saved`.
+    keep: `kept_columns` at this limit, for a backward that will be given `kept`.
     backward_follows: refuses a `limit` that is too small for it.
     """
     (N, D), V, K = hidden.shape, weight.shape[0], ids.shape[1]
     new, ids = torch.empty, ids.contiguous()
     result = Forward(
-        new(N, K), new(N), new(N * (1 + keep)), new(N if entropy else 0),
+        new(N, K), new(N), new(N), new(N * keep), new(N if entropy else 0),
         torch.zeros((N, D) if expectation else 0), new((N, slots), dtype=torch.int64), new(N, slots),
         new(N if candidates else 0, dtype=torch.int64),
     )  # fmt: skip
     blocks_done = sweep(
         op, hidden, weight, bias, ids, transform, entropy=entropy, candidates=candidates,
-        kept=result.saved[N:] if keep else None, limit=None if keep else limit,
+        kept=result.kept if keep else None, limit=None if keep else limit,
         expectation=result.expectation if expectation else None, deterministic=deterministic,
         backward_follows=backward_follows and limit is not None and not keep,
     )  # fmt: skip
     for r0, r1, sums in blocks_done:
         native_call(
-            "head_finish_cpu", sums.native, V, result.lse[r0:r1], result.saved[r0:r1],
+            "head_finish_cpu", sums.native, V, result.lse[r0:r1], result.lse_low[r0:r1],
             result.entropy[r0:r1] if entropy else None, result.logprobs[r0:r1],
         )  # fmt: skip
         if candidates:
@@ -351,7 +350,7 @@ def fused_gradients(
         dlogprobs = slopes(0, N, result.logprobs)
         if not any(needs):
             return torch.empty(0), torch.empty(0), torch.empty(0)
-        up = make_upstream(dlogprobs, None, None, ids, V, result.lse, result.saved, result.entropy)
+        up = make_upstream(dlogprobs, None, None, ids, V, result.lse, result.lse_low, result.entropy)
         return backward(
             op, up, hidden, weight, bias, transform, needs, limit=limit, deterministic=deterministic,
             wide=True,

@@ -202,12 +202,15 @@ def test_inputs_without_gradient(impl, device):
 
 def test_seeded_faults_are_caught(impl, device, monkeypatch):
     """A dual clip applied to A > 0 and a gradient that ignores the upstream both fail the region tests."""
-    forward, backward = IMPLS[impl]
-    monkeypatch.setitem(IMPLS, impl, (forward, lambda dloss, slope: slope.clone()))
+    real = IMPLS[impl]
+    monkeypatch.setitem(IMPLS, impl, real._replace(backward=lambda dloss, derivative: derivative.clone()))
     with pytest.raises(AssertionError):
         test_regions(impl, device, REGIONS[0])
-    swapped = (lambda new, old, advantage, *rest: forward(new, old, -advantage, *rest), backward)
-    monkeypatch.setitem(IMPLS, impl, swapped)
+
+    def swapped(new, old, advantage, *rest):
+        return real.forward(new, old, -advantage, *rest)
+
+    monkeypatch.setitem(IMPLS, impl, real._replace(forward=swapped))
     with pytest.raises(AssertionError):
         test_regions(impl, device, REGIONS[5])
 
@@ -255,10 +258,10 @@ def test_opcheck(impl, device):
     new = torch.randn(6, 2, device=device, requires_grad=True)
     old, advantage = torch.randn(2, 6, 2, device=device)
     for dual in (None, 3.0):
-        torch.library.opcheck(
-            torch.ops.ipvrm.clipped_surrogate_fwd, (new, old, advantage, 0.2, 0.28, dual, impl)
-        )
-    torch.library.opcheck(torch.ops.ipvrm.clipped_surrogate_bwd, (old, advantage, new.detach(), impl))
+        torch.library.opcheck(torch.ops.ipvrm.clipped_surrogate, (new, old, advantage, 0.2, 0.28, dual, impl))
+    torch.library.opcheck(
+        torch.ops.ipvrm.clipped_surrogate_bwd, (old, new.detach(), impl, advantage, None, None)
+    )
 
 
 def test_compile(impl, device):

@@ -187,7 +187,7 @@ def test_rows_without_gradient_cost_nothing():
 
     def gradients(hidden, ids, upstream):
         result = cpu.forward("op", hidden, weight, None, ids, PLAIN)
-        up = cpu.make_upstream(upstream, None, None, ids, 500, result.lse, result.saved, result.entropy)
+        up = cpu.make_upstream(upstream, None, None, ids, 500, result.lse, result.lse_low, result.entropy)
         with Matmuls() as counted:
             out = cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, True))
         return counted.total, out
@@ -451,9 +451,9 @@ def test_kept_logits_are_not_formed_again():
         with Matmuls() as counted:
             result = cpu.forward("op", hidden, weight, None, ids, PLAIN, keep=columns)
             up = cpu.make_upstream(
-                torch.randn(ids.shape), None, None, ids, V, result.lse, result.saved, result.entropy
+                torch.randn(ids.shape), None, None, ids, V, result.lse, result.lse_low, result.entropy
             )
-            kept = result.saved[N:] if columns else None
+            kept = result.kept if columns else None
             cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, False), kept=kept)
         assert counted.total == N * D * (4 * V - columns)
 

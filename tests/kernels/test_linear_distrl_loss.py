@@ -311,9 +311,9 @@ def test_seeded_faults_are_caught(impl, device, fault, monkeypatch):
             batch = batch._replace(advantages=batch.advantages[:1].repeat(len(batch.advantages)))
         if fault == "alpha twice":
             objective = objective._replace(alpha=objective.alpha**2)
-        return real(hidden, weight, bias, batch, transform, objective, *rest)
+        return real.forward(hidden, weight, bias, batch, transform, objective, *rest)
 
     check(case(), impl, device)
-    monkeypatch.setitem(IMPLS, impl, faulty)
+    monkeypatch.setitem(IMPLS, impl, real._replace(forward=faulty))
     with pytest.raises(AssertionError):
         check(case(), impl, device)

@@ -187,7 +187,7 @@ def test_opcheck(impl, device):
         needs = [True, True, given_bias is not None]
         fixed = [inputs[name] for name in NAMES[2:]]
         flat = (*variables, given_bias, *fixed, *divisors, *tail, needs, None, False, impl)
-        torch.library.opcheck(torch.ops.ipvrm.linear_distrl_loss_fwd, flat)
+        torch.library.opcheck(torch.ops.ipvrm.linear_distrl_loss, flat)
 
 
 def test_compile(impl, device):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ipvrm_kernels import backend, linear_logprobs
-from ipvrm_kernels.linear_logprobs import FROZEN, TRAINED
+from ipvrm_kernels.head.blocks import WORKSPACE
+from ipvrm_kernels.linear_logprobs import FROZEN, IMPLS, TRAINED
 
 OP = "linear_logprobs"
 H, W, I = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)  # noqa: E741
@@ -103,10 +104,16 @@ def test_opcheck(impl, device):
     bias = torch.randn(11, device=device, requires_grad=True)
     ids = torch.randint(-1, 11, (6, 3), device=device)
     trained, frozen = (weight, bias), (weight.detach(), None)
-    all_columns = 11 if impl == "cpp" else 0
-    for head, follows, keep in ((trained, TRAINED, 0), (trained, TRAINED, all_columns), (frozen, FROZEN, 0)):
-        arguments = (hidden, *head, ids, 1.0, 4.0, 0.7, torch.float32, True, follows, None, False, keep, impl)
-        torch.library.opcheck(torch.ops.ipvrm.linear_logprobs_fwd, arguments)
+    keeping = WORKSPACE + 4 * 6 * 11  # z of all columns, where an implementation keeps any
+    for head, follows, limit in (
+        (trained, TRAINED, None),
+        (trained, TRAINED, keeping),
+        (frozen, FROZEN, None),
+    ):
+        numbers = (1.0, 4.0, 0.7, torch.float32, True, follows, limit, False, True)
+        arguments = (hidden, *head, ids, *numbers, impl)
+        torch.library.opcheck(torch.ops.ipvrm.linear_logprobs, arguments)
+    assert IMPLS["cpp"].saved(hidden, weight, ids, torch.float32, TRAINED, keeping, True)[1] == (66,)
 
 
 def test_compile(impl, device):

@@ -7,7 +7,18 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ipvrm_kernels import prefix_value_loss, prefix_values, segment_scan
+import ipvrm_kernels
+from ipvrm_kernels import (
+    clipped_surrogate,
+    linear_candidates,
+    linear_distrl_loss,
+    linear_logprobs,
+    linear_logprobs_partial,
+    prefix_value_loss,
+    prefix_values,
+    segment_scan,
+)
+from ipvrm_kernels.registration import register
 
 X, CU, OUTCOME = (
     torch.linspace(-1, 1, 7),
@@ -117,3 +128,106 @@ def test_without_autograd_the_function_itself_runs(name, monkeypatch):
     CALLS[name](X)
     CALLS[name](X.clone().requires_grad_())
     assert not calls
+
+
+IDS, OLD = torch.tensor([0, 3, 2, -1, 1, 0, 2]), torch.full((7,), -1.5)
+HEAD = torch.linspace(-1, 1, 12).sin().view(4, 3)
+DOUBLE = {  # every op from x (7,), twice differentiable only where it says so
+    "linear_logprobs": lambda x: linear_logprobs(x[:, None] * HEAD[0], HEAD, IDS).lse,
+    "linear_logprobs_partial": lambda x: (
+        linear_logprobs_partial(x[:, None] * HEAD[0], HEAD, IDS, vocab_start=0).sumexp
+    ),
+    "linear_candidates": lambda x: linear_candidates(x[:, None] * HEAD[0], HEAD).lse,
+    "clipped_surrogate": lambda x: clipped_surrogate(x, x.detach() + 0.1, OLD).loss,
+    "linear_distrl_loss": lambda x: (
+        linear_distrl_loss(
+            x[:, None] * HEAD[0], HEAD, IDS, IDS[:, None], OLD, OLD[:, None], OLD, OLD[:, None], CU
+        ).loss
+    ),
+    **CALLS,
+}
+
+
+@pytest.mark.parametrize("op", ipvrm_kernels.OPS)
+def test_every_op_refuses_a_second_backward_in_the_same_words(op):
+    x = X.clone().requires_grad_()
+    out = DOUBLE[op](x)
+    if op == "linear_candidates":
+        assert not out.requires_grad
+        return
+    (gradient,) = torch.autograd.grad((out * out).sum(), x, create_graph=True)
+    if op == "segment_scan":  # linear: its gradient is an op like it
+        assert torch.autograd.grad(gradient.sum(), x)[0].abs().max() > 0
+        return
+    words = (
+        f"^{op}: double backward is not supported; its gradient cannot be differentiated. Where a second "
+        r"derivative is needed, use \S.+"
+    )
+    with pytest.raises(RuntimeError, match=words):
+        torch.autograd.grad(gradient.sum(), x)
+
+
+def product(fake_shape=None):
+    """An op registered anew: x * factor * weight, and what its backward was called with."""
+    seen = []
+
+    def fake(weight, x):  # in an order of its own
+        return x.new_empty(fake_shape or x.shape), [weight.new_empty(weight.shape)]
+
+    def backward(needs, saved, dy, factor, weight, y):
+        seen.append(dict(needs=needs, saved=saved, dy=dy, factor=factor, weight=weight, y=y))
+        return {"weight": dy * y / weight, "x": dy * factor * saved[0]}
+
+    name = f"probe{len(REGISTERED)}"
+
+    def op(x: torch.Tensor, factor: float, weight: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return x * factor * weight, [weight.clone()]
+
+    op.__name__ = f"_{name}"
+    REGISTERED.append(name)
+    return register(fake=fake, returns=("y", "saved"), backward=backward)(op), name, seen
+
+
+REGISTERED = []
+
+
+def test_rules_get_what_they_ask_for_by_name():
+    call, name, seen = product()
+    x, weight = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 5.0])
+    y, saved = call(x, 0.5, weight)
+    assert y.requires_grad and not saved[0].requires_grad
+    (gradient,) = torch.autograd.grad(y, x, torch.tensor([1.0, 10.0]))
+    assert gradient.tolist() == [1.5, 25.0]
+    (got,) = seen
+    assert got["needs"] == {"x": True, "factor": False, "weight": False}
+    assert got["factor"] == 0.5 and got["weight"] is weight and got["y"].tolist() == [1.5, 5.0]
+    assert got["dy"].tolist() == [1.0, 10.0] and [t.tolist() for t in got["saved"]] == [[3.0, 5.0]]
+    torch.library.opcheck(getattr(torch.ops.ipvrm, name), (x, 0.5, weight.requires_grad_()))
+
+
+def test_opcheck_catches_a_fake_of_the_wrong_shape():
+    _, name, _ = product(fake_shape=(3,))
+    with pytest.raises(Exception, match="(?i)shape"):
+        torch.library.opcheck(getattr(torch.ops.ipvrm, name), (X.clone(), 0.5, X.clone()))
+
+
+def test_a_name_that_does_not_exist_is_refused_at_once():
+    def _misspelt(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    with pytest.raises(TypeError, match="misspelt: its fake asks for y; there is x"):
+        register(fake=lambda y: y)(_misspelt)
+
+    def _misspelt_too(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    with pytest.raises(TypeError, match="misspelt_too: its backward asks for dz; there is x, y, dy, needs"):
+        register(fake=lambda x: x, returns=("y",), backward=lambda dz: {"x": dz})(_misspelt_too)
+
+
+def test_a_list_of_inputs_keeps_the_fallback_for_batched_tensors():
+    """A list in an op's schema would refuse is_grads_batched: `saved` goes in one by one."""
+    x = X.clone().requires_grad_()
+    loss, up = clipped_surrogate(x, OLD, OLD).loss, torch.randn(3, 7)
+    (batched,) = torch.autograd.grad(loss, x, up, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(batched, torch.stack([torch.autograd.grad(loss, x, g, True)[0] for g in up]))
