@@ -14,6 +14,7 @@ Shapes: log_ratio (N,), cu_seqlens (B+1,) int32, outcome, margin, weight (B,), l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
