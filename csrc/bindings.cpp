@@ -230,8 +230,6 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   Struct<ipvrm::PolicyRows>(m, "PolicyRows")
       .field("logprobs", &ipvrm::PolicyRows::logprobs)
-      .field("token_ids", &ipvrm::PolicyRows::token_ids)
-      .field("candidate_ids", &ipvrm::PolicyRows::candidate_ids)
       .field("old_logprobs", &ipvrm::PolicyRows::old_logprobs)
       .field("old_candidate_logprobs", &ipvrm::PolicyRows::old_candidate_logprobs)
       .field("advantages", &ipvrm::PolicyRows::advantages)

@@ -17,8 +17,6 @@ void clipped_surrogate_bwd_cpu(const float* dloss, const float* slope, float* dl
 // an old log-prob of -inf mark an unused element, whose other inputs are not read.
 struct PolicyRows {
   const float* logprobs;      // (n, 1 + K), the sampled token first
-  const int64_t* token_ids;   // (n,)
-  const int64_t* candidate_ids;  // (n, K)
   const float* old_logprobs;  // (n,)
   const float* old_candidate_logprobs;  // (n, K)
   const float* advantages;  // (n,)

@@ -18,8 +18,7 @@ _NAMES = {
         "online_balance",
     ),
     "ipvrm.losses.policy_loss": (
-        "CandidateConfig", "PolicyLossConfig", "candidate_mask", "distrl_loss", "force_sampled",
-        "select_candidates",
+        "CandidateConfig", "PolicyLossConfig", "candidate_mask", "force_sampled", "select_candidates",
     ),
     "ipvrm.models.reward_model": ("RewardModel",),
     "ipvrm.training.policy_config": ("PolicyConfig",),

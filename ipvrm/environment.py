@@ -30,7 +30,6 @@ def report() -> str:
     import torch
 
     import ipvrm_kernels
-    from ipvrm_kernels.head import matmul
 
     lines = [
         f"platform    {platform.platform()}, {os.cpu_count()} CPUs, "
@@ -40,7 +39,7 @@ def report() -> str:
     found = versions() | {name: installed_version(name) for name in MORE_PACKAGES}
     lines.append("versions    " + ", ".join(f"{name} {version}" for name, version in found.items()))
     lines += ["", str(ipvrm_kernels.backends()), ""]
-    lines.append(f"CPU matmuls {matmul.describe()}")
+    lines.append(f"CPU matmuls {ipvrm_kernels.describe_cpu_matmul()}")
     runtimes = openmp_runtimes()
     lines.append("OpenMP      " + (", ".join(runtimes) or "no runtime found"))
     if len(runtimes) > 1:

@@ -1,38 +1,33 @@
 """Fused ops for prefix-value reward models and distribution-level RL; needs torch, and triton on GPUs."""
 
+import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 
-from .backend import Backends, Impl, set_checks
+from .backend import Backends, Impl, checks_values, set_checks
 from .backend import table as _table
-from .clipped_surrogate import IMPLS as _clipped_surrogate_impls
 from .clipped_surrogate import ClippedSurrogate, clipped_surrogate
-from .linear_candidates import IMPLS as _linear_candidates_impls
+from .distrl_loss import DISTRL_METRICS, DistRLLoss, distrl_loss
+from .head.matmul import describe_cpu_matmul
 from .linear_candidates import Candidates, linear_candidates
-from .linear_distrl_loss import IMPLS as _linear_distrl_loss_impls
-from .linear_distrl_loss import DistRLLoss, linear_distrl_loss
-from .linear_logprobs import IMPLS as _linear_logprobs_impls
+from .linear_distrl_loss import linear_distrl_loss
 from .linear_logprobs import LinearLogprobs, linear_logprobs
-from .linear_logprobs_partial import IMPLS as _linear_logprobs_partial_impls
 from .linear_logprobs_partial import Partial, linear_logprobs_partial, merge_partials
-from .packing import pack, unpack
-from .prefix_value_loss import IMPLS as _prefix_value_loss_impls
-from .prefix_value_loss import prefix_value_loss
-from .prefix_values import IMPLS as _prefix_values_impls
+from .packing import check_cu_seqlens, check_cu_seqlens_shape, pack, unpack
+from .prefix_value_loss import prefix_value_loss, prefix_weight_sums
 from .prefix_values import PrefixValues, prefix_values
-from .segment_scan import IMPLS as _segment_scan_impls
 from .segment_scan import segment_scan
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("ipvrm")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "absent"
 
+# {op: its implementations}; an op's module is called as it is
 OPS: dict[str, Mapping[str, Impl]] = {
-    "linear_logprobs": _linear_logprobs_impls,
-    "linear_logprobs_partial": _linear_logprobs_partial_impls,
-    "linear_candidates": _linear_candidates_impls,
-    "clipped_surrogate": _clipped_surrogate_impls,
-    "linear_distrl_loss": _linear_distrl_loss_impls,
-    "segment_scan": _segment_scan_impls,
-    "prefix_values": _prefix_values_impls,
-    "prefix_value_loss": _prefix_value_loss_impls,
+    name: module.IMPLS
+    for name, x in list(globals().items())
+    if (module := sys.modules.get(f"{__name__}.{name}")) and getattr(x, "__module__", "") == module.__name__
 }
 
 
@@ -44,26 +39,12 @@ def backends() -> Backends:
     return _table(OPS)
 
 
-__all__ = [
-    "Backends",
-    "Candidates",
-    "ClippedSurrogate",
-    "DistRLLoss",
-    "LinearLogprobs",
-    "Partial",
-    "PrefixValues",
-    "__version__",
-    "backends",
-    "clipped_surrogate",
-    "linear_candidates",
-    "linear_distrl_loss",
-    "linear_logprobs",
-    "linear_logprobs_partial",
-    "merge_partials",
-    "pack",
-    "prefix_value_loss",
-    "prefix_values",
-    "segment_scan",
-    "set_checks",
-    "unpack",
-]
+__all__ = sorted(
+    ["backends", "__version__"]
+    + [
+        name
+        for name, x in globals().items()
+        if name[0] != "_" and getattr(x, "__module__", "").startswith(__name__ + ".")
+    ]
+    + ["DISTRL_METRICS"]
+)

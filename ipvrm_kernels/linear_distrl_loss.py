@@ -20,23 +20,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backend, distrl_objective
-from .clipped_surrogate import check_clips
-from .distrl_objective import (
-    CANDIDATE_REDUCTIONS,
-    METRICS,
-    REDUCTIONS,
+from . import backend
+from .distrl_loss import (
+    DISTRL_METRICS,
+    EVALUATE,
     Batch,
+    DistRLLoss,
     Objective,
-    check_candidates,
-    check_denominator,
+    batch_divisors,
+    check_batch,
+    checked_floats,
+    checked_objective,
+    denominator_tensor,
+    named_metrics,
 )
-from .distrl_objective import IMPLS as OBJECTIVE_IMPLS
 from .head import (
     INSTEAD,
     TRAINABLE,
@@ -52,7 +53,7 @@ from .head import (
 )
 from .linear_logprobs import IMPLS as LOGPROB_IMPLS
 from .linear_logprobs import NOTHING
-from .packing import check_cu_seqlens, check_cu_seqlens_shape
+from .packing import check_cu_seqlens_shape
 from .registration import is_batched, is_last_backward, register
 
 if backend.HAS_TRITON:
@@ -61,29 +62,17 @@ if backend.HAS_TRITON:
 OP = "linear_distrl_loss"
 
 
-class DistRLLoss(NamedTuple):
-    """loss (), differentiable; token_loss (), candidate_loss (), detached; metrics {name: (sum, count)},
-    detached.
-    """
-
-    loss: Tensor
-    token_loss: Tensor
-    candidate_loss: Tensor
-    metrics: dict[str, tuple[Tensor, Tensor]]
-
-
 def _torch_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, batch: Batch, transform: Transform,
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_workspace(OP, max_workspace_bytes, hidden.shape[0], weight.shape[0], out_dtype(hidden))
     head = LOGPROB_IMPLS["torch"]
-    ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     logprobs, lse, entropy, _ = head.forward(
         hidden, weight, bias, ids, transform, False, NOTHING, None, deterministic, False
     )
-    divisors = distrl_objective.batch_divisors(batch, objective)
-    *outputs, dlogprobs = OBJECTIVE_IMPLS["torch"](logprobs, batch, objective, divisors)
+    divisors = batch_divisors(batch, objective)
+    *outputs, dlogprobs = EVALUATE["torch"](logprobs, batch, objective, divisors)
     gradients = [lse.new_empty(0) for _ in needs]
     if any(needs):
         gradients = head.backward(
@@ -100,12 +89,12 @@ def _by_rows(
 
     slopes evaluates these rows, adds to the sums and returns dloss/dlogprobs.
     """
-    divisors = distrl_objective.batch_divisors(batch, objective)
-    shapes: tuple[tuple[int, ...], ...] = ((), (), (), (len(METRICS), 2))
+    divisors = batch_divisors(batch, objective)
+    shapes: tuple[tuple[int, ...], ...] = ((), (), (), (len(DISTRL_METRICS), 2))
     sums = [batch.old_logprobs.new_zeros(shape, dtype=torch.float64) for shape in shapes]
 
     def slopes(r0: int, r1: int, logprobs: Tensor) -> Tensor:
-        *added, dlogprobs = OBJECTIVE_IMPLS[impl](logprobs, batch.rows(r0, r1), objective, divisors, r0)
+        *added, dlogprobs = EVALUATE[impl](logprobs, batch.rows(r0, r1), objective, divisors, r0)
         for total, x in zip(sums, added, strict=True):
             total += x
         return dlogprobs
@@ -114,11 +103,10 @@ def _by_rows(
 
 
 def _cpp_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, batch: Batch, transform: Transform,
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sums, slopes = _by_rows("cpp", batch, objective)
-    ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     gradients = cpu.fused_gradients(
         OP, hidden, weight, bias, ids, transform, slopes, needs,
         limit=max_workspace_bytes, deterministic=deterministic,
@@ -127,13 +115,12 @@ def _cpp_forward(
 
 
 def _triton_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, transform: Transform,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, batch: Batch, transform: Transform,
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Three matmuls, two for a frozen head, where probabilities fit the workspace; else one more."""
     limit, explicit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE, max_workspace_bytes is not None
     sums, slopes = _by_rows("triton", batch, objective)
-    ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1)  # (N, 1 + K)
     with torch.cuda.device_of(hidden):
         ops = triton_forward.operands(hidden, weight, bias, transform, limit)
         gradients = triton_stored.fused_gradients(OP, ops, ids, slopes, needs, limit, explicit)
@@ -186,7 +173,7 @@ def _fake(
         return hidden.new_empty(shape, dtype=out_dtype(hidden))
 
     saved = [new(*shape) for shape in IMPLS[impl].saved(hidden, weight, bias, form)]
-    return new(), new(), new(), new(len(METRICS), 2), saved
+    return new(), new(), new(), new(len(DISTRL_METRICS), 2), saved
 
 
 def _backward(
@@ -216,32 +203,24 @@ def _linear_distrl_loss(
     form: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """form: which of the gradients by hidden, weight and bias are formed."""
+    old_logprobs = old_logprobs.masked_fill(token_ids < 0, -math.inf)  # the objective's one mark of no token
+    old_candidate_logprobs = old_candidate_logprobs.masked_fill(candidate_ids < 0, -math.inf)
     tensors = (
-        token_ids, candidate_ids, old_logprobs, old_candidate_logprobs, advantages, candidate_advantages,
-        cu_seqlens, token_denominator, candidate_denominator,
+        old_logprobs, old_candidate_logprobs, advantages, candidate_advantages, cu_seqlens,
+        token_denominator, candidate_denominator,
     )  # fmt: skip
     batch = Batch._make(None if x is None else x.contiguous() for x in tensors)
     if backend.checks_values(hidden):
-        _check_values(batch, weight.shape[0])
+        check_ids(OP, "token_ids", token_ids, weight.shape[0])
+        check_ids(OP, "candidate_ids", candidate_ids, weight.shape[0])
+        check_batch(OP, batch)
+    ids = torch.cat([token_ids[:, None], candidate_ids], 1)  # (N, 1 + K)
     loss, token_loss, candidate_loss, metrics, *saved = IMPLS[impl].forward(
-        hidden, weight, bias, batch, Transform(scale, softcap, temperature, dtype),
+        hidden, weight, bias, ids, batch, Transform(scale, softcap, temperature, dtype),
         Objective(alpha, clips, dual_clip, reduction, candidate_reduction), form,
         max_workspace_bytes, deterministic,
     )  # fmt: skip
     return loss, token_loss, candidate_loss, metrics, saved
-
-
-def _check_values(batch: Batch, V: int) -> None:
-    check_cu_seqlens(OP, batch.cu_seqlens, batch.token_ids.shape[0])
-    check_ids(OP, "token_ids", batch.token_ids, V)
-    check_ids(OP, "candidate_ids", batch.candidate_ids, V)
-    for name in ("token_denominator", "candidate_denominator"):
-        denominator = getattr(batch, name)
-        if denominator is not None:
-            check_denominator(OP, name, float(denominator))
-    if batch.candidate_denominator is not None:
-        used = (batch.candidate_ids >= 0) & (batch.old_candidate_logprobs != -math.inf)
-        check_candidates(OP, float(batch.candidate_denominator), used)
 
 
 def linear_distrl_loss(
@@ -304,8 +283,8 @@ def linear_distrl_loss(
         rows of a block, since a count would need a sync.
 
     Returns: DistRLLoss, fp32 (fp64 for fp64 hidden). Only `loss` is differentiable (once, in hidden, weight
-        and bias); token_loss, candidate_loss and metrics are detached. metrics maps the names in `METRICS` to
-        (sum, count). A backward that frees the graph scales the formed gradients in place; with
+        and bias); token_loss, candidate_loss and metrics are detached. metrics maps the names in
+        `DISTRL_METRICS` to (sum, count). A backward that frees the graph scales the formed gradients in place; with
         retain_graph=True it scales copies, a second (V, D) fp32 tensor for a trainable head; so it does per
         entry of a batch of upstream gradients (is_grads_batched, vmap), which excludes create_graph=True.
     Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that do
@@ -315,64 +294,24 @@ def linear_distrl_loss(
     check_row_ids(OP, "token_ids", token_ids, hidden, (1,))
     check_row_ids(OP, "candidate_ids", candidate_ids, hidden, (2,))
     check_cu_seqlens_shape(OP, cu_seqlens, hidden)
-    wide = out_dtype(hidden)
-    floats = []
-    for name, x, ids in (
-        ("old_logprobs", old_logprobs, token_ids),
-        ("old_candidate_logprobs", old_candidate_logprobs, candidate_ids),
-        ("advantages", advantages, token_ids),
-        ("candidate_advantages", candidate_advantages, candidate_ids),
-    ):
-        if x.shape != ids.shape or not x.is_floating_point():
-            raise ValueError(
-                f"{OP}: {name} must be floating point of shape {tuple(ids.shape)}, got {tuple(x.shape)} "
-                f"{x.dtype}"
-            )
-        if x.device != hidden.device:
-            raise ValueError(f"{OP}: {name} is on {x.device}, hidden on {hidden.device}")
-        floats.append(x.detach().to(wide))
-    if not -math.inf < alpha < math.inf:
-        raise ValueError(f"{OP}: alpha must be finite, got {alpha}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{OP}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    candidate_reduction = reduction if candidate_reduction is None else candidate_reduction
-    if candidate_reduction not in CANDIDATE_REDUCTIONS:
-        raise ValueError(
-            f"{OP}: candidate_reduction must be None or one of {', '.join(CANDIDATE_REDUCTIONS)}, got "
-            f"{candidate_reduction!r}"
-        )
-    candidate_clip_low = clip_low if candidate_clip_low is None else candidate_clip_low
-    candidate_clip_high = clip_high if candidate_clip_high is None else candidate_clip_high
-    check_clips(OP, clip_low, clip_high, dual_clip)
-    check_clips(OP, candidate_clip_low, candidate_clip_high, dual_clip, "candidate_")
+    floats = checked_floats(
+        OP, hidden, out_dtype(hidden), token_ids.shape, candidate_ids.shape, old_logprobs=old_logprobs,
+        old_candidate_logprobs=old_candidate_logprobs, advantages=advantages,
+        candidate_advantages=candidate_advantages,
+    )  # fmt: skip
+    objective = checked_objective(
+        OP, alpha, clip_low, clip_high, candidate_clip_low, candidate_clip_high, dual_clip, reduction,
+        candidate_reduction,
+    )  # fmt: skip
     denominators = [
-        _denominator_tensor(name, given, floats[0])
-        for name, given in (
-            ("token_denominator", token_denominator),
-            ("candidate_denominator", candidate_denominator),
-        )
+        denominator_tensor(OP, "token_denominator", token_denominator, floats[0]),
+        denominator_tensor(OP, "candidate_denominator", candidate_denominator, floats[0]),
     ]
     tracked = torch.is_grad_enabled()
     loss, token_loss, candidate_loss, metrics, _ = _linear_distrl_loss(
         hidden, weight, bias, token_ids.long(), candidate_ids.long(), *floats, cu_seqlens, *denominators,
-        *transform, float(alpha),
-        [float(c) for c in (clip_low, clip_high, candidate_clip_low, candidate_clip_high)],
-        None if dual_clip is None else float(dual_clip), reduction, candidate_reduction,
+        *transform, *objective,
         [tracked and x is not None and x.requires_grad for x in (hidden, weight, bias)],
         max_workspace_bytes, bool(deterministic), backend.choose(OP, IMPLS, impl, hidden),
     )  # fmt: skip
-    pairs = metrics.detach().unbind()
-    return DistRLLoss(
-        loss, token_loss, candidate_loss, {name: (p[0], p[1]) for name, p in zip(METRICS, pairs, strict=True)}
-    )
-
-
-def _denominator_tensor(name: str, given: float | Tensor | None, like: Tensor) -> Tensor | None:
-    if given is None:
-        return None
-    if isinstance(given, Tensor):
-        if given.dim() != 0:
-            raise ValueError(f"{OP}: {name} must be a number or 0-d, got shape {tuple(given.shape)}")
-        return given.detach().to(like.device, like.dtype)
-    check_denominator(OP, name, float(given))
-    return torch.full((), given, dtype=like.dtype, device=like.device)
+    return DistRLLoss(loss, token_loss, candidate_loss, named_metrics(metrics))

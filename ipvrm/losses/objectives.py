@@ -20,9 +20,7 @@ from ipvrm.errors import IpvrmError
 from ipvrm.losses.metrics import Metrics
 from ipvrm.losses.presets import Preset, by_preset
 from ipvrm.losses.prompt_groups import PromptGroups, Reduce, checked_outcome, one_rank
-from ipvrm_kernels import prefix_value_loss, prefix_values
-from ipvrm_kernels.backend import checks_values
-from ipvrm_kernels.prefix_value_loss import prefix_weight_sums
+from ipvrm_kernels import checks_values, prefix_value_loss, prefix_values, prefix_weight_sums
 
 PrefixWeighting = Literal["uniform", "late", "early"]
 Reduction = Literal["sequence_mean", "token_mean"]

@@ -1,11 +1,11 @@
-"""The two-branch policy loss of DistRL (stage B): its settings, its candidates, and the loss on log-probs.
+"""The two-branch policy loss of DistRL (stage B): its settings and its candidates.
 
     L_token      = - mean_b 1/T_b sum_t min(rho A, clip(rho, 1 - lo, 1 + hi) A)                        Eq. 12
     L_candidates = - mean_b 1/T_b sum_t sum_{c in C_t} pi_old(c) min(rho_c td~_c, clip(rho_c) td~_c)   Eq. 11
     L            = L_token + alpha * L_candidates                                                      Eq. 14
 
-From hidden states the loss is `linear_distrl_loss(..., **PolicyLossConfig.preset(name).options())`, which
-never forms logits; `distrl_loss` is the same function of log-probs that one already has. Shapes: N response
+The loss itself is an op of `ipvrm_kernels`: `linear_distrl_loss` from hidden states, `distrl_loss` from
+log-probs that one has already, each with `**PolicyLossConfig.preset(name).options()`. Shapes: N response
 tokens of B packed sequences, edges in `cu_seqlens` (B + 1,) int32; K candidates, unused slots id -1 and
 log-prob -inf.
 """
@@ -19,17 +19,13 @@ from torch import Tensor
 
 from ipvrm.losses.advantages import last_tokens
 from ipvrm.losses.presets import Preset, by_preset
-from ipvrm.losses.prompt_groups import check_edges, check_like, described
-from ipvrm_kernels import Candidates, DistRLLoss, clipped_surrogate, linear_candidates
-from ipvrm_kernels.backend import checks_values
-from ipvrm_kernels.distrl_objective import METRICS, check_candidates, check_denominator, normal_probs
-
-REDUCTIONS = ("sequence_mean", "token_mean")
+from ipvrm.losses.prompt_groups import described
+from ipvrm_kernels import Candidates, linear_candidates
 
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """Options of `distrl_loss` and, under the same names, of `linear_distrl_loss`. Defaults: `paper`."""
+    """Options of the ops `distrl_loss` and `linear_distrl_loss`, under their names. Defaults: `paper`."""
 
     alpha: float = 0.1
     clip_low: float = 0.2
@@ -55,152 +51,8 @@ class PolicyLossConfig:
         )
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `linear_distrl_loss`."""
+        """Keyword arguments of the two ops."""
         return asdict(self)
-
-
-def distrl_loss(
-    logprobs: Tensor,
-    candidate_logprobs: Tensor,
-    old_logprobs: Tensor,
-    old_candidate_logprobs: Tensor,
-    advantages: Tensor,
-    candidate_advantages: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    config: PolicyLossConfig = PolicyLossConfig(),
-    token_denominator: float | Tensor | None = None,
-    candidate_denominator: float | Tensor | None = None,
-) -> DistRLLoss:
-    """The loss of `linear_distrl_loss` from log-probs: the same value, branches, metrics and gradients.
-
-    Args:
-        logprobs: (N,) float, nats, of the sampled tokens under the policy, with gradient.
-        candidate_logprobs: (N, K) likewise, of the candidates.
-        old_logprobs, old_candidate_logprobs: (N,), (N, K) under the behaviour policy; -inf marks an unused
-            element, which adds no loss, gradient or count.
-        advantages, candidate_advantages: (N,), (N, K), see `ipvrm.losses.advantages.distrl_advantages`.
-        cu_seqlens: (B + 1,) int32; an empty sequence counts in B and adds 0.
-        config: `PolicyLossConfig.preset("paper" | "release")`, or one's own.
-        token_denominator, candidate_denominator: replace the divisor computed from this call (B, N or the sum
-            of pi_old), so that the losses of micro-batches add up to the whole batch's.
-
-    Returns:
-        DistRLLoss(loss, token_loss, candidate_loss, metrics) of 0-d fp32 tensors (fp64 for fp64 log-probs);
-        only `loss` has a gradient, in both log-probs, once. metrics: {name: (sum, count)}.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an unknown reduction, clips or denominators out
-            of range, or edges that do not rise from 0 to N. Values of tensors are checked on the CPU, and
-            under `set_checks(True)`; not while torch.compile traces.
-    """
-    op = "distrl_loss"
-    if logprobs.dim() != 1 or candidate_logprobs.dim() != 2:
-        raise ValueError(
-            f"{op}: logprobs must be (N,) and candidate_logprobs (N, K), got {described(logprobs)} and "
-            f"{described(candidate_logprobs)}"
-        )
-    N, K = logprobs.shape[0], candidate_logprobs.shape[-1]
-    for name, x, shape in (
-        ("logprobs", logprobs, (N,)),
-        ("candidate_logprobs", candidate_logprobs, (N, K)),
-        ("old_logprobs", old_logprobs, (N,)),
-        ("old_candidate_logprobs", old_candidate_logprobs, (N, K)),
-        ("advantages", advantages, (N,)),
-        ("candidate_advantages", candidate_advantages, (N, K)),
-    ):
-        check_like(op, name, x, logprobs, shape)
-    check_edges(op, cu_seqlens, logprobs)
-    for name, given, offered in (
-        ("reduction", config.reduction, REDUCTIONS),
-        ("candidate_reduction", config.candidate_reduction, (*REDUCTIONS, "old_prob_mean")),
-    ):
-        if given not in offered:
-            raise ValueError(f"{op}: {name} must be one of {', '.join(offered)}, got {given!r}")
-    _check_denominator(op, "token_denominator", token_denominator, logprobs)
-    _check_denominator(op, "candidate_denominator", candidate_denominator, logprobs)
-    if candidate_denominator is not None and checks_values(logprobs):
-        check_candidates(op, float(candidate_denominator), old_candidate_logprobs != -math.inf)
-
-    token = clipped_surrogate(
-        logprobs,
-        old_logprobs,
-        advantages,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
-    )
-    like = token.loss
-    old = old_candidate_logprobs.detach().to(like.dtype)
-    old_prob = normal_probs(old)  # (N, K), 0 at unused slots and where it underflows
-    counts = old_prob != 0  # elsewhere rho may be infinite: clipped counts, but neither loss nor gradient
-    candidates = clipped_surrogate(
-        torch.where(counts, candidate_logprobs, candidate_logprobs.detach()),
-        old,
-        candidate_advantages,
-        clip_low=config.candidate_clip_low,
-        clip_high=config.candidate_clip_high,
-        dual_clip=config.dual_clip,
-    )
-    with torch.no_grad():
-        weight = _row_weights(config.reduction, cu_seqlens, like, token_denominator)
-        if config.candidate_reduction == "old_prob_mean":
-            divisor = torch.as_tensor(
-                old_prob.sum() if candidate_denominator is None else candidate_denominator,
-                dtype=like.dtype,
-                device=like.device,
-            )
-            candidate_weight = old_prob * torch.where(divisor != 0, 1 / divisor, 0.0)
-        else:
-            rows = _row_weights(config.candidate_reduction, cu_seqlens, like, candidate_denominator)
-            candidate_weight = old_prob * rows[:, None]
-        counts = counts & (candidate_weight != 0)  # NaN counts
-    token_loss = (weight * token.loss).sum()
-    candidate_loss = torch.where(counts, candidate_weight * candidates.loss, 0.0).sum()
-    loss = token_loss + config.alpha * candidate_loss
-    with torch.no_grad():
-        new, new_candidates = logprobs.to(like.dtype), candidate_logprobs.to(like.dtype)
-        used, used_candidates = old_logprobs != -math.inf, old != -math.inf
-        num_tokens, num_candidates = used.sum(), used_candidates.sum()
-        num_rows = torch.full_like(num_tokens, N)
-        pairs = (
-            (token.clipped.sum(), num_tokens),
-            (token.dual_clipped.sum(), num_tokens),
-            (torch.where(used, old_logprobs.to(like.dtype) - new, 0.0).sum(), num_tokens),
-            (candidates.clipped.sum(), num_candidates),
-            (candidates.dual_clipped.sum(), num_candidates),
-            (torch.where(old_prob != 0, old_prob * (old - new_candidates), 0.0).sum(), num_candidates),
-            (num_candidates, num_rows),
-            (old_prob.sum(), num_rows),
-        )
-        metrics = {
-            name: (total.to(like.dtype), count.to(like.dtype))
-            for name, (total, count) in zip(METRICS, pairs, strict=True)
-        }
-    return DistRLLoss(loss, token_loss.detach(), candidate_loss.detach(), metrics)
-
-
-def _row_weights(
-    reduction: str, cu_seqlens: Tensor, like: Tensor, denominator: float | Tensor | None
-) -> Tensor:
-    """(N,) the factor of each row's loss."""
-    N, lengths = like.shape[0], cu_seqlens.diff()
-    if reduction == "sequence_mean":
-        weight = (1 / lengths.to(like.dtype)).repeat_interleave(lengths, output_size=N)
-        own = lengths.shape[0]
-    else:
-        weight, own = torch.ones_like(like), N
-    return weight / (max(own, 1) if denominator is None else denominator)
-
-
-def _check_denominator(op: str, name: str, given: float | Tensor | None, like: Tensor) -> None:
-    if isinstance(given, Tensor):
-        if given.dim():
-            raise ValueError(f"{op}: {name} must be a number or 0-d, got shape {tuple(given.shape)}")
-        if not checks_values(like):
-            return
-    if given is not None:
-        check_denominator(op, name, float(given))
 
 
 # -------------------------------------------------------------------------------------------- candidates

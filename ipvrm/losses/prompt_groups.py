@@ -12,9 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ipvrm_kernels import segment_scan
-from ipvrm_kernels.backend import checks_values
-from ipvrm_kernels.packing import check_cu_seqlens, check_cu_seqlens_shape
+from ipvrm_kernels import check_cu_seqlens, check_cu_seqlens_shape, checks_values, segment_scan
 
 Reduce = Callable[[Tensor], Tensor]
 

@@ -52,8 +52,7 @@ from ipvrm.training.policy_config import (
 )
 from ipvrm.training.policy_model import PolicyLoss, add_adapters, behaviour, merged
 from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash, read_questions
-from ipvrm_kernels import prefix_values
-from ipvrm_kernels.linear_distrl_loss import METRICS as POLICY_METRICS
+from ipvrm_kernels import DISTRL_METRICS, prefix_values
 
 ADAPTER = "adapter"
 LOSSES = ("policy_loss", "token_loss", "candidate_loss")
@@ -365,7 +364,7 @@ class _Run:
                     chosen = micro or minibatch[:1]
                     found = self.module(rollouts.batch(chosen), rollouts.targets(chosen), *divisors)
                     losses = torch.stack([found.loss.detach(), found.token_loss, found.candidate_loss])
-                    return found.loss, torch.cat([losses, stacked(found.metrics, POLICY_METRICS)])
+                    return found.loss, torch.cat([losses, stacked(found.metrics, DISTRL_METRICS)])
 
                 values, grad_norm = update(
                     self.accelerator,
@@ -378,7 +377,7 @@ class _Run:
                 )
                 losses = dict(zip(LOSSES, values[: len(LOSSES)], strict=True))
                 total.add({name: (value, 1.0) for name, value in losses.items()})
-                total.add(paired(values[len(LOSSES) :], POLICY_METRICS))
+                total.add(paired(values[len(LOSSES) :], DISTRL_METRICS))
                 updates += 1
         numbers = {"updates": updates, "grad_norm": grad_norm, "learning_rate": config.learning_rate * factor}
         return total.means() | numbers

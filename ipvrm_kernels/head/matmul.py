@@ -82,7 +82,7 @@ def library() -> str:
     return _choice()[0]
 
 
-def describe() -> str:
+def describe_cpu_matmul() -> str:
     """`library` and why, in words; what is wrong with IPVRM_CPU_MATMUL, if it is."""
     try:
         return "{}: {}".format(*_choice())

@@ -19,7 +19,7 @@ import torch
 
 import ipvrm
 from ipvrm.evaluate.thresholds import f1_of_hits, hit_interval
-from ipvrm_kernels import pack, prefix_values, unpack
+from ipvrm_kernels import distrl_loss, pack, prefix_values, unpack
 
 GOLDEN = Path(os.environ.get("IPVRM_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 RELEASES = sorted(GOLDEN.glob("release_*.npz"))
@@ -177,9 +177,9 @@ def compare_policy_loss(golden):
     new_candidates = golden.packed("new_logp").requires_grad_()
     token_advantages = golden.packed("advantages_g1_l1")
     candidate_advantages = golden.packed("scaled_candidate_td")
-    out = ipvrm.distrl_loss(
+    out = distrl_loss(
         new, new_candidates, old[:, 0], old.masked_fill(~kept, -math.inf), token_advantages,
-        candidate_advantages, golden.cu_seqlens, config=config,
+        candidate_advantages, golden.cu_seqlens, **config.options(),
     )  # fmt: skip
     gradients = torch.autograd.grad(out.loss, (new, new_candidates))
     golden.compare("policy_grad_token", gradients[0])

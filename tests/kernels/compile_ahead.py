@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 segment_scan = importlib.import_module("ipvrm_kernels.segment_scan")
 prefix_values = importlib.import_module("ipvrm_kernels.prefix_values")
 clipped_surrogate = importlib.import_module("ipvrm_kernels.clipped_surrogate")
-distrl_objective = importlib.import_module("ipvrm_kernels.distrl_objective")
+distrl_loss = importlib.import_module("ipvrm_kernels.distrl_loss")
 prefix_value_loss = importlib.import_module("ipvrm_kernels.prefix_value_loss")
 
 triton_forward = importlib.import_module("ipvrm_kernels.head.triton_forward")
@@ -85,13 +85,13 @@ CASES = [
     (clipped_surrogate._clipped_surrogate_bwd_kernel, {"BLOCK": clipped_surrogate.BLOCK}),
     *(
         (
-            distrl_objective._distrl_objective_kernel,
+            distrl_loss._distrl_objective_kernel,
             dict(
                 TOKEN_REDUCTION=token,
                 CANDIDATE_REDUCTION=candidates,
                 TOKEN_POINTER=given,
                 CANDIDATE_POINTER=given,
-                BLOCK=distrl_objective.BLOCK,
+                BLOCK=distrl_loss.BLOCK,
             ),
         )
         for token, candidates, given in (
@@ -99,7 +99,7 @@ CASES = [
             ("token_mean", "old_prob_mean", True),  # release
         )
     ),
-    (distrl_objective._finish_objective_kernel, {"BLOCK": 128}),
+    (distrl_loss._finish_objective_kernel, {"BLOCK": 128}),
 ]
 
 

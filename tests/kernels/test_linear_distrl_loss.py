@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipvrm_kernels import backend, clipped_surrogate, linear_distrl_loss, linear_logprobs
-from ipvrm_kernels.linear_distrl_loss import IMPLS, METRICS
+from ipvrm_kernels.distrl_loss import DISTRL_METRICS
+from ipvrm_kernels.linear_distrl_loss import IMPLS
 
 OP = "linear_distrl_loss"
 REDUCTIONS = [
@@ -227,7 +228,7 @@ def test_hand_worked(impl, device):
         "candidate_clip_fraction": (1, 2), "candidate_dual_clip_fraction": (0, 2),
         "candidate_kl": (0.5 * math.log(2), 2), "candidates_per_row": (2, 1), "candidate_mass": (0.75, 1),
     }  # fmt: skip
-    assert tuple(out.metrics) == METRICS and set(METRICS) == set(expected)
+    assert tuple(out.metrics) == DISTRL_METRICS and set(DISTRL_METRICS) == set(expected)
     for name, pair in expected.items():
         assert [x.item() for x in out.metrics[name]] == pytest.approx(pair), name
 
@@ -303,15 +304,15 @@ def test_gradcheck(reductions):
 def test_seeded_faults_are_caught(impl, device, fault, monkeypatch):
     real = IMPLS[impl]
 
-    def faulty(hidden, weight, bias, batch, transform, objective, *rest):
+    def faulty(hidden, weight, bias, ids, batch, transform, objective, *rest):
         if fault == "candidates without pi_old":
-            flat = torch.where(batch.candidate_ids >= 0, 0.0, -math.inf).to(hidden.dtype)
+            flat = torch.where(batch.old_candidate_logprobs > -math.inf, 0.0, -math.inf).to(hidden.dtype)
             batch = batch._replace(old_candidate_logprobs=flat)
         if fault == "row 0 for every row":
             batch = batch._replace(advantages=batch.advantages[:1].repeat(len(batch.advantages)))
         if fault == "alpha twice":
             objective = objective._replace(alpha=objective.alpha**2)
-        return real.forward(hidden, weight, bias, batch, transform, objective, *rest)
+        return real.forward(hidden, weight, bias, ids, batch, transform, objective, *rest)
 
     check(case(), impl, device)
     monkeypatch.setitem(IMPLS, impl, real._replace(forward=faulty))

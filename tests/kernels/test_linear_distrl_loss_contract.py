@@ -40,7 +40,7 @@ def call(changed, **options):
         (dict(advantages=torch.zeros(4).long()), {}, r"advantages must be floating .*\(4,\) torch.int64"),
         (dict(old_candidate_logprobs=torch.zeros(4, 3)), {}, r"old_candidate_logprobs .* got \(4, 3\)"),
         (dict(candidate_advantages=torch.zeros(4)), {}, r"candidate_advantages must be .* shape \(4, 2\)"),
-        (dict(advantages=torch.zeros(4, device="meta")), {}, "advantages is on meta, hidden on cpu"),
+        (dict(advantages=torch.zeros(4, device="meta")), {}, "advantages is on meta, the others on cpu"),
         (dict(cu_seqlens=torch.tensor([0, 1, 4])), {}, r"cu_seqlens must be \(B\+1,\) int32"),
         (dict(cu_seqlens=torch.tensor([0, 3]).int()), {}, "cu_seqlens must rise from 0 to N=4"),
         (dict(weight=torch.zeros(0, 3)), {}, r"weight is empty, shape \(0, 3\)"),

@@ -73,11 +73,11 @@ def zen_5(fresh):
 
 def test_a_machine_without_avx512_keeps_blas(fresh):
     fresh.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert matmul.library() == "blas" and "AVX2" in matmul.describe()
+    assert matmul.library() == "blas" and "AVX2" in matmul.describe_cpu_matmul()
     fresh.setenv(matmul.VARIABLE, "onednn")
     with pytest.raises(ValueError, match="IPVRM_CPU_MATMUL=onednn cannot run here: .*AVX2"):
         matmul.library()
-    assert matmul.describe().startswith("none: IPVRM_CPU_MATMUL=onednn cannot run here")
+    assert matmul.describe_cpu_matmul().startswith("none: IPVRM_CPU_MATMUL=onednn cannot run here")
 
 
 @pytest.mark.parametrize("family", [0, 0x19])
@@ -85,13 +85,13 @@ def test_other_processors_keep_blas_until_asked(zen_5, family):
     zen_5.setattr(backend, "AMD_FAMILY", family)
     assert matmul.library() == "blas"
     zen_5.setenv(matmul.VARIABLE, "onednn")
-    assert matmul.library() == "onednn" and "asks for it" in matmul.describe()
+    assert matmul.library() == "onednn" and "asks for it" in matmul.describe_cpu_matmul()
 
 
 def test_pytorch_s_switch_is_heeded(zen_5):
     zen_5.setenv(matmul.VARIABLE, "onednn")
     with torch.backends.mkldnn.flags(enabled=False):
-        assert matmul.library() == "blas" and "mkldnn.enabled" in matmul.describe()
+        assert matmul.library() == "blas" and "mkldnn.enabled" in matmul.describe_cpu_matmul()
 
 
 def test_an_unknown_library_is_refused(fresh):
@@ -223,7 +223,7 @@ def test_padding_of_active_rows(zen_5):
 
 def test_too_many_threads_are_refused_when_asked_for(zen_5):
     zen_5.setattr(torch, "get_num_threads", lambda: 61)
-    assert matmul.library() == "blas" and "61 threads" in matmul.describe()
+    assert matmul.library() == "blas" and "61 threads" in matmul.describe_cpu_matmul()
     zen_5.setenv(matmul.VARIABLE, "onednn")
     with pytest.raises(ValueError, match="61 threads"):
         matmul.library()

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ipvrm_kernels
 from ipvrm_kernels import (
     clipped_surrogate,
+    distrl_loss,
     linear_candidates,
     linear_distrl_loss,
     linear_logprobs,
@@ -139,6 +140,7 @@ DOUBLE = {  # every op from x (7,), twice differentiable only where it says so
     ),
     "linear_candidates": lambda x: linear_candidates(x[:, None] * HEAD[0], HEAD).lse,
     "clipped_surrogate": lambda x: clipped_surrogate(x, x.detach() + 0.1, OLD).loss,
+    "distrl_loss": lambda x: distrl_loss(x, x[:, None], OLD, OLD[:, None], OLD, OLD[:, None], CU).loss,
     "linear_distrl_loss": lambda x: (
         linear_distrl_loss(
             x[:, None] * HEAD[0], HEAD, IDS, IDS[:, None], OLD, OLD[:, None], OLD, OLD[:, None], CU

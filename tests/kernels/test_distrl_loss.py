@@ -1,23 +1,24 @@
-"""The objective from log-probs against Python floats, element by element; blocks of rows; a million terms."""
+"""distrl_loss against Python floats, element by element; blocks of rows; a million terms; its contract."""
 
 import math
 
 import pytest
 import torch
 
-from ipvrm_kernels import backend
-from ipvrm_kernels.distrl_objective import (
+from ipvrm_kernels import backend, linear_distrl_loss, linear_logprobs
+from ipvrm_kernels.distrl_loss import (
     CANDIDATE_REDUCTIONS,
-    IMPLS,
-    METRICS,
+    DISTRL_METRICS,
+    EVALUATE,
     REDUCTIONS,
     Batch,
     Divisors,
     Objective,
     batch_divisors,
+    distrl_loss,
 )
 
-OP = "linear_distrl_loss"
+OP = "distrl_loss"
 CLIPS = (0.2, 0.28, 0.1, 0.15)
 LOG_TINY = math.log(2.0**-126)  # a pi_old below the smallest normal fp32 number counts as 0
 
@@ -47,8 +48,9 @@ def case(lengths=(5, 0, 1, 9, 3), K=4, seed=0, drift=0.5):
             if value is not None:
                 x[kinds == kind] = value
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (ids, old, advantages)]
-    return new, Batch(*parts[0], *parts[1], *parts[2], cu_seqlens, None, None)
+    old = old.masked_fill(ids < 0, -math.inf)
+    parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (old, advantages)]
+    return new, Batch(*parts[0], *parts[1], cu_seqlens, None, None)
 
 
 def surrogate(new, old, advantage, low, high, dual):
@@ -68,17 +70,16 @@ def oracle(logprobs, batch, objective):
     N, columns = logprobs.shape
     edges = batch.cu_seqlens.tolist()
     T = [last - first for first, last in zip(edges, edges[1:], strict=False) for _ in range(last - first)]
-    ids = torch.cat([batch.token_ids[:, None], batch.candidate_ids], 1).tolist()
     olds = torch.cat([batch.old_logprobs[:, None], batch.old_candidate_logprobs], 1)
     probs = torch.where(olds < LOG_TINY, 0.0, olds.exp()).double().tolist()
     advantages = torch.cat([batch.advantages[:, None], batch.candidate_advantages], 1).tolist()
-    used = [(n, k) for n in range(N) for k in range(columns) if ids[n][k] >= 0 and olds[n, k] != -math.inf]
+    used = [(n, k) for n in range(N) for k in range(columns) if olds[n, k] != -math.inf]
     mass = sum(probs[n][k] for n, k in used if k)
     totals = {"sequence_mean": len(edges) - 1, "token_mean": N, "old_prob_mean": mass}
     divisors = []
-    for kind, given in zip(objective[3:], batch[7:], strict=True):
+    for kind, given in zip(objective[3:], batch[5:], strict=True):
         divisors.append(totals[kind] if given is None else float(given))
-    losses, metrics = [0.0, 0.0], [[0.0, 0.0] for _ in METRICS]
+    losses, metrics = [0.0, 0.0], [[0.0, 0.0] for _ in DISTRL_METRICS]
     slopes = torch.zeros(N, columns, dtype=torch.float64)
     for n, k in used:
         b = int(k > 0)  # the branch
@@ -103,7 +104,7 @@ def evaluate(impl, device, logprobs, batch, objective, rows=None):
     moved = Batch._make(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch)
     divisors = batch_divisors(moved, objective)
     r0, r1 = rows or (0, len(logprobs))
-    out = IMPLS[impl](logprobs[r0:r1].contiguous().to(device), moved.rows(r0, r1), objective, divisors, r0)
+    out = EVALUATE[impl](logprobs[r0:r1].contiguous().to(device), moved.rows(r0, r1), objective, divisors, r0)
     assert all(x.dtype == torch.float32 and x.is_contiguous() for x in out)
     return [x.cpu().double() for x in out]
 
@@ -163,9 +164,8 @@ def extreme(old, new=0.0, advantage=-1.0):
     olds = torch.tensor([[-1.0, -0.5, -0.7], [-2.0, old, -1.5], [-0.3, -0.2, -math.inf]])
     news = torch.tensor([[-1.1, -0.6, -0.7], [-1.9, new, -1.5], [-0.3, -0.4, -0.1]])
     advantages = torch.tensor([[1.0, -0.5, 2.0], [-1.0, advantage, 1.0], [0.5, -2.0, math.nan]])
-    ids = torch.arange(9).view(3, 3)
-    parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (ids, olds, advantages)]
-    return news, Batch(*parts[0], *parts[1], *parts[2], torch.tensor([0, 2, 3]).int(), None, None)
+    parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (olds, advantages)]
+    return news, Batch(*parts[0], *parts[1], torch.tensor([0, 2, 3]).int(), None, None)
 
 
 @pytest.mark.parametrize("candidate_reduction", CANDIDATE_REDUCTIONS)
@@ -215,18 +215,18 @@ def test_a_million_elements_keep_fp32_accuracy(impl, device):
     old = -3 * torch.rand(100_000, 11, generator=g)
     new = (old + 0.3 * torch.randn(old.shape, generator=g)).clamp(max=0)
     advantages = torch.randn(old.shape, generator=g)
-    ids = torch.where(torch.rand(old.shape, generator=g) < 0.9, 5, -1)
-    parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (ids, old, advantages)]
+    old = torch.where(torch.rand(old.shape, generator=g) < 0.9, old, -math.inf)
+    parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (old, advantages)]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    batch = Batch(*parts[0], *parts[1], *parts[2], cu_seqlens, None, None)
+    batch = Batch(*parts[0], *parts[1], cu_seqlens, None, None)
     objective = Objective(0.3, CLIPS, 1.5, "token_mean", "old_prob_mean")
     wide = Batch._make(x.double() if x is not None and x.is_floating_point() else x for x in batch)
-    truth = IMPLS["torch"](new.double(), wide, objective, batch_divisors(wide, objective))
+    truth = EVALUATE["torch"](new.double(), wide, objective, batch_divisors(wide, objective))
     mine = evaluate(impl, device, new, batch, objective)
     positive = wide._replace(
         advantages=wide.advantages.abs(), candidate_advantages=wide.candidate_advantages.abs()
     )
-    sizes = IMPLS["torch"](new.double(), positive, objective, batch_divisors(positive, objective))
+    sizes = EVALUATE["torch"](new.double(), positive, objective, batch_divisors(positive, objective))
     eps = torch.finfo(torch.float32).eps
     for i in range(3):
         assert abs(mine[i] - truth[i]) <= 4 * eps * sizes[i].abs()
@@ -247,7 +247,7 @@ def test_a_million_elements_keep_fp32_accuracy(impl, device):
     "fault", ["row0 ignored", "a candidate's alpha", "unused slots counted", "B of a block"]
 )
 def test_seeded_faults_are_caught(impl, device, fault, monkeypatch):
-    real = IMPLS[impl]
+    real = EVALUATE[impl]
 
     def faulty(logprobs, batch, objective, divisors, row0=0):
         if fault == "row0 ignored":
@@ -255,7 +255,7 @@ def test_seeded_faults_are_caught(impl, device, fault, monkeypatch):
         if fault == "a candidate's alpha":
             objective = objective._replace(alpha=1.0)
         if fault == "unused slots counted":
-            batch = batch._replace(candidate_ids=batch.candidate_ids.abs())
+            batch = batch._replace(old_candidate_logprobs=batch.old_candidate_logprobs.clamp(min=-1))
         if fault == "B of a block":
             divisors = Divisors(1.0, 1.0)
         return real(logprobs, batch, objective, divisors, row0)
@@ -265,6 +265,131 @@ def test_seeded_faults_are_caught(impl, device, fault, monkeypatch):
         test_every_kind_of_element(impl, device, "sequence_mean", "sequence_mean", 1.5, False, None)
 
     both()
-    monkeypatch.setitem(IMPLS, impl, faulty)
+    monkeypatch.setitem(EVALUATE, impl, faulty)
     with pytest.raises(AssertionError):
         both()
+
+
+# ------------------------------------------------------------------------------------------------ the op
+
+
+def arguments(dtype=torch.float32, lengths=(5, 0, 1, 9, 3), device="cpu"):
+    """What the public function takes, new log-probs with gradient."""
+    new, batch = case(lengths)
+    new = new.nan_to_num(nan=-1.0, posinf=0.0, neginf=-2.0)  # finite, so that a gradient can be compared
+    old = [x.nan_to_num(nan=-1.0, neginf=-math.inf) for x in batch[:2]]
+    of_tokens, of_candidates = (x.to(device, dtype).requires_grad_() for x in (new[:, 0], new[:, 1:]))
+    advantages = [x.nan_to_num(nan=1.0) for x in batch[2:4]]
+    rest = [x.to(device, dtype) for x in (*old, *advantages)]
+    return of_tokens, of_candidates, *rest, batch.cu_seqlens.to(device)
+
+
+OPTIONS = {
+    "alpha": 0.3, "clip_low": 0.2, "clip_high": 0.28, "candidate_clip_low": 0.1, "candidate_clip_high": 0.15,
+    "dual_clip": 1.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("candidate_reduction", CANDIDATE_REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_op_and_its_gradients(impl, device, reduction, candidate_reduction):
+    given = arguments(device=device)
+    found = distrl_loss(
+        *given, **OPTIONS, reduction=reduction, candidate_reduction=candidate_reduction, impl=impl
+    )
+    gradients = torch.autograd.grad(found.loss * 3.0, given[:2])
+    columns = torch.cat([given[0][:, None], given[1]], 1).detach().cpu()
+    batch = Batch(*(x.cpu() for x in given[2:]), None, None)
+    objective = Objective(0.3, CLIPS, 1.5, reduction, candidate_reduction)
+    loss, token_loss, candidate_loss, metrics, slopes = oracle(columns, batch, objective)
+    mine = torch.cat([gradients[0][:, None], gradients[1]], 1).cpu().double()
+    torch.testing.assert_close(mine, 3 * slopes, rtol=1e-5, atol=1e-6)
+    for value, truth in zip(found[:3], (loss, token_loss, candidate_loss), strict=True):
+        torch.testing.assert_close(value.detach().cpu().double(), truth, rtol=1e-5, atol=1e-6)
+    for i, name in enumerate(DISTRL_METRICS):
+        pair = torch.stack(found.metrics[name]).cpu().double()
+        torch.testing.assert_close(pair, metrics[i], rtol=1e-5, atol=1e-6)
+    assert not found.token_loss.requires_grad and not found.candidate_loss.requires_grad
+
+
+def test_the_op_is_linear_distrl_loss_behind_the_head(impl, device):
+    """The same losses, metrics and gradients by hidden and weight, a negative id and its -inf included."""
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(18, 8, generator=g), torch.randn(40, 8, generator=g)
+    ids = torch.randint(-1, 40, (18, 5), generator=g).to(device)
+    hidden, weight = (x.to(device).requires_grad_() for x in (hidden, weight))
+    _, _, *rest = arguments(device=device)
+    rest[0], rest[1] = (
+        x.masked_fill(i < 0, -math.inf) for x, i in zip(rest, (ids[:, 0], ids[:, 1:]), strict=False)
+    )
+    logprobs = linear_logprobs(hidden, weight, ids, impl=impl).logprobs
+    ours = distrl_loss(logprobs[:, 0], logprobs[:, 1:], *rest, **OPTIONS, impl=impl)
+    whole = linear_distrl_loss(hidden, weight, ids[:, 0], ids[:, 1:], *rest, **OPTIONS, impl=impl)
+    for a, b in zip((*ours[:3], *map(torch.stack, ours.metrics.values())),
+                    (*whole[:3], *map(torch.stack, whole.metrics.values())), strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for x in (hidden, weight):
+        mine, theirs = (torch.autograd.grad(loss.loss, x, retain_graph=True)[0] for loss in (ours, whole))
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradcheck():
+    of_tokens, of_candidates, *rest = arguments(torch.float64, (3, 4))
+
+    def loss(*logprobs):
+        return distrl_loss(*logprobs, *rest, alpha=0.3, clip_low=0.9, clip_high=9.0, impl="torch").loss
+
+    assert torch.autograd.gradcheck(loss, (of_tokens, of_candidates))
+
+
+def test_opcheck(impl, device):
+    of_tokens, of_candidates, *rest = arguments(device=device)
+    columns = torch.cat([of_tokens[:, None], of_candidates], 1).detach().requires_grad_()
+    options = (0.3, list(CLIPS), 1.5, "sequence_mean", "old_prob_mean", impl)
+    torch.library.opcheck(torch.ops.ipvrm.distrl_loss.default, (columns, *rest, None, None, *options))
+
+
+def test_compile(impl, device):
+    given = arguments(device=device)
+
+    def run(of_tokens, of_candidates):
+        return distrl_loss(of_tokens, of_candidates, *given[2:], **OPTIONS, impl=impl).loss
+
+    eager = torch.autograd.grad(run(*given[:2]), given[:2])
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(torch.autograd.grad(compiled(*given[:2]), given[:2]), eager, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_nothing_to_learn_from(impl, device):
+    given = arguments(lengths=(), device=device)
+    found = distrl_loss(*given, impl=impl)
+    assert found.loss.item() == 0
+    assert [x.shape for x in torch.autograd.grad(found.loss, given[:2])] == [(0,), (0, 4)]
+
+
+FLAT = r"logprobs must be \(N,\) and candidate_logprobs \(N, K\), got "
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logprobs": torch.zeros(18, 1)}, FLAT + r"\(18, 1\)"),
+        ({"candidate_logprobs": torch.zeros(17, 4)}, r"got \(18,\) and \(17, 4\)"),
+        ({"logprobs": torch.zeros(18).long()}, "logprobs must be floating point on one device"),
+        ({"old_logprobs": torch.zeros(17)}, r"old_logprobs must be .* of shape \(18,\), got \(17,\)"),
+        ({"cu_seqlens": torch.tensor([0, 17], dtype=torch.int32)}, "cu_seqlens must rise from 0 to N|to N"),
+        ({"alpha": math.nan}, "alpha must be finite, got nan"),
+        ({"reduction": "mean"}, "reduction must be one of sequence_mean, token_mean, got 'mean'"),
+        ({"candidate_reduction": "mean"}, "candidate_reduction must be None or one of"),
+        ({"token_denominator": 0.0}, "token_denominator must be finite and > 0, got 0.0"),
+        ({"candidate_denominator": 0.0}, "candidate_denominator must be > 0 where there are candidates"),
+        ({"candidate_denominator": torch.ones(1)}, "candidate_denominator must be a number or 0-d"),
+        ({"impl": "cuda"}, "impl='cuda' does not exist for this op"),
+    ],
+)  # fmt: skip
+def test_errors(change, message):
+    names = ("logprobs", "candidate_logprobs", "old_logprobs", "old_candidate_logprobs", "advantages",
+             "candidate_advantages", "cu_seqlens")  # fmt: skip
+    with pytest.raises(ValueError, match="distrl_loss: .*" + message):
+        distrl_loss(**dict(zip(names, arguments(), strict=True)) | change)

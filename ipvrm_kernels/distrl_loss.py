@@ -1,4 +1,4 @@
-"""The objective of linear_distrl_loss from log-probs: losses, metrics and each log-prob's gradient at once.
+"""distrl_loss: the two-branch clipped policy loss from log-probs, its metrics and gradients in one pass.
 
     loss = sum_n w_n l(y_n) + alpha sum_n u_n sum_k pi_old(c_nk) l(c_nk)                       Eq. 11, 12, 14
 
@@ -8,13 +8,17 @@ Eager PyTorch makes about sixty small ops of it. Here every element is read once
 comparison; sums of blocks are added in a fixed order, in fp64. A pi_old below the smallest normal number
 counts as 0; a NaN old log-prob of a used element makes the loss NaN.
 
-Shapes: logprobs and dlogprobs (n, 1 + K), the sampled token first; the rest as in `Batch`.
+An unused element is known by its old log-prob of -inf. `linear_distrl_loss` evaluates the same objective,
+block by block, on log-probs that it forms itself.
+
+Shapes: logprobs (N,), candidate_logprobs (N, K), cu_seqlens (B+1,). In the kernels logprobs and dlogprobs are
+(n, 1 + K), the sampled token first; the rest as in `Batch`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,11 +26,13 @@ from torch import Tensor
 
 from . import backend
 from .clipped_surrogate import (  # the formula; no launch is shared
+    check_clips,
     clip_bounds,
     clipped_surrogate_reference,
     native_clips,
 )
-from .packing import lengths
+from .packing import check_cu_seqlens, check_cu_seqlens_shape, lengths
+from .registration import register
 
 if backend.HAS_TRITON:
     import triton
@@ -36,7 +42,7 @@ if backend.HAS_TRITON:
 
 REDUCTIONS = ("sequence_mean", "token_mean")
 CANDIDATE_REDUCTIONS = (*REDUCTIONS, "old_prob_mean")  # index = csrc/token_math.h's Reduction
-METRICS = (  # order: csrc/token_math.h's finish_objective
+DISTRL_METRICS = (  # order: csrc/token_math.h's finish_objective
     "token_clip_fraction",  # of the sampled tokens, those whose clipped branch is strictly larger
     "token_dual_clip_fraction",
     "token_kl",  # mean of old - new
@@ -49,6 +55,17 @@ METRICS = (  # order: csrc/token_math.h's finish_objective
 SUMS = 11  # per branch loss, clipped, dual clipped, kl, used; then the mass: csrc/token_math.h's ObjectiveSum
 BLOCK_ROWS = 256  # on the CPU
 BLOCK = 1024  # elements of a Triton program
+
+
+class DistRLLoss(NamedTuple):
+    """loss (), differentiable; token_loss (), candidate_loss (), detached; metrics {name: (sum, count)},
+    detached.
+    """
+
+    loss: Tensor
+    token_loss: Tensor
+    candidate_loss: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]]
 
 
 class Objective(NamedTuple):
@@ -64,8 +81,6 @@ class Objective(NamedTuple):
 class Batch(NamedTuple):
     """What the loss is evaluated on, contiguous, floats in fp32 (fp64)."""
 
-    token_ids: Tensor  # (N,) int64, -1 unused
-    candidate_ids: Tensor  # (N, K) int64, -1 unused
     old_logprobs: Tensor  # (N,) -inf unused
     old_candidate_logprobs: Tensor  # (N, K) -inf unused
     advantages: Tensor  # (N,)
@@ -76,7 +91,7 @@ class Batch(NamedTuple):
 
     def rows(self, r0: int, r1: int) -> Batch:
         """Rows r0 .. r1, with the edges and denominators of the whole batch."""
-        return self._replace(**{name: getattr(self, name)[r0:r1] for name in self._fields[:6]})
+        return self._replace(**{name: getattr(self, name)[r0:r1] for name in self._fields[:4]})
 
 
 class Divisors(NamedTuple):
@@ -87,19 +102,85 @@ class Divisors(NamedTuple):
 
 
 def check_denominator(op: str, name: str, value: float) -> None:
-    """Raise ValueError, as `op`, unless finite and > 0; a candidate_denominator may be 0, see below."""
+    """Raise ValueError, as `op`, unless finite and > 0; a candidate_denominator may be 0, see check_batch."""
     least = ">" if name == "token_denominator" else ">="
     if not 0 <= value < math.inf or (least == ">" and value == 0):
         raise ValueError(f"{op}: {name} must be finite and {least} 0, got {value}")
 
 
-def check_candidates(op: str, denominator: float, used: Tensor) -> None:
-    """Raise ValueError, as `op`, for a denominator of 0 where an element of `used` (bool) is true."""
-    if denominator == 0 and bool(used.any()):
+def check_batch(op: str, batch: Batch) -> None:
+    """Raise ValueError, as `op`, for values that do not fit: edges, denominators; it reads them."""
+    check_cu_seqlens(op, batch.cu_seqlens, batch.old_logprobs.shape[0])
+    for name in ("token_denominator", "candidate_denominator"):
+        denominator = getattr(batch, name)
+        if denominator is not None:
+            check_denominator(op, name, float(denominator))
+    if batch.candidate_denominator is not None and float(batch.candidate_denominator) == 0:
+        used = int((batch.old_candidate_logprobs != -math.inf).sum())
+        if used:
+            raise ValueError(
+                f"{op}: candidate_denominator must be > 0 where there are candidates, got 0 with {used}"
+            )
+
+
+def denominator_tensor(op: str, name: str, given: float | Tensor | None, like: Tensor) -> Tensor | None:
+    """A denominator as a 0-d tensor beside `like`; a number is checked here, a tensor's value by the op."""
+    if given is None:
+        return None
+    if isinstance(given, Tensor):
+        if given.dim() != 0:
+            raise ValueError(f"{op}: {name} must be a number or 0-d, got shape {tuple(given.shape)}")
+        return given.detach().to(like.device, like.dtype)
+    check_denominator(op, name, float(given))
+    return torch.full((), given, dtype=like.dtype, device=like.device)
+
+
+def checked_floats(
+    op: str, like: Tensor, dtype: torch.dtype, of_tokens: torch.Size, of_candidates: torch.Size,
+    **tensors: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """The tensors, detached, in `dtype`. Raise ValueError, as `op`, unless they are floats of these shapes
+    (one whose name holds "candidate" of the latter) on the device of `like`."""
+    for name, x in tensors.items():
+        shape = tuple(of_candidates if "candidate" in name else of_tokens)
+        if x.shape != shape or not x.is_floating_point():
+            raise ValueError(
+                f"{op}: {name} must be floating point of shape {shape}, got {tuple(x.shape)} {x.dtype}"
+            )
+        if x.device != like.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, the others on {like.device}")
+    return [x.detach().to(dtype) for x in tensors.values()]
+
+
+def checked_objective(
+    op: str, alpha: float, clip_low: float, clip_high: float, candidate_clip_low: float | None,
+    candidate_clip_high: float | None, dual_clip: float | None, reduction: str,
+    candidate_reduction: str | None,
+) -> Objective:  # fmt: skip
+    """The options as the public functions take them, with what None stands for. Raise ValueError, as `op`."""
+    if not -math.inf < alpha < math.inf:
+        raise ValueError(f"{op}: alpha must be finite, got {alpha}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    candidate_reduction = reduction if candidate_reduction is None else candidate_reduction
+    if candidate_reduction not in CANDIDATE_REDUCTIONS:
         raise ValueError(
-            f"{op}: candidate_denominator must be > 0 where there are candidates, got 0 with "
-            f"{int(used.sum())}"
+            f"{op}: candidate_reduction must be None or one of {', '.join(CANDIDATE_REDUCTIONS)}, got "
+            f"{candidate_reduction!r}"
         )
+    candidate_clip_low = clip_low if candidate_clip_low is None else candidate_clip_low
+    candidate_clip_high = clip_high if candidate_clip_high is None else candidate_clip_high
+    check_clips(op, clip_low, clip_high, dual_clip)
+    check_clips(op, candidate_clip_low, candidate_clip_high, dual_clip, "candidate_")
+    clips = [float(c) for c in (clip_low, clip_high, candidate_clip_low, candidate_clip_high)]
+    dual = None if dual_clip is None else float(dual_clip)
+    return Objective(float(alpha), clips, dual, reduction, candidate_reduction)
+
+
+def named_metrics(metrics: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """{name: (sum, count)} of (len(DISTRL_METRICS), 2)."""
+    pairs = metrics.detach().unbind()
+    return {name: (pair[0], pair[1]) for name, pair in zip(DISTRL_METRICS, pairs, strict=True)}
 
 
 class Evaluated(NamedTuple):
@@ -108,13 +189,13 @@ class Evaluated(NamedTuple):
     loss: Tensor  # ()
     token_loss: Tensor  # ()
     candidate_loss: Tensor  # ()
-    metrics: Tensor  # (len(METRICS), 2)
+    metrics: Tensor  # (len(DISTRL_METRICS), 2)
     dlogprobs: Tensor  # (n, 1 + K), of loss
 
 
 def batch_divisors(batch: Batch, objective: Objective) -> Divisors:
     """The caller's denominators or, where there are none, the batch's own B, N or sum of pi_old. No sync."""
-    N, B = batch.token_ids.shape[0], batch.cu_seqlens.shape[0] - 1
+    N, B = batch.old_logprobs.shape[0], batch.cu_seqlens.shape[0] - 1
     counts: dict[str, float | Tensor] = {"sequence_mean": float(max(B, 1)), "token_mean": float(max(N, 1))}
     if objective.candidate_reduction == "old_prob_mean" and batch.candidate_denominator is None:
         counts["old_prob_mean"] = old_probs(batch).sum()
@@ -127,7 +208,7 @@ def batch_divisors(batch: Batch, objective: Objective) -> Divisors:
 
 def old_probs(batch: Batch) -> Tensor:
     """(N, K) pi_old, 0 at unused slots."""
-    return normal_probs(batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf))
+    return normal_probs(batch.old_candidate_logprobs)
 
 
 def normal_probs(logprobs: Tensor) -> Tensor:
@@ -138,7 +219,7 @@ def normal_probs(logprobs: Tensor) -> Tensor:
 
 def row_weights(batch: Batch, reduction: str, divisor: float | Tensor, row0: int, like: Tensor) -> Tensor:
     """(n,) the factor of each row's loss in its branch; row0: the first row's place in the whole batch."""
-    n = batch.token_ids.shape[0]
+    n = batch.old_logprobs.shape[0]
     if reduction == "old_prob_mean":
         total = torch.as_tensor(divisor, dtype=like.dtype, device=like.device)
         return torch.where(total != 0, 1 / total, 0.0).expand(n)
@@ -167,8 +248,7 @@ def distrl_objective_reference(
     """In plain PyTorch; loss is differentiable as well. batch: the rows of logprobs, the first being row0."""
     clips, dual_clip = objective.clips, objective.dual_clip
     new, new_candidates = logprobs[:, 0], logprobs[:, 1:]
-    old = batch.old_logprobs.masked_fill(batch.token_ids < 0, -math.inf)
-    old_candidates = batch.old_candidate_logprobs.masked_fill(batch.candidate_ids < 0, -math.inf)
+    old, old_candidates = batch.old_logprobs, batch.old_candidate_logprobs
     old_prob = old_probs(batch)  # (n, K), 0 at unused slots
     weight, candidate_weight = branch_weights(batch, objective, divisors, row0, logprobs)
 
@@ -232,8 +312,6 @@ if backend.HAS_TRITON:
     @triton.jit
     def _distrl_objective_kernel(
         logprobs_ptr,  # (n, 1 + K)
-        token_ids_ptr,  # (n,)
-        candidate_ids_ptr,  # (n, K)
         old_logprobs_ptr,  # (n,)
         old_candidate_logprobs_ptr,  # (n, K)
         advantages_ptr,  # (n,)
@@ -273,13 +351,9 @@ if backend.HAS_TRITON:
         is_token = valid & (k < 0)  # (BLOCK,)
         is_candidate = valid & (k >= 0)  # (BLOCK,)
         slot = row * K + k  # (BLOCK,) in (n, K)
-        token_id = tl.load(token_ids_ptr + row, mask=is_token, other=-1)  # (BLOCK,)
-        candidate_id = tl.load(candidate_ids_ptr + slot, mask=is_candidate, other=-1)  # (BLOCK,)
         none = float("-inf")
-        token_old = tl.load(old_logprobs_ptr + row, mask=token_id >= 0, other=none)  # (BLOCK,)
-        candidate_old = tl.load(
-            old_candidate_logprobs_ptr + slot, mask=candidate_id >= 0, other=none
-        )  # (BLOCK,)
+        token_old = tl.load(old_logprobs_ptr + row, mask=is_token, other=none)  # (BLOCK,)
+        candidate_old = tl.load(old_candidate_logprobs_ptr + slot, mask=is_candidate, other=none)  # (BLOCK,)
         old = tl.where(is_token, token_old, candidate_old)  # (BLOCK,) -inf: unused
         used_token = is_token & (old != none)  # (BLOCK,)
         used_candidate = is_candidate & (old != none)  # (BLOCK,)
@@ -362,7 +436,7 @@ if backend.HAS_TRITON:
 
 def _empty(logprobs: Tensor) -> Evaluated:
     new = logprobs.new_empty
-    return Evaluated(new(()), new(()), new(()), new(len(METRICS), 2), torch.empty_like(logprobs))
+    return Evaluated(new(()), new(()), new(()), new(len(DISTRL_METRICS), 2), torch.empty_like(logprobs))
 
 
 def _triton(
@@ -379,7 +453,7 @@ def _triton(
     with torch.cuda.device_of(logprobs):
         if num_blocks:
             _distrl_objective_kernel[(num_blocks,)](
-                logprobs, *batch[:7], *(partial if x is None else x for x in pointers), out.dlogprobs,
+                logprobs, *batch[:5], *(partial if x is None else x for x in pointers), out.dlogprobs,
                 partial, B, B.bit_length(), row0, n, columns - 1, *numbers, *bounds[:2], *candidate_bounds,
                 objective.alpha,
                 TOKEN_REDUCTION=objective.reduction, CANDIDATE_REDUCTION=objective.candidate_reduction,
@@ -398,7 +472,7 @@ def _cpp(
     struct, clips, dual_clip = backend.native_struct, objective.clips, objective.dual_clip
     rows = struct(
         "PolicyRows", logprobs=logprobs, B=batch.cu_seqlens.shape[0] - 1, row0=row0,
-        n=len(logprobs), K=logprobs.shape[1] - 1, **dict(zip(batch._fields[:7], batch[:7], strict=True)),
+        n=len(logprobs), K=logprobs.shape[1] - 1, **dict(zip(batch._fields[:5], batch[:5], strict=True)),
     )  # fmt: skip
     branches = [
         struct(
@@ -418,4 +492,140 @@ def _cpp(
 
 
 # each evaluates some rows: (logprobs, their batch, objective, the whole batch's divisors, row0)
-IMPLS = {"triton": _triton, "cpp": _cpp, "torch": distrl_objective_reference}
+EVALUATE = {"triton": _triton, "cpp": _cpp, "torch": distrl_objective_reference}
+
+
+# ------------------------------------------------------------------------------------------- the op
+
+OP = "distrl_loss"
+INSTEAD = "eager PyTorch on the log-probs"
+
+
+def _forward_of(impl: str) -> Callable[..., tuple[Tensor, ...]]:
+    def run(logprobs: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, ...]:
+        return tuple(EVALUATE[impl](logprobs, batch, objective, batch_divisors(batch, objective)))
+
+    return run
+
+
+def _scaled(dloss: Tensor, saved: Sequence[Tensor]) -> Tensor:
+    return dloss * saved[0]
+
+
+def _saved(logprobs: Tensor) -> Sequence[tuple[int, ...]]:
+    """dlogprobs for an upstream of 1."""
+    return [tuple(logprobs.shape)]
+
+
+# forward -> (loss, token_loss, candidate_loss, metrics, *saved); backward(dloss, saved) -> (N, 1 + K)
+IMPLS = {impl: backend.Impl(_forward_of(impl), _scaled, _saved) for impl in EVALUATE}
+
+
+@register(fake=lambda saved_0: torch.empty_like(saved_0), gradient_of=OP, instead=INSTEAD)
+def _distrl_loss_bwd(dloss: Tensor, impl: str, saved: list[Tensor]) -> Tensor:
+    return IMPLS[impl].backward(dloss, saved)
+
+
+def _fake(logprobs: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    new = logprobs.new_empty
+    saved = [new(shape) for shape in IMPLS[impl].saved(logprobs)]
+    return new(()), new(()), new(()), new(len(DISTRL_METRICS), 2), saved
+
+
+def _backward(dloss: Tensor, impl: str, saved: list[Tensor]) -> dict[str, Tensor]:
+    return {"logprobs": _distrl_loss_bwd(dloss, impl, saved)}
+
+
+@register(fake=_fake, returns=(*DistRLLoss._fields, "saved"), backward=_backward)
+def _distrl_loss(
+    logprobs: Tensor, old_logprobs: Tensor, old_candidate_logprobs: Tensor, advantages: Tensor,
+    candidate_advantages: Tensor, cu_seqlens: Tensor, token_denominator: Tensor | None,
+    candidate_denominator: Tensor | None, alpha: float, clips: list[float], dual_clip: float | None,
+    reduction: str, candidate_reduction: str, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """logprobs: (N, 1 + K), the sampled token first."""
+    tensors = (
+        old_logprobs, old_candidate_logprobs, advantages, candidate_advantages, cu_seqlens,
+        token_denominator, candidate_denominator,
+    )  # fmt: skip
+    batch = Batch._make(None if x is None else x.contiguous() for x in tensors)
+    if backend.checks_values(logprobs):
+        check_batch(OP, batch)
+    objective = Objective(alpha, clips, dual_clip, reduction, candidate_reduction)
+    loss, token_loss, candidate_loss, metrics, *saved = IMPLS[impl].forward(
+        logprobs.contiguous(), batch, objective
+    )
+    return loss, token_loss, candidate_loss, metrics, saved
+
+
+def distrl_loss(
+    logprobs: Tensor,
+    candidate_logprobs: Tensor,
+    old_logprobs: Tensor,
+    old_candidate_logprobs: Tensor,
+    advantages: Tensor,
+    candidate_advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    alpha: float = 0.1,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    candidate_clip_low: float | None = None,
+    candidate_clip_high: float | None = None,
+    dual_clip: float | None = None,
+    reduction: str = "sequence_mean",
+    candidate_reduction: str | None = None,
+    token_denominator: float | Tensor | None = None,
+    candidate_denominator: float | Tensor | None = None,
+    impl: str | None = None,
+) -> DistRLLoss:
+    """The DistRL policy loss L_token + alpha * L_candidates (Eq. 11, 12, 14) from log-probs.
+
+    Equal to: clipped_surrogate of each branch, candidates weighted by pi_old = exp(old_candidate_logprobs),
+        reduced as below; the same as `linear_distrl_loss` on the log-probs of its tokens.
+
+    Args:
+        logprobs: (N,) float, nats, of the sampled tokens under the policy.
+        candidate_logprobs: (N, K) likewise, of the candidates.
+        old_logprobs, old_candidate_logprobs: (N,), (N, K) float, under the behaviour policy; -inf marks an
+            unused element, which adds no loss, gradient or count, whatever its new log-prob. No gradient.
+        advantages, candidate_advantages: (N,), (N, K) float. No gradient.
+        cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; an empty sequence counts in B and adds 0.
+        alpha, clip_low, clip_high, candidate_clip_low, candidate_clip_high, dual_clip, reduction,
+            candidate_reduction, token_denominator, candidate_denominator: as in `linear_distrl_loss`.
+        impl: None | "torch" | "cpp" | "triton", see `backends()`.
+
+    Returns: DistRLLoss, fp32 (fp64 where logprobs or candidate_logprobs are). Only `loss` is differentiable,
+        once, in logprobs and candidate_logprobs.
+    Raises: ValueError on wrong shapes, dtypes, devices, options, denominators, or cu_seqlens that do not rise
+        from 0 to N (values of GPU tensors under `set_checks(True)`). RuntimeError on double backward.
+    """
+    if logprobs.dim() != 1 or candidate_logprobs.dim() != 2 or len(candidate_logprobs) != len(logprobs):
+        raise ValueError(
+            f"{OP}: logprobs must be (N,) and candidate_logprobs (N, K), got {tuple(logprobs.shape)} and "
+            f"{tuple(candidate_logprobs.shape)}"
+        )
+    for name, x in (("logprobs", logprobs), ("candidate_logprobs", candidate_logprobs)):
+        if not x.is_floating_point() or x.device != logprobs.device:
+            raise ValueError(
+                f"{OP}: {name} must be floating point on one device, got {x.dtype} on {x.device}"
+            )
+    check_cu_seqlens_shape(OP, cu_seqlens, logprobs)
+    wide = torch.float64 if torch.float64 in (logprobs.dtype, candidate_logprobs.dtype) else torch.float32
+    floats = checked_floats(
+        OP, logprobs, wide, logprobs.shape, candidate_logprobs.shape, old_logprobs=old_logprobs,
+        old_candidate_logprobs=old_candidate_logprobs, advantages=advantages,
+        candidate_advantages=candidate_advantages,
+    )  # fmt: skip
+    objective = checked_objective(
+        OP, alpha, clip_low, clip_high, candidate_clip_low, candidate_clip_high, dual_clip, reduction,
+        candidate_reduction,
+    )  # fmt: skip
+    columns = torch.cat([logprobs.to(wide)[:, None], candidate_logprobs.to(wide)], 1)  # (N, 1 + K)
+    loss, token_loss, candidate_loss, metrics, _ = _distrl_loss(
+        columns, *floats, cu_seqlens,
+        denominator_tensor(OP, "token_denominator", token_denominator, floats[0]),
+        denominator_tensor(OP, "candidate_denominator", candidate_denominator, floats[0]),
+        *objective, backend.choose(OP, IMPLS, impl, columns),
+    )  # fmt: skip
+    return DistRLLoss(loss, token_loss, candidate_loss, named_metrics(metrics))
