@@ -2,9 +2,7 @@
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "launch_cuda.h"
 #include "policy_cuda.h"
 #include "token_math.h"
 
@@ -12,11 +10,6 @@ namespace ipvrm {
 namespace {
 
 constexpr int kThreads = 256;
-
-void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": launch failed: " + cudaGetErrorString(error));
-}
 
 __global__ void __launch_bounds__(kThreads)
 clipped_surrogate_fwd_kernel(const float* __restrict__ logprobs, const float* __restrict__ old_logprobs,
@@ -39,23 +32,22 @@ clipped_surrogate_bwd_kernel(const float* __restrict__ dloss, const float* __res
   if (i < count) dlogprobs[i] = clipped_surrogate_slope(dloss[i], slope[i]);
 }
 
-cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
-unsigned grid(int64_t count) { return static_cast<unsigned>((count + kThreads - 1) / kThreads); }
-
 }  // namespace
 
 void clipped_surrogate_fwd_cuda(const float* logprobs, const float* old_logprobs, const float* advantages, int64_t count,
                                 Clips clips, float* loss, uint8_t* clipped, uint8_t* dual_clipped, float* slope,
                                 void* stream) {
   if (count == 0) return;
-  clipped_surrogate_fwd_kernel<<<grid(count), kThreads, 0, as_stream(stream)>>>(
+  const unsigned blocks = grid("clipped_surrogate", count, kThreads);
+  clipped_surrogate_fwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(
       logprobs, old_logprobs, advantages, count, clips, loss, clipped, dual_clipped, slope);
   check_launch("clipped_surrogate");
 }
 
 void clipped_surrogate_bwd_cuda(const float* dloss, const float* slope, float* dlogprobs, int64_t count, void* stream) {
   if (count == 0) return;
-  clipped_surrogate_bwd_kernel<<<grid(count), kThreads, 0, as_stream(stream)>>>(dloss, slope, dlogprobs, count);
+  const unsigned blocks = grid("clipped_surrogate backward", count, kThreads);
+  clipped_surrogate_bwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(dloss, slope, dlogprobs, count);
   check_launch("clipped_surrogate backward");
 }
 

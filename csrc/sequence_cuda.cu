@@ -6,10 +6,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdio>
-#include <stdexcept>
-#include <string>
-
+#include "launch_cuda.h"
 #include "sequence_cuda.h"
 #include "token_math.h"
 
@@ -21,21 +18,15 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kItems = 4;
 constexpr int kTile = kThreads * kItems;
 
-void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": launch failed: " + cudaGetErrorString(error));
-}
-
 struct Rows {
-  int64_t start;
-  int length;
+  int64_t start, length;
 };
 
-// The rows of the block's sequence, none where an unchecked edge makes no sense.
+// The rows of the block's sequence, none where an unchecked edge makes no sense. In 64 bits: neither the difference of two
+// unchecked edges nor a tile that ends behind 2^31 - 1 tokens fits in 32.
 __device__ __forceinline__ Rows rows_of_block(const int32_t* cu_seqlens, int64_t num_rows) {
-  const int last = static_cast<int>(min(num_rows, int64_t{0x7fffffff}));
-  const int start = min(max(cu_seqlens[blockIdx.x], 0), last), end = min(cu_seqlens[blockIdx.x + 1], last);
-  return {start, max(end - start, 0)};
+  const int64_t start = min(max(int64_t{cu_seqlens[blockIdx.x]}, int64_t{0}), num_rows);
+  return {start, max(min(int64_t{cu_seqlens[blockIdx.x + 1]}, num_rows) - start, int64_t{0})};
 }
 
 // decay^exponent in double and rounded once: a factor near 1 loses 1024 roundings otherwise.
@@ -104,18 +95,18 @@ segment_scan_kernel(const float* __restrict__ x, const int32_t* __restrict__ cu_
   __shared__ float warp_sums[kWarps];
   const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   TileScan scan(decay, warp_sums);
-  for (int tile = 0; tile < length; tile += kTile) {
-    const int base = tile + threadIdx.x * kItems;
+  for (int64_t tile = 0; tile < length; tile += kTile) {
+    const int64_t base = tile + threadIdx.x * kItems;
     float items[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int t = base + k;
+      const int64_t t = base + k;
       items[k] = t < length ? x[start + (reverse ? length - 1 - t : t)] : 0.0f;
     }
     scan.step(items);
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int t = base + k;
+      const int64_t t = base + k;
       if (t < length) y[start + (reverse ? length - 1 - t : t)] = items[k];
     }
   }
@@ -128,15 +119,15 @@ prefix_values_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __r
   __shared__ float warp_sums[kWarps];
   const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   TileScan scan(1.0, warp_sums);
-  for (int tile = 0; tile < length; tile += kTile) {
-    const int base = tile + threadIdx.x * kItems;
+  for (int64_t tile = 0; tile < length; tile += kTile) {
+    const int64_t base = tile + threadIdx.x * kItems;
     float ratios[kItems], items[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) items[k] = ratios[k] = base + k < length ? log_ratio[start + base + k] : 0.0f;
     scan.step(items);
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int t = base + k;
+      const int64_t t = base + k;
       if (t >= length) continue;
       const float at = beta * items[k];
       const PrefixValue v = prefix_value(at, 1.0f / static_cast<float>(t + 1));
@@ -155,12 +146,12 @@ prefix_values_bwd_kernel(const float* __restrict__ dvalue, const float* __restri
   __shared__ float warp_sums[kWarps];
   const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   TileScan scan(1.0, warp_sums);
-  for (int tile = 0; tile < length; tile += kTile) {
-    const int base = tile + threadIdx.x * kItems;
+  for (int64_t tile = 0; tile < length; tile += kTile) {
+    const int64_t base = tile + threadIdx.x * kItems;
     float items[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int t = length - 1 - (base + k);
+      const int64_t t = length - 1 - (base + k);
       const int64_t row = start + t;
       items[k] = t < 0 ? 0.0f
                        : prefix_value_slope(dvalue ? dvalue[row] : 0.0f, dmean_value ? dmean_value[row] : 0.0f,
@@ -169,7 +160,7 @@ prefix_values_bwd_kernel(const float* __restrict__ dvalue, const float* __restri
     scan.step(items);
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int t = length - 1 - (base + k);
+      const int64_t t = length - 1 - (base + k);
       if (t >= 0) dlog_ratio[start + t] = beta * (items[k] + (dtd ? dtd[start + t] : 0.0f));
     }
   }
@@ -197,15 +188,15 @@ prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t*
   const float margin_b = terms.margin ? terms.margin[b] : terms.margin_value;
   TileScan scan(1.0, warp_sums);
   float total = 0.0f;
-  for (int tile = 0; tile < length; tile += kTile) {
-    const int base = tile + threadIdx.x * kItems;
+  for (int64_t tile = 0; tile < length; tile += kTile) {
+    const int64_t base = tile + threadIdx.x * kItems;
     float items[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) items[k] = base + k < length ? log_ratio[start + base + k] : 0.0f;
     scan.step(items);
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int t = base + k;
+      const int64_t t = base + k;
       if (t >= length) continue;
       const float t1 = static_cast<float>(t + 1);
       const MarginLoss at = margin_loss(beta * items[k] / t1, sign, margin_b);
@@ -234,47 +225,47 @@ prefix_value_loss_bwd_kernel(const float* __restrict__ slope, const int32_t* __r
   const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   const float factor = beta * *scale;
   TileScan scan(1.0, warp_sums);
-  for (int tile = 0; tile < length; tile += kTile) {
-    const int base = tile + threadIdx.x * kItems;
+  for (int64_t tile = 0; tile < length; tile += kTile) {
+    const int64_t base = tile + threadIdx.x * kItems;
     float items[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int t = length - 1 - (base + k);
+      const int64_t t = length - 1 - (base + k);
       items[k] = t < 0 ? 0.0f : slope[start + t];
     }
     scan.step(items);
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int t = length - 1 - (base + k);
+      const int64_t t = length - 1 - (base + k);
       if (t >= 0) dlog_ratio[start + t] = factor * items[k];
     }
   }
 }
-
-cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
-unsigned grid(int64_t num_sequences) { return static_cast<unsigned>(num_sequences); }
 
 }  // namespace
 
 void segment_scan_cuda(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, int64_t num_rows, double decay,
                        bool reverse, void* stream) {
   if (num_sequences == 0) return;
-  segment_scan_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(x, cu_seqlens, y, num_rows, decay, reverse);
+  const unsigned blocks = grid("segment_scan", num_sequences);
+  segment_scan_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(x, cu_seqlens, y, num_rows, decay, reverse);
   check_launch("segment_scan");
 }
 
 void prefix_values_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value,
                             float* prob, float* td, int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
-  prefix_values_fwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(log_ratio, cu_seqlens, value,
-                                                                                    mean_value, prob, td, num_rows, beta);
+  const unsigned blocks = grid("prefix_values", num_sequences);
+  prefix_values_fwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(
+      log_ratio, cu_seqlens, value, mean_value, prob, td, num_rows, beta);
   check_launch("prefix_values");
 }
 
 void prefix_values_bwd_cuda(const PrefixValueGradients& upstream, const float* prob, const int32_t* cu_seqlens,
                             float* dlog_ratio, int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
-  prefix_values_bwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(
+  const unsigned blocks = grid("prefix_values backward", num_sequences);
+  prefix_values_bwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(
       upstream.dvalue, upstream.dmean_value, upstream.dprob, upstream.dtd, prob, cu_seqlens, dlog_ratio, num_rows, beta);
   check_launch("prefix_values backward");
 }
@@ -283,7 +274,8 @@ void prefix_value_loss_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlen
                                 float* counted, float* slope, int64_t num_sequences, int64_t num_rows, float beta,
                                 void* stream) {
   if (num_sequences == 0) return;
-  prefix_value_loss_fwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(
+  const unsigned blocks = grid("prefix_value_loss", num_sequences);
+  prefix_value_loss_fwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(
       log_ratio, cu_seqlens, terms, losses, counted, slope, num_rows, beta);
   check_launch("prefix_value_loss");
 }
@@ -291,8 +283,9 @@ void prefix_value_loss_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlen
 void prefix_value_loss_bwd_cuda(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
                                 int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
-  prefix_value_loss_bwd_kernel<<<grid(num_sequences), kThreads, 0, as_stream(stream)>>>(slope, cu_seqlens, scale,
-                                                                                        dlog_ratio, num_rows, beta);
+  const unsigned blocks = grid("prefix_value_loss backward", num_sequences);
+  prefix_value_loss_bwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(
+      slope, cu_seqlens, scale, dlog_ratio, num_rows, beta);
   check_launch("prefix_value_loss backward");
 }
 
