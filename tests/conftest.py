@@ -7,15 +7,20 @@ import pytest
 BUDGETS = {
     "interpreter": 180,
     "ahead of time": 120,
+    "emulation": 60,
     "install": 120,
     "end to end and faults": 240,
     "kernels": 240,
 }
+PARTS = (
+    ("test_interpreter", "interpreter"), ("test_ahead_of_time", "ahead of time"),
+    ("test_cuda_emulation", "emulation"),
+)  # fmt: skip
 _seconds = defaultdict(float)
 
 
 def _part(nodeid):
-    for word, part in (("test_interpreter", "interpreter"), ("test_ahead_of_time", "ahead of time")):
+    for word, part in PARTS:
         if word in nodeid:
             return part
     if "test_install" in nodeid:
