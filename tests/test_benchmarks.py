@@ -34,10 +34,11 @@ from benchmarks import (  # noqa: E402
     run,
 )
 from benchmarks.gpu import model_heads, small, sweep  # noqa: E402
-from benchmarks.suite import heads, machine, measure, models, peers, sequences, tables  # noqa: E402
+from benchmarks.suite import exact, heads, machine, measure, models, peers, sequences, tables  # noqa: E402
 from benchmarks.suite.measure import Case, Row, Target  # noqa: E402
 from ipvrm_kernels.backend import HAS_CPP  # noqa: E402
 from ipvrm_kernels.head import tuned  # noqa: E402
+from ipvrm_kernels.linear_logprobs import LinearLogprobs  # noqa: E402
 
 
 @pytest.fixture
@@ -269,6 +270,49 @@ def test_a_wrong_field_of_ours_fails_the_check(kind):
             results["cpp"] = tuple(wrong if i == field else part for i, part in enumerate(right))
         with pytest.raises(AssertionError):
             case.check(results)
+
+
+def without(z, columns):
+    return z.index_fill(1, torch.arange(z.shape[1])[columns], -math.inf)
+
+
+# what a head op would return whose tiles of 256 columns went wrong
+TILE = slice(256 * 300, 256 * 301)
+WRONG_TILES = {
+    "one left out": lambda z: without(z, TILE),
+    "one of zeros": lambda z: z.index_fill(1, torch.arange(z.shape[1])[TILE], 0.0),
+    "one that holds another's": lambda z: torch.cat([z[:, : TILE.start], z[:, :256], z[:, TILE.stop :]], 1),
+    "128 phantom zeros": lambda z: torch.nn.functional.pad(z, (0, 128)),
+}
+
+
+@pytest.fixture(scope="module")
+def many_tiles():
+    """(exact, fp32 logits (N, V), sampled (N,)) of a real vocabulary, bf16."""
+    torch.manual_seed(0)
+    hidden, weight, ids = heads.inputs(heads.Shape(16, 64, 151_936, torch.bfloat16), "cpu")
+    return exact.Exact(hidden, weight), hidden.float() @ weight.float().T, ids[:, 0]
+
+
+def results_of(z, right, sampled):
+    """linear_logprobs from logits z (N, >= V); the sampled token's own logit from those that are right."""
+    lse = torch.logsumexp(z, 1)
+    log_p = z - lse[:, None]
+    entropy = -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0).sum(1)
+    return LinearLogprobs(right.gather(1, sampled[:, None])[:, 0] - lse, lse, entropy)
+
+
+@pytest.mark.parametrize("field", LinearLogprobs._fields)
+@pytest.mark.parametrize("fault", WRONG_TILES)
+def test_a_wrong_tile_fails_the_forward_check(many_tiles, fault, field):
+    """Of 594 tiles, in any of the three results alone; what is right passes."""
+    judge, z, sampled = many_tiles
+    log_p = judge.log_p.gather(1, sampled[judge.rows, None])[:, 0]
+    right, wrong = results_of(z, z, sampled), results_of(WRONG_TILES[fault](z), z, sampled)
+    bench_linear_logprobs.check_forward(judge, "triton", right, log_p)
+    with pytest.raises(AssertionError, match="triton"):
+        broken = right._replace(**{field: getattr(wrong, field)})
+        bench_linear_logprobs.check_forward(judge, "triton", broken, log_p)
 
 
 # -------------------------------------------------------------------------------------------------- tables

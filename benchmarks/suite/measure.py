@@ -254,3 +254,9 @@ def assert_close(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance
     assert error <= tolerance * max(scale, 1e-30), (
         f"{name}: error {error:.2e} at scale {scale:.2e}, {tolerance=}"
     )
+
+
+def assert_within(name: str, got: torch.Tensor, expected: torch.Tensor, allowed: float) -> None:
+    """Raise AssertionError if any number is more than `allowed` from what is expected, or NaN."""
+    error = (got.double() - expected.double()).abs()
+    assert bool((error <= allowed).all()), f"{name}: error {error.max().item():.2e}, {allowed=:.2e}"
