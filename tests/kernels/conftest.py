@@ -20,6 +20,8 @@ import ipvrm_kernels
 from ipvrm_kernels import backend
 from ipvrm_kernels.head import matmul
 
+DEAD_CONTEXT = 70  # exit status
+
 
 def pytest_generate_tests(metafunc):
     if not {"impl", "device"} <= set(metafunc.fixturenames):
@@ -64,6 +66,25 @@ def cpu_matmul(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _cuda_context(request):
+    """Waits for the GPU after each test, so that a fault is that test's own. No CUDA context recovers from
+    one, so nothing more runs in this process: pytest-xdist starts another worker, pytest alone ends.
+    """
+    yield
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        message = f"the CUDA context is dead after {request.node.nodeid}: {said}"
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os.write(2, f"{message}\n".encode())  # os._exit flushes nothing
+            os._exit(DEAD_CONTEXT)
+        pytest.exit(message, DEAD_CONTEXT)
 
 
 @pytest.fixture
