@@ -26,6 +26,7 @@ from benchmarks.suite import terminal
 from benchmarks.suite.machine import describe
 from benchmarks.suite.measure import WRONG, Case, Row, is_ours, measure
 from benchmarks.suite.tables import as_csv
+from ipvrm import run_folder
 
 MODULES = (
     "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
@@ -126,11 +127,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name beside `path`, then rename."""
+    """Replaces `path`, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    run_folder.write_text(path, text)
 
 
 if __name__ == "__main__":

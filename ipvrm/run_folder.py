@@ -19,15 +19,34 @@ from ipvrm.errors import IpvrmError
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` (UTF-8) to a temporary sibling, flushes it to disk and renames it over `path`."""
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields the name of a temporary sibling to write, which in the end takes the place of `path`.
+
+    It is flushed to disk first; on an error it is deleted, and what was at `path` stays. Every file of this
+    package is written through here.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish(finished: Path, path: Path) -> None:
+    """Renames a finished file over `path`; file and folder are flushed to disk."""
+    _sync(finished)
+    os.replace(finished, path)
+    _sync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replaces `path` by `text` in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -35,8 +54,8 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
 
 
-def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `rows` as `.parquet` or `.jsonl` to a temporary sibling and renames it over `path`."""
+def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: Any = None) -> None:
+    """Replaces `path`, a `.parquet` or `.jsonl` file, by `rows`; `schema` is pyarrow's."""
     path = Path(path)
     if path.suffix == ".jsonl":
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -44,11 +63,19 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), temporary)
-    if os.name == "posix":
-        _sync(temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=schema)
+        pyarrow.parquet.write_table(table, temporary)
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
+) -> None:
+    """Replaces `path` by `tensors` as safetensors."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary, metadata=metadata)
 
 
 def summary_path(output: str | Path) -> Path:
@@ -94,44 +121,63 @@ class JsonlLog:
         self._file.close()
 
 
-FREE = {"free_on_resume": True}  # dataclasses.field(metadata=FREE)
+FREE = {"free_on_resume": True}  # a field's metadata, see `settings_of`
 
 
 def settings_of(config: Any) -> dict[str, Any]:
     """The settings of a dataclass that decide its results: all fields but those marked `FREE` on resume.
 
-    A field is free that does not decide what comes out (a batch size of one device, an interval of the log),
-    or whose contents are compared by hash (a path).
+    A field is free that does not decide what comes out (an interval of the log), or only by rounding (a batch
+    size of one device), or whose contents are compared by hash (a path).
     """
     names = [field.name for field in fields(config) if not field.metadata.get("free_on_resume")]
     return {name: getattr(config, name) for name in names}
 
 
-def same_run(stored: Mapping[str, Any], now: Mapping[str, Any], what: str, words: Mapping[str, str]) -> None:
-    """Whether a run may go on with what lies there already: refuses it where a setting has changed.
+def changes(stored: Mapping[str, Any], now: Mapping[str, Any], words: Mapping[str, str] | None = None) -> str:
+    """Every setting in which `now` differs from `stored`, with both values; empty where they agree.
 
     Args:
-        stored, now: settings and hashes, `stored` as it was read from JSON.
-        what: begins the message: what lies there.
+        stored: as it was read from JSON.
         words: what an entry is called whose values say nothing to a reader (a hash).
+    """
+    now, words = json.loads(json.dumps(now, default=str)), words or {}  # JSON has no tuples
+    return ", ".join(
+        words[name] if name in words else f"{name} ({stored.get(name)!r} then, {now.get(name)!r} now)"
+        for name in sorted({*stored, *now})
+        if stored.get(name) != now.get(name)
+    )
+
+
+def same_run(
+    stored: Mapping[str, Any], now: Mapping[str, Any], what: str, words: Mapping[str, str] | None = None
+) -> None:
+    """Refuses a run that would go on with what another one has left.
+
+    Args:
+        stored, now, words: as in `changes`.
+        what: begins the message: what lies there.
 
     Raises:
         IpvrmError: it names every changed setting, with both values.
     """
-    now = json.loads(json.dumps(now, default=str))  # JSON has no tuples
-    changed = [
-        words[name] if name in words else f"{name} ({stored.get(name)!r} then, {now.get(name)!r} now)"
-        for name in sorted({*stored, *now})
-        if stored.get(name) != now.get(name)
-    ]
-    if changed:
+    if changed := changes(stored, now, words):
         raise IpvrmError(
-            f"{what} was made otherwise; changed: {', '.join(changed)}. "
-            "Put them back, or choose another output"
+            f"{what} was made otherwise; changed: {changed}. Put them back, or choose another output"
         )
 
 
+def begin_or_go_on(file: Path, now: Mapping[str, Any], what: str, words: Mapping[str, str]) -> None:
+    """`same_run` with the settings in `file`, which holds those of `now` from the first run on."""
+    if file.exists():
+        same_run(read_json(file), now, what, words)
+    else:
+        write_json(file, now)
+
+
 def _sync(path: Path) -> None:
+    if os.name != "posix":  # a folder cannot be flushed there, nor a file that is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -153,8 +199,7 @@ def save_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            if os.name == "posix":
-                _sync(file)
+            _sync(file)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -165,8 +210,7 @@ def save_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(replaced)
     else:
         os.rename(temporary, path)
-    if os.name == "posix":
-        _sync(path.parent)
+    _sync(path.parent)
 
 
 def move_into(source: Path, folder: Path, *, last: str) -> None:
@@ -178,6 +222,7 @@ def move_into(source: Path, folder: Path, *, last: str) -> None:
         if file.is_dir():
             shutil.rmtree(folder / file.name, ignore_errors=True)
         os.replace(file, folder / file.name)
+    _sync(folder)
     source.rmdir()
 
 

@@ -22,6 +22,7 @@ except ImportError as error:
 
 from benchmarks.suite.measure import LESS_WORK, Row, is_ours
 from benchmarks.suite.tables import Growth, by_case, conditions, growth, milliseconds, verdicts
+from ipvrm.run_folder import replacing
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e7eb"
 OURS = ("#0072B2", "#56B4E9", "#3a4cc0")  # cpp or cuda, triton, ipvrm
@@ -223,7 +224,6 @@ def _wrapped(text: str, width: int = 100) -> str:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path

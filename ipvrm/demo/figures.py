@@ -8,6 +8,7 @@ from typing import Any
 
 from ipvrm.demo.arithmetic import STEP_SEPARATOR
 from ipvrm.demo.settings import ALGORITHMS, NAMES
+from ipvrm.run_folder import replacing
 
 MISSING = (
     "no pictures: matplotlib is not installed; pip install 'ipvrm[plot]' and run the demo again for "
@@ -140,9 +141,8 @@ def _means(curve: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path
 
 

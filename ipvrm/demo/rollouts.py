@@ -13,7 +13,7 @@ from ipvrm.demo.arithmetic import STEP_SEPARATOR, Problem, answer_of, first_wron
 from ipvrm.demo.base_model import sample
 from ipvrm.demo.settings import Sizes
 from ipvrm.progress import Progress
-from ipvrm.run_folder import write_json
+from ipvrm.run_folder import write_json, write_table
 
 
 def problems_of_parts(sizes: Sizes, seed: int) -> dict[str, list[Problem]]:
@@ -31,9 +31,6 @@ def problems_of_parts(sizes: Sizes, seed: int) -> dict[str, list[Problem]]:
 
 def roll_out(folder: Path, base: Path, sizes: Sizes, seed: int, progress: Progress) -> None:
     """train.parquet with outcome labels; validation, test and best_of_n as JSONL of (problem, responses)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from ipvrm.models.causal_lm import load_model, load_tokenizer
 
     model, tokenizer = load_model(base, torch.float32), load_tokenizer(base)
@@ -62,11 +59,10 @@ def roll_out(folder: Path, base: Path, sizes: Sizes, seed: int, progress: Progre
                     for r in found
                     if r
                 ]
-                pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+                write_table(folder / "train.parquet", rows)
                 continue
-            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-                for problem, found in zip(taken, responses, strict=True):
-                    file.write(json.dumps(asdict(problem) | {"responses": found}) + "\n")
+            pairs = zip(taken, responses, strict=True)
+            write_table(folder / f"{name}.jsonl", [asdict(p) | {"responses": found} for p, found in pairs])
     write_json(folder / "counts.json", counts)
 
 

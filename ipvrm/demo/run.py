@@ -42,7 +42,7 @@ from ipvrm.demo.settings import (
 )
 from ipvrm.errors import IpvrmError
 from ipvrm.progress import Progress
-from ipvrm.run_folder import manifest, read_json, save_folder, write_json
+from ipvrm.run_folder import changes, manifest, read_json, save_folder, write_json
 from ipvrm.training.checkpoint import TrainingInterrupted
 
 STAGE_FILE = "stage.json"
@@ -211,7 +211,7 @@ class Stages:
     ) -> None:
         """Makes the folder `name` by `make(temporary folder)` unless it is there, of the same settings."""
         key = self._key(name, settings, after or [])
-        if self._is_done(name, key):
+        if self._is_done(name, key, settings):
             return
         started = time.perf_counter()
         with save_folder(self.output / name) as temporary:
@@ -227,7 +227,7 @@ class Stages:
             TrainingInterrupted: with what the same command will do; `make`'s message names flags of its own.
         """
         key = self._key(name, settings, after or [])
-        if self._is_done(name, key):
+        if self._is_done(name, key, settings):
             return
         shutil.rmtree(self.output / name, ignore_errors=True)
         started = time.perf_counter()
@@ -243,12 +243,16 @@ class Stages:
         made_from = {"stage": name, "settings": settings, "after": before}
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
-    def _is_done(self, name: str, key: str) -> bool:
+    def _is_done(self, name: str, key: str, settings: dict[str, Any]) -> bool:
         file = self.output / name / STAGE_FILE
-        if file.exists() and (stored := read_json(file))["key"] == key:
-            self.done[name] = stored
-            self.progress.note(f"{name}: done before ({stored['seconds']:.0f} s)")
-            return True
+        if file.exists():
+            stored = read_json(file)
+            if stored["key"] == key:
+                self.done[name] = stored
+                self.progress.note(f"{name}: done before ({stored['seconds']:.0f} s)")
+                return True
+            changed = changes(stored["settings"], settings) or "a stage before it"
+            self.progress.note(f"{name}: made again; changed: {changed}")
         budget = f" (budget {self.budgets[name]:g} s)" if name in self.budgets else ""
         self.progress.note(f"{name}{budget} ...")
         return False

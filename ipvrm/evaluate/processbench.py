@@ -12,9 +12,8 @@ by part, so an interrupted run goes on where it stopped.
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,24 @@ from ipvrm.evaluate.thresholds import (
     sweep,
     trivial_baselines,
 )
-from ipvrm.run_folder import manifest, read_json, write_json
+from ipvrm.run_folder import (
+    FREE,
+    begin_or_go_on,
+    manifest,
+    read_json,
+    remove_leftovers,
+    settings_of,
+    write_json,
+    write_table,
+)
 from ipvrm.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
 
+WORDS = {
+    "model": "the model",
+    "reference": "the reference",
+    "template": "the chat template",
+    "data": "the data",
+}
 PROTOCOLS = ("transfer", "oracle")
 PART_ITEMS = 50  # solutions per part file: what an interruption can lose
 
@@ -40,15 +54,15 @@ PART_ITEMS = 50  # solutions per part file: what an interruption can lose
 class EvalConfig:
     """First-error F1 of a reward model on ProcessBench files."""
 
-    model: str
+    model: str = field(metadata=FREE)
     """Run folder of the reward model."""
-    data: tuple[str, ...]
+    data: tuple[str, ...] = field(metadata=FREE)
     """ProcessBench files (JSON lists of problem, steps, label); the file name is the subset's name."""
-    output_dir: str
+    output_dir: str = field(metadata=FREE)
     """Folder for results.json, items-<subset>.parquet and the scores."""
-    reference: str | None = None
+    reference: str | None = field(default=None, metadata=FREE)
     """Where the reference model is now, if it has moved."""
-    transfer_from: str = "gsm8k"
+    transfer_from: str = field(default="gsm8k", metadata=FREE)
     """Subset whose best threshold the `transfer` protocol uses everywhere."""
     step_format: str = STEP_FORMAT
     """How a step is written; {i} is its number from 1, {step} its text."""
@@ -56,13 +70,13 @@ class EvalConfig:
     """What stands between two steps."""
     max_length: int | None = 8192
     """Most tokens of prompt and solution; longer ones count as missed. None for no limit."""
-    batch_tokens: int = 8192
+    batch_tokens: int = field(default=8192, metadata=FREE)
     """Most tokens of a padded forward."""
-    limit: int | None = None
+    limit: int | None = field(default=None, metadata=FREE)
     """Only the first so many solutions of each subset, for a quick look."""
-    bootstrap_resamples: int = 2000
+    bootstrap_resamples: int = field(default=2000, metadata=FREE)
     """Resamples of the solutions for the intervals."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=FREE)
     """Seed of the bootstrap."""
 
 
@@ -171,7 +185,9 @@ def _scores(
 
     folder = Path(config.output_dir) / "scores" / Path(path).stem
     folder.mkdir(parents=True, exist_ok=True)
-    _check_key(model_key | {"data": hashlib.sha256(Path(path).read_bytes()).hexdigest()}, folder)
+    key = model_key | {"data": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    begin_or_go_on(folder / "key.json", key, f"what is in {folder}", WORDS)
+    remove_leftovers(folder)
     rows: list[dict[str, Any]] = []
     starts = range(0, len(items), PART_ITEMS)
     for start in shown.track(starts, f"scoring {Path(path).stem}"):
@@ -210,39 +226,18 @@ def _model_key(config: EvalConfig, info: Any) -> dict[str, Any]:
         "reference": info.reference_hash,
         "beta": info.beta,
         "template": info.template_hash,
-        "step_format": config.step_format,
-        "step_separator": config.step_separator,
-        "max_length": config.max_length,
+        **settings_of(config),
     }
-
-
-def _check_key(key: dict[str, Any], folder: Path) -> None:
-    """Raises IpvrmError where the stored scores were made from anything else."""
-    file = folder / "key.json"
-    if not file.exists():
-        write_json(file, key)
-        return
-    stored = read_json(file)
-    different = [name for name, value in key.items() if stored.get(name) != value]
-    if different:
-        changes = ", ".join(f"{name} {stored.get(name)!r} -> {key[name]!r}" for name in different)
-        raise IpvrmError(
-            f"{folder} holds scores made with another {changes}; choose another --output_dir, "
-            "or delete that folder"
-        )
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     """Columns typed by their names, so that a file of nothing but nulls reads like any other."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     types = {"index": pa.int64(), "label": pa.int64(), "num_steps": pa.int64(), "num_tokens": pa.int64()}
     types |= {"id": pa.string()} | {rule: pa.list_(pa.float64()) for rule in RULES}
     schema = pa.schema([(name, types.get(name, pa.int64())) for name in rows[0]])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-    os.replace(temporary, path)
+    write_table(path, rows, schema)
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

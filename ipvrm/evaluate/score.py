@@ -2,19 +2,25 @@
 
 import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ipvrm.data.rows import BadRow, OnBadRow, report_bad_rows
 from ipvrm.errors import IpvrmError
-from ipvrm.models.causal_lm import local_folder, weights_hash
-from ipvrm.models.reward_model import BATCH_TOKENS, CONFIG_NAME, RewardModel, Score
+from ipvrm.models.causal_lm import weights_hash
+from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, Score
 from ipvrm.progress import Progress
-from ipvrm.run_folder import write_text
+from ipvrm.run_folder import FREE, begin_or_go_on, publish, remove_leftovers, settings_of, write_text
 from ipvrm.steps import STEP_FORMAT, STEP_SEPARATOR, check_step_format
 
+WORDS = {
+    "input_hash": "the input",
+    "model_hash": "the reward model",
+    "reference_hash": "the reference",
+    "template_hash": "the chat template",
+}
 CHUNK = 64  # solutions scored, and written, at a time
 
 
@@ -27,13 +33,13 @@ class ScoreConfig:
     An interrupted run goes on where it stopped.
     """
 
-    model: str
+    model: str = field(metadata=FREE)
     """Run folder of the reward model."""
-    input: str
+    input: str = field(metadata=FREE)
     """JSONL file of problems and steps."""
-    output: str
+    output: str = field(metadata=FREE)
     """JSONL file to write; it appears when all lines are scored."""
-    reference: str | None = None
+    reference: str | None = field(default=None, metadata=FREE)
     """Where the reference model is now, if it has moved."""
     rule: Literal["step", "prefix", "mean", "mean_diff"] = "step"
     """What the score of a step is (Eq. 31, Eq. 30, mean_value at its end, its mean TD)."""
@@ -43,11 +49,11 @@ class ScoreConfig:
     """How a step is written; {i} is its number from 1, {step} its text."""
     step_separator: str = STEP_SEPARATOR
     """What stands between two steps."""
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int = field(default=BATCH_TOKENS, metadata=FREE)
     """Most tokens of a padded forward."""
-    on_bad_row: OnBadRow = "error"
+    on_bad_row: OnBadRow = field(default="error", metadata=FREE)
     """Lines that cannot be scored: stop and list them, or skip."""
-    use_cpu: bool = False
+    use_cpu: bool = field(default=False, metadata=FREE)
     """Score on the CPU although there is an accelerator."""
 
 
@@ -81,7 +87,12 @@ def score_file(config: ScoreConfig, progress: bool = True) -> int:
 
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{_key(config, source)}.partial")
+    folder = output.with_name(f".{output.name}.partial")
+    folder.mkdir(exist_ok=True)
+    remove_leftovers(folder)
+    what = f"the unfinished work in {folder} (delete it to start afresh)"
+    begin_or_go_on(folder / "settings.json", _settings(config, reward_model), what, WORDS)
+    partial = folder / "scores.jsonl"
     written = _finished(partial)
     done = written[-1] if written else 0
     if done:
@@ -98,8 +109,8 @@ def score_file(config: ScoreConfig, progress: bool = True) -> int:
                 file.write(json.dumps(_record(item, score)) + "\n")
             file.flush()
             written += [item.line for item, _ in scores]
-        os.fsync(file.fileno())
-    os.replace(partial, output)
+    publish(partial, output)
+    shutil.rmtree(folder)
     return len(written)
 
 
@@ -170,18 +181,17 @@ def _record(item: _Item, score: Score) -> dict[str, Any]:
     }
 
 
-def _key(config: ScoreConfig, source: Path) -> str:
-    """Names the partial file: an interrupted run goes on only with the same input, model and settings."""
-    settings = {
-        k: v
-        for k, v in asdict(config).items()
-        if k not in ("output", "use_cpu", "on_bad_row", "batch_tokens")
+def _settings(config: ScoreConfig, reward_model: RewardModel) -> dict[str, Any]:
+    """What decides the scores: an interrupted run goes on only with the same."""
+    info = reward_model.info
+    return settings_of(config) | {
+        "input_hash": hashlib.sha256(Path(config.input).read_bytes()).hexdigest(),
+        "model_hash": weights_hash(config.model),
+        "reference_hash": info.reference_hash,
+        "template_hash": info.template_hash,
+        "objective": info.objective,
+        "beta": info.beta,
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    digest.update(source.read_bytes())
-    digest.update((local_folder(config.model) / CONFIG_NAME).read_bytes())
-    digest.update(weights_hash(config.model).encode())
-    return digest.hexdigest()[:12]
 
 
 def _finished(partial: Path) -> list[int]:

@@ -8,15 +8,16 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ipvrm.data.batches import collate, microbatches_for_rank
 from ipvrm.data.responses import Response
 from ipvrm.models.causal_lm import ResponseLogprobs, load_model
 from ipvrm.progress import Progress
+from ipvrm.run_folder import changes, write_tensors
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
+WORDS = {"data": "the data", "reference": "the reference"}
 
 
 def reference_logprobs(
@@ -32,7 +33,7 @@ def reference_logprobs(
 ) -> list[Tensor]:
     """(N,) fp32 on the CPU for each set of responses, packed in their order.
 
-    Read from `path` where it holds them under the same key (data, reference weights, precision); else
+    Read from `path` where it holds them under the same settings (data, reference weights, precision); else
     computed on all ranks and stored there, so that a resumed run sees the same numbers and no second model
     sits in memory.
 
@@ -44,8 +45,7 @@ def reference_logprobs(
         "reference": reference_hash,
         "mixed_precision": accelerator.mixed_precision,
     }
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    stored = _read(path, key, len(sets))
+    stored = _read(path, settings, len(sets), progress)
     accelerator.wait_for_everyone()  # no rank may see the file that another one has just written
     if stored is not None:
         return stored
@@ -54,9 +54,8 @@ def reference_logprobs(
         module = cast(nn.Module, accelerator.prepare_model(model, evaluation_mode=True))
     packed = [_logprobs(module, responses, accelerator, max_rows, progress) for responses in sets]
     if accelerator.is_main_process:
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file({f"set.{i}": values for i, values in enumerate(packed)}, temporary, metadata={"key": key})
-        temporary.replace(path)
+        tensors = {f"set.{i}": values for i, values in enumerate(packed)}
+        write_tensors(path, tensors, {"settings": json.dumps(settings)})
     return packed
 
 
@@ -81,11 +80,14 @@ def _logprobs(
     return cast(Tensor, accelerator.reduce(packed, "sum")).cpu()
 
 
-def _read(path: Path, key: str, num_sets: int) -> list[Tensor] | None:
+def _read(path: Path, settings: dict[str, Any], num_sets: int, progress: Progress) -> list[Tensor] | None:
+    """What is stored; None where there is nothing or it was made otherwise, which is said."""
     if not path.is_file():
         return None
     with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("key") != key:
+        made_from = json.loads((file.metadata() or {}).get("settings", "{}"))
+        if changed := changes(made_from, settings, WORDS):
+            progress.note(f"{path}: computed again; changed: {changed}")
             return None
         return [file.get_tensor(f"set.{i}") for i in range(num_sets)]
 

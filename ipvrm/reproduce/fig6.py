@@ -28,7 +28,7 @@ from ipvrm.demo.run import STAGE_FILE, Stages, prepare, train_choice
 from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
 from ipvrm.errors import IpvrmError
 from ipvrm.progress import Progress
-from ipvrm.run_folder import manifest, read_json, write_text
+from ipvrm.run_folder import manifest, read_json, same_run, write_table
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {"rm_update": "frozen"},
@@ -190,11 +190,8 @@ def _refuse_another(demo: Path) -> None:
     for name in ("base", "rollouts"):
         file = demo / name / STAGE_FILE
         stored = read_json(file)["settings"] if file.exists() else {}
-        if changed := [key for key, value in stored.items() if wanted.get(key) != value]:
-            raise IpvrmError(
-                f"--demo {demo}: an unfinished demo with another {', '.join(changed)} (--quick, or another "
-                "--seed); finish it by the command that started it, or name another folder"
-            )
+        what = f"--demo {demo}: an unfinished demo, to be finished by the command that started it: it"
+        same_run(stored, {key: wanted.get(key) for key in stored}, what)
 
 
 def write_problems(folder: Path, demo: Path, held_out: int, seed: int) -> None:
@@ -206,8 +203,8 @@ def write_problems(folder: Path, demo: Path, held_out: int, seed: int) -> None:
     multiple_of = read_json(demo / "base" / STAGE_FILE)["settings"]["multiple_of"]
     others = make_problems(held_out, Random(seed), frozenset(train), multiple_of)
     for name, problems in (("train", train), ("held_out", others)):
-        rows = ({"prompt": p.text, "answer": str(p.answer)} for p in problems)
-        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{"prompt": p.text, "answer": str(p.answer)} for p in problems]
+        write_table(folder / f"{name}.jsonl", rows)
 
 
 def _problem(text: str) -> Problem:

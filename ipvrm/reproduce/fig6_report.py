@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm.demo.figures import GRID, INK, MUTED
-from ipvrm.run_folder import write_json, write_text
+from ipvrm.run_folder import replacing, write_json, write_text
 
 MISSING = "no picture: matplotlib is not installed; pip install 'ipvrm[plot]' and run it again for fig6.png"
 COLOURS = {"frozen": "#7b8794", "naive": "#c0392b", "DLW": "#d99a2b", "ADB": "#2f8a57", "both": "#2f5d8a"}
@@ -189,9 +189,8 @@ def draw(path: Path, variants: dict[str, Any]) -> Path | None:
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=6, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.92))
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path
 
 

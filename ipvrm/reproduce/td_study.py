@@ -27,7 +27,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,25 +46,23 @@ from ipvrm.reproduce.correlation import bootstrap, centred, less, partial, pears
 from ipvrm.reproduce.td_branches import FRACTIONS, Brancher, BranchOptions, Question
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import TIMEOUT_SECONDS, VerifierPool
-from ipvrm.run_folder import manifest, read_json, remove_leftovers, write_json
+from ipvrm.run_folder import (
+    FREE,
+    begin_or_go_on,
+    manifest,
+    read_json,
+    remove_leftovers,
+    settings_of,
+    write_json,
+)
 
 CHUNK_PROMPTS = 16  # sampled together: what an interruption can lose
-# They do not decide the numbers of a prompt, or their contents are compared by hash.
-FREE_ON_RESUME = (
-    "policy",
-    "reward_model",
-    "reference",
-    "data",
-    "output_dir",
-    "num_prompts",
-    "verifier_timeout",
-    "verifier_workers",
-    "per_device_eval_batch_size",
-    "batch_tokens",
-    "bootstrap_resamples",
-    "on_bad_row",
-    "use_cpu",
-)
+WORDS = {
+    "data_hash": "the data",
+    "policy_hash": "the policy",
+    "reward_model_hash": "the reward model",
+    "reference_hash": "the reference",
+}
 AT_LEAST_ONE = (
     "num_prompts",
     "num_responses",
@@ -79,17 +77,17 @@ AT_LEAST_ONE = (
 class TdConfig:
     """Correlation of the one-step TD with the Monte-Carlo outcome of branches, and AUC of the value."""
 
-    policy: str
+    policy: str = field(metadata=FREE)
     """What answers and continues: a folder or a Hub name."""
-    reward_model: str
+    reward_model: str = field(metadata=FREE)
     """Run folder of the reward model."""
-    data: str
+    data: str = field(metadata=FREE)
     """.parquet, .jsonl or .json of `prompt` and `answer` (or `reward_model.ground_truth`)."""
-    output_dir: str
+    output_dir: str = field(metadata=FREE)
     """Folder for results.json and prompts/, one file of branches per prompt."""
-    reference: str | None = None
+    reference: str | None = field(default=None, metadata=FREE)
     """Where the reward model's reference is, if it has moved."""
-    num_prompts: int = 128
+    num_prompts: int = field(default=128, metadata=FREE)
     """The first so many rows. A later run with more goes on."""
     num_responses: int = 4
     """Answers per prompt."""
@@ -107,20 +105,20 @@ class TdConfig:
     """Of what is sampled and of the candidates' probabilities. Values are those of `ipvrm score`."""
     verifier: str = "math"
     """math, string or module:function, as in `ipvrm label`."""
-    verifier_timeout: float = TIMEOUT_SECONDS
+    verifier_timeout: float = field(default=TIMEOUT_SECONDS, metadata=FREE)
     """Hard deadline of one answer, in seconds."""
-    verifier_workers: int | None = None
+    verifier_workers: int | None = field(default=None, metadata=FREE)
     """Processes. Default: one per available core."""
-    per_device_eval_batch_size: int = 64
+    per_device_eval_batch_size: int = field(default=64, metadata=FREE)
     """Most responses generated at a time."""
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int = field(default=BATCH_TOKENS, metadata=FREE)
     """Most tokens of a padded forward."""
-    bootstrap_resamples: int = 2000
+    bootstrap_resamples: int = field(default=2000, metadata=FREE)
     """Resamples of the prompts for the intervals."""
     seed: int = 42
-    on_bad_row: OnBadRow = "error"
+    on_bad_row: OnBadRow = field(default="error", metadata=FREE)
     """Prompts that cannot be used: stop and list them, or skip."""
-    use_cpu: bool = False
+    use_cpu: bool = field(default=False, metadata=FREE)
     """Work on the CPU although there is an accelerator."""
 
 
@@ -147,7 +145,7 @@ def study(config: TdConfig, progress: bool = True) -> dict[str, Any]:
     folder = output / "prompts"
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    _same_study(output / "settings.json", _settings(config, reward_model))
+    begin_or_go_on(output / "settings.json", _settings(config, reward_model), f"the study in {output}", WORDS)
     paths = {q.prompt.row: folder / f"{q.prompt.row:08d}.json" for q in questions}
     remaining = [q for q in questions if not paths[q.prompt.row].exists()]
     done = len(questions) - len(remaining)
@@ -229,25 +227,12 @@ def _questions(config: TdConfig, tokenizer: Any, context: int | None, shown: Pro
 
 def _settings(config: TdConfig, reward_model: RewardModel) -> dict[str, Any]:
     """What decides the numbers of a prompt."""
-    settings = {n: v for n, v in asdict(config).items() if n not in FREE_ON_RESUME}
-    return settings | {
+    return settings_of(config) | {
         "data_hash": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
         "policy_hash": weights_hash(config.policy),
         "reward_model_hash": weights_hash(config.reward_model),
         "reference_hash": reward_model.info.reference_hash,
     }
-
-
-def _same_study(path: Path, settings: dict[str, Any]) -> None:
-    if not path.exists():
-        write_json(path, settings)
-        return
-    stored = read_json(path)
-    changed = [name for name, value in settings.items() if stored.get(name) != value]
-    if changed:
-        raise IpvrmError(
-            f"{path.parent} holds a study with another {', '.join(changed)}; name another --output_dir"
-        )
 
 
 # ------------------------------------------------------------------------------------------------ analysis

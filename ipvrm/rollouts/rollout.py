@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +18,24 @@ from ipvrm.errors import IpvrmError
 from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, weights_hash
 from ipvrm.progress import Progress
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, response_seed, stop_ids
-from ipvrm.run_folder import manifest, read_json, remove_leftovers, summary_path, write_json, write_table
+from ipvrm.run_folder import (
+    FREE,
+    begin_or_go_on,
+    manifest,
+    read_json,
+    remove_leftovers,
+    settings_of,
+    summary_path,
+    write_json,
+    write_table,
+)
 
-# What a resumed run may change: it does not decide the responses, or its contents are compared by hash.
-FREE_ON_RESUME = ("model", "input", "output", "per_device_eval_batch_size", "use_cpu", "on_bad_row")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+WORDS = {
+    "input_hash": "the prompts",
+    "model_hash": "the model",
+    "tokenizer_files_hash": "the model's tokenizer files",
+}
 
 
 @dataclass(frozen=True)
@@ -38,11 +52,11 @@ class RolloutConfig:
     file that it would have written without the interruption.
     """
 
-    model: str
+    model: str = field(metadata=FREE)
     """Policy: a folder or a Hub name."""
-    input: str
+    input: str = field(metadata=FREE)
     """.parquet, .jsonl or .json file of prompts."""
-    output: str
+    output: str = field(metadata=FREE)
     """.parquet or .jsonl file to write; it appears when all responses are there."""
     num_generations: int = 4
     """Responses per prompt."""
@@ -57,13 +71,13 @@ class RolloutConfig:
     seed: int = 42
     limit: int | None = None
     """Only the first so many rows."""
-    per_device_eval_batch_size: int = 64
+    per_device_eval_batch_size: int = field(default=64, metadata=FREE)
     """Most responses generated at a time; changes memory and speed, the responses by rounding alone."""
     bf16: bool = False
     """Weights and cache in bf16, in place of fp32."""
-    on_bad_row: OnBadRow = "error"
+    on_bad_row: OnBadRow = field(default="error", metadata=FREE)
     """Rows that cannot be used: stop and list them, or skip."""
-    use_cpu: bool = False
+    use_cpu: bool = field(default=False, metadata=FREE)
     """Generate on the CPU although there is an accelerator."""
 
 
@@ -86,7 +100,8 @@ def roll_out(config: RolloutConfig, progress: bool = True) -> dict[str, Any]:
     sampling, output = _check(config), Path(config.output)
     shown = Progress(enabled=progress)
     prompts, bad = read_prompts(config.input, config.on_bad_row, limit=config.limit)
-    key = _key(config)
+    made_from = _made_from(config)
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     if output.is_file() and summary_path(output).is_file():
         stored = cast(dict[str, Any], read_json(summary_path(output)))
         if stored.get("key") == key:
@@ -106,7 +121,11 @@ def roll_out(config: RolloutConfig, progress: bool = True) -> dict[str, Any]:
     if not jobs:
         raise IpvrmError(f"--input {config.input}: no usable row; the first: {refused[0]}")
 
-    shards = _Shards(output.with_name(f".{output.name}.{key}.partial"))
+    folder = output.with_name(f".{output.name}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    what = f"the unfinished work in {folder} (delete it to start afresh)"
+    begin_or_go_on(folder / "settings.json", made_from, what, WORDS)
+    shards = _Shards(folder)
     if shards.rows:
         shown.note(f"going on behind {len(shards.rows)} of {len(jobs)} responses")
     remaining = [job for job in jobs if (job.prompt.row, job.sample) not in shards.rows]
@@ -203,9 +222,8 @@ class _Shards:
         self.folder = folder
         self.rows: dict[tuple[int, int], dict[str, Any]] = {}
         self.seconds = 0.0
-        folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        paths = sorted(folder.glob("*.json"))
+        paths = sorted(folder.glob("[0-9]*.json"))
         for path in paths:
             self._keep(read_json(path))
         self._next = int(paths[-1].stem) + 1 if paths else 0
@@ -252,17 +270,17 @@ def _counts(rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
     }
 
 
-def _key(config: RolloutConfig) -> str:
-    """Names the unfinished work: only a run with the same prompts, model and settings goes on with it."""
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    digest.update(Path(config.input).read_bytes())
-    digest.update(weights_hash(config.model).encode())
-    folder = local_folder(config.model)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+def _made_from(config: RolloutConfig) -> dict[str, Any]:
+    """What decides the responses: an interrupted run goes on only with the same."""
+    digest, folder = hashlib.sha256(), local_folder(config.model)
+    for name in TOKENIZER_FILES:
         if (path := folder / name).is_file():
             digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    return settings_of(config) | {
+        "input_hash": hashlib.sha256(Path(config.input).read_bytes()).hexdigest(),
+        "model_hash": weights_hash(config.model),
+        "tokenizer_files_hash": digest.hexdigest(),
+    }
 
 
 def main(config: RolloutConfig) -> None:

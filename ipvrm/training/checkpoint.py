@@ -5,14 +5,13 @@ A checkpoint is a Hugging Face model folder (fp32 master weights) plus `optimize
 process leaves no half checkpoint.
 """
 
-import json
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,8 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ipvrm.errors import IpvrmError
-from ipvrm.run_folder import JsonlLog, read_json, write_json
+from ipvrm.run_folder import JsonlLog, read_json, write_json, write_tensors
 
+WORDS = {  # of a fingerprint's hashes
+    "start_hash": "the starting model",
+    "reference_hash": "the reference",
+    "reward_model_hash": "the reward model",
+    "data_hash": "the training data",
+}
 PREFIX = "checkpoint-"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -147,7 +152,7 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
             tensors[name] = value.contiguous()
         else:
             scalars[name] = value
-    save_file(tensors, folder / OPTIMIZER)
+    write_tensors(folder / OPTIMIZER, tensors)
     return scalars
 
 
@@ -180,7 +185,7 @@ def restore_rng_state(folder: Path, rank: int) -> None:
 
 def save_state(folder: Path, state: dict[str, Any], rng: list[dict[str, Tensor]]) -> None:
     """Writes generators and scalars; `trainer_state.json` comes last and marks the checkpoint as complete."""
-    save_file({name: value for part in rng for name, value in part.items()}, folder / RNG)
+    write_tensors(folder / RNG, {name: value for part in rng for name, value in part.items()})
     write_json(folder / STATE, state)
 
 
@@ -190,24 +195,3 @@ def load_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"step", "fingerprint", "optimizer"} <= set(state):
         raise IpvrmError(f"{folder / STATE}: not the state of a training run")
     return state
-
-
-def check_same_run(stored: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises IpvrmError that names every setting in which a resumed run differs from its checkpoint."""
-    now = json.loads(json.dumps(now))  # as the checkpoint has it: JSON has no tuples
-    words = {
-        "start_hash": "the starting model",
-        "reference_hash": "the reference",
-        "reward_model_hash": "the reward model",
-        "data_hash": "the training data",
-    }
-    changed = [
-        words[name] if name in words else f"{name} ({stored.get(name)!r} then, {now.get(name)!r} now)"
-        for name in sorted(set(stored) | set(now))
-        if stored.get(name) != now.get(name)
-    ]
-    if changed:
-        raise IpvrmError(
-            "--resume_from_checkpoint: this is not the run of the checkpoint; "
-            f"changed: {', '.join(changed)}. Put them back, or start a new run in another --output_dir"
-        )

@@ -1,7 +1,7 @@
 """Settings of `ipvrm train-policy`, their defaults and what is refused."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ipvrm.data.rows import OnBadRow
@@ -11,32 +11,8 @@ from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
 from ipvrm.losses.presets import Preset, by_preset
 from ipvrm.rollouts.verify import TIMEOUT_SECONDS
+from ipvrm.run_folder import FREE
 
-# A resumed run may change these: they do not decide the weights, or their contents are compared by hash.
-# Another split of the optimizer batch (per_device_*, ranks) changes them by rounding only.
-FREE_ON_RESUME = {
-    "model",
-    "reward_model",
-    "reference",
-    "train_data",
-    "eval_data",
-    "output_dir",
-    "resume_from_checkpoint",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_checkpointing",
-    "verifier_timeout",
-    "verifier_workers",
-    "eval_steps",
-    "eval_num_generations",
-    "eval_temperature",
-    "eval_top_p",
-    "save_steps",
-    "save_total_limit",
-    "on_bad_row",
-    "use_cpu",
-    "dry_run",
-}
 # Flags that only some algorithms have; given where nothing reads them they are refused, never ignored.
 ONLINE_FLAGS = ("rm_learning_rate", "rm_margin", "dlw", "adb")
 REWARD_FLAGS = (*ONLINE_FLAGS, "rm_update", "td_reference", "reference")
@@ -111,18 +87,18 @@ class PolicyConfig:
     """A policy from verified rollouts: DistRL and what it is compared with. Defaults are the paper's, with
     full fine-tuning; those that differ between presets are filled in: see config.yaml of a run."""
 
-    model: str
+    model: str = field(metadata=FREE)
     """Starting policy: a folder or a Hub name."""
-    train_data: str
+    train_data: str = field(metadata=FREE)
     """.parquet, .jsonl or .json of `prompt` and `answer` (or `reward_model.ground_truth`)."""
-    output_dir: str
+    output_dir: str = field(metadata=FREE)
     """Run folder: the policy as a Hugging Face model folder, the reward model in `reward_model`,
     metrics.jsonl, results.json."""
     algorithm: str = "distrl"
     """distrl (Eq. 11 to 14), grpo (outcome), grpo_prm (Eq. 13: distrl without candidates), prime, spro."""
-    reward_model: str | None = None
+    reward_model: str | None = field(default=None, metadata=FREE)
     """A folder that train-rm wrote; for distrl, grpo_prm and prime."""
-    reference: str | None = None
+    reference: str | None = field(default=None, metadata=FREE)
     """Where the reward model's reference is, if it has moved; read under `td_reference` sft, or if frozen."""
     preset: Preset = "paper"
     """paper, or release: what the released code does."""
@@ -183,9 +159,9 @@ class PolicyConfig:
     """Of the rollouts and of every log-prob."""
     verifier: str = "math"
     """math, string or module:function, as in `ipvrm label`."""
-    verifier_timeout: float = TIMEOUT_SECONDS
+    verifier_timeout: float = field(default=TIMEOUT_SECONDS, metadata=FREE)
     """Hard deadline of one answer, in seconds; what fails is counted and left out."""
-    verifier_workers: int | None = None
+    verifier_workers: int | None = field(default=None, metadata=FREE)
     """Processes per rank. Default: one per available core."""
 
     lora_r: int | None = None
@@ -202,9 +178,9 @@ class PolicyConfig:
     """Passes over a rollout batch."""
     minibatch_size: int = 128
     """Most responses per update of policy or reward model, over all devices; a batch is split evenly."""
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: int = field(default=8, metadata=FREE)
     """Most responses per forward on one device; changes memory and speed, not the result."""
-    per_device_eval_batch_size: int = 64
+    per_device_eval_batch_size: int = field(default=64, metadata=FREE)
     """Most responses generated at a time on one device."""
     learning_rate: float | None = None
     """Default: 3e-5; release: 2e-5."""
@@ -219,28 +195,28 @@ class PolicyConfig:
     """Gradients are scaled down to this norm; 0 for no limit."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: autocast of every forward; the weights stay fp32."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(default=False, metadata=FREE)
 
-    eval_data: str | None = None
+    eval_data: str | None = field(default=None, metadata=FREE)
     """Prompts to measure accuracy on, same columns."""
-    eval_steps: int | None = None
+    eval_steps: int | None = field(default=None, metadata=FREE)
     """Measure it every so many steps, besides at the start and the end."""
-    eval_num_generations: int = 1
-    eval_temperature: float = 0.6
-    eval_top_p: float = 0.95
+    eval_num_generations: int = field(default=1, metadata=FREE)
+    eval_temperature: float = field(default=0.6, metadata=FREE)
+    eval_top_p: float = field(default=0.95, metadata=FREE)
 
     seed: int = 42
-    save_steps: int = 20
+    save_steps: int = field(default=20, metadata=FREE)
     """Write a checkpoint every so many steps; 0 for none but on interruption."""
-    save_total_limit: int = 2
+    save_total_limit: int = field(default=2, metadata=FREE)
     """Newest checkpoints that are kept."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: str | None = field(default=None, metadata=FREE)
     """A checkpoint folder, or `latest` for the newest in output_dir."""
-    on_bad_row: OnBadRow = "error"
+    on_bad_row: OnBadRow = field(default="error", metadata=FREE)
     """Prompts that cannot be used: stop and list them, or skip."""
-    use_cpu: bool = False
+    use_cpu: bool = field(default=False, metadata=FREE)
     """Train on the CPU although there is an accelerator."""
-    dry_run: bool = False
+    dry_run: bool = field(default=False, metadata=FREE)
     """Print the resolved config, the data counts and a memory estimate, and stop."""
 
 

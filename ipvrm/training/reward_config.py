@@ -1,45 +1,25 @@
 """Settings of `ipvrm train-rm`, their defaults and what is refused."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ipvrm.data.responses import OnLong
 from ipvrm.data.rows import OnBadRow
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.objectives import BETA, Objective, check_objective
-
-# A resumed run may change these: they do not decide the weights, or their contents are compared by hash.
-# Another split of the optimizer batch (per_device_train_batch_size, ranks) changes them by rounding only.
-FREE_ON_RESUME = {
-    "model",
-    "reference",
-    "train_data",
-    "eval_data",
-    "output_dir",
-    "resume_from_checkpoint",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "eval_steps",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "on_bad_row",
-    "use_cpu",
-    "dry_run",
-}
+from ipvrm.run_folder import FREE
 
 
 @dataclass(frozen=True)
 class RewardConfig:
     """A reward model from rollouts with outcome labels. Defaults are the paper's."""
 
-    model: str
+    model: str = field(metadata=FREE)
     """Starting model, which is also the reference: a folder or a Hub name."""
-    train_data: str
+    train_data: str = field(metadata=FREE)
     """.parquet, .jsonl or .json of `conversation`, `label`, or `prompt`, `response`, `label`."""
-    output_dir: str
+    output_dir: str = field(metadata=FREE)
     """Run folder: a Hugging Face model folder with ipvrm_config.json, metrics.jsonl, results.json."""
     objective: str = "ipvrm"
     """ipvrm (every prefix, Eq. 9) or implicit_prm (the whole response)."""
@@ -51,9 +31,9 @@ class RewardConfig:
     """Margin of ipvrm. Default: 5, or 0 under the preset `release`."""
     prefix_weighting: Literal["uniform", "late", "early"] = "uniform"
     """Weights of the prefixes in ipvrm (Eq. 9, 17, 18)."""
-    reference: str | None = None
+    reference: str | None = field(default=None, metadata=FREE)
     """Another reference than the starting model: a folder or a Hub name."""
-    eval_data: str | None = None
+    eval_data: str | None = field(default=None, metadata=FREE)
     """Rollouts to validate on, same columns."""
     learning_rate: float = 5e-7
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -64,9 +44,9 @@ class RewardConfig:
     """Number of optimizer updates, in place of num_train_epochs."""
     global_batch_size: int = 64
     """Responses per optimizer update, over all devices and micro-batches."""
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: int = field(default=8, metadata=FREE)
     """Most responses per forward on one device; changes memory and speed, not the result."""
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: int | None = field(default=None, metadata=FREE)
     """Micro-batches per update and device, in place of global_batch_size."""
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -78,24 +58,24 @@ class RewardConfig:
     """Most tokens of prompt and response."""
     on_long: OnLong = "drop"
     """Longer rows: drop (counted), or truncate the response on the right."""
-    on_bad_row: OnBadRow = "error"
+    on_bad_row: OnBadRow = field(default="error", metadata=FREE)
     """Rows that cannot be used: stop and list them, or skip."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: autocast of the forward; the weights stay fp32."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(default=False, metadata=FREE)
     seed: int = 42
-    logging_steps: int = 1
-    eval_steps: int | None = None
+    logging_steps: int = field(default=1, metadata=FREE)
+    eval_steps: int | None = field(default=None, metadata=FREE)
     """Validate every so many updates, besides at the start and the end."""
-    save_steps: int = 500
+    save_steps: int = field(default=500, metadata=FREE)
     """Write a checkpoint every so many updates; 0 for none but on interruption."""
-    save_total_limit: int = 2
+    save_total_limit: int = field(default=2, metadata=FREE)
     """Newest checkpoints that are kept."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: str | None = field(default=None, metadata=FREE)
     """A checkpoint folder, or `latest` for the newest in output_dir."""
-    use_cpu: bool = False
+    use_cpu: bool = field(default=False, metadata=FREE)
     """Train on the CPU although there is an accelerator."""
-    dry_run: bool = False
+    dry_run: bool = field(default=False, metadata=FREE)
     """Print the resolved config, the data counts and a memory estimate, and stop."""
 
 

@@ -37,13 +37,21 @@ from ipvrm.models.causal_lm import (
 from ipvrm.progress import Interrupt, Progress, peak_memory
 from ipvrm.rollouts.engine import TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import VerifierPool
-from ipvrm.run_folder import manifest, move_into, remove_leftovers, save_folder, write_json, write_text
+from ipvrm.run_folder import (
+    manifest,
+    move_into,
+    remove_leftovers,
+    same_run,
+    save_folder,
+    settings_of,
+    write_json,
+    write_text,
+)
 from ipvrm.training import checkpoint
 from ipvrm.training.checkpoint import interrupted
 from ipvrm.training.online_reward import FOLDER, OnlineReward
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.policy_config import (
-    FREE_ON_RESUME,
     PolicyConfig,
     advantage_config,
     candidate_config,
@@ -121,14 +129,14 @@ class _Run:
             eval_questions, _ = read_questions(config.eval_data, self.tokenizer, config, context)
         if config.dry_run:
             return self._dry_run(max(len(q.ids) for q in questions) + config.max_new_tokens)
-        fingerprint = {n: v for n, v in asdict(config).items() if n not in FREE_ON_RESUME} | {
+        fingerprint = settings_of(config) | {
             "start_hash": weights_hash(config.model),
             "data_hash": questions_hash(questions),
             **({} if self.reward is None else self.reward.fingerprint()),
         }
         state = None if self.resumed is None else checkpoint.load_state(self.resumed)
         if state is not None:
-            checkpoint.check_same_run(state["fingerprint"], fingerprint)
+            same_run(state["fingerprint"], fingerprint, str(self.resumed), checkpoint.WORDS)
         self.fingerprint = fingerprint
         self.start = 0 if state is None else int(state["step"])
         self.place = 0 if state is None else int(state["place"])

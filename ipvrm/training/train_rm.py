@@ -41,7 +41,9 @@ from ipvrm.run_folder import (
     manifest,
     move_into,
     remove_leftovers,
+    same_run,
     save_folder,
+    settings_of,
     versions,
     write_json,
     write_text,
@@ -49,7 +51,7 @@ from ipvrm.run_folder import (
 from ipvrm.training import checkpoint
 from ipvrm.training.checkpoint import interrupted
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
-from ipvrm.training.reward_config import FREE_ON_RESUME, RewardConfig, objective_of, resolve
+from ipvrm.training.reward_config import RewardConfig, objective_of, resolve
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,7 @@ class _Run:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What decides the weights of the run; compared on resume."""
-        settings = {name: value for name, value in asdict(self.config).items() if name not in FREE_ON_RESUME}
-        return settings | {
+        return settings_of(self.config) | {
             "start_hash": self.reference_hash
             if self.config.reference is None
             else weights_hash(self.config.model),
@@ -151,7 +152,7 @@ class _Run:
         fingerprint = self._fingerprint()
         state = None if self.resumed is None else checkpoint.load_state(self.resumed)
         if state is not None:
-            checkpoint.check_same_run(state["fingerprint"], fingerprint)
+            same_run(state["fingerprint"], fingerprint, str(self.resumed), checkpoint.WORDS)
         self.start = 0 if state is None else int(state["step"])
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)

@@ -169,7 +169,7 @@ def test_interrupted_run_keeps_its_scores(config, monkeypatch):
 
 def test_stored_scores_of_other_settings_are_refused(config):
     evaluate(config, progress=False)
-    with pytest.raises(IpvrmError, match=r"step_separator '; ' -> ' ;'.*choose another --output_dir"):
+    with pytest.raises(IpvrmError, match=r"step_separator \('; ' then, ' ;' now\).*choose another output"):
         evaluate(dataclasses.replace(config, step_separator=" ;"), progress=False)
 
 

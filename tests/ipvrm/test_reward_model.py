@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -295,7 +296,7 @@ def test_score_command_goes_on_where_it_stopped(home, problems, tmp_path, monkey
 
     monkeypatch.setattr(score, "_score", dies_in_the_second_chunk)
     assert score_command(home, problems, output) == 130
-    (partial,) = tmp_path.glob(".scores.jsonl.*.partial")
+    partial = tmp_path / ".scores.jsonl.partial" / "scores.jsonl"
     with open(partial, "a") as file:
         file.write('{"line": 65, "torn')
     assert not output.exists()
@@ -304,15 +305,31 @@ def test_score_command_goes_on_where_it_stopped(home, problems, tmp_path, monkey
     assert output.read_text() == whole.read_text()
 
 
-def test_score_command_does_not_go_on_with_other_weights(home, problems, tmp_path):
-    from ipvrm.evaluate.score import ScoreConfig, _key
+def test_score_command_refuses_to_go_on_otherwise(home, problems, tmp_path, monkeypatch):
+    import ipvrm.evaluate.score as score
 
     shutil.copytree(home / "runs" / "rm", tmp_path / "rm")
-    config = ScoreConfig(str(tmp_path / "rm"), str(problems), str(tmp_path / "out.jsonl"))
-    before = _key(config, problems)
-    assert _key(config, problems) == before
+    reference = str(home / "base")
+    config = score.ScoreConfig(
+        str(tmp_path / "rm"), str(problems), str(tmp_path / "out.jsonl"), reference, use_cpu=True
+    )
+
+    def dies(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "_score", dies)
+        with pytest.raises(KeyboardInterrupt):
+            score.score_file(config, progress=False)
+    with pytest.raises(IpvrmError, match=r"threshold \(0.5 then, 0.25 now\)"):
+        score.score_file(replace(config, threshold=0.25), progress=False)
+    weights = (tmp_path / "rm" / "model.safetensors").read_bytes()
     shutil.copy(home / "base" / "model.safetensors", tmp_path / "rm" / "model.safetensors")
-    assert _key(config, problems) != before
+    with pytest.raises(IpvrmError, match="changed: the reward model"):
+        score.score_file(config, progress=False)
+    (tmp_path / "rm" / "model.safetensors").write_bytes(weights)
+    assert score.score_file(replace(config, batch_tokens=512), progress=False) == 70
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_on_real_rows(data_dir, tmp_path, tiny_folder):

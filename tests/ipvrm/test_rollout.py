@@ -362,13 +362,13 @@ def test_killed_run_goes_on_to_the_same_file(tiny_folder, prompts_file, tmp_path
     while len(shards) < 2:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
-        shards = list(tmp_path.glob(".out.parquet.*.partial/*.json"))
+        shards = list(tmp_path.glob(".out.parquet.partial/[0-9]*.json"))
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not Path(settings.output).exists()
     folder = shards[0].parent
     (folder / ".00000009.json.1.tmp").write_text("{torn")
-    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("[0-9]*.json")}
     assert len(kept) < 12
 
     calls = []

@@ -353,7 +353,7 @@ def test_a_branch_at_its_end_is_judged_and_not_continued(toy):
 
 def test_refusals(toy, finished, tmp_path):
     ours = config(toy, finished[0])
-    with pytest.raises(IpvrmError, match="holds a study with another completions, seed"):
+    with pytest.raises(IpvrmError, match=r"study in .*; changed: completions \(.* now\), seed \("):
         study(replace(ours, completions=4, seed=1), progress=False)
     for wrong, message in (
         ({"completions": 1}, "completions must be at least 2"),

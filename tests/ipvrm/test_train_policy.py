@@ -1091,7 +1091,7 @@ def test_resume_refuses_another_run(uninterrupted, toy, tmp_path):
         if reason is None:  # the same reward model in another folder
             train(settings)
             continue
-        with pytest.raises(IpvrmError, match=f"not the run of the checkpoint; changed: .*{reason}"):
+        with pytest.raises(IpvrmError, match=f"made otherwise; changed: .*{reason}"):
             train(settings)
 
 

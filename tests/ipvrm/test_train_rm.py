@@ -401,7 +401,7 @@ def test_resume_refuses_another_run(uninterrupted, tmp_path, rollouts):
         ({"margin": 1.0}, "margin"),
         ({"train_data": str(shorter)}, "the training data"),
     ):
-        with pytest.raises(IpvrmError, match=f"not the run of the checkpoint; changed: .*{reason}"):
+        with pytest.raises(IpvrmError, match=f"made otherwise; changed: .*{reason}"):
             train(copy_of(uninterrupted, folder, resume_from_checkpoint="latest", **changes))
     (folder / "checkpoint-99").mkdir()  # without its state it is none
     assert checkpoints(folder)[-1].name == "checkpoint-4"
