@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ipvrm.data.batches import Batch
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.metrics import paired, stacked
-from ipvrm.losses.objectives import BETA, METRICS, Balance, Objective, online_balance
+from ipvrm.losses.objectives import BETA, METRICS, Balance, BalanceConfig, Objective, online_balance
 from ipvrm.models.causal_lm import (
     ResponseLogprobs,
     disable_dropout,
@@ -38,7 +38,7 @@ from ipvrm.models.reward_model import (
 from ipvrm.run_folder import versions
 from ipvrm.training import checkpoint
 from ipvrm.training.optimizer import adamw, update
-from ipvrm.training.policy_config import PolicyConfig, balance_config, reads_reference
+from ipvrm.training.policy_config import PolicyConfig, reads_reference
 from ipvrm.training.policy_rollouts import Rollouts
 from ipvrm_kernels import linear_logprobs, prefix_values
 
@@ -61,8 +61,8 @@ def token_and_candidate_logprobs(
 class OnlineReward:
     """The reward model of a run on every rank; `reference` is a model only under `td_reference` sft."""
 
-    def __init__(self, config: PolicyConfig, policy_tokenizer: Any, accelerator: Any):
-        """Reads and checks everything but the weights.
+    def __init__(self, config: PolicyConfig, balance: BalanceConfig, policy_tokenizer: Any, accelerator: Any):
+        """Reads and checks everything but the weights. `balance` is of the online update.
 
         Raises:
             IpvrmError: no reward model, one of another kind, or with another tokenizer or chat template.
@@ -89,7 +89,7 @@ class OnlineReward:
                 f"{self.folder}: objective {objective!r} has neither margin nor weights, so --dlw, --adb and "
                 "--rm_margin are unused"
             )
-        self.balance = balance_config(config)
+        self.balance = balance
         margin = RELEASE_MARGIN if config.preset == "release" else self.info.margin
         margin = margin if config.rm_margin is None else config.rm_margin
         self.objective = Objective(objective, self.info.beta, margin or 0.0)

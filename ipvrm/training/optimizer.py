@@ -23,10 +23,6 @@ class AdamSettings(Protocol):
     @property
     def weight_decay(self) -> float: ...
     @property
-    def adam_beta1(self) -> float: ...
-    @property
-    def adam_beta2(self) -> float: ...
-    @property
     def adam_epsilon(self) -> float: ...
 
 
@@ -69,7 +65,6 @@ def adamw(
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
         fused=device.type in ("cpu", "cuda"),

@@ -1,14 +1,32 @@
 """Settings of `ipvrm train-rm`, their defaults and what is refused."""
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from ipvrm.data.responses import OnLong
 from ipvrm.data.rows import OnBadRow
-from ipvrm.errors import IpvrmError
 from ipvrm.losses.objectives import BETA, Objective, check_objective
+from ipvrm.losses.presets import Preset
 from ipvrm.run_folder import FREE
+from ipvrm.training.flags import (
+    AT_LEAST_ONE,
+    FINITE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Reader,
+    check_ranges,
+    default,
+    defaults,
+    fill,
+    must,
+    read_by,
+)
+
+PREFIXES = Reader(
+    lambda c: c.objective == "ipvrm",
+    "objective {objective!r} judges the whole response: it has no margin and no prefix weighting",
+)
 
 
 @dataclass(frozen=True)
@@ -23,38 +41,42 @@ class RewardConfig:
     """Run folder: a Hugging Face model folder with ipvrm_config.json, metrics.jsonl, results.json."""
     objective: str = "ipvrm"
     """ipvrm (every prefix, Eq. 9) or implicit_prm (the whole response)."""
-    preset: Literal["paper", "release"] = "paper"
+    preset: Preset = field(
+        default="paper", metadata=must("be 'paper' or 'release'", lambda x: x in get_args(Preset))
+    )
     """release: ipvrm with margin 0, averaged over the tokens of the optimizer batch."""
-    beta: float | None = None
+    beta: float | None = field(default=None, metadata=POSITIVE | default(lambda c: BETA[c.objective]))
     """Scale of the value. Default: 10 (ipvrm), 0.05 (implicit_prm)."""
-    margin: float | None = None
+    margin: float | None = field(
+        default=None, metadata=FINITE | read_by(PREFIXES) | defaults(paper=5.0, release=0.0)
+    )
     """Margin of ipvrm. Default: 5, or 0 under the preset `release`."""
-    prefix_weighting: Literal["uniform", "late", "early"] = "uniform"
+    prefix_weighting: Literal["uniform", "late", "early"] = field(
+        default="uniform", metadata=read_by(PREFIXES)
+    )
     """Weights of the prefixes in ipvrm (Eq. 9, 17, 18)."""
     reference: str | None = field(default=None, metadata=FREE)
     """Another reference than the starting model: a folder or a Hub name."""
     eval_data: str | None = field(default=None, metadata=FREE)
     """Rollouts to validate on, same columns."""
-    learning_rate: float = 5e-7
+    learning_rate: float = field(default=5e-7, metadata=POSITIVE)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """One decay over the updates, stepped once per optimizer update."""
-    warmup_ratio: float = 0.0
-    num_train_epochs: float = 1.0
-    max_steps: int | None = None
+    warmup_ratio: float = field(default=0.0, metadata=FRACTION)
+    num_train_epochs: float = field(default=1.0, metadata=POSITIVE)
+    max_steps: int | None = field(default=None, metadata=AT_LEAST_ONE)
     """Number of optimizer updates, in place of num_train_epochs."""
-    global_batch_size: int = 64
+    global_batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
     """Responses per optimizer update, over all devices and micro-batches."""
-    per_device_train_batch_size: int = field(default=8, metadata=FREE)
+    per_device_train_batch_size: int = field(default=8, metadata=FREE | AT_LEAST_ONE)
     """Most responses per forward on one device; changes memory and speed, not the result."""
-    gradient_accumulation_steps: int | None = field(default=None, metadata=FREE)
+    gradient_accumulation_steps: int | None = field(default=None, metadata=FREE | AT_LEAST_ONE)
     """Micro-batches per update and device, in place of global_batch_size."""
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
+    weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
+    adam_epsilon: float = field(default=1e-8, metadata=NOT_NEGATIVE)
+    max_grad_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
     """Gradients are scaled down to this norm; 0 for no limit."""
-    max_length: int = 4096
+    max_length: int = field(default=4096, metadata=AT_LEAST_ONE)
     """Most tokens of prompt and response."""
     on_long: OnLong = "drop"
     """Longer rows: drop (counted), or truncate the response on the right."""
@@ -63,13 +85,13 @@ class RewardConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: autocast of the forward; the weights stay fp32."""
     gradient_checkpointing: bool = field(default=False, metadata=FREE)
-    seed: int = 42
-    logging_steps: int = field(default=1, metadata=FREE)
-    eval_steps: int | None = field(default=None, metadata=FREE)
+    seed: int = field(default=42, metadata=NOT_NEGATIVE)
+    logging_steps: int = field(default=1, metadata=FREE | AT_LEAST_ONE)
+    eval_steps: int | None = field(default=None, metadata=FREE | AT_LEAST_ONE)
     """Validate every so many updates, besides at the start and the end."""
-    save_steps: int = field(default=500, metadata=FREE)
+    save_steps: int = field(default=500, metadata=FREE | NOT_NEGATIVE)
     """Write a checkpoint every so many updates; 0 for none but on interruption."""
-    save_total_limit: int = field(default=2, metadata=FREE)
+    save_total_limit: int = field(default=2, metadata=FREE | AT_LEAST_ONE)
     """Newest checkpoints that are kept."""
     resume_from_checkpoint: str | None = field(default=None, metadata=FREE)
     """A checkpoint folder, or `latest` for the newest in output_dir."""
@@ -87,49 +109,9 @@ def resolve(config: RewardConfig) -> RewardConfig:
             range.
     """
     check_objective(config.objective)
-    if config.preset not in ("paper", "release"):
-        raise IpvrmError(f"preset must be 'paper' or 'release'; got {config.preset!r}")
-    beta = BETA[config.objective] if config.beta is None else config.beta
-    margin = config.margin
-    if config.objective == "ipvrm":
-        margin = margin if margin is not None else (0.0 if config.preset == "release" else 5.0)
-    elif margin is not None or config.prefix_weighting != "uniform":
-        raise IpvrmError(
-            f"objective {config.objective!r} judges the whole response: "
-            "it has no margin and no prefix weighting"
-        )
-    positive = (
-        "learning_rate",
-        "global_batch_size",
-        "per_device_train_batch_size",
-        "num_train_epochs",
-        "max_length",
-    )
-    for name in positive:
-        if not (value := getattr(config, name)) > 0 or not math.isfinite(value):
-            raise IpvrmError(f"{name} must be positive; got {value}")
-    for name in (
-        "logging_steps",
-        "save_total_limit",
-        "max_steps",
-        "eval_steps",
-        "gradient_accumulation_steps",
-    ):
-        if (number := getattr(config, name)) is not None and number < 1:
-            raise IpvrmError(f"{name} must be at least 1; got {number}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            raise IpvrmError(f"{name} must lie in [0, 1); got {getattr(config, name)}")
-    if not 0 <= config.warmup_ratio <= 1:
-        raise IpvrmError(f"warmup_ratio must lie in [0, 1]; got {config.warmup_ratio}")
-    for name in ("save_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "seed"):
-        if not getattr(config, name) >= 0:
-            raise IpvrmError(f"{name} must not be negative; got {getattr(config, name)}")
-    if not (math.isfinite(beta) and beta > 0):
-        raise IpvrmError(f"beta must be positive and finite; got {beta}")
-    if margin is not None and not math.isfinite(margin):
-        raise IpvrmError(f"margin must be finite; got {margin}")
-    return replace(config, beta=beta, margin=margin)
+    config = fill(config)
+    check_ranges(config)
+    return config
 
 
 def objective_of(config: RewardConfig) -> Objective:

@@ -51,13 +51,7 @@ from ipvrm.training import checkpoint
 from ipvrm.training.checkpoint import interrupted
 from ipvrm.training.online_reward import FOLDER, OnlineReward
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
-from ipvrm.training.policy_config import (
-    PolicyConfig,
-    advantage_config,
-    candidate_config,
-    loss_config,
-    resolve,
-)
+from ipvrm.training.policy_config import Method, PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss, add_adapters, behaviour, merged
 from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash, read_questions
 from ipvrm_kernels import DISTRL_METRICS, prefix_values
@@ -86,14 +80,14 @@ def train_policy(config: PolicyConfig, progress: bool = True) -> PolicyResult:
         IpvrmError: anything the user can act on, before the first step where possible.
         TrainingInterrupted: SIGINT or SIGTERM; a checkpoint has been written.
     """
-    return _Run(resolve(config), progress).train()
+    return _Run(*resolve(config), progress).train()
 
 
 class _Run:
     """One training run; the methods are in the order in which they happen."""
 
-    def __init__(self, config: PolicyConfig, progress: bool):
-        self.config = config
+    def __init__(self, config: PolicyConfig, method: Method, progress: bool):
+        self.config, self.method = config, method
         self.output = Path(config.output_dir)
         self.accelerator = data_parallel_accelerator(
             "train-policy", use_cpu=config.use_cpu, mixed_precision=config.mixed_precision
@@ -107,9 +101,7 @@ class _Run:
         self.tokenizer = load_tokenizer(config.model)
         self.reward = None
         if config.reward_model is not None:
-            self.reward = OnlineReward(config, self.tokenizer, self.accelerator)
-        self.candidates = candidate_config(config)
-        self.loss_config = loss_config(config)
+            self.reward = OnlineReward(config, method.balance, self.tokenizer, self.accelerator)
         self.seconds: dict[str, float] = {}
         self.moved: set[str] = set()  # the models that have learnt from a step that is not finished
 
@@ -155,7 +147,7 @@ class _Run:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         model.train()
         assert config.learning_rate is not None and config.temperature is not None
-        module = PolicyLoss(model, self.loss_config, config.temperature)
+        module = PolicyLoss(model, self.method.loss, config.temperature)
         optimizer = adamw(module, config.learning_rate, config, self.device)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.policy = self.accelerator.unwrap_model(self.module).model
@@ -238,7 +230,7 @@ class _Run:
             elif config.algorithm == "spro":
                 self._spro(rollouts)
             else:
-                floor = advantage_config(config).std_floor
+                floor = self.method.advantages.std_floor
                 of_response = outcome_advantages(
                     rollouts.outcome, rollouts.group, rollouts.num_groups, std_floor=floor
                 )
@@ -265,7 +257,7 @@ class _Run:
         config = self.config
 
         def forward(batch: Batch, tokens: Tensor) -> tuple[Tensor, ...]:
-            return behaviour(self.policy, batch, self.candidates, config.temperature)
+            return behaviour(self.policy, batch, self.method.candidates, config.temperature)
 
         sampled, entropy, ids, logprobs = rollouts.forward(
             forward, config.per_device_train_batch_size, self.accelerator
@@ -323,7 +315,7 @@ class _Run:
             edges,
             rollouts.group,
             rollouts.num_groups,
-            config=advantage_config(config),
+            config=self.method.advantages,
         )
         rollouts.advantages, rollouts.candidate_advantages = found.advantages, found.candidate_advantages
         record |= {"value_std": float(found.value_std), "gae_std": float(found.gae.std(correction=0))}
@@ -344,7 +336,7 @@ class _Run:
             rollouts.group,
             rollouts.num_groups,
             beta=config.spro_beta,
-            std_floor=advantage_config(config).std_floor,
+            std_floor=self.method.advantages.std_floor,
         )
         rollouts.advantages = of_token
 
@@ -356,7 +348,7 @@ class _Run:
 
     def _update(self, rollouts: Rollouts, step: int, factor: float) -> dict[str, float]:
         """`num_epochs` passes of clipped updates over the rollouts, each divided by its minibatch's sizes."""
-        config, options = self.config, self.loss_config
+        config, options = self.config, self.method.loss
         assert config.learning_rate is not None
         total, grad_norm, updates = MetricSums(), 0.0, 0
         for epoch in range(config.num_epochs):

@@ -16,7 +16,7 @@ from ipvrm.reproduce import fig6
 from ipvrm.reproduce.fig6 import VARIANTS, Fig6Config, Scale, reproduce, summary
 from ipvrm.reproduce.fig6_report import conclusions
 from ipvrm.training.checkpoint import TrainingInterrupted
-from ipvrm.training.policy_config import balance_config, resolve
+from ipvrm.training.policy_config import resolve
 
 SCALE = Scale(
     steps=4, minibatch_size=4, prompts=2, num_generations=2, held_out=100, eval_steps=2, learning_rate=1e-4,
@@ -81,11 +81,14 @@ def trained(monkeypatch):
 def test_the_variants_differ_in_their_switches_alone(demo, trained, tmp_path):
     output = tmp_path / "fig6"
     results = reproduce(Fig6Config(demo=str(demo), output_dir=str(output)), progress=False, scale=SCALE)
-    resolved = {Path(c.output_dir).name: resolve(c) for c in trained}
+    resolved, methods = {}, {}
+    for config in trained:
+        name = Path(config.output_dir).name
+        resolved[name], methods[name] = resolve(config)
     assert list(resolved) == [f"{name}-0" for name in VARIANTS]
     assert resolved["frozen-0"].rm_update == "frozen"
     switches = {
-        name: (c.rm_update, balance_config(c).dlw, balance_config(c).adb)
+        name: (c.rm_update, methods[name].balance.dlw, methods[name].balance.adb)
         for name, c in resolved.items()
         if name != "frozen-0"
     }

@@ -54,7 +54,7 @@ def measured(tiny_folder, reward_folder, tokenizer, tmp_path, monkeypatch):
             minibatch_size=minibatch_size,
             use_cpu=True,
         )
-        run = train_policy_module._Run(resolve(config), progress=False)
+        run = train_policy_module._Run(*resolve(config), progress=False)
         run.policy = load_model(tiny_folder)
         run.reward.load(None, None)
         batch = rollouts_of(verified, torch.device("cpu"))
@@ -97,7 +97,8 @@ def test_a_lost_reference_matters_only_where_it_is_read(tiny_folder, reward_fold
 
     def online(**changes):
         given = {"model": str(tiny_folder), "reward_model": str(moved), "train_data": "", "output_dir": "o"}
-        return OnlineReward(resolve(PolicyConfig(**given | changes)), tokenizer, accelerator)
+        config, method = resolve(PolicyConfig(**given | changes))
+        return OnlineReward(config, method.balance, tokenizer, accelerator)
 
     for changes in ({"td_reference": "sft"}, {"rm_update": "frozen"}, {"algorithm": "prime"}):
         with pytest.raises(IpvrmError, match="reference model .* was not found"):

@@ -63,14 +63,14 @@ def test_what_nothing_reads_is_refused(changes, reason):
     ids=str,
 )
 def test_what_is_read_is_not_and_resolving_again_changes_nothing(changes):
-    resolved = resolve(settings(**changes))
-    assert resolve(resolved) == resolved
+    resolved, method = resolve(settings(**changes))
+    assert resolve(resolved) == (resolved, method)
 
 
 def test_the_reference_is_the_behaviour_policy_except_in_prime():
-    assert resolve(settings(algorithm="prime")).td_reference == "sft"
-    assert resolve(settings(algorithm="prime", td_reference="behaviour")).td_reference == "behaviour"
+    assert resolve(settings(algorithm="prime"))[0].td_reference == "sft"
+    assert resolve(settings(algorithm="prime", td_reference="behaviour"))[0].td_reference == "behaviour"
     for algorithm in ("distrl", "grpo_prm"):
-        resolved = resolve(settings(algorithm=algorithm))
+        resolved, _ = resolve(settings(algorithm=algorithm))
         assert resolved.td_reference == "behaviour" and not reads_reference(resolved)
-    assert reads_reference(resolve(settings(rm_update="frozen")))
+    assert reads_reference(resolve(settings(rm_update="frozen"))[0])

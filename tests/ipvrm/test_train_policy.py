@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 import ipvrm.training.train_policy as train_policy_module
 from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
 from ipvrm.demo.base_model import make_model, make_tokenizer
+from ipvrm.losses.advantages import AdvantageConfig
 from ipvrm.losses.metrics import auc
+from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
 from ipvrm.models.causal_lm import load_model, response_logprobs, save_model
 from ipvrm.rollouts.engine import Sampling
@@ -30,7 +32,7 @@ from ipvrm.rollouts.verify import Verdict
 from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
 from ipvrm.training.online_reward import OnlineReward, token_and_candidate_logprobs
 from ipvrm.training.optimizer import NotFinite, data_parallel_accelerator
-from ipvrm.training.policy_config import PolicyConfig, candidate_config, loss_config, resolve
+from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss, behaviour
 from ipvrm.training.policy_rollouts import Collector, Question, Targets, Unanimous, Verified, rollouts_of
 from ipvrm.training.train_policy import train_policy
@@ -469,9 +471,9 @@ def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_pa
         progress=False,
     )
     settings = config(dlw=False, adb=False, td_reference="sft", rm_learning_rate=1.0, **common)
-    settings = resolve(settings)
+    settings, method = resolve(settings)
     accelerator = data_parallel_accelerator("test", use_cpu=True, mixed_precision="no")
-    reward = OnlineReward(settings, tokenizer, accelerator)
+    reward = OnlineReward(settings, method.balance, tokenizer, accelerator)
     reward.load(None, None)
     rollouts.candidate_ids = torch.empty(rollouts.starts[-1], 0, dtype=torch.int64)
     reference, _ = reward.reference_logprobs(rollouts)
@@ -483,7 +485,8 @@ def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_pa
     right = rollouts.outcome == 1
     assert float(finals[right].mean()) == pytest.approx(want["value_right"], rel=1e-4)
 
-    balanced = OnlineReward(resolve(replace(settings, dlw=None, adb=None)), tokenizer, accelerator)
+    settings, method = resolve(replace(settings, dlw=None, adb=None))
+    balanced = OnlineReward(settings, method.balance, tokenizer, accelerator)
     balanced.load(None, None)
     other, *_ = balanced.update(rollouts, reference, [list(range(12))], 1.0)
     assert other["loss"][0] != pytest.approx(sums["loss"][0], rel=1e-2)
@@ -535,7 +538,7 @@ def collector(written, **changes):
     accelerator = data_parallel_accelerator("test", use_cpu=True, mixed_precision="no")
     questions = [Question((i,), "x") for i in range(len(written))]
     parts = (FakeEngine(written), {9}, FakeTokenizer(), FakePool(), accelerator)
-    return Collector(questions, resolve(replace(settings, **changes)), *parts)
+    return Collector(questions, resolve(replace(settings, **changes))[0], *parts)
 
 
 def test_only_mixed_prompts_are_kept():
@@ -572,17 +575,19 @@ def test_unanimous_prompts_are_a_clear_line():
 
 def test_defaults_of_the_presets(config):
     base = PolicyConfig("m", "d", "o", reward_model="r")
-    paper, release = resolve(base), resolve(replace(base, preset="release"))
+    paper, of_paper = resolve(base)
+    release, of_release = resolve(replace(base, preset="release"))
     names = ("num_generations", "learning_rate", "rm_learning_rate", "lam", "gae_coef", "candidate_mode")
     assert [getattr(paper, n) for n in names] == [4, 3e-5, 1e-4, 0.95, 1.0, "min_prob"]
     assert [getattr(release, n) for n in names] == [16, 2e-5, 2e-6, 1.0, 0.05, "top_k"]
-    assert candidate_config(paper) == CandidateConfig()
-    assert candidate_config(release) == CandidateConfig.preset("release")
-    assert loss_config(paper) == PolicyLossConfig()
-    assert loss_config(release) == PolicyLossConfig.preset("release")
-    assert candidate_config(resolve(replace(base, alpha=0.0))) is None
-    grpo = resolve(replace(base, algorithm="grpo", reward_model=None))
-    assert grpo.alpha is None and grpo.lam is None and candidate_config(grpo) is None
+    for preset, method in (("paper", of_paper), ("release", of_release)):
+        assert method.candidates == CandidateConfig.preset(preset)
+        assert method.loss == PolicyLossConfig.preset(preset)
+        assert method.advantages == AdvantageConfig.preset(preset)
+        assert method.balance == BalanceConfig.preset(preset)
+    assert resolve(replace(base, alpha=0.0))[1].candidates is None
+    grpo, method = resolve(replace(base, algorithm="grpo", reward_model=None))
+    assert grpo.alpha is None and grpo.lam is None and method.candidates is None and method.loss.alpha == 0
 
 
 @pytest.mark.parametrize(
@@ -595,10 +600,10 @@ def test_the_resolved_config_is_a_config_file(tmp_path, changes):
     from ipvrm.cli import parse
 
     model = None if changes.get("algorithm") == "spro" else "r"
-    resolved = resolve(PolicyConfig("m", "d", "o", reward_model=model, **changes))
+    resolved, _ = resolve(PolicyConfig("m", "d", "o", reward_model=model, **changes))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(vars(resolved)))
     again = parse(PolicyConfig, ["--config", str(tmp_path / "config.yaml")], prog="ipvrm train-policy")
-    assert resolve(again) == resolved == again
+    assert resolve(again)[0] == resolved == again
 
 
 @pytest.mark.parametrize(
