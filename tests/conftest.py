@@ -28,6 +28,13 @@ def _part(nodeid):
     return "kernels" if "tests/kernels" in nodeid else "end to end and faults"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by -m
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("full"):  # `-m 'not slow'` replaces the `-m 'not full'` of pyproject.toml
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_runtest_logreport(report):
     _seconds[_part(report.nodeid)] += report.duration
 
