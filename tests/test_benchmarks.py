@@ -123,6 +123,7 @@ def test_flops_are_of_the_yardstick_and_the_least_work_of_the_others(spin):
     assert matmul.tflops == pytest.approx(1.0) and cpp.tflops == pytest.approx(0.75)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_CPP, reason="the benchmarks measure the C++ kernels here")
 def test_checks_of_the_head_hold_in_half_precision_and_catch_a_fault():
     """As a GPU runs them: eager PyTorch rounds its logits there, and is no oracle."""
@@ -501,6 +502,7 @@ def test_gate_measures_again_before_it_fails():
     assert "no committed figure" in gate.worse({"new": {"matmul": 1.0}}, committed)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_CPP, reason="the gate compares the C++ kernels")
 def test_a_seeded_slowdown_fails_the_gate(monkeypatch, tmp_path, capsys):
     name, case, others = next(gate.cases())
@@ -599,6 +601,7 @@ def python(code):
     return [sys.executable, "-c", code]
 
 
+@pytest.mark.slow
 def test_a_part_runs_stops_at_its_limit_or_says_why_not(tmp_path):
     log = tmp_path / "log"
     done = gpu_report.run_part(gpu_report.Part("a", python("print('fine')"), 1), 20, log)
@@ -730,6 +733,7 @@ def test_outcomes_of_tests_are_counted_by_backend_and_survive_a_kill():
     assert "triton-cuda, cuda-cuda" in told("tests", "", tests=gpu_report.outcomes("no tests ran"))
 
 
+@pytest.mark.slow
 def test_pytest_itself_prints_lines_that_are_counted(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import pytest\n@pytest.mark.parametrize('impl', ['triton-cuda', 'cuda-cuda'])\n"
@@ -772,6 +776,7 @@ def test_a_part_that_measured_nothing_has_failed(tmp_path):
     assert result["status"] == "failed: no row of ours was timed" and result["tail"] == ["nothing"]
 
 
+@pytest.mark.slow
 def test_a_part_stopped_at_its_limit_keeps_its_rows(tmp_path):
     content = json.dumps(dict(rows=[row("cpp", 1).as_dict()]))
     code = (
@@ -792,6 +797,7 @@ def test_the_sanitizer_sees_every_allocation(tmp_path):
     assert [part.name for part in small_part] == ["small", "sanitizer"]  # compiled before it is watched
 
 
+@pytest.mark.slow
 def test_wheels_are_installed_from_their_folder_alone(monkeypatch, tmp_path, capsys):
     assert gpu_report.wheels_part(tmp_path).missing == f"no wheels in {tmp_path}"
     (tmp_path / "FAKE-1-py3-none-any.whl").touch()
@@ -1020,6 +1026,7 @@ def test_every_kind_of_every_architecture_can_be_swept():
             assert sweep.neighbours(sweep.CONFIGS[architecture, kind], architecture, kind)
 
 
+@pytest.mark.slow
 def test_compiling_aside_ends_at_its_deadline(monkeypatch):
     code = "import json, sys, time; time.sleep(60 if json.loads(sys.argv[1])['num_stages'] == 2 else 0)"
     plain = sweep.subprocess.Popen

@@ -45,6 +45,7 @@ def _needs_a_checkout():
         pytest.skip("no checkout beside the tests")
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_install_succeeds_and_says_what_is_missing(tmp_path):
     wheel = build_wheel(tmp_path, CC="/bin/false", CXX="/bin/false", IPVRM_CUDA="0")
     names = zipfile.ZipFile(wheel).namelist()
@@ -61,6 +62,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_is_missing(tmp_pa
 BLOCK = "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
 
 
+@pytest.mark.full
 def test_wheel_without_nvcc_runs_cpp(tmp_path):
     wheel = build_wheel(tmp_path, IPVRM_CUDA="0")
     names = zipfile.ZipFile(wheel).namelist()

@@ -274,6 +274,7 @@ def test_values_far_from_zero_do_not_cancel():
     assert got.value_std.item() == pytest.approx(math.sqrt(2 / 9), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("config", [PAPER, RELEASE], ids=["paper", "release"])
 def test_compiles_whole(config, dynamic):

@@ -206,6 +206,7 @@ def test_an_interruption_says_what_the_same_command_will_do(demo, tmp_path, monk
     assert "--" not in str(caught.value) and caught.value.exit_code == 143
 
 
+@pytest.mark.slow
 def test_another_choice_repeats_only_what_depends_on_it(demo, again):
     other = (dataclasses.replace(CHOICES[0], margin=0.5), CHOICES[1])
     repeated, trained = again(choices=other)
@@ -360,6 +361,7 @@ def test_policies_train_on_the_same_prompts_and_are_measured_on_others(demo):
     assert "a gain of more than three is not shown" in report
 
 
+@pytest.mark.slow
 def test_more_seeds_train_only_what_is_not_there(demo, again):
     results, trained = again(seeds=2)
     assert trained == [f"{algorithm} 1" for algorithm in ALGORITHMS]

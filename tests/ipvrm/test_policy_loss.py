@@ -434,6 +434,7 @@ def test_force_sampled(data, K, N):
     assert torch.equal(logprobs, -got.float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("config", [PAPER, RELEASE], ids=["paper", "release"])
 def test_the_loss_compiles_whole(config, dynamic):
@@ -450,6 +451,7 @@ def test_the_loss_compiles_whole(config, dynamic):
         torch.testing.assert_close(got[0][1], got[1][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("preset", ["paper", "release"])
 def test_selection_compiles_whole(preset, dynamic):

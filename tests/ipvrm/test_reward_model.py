@@ -332,6 +332,7 @@ def test_score_command_refuses_to_go_on_otherwise(home, problems, tmp_path, monk
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 def test_on_real_rows(data_dir, tmp_path, tiny_folder):
     """The real path on 32 rows: train-rm on rollouts, then ProcessBench; near chance, every file there."""
     import pyarrow.parquet

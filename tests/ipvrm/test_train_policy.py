@@ -233,6 +233,7 @@ def test_run_folder(uninterrupted, toy):
     assert not same_bits(folder, toy / "sft") and not same_bits(folder / "reward_model", toy / "ipvrm")
 
 
+@pytest.mark.slow
 def test_it_learns(config, toy):
     """Ten steps: the held-out accuracy rises by more than three standard errors."""
     held_out = toy / "held_out.jsonl"
@@ -419,6 +420,7 @@ def test_one_candidate_that_is_the_sampled_token(sampled):
     policy.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [False, True], ids=["as is", "full logits"])
 def test_no_logits_in_an_update(sampled, toy, peak_of, fault):
     """Behaviour pass, scoring and update under a head of 32,000 tokens stay far below one (N, V) tensor."""
@@ -814,6 +816,7 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
     assert_same_run(folder, uninterrupted.output_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -857,6 +860,7 @@ KILLED_IN_A_SAVE = """
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_save(uninterrupted, toy, tmp_path):
     """kill -9 while the reward model of checkpoint 2 is half written: the end is the same bits."""
     folder = tmp_path / "run"
@@ -1130,6 +1134,7 @@ def test_lora(config, toy, tmp_path):
 # ------------------------------------------------------------------------------------------- two ranks
 
 
+@pytest.mark.slow
 def test_two_gloo_processes_give_the_update_of_one(config, toy):
     """Prompts and micro-batches are shared out; both runs end with the same two models."""
     common = {"adam_epsilon": 1.0, "learning_rate": 1.0, "rm_learning_rate": 1.0, "max_grad_norm": 0.0}

@@ -430,6 +430,7 @@ KILLED_IN_A_SAVE = """
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_save(uninterrupted, tmp_path):
     """kill -9 while checkpoint 4 is half written: `latest` is checkpoint 2, and the end is the same bits."""
     folder = tmp_path / "run"
@@ -488,6 +489,7 @@ def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_num
     assert signal.getsignal(signal_number) is handler
 
 
+@pytest.mark.slow
 def test_interrupt_on_the_command_line(uninterrupted, tmp_path):
     code = """
         import os, signal, sys
@@ -546,6 +548,7 @@ def test_the_starting_model_is_not_overwritten(config, tiny_folder):
 # ------------------------------------------------------------------------------------------- two ranks
 
 
+@pytest.mark.slow
 def test_two_gloo_processes_give_the_update_of_one(config, tmp_path):
     """The last update of the epoch has one row: one of the ranks has none."""
     rows = Path(config().train_data).read_text().splitlines(keepends=True)[:17]
@@ -587,6 +590,7 @@ def wide_folder(tmp_path_factory, tiny_folder, tokenizer):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [False, True], ids=["as is", "full logits"])
 def test_no_logits_in_a_training_run(config, wide_folder, rollouts, tokenizer, peak_of, monkeypatch, fault):
     """Reference pass, update and saving stay far below one (N_response, V) tensor; full logits do not."""

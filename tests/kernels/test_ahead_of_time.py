@@ -37,6 +37,7 @@ def nvcc():
     return found[0] if found else shutil.which("nvcc")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="triton is not installed")
 def test_triton_kernels_compile_without_spills(tmp_path, record_property):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -78,6 +79,7 @@ def test_triton_kernels_compile_without_spills(tmp_path, record_property):
             assert record["wgmma"] > 0, f"no wgmma: {record}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 @pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.name)

@@ -50,6 +50,7 @@ def policy_loss(hidden, weight, ids, cu_seqlens, reference, outcome):
     return out.loss + 0 * outcome.sum(), total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [reward_model_loss, policy_loss])
 def test_a_whole_loss_compiles(loss):
     """Two batches of different sizes, so that a graph with a dynamic N is exercised too."""
@@ -66,6 +67,7 @@ def test_a_whole_loss_compiles(loss):
             torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.slow
 def test_numbers_that_vary_and_dynamic_shapes_keep_the_graph_whole():
     """A temperature schedule and `dynamic=True` make numbers symbolic; validation must take them."""
     hidden, ids, cu_seqlens = batch((5, 1, 9))

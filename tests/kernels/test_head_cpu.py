@@ -105,6 +105,7 @@ def test_scratch_memory_is_flat_in_rows(name, dtype, peak_bytes):
     assert scratch[1] - scratch[0] <= 200 * 1500  # at most 200 bytes a row: ids, log-probs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D", [64, 256])
 def test_a_fused_loss_holds_dweight_once(D, peak_bytes):
     """Forward and backward peak at most 64 MiB above .grad and one (N, D), flat in N; the backward allocates

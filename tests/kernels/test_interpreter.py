@@ -11,13 +11,14 @@ import pytest
 from ipvrm_kernels import backend
 
 HERE = Path(__file__).parent
-BUDGET = 180  # seconds, of the suite's twelve minutes; twice that fails
+BUDGET = 180  # seconds on two idle cores; five times that fails, since processors differ by two to three
 LEAST_PASSED = 700  # of 745 in November 2026: what is skipped or deselected by mistake is missed
 ALONE = "test_wrong_tile.py"  # found by `-k wrong_tile`, which must not run all the others
 MODULES = sorted(
     path.name for path in HERE.glob("test_*.py") if "\nOP = " in path.read_text() and path.name != ALONE
 )
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(backend.INTERPRETED, reason="this process is the interpreter's"),
     pytest.mark.skipif(not backend.HAS_TRITON, reason="triton is not installed"),
 ]
@@ -31,7 +32,7 @@ def passed(modules):
     ]  # fmt: skip
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
     result = subprocess.run(
-        command, capture_output=True, text=True, env=env, cwd=HERE.parents[1], check=False, timeout=2 * BUDGET
+        command, capture_output=True, text=True, env=env, cwd=HERE.parents[1], check=False, timeout=5 * BUDGET
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     return re.findall(r"^PASSED \S*?(test_\w+\.py)::", result.stdout, re.MULTILINE)

@@ -190,6 +190,7 @@ def test_opcheck(impl, device):
         torch.library.opcheck(torch.ops.ipvrm.linear_distrl_loss, flat)
 
 
+@pytest.mark.slow
 def test_compile(impl, device):
     inputs, variables = trained(device)
     bias = torch.randn(5, device=device, requires_grad=True)

@@ -116,6 +116,7 @@ def test_opcheck(impl, device):
     assert IMPLS["cpp"].saved(hidden, weight, ids, torch.float32, TRAINED, keeping, True)[1] == (66,)
 
 
+@pytest.mark.slow
 def test_compile(impl, device):
     variables = [torch.randn(shape, device=device, requires_grad=True) for shape in ((6, 5), (11, 5), (11,))]
     ids = torch.randint(-1, 11, (6,), device=device)

@@ -1,5 +1,6 @@
 """A head split over two processes (gloo): every rank's values and gradients equal the whole head's."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -51,6 +52,7 @@ def worker(rank, rendezvous, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_the_whole_head(tmp_path):
     mp.spawn(worker, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=WORLD)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
