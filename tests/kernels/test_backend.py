@@ -32,11 +32,12 @@ def test_import_needs_neither_transformers_nor_ipvrm():
 
 
 def test_import_is_quick():
+    """In CPU time, which other processes lengthen less, and with bytecode, as an installed package has it."""
     code = (
-        "import time, torch, triton, triton.language; start = time.perf_counter(); import ipvrm_kernels;"
-        "print(time.perf_counter() - start)"
+        "import time, torch, triton, triton.language; start = time.process_time(); import ipvrm_kernels;"
+        "print(time.process_time() - start)"
     )
-    seconds = min(float(python(code)) for _ in range(3))
+    seconds = min(float(python(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(3))
     assert seconds < 0.3, f"import ipvrm_kernels took {seconds:.2f} s beyond torch and triton"
 
 
