@@ -24,6 +24,7 @@ checks() {
     tests/ipvrm/test_steps.py tests/ipvrm/test_objectives.py
   python -c 'import ipvrm_kernels; print(ipvrm_kernels.__file__); print(ipvrm_kernels.backends())'
   part "ruff" 30 bash -c 'ruff check . && ruff format --check .'
+  part "clang-format" 10 bash -c 'clang-format --dry-run --Werror csrc/*'
   part "mypy" 90 mypy
   part "editable install" 90 pip install -q -c .ci/constraints.txt -e '.[test]'
   part "the regression gate" 60 python -m benchmarks.gate

@@ -46,7 +46,7 @@ struct Struct : py::class_<Held<S>> {
   }
 
   template <typename F>
-  Struct& field(const char* name, F S::*member) {
+  Struct& field(const char* name, F S::* member) {
     if constexpr (std::is_pointer_v<F>) {
       this->def_property(
           name, [=](const Held<S>& s) { return reinterpret_cast<Address>(s.*member); },
@@ -85,8 +85,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("amd_family") = amd_family();
 
   m.def(
-      "edges_rise_cpu",
-      [](Address cu, int64_t B, int64_t N, int) { return ipvrm::edges_rise_cpu(edges(cu), B, N); }, no_gil);
+      "edges_rise_cpu", [](Address cu, int64_t B, int64_t N, int) { return ipvrm::edges_rise_cpu(edges(cu), B, N); },
+      no_gil);
   // The CPU kernels have no use for N: their edges are checked.
   m.def(
       "segment_scan_cpu",
@@ -96,7 +96,8 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "prefix_values_fwd_cpu",
-      [](Address l, Address cu, Address value, Address mean, Address prob, Address td, int64_t B, int64_t, float beta, int threads) {
+      [](Address l, Address cu, Address value, Address mean, Address prob, Address td, int64_t B, int64_t, float beta,
+         int threads) {
         ipvrm::prefix_values_fwd_cpu(in(l), edges(cu), out(value), out(mean), out(prob), out(td), B, beta, threads);
       },
       no_gil);
@@ -108,9 +109,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "prefix_values_bwd_cpu",
       [](const Held<ipvrm::PrefixValueGradients>& upstream, Address prob, Address cu, Address dl, int64_t B, int64_t,
-         float beta, int threads) {
-        ipvrm::prefix_values_bwd_cpu(upstream, in(prob), edges(cu), out(dl), B, beta, threads);
-      },
+         float beta,
+         int threads) { ipvrm::prefix_values_bwd_cpu(upstream, in(prob), edges(cu), out(dl), B, beta, threads); },
       no_gil);
   Struct<ipvrm::LossTerms>(m, "LossTerms")
       .field("outcome", &ipvrm::LossTerms::outcome)
@@ -158,16 +158,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "head_forward_tile_cpu",
       [](Address tile, int64_t cols, int64_t col0, Address bias, const Held<ipvrm::LogitTransform>& transform,
-         const Held<ipvrm::RowBlock>& block, int threads) {
-        ipvrm::head_forward_tile_cpu(out(tile), cols, col0, in(bias), transform, block, threads);
-      },
+         const Held<ipvrm::RowBlock>& block,
+         int threads) { ipvrm::head_forward_tile_cpu(out(tile), cols, col0, in(bias), transform, block, threads); },
       no_gil);
   m.def(
       "head_finish_cpu",
       [](const Held<ipvrm::RowBlock>& block, int64_t V, Address lse, Address lse_low, Address entropy, Address logprobs,
-         int threads) {
-        ipvrm::head_finish_cpu(block, V, out(lse), out(lse_low), out(entropy), out(logprobs), threads);
-      },
+         int threads) { ipvrm::head_finish_cpu(block, V, out(lse), out(lse_low), out(entropy), out(logprobs), threads); },
       no_gil);
   m.def(
       "head_candidates_cpu",
@@ -283,8 +280,8 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "prefix_value_loss_fwd_cuda",
-      [=](Address l, Address cu, const Held<ipvrm::LossTerms>& terms, Address loss, Address counted, Address slope, int64_t B,
-          int64_t N, float beta, Address stream) {
+      [=](Address l, Address cu, const Held<ipvrm::LossTerms>& terms, Address loss, Address counted, Address slope,
+          int64_t B, int64_t N, float beta, Address stream) {
         ipvrm::prefix_value_loss_fwd_cuda(in(l), edges(cu), terms, out(loss), out(counted), out(slope), B, N, beta,
                                           stream_of(stream));
       },

@@ -160,10 +160,13 @@ void prune(const CandidateBuffers& c, int64_t row) {
 }
 
 // log of the sum of exp z so far
-double log_sum(const RowState& state, int64_t row) { return static_cast<double>(state.top[row]) + std::log(state.sumexp[row]); }
+double log_sum(const RowState& state, int64_t row) {
+  return static_cast<double>(state.top[row]) + std::log(state.sumexp[row]);
+}
 
 // Appends the tile's tokens above the threshold; a full buffer is pruned on the way (slots < capacity, so that frees room).
-void emit(const CandidateBuffers& c, const RowState& state, int64_t row, const float* z, int64_t cols, int64_t col0, float top) {
+void emit(const CandidateBuffers& c, const RowState& state, int64_t row, const float* z, int64_t cols, int64_t col0,
+          float top) {
   if (c.log_min_prob != -kInf) {  // any log-sum-exp so far is a lower bound; the slack covers its rounding
     const float bound = static_cast<float>(log_sum(state, row) + c.log_min_prob);
     c.threshold[row] = bound - 1e-4f - 2.4e-7f * std::fabs(bound);
@@ -286,8 +289,9 @@ void head_upstream_cpu(const float* dlogprobs, const float* dlse, const float* d
   });
 }
 
-void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t cols, int64_t col0, int64_t row0, bool kept,
-                            const float* bias, LogitTransform transform, const RowGradients& g, int num_threads) {
+void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t cols, int64_t col0, int64_t row0,
+                            bool kept, const float* bias, LogitTransform transform, const RowGradients& g,
+                            int num_threads) {
   for_each_row(rows, cols, num_threads, [&](int64_t row) {
     const int64_t n = g.active ? g.active[row0 + row] : row0 + row;
     const float* z = tile + (kept ? n : row) * cols;
@@ -309,7 +313,8 @@ void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t
     const double total = g.total[n];
     const float dentropy = g.dentropy ? g.dentropy[n] : 0.0f, entropy = g.dentropy ? g.entropy[n] : 0.0f;
     slope_row(z, dz, cols, transform, lse, lse_low, static_cast<float>(total), dentropy, entropy);
-    for (int64_t k = 0; k < K; ++k) {  // the dense part nearly cancels the sparse one where p is near 1: both in fp64, rounded once
+    for (int64_t k = 0; k < K;
+         ++k) {  // the dense part nearly cancels the sparse one where p is near 1: both in fp64, rounded once
       const uint64_t j = static_cast<uint64_t>(ids[k] - col0);
       if (j >= static_cast<uint64_t>(cols) || std::find(ids, ids + k, ids[k]) != ids + k) continue;
       double sum = 0.0;

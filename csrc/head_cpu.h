@@ -32,9 +32,9 @@ struct RowBlock {
   int64_t rows;
   int64_t K;
   int64_t D;
-  const int64_t* ids;           // (rows, K)
-  float* id_z;                  // (rows, K) z of the ids met so far
-  float* expectation;           // (rows, D), null if unwanted
+  const int64_t* ids;  // (rows, K)
+  float* id_z;         // (rows, K) z of the ids met so far
+  float* expectation;  // (rows, D), null if unwanted
   RowState state;
   CandidateBuffers candidates;  // count null if unwanted
 };
@@ -71,8 +71,9 @@ struct RowGradients {
 
 // out (rows, cols) = dz/d(h.w + b) dL/dz of the active rows row0 .. row0 + rows. The tile holds h.w of these rows, and `out`
 // may be `tile`; or, if `kept`, z of all rows of the batch.
-void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t cols, int64_t col0, int64_t row0, bool kept,
-                            const float* bias, LogitTransform transform, const RowGradients& gradients, int num_threads);
+void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t cols, int64_t col0, int64_t row0,
+                            bool kept, const float* bias, LogitTransform transform, const RowGradients& gradients,
+                            int num_threads);
 
 // out (cols, rows) = in (rows, cols) transposed.
 void transpose_cpu(const float* in, int64_t rows, int64_t cols, float* out, int num_threads);

@@ -15,8 +15,8 @@ inline cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(s
 inline unsigned grid(const char* op, int64_t count, int64_t items = 1) {
   const int64_t blocks = count / items + (count % items != 0);
   if (blocks > 0x7fffffff)
-    throw std::runtime_error(std::string(op) + ": a launch must have at most 2147483647 blocks, got " + std::to_string(blocks) +
-                             "; pass fewer at a time");
+    throw std::runtime_error(std::string(op) + ": a launch must have at most 2147483647 blocks, got " +
+                             std::to_string(blocks) + "; pass fewer at a time");
   return static_cast<unsigned>(blocks);
 }
 

@@ -99,8 +99,8 @@ void objective_block(const PolicyRows& rows, int64_t first, int64_t last, const 
                      float* dlogprobs, double* sums) {
   Elements tokens, candidates;
   const float scales[2] = {1.0f, alpha};
-  const auto add = [&](Elements& e, bool is_candidate, float logprob, const float* old_logprob,
-                       const float* advantage, float factor, float* target) {
+  const auto add = [&](Elements& e, bool is_candidate, float logprob, const float* old_logprob, const float* advantage,
+                       float factor, float* target) {
     *target = 0.0f;
     if (*old_logprob == -std::numeric_limits<float>::infinity()) return;
     e.logprob[e.count] = logprob;
@@ -118,13 +118,12 @@ void objective_block(const PolicyRows& rows, int64_t first, int64_t last, const 
     const int32_t length = cu[b + 1] - cu[b];
     const float* logprobs = rows.logprobs + n * (rows.K + 1);
     float* targets = dlogprobs + n * (rows.K + 1);
-    add(tokens, false, logprobs[0], rows.old_logprobs + n, rows.advantages + n,
-        branches[0].factor(length), targets);
+    add(tokens, false, logprobs[0], rows.old_logprobs + n, rows.advantages + n, branches[0].factor(length), targets);
     const float factor = branches[1].factor(length);
     for (int64_t k = 0; k < rows.K; ++k) {
       const int64_t i = n * rows.K + k;
-      add(candidates, true, logprobs[k + 1], rows.old_candidate_logprobs + i,
-          rows.candidate_advantages + i, factor, targets + k + 1);
+      add(candidates, true, logprobs[k + 1], rows.old_candidate_logprobs + i, rows.candidate_advantages + i, factor,
+          targets + k + 1);
     }
   }
   flush(tokens, false, scales[0], branches[0].clips, sums);

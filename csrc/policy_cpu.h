@@ -16,11 +16,11 @@ void clipped_surrogate_bwd_cpu(const float* dloss, const float* slope, float* dl
 // n rows of a batch, from its row `row0` on: K candidates each, in cu_seqlens (B+1,) of the whole batch. An id below 0 and
 // an old log-prob of -inf mark an unused element, whose other inputs are not read.
 struct PolicyRows {
-  const float* logprobs;      // (n, 1 + K), the sampled token first
-  const float* old_logprobs;  // (n,)
+  const float* logprobs;                // (n, 1 + K), the sampled token first
+  const float* old_logprobs;            // (n,)
   const float* old_candidate_logprobs;  // (n, K)
-  const float* advantages;  // (n,)
-  const float* candidate_advantages;  // (n, K)
+  const float* advantages;              // (n,)
+  const float* candidate_advantages;    // (n, K)
   const int32_t* cu_seqlens;
   int64_t B;
   int64_t row0;

@@ -12,10 +12,10 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads)
-clipped_surrogate_fwd_kernel(const float* __restrict__ logprobs, const float* __restrict__ old_logprobs,
-                             const float* __restrict__ advantages, int64_t count, Clips clips, float* __restrict__ loss,
-                             uint8_t* __restrict__ clipped, uint8_t* __restrict__ dual_clipped,
-                             float* __restrict__ slope) {
+    clipped_surrogate_fwd_kernel(const float* __restrict__ logprobs, const float* __restrict__ old_logprobs,
+                                 const float* __restrict__ advantages, int64_t count, Clips clips, float* __restrict__ loss,
+                                 uint8_t* __restrict__ clipped, uint8_t* __restrict__ dual_clipped,
+                                 float* __restrict__ slope) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
   const Surrogate s = clipped_surrogate(logprobs[i], old_logprobs[i], advantages[i], clips);
@@ -26,8 +26,8 @@ clipped_surrogate_fwd_kernel(const float* __restrict__ logprobs, const float* __
 }
 
 __global__ void __launch_bounds__(kThreads)
-clipped_surrogate_bwd_kernel(const float* __restrict__ dloss, const float* __restrict__ slope,
-                             float* __restrict__ dlogprobs, int64_t count) {
+    clipped_surrogate_bwd_kernel(const float* __restrict__ dloss, const float* __restrict__ slope,
+                                 float* __restrict__ dlogprobs, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < count) dlogprobs[i] = clipped_surrogate_slope(dloss[i], slope[i]);
 }
@@ -39,8 +39,8 @@ void clipped_surrogate_fwd_cuda(const float* logprobs, const float* old_logprobs
                                 void* stream) {
   if (count == 0) return;
   const unsigned blocks = grid("clipped_surrogate", count, kThreads);
-  clipped_surrogate_fwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(
-      logprobs, old_logprobs, advantages, count, clips, loss, clipped, dual_clipped, slope);
+  clipped_surrogate_fwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(logprobs, old_logprobs, advantages, count, clips,
+                                                                           loss, clipped, dual_clipped, slope);
   check_launch("clipped_surrogate");
 }
 

@@ -120,8 +120,9 @@ IPVRM_SIMD void prefix_slopes_block(const float* __restrict dvalue, const float*
 
 // One stretch of margin_loss_block: `lanes` tokens in whole vectors from position t0 on, of which those up to `last` count.
 template <bool kWeighted, bool kPartial>
-inline float margin_loss_stretch(const float* __restrict value, const float* __restrict inverse, float* __restrict out, int t0,
-                                 int lanes, float last, float margin, float constant, float linear, PrefixWeights weights) {
+inline float margin_loss_stretch(const float* __restrict value, const float* __restrict inverse, float* __restrict out,
+                                 int t0, int lanes, float last, float margin, float constant, float linear,
+                                 PrefixWeights weights) {
   float part = 0.0f;
 #pragma omp simd reduction(+ : part)
   for (int i = 0; i < lanes; ++i) {
@@ -153,8 +154,8 @@ inline double margin_loss_stretches(const float* values, const float* inverse_t,
     float* out = slope + first;
     total += margin_loss_stretch<kWeighted, false>(value, inverse, out, t0, full, last, margin, constant, linear, weights);
     if (full < n) {
-      total += margin_loss_stretch<kWeighted, true>(value + full, inverse + full, out + full, t0 + full, kLanes, last, margin,
-                                                    constant, linear, weights);
+      total += margin_loss_stretch<kWeighted, true>(value + full, inverse + full, out + full, t0 + full, kLanes, last,
+                                                    margin, constant, linear, weights);
     }
   }
   return total;

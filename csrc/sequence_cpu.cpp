@@ -368,8 +368,8 @@ struct LossForward {
       }
     }
     for (RunBuffer* buffer : {&margins, &scales, &omegas}) clear_tail(run, buffer->tokens());
-    margin_loss_run(values.tokens(), inverse.tokens(), margins.tokens(), scales.tokens(), omegas.tokens(),
-                    slopes.tokens(), run.count());
+    margin_loss_run(values.tokens(), inverse.tokens(), margins.tokens(), scales.tokens(), omegas.tokens(), slopes.tokens(),
+                    run.count());
     if (gradient) {
       std::fill(slopes.room, slopes.tokens(), 0.0f);
       reverse_scan_run(run, slopes.tokens(), values.tokens(), beta);
@@ -418,8 +418,8 @@ void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64
   for (int64_t b = 0; b < num_sequences; ++b) scan(cu_seqlens[b], cu_seqlens[b + 1]);
 }
 
-void prefix_values_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value,
-                           float* prob, float* td, int64_t num_sequences, float beta, int num_threads) {
+void prefix_values_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value, float* prob,
+                           float* td, int64_t num_sequences, float beta, int num_threads) {
   for_each_sequence(cu_seqlens, num_sequences, num_threads,
                     PrefixValuesForward{log_ratio, value, mean_value, prob, td, beta});
 }

@@ -24,8 +24,8 @@ struct LossTerms {
 void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, double decay,
                       bool reverse, int num_threads);
 
-void prefix_values_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value,
-                           float* prob, float* td, int64_t num_sequences, float beta, int num_threads);
+void prefix_values_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value, float* prob,
+                           float* td, int64_t num_sequences, float beta, int num_threads);
 
 // Upstream gradients of the four outputs, (N,) each; null where nobody used one.
 struct PrefixValueGradients {

@@ -42,12 +42,12 @@ __device__ __forceinline__ float int_power(double base, int exponent) {
 // Powers of the decay are constants of the launch, so only sums travel through shuffles.
 struct TileScan {
   float decay;
-  float lane_power;              // decay^(kItems * lane)
-  float thread_power;            // decay^(kItems * threadIdx.x)
-  float step_powers[6];          // decay^(kItems * 2^k); the last, 32 lanes, is a warp's
-  float tile_power;              // decay^kTile
-  float carry = 0.0f;            // y at the end of the previous tile
-  float* warp_sums;              // (kWarps,) shared
+  float lane_power;      // decay^(kItems * lane)
+  float thread_power;    // decay^(kItems * threadIdx.x)
+  float step_powers[6];  // decay^(kItems * 2^k); the last, 32 lanes, is a warp's
+  float tile_power;      // decay^kTile
+  float carry = 0.0f;    // y at the end of the previous tile
+  float* warp_sums;      // (kWarps,) shared
 
   __device__ TileScan(double decay_, float* shared) : decay(static_cast<float>(decay_)), warp_sums(shared) {
     lane_power = int_power(decay_, kItems * (threadIdx.x % 32));
@@ -90,8 +90,8 @@ struct TileScan {
 };
 
 __global__ void __launch_bounds__(kThreads)
-segment_scan_kernel(const float* __restrict__ x, const int32_t* __restrict__ cu_seqlens, float* __restrict__ y,
-                    int64_t num_rows, double decay, bool reverse) {
+    segment_scan_kernel(const float* __restrict__ x, const int32_t* __restrict__ cu_seqlens, float* __restrict__ y,
+                        int64_t num_rows, double decay, bool reverse) {
   __shared__ float warp_sums[kWarps];
   const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   TileScan scan(decay, warp_sums);
@@ -113,9 +113,9 @@ segment_scan_kernel(const float* __restrict__ x, const int32_t* __restrict__ cu_
 }
 
 __global__ void __launch_bounds__(kThreads)
-prefix_values_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens,
-                         float* __restrict__ value, float* __restrict__ mean_value, float* __restrict__ prob,
-                         float* __restrict__ td, int64_t num_rows, float beta) {
+    prefix_values_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens,
+                             float* __restrict__ value, float* __restrict__ mean_value, float* __restrict__ prob,
+                             float* __restrict__ td, int64_t num_rows, float beta) {
   __shared__ float warp_sums[kWarps];
   const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   TileScan scan(1.0, warp_sums);
@@ -140,9 +140,10 @@ prefix_values_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __r
 }
 
 __global__ void __launch_bounds__(kThreads)
-prefix_values_bwd_kernel(const float* __restrict__ dvalue, const float* __restrict__ dmean_value,
-                         const float* __restrict__ dprob, const float* __restrict__ dtd, const float* __restrict__ prob,
-                         const int32_t* __restrict__ cu_seqlens, float* __restrict__ dlog_ratio, int64_t num_rows, float beta) {
+    prefix_values_bwd_kernel(const float* __restrict__ dvalue, const float* __restrict__ dmean_value,
+                             const float* __restrict__ dprob, const float* __restrict__ dtd, const float* __restrict__ prob,
+                             const int32_t* __restrict__ cu_seqlens, float* __restrict__ dlog_ratio, int64_t num_rows,
+                             float beta) {
   __shared__ float warp_sums[kWarps];
   const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   TileScan scan(1.0, warp_sums);
@@ -167,9 +168,9 @@ prefix_values_bwd_kernel(const float* __restrict__ dvalue, const float* __restri
 }
 
 __global__ void __launch_bounds__(kThreads)
-prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens, LossTerms terms,
-                             float* __restrict__ losses, float* __restrict__ counted, float* __restrict__ slope,
-                             int64_t num_rows, float beta) {
+    prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens,
+                                 LossTerms terms, float* __restrict__ losses, float* __restrict__ counted,
+                                 float* __restrict__ slope, int64_t num_rows, float beta) {
   __shared__ float warp_sums[kWarps];
   const int b = blockIdx.x;
   const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
@@ -219,8 +220,9 @@ prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t*
 }
 
 __global__ void __launch_bounds__(kThreads)
-prefix_value_loss_bwd_kernel(const float* __restrict__ slope, const int32_t* __restrict__ cu_seqlens,
-                             const float* __restrict__ scale, float* __restrict__ dlog_ratio, int64_t num_rows, float beta) {
+    prefix_value_loss_bwd_kernel(const float* __restrict__ slope, const int32_t* __restrict__ cu_seqlens,
+                                 const float* __restrict__ scale, float* __restrict__ dlog_ratio, int64_t num_rows,
+                                 float beta) {
   __shared__ float warp_sums[kWarps];
   const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
   const float factor = beta * *scale;
@@ -244,20 +246,20 @@ prefix_value_loss_bwd_kernel(const float* __restrict__ slope, const int32_t* __r
 
 }  // namespace
 
-void segment_scan_cuda(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, int64_t num_rows, double decay,
-                       bool reverse, void* stream) {
+void segment_scan_cuda(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, int64_t num_rows,
+                       double decay, bool reverse, void* stream) {
   if (num_sequences == 0) return;
   const unsigned blocks = grid("segment_scan", num_sequences);
   segment_scan_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(x, cu_seqlens, y, num_rows, decay, reverse);
   check_launch("segment_scan");
 }
 
-void prefix_values_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value,
-                            float* prob, float* td, int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
+void prefix_values_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value, float* prob,
+                            float* td, int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
   const unsigned blocks = grid("prefix_values", num_sequences);
-  prefix_values_fwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(
-      log_ratio, cu_seqlens, value, mean_value, prob, td, num_rows, beta);
+  prefix_values_fwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(log_ratio, cu_seqlens, value, mean_value, prob, td,
+                                                                       num_rows, beta);
   check_launch("prefix_values");
 }
 
@@ -275,8 +277,8 @@ void prefix_value_loss_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlen
                                 void* stream) {
   if (num_sequences == 0) return;
   const unsigned blocks = grid("prefix_value_loss", num_sequences);
-  prefix_value_loss_fwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(
-      log_ratio, cu_seqlens, terms, losses, counted, slope, num_rows, beta);
+  prefix_value_loss_fwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(log_ratio, cu_seqlens, terms, losses, counted,
+                                                                           slope, num_rows, beta);
   check_launch("prefix_value_loss");
 }
 
@@ -284,8 +286,8 @@ void prefix_value_loss_bwd_cuda(const float* slope, const int32_t* cu_seqlens, c
                                 int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
   const unsigned blocks = grid("prefix_value_loss backward", num_sequences);
-  prefix_value_loss_bwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(
-      slope, cu_seqlens, scale, dlog_ratio, num_rows, beta);
+  prefix_value_loss_bwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(slope, cu_seqlens, scale, dlog_ratio, num_rows,
+                                                                           beta);
   check_launch("prefix_value_loss backward");
 }
 

@@ -8,10 +8,10 @@
 
 namespace ipvrm {
 
-void segment_scan_cuda(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, int64_t num_rows, double decay,
-                       bool reverse, void* stream);
-void prefix_values_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value,
-                            float* prob, float* td, int64_t num_sequences, int64_t num_rows, float beta, void* stream);
+void segment_scan_cuda(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, int64_t num_rows,
+                       double decay, bool reverse, void* stream);
+void prefix_values_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value, float* prob,
+                            float* td, int64_t num_sequences, int64_t num_rows, float beta, void* stream);
 void prefix_values_bwd_cuda(const PrefixValueGradients& upstream, const float* prob, const int32_t* cu_seqlens,
                             float* dlog_ratio, int64_t num_sequences, int64_t num_rows, float beta, void* stream);
 // losses (B,) and counted (B,), unless null: what prefix_value_loss_fwd_cpu sums, here left to one reduction of the

@@ -32,7 +32,7 @@ IPVRM_HD float exp_in_range(float x) {
   const int32_t n = static_cast<int32_t>(x * 1.44269504f - 0.5f);  // truncation rounds to nearest for x <= 0
   const float nf = static_cast<float>(n);
   const float r = (x - nf * 0.693359375f) + nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
-  const int32_t bits = (n + 127) << 23;  // n = -127 gives a scale of 0
+  const int32_t bits = (n + 127) << 23;                           // n = -127 gives a scale of 0
   float scale;
   memcpy(&scale, &bits, sizeof scale);
   return exp_reduced(r) * scale;
