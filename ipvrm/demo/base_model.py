@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ipvrm.demo.arithmetic import MAX_STEPS, MIN_STEPS, Problem, make_problem, noisy_solution
+from ipvrm.rollouts.answers import response_text
+from ipvrm.rollouts.engine import cut
 
 CHARACTERS = "0123456789+-=; "
 SPECIAL = {
@@ -222,8 +224,8 @@ def sample(
                 eos_token_id=end,
             )
         for row, ids in enumerate(output[:, prompts.shape[1] :].tolist()):  # (P * n, new)
-            text = tokenizer.decode(ids[: ids.index(end)]) if end in ids else None
-            responses[indices[row // per_problem]].append(text)
+            text, ended = response_text(cut(ids, {end}), {end}, tokenizer)
+            responses[indices[row // per_problem]].append(text if ended else None)
         on_batch(len(output))
     return responses
 

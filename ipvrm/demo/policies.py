@@ -23,19 +23,23 @@ import torch
 from numpy.typing import NDArray
 
 from ipvrm.data.chat import encode_prompt
-from ipvrm.demo.arithmetic import Problem, make_problems, right_answer
+from ipvrm.data.rows import Prompt
+from ipvrm.demo.arithmetic import Problem, make_problems
 from ipvrm.demo.base_model import MAX_NEW_TOKENS
 from ipvrm.demo.rollouts import problems_of_parts
 from ipvrm.demo.settings import PolicySettings, Sizes
 from ipvrm.evaluate.thresholds import percentile_interval
 from ipvrm.models.causal_lm import load_model, load_tokenizer
-from ipvrm.rollouts.engine import Sampling, TransformersEngine, response_seed, stop_ids
+from ipvrm.rollouts.answers import Question, judge, sample
+from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
+from ipvrm.rollouts.verify import load_verifier
 from ipvrm.run_folder import read_json, write_json, write_table
 from ipvrm.training.checkpoint import checkpoints
 from ipvrm.training.policy_config import PolicyConfig
 from ipvrm.training.train_policy import train_policy
 
 OUTCOMES = "held_out.json"
+VERIFIER = "ipvrm.demo.arithmetic:right_answer"
 PARTS = ("rollout", "verify", "behaviour", "reward", "update")
 
 
@@ -67,16 +71,19 @@ def outcomes(model_folder: Path, problems: Sequence[Problem]) -> list[int]:
     """Whether a model's one response to each problem is right (1) or not (0); without an end it is not."""
     model, tokenizer = load_model(model_folder, torch.float32), load_tokenizer(model_folder)
     stops = stop_ids(model, tokenizer)
-    responses = TransformersEngine(model, stops, batch_size=512)(
-        [encode_prompt(p.text, tokenizer) for p in problems],
-        Sampling(MAX_NEW_TOKENS),
-        [response_seed(0, number, 0) for number in range(len(problems))],
+    prompts = [Prompt(row, p.text, str(p.answer)) for row, p in enumerate(problems, 1)]
+    questions = [Question(prompt, tuple(encode_prompt(prompt, tokenizer))) for prompt in prompts]
+    jobs = [(question, number, 0) for number, question in enumerate(questions)]
+    engine = TransformersEngine(model, stops, batch_size=512)
+    responses = sample(engine, jobs, Sampling(MAX_NEW_TOKENS), seed=0)
+    verify = load_verifier(VERIFIER)
+    verdicts = judge(
+        list(zip(responses, questions, strict=True)),
+        stops,
+        tokenizer,
+        lambda pairs: [verify(text, answer) for text, answer in pairs],
     )
-    found = []
-    for problem, ids in zip(problems, responses, strict=True):
-        ended = ids[-1] in stops
-        found.append(int(ended and right_answer(tokenizer.decode(ids[:-1]), str(problem.answer)) is True))
-    return found
+    return [int(verdict is not None and verdict.label == 1) for verdict in verdicts]
 
 
 def policy_config(
@@ -100,7 +107,7 @@ def policy_config(
         learning_rate=settings.learning_rate,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=512,
-        verifier="ipvrm.demo.arithmetic:right_answer",
+        verifier=VERIFIER,
         verifier_workers=1,
         save_steps=max(1, settings.steps // settings.points),
         save_total_limit=settings.steps,

@@ -10,10 +10,10 @@ import torch
 
 from ipvrm.data.batches import collate, length_sorted_microbatches
 from ipvrm.data.responses import Response
-from ipvrm.data.rows import Prompt
 from ipvrm.losses.policy_loss import CandidateConfig
 from ipvrm.models.reward_model import RewardModel
-from ipvrm.rollouts.engine import Engine, Sampling, response_seed
+from ipvrm.rollouts.answers import Question, judge, sample
+from ipvrm.rollouts.engine import Engine, Sampling
 from ipvrm.rollouts.verify import Verdict, VerifierPool
 from ipvrm.training.policy_model import behaviour
 
@@ -34,14 +34,6 @@ class BranchOptions:
     per_device_eval_batch_size: int
     batch_tokens: int
     seed: int
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt as tokens; its answer is not None."""
-
-    prompt: Prompt
-    ids: tuple[int, ...]
 
 
 @dataclass
@@ -120,28 +112,19 @@ class Brancher:
     def _answers(self, questions: Sequence[Question]) -> tuple[list[Answer], dict[int, Counter[str]]]:
         """The answers that ended and have a verdict; and by row what became of all."""
         options = self.options
-        jobs = [(q, i) for q in questions for i in range(options.num_responses)]
-        generated = self.engine(
-            [q.ids for q, _ in jobs],
-            Sampling(options.max_new_tokens, options.temperature),
-            [response_seed(options.seed, q.prompt.row, i) for q, i in jobs],
-        )
-        ended = [(job, ids) for job, ids in zip(jobs, generated, strict=True) if ids[-1] in self.stops]
-        verdicts = self.pool.judge([(self._text(ids), job[0].prompt.answer or "") for job, ids in ended])
-        outcomes: dict[int, Counter[str]] = {q.prompt.row: Counter() for q in questions}
-        for question in questions:
-            outcomes[question.prompt.row]["truncated"] = options.num_responses
+        jobs = [(q, q.prompt.row, i) for q in questions for i in range(options.num_responses)]
+        sampling = Sampling(options.max_new_tokens, options.temperature)
+        generated = sample(self.engine, jobs, sampling, options.seed)
+        responses = [(ids, q) for ids, (q, *_) in zip(generated, jobs, strict=True)]
+        verdicts = judge(responses, self.stops, self.tokenizer, self.pool.judge)
+        outcomes = {q.prompt.row: Counter(truncated=0) for q in questions}
         answers = []
-        for ((question, i), ids), verdict in zip(ended, verdicts, strict=True):
-            outcomes[question.prompt.row].update({verdict.outcome: 1, "truncated": -1})
-            if verdict.label is not None:
+        for (question, row, i), ids, verdict in zip(jobs, generated, verdicts, strict=True):
+            outcomes[row][_became(verdict)] += 1
+            if verdict is not None and verdict.label is not None:
                 response = Response((*question.ids, *ids), len(question.ids), verdict.label)
                 answers.append(Answer(question, i, response, verdict))
         return answers, outcomes
-
-    def _text(self, ids: Sequence[int]) -> str:
-        """The text of a response that ends with a stop token."""
-        return str(self.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False))
 
     def _values(self, answers: list[Answer]) -> None:
         log_ratios = self.reward_model.token_log_ratios(
@@ -193,13 +176,12 @@ class Brancher:
         """Fills `outcomes`: `completions` of each. A branch that is at its end has but one ending, counted
         as many times."""
         options = self.options
-        texts: list[tuple[Branch, str, int]] = []
+        ends: list[tuple[Branch, Sequence[int], int]] = []  # whole responses, and how often each counts
         jobs: list[tuple[Branch, int]] = []
         prompt_length = {row: len(q.ids) for row, q in questions.items()}
         for branch in branches:
             if branch.token in self.stops:
-                response = branch.ids[prompt_length[branch.key[0]] :]
-                texts.append((branch, self._text(response), options.completions))
+                ends.append((branch, branch.ids[prompt_length[branch.key[0]] :], options.completions))
             else:
                 jobs += [(branch, i) for i in range(options.completions)]
         for indices in length_sorted_microbatches(
@@ -213,14 +195,12 @@ class Brancher:
                 sampling = Sampling(max(room), options.temperature)
                 generated = self.engine([b.ids for b, _ in batch], sampling, seeds)
             for (branch, _), ids, left in zip(batch, generated, room, strict=True):
-                if ids and len(ids) <= left and ids[-1] in self.stops:
-                    response = (*branch.ids[prompt_length[branch.key[0]] :], *ids)
-                    texts.append((branch, self._text(response), 1))
-                else:
-                    branch.outcomes["truncated"] += 1
-        pairs = [(text, questions[branch.key[0]].prompt.answer or "") for branch, text, _ in texts]
-        for (branch, _, times), verdict in zip(texts, self.pool.judge(pairs), strict=True):
-            branch.outcomes[verdict.outcome] += times
+                whole = (*branch.ids[prompt_length[branch.key[0]] :], *ids[: max(left, 0)])
+                ends.append((branch, whole, 1))
+        responses = [(ids, questions[branch.key[0]]) for branch, ids, _ in ends]
+        verdicts = judge(responses, self.stops, self.tokenizer, self.pool.judge)
+        for (branch, _, times), verdict in zip(ends, verdicts, strict=True):
+            branch.outcomes[_became(verdict)] += times
 
     def _record(self, answer: Answer) -> dict[str, Any]:
         length, response = answer.response.length, answer.response
@@ -243,6 +223,10 @@ class Brancher:
                 for position, own, branches in answer.prefixes
             ],
         }
+
+
+def _became(verdict: Verdict | None) -> str:
+    return "truncated" if verdict is None else verdict.outcome
 
 
 def _completion_seed(*key: int) -> int:

@@ -29,21 +29,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
-from ipvrm.data.chat import encode_prompt
-from ipvrm.data.rows import BadRow, OnBadRow, read_prompts, report_bad_rows
+from ipvrm.data.rows import OnBadRow, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import finite_or_none
 from ipvrm.losses.metrics import auc
-from ipvrm.models.causal_lm import load_model, load_tokenizer, weights_hash
+from ipvrm.models.causal_lm import load_model, load_tokenizer, max_positions, weights_hash
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
 from ipvrm.progress import Progress
 from ipvrm.reproduce.correlation import bootstrap, centred, less, partial, pearson, spearman
-from ipvrm.reproduce.td_branches import FRACTIONS, Brancher, BranchOptions, Question
+from ipvrm.reproduce.td_branches import FRACTIONS, Brancher, BranchOptions
+from ipvrm.rollouts.answers import as_questions
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import TIMEOUT_SECONDS, VerifierPool
 from ipvrm.run_folder import (
@@ -140,8 +140,10 @@ def study(config: TdConfig, progress: bool = True) -> dict[str, Any]:
             f"{config.reward_model}: its tokenizer is not the policy's, so the policy's tokens have no value"
         )
     policy = load_model(config.policy, torch.float32, device)
-    context = getattr(cast(Any, policy).config.get_text_config(), "max_position_embeddings", None)
-    questions = _questions(config, tokenizer, context, shown)
+    prompts, bad = read_prompts(config.data, config.on_bad_row, limit=config.num_prompts)
+    questions, bad = as_questions(prompts, bad, config.data, tokenizer, config, max_positions(policy))
+    for row in bad:
+        shown.note(f"skipped {row}")
     folder = output / "prompts"
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
@@ -199,30 +201,6 @@ def _check(config: TdConfig) -> None:
     if config.seed < 0:
         raise IpvrmError(f"--seed must not be negative; got {config.seed}")
     Sampling(config.max_new_tokens)
-
-
-def _questions(config: TdConfig, tokenizer: Any, context: int | None, shown: Progress) -> list[Question]:
-    prompts, bad = read_prompts(config.data, config.on_bad_row, limit=config.num_prompts)
-    questions = []
-    for prompt in prompts:
-        try:
-            if prompt.answer is None:
-                raise ValueError("no ground truth; `answer` or `reward_model.ground_truth` is needed")
-            ids = encode_prompt(prompt.prompt, tokenizer)
-            if context is not None and len(ids) + config.max_new_tokens > context:
-                raise ValueError(
-                    f"its {len(ids)} tokens and {config.max_new_tokens} new ones (--max_new_tokens) are more "
-                    f"than the policy's {context} positions"
-                )
-            questions.append(Question(prompt, tuple(ids)))
-        except ValueError as error:
-            bad.append(BadRow(config.data, prompt.row, str(error)))
-    report_bad_rows(bad, config.on_bad_row, total=len(questions) + len(bad))
-    for row in bad:
-        shown.note(f"skipped {row}")
-    if not questions:
-        raise IpvrmError(f"--data {config.data}: no usable row; the first: {bad[0]}")
-    return questions
 
 
 def _settings(config: TdConfig, reward_model: RewardModel) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the position alone. So a response does not depend on what else is in its batch o
 up to the rounding of the forward pass, whose sums depend on the shape of the batch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -81,8 +81,7 @@ class TransformersEngine:
                 batch = [prompts[i] for i in indices]
                 generated = self._generate(batch, sampling, [seeds[i] for i in indices])
                 for index, ids in zip(indices, generated.tolist(), strict=True):
-                    stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-                    found[index] = ids[: stop + 1]
+                    found[index] = cut(ids, self.stop_ids)
         return found
 
     def _generate(self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int]) -> Tensor:
@@ -169,6 +168,12 @@ def _own_settings(model: Any) -> Iterator[None]:
     finally:
         model.generation_config = stored
         model.train(training)
+
+
+def cut(ids: Sequence[int], stops: Container[int]) -> list[int]:
+    """`ids` up to the first stop token and with it; all of them where there is none."""
+    stop = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    return list(ids[: stop + 1])
 
 
 def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:

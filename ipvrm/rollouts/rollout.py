@@ -12,12 +12,13 @@ from typing import Any, cast
 import torch
 
 from ipvrm.data.batches import length_sorted_microbatches
-from ipvrm.data.chat import encode_prompt, tokenizer_hash
-from ipvrm.data.rows import BadRow, OnBadRow, Prompt, read_prompts, report_bad_rows
+from ipvrm.data.chat import tokenizer_hash
+from ipvrm.data.rows import OnBadRow, read_prompts
 from ipvrm.errors import IpvrmError
-from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, weights_hash
+from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, max_positions, weights_hash
 from ipvrm.progress import Progress
-from ipvrm.rollouts.engine import Sampling, TransformersEngine, response_seed, stop_ids
+from ipvrm.rollouts.answers import Job, as_questions, response_text, sample
+from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
 from ipvrm.run_folder import (
     FREE,
     begin_or_go_on,
@@ -81,15 +82,6 @@ class RolloutConfig:
     """Generate on the CPU although there is an accelerator."""
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One response to sample."""
-
-    prompt: Prompt
-    ids: list[int]
-    sample: int
-
-
 def roll_out(config: RolloutConfig, progress: bool = True) -> dict[str, Any]:
     """Samples `config.num_generations` responses per prompt into `config.output`; returns the summary.
 
@@ -113,13 +105,13 @@ def roll_out(config: RolloutConfig, progress: bool = True) -> dict[str, Any]:
     model = load_model(config.model, torch.bfloat16 if config.bf16 else torch.float32, device)
     stops = stop_ids(model, tokenizer)
     engine = TransformersEngine(model, stops, config.per_device_eval_batch_size)
-    context = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
-    jobs, refused = _jobs(config, prompts, tokenizer, context)
-    report_bad_rows(refused, config.on_bad_row, total=len(prompts) + len(bad))
-    for row in (*bad, *refused):
+    prompts_in = len(prompts) + len(bad)
+    questions, bad = as_questions(
+        prompts, bad, config.input, tokenizer, config, max_positions(model), answers=False
+    )
+    for row in bad:
         shown.note(f"skipped {row}")
-    if not jobs:
-        raise IpvrmError(f"--input {config.input}: no usable row; the first: {refused[0]}")
+    jobs = [(q, q.prompt.row, number) for q in questions for number in range(config.num_generations)]
 
     folder = output.with_name(f".{output.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,16 +120,15 @@ def roll_out(config: RolloutConfig, progress: bool = True) -> dict[str, Any]:
     shards = _Shards(folder)
     if shards.rows:
         shown.note(f"going on behind {len(shards.rows)} of {len(jobs)} responses")
-    remaining = [job for job in jobs if (job.prompt.row, job.sample) not in shards.rows]
+    remaining = [job for job in jobs if job[1:] not in shards.rows]
     batches = length_sorted_microbatches(
-        [len(job.ids) for job in remaining], max_rows=config.per_device_eval_batch_size
+        [len(question.ids) for question, *_ in remaining], max_rows=config.per_device_eval_batch_size
     )  # longest first: if memory does not suffice, that shows at once
     try:
         with shown.bar("responses", len(jobs), len(shards.rows)) as update:
             for batch in ([remaining[i] for i in indices] for indices in batches):
-                seeds = [response_seed(config.seed, job.prompt.row, job.sample) for job in batch]
                 started = time.monotonic()
-                generated = engine([job.ids for job in batch], sampling, seeds)
+                generated = sample(engine, batch, sampling, config.seed)
                 seconds = time.monotonic() - started
                 pairs = zip(batch, generated, strict=True)
                 shards.add([_response(*pair, tokenizer, stops) for pair in pairs], seconds)
@@ -148,11 +139,11 @@ def roll_out(config: RolloutConfig, progress: bool = True) -> dict[str, Any]:
         raise
     chat = tokenizer.chat_template is not None
     digest = tokenizer_hash(tokenizer)
-    rows = [_row(job, shards.rows[job.prompt.row, job.sample], chat, digest) for job in jobs]
+    rows = [_row(job, shards.rows[job[1:]], chat, digest) for job in jobs]
     summary = {
         **_counts(rows, shards.seconds),
-        "prompts_in": len(prompts) + len(bad),
-        "bad": len(bad) + len(refused),
+        "prompts_in": prompts_in,
+        "bad": len(bad),
         "stop_tokens": tokenizer.convert_ids_to_tokens(sorted(stops)),
         "device": str(device),
         "key": key,
@@ -182,32 +173,12 @@ def _check(config: RolloutConfig) -> Sampling:
     return sampling
 
 
-def _jobs(
-    config: RolloutConfig, prompts: Sequence[Prompt], tokenizer: Any, context: int | None
-) -> tuple[list[_Job], list[BadRow]]:
-    """One job per response, in the output's order; and the prompts that cannot be used."""
-    jobs, refused = [], []
-    for prompt in prompts:
-        try:
-            ids = encode_prompt(prompt, tokenizer)
-            if context is not None and len(ids) + config.max_new_tokens > context:
-                raise ValueError(
-                    f"its {len(ids)} tokens and {config.max_new_tokens} new ones (--max_new_tokens) are more "
-                    f"than the model's {context} positions"
-                )
-        except ValueError as error:
-            refused.append(BadRow(config.input, prompt.row, str(error)))
-            continue
-        jobs += [_Job(prompt, ids, sample) for sample in range(config.num_generations)]
-    return jobs, refused
-
-
-def _response(job: _Job, ids: list[int], tokenizer: Any, stops: set[int]) -> dict[str, Any]:
-    ended = bool(ids) and ids[-1] in stops
-    text = tokenizer.decode(ids[:-1] if ended else ids, clean_up_tokenization_spaces=False)
+def _response(job: Job, ids: list[int], tokenizer: Any, stops: set[int]) -> dict[str, Any]:
+    text, ended = response_text(ids, stops, tokenizer)
+    _, row, number = job
     return {
-        "row": job.prompt.row,
-        "sample": job.sample,
+        "row": row,
+        "sample": number,
         "response": text,
         "truncated": not ended,
         "response_tokens": len(ids),
@@ -242,17 +213,19 @@ class _Shards:
         shutil.rmtree(self.folder)
 
 
-def _row(job: _Job, response: dict[str, Any], chat: bool, digest: str) -> dict[str, Any]:
+def _row(job: Job, response: dict[str, Any], chat: bool, digest: str) -> dict[str, Any]:
     """A row of the output. A text prompt is the user's message where the tokenizer has a chat template."""
-    prompt: Any = job.prompt.prompt
+    question, *_ = job
+    given = question.prompt
+    prompt: Any = given.prompt
     if not isinstance(prompt, str):
         prompt = list(prompt)
     elif chat:
         prompt = [{"role": "user", "content": prompt}]
-    carried = {"prompt": prompt, "answer": job.prompt.answer, "data_source": job.prompt.data_source}
-    if job.prompt.tools is not None:
-        carried["tools"] = json.dumps(job.prompt.tools)
-    ids = {"prompt_tokens": len(job.ids), "prompt_ids": job.ids, "tokenizer_hash": digest}
+    carried = {"prompt": prompt, "answer": given.answer, "data_source": given.data_source}
+    if given.tools is not None:
+        carried["tools"] = json.dumps(given.tools)
+    ids = {"prompt_tokens": len(question.ids), "prompt_ids": list(question.ids), "tokenizer_hash": digest}
     return carried | response | ids
 
 

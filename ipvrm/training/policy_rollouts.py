@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from ipvrm.data.batches import Batch, collate, epoch_order, microbatches_for_rank
-from ipvrm.data.chat import encode_prompt
 from ipvrm.data.responses import Response
-from ipvrm.data.rows import BadRow, Prompt, read_prompts, report_bad_rows
 from ipvrm.errors import IpvrmError
-from ipvrm.rollouts.engine import Engine, Sampling, response_seed
+from ipvrm.rollouts.answers import Question, judge, sample
+from ipvrm.rollouts.engine import Engine, Sampling
 from ipvrm.rollouts.verify import VerifierPool
 from ipvrm.training.policy_config import PolicyConfig
 
@@ -32,14 +31,6 @@ class Unanimous(IpvrmError):
     def __init__(self, message: str, place: int):
         super().__init__(message)
         self.place = place
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt as tokens, with its ground truth."""
-
-    ids: tuple[int, ...]
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -147,48 +138,12 @@ def rollouts_of(verified: Sequence[Verified], device: torch.device) -> Rollouts:
 # ------------------------------------------------------------------------------------------------ collecting
 
 
-def read_questions(
-    path: str, tokenizer: Any, config: PolicyConfig, context: int | None
-) -> tuple[list[Question], list[BadRow]]:
-    """Prompts with ground truth as tokens, and the rows that cannot be used.
-
-    Args:
-        context: positions of the policy; a prompt that leaves no room for a response cannot be used.
-
-    Raises:
-        IpvrmError: bad rows under `on_bad_row="error"`, or no usable row.
-    """
-    prompts, bad = read_prompts(path, config.on_bad_row)
-    questions = []
-    for prompt in prompts:
-        try:
-            questions.append(_question(prompt, tokenizer, config.max_new_tokens, context))
-        except ValueError as error:
-            bad.append(BadRow(path, prompt.row, str(error)))
-    report_bad_rows(bad, config.on_bad_row, total=len(questions) + len(bad))
-    if not questions:
-        raise IpvrmError(f"{path}: no usable row; the first: {bad[0]}")
-    return questions, bad
-
-
 def questions_hash(questions: Sequence[Question]) -> str:
     """sha256 of the token ids and ground truths, in order."""
     digest = hashlib.sha256()
     for question in questions:
         digest.update(repr((question.ids, question.answer)).encode())
     return digest.hexdigest()
-
-
-def _question(prompt: Prompt, tokenizer: Any, max_new_tokens: int, context: int | None) -> Question:
-    if prompt.answer is None:
-        raise ValueError("no ground truth; `answer` or `reward_model.ground_truth` is needed")
-    ids = encode_prompt(prompt.prompt, tokenizer)
-    if context is not None and len(ids) + max_new_tokens > context:
-        raise ValueError(
-            f"its {len(ids)} tokens and {max_new_tokens} new ones (--max_new_tokens) are more than the "
-            f"model's {context} positions"
-        )
-    return Question(tuple(ids), prompt.answer)
 
 
 @dataclass
@@ -265,30 +220,25 @@ class Collector:
         from accelerate.utils import gather_object
 
         own = asked[self.accelerator.process_index :: self.accelerator.num_processes]
-        jobs = [(p, q, sample) for p, q in own for sample in range(num_generations)]
+        jobs = [(q, p, i) for p, q in own for i in range(num_generations)]
         started = time.perf_counter()
         with self.accelerator.autocast():
-            generated = self.engine(
-                [q.ids for _, q, _ in jobs], sampling, [response_seed(seed, p, i) for p, _, i in jobs]
-            )
-        ended = [(job, ids) for job, ids in zip(jobs, generated, strict=True) if ids[-1] in self.stop_ids]
+            generated = sample(self.engine, jobs, sampling, seed)
         sampled = time.perf_counter()
-        texts = [self.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False) for _, ids in ended]
-        verdicts = self.pool.judge(
-            [(text, job[1].answer) for text, (job, _) in zip(texts, ended, strict=True)]
-        )
+        responses = [(ids, q) for ids, (q, *_) in zip(generated, jobs, strict=True)]
+        verdicts = judge(responses, self.stop_ids, self.tokenizer, self.pool.judge)
         verified = []
-        mine: Counter[str] = Counter(verdict.outcome for verdict in verdicts)
+        mine: Counter[str] = Counter(verdict.outcome for verdict in verdicts if verdict is not None)
         mine.update(
             responses=len(jobs),
-            truncated=len(jobs) - len(ended),
+            truncated=verdicts.count(None),
             response_tokens=sum(map(len, generated)),
-            tokens=sum(map(len, generated)) + sum(len(q.ids) for _, q, _ in jobs),
+            tokens=sum(map(len, generated)) + sum(len(q.ids) for q, *_ in jobs),
             verifier_failures=sum(mine[name] for name in FAILURES),
         )
         mine["wrong"] += mine["no_answer"]
-        for ((p, q, i), ids), verdict in zip(ended, verdicts, strict=True):
-            if verdict.label is not None:
+        for (q, p, i), ids, verdict in zip(jobs, generated, verdicts, strict=True):
+            if verdict is not None and verdict.label is not None:
                 response = Response((*q.ids, *ids), len(q.ids), verdict.label, f"{p}.{i}")
                 verified.append(Verified(p, i, response))
         everyone = [(verified, mine)]

@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor, nn
 
 from ipvrm.data.batches import Batch, epoch_order
+from ipvrm.data.rows import BadRow, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.advantages import distrl_advantages, outcome_advantages, temporal_difference
 from ipvrm.losses.baselines import per_token, prime_advantages, spro_advantages
@@ -29,12 +30,14 @@ from ipvrm.models.causal_lm import (
     disable_dropout,
     load_model,
     load_tokenizer,
+    max_positions,
     memory_estimate,
     response_logprobs,
     save_model,
     weights_hash,
 )
 from ipvrm.progress import Interrupt, Progress, peak_memory
+from ipvrm.rollouts.answers import Question, as_questions
 from ipvrm.rollouts.engine import TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import VerifierPool
 from ipvrm.run_folder import (
@@ -53,7 +56,7 @@ from ipvrm.training.online_reward import FOLDER, OnlineReward
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.policy_config import Method, PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss, add_adapters, behaviour, merged
-from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash, read_questions
+from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash
 from ipvrm_kernels import DISTRL_METRICS, prefix_values
 
 ADAPTER = "adapter"
@@ -112,13 +115,13 @@ class _Run:
         # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
         from_checkpoint = self.resumed is not None and config.lora_r is None
         model = load_model(cast(Path, self.resumed) if from_checkpoint else config.model, torch.float32)
-        context = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
-        questions, bad = read_questions(config.train_data, self.tokenizer, config, context)
+        context = max_positions(model)
+        questions, bad = self._questions(config.train_data, context)
         self.counts: dict[str, int] = {"prompts": len(questions), "bad": len(bad)}
         self.progress.note(f"{config.train_data}: {len(questions):,} prompts, {len(bad)} bad")
         eval_questions = None
         if config.eval_data is not None:
-            eval_questions, _ = read_questions(config.eval_data, self.tokenizer, config, context)
+            eval_questions, _ = self._questions(config.eval_data, context)
         if config.dry_run:
             return self._dry_run(max(len(q.ids) for q in questions) + config.max_new_tokens)
         fingerprint = settings_of(config) | {
@@ -169,6 +172,10 @@ class _Run:
             self.collector = Collector(questions, config, *parts)
             self.evaluator = None if eval_questions is None else Collector(eval_questions, config, *parts)
             return self._loop()
+
+    def _questions(self, path: str, context: int | None) -> tuple[list[Question], list[BadRow]]:
+        prompts, bad = read_prompts(path, self.config.on_bad_row)
+        return as_questions(prompts, bad, path, self.tokenizer, self.config, context)
 
     # --------------------------------------------------------------------------------------------- loop
 

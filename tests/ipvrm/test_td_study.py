@@ -18,6 +18,7 @@ from ipvrm.models.reward_model import RewardModel, RewardModelInfo, reference_en
 from ipvrm.reproduce import td_branches, td_study
 from ipvrm.reproduce.correlation import bootstrap, centred, less, partial, pearson, ranks, spearman
 from ipvrm.reproduce.td_study import TdConfig, analyse, study
+from ipvrm.rollouts.answers import Question
 
 
 def column(*values):
@@ -340,7 +341,7 @@ def test_a_branch_at_its_end_is_judged_and_not_continued(toy):
     tokenizer = make_tokenizer()
     end = tokenizer.eos_token_id
     ids = tuple(tokenizer("<|user|>47<|assistant|>41", add_special_tokens=False)["input_ids"])
-    question = td_branches.Question(td_study.read_prompts(toy / "prompts.jsonl")[0][0], ids[:-2])
+    question = Question(td_study.read_prompts(toy / "prompts.jsonl")[0][0], ids[:-2])
     row = question.prompt.row
     options = td_branches.BranchOptions(1, 1, 5, 0.1, None, 2, 1.0, 8, 4096, 0)
     with td_study.VerifierPool("td_verifier:holds", 1) as pool:

@@ -21,12 +21,14 @@ from safetensors.torch import load_file, save_file
 
 import ipvrm.training.train_policy as train_policy_module
 from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
+from ipvrm.data.rows import Prompt
 from ipvrm.demo.base_model import make_model, make_tokenizer
 from ipvrm.losses.advantages import AdvantageConfig
 from ipvrm.losses.metrics import auc
 from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
 from ipvrm.models.causal_lm import load_model, response_logprobs, save_model
+from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.verify import Verdict
 from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
@@ -34,7 +36,7 @@ from ipvrm.training.online_reward import OnlineReward, token_and_candidate_logpr
 from ipvrm.training.optimizer import NotFinite, data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss, behaviour
-from ipvrm.training.policy_rollouts import Collector, Question, Targets, Unanimous, Verified, rollouts_of
+from ipvrm.training.policy_rollouts import Collector, Targets, Unanimous, Verified, rollouts_of
 from ipvrm.training.train_policy import train_policy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -538,7 +540,7 @@ def collector(written, **changes):
         "m", "d", "o", algorithm="grpo", max_new_tokens=8, num_generations=2, rollout_prompts=len(written)
     )
     accelerator = data_parallel_accelerator("test", use_cpu=True, mixed_precision="no")
-    questions = [Question((i,), "x") for i in range(len(written))]
+    questions = [Question(Prompt(i + 1, "", "x"), (i,)) for i in range(len(written))]
     parts = (FakeEngine(written), {9}, FakeTokenizer(), FakePool(), accelerator)
     return Collector(questions, resolve(replace(settings, **changes))[0], *parts)
 
