@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -293,15 +295,32 @@ def sampled(record: dict[str, Any]) -> Sampled | None:
 
 
 def ground_truth(record: dict[str, Any]) -> str | None:
-    """`answer`, else `reward_model.ground_truth`, as text; None where neither has a value."""
-    value = record.get("answer")
-    if value is None and isinstance(nested := record.get("reward_model"), dict):
-        value = nested.get("ground_truth")
+    """`answer`, else `reward_model.ground_truth`, as text; None where neither has a value.
+
+    4.0 of a float column is `4`; NaN, `nan` and blanks are no value.
+    """
+    nested = record.get("reward_model")
+    for value in (record.get("answer"), nested.get("ground_truth") if isinstance(nested, dict) else None):
+        if (text := _truth_text(value)) is not None:
+            return text
+    return None
+
+
+def _truth_text(value: Any) -> str | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, str):
+        return None if (text := value.strip()).lower() in ("", "nan") else text
+    if isinstance(value, bool | complex) or not isinstance(value, Real | Decimal):
         raise ValueError(f"the ground truth must be a text or a number; got {value!r:.40}")
-    return str(value).strip() or None
+    number = Decimal(str(value))
+    if number.is_nan():
+        return None
+    if number.is_infinite():
+        return "\\infty" if number > 0 else "-\\infty"
+    if number == number.to_integral_value() and number.adjusted() < 16:  # all digits of a float are known
+        return str(int(number))
+    return str(value)
 
 
 def data_source(record: dict[str, Any]) -> str | None:

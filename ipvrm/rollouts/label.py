@@ -64,8 +64,11 @@ class LabelConfig:
     output: str
     """.parquet or .jsonl file to write; it appears when all rows are labelled."""
     verifier: str = "math"
-    """math (math-verify's equivalence), string (the final answer, character by character) or
-    module:function, called with (response, answer), that returns True, False or None (no answer)."""
+    """math (math-verify's equivalence; plain numbers by value), string (the final answer, character by
+    character; plain numbers by value) or module:function, called with (response, answer), that returns True,
+    False or None (no answer). math and string look behind the thinking for the last box that is not empty,
+    and of a worked solution as ground truth take what follows its ####. Ground truths that they cannot read
+    are left out, counted and named, never labelled 0."""
     timeout_seconds: float = TIMEOUT_SECONDS
     """Hard deadline of one answer: the process is killed, and the row counted and left out."""
     num_workers: int | None = None

@@ -22,11 +22,28 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from ipvrm.errors import IpvrmError
+from ipvrm.rollouts.final_answer import (
+    DIGITS,
+    MAX_EXPONENT,
+    answer_region,
+    as_number,
+    boxed_answer,
+    final_answer,
+    ground_truth_answer,
+    is_prose,
+    is_word,
+    part_count,
+    same_number,
+    same_word,
+    stated_answer,
+    without_e_notation,
+    written_out,
+)
 
 Outcome = Literal["right", "wrong", "no_answer", "timeout", "crash", "error", "unreadable_ground_truth"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -34,9 +51,12 @@ LABELS = {"right": 1, "wrong": 0, "no_answer": 0}
 TIMEOUT_SECONDS = 10.0
 START_SECONDS = 120.0  # a cold disk under many workers: importing sympy alone takes seconds
 ORPHAN_SECONDS = 30.0  # after its deadline a worker ends itself if its parent, itself killed, has not
-BOXED = re.compile(r"\\boxed\s*\{")
 ARITHMETIC = re.compile(r"[-+*/^().,\d\s]+")
-STATED = re.compile(r"^.*(?:####|\banswer[ \t]*(?::|is\b:?))(.*)$", re.IGNORECASE | re.MULTILINE)
+EULER = re.compile(r"(?:[2-9]|\d\d)e[-+]\d+(?![\d.])")  # `2e-3` may be 2e less 3: both readings are tried
+PYTHON_CHARACTERS = re.compile(r"[\w\s().,*/+^-]+")
+SYMPY = "sqrt exp log sin cos tan cot sec csc asin acos atan sinh cosh tanh pi oo Rational Abs factorial"
+PYTHON_NAMES = {name: name for name in SYMPY.split()}
+PYTHON_NAMES |= {"ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "abs": "Abs"}
 
 
 @dataclass(frozen=True)
@@ -56,73 +76,169 @@ class Verdict:
 Verifier = Callable[[str, str], Verdict]
 
 
-def final_answer(response: str) -> str | None:
-    r"""The last `\boxed{...}`, else the last `#### ...` or `Answer: ...` (`answer is ...`) of a line; without
-    the dollar signs, stars and full stop around it. None where there is none. A box comes first, as it does
-    for math-verify.
-    """
-    stated = [match.group(1) for match in STATED.finditer(response)]
-    for match in BOXED.finditer(response):
-        depth = 1
-        for end in range(match.end(), len(response)):
-            depth += {"{": 1, "}": -1}.get(response[end], 0)
-            if depth == 0:
-                stated.append(response[match.end() : end])
-                break
-    bare = (text.strip(" \t*$").rstrip(" \t*$.") for text in reversed(stated))
-    return next((text for text in bare if text), None)
-
-
 def verify_string(response: str, answer: str) -> Verdict:
-    """`final_answer` equals the ground truth, character by character."""
-    extracted = final_answer(response)
+    """`final_answer` equals the ground truth: plain numbers by value, all else character by character."""
+    truth = ground_truth_answer(answer)
+    if not truth or "\n" in truth:
+        return Verdict("unreadable_ground_truth", detail=f"no final answer in {answer!r:.80}")
+    extracted = final_answer(response, part_count(truth))
     if extracted is None:
         return Verdict("no_answer")
-    return Verdict("right" if extracted == answer.strip() else "wrong", extracted)
+    numbers = as_number(truth), as_number(extracted)
+    same = extracted == truth or (None not in numbers and same_number(*numbers))  # type: ignore[arg-type]
+    return Verdict("right" if same else "wrong", extracted)
+
+
+@dataclass(frozen=True)
+class _GroundTruth:
+    """One reading of a ground truth: the number that it is, if it is one, and what math-verify compares."""
+
+    text: str
+    number: Decimal | None
+    parsed: list[Any]
+    parts: int
+
+    @property
+    def digits(self) -> int:
+        """To how many decimals math-verify must round: it counts them from the point."""
+        return DIGITS - min(0, self.number.adjusted() + 1) if self.number else DIGITS
 
 
 @functools.lru_cache(maxsize=1024)
-def _parse_ground_truth(answer: str) -> tuple[list[Any], bool]:
-    """(what math-verify makes of it, whether that is mathematics and not text alone).
+def _ground_truths(answer: str) -> tuple[_GroundTruth, ...]:
+    """The readings of a ground truth, () where there is none. `100,200` has two: a number and a list."""
+    truth = ground_truth_answer(answer)
+    if not truth or is_prose(truth):
+        return ()
+    number = as_number(truth)
+    readings = []
+    if number is not None:
+        plain = written_out(number) if abs(number.adjusted()) <= MAX_EXPONENT else ""
+        parsed = _parsed(plain) if plain else []
+        parsed += _parsed(truth) if EULER.search(truth) else []
+        readings.append(_GroundTruth(truth, number, parsed, 1))
+    if number is None or "," in truth:
+        parsed = _parsed(truth)
+        if is_word(truth) or _equals_itself(parsed):
+            readings.append(_GroundTruth(truth, None, parsed, part_count(truth)))
+    return tuple(readings)
+
+
+def _parsed(text: str) -> list[Any]:
+    """What math-verify makes of an answer: sympy's objects, or text alone where it cannot read it.
 
     Without delimiters math-verify overlooks LaTeX, and of `-3./2` it reads only the -3 between dollars: a box
-    serves all but decimal fractions, which it reads as they are.
+    serves all but decimal fractions, which it reads as they are. To it e is Euler's number in `3e8` as well.
     """
     from math_verify import parse
 
+    forms = _latex_of_python(text) or [without_e_notation(text), *([text] if EULER.search(text) else [])]
     parsed: list[Any] = []
-    for text in (f"\\boxed{{{answer}}}", *([answer] if ARITHMETIC.fullmatch(answer) else [])):
-        parsed += parse(text, parsing_timeout=None, raise_on_error=True)
-        if any(not isinstance(item, str) for item in parsed):
-            return parsed, True
-    return parsed, False
+    for form in forms:
+        for given in (f"\\boxed{{{form}}}", *([form] if ARITHMETIC.fullmatch(form) else [])):
+            found = parse(given, parsing_timeout=None, raise_on_error=True)
+            parsed += found
+            if any(not isinstance(item, str) for item in found):
+                break
+    return parsed
+
+
+def _latex_of_python(text: str) -> list[str]:
+    """LaTeX of Python or sympy source like `2*pi*sqrt(3)/3`; [] where it is none.
+
+    Only known functions and single letters are evaluated. E and I may be variables too: both are given.
+    """
+    if not PYTHON_CHARACTERS.fullmatch(text):
+        return []
+    text = re.sub(r"\b(?:np|numpy|math|sympy|sp)\.(?=[a-zA-Z])", "", text).replace("^", "**")
+    names = set(re.findall(r"[A-Za-z_]\w*", without_e_notation(text)))
+    if any(len(name) > 1 and name not in PYTHON_NAMES for name in names):
+        return []
+    if "**" not in text and all(len(name) == 1 for name in names):
+        return []
+    import sympy
+    from sympy.parsing.sympy_parser import parse_expr
+
+    known = {name: getattr(sympy, name) for name in ("Integer", "Float", "Rational", "Symbol")}
+    forms: list[str] = []
+    for constants in ({"E": sympy.E, "I": sympy.I}, {}):
+        given = {name: getattr(sympy, PYTHON_NAMES.get(name, ""), sympy.Symbol(name)) for name in names}
+        try:
+            expression = parse_expr(text, local_dict=given | constants, global_dict=dict(known))
+            latex = sympy.latex(expression, ln_notation=True, inv_trig_style="full", mul_symbol="times")
+        except (SyntaxError, TypeError, ValueError, AttributeError):
+            return []
+        forms += [latex] if latex not in forms else []
+    return forms
+
+
+def _equals_itself(parsed: list[Any]) -> bool:
+    from math_verify import verify
+
+    known = [item for item in parsed if not isinstance(item, str)]
+    return bool(known) and verify(known, known, timeout_seconds=None, raise_on_error=True)
 
 
 def verify_math(response: str, answer: str) -> Verdict:
-    """math-verify's equivalence of the ground truth and the last answer in the response."""
+    """math-verify's equivalence of the ground truth and the final answer; plain numbers by their value."""
+    verdict = Verdict("unreadable_ground_truth", detail=f"math-verify cannot read {answer!r:.80}")
+    for truth in _ground_truths(answer):
+        verdict = _compare(answer_region(response), truth)
+        if verdict.outcome == "right":
+            break
+    return verdict
+
+
+def _compare(text: str, truth: _GroundTruth) -> Verdict:
     from math_verify import parse, verify
 
-    gold, readable = _parse_ground_truth(answer)
-    if not readable:
-        return Verdict("unreadable_ground_truth", detail=f"math-verify cannot parse {answer!r:.80}")
-    found = parse(response, parsing_timeout=None, raise_on_error=True)
-    if not found:
-        return Verdict("no_answer")
-    right = verify(gold, found, timeout_seconds=None, raise_on_error=True)
-    return Verdict("right" if right else "wrong", next((f for f in found if isinstance(f, str)), None))
+    extracted = boxed_answer(text, truth.parts)
+    if extracted is None and (stated := stated_answer(text)) is not None:
+        extracted = stated if as_number(stated) is not None or is_word(truth.text) else None
+    if extracted is None:
+        found = parse(without_e_notation(text), parsing_timeout=None, raise_on_error=True)
+        if not found:
+            return Verdict("no_answer")
+        extracted = next((item for item in found if isinstance(item, str)), None)
+    elif is_word(truth.text) and same_word(extracted, truth.text):
+        return Verdict("right", extracted)
+    else:
+        number = as_number(extracted.rpartition("=")[2] if truth.number is not None else "")
+        if truth.number is not None and number is not None:
+            return Verdict("right" if same_number(truth.number, number) else "wrong", extracted)
+        found = _parsed(extracted)
+    if truth.number is not None:
+        values = [value for item in found if (value := _decimal_value(item, truth.number)) is not None]
+        if values:
+            right = any(same_number(truth.number, value) for value in values)
+            return Verdict("right" if right else "wrong", extracted)
+    right = verify(
+        truth.parsed, found, float_rounding=truth.digits, timeout_seconds=None, raise_on_error=True
+    )
+    return Verdict("right" if right else "wrong", extracted)
+
+
+def _decimal_value(item: Any, truth: Decimal) -> Decimal | None:
+    """Value of a real expression where a decimal fraction is on either side; else None, for math-verify."""
+    import sympy
+
+    if not isinstance(item, sympy.Expr) or item.has(sympy.UnevaluatedExpr) or item.is_number is not True:
+        return None
+    if truth == truth.to_integral_value() and not item.has(sympy.Float):
+        return None
+    value = item.evalf(DIGITS + 24)
+    return Decimal(str(value)) if isinstance(value, sympy.Float | sympy.Integer) and value.is_finite else None
 
 
 def load_verifier(name: str) -> Verifier:
     """The verifier `math`, `string`, or a Python function `module:function`.
 
     Raises:
-        IpvrmError: there is no such thing, or math-verify is not installed.
+        IpvrmError: there is no such thing.
     """
     if name == "string":
         return verify_string
     if name == "math":
-        if find_spec("math_verify") is None:
-            raise IpvrmError("verifier 'math' needs math-verify: pip install 'ipvrm[math]'")
         return verify_math
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):

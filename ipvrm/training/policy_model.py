@@ -20,12 +20,10 @@ def add_adapters(model: nn.Module, config: PolicyConfig, saved: Path | None) -> 
     """`model` with LoRA adapters, which alone are trainable; those of `saved`, a PEFT folder, where given.
 
     Raises:
-        IpvrmError: peft is not installed, has no such layers, or an adapter on the head.
+        IpvrmError: no such layers, or an adapter on the head.
     """
-    try:
-        from peft import LoraConfig, PeftModel, get_peft_model
-    except ImportError as error:
-        raise IpvrmError("--lora_r needs peft: pip install 'ipvrm[peft]'") from error
+    from peft import LoraConfig, PeftModel, get_peft_model
+
     if saved is not None:
         return cast(nn.Module, PeftModel.from_pretrained(model, saved, is_trainable=True))
     assert config.lora_r is not None and config.lora_alpha is not None
