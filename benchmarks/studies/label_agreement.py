@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.suite import machine
 from ipvrm.data.rows import read_rows
+from ipvrm.rollouts.final_answer import final_answer
 from ipvrm.rollouts.label import LabelConfig, label_file
-from ipvrm.rollouts.verify import final_answer
 from ipvrm.run_folder import write_json
 
 LISTED = 30

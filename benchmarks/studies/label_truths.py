@@ -53,7 +53,7 @@ def math_verify_alone(response: str, answer: str) -> bool | None:
 def spellings(truth: str) -> dict[str, str]:
     """Responses to a question with this ground truth, by way."""
     number = as_number(truth)
-    return _of_number(number) if number is not None else _of_expression(truth.replace("$", "").strip())
+    return _of_number(number) if number is not None else _of_expression(truth.replace("$", "").strip(" ."))
 
 
 def _of_number(value: Decimal) -> dict[str, str]:
@@ -71,8 +71,8 @@ def _of_number(value: Decimal) -> dict[str, str]:
         "decorated box": rf"We get \[\boxed{{\, {grouped.replace(',', chr(92) + ',')} \text{{ units}}.}}\]",
         "other form": rf"Hence \boxed{{{other}}}",
         "after thinking": f"<think>Is it \\boxed{{{value + 7:f}}}? No.</think>\n\nSo:\n#### {digits}",
-        "wrong": rf"Hence \boxed{{{written_out(value + (1 if value >= 1 else value or 1))}}}",
-        "wrong by ten": rf"Hence \boxed{{{written_out((value or 3).scaleb(1) if value else Decimal(30))}}}",
+        "wrong": rf"Hence \boxed{{{written_out(value + 1 if value in range(1000) else value * 2 or 1)}}}",
+        "wrong by ten": rf"Hence \boxed{{{written_out((value or 3) * 10)}}}",
     }
 
 
@@ -161,8 +161,10 @@ def two_boxes(path: str) -> dict[str, Any]:
     rows = read_rows(path)[0]
     numbers: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
-        if row.label == 1 and (answer := final_answer(row.response)) and as_number(answer) is not None:
-            numbers[json.dumps(row.prompt)][written_out(as_number(answer) or Decimal(0))] += 1
+        if row.label == 1 and (answer := final_answer(row.response)):
+            number = as_number(answer.rpartition("=")[2])
+            if number is not None:
+                numbers[json.dumps(row.prompt)][written_out(number)] += 1
     chosen, without = [], []
     for row in rows:
         if len(re.findall(r"\\boxed\s*\{", row.response)) > 1:

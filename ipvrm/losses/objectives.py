@@ -73,7 +73,8 @@ def ipvrm_loss(
     """Prefix-value margin loss at every prefix (Eq. 9; Eq. 17, 18 for the weightings).
 
     Args:
-        log_ratio: (N,) fp32, nats. cu_seqlens: (B + 1,) int32. outcome: (B,) 0 or 1.
+        log_ratio: (N,) fp32, nats; where one is infinite the loss is NaN, never 0.
+        cu_seqlens: (B + 1,) int32. outcome: (B,) 0 or 1.
         margin: one for all or (B,). weight: (B,) or None for 1.
         denominator: of the whole optimizer batch (`loss_denominator`); None takes this call's.
 
@@ -91,6 +92,7 @@ def ipvrm_loss(
         reduction=reduction,
         denominator=denominator,
     )
+    loss = loss + _zero_if_finite(log_ratio)
     with torch.no_grad():
         if reduction == "sequence_mean":
             own = loss.new_full((), outcome.numel())  # outcomes may be bool or int8, which cannot hold B
@@ -118,6 +120,7 @@ def implicit_prm_loss(
     total = torch.nn.functional.binary_cross_entropy_with_logits(
         final, outcome.to(final.dtype), reduction="sum"
     )
+    total = total + _zero_if_finite(log_ratio)
     own = total.new_full((), outcome.numel())  # outcomes may be bool or int8, which cannot hold B
     loss = total / (own if denominator is None else denominator)
     with torch.no_grad():
@@ -177,12 +180,17 @@ def dpo_loss(
         raise ValueError(f"dpo_loss: pairs must lie in [0, B = {B}), got {pairs.tolist()[:4]}")
     values = prefix_values(log_ratio, cu_seqlens, beta=beta).value
     chosen, rejected = _final(values, cu_seqlens)[pairs].unbind(1)  # (P,) each
-    total = torch.nn.functional.softplus(rejected - chosen).sum()
+    total = torch.nn.functional.softplus(rejected - chosen).sum() + _zero_if_finite(log_ratio)
     count = total.new_full((), pairs.shape[0])
     loss = total / (max(pairs.shape[0], 1) if denominator is None else denominator)
     with torch.no_grad():
         pair_metrics = (total, _agreement(chosen - rejected), chosen.sum(), rejected.sum())
         return loss, {name: (x.detach(), count) for name, x in zip(DPO_METRICS, pair_metrics, strict=True)}
+
+
+def _zero_if_finite(log_ratio: Tensor) -> Tensor:
+    """0, or NaN where a log-ratio is infinite, of which softplus can make a loss of 0."""
+    return (log_ratio.detach() * 0).sum()
 
 
 def _final(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:

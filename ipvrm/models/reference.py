@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ipvrm.data.batches import collate, microbatches_for_rank
 from ipvrm.data.responses import Response
+from ipvrm.errors import IpvrmError
 from ipvrm.models.causal_lm import ResponseLogprobs, load_model
 from ipvrm.progress import Progress
 from ipvrm.run_folder import changes, write_tensors
@@ -39,6 +40,9 @@ def reference_logprobs(
 
     Args:
         module: the prepared reference, or None to load `reference_name` for as long as it takes.
+
+    Raises:
+        IpvrmError: a log-probability is infinite or not a number, with the row and the token.
     """
     settings = {
         "data": [data_hash(responses) for responses in sets],
@@ -53,6 +57,12 @@ def reference_logprobs(
         model = ResponseLogprobs(load_model(reference_name, torch.float32))
         module = cast(nn.Module, accelerator.prepare_model(model, evaluation_mode=True))
     packed = [_logprobs(module, responses, accelerator, max_rows, progress) for responses in sets]
+    for values, responses in zip(packed, sets, strict=True):
+        if (place := not_finite(values, responses)) is not None:
+            raise IpvrmError(
+                f"reference {reference_name}: {place}; every response token needs a finite one. Leave "
+                "the row out, or look at the model's weights and its head"
+            )
     if accelerator.is_main_process:
         tensors = {f"set.{i}": values for i, values in enumerate(packed)}
         write_tensors(path, tensors, {"settings": json.dumps(settings)})
@@ -95,6 +105,19 @@ def _read(path: Path, settings: dict[str, Any], num_sets: int, progress: Progres
 def split_packed(packed: Tensor, responses: Sequence[Response]) -> list[Tensor]:
     """Views (T_b,) of a packed (N,), one for each response."""
     return list(packed.split([r.length for r in responses]))
+
+
+def not_finite(packed: Tensor, responses: Sequence[Response]) -> str | None:
+    """The first response token whose value in `packed` (N,) is not finite, in words; None where all are."""
+    for response, values in zip(responses, split_packed(packed, responses), strict=True):
+        if bool((bad := ~values.isfinite()).any()):
+            token = int(bad.int().argmax())
+            token_id = response.input_ids[response.prompt_length + token]
+            return (
+                f"{response.source or 'a response'}: the log-probability of response token {token + 1} of "
+                f"{response.length} (id {token_id}) is {values[token]:g}"
+            )
+    return None
 
 
 def data_hash(responses: Sequence[Response]) -> str:

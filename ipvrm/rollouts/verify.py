@@ -135,6 +135,8 @@ def _parsed(text: str) -> list[Any]:
     forms = _latex_of_python(text) or [without_e_notation(text), *([text] if EULER.search(text) else [])]
     parsed: list[Any] = []
     for form in forms:
+        if ARITHMETIC.fullmatch(form):
+            form = re.sub(r"\s*([-+*/^()])\s*", r"\1", form)
         for given in (f"\\boxed{{{form}}}", *([form] if ARITHMETIC.fullmatch(form) else [])):
             found = parse(given, parsing_timeout=None, raise_on_error=True)
             parsed += found
@@ -194,7 +196,8 @@ def _compare(text: str, truth: _GroundTruth) -> Verdict:
 
     extracted = boxed_answer(text, truth.parts)
     if extracted is None and (stated := stated_answer(text)) is not None:
-        extracted = stated if as_number(stated) is not None or is_word(truth.text) else None
+        readable = as_number(stated) is not None or is_word(truth.text) or _latex_of_python(stated)
+        extracted = stated if readable else None
     if extracted is None:
         found = parse(without_e_notation(text), parsing_timeout=None, raise_on_error=True)
         if not found:

@@ -7,6 +7,7 @@ optimizer batch, gradients add up, and the learning rate takes one step. The ord
 function of (seed, epoch).
 """
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from ipvrm.models.causal_lm import (
     template_hash,
     weights_hash,
 )
-from ipvrm.models.reference import REFERENCE_FILE, data_hash, reference_logprobs, split_packed
+from ipvrm.models.reference import REFERENCE_FILE, data_hash, not_finite, reference_logprobs, split_packed
 from ipvrm.models.reward_model import CONFIG_NAME, RewardModelInfo, reference_entries, write_info
 from ipvrm.progress import Interrupt, Progress, peak_memory
 from ipvrm.run_folder import (
@@ -272,7 +273,7 @@ class _Run:
                 max_grad_norm=config.max_grad_norm,
             )
         except NotFinite as error:
-            raise self._diverged(step + 1, error) from error
+            raise self._diverged(step + 1, error, self._not_finite(share, indices, data)) from error
         self.tokens += sum(data.lengths[i] for i in indices)
         return paired(values, METRICS), grad_norm, interrupt.asked(self.accelerator)
 
@@ -291,19 +292,35 @@ class _Run:
         return self.objective(log_ratio, batch.cu_seqlens, batch.outcome, denominator)
 
     @torch.no_grad()
+    def _not_finite(self, share: list[list[int]], indices: Sequence[int], data: "_Rows") -> str | None:
+        """The row of these whose log-probability under the model is not finite, in words; on all ranks."""
+        from accelerate.utils import gather_object
+
+        found = []
+        for micro in share:
+            chosen = [data.responses[i] for i in micro or indices[:1]]  # all ranks take part in it
+            logprobs = self.module(collate(chosen).to(self.device))
+            found.append(not_finite(logprobs, chosen) if micro else None)
+        return next((place for place in gather_object(found) if place is not None), None)
+
+    @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """Metrics of the validation set: sums over all micro-batches and ranks, then one division."""
         data = self.eval_data
         if data is None:
             return {}
         sums = torch.zeros(2 * len(METRICS), dtype=torch.float64)
-        for micro in self._microbatches(range(len(data.responses)), data):
+        share = self._microbatches(range(len(data.responses)), data)
+        for micro in share:
             _, metrics = self._loss(data, micro or [0], 1.0)
             if micro:
                 sums += stacked(metrics, METRICS).double().cpu()
         total = MetricSums()
         values = self.accelerator.reduce(sums.to(self.device, torch.float32), "sum").tolist()
         total.add(paired(values, METRICS))
+        if not math.isfinite(values[0]):
+            place = self._not_finite(share, [0], data)
+            raise IpvrmError(f"validation loss {values[0]}" + (f": {place}" if place else ""))
         return total.means("eval_")
 
     # -------------------------------------------------------------------------------------------- files
@@ -377,9 +394,9 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return TrainResult(self.output, metrics, self.total_steps, seconds)
 
-    def _diverged(self, step: int, error: NotFinite) -> IpvrmError:
+    def _diverged(self, step: int, error: NotFinite, place: str | None) -> IpvrmError:
         return IpvrmError(
-            f"update {step}: {error}; stopped before the weights took it; "
+            f"update {step}: {error}{f' ({place})' if place else ''}; stopped before the weights took it; "
             f"{checkpoint.newest_in_words(self.output)}. "
             "Lower --learning_rate or --max_grad_norm, or look at the rows of this batch"
         )

@@ -610,3 +610,50 @@ def full_logits(model, batch, temperature=1.0):
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits / temperature
     flat = logits.flatten(0, 1).index_select(0, batch.positions).log_softmax(-1)
     return flat.gather(1, batch.token_ids[:, None])[:, 0]
+
+
+def impossible(monkeypatch, only):
+    """The first response token of each row that `only` (module) holds for has no probability."""
+    forward = train_rm.ResponseLogprobs.forward
+
+    def patched(self, batch, temperature=1.0):
+        logprobs = forward(self, batch, temperature).clone()
+        if only(self):
+            logprobs[batch.cu_seqlens[:-1][batch.outcome == 1].long()] = -torch.inf
+        return logprobs
+
+    monkeypatch.setattr(train_rm.ResponseLogprobs, "forward", patched)
+
+
+def first_right_row(rollouts):
+    rows = [json.loads(line) for line in Path(rollouts).read_text().splitlines()]
+    return next(number for number, row in enumerate(rows, 1) if row["label"] == 1)
+
+
+def test_a_token_that_the_reference_rules_out_is_an_error_with_its_row(config, rollouts, monkeypatch):
+    """Its log-ratio is +inf, of which a right response makes a loss of 0."""
+    impossible(monkeypatch, lambda module: True)
+    row = first_right_row(rollouts)
+    with pytest.raises(
+        IpvrmError, match=rf"reference .*:{row}: .* response token 1 of \d+ \(id \d+\) is -inf"
+    ):
+        train(config())
+    assert not (Path(config().output_dir) / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_a_token_that_the_model_rules_out_is_an_error_with_its_row(config, rollouts, monkeypatch, validation):
+    """With labels the other way round the log-ratio of -inf would be a loss of 0."""
+    calls = []
+
+    def trained(module):  # the reference comes first: 44 rows one at a time
+        calls.append(module)
+        return len(calls) > (88 if validation else 44)
+
+    impossible(monkeypatch, trained)
+    changes = {"eval_data": str(rollouts)} if validation else {}
+    reason = "validation loss nan: " if validation else r"update 1: summed loss nan, .* \("
+    with pytest.raises(
+        IpvrmError, match=rf"{reason}.*rollouts.*:\d+: the log-probability of response token 1"
+    ):
+        train(config(per_device_train_batch_size=1, **changes))
