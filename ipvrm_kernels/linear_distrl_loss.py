@@ -285,8 +285,9 @@ def linear_distrl_loss(
     Returns: DistRLLoss, fp32 (fp64 for fp64 hidden). Only `loss` is differentiable (once, in hidden, weight
         and bias); token_loss, candidate_loss and metrics are detached. metrics maps the names in
         `DISTRL_METRICS` to (sum, count). A backward that frees the graph scales the formed gradients in
-        place; with retain_graph=True it scales copies, a second (V, D) fp32 tensor for a trainable head; so it does per
-        entry of a batch of upstream gradients (is_grads_batched, vmap), which excludes create_graph=True.
+        place; with retain_graph=True it scales copies, a second (V, D) fp32 tensor for a trainable head; so
+        it does per entry of a batch of upstream gradients (is_grads_batched, vmap), which excludes
+        create_graph=True.
     Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that do
         not rise from 0 to N. RuntimeError on double backward.
     """

@@ -99,6 +99,8 @@ class TdConfig:
     """Candidates are the tokens with at least this probability under the policy."""
     top_k: int | None = None
     """Only so many of the likeliest candidates. Default: all."""
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template as a JSON object, for example '{"enable_thinking": false}'."""
     max_new_tokens: int = 2048
     """Most tokens of an answer, and of a branch with its prefix and completion."""
     temperature: float = 1.0

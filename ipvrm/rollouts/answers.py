@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ipvrm.data.chat import encode_prompt
+from ipvrm.data.chat import Chat, parse_template_kwargs
 from ipvrm.data.rows import BadRow, OnBadRow, Prompt, report_bad_rows
 from ipvrm.errors import IpvrmError
 from ipvrm.rollouts.engine import Engine, Sampling, response_seed
@@ -29,6 +29,8 @@ class QuestionSettings(Protocol):
     def max_new_tokens(self) -> int: ...
     @property
     def on_bad_row(self) -> OnBadRow: ...
+    @property
+    def chat_template_kwargs(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,18 @@ def as_questions(
         IpvrmError: bad rows under `on_bad_row="error"`, or no usable row.
     """
     questions, bad = [], list(bad)
+    chat = Chat(tokenizer, parse_template_kwargs(settings.chat_template_kwargs))
     for prompt in prompts:
         try:
             if answers and prompt.answer is None:
                 raise ValueError("no ground truth; `answer` or `reward_model.ground_truth` is needed")
-            ids = encode_prompt(prompt, tokenizer)
+            ids = chat.prompt_ids(prompt.prompt, prompt.tools)
             if context is not None and len(ids) + settings.max_new_tokens > context:
                 raise ValueError(
                     f"its {len(ids)} tokens and {settings.max_new_tokens} new ones (--max_new_tokens) are "
                     f"more than the model's {context} positions"
                 )
-            questions.append(Question(prompt, tuple(ids)))
+            questions.append(Question(prompt, ids))
         except ValueError as error:
             bad.append(BadRow(path, prompt.row, str(error)))
     report_bad_rows(bad, settings.on_bad_row, total=len(questions) + len(bad))

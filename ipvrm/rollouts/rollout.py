@@ -61,6 +61,8 @@ class RolloutConfig:
     """.parquet or .jsonl file to write; it appears when all responses are there."""
     num_generations: int = 4
     """Responses per prompt."""
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template as a JSON object, for example '{"enable_thinking": false}'."""
     max_new_tokens: int = 2048
     """Most tokens of a response; one that has not ended by then is marked truncated."""
     temperature: float = 1.0

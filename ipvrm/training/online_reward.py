@@ -271,6 +271,7 @@ class OnlineReward:
             else self.info.margin,
             template_hash=self.info.template_hash,
             versions=versions(),
+            chat_template_kwargs=self.info.chat_template_kwargs,
             **entries,
         )
         write_info(folder, info)

@@ -180,6 +180,8 @@ class PolicyConfig:
     max_rounds: int = field(default=1, metadata=AT_LEAST_ONE)
     """Rounds until train_prompts are found; then the step takes what there is, be it one mixed prompt
     (`prompts_mixed` in the log)."""
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template as a JSON object, for example '{"enable_thinking": false}'."""
     max_new_tokens: int = field(default=2048, metadata=AT_LEAST_ONE)
     """Longest response; one that has not ended by then is dropped and counted."""
     temperature: float = field(default=1.0, metadata=POSITIVE)

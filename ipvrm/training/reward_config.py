@@ -44,7 +44,7 @@ class RewardConfig:
     preset: Preset = field(
         default="paper", metadata=must("be 'paper' or 'release'", lambda x: x in get_args(Preset))
     )
-    """release: ipvrm with margin 0, averaged over the tokens of the optimizer batch."""
+    """release: ipvrm with margin 0."""
     beta: float | None = field(default=None, metadata=POSITIVE | default(lambda c: BETA[c.objective]))
     """Scale of the value. Default: 10 (ipvrm), 0.05 (implicit_prm)."""
     margin: float | None = field(
@@ -76,6 +76,9 @@ class RewardConfig:
     adam_epsilon: float = field(default=1e-8, metadata=NOT_NEGATIVE)
     max_grad_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
     """Gradients are scaled down to this norm; 0 for no limit."""
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template as a JSON object, for example '{"enable_thinking": false}';
+    stored with the model and used by `ipvrm score`."""
     max_length: int = field(default=4096, metadata=AT_LEAST_ONE)
     """Most tokens of prompt and response."""
     on_long: OnLong = "drop"
@@ -122,5 +125,5 @@ def objective_of(config: RewardConfig) -> Objective:
         config.beta,
         config.margin or 0.0,
         config.prefix_weighting,
-        "token_mean" if config.preset == "release" and config.objective == "ipvrm" else "sequence_mean",
+        "sequence_mean",  # of the released command too: it takes one row at a time
     )

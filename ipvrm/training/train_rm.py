@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor
 
 from ipvrm.data.batches import collate, epoch_order, microbatches_for_rank
+from ipvrm.data.chat import Chat, parse_template_kwargs
 from ipvrm.data.responses import Response, tokenize
 from ipvrm.data.rows import read_rows
 from ipvrm.errors import IpvrmError
@@ -30,6 +31,7 @@ from ipvrm.models.causal_lm import (
     disable_dropout,
     load_model,
     load_tokenizer,
+    max_positions,
     memory_estimate,
     save_model,
     template_hash,
@@ -102,6 +104,7 @@ class _Run:
         self.objective = objective_of(config)
         self.tokenizer = load_tokenizer(config.model)
         self.template_hash = template_hash(self.tokenizer)
+        self.chat = Chat(self.tokenizer, parse_template_kwargs(config.chat_template_kwargs))
         self.data = self._read(config.train_data)
         self.eval_data = None if config.eval_data is None else self._read(config.eval_data)
         self.updates_per_epoch = -(-len(self.data.responses) // config.global_batch_size)
@@ -113,8 +116,9 @@ class _Run:
         rows, bad = read_rows(path, self.config.on_bad_row)
         data = tokenize(
             rows,
-            self.tokenizer,
+            self.chat,
             max_length=self.config.max_length,
+            max_positions=max_positions(self.config.model),
             on_long=self.config.on_long,
             on_bad_row=self.config.on_bad_row,
         )
@@ -342,6 +346,7 @@ class _Run:
             **reference_entries(self.reference_name, folder, self.reference_hash),
             template_hash=self.template_hash,
             versions=versions(),
+            chat_template_kwargs=self.chat.kwargs,
         )
 
     def _write_model(self, folder: Path, final_place: Path) -> None:

@@ -4,6 +4,7 @@ think, strip and call tools; the real tokenizers where they are at hand."""
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -14,6 +15,11 @@ from ipvrm import IpvrmError
 from ipvrm.data.chat import Chat, encode_prompt, parse_template_kwargs, tokenizer_hash
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import Row, Sampled, read_prompts, read_rows
+from ipvrm.models.reward_model import RewardModel
+from ipvrm.rollouts.label import LabelConfig, label_file
+from ipvrm.rollouts.rollout import RolloutConfig, roll_out
+from ipvrm.training.reward_config import RewardConfig
+from ipvrm.training.train_rm import train_reward_model
 
 # The traits of Qwen3's template: calls and tools are written, thinking only in the last answer, roles known.
 TEMPLATE = """\
@@ -219,6 +225,55 @@ def test_incomplete_ids_are_a_bad_row(tmp_path):
         True,
         True,
     ]
+
+
+# ---------------------------------------------------------------------------------- from rollout to score
+
+
+@pytest.mark.parametrize("thinking", [None, '{"enable_thinking": false}'])
+def test_the_sampled_ids_reach_training_to_the_last_one(tiny_folder, chat, tmp_path, thinking):
+    """rollout -> label -> train-rm: ended and truncated, under either setting of the template; score then
+    renders as the reward model was trained."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    chat.tokenizer.save_pretrained(folder)
+    prompts = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    rolled, labelled = tmp_path / "rolled.parquet", tmp_path / "labelled.parquet"
+    roll_out(
+        RolloutConfig(
+            str(folder), str(tmp_path / "prompts.jsonl"), str(rolled), num_generations=8, max_new_tokens=60,
+            chat_template_kwargs=thinking, use_cpu=True,
+        ),
+        progress=False,
+    )  # fmt: skip
+    raw = pyarrow.parquet.read_table(rolled).to_pylist()
+    assert {row["truncated"] for row in raw} == {True, False}, "the test needs responses of both kinds"
+    label_file(
+        LabelConfig(str(rolled), str(labelled), verifier="string", keep_truncated=True), progress=False
+    )
+    rows, bad = read_rows(labelled)
+    found = tokenize(rows, Chat(chat.tokenizer, parse_template_kwargs(thinking)), max_length=None)
+    kept = [row for row in raw if row["response"].strip()]
+    assert not bad and len(found.responses) == len(kept) > 20
+    for row, response in zip(kept, found.responses, strict=True):
+        assert response.input_ids == (*row["prompt_ids"], *row["response_ids"])
+        assert response.prompt_length == len(row["prompt_ids"])
+    if thinking:
+        assert chat.tokenizer.decode(raw[0]["prompt_ids"]).endswith("<think>\n\n</think>\n\n")
+
+    config = RewardConfig(
+        str(folder),
+        str(labelled),
+        str(tmp_path / "rm"),
+        max_steps=1,
+        use_cpu=True,
+        chat_template_kwargs=thinking,
+    )
+    train_reward_model(config, progress=False)
+    model = RewardModel.from_pretrained(tmp_path / "rm", device="cpu")
+    assert model.info.chat_template_kwargs == parse_template_kwargs(thinking)
+    assert model.chat.prompt_ids(prompts[0]["prompt"]) == tuple(raw[0]["prompt_ids"])
 
 
 # ------------------------------------------------------------------------------------------ real tokenizers

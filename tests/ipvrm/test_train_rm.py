@@ -20,7 +20,7 @@ from ipvrm.losses import objectives
 from ipvrm.training import checkpoint
 from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
 from ipvrm.training.optimizer import learning_rate_factor
-from ipvrm.training.reward_config import RewardConfig, resolve
+from ipvrm.training.reward_config import RewardConfig, objective_of, resolve
 from ipvrm.training.train_rm import train_reward_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,6 +179,11 @@ def test_the_gradient_step_by_hand(config, tiny_folder, rollouts):
         # Adam's first step has the size of lr wherever |gradient| >> eps: signs and decay are compared.
         close = (got - parameter).abs() < 2e-5
         assert close.float().mean() > 0.99, name
+
+
+def test_the_released_command_takes_a_mean_per_sequence():
+    """It runs at micro-batch 1, where its mean over tokens is one over a sequence."""
+    assert objective_of(resolve(RewardConfig("m", "d", "o", preset="release"))).reduction == "sequence_mean"
 
 
 @pytest.mark.parametrize("objective", ["ipvrm", "implicit_prm"])
