@@ -118,7 +118,7 @@ def _ground_truths(answer: str) -> tuple[_GroundTruth, ...]:
         parsed += _parsed(truth) if EULER.search(truth) else []
         readings.append(_GroundTruth(truth, number, parsed, 1))
     if number is None or "," in truth:
-        parsed = _parsed(truth)
+        parsed = _parsed(truth if number is None else truth.replace(",", ", "))
         if is_word(truth) or _equals_itself(parsed):
             readings.append(_GroundTruth(truth, None, parsed, part_count(truth)))
     return tuple(readings)
@@ -212,9 +212,10 @@ def _compare(text: str, truth: _GroundTruth) -> Verdict:
         found = _parsed(extracted)
     if truth.number is not None:
         values = [value for item in found if (value := _decimal_value(item, truth.number)) is not None]
-        if values:
-            right = any(same_number(truth.number, value) for value in values)
-            return Verdict("right" if right else "wrong", extracted)
+        if any(same_number(truth.number, value) for value in values):
+            return Verdict("right", extracted)
+        if values and not EULER.search(truth.text):
+            return Verdict("wrong", extracted)
     right = verify(
         truth.parsed, found, float_rounding=truth.digits, timeout_seconds=None, raise_on_error=True
     )
