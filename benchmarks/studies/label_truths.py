@@ -156,6 +156,35 @@ def truths_table(data: str) -> dict[str, Any]:
     return found
 
 
+def lenient(truth: str) -> dict[str, str]:
+    """Answers that say something else than this ground truth and that math-verify accepts, by leniency."""
+    number, bare = as_number(truth), truth.replace("$", "").strip(" .")
+    parts, found = _parts(bare), {}
+    if number is not None:
+        found["a percent sign"] = rf"\boxed{{{written_out(number)}\%}}"
+        found["any unit"] = rf"\boxed{{{written_out(number)} \text{{ furlongs}}}}"
+        found["any name for it"] = rf"\boxed{{q = {written_out(number)}}}"
+    elif len(parts) > 1 and parts != parts[::-1]:
+        found["a list in another order"] = rf"\boxed{{{', '.join(parts[::-1])}}}"
+    elif is_word(bare) and len(bare) > 3:
+        found["a word's letters in another order"] = rf"\boxed{{{bare[::-1]}}}"
+    elif "=" in bare:
+        found["an equation without its left side"] = rf"\boxed{{{bare.rpartition('=')[2]}}}"
+    return found
+
+
+def leniencies(data: str) -> dict[str, dict[str, int]]:
+    """Of how many ground truths `ipvrm label` takes such an answer for right."""
+    rows, keys = [], []
+    for prompt in read_prompts(data)[0]:
+        for name, response in lenient(prompt.answer or "").items():
+            rows.append({"prompt": "p", "response": response, "answer": prompt.answer})
+            keys.append(name)
+    labels, _ = labelled(rows, "math")
+    tried, taken = Counter(keys), Counter(k for k, label in zip(keys, labels, strict=True) if label)
+    return {name: {"tried": count, "label 1": taken[name]} for name, count in tried.items()}
+
+
 def two_boxes(path: str) -> dict[str, Any]:
     """Rollouts with two boxes or more: the released label, and that of each verifier."""
     rows = read_rows(path)[0]
@@ -231,6 +260,10 @@ def markdown(found: dict[str, Any], command: str) -> str:
         )
         for case in truths["math"]["mislabelled"]
     ]
+    lines += ["", "## What math-verify lets pass", ""]
+    lines += ["Answers that differ from the ground truth in this way and are taken for right.", ""]
+    lines += ["| answer with | tried | label 1 |", "|---|--:|--:|"]
+    lines += [f"| {name} | {n['tried']} | {n['label 1']} |" for name, n in found["leniencies"].items()]
     if rollouts := found.get("two_boxes"):
         before, after = (rollouts["agree_with_released"][n] for n in ("math-verify alone", "math"))
         lines += [
@@ -260,6 +293,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(RESULTS), help="folder to write")
     arguments = parser.parse_args()
     found: dict[str, Any] = {"truths": truths_table(arguments.data)}
+    found["leniencies"] = leniencies(arguments.data)
     if arguments.rollouts:
         found["two_boxes"] = two_boxes(arguments.rollouts)
     found["machine"] = machine.describe()

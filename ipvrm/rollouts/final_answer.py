@@ -3,8 +3,7 @@ r"""Where the final answer of a text stands, and which number it is.
 An answer is looked for in what is said outside the thinking: behind the last `</think>`, up to a `<think>`
 that is not closed. A prompt may have opened the thinking, so the closing tag alone counts; a response that
 opens it and never closes it says nothing. There the last box that is not empty is the answer, else the last
-`#### ...`, `Answer: ...` or `answer is ...` of a line. A number on an `Answer:` line of its own behind the
-last box comes before it: two of 543 responses that were released as right end so, with other boxes before.
+`#### ...`, `Answer: ...` or `answer is ...` of a line.
 """
 
 import re
@@ -95,16 +94,10 @@ def _closing(text: str, opening: int) -> int | None:
 
 
 def boxed_answer(text: str, parts: int = 1) -> str | None:
-    """Content of the last box; of the last `parts` boxes, joined by commas, where one sentence holds them.
-
-    A number on a line `Answer: ...` or `#### ...` of its own behind the last box comes before it.
-    """
+    """Content of the last box; of the last `parts` boxes, joined by commas, where one sentence holds them."""
     found = boxes(text)
     if not found:
         return None
-    for line in reversed(list(ANSWER_LINE.finditer(text, found[-1][1]))):
-        if as_number(line.group(1)) is not None:
-            return undecorated(line.group(1))
     last = found[-parts:]
     one_sentence = all(
         not SENTENCE_END.search(between) or JOINED.fullmatch(between)
@@ -113,6 +106,13 @@ def boxed_answer(text: str, parts: int = 1) -> str | None:
     if parts > 1 and len(last) == parts and one_sentence and part_count(last[-1][2]) == 1:
         return ", ".join(undecorated(content) for _, _, content in last)
     return undecorated(last[-1][2])
+
+
+def number_behind_boxes(text: str) -> str | None:
+    """The number on the last line `Answer: ...` or `#### ...` of its own behind the last box."""
+    start = max((end for _, end, _ in boxes(text)), default=0)
+    stated = (undecorated(line.group(1)) for line in reversed(list(ANSWER_LINE.finditer(text, start))))
+    return next((text for text in stated if as_number(text) is not None), None)
 
 
 def stated_answer(text: str) -> str | None:

@@ -5,6 +5,10 @@ answer. It runs in worker processes of its own, one JSON line in and one out, an
 print: a worker that has not answered by the deadline is killed, with whatever it started, and replaced.
 A time-out, a crash or an exception is a `Verdict` of its own and never a wrong answer.
 
+Numbers are compared here, by value; all else by math-verify, with its leniencies: it drops units, percent
+signs and the name before `=`, compares lists without their order, and reads a word as a product of letters
+(`benchmarks/results/label_truths` counts them).
+
 math-verify's own time-outs are switched off. They come as signals that native code holds up, and what they
 interrupt counts there as a wrong answer.
 """
@@ -37,6 +41,7 @@ from ipvrm.rollouts.final_answer import (
     ground_truth_answer,
     is_prose,
     is_word,
+    number_behind_boxes,
     part_count,
     same_number,
     same_word,
@@ -195,6 +200,8 @@ def _compare(text: str, truth: _GroundTruth) -> Verdict:
     from math_verify import parse, verify
 
     extracted = boxed_answer(text, truth.parts)
+    if truth.number is not None and extracted and as_number(extracted.rpartition("=")[2]) is None:
+        extracted = number_behind_boxes(text) or extracted  # `\boxed{7 \text{ and } 13}` ... `Answer: 91`
     if extracted is None and (stated := stated_answer(text)) is not None:
         readable = as_number(stated) is not None or is_word(truth.text) or _latex_of_python(stated)
         extracted = stated if readable else None
