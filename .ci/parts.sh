@@ -22,7 +22,7 @@ checks() {
   part "install and build" 180 pip install -q -c .ci/constraints.txt '.[test,dev]'
   part "the installed wheel" 60 pytest -q tests/kernels/test_backend.py tests/kernels/test_segment_scan.py \
     tests/ipvrm/test_steps.py tests/ipvrm/test_objectives.py
-  python -c 'import ipvrm_kernels; print(ipvrm_kernels.__file__); print(ipvrm_kernels.backends())'
+  (cd / && python -c 'import ipvrm_kernels; print(ipvrm_kernels.__file__); print(ipvrm_kernels.backends())')
   part "ruff" 30 bash -c 'ruff check . && ruff format --check .'
   part "clang-format" 10 bash -c 'clang-format --dry-run --Werror csrc/*'
   part "mypy" 90 mypy
