@@ -147,10 +147,11 @@ def _cpp_backward(
     zeros = torch.zeros_like(top)
     dentropy = None if dsum_z_exp is None else -dsum_z_exp
     up = cpu.make_upstream(did_logits, dsumexp, dentropy, ids, weight.shape[0], top, None, zeros)
-    total = torch.zeros(len(hidden), dtype=torch.float64)
+    up.total.zero_()  # in place: the native struct holds its address
     for d in (dsumexp, dsum_z_exp):
-        total = total if d is None else total - d
-    return cpu.backward(OP, up._replace(total=total), hidden, weight, bias, transform, needs)
+        if d is not None:
+            up.total.sub_(d)
+    return cpu.backward(OP, up, hidden, weight, bias, transform, needs)
 
 
 IMPLS = {
