@@ -19,6 +19,7 @@ cache; only the reference below holds an (N, V) tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -321,6 +322,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    fill_value: float = -math.inf,
     return_entropy: bool = False,
     max_workspace_bytes: int | None = None,
     deterministic: bool = False,
@@ -336,10 +338,13 @@ def linear_logprobs(
         weight: (V, D) of hidden's dtype, or fp32 (masters) with bf16/fp16 hidden; under autocast any of
             these. The matmul's operands are rounded to autocast's dtype if enabled, else to hidden's; sums
             are fp32 or better.
-        ids: (N,) or (N, K) int64 or int32 in [-1, V). -1 is "no token": log-prob -inf, no gradient.
+        ids: (N,) or (N, K) int64 or int32 below V. Any negative id (-1, -100) is "no token": log-prob
+            `fill_value`, no gradient.
             Duplicates add their gradients.
         bias: (V,) of weight's dtype or fp32, added in fp32.
         logit_scale, softcap, temperature: see above, in this order; finite, the latter two > 0.
+        fill_value: the log-prob of no token; 0.0 keeps `(logprobs * mask).sum()` finite. The losses know an
+            absent token by a log-prob of -inf, so a filled one is no old log-prob.
         return_entropy: whether to compute the entropy.
         max_workspace_bytes: upper limit of scratch memory; refused with the least that works (impl="torch"
             holds (N, V) tensors). On the CPU what exceeds 64 MiB keeps z in fp32 for the backward of a
@@ -352,7 +357,7 @@ def linear_logprobs(
 
     Returns: LinearLogprobs, fp32 (fp64 for fp64 inputs), log-probs <= 0. All three are differentiable once in
     hidden, weight and bias; gradients come in each input's own dtype from fp32 accumulators.
-    Raises: ValueError on wrong shapes, dtypes, devices, scalars, impl, ids outside [-1, V) (checked on the
+    Raises: ValueError on wrong shapes, dtypes, devices, scalars, impl, ids from V on (checked on the
     CPU, and on a GPU under `set_checks(True)`), a DTensor or an empty (sharded) weight. RuntimeError on
     double backward.
     """
@@ -369,6 +374,7 @@ def linear_logprobs(
         hidden, weight, bias, ids.long()[:, None] if ids.dim() == 1 else ids.long(),
         *transform, bool(return_entropy), follows, max_workspace_bytes, bool(deterministic), keep, impl,
     )  # fmt: skip
-    return LinearLogprobs(
-        logprobs[:, 0] if ids.dim() == 1 else logprobs, lse, entropy if return_entropy else None
-    )
+    logprobs = logprobs[:, 0] if ids.dim() == 1 else logprobs
+    if fill_value != -math.inf:
+        logprobs = logprobs.masked_fill(ids < 0, fill_value)
+    return LinearLogprobs(logprobs, lse, entropy if return_entropy else None)

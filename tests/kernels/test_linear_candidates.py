@@ -279,7 +279,7 @@ def test_any_shape(impl, device, N, V, level, seed, min_prob, top_k):
         (dict(top_k=True), "top_k must be an integer >= 1, got True"),
         (dict(sampled=torch.zeros(4, 1).long()), r"sampled must be \(N,\) with N=4, got \(4, 1\)"),
         (dict(sampled=torch.zeros(4)), "sampled must be int64 or int32, got torch.float32"),
-        (dict(sampled=torch.full((4,), 5)), r"sampled must lie in \[-1, V\) with V=5"),
+        (dict(sampled=torch.full((4,), 5)), "sampled must be below V=5"),
         (dict(weight=torch.zeros(0, 3)), r"weight is empty, shape \(0, 3\)"),
         (dict(temperature=0.0), "temperature must be finite and > 0, got 0.0"),
         (dict(impl="blas"), "impl='blas' cannot run here"),

@@ -33,9 +33,9 @@ def call(changed, **options):
     [
         (dict(token_ids=torch.zeros(4, 1).long()), {}, r"token_ids must be \(N,\) with N=4, got \(4, 1\)"),
         (dict(token_ids=torch.zeros(4)), {}, "token_ids must be int64 or int32, got torch.float32"),
-        (dict(token_ids=torch.full((4,), 5)), {}, r"token_ids must lie in \[-1, V\) with V=5"),
+        (dict(token_ids=torch.full((4,), 5)), {}, "token_ids must be below V=5"),
         (dict(candidate_ids=torch.zeros(4).long()), {}, r"candidate_ids must be \(N, K\) with N=4"),
-        (dict(candidate_ids=torch.full((4, 2), -2)), {}, r"candidate_ids must lie in \[-1, V\) .* -2 to -2"),
+        (dict(candidate_ids=torch.full((4, 2), 7)), {}, "candidate_ids must be below V=5.* up to 7"),
         (dict(old_logprobs=torch.zeros(3)), {}, r"old_logprobs must be .* of shape \(4,\), got \(3,\)"),
         (dict(advantages=torch.zeros(4).long()), {}, r"advantages must be floating .*\(4,\) torch.int64"),
         (dict(old_candidate_logprobs=torch.zeros(4, 3)), {}, r"old_candidate_logprobs .* got \(4, 3\)"),

@@ -30,8 +30,7 @@ H, W, I = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)
         (dict(ids=I.float()), "ids must be int64 or int32, got torch.float32"),
         (dict(ids=I[:3]), r"ids must be \(N,\) or \(N, K\) with N=4, got \(3,\)"),
         (dict(ids=I[:, None, None]), r"got \(4, 1, 1\)"),
-        (dict(ids=I + 5), r"ids must lie in \[-1, V\) with V=5 .* got values from 5 to 5"),
-        (dict(ids=I - 2), "got values from -2 to -2"),
+        (dict(ids=I + 5), "ids must be below V=5, negative for no token, got values up to 5"),
         (dict(logit_scale=math.nan), "logit_scale must be finite, got nan"),
         (dict(softcap=0.0), "softcap must be finite and > 0, got 0.0"),
         (dict(temperature=-1.0), "temperature must be finite and > 0, got -1.0"),
@@ -133,3 +132,26 @@ def test_compile(impl, device):
 def test_meta_tensors():
     out = linear_logprobs(H.to("meta"), W.to("meta"), I.to("meta"), return_entropy=True)
     assert out.logprobs.shape == out.lse.shape == out.entropy.shape == (4,)
+
+
+@pytest.mark.parametrize("fill_value", [-math.inf, 0.0])
+def test_any_negative_id_is_no_token(impl, device, fill_value):
+    """-1, HF's -100 and the least int64: the log-prob asked for, no gradient, the other rows as ever."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=g), torch.randn(33, 8, generator=g)
+    ids = torch.tensor([[3, 5], [-1, 7], [-100, -1], [-(2**63), 32], [0, -2], [9, 9]])
+    results = []
+    for given in (ids, ids.clamp(min=-1)):
+        leaves = [x.clone().to(device).requires_grad_() for x in (hidden, weight)]
+        out = linear_logprobs(*leaves, given.to(device), fill_value=fill_value, impl=impl).logprobs
+        kept = torch.where(ids.to(device) >= 0, out, 0.0)
+        results.append((out.detach().cpu(), *torch.autograd.grad(kept.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert bool((results[0][0][ids < 0] == fill_value).all())
+    assert bool((results[0][0][ids >= 0] < 0).all()) and not results[0][1][2].any()
+    if fill_value == 0.0:
+        leaves = [x.clone().to(device).requires_grad_() for x in (hidden, weight)]
+        filled = linear_logprobs(*leaves, ids.to(device), fill_value=0.0, impl=impl).logprobs.sum()
+        assert bool(filled.isfinite())
+        for mine, theirs in zip(torch.autograd.grad(filled, leaves), results[0][1:], strict=True):
+            torch.testing.assert_close(mine, theirs)
