@@ -61,6 +61,11 @@ def sequences(device: str) -> None:
         "prefix_values": lambda impl: torch.cat(ipvrm_kernels.prefix_values(x, cu, impl=impl)),
         "prefix_value_loss": lambda impl: ipvrm_kernels.prefix_value_loss(x, cu, outcome, impl=impl),
         "clipped_surrogate": lambda impl: ipvrm_kernels.clipped_surrogate(x, fixed, fixed, impl=impl)[0],
+        "distrl_loss": lambda impl: (
+            ipvrm_kernels.distrl_loss(
+                x, x[:, None], fixed, fixed[:, None], fixed, fixed[:, None], cu, impl=impl
+            ).loss
+        ),
     }
     for op, call in calls.items():
         for impl in implementations(op, device):
