@@ -3,6 +3,10 @@
 from collections import defaultdict
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True)  # the same examples in every run of a gate
+settings.load_profile("repeatable")
 
 BUDGETS = {
     "interpreter": 180,
