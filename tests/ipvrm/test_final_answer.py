@@ -5,14 +5,15 @@ No ground truth is tried against itself: every right answer is spelled another w
 
 import json
 import math
+import sys
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.studies.label_truths import RIGHT_WAYS, spellings
 from ipvrm.data.rows import ground_truth
 from ipvrm.rollouts.final_answer import (
     answer_region,
@@ -27,6 +28,13 @@ from ipvrm.rollouts.final_answer import (
 )
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.verify import verify_math, verify_string
+
+ROOT = Path(__file__).resolve().parents[2]
+if not (ROOT / "benchmarks" / "studies").is_dir():
+    pytest.skip("no checkout with benchmarks/ beside the tests", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.studies.label_truths import RIGHT_WAYS, spellings  # noqa: E402
 
 GSM8K = "She bakes 24.\nAt noon 24/2 = <<24/2=12>>12.\nTogether 1,222+12 = <<1222+12=1234>>1234.\n#### 1,234"
 
