@@ -32,7 +32,7 @@ from ipvrm.rollouts.verify import verify_math, verify_string
 ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "benchmarks" / "studies").is_dir():
     pytest.skip("no checkout with benchmarks/ beside the tests", allow_module_level=True)
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # behind the installed packages, which stay the ones that are tested
 
 from benchmarks.studies.label_truths import RIGHT_WAYS, spellings  # noqa: E402
 
