@@ -79,6 +79,8 @@ def _of_number(value: Decimal) -> dict[str, str]:
 def _of_expression(truth: str) -> dict[str, str]:
     styled = truth.replace(r"\frac", r"\dfrac")
     spaced = re.sub(r"(?<![\\{a-zA-Z])([-+=,])(?![a-zA-Z}])", r" \1 ", truth)
+    sized = truth.replace("(", r"\left(").replace(")", r"\right)").replace(r"\frac", r"\tfrac")
+    sized = sized if truth.count("(") == truth.count(")") and r"\left" not in truth else spaced
     parts = _parts(truth)
     if is_word(truth):
         other = rf"Hence \boxed{{\text{{{truth.upper()}}}}}"
@@ -87,11 +89,11 @@ def _of_expression(truth: str) -> dict[str, str]:
     else:
         other = rf"Hence \boxed{{{spaced}}}"
     return {
-        "sentence": f"First we divide by 3. The answer is ${truth}$.",
-        "power of ten": rf"So it is $\boxed{{{styled}}}$.",
-        "decorated box": rf"We get \[\boxed{{\, {truth}.}}\]",
+        "sentence": f"First we divide by 3. The answer is ${spaced}$.",
+        "power of ten": rf"So it is $\boxed{{{sized}}}$.",
+        "decorated box": rf"We get \[\boxed{{\, {sized}.}}\]",
         "other form": other,
-        "after thinking": f"<think>Is it \\boxed{{7}}? No.</think>\n\nSo:\n\n$$\n\\boxed{{{truth}}}\n$$",
+        "after thinking": f"<think>Is it \\boxed{{7}}? No.</think>\n\nSo:\n\n$$\n\\boxed{{{styled}}}\n$$",
         "wrong": rf"Hence \boxed{{{'none' if is_word(truth) else truth + ' + 1'}}}",
         "wrong by ten": r"Hence \boxed{123457}",
     }
@@ -227,7 +229,8 @@ def markdown(found: dict[str, Any], command: str) -> str:
     lines += [f"{about.get('cpu', about)}; commit {about.get('commit', '')}.", ""]
     lines += [
         f"{truths['ground_truths']} ground truths, {truths['answers']} answers: five right spellings and two "
-        "wrong answers of each. Before: math-verify alone on the whole response.",
+        "wrong answers of each. Before: math-verify alone on the whole response. Expressions get spaces, "
+        "`\\dfrac`, `\\tfrac`, `\\left(` or a box per part where they can (as a power of ten: a box).",
         "",
         "| answer | should be | label 1 | label 0 | left out | before: label 1 | label 0 | left out |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
