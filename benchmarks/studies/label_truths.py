@@ -80,7 +80,9 @@ def _of_expression(truth: str) -> dict[str, str]:
     styled = truth.replace(r"\frac", r"\dfrac")
     spaced = re.sub(r"(?<![\\{a-zA-Z])([-+=,])(?![a-zA-Z}])", r" \1 ", truth)
     sized = truth.replace("(", r"\left(").replace(")", r"\right)").replace(r"\frac", r"\tfrac")
-    sized = sized if truth.count("(") == truth.count(")") and r"\left" not in truth else spaced
+    sized = (
+        sized if truth.count("(") == truth.count(")") and not re.search(r"[a-z]\(|\\left", truth) else spaced
+    )
     parts = _parts(truth)
     if is_word(truth):
         other = rf"Hence \boxed{{\text{{{truth.upper()}}}}}"

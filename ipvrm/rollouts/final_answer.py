@@ -13,6 +13,7 @@ THINK = re.compile(r"<(/?)think(?:ing)?>")
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 STATED = re.compile(r"^.*(?:####|\banswer[ \t]*(?:[ \t*]*:|is\b:?))(.*)$", re.IGNORECASE | re.MULTILINE)
 SENTENCE_END = re.compile(r"[.!?。！？](?:\s|\$|$)|\n\s*\n")
+FORMULA = re.compile(r"[\s*:]*\$([^$]+)\$[\s*.]*")
 ANSWER_LINE = re.compile(
     r"^[ \t>*_$]*(?:####|(?:the )?(?:final )?answer[ \t*]*:)(.*)$", re.IGNORECASE | re.MULTILINE
 )
@@ -119,6 +120,13 @@ def stated_answer(text: str) -> str | None:
     """The last `#### ...`, `Answer: ...` or `answer is ...` of a line."""
     stated = (undecorated(match.group(1)) for match in reversed(list(STATED.finditer(text))))
     return next((text for text in stated if text), None)
+
+
+def stated_formula(text: str) -> str | None:
+    """The last stated answer if it is nothing but one formula between dollars."""
+    stated = [m.group(1) for m in STATED.finditer(text) if undecorated(m.group(1))]
+    formula = FORMULA.fullmatch(stated[-1]) if stated else None
+    return undecorated(formula.group(1)) if formula else None
 
 
 def final_answer(response: str, parts: int = 1) -> str | None:

@@ -46,6 +46,7 @@ from ipvrm.rollouts.final_answer import (
     same_number,
     same_word,
     stated_answer,
+    stated_formula,
     without_e_notation,
     written_out,
 )
@@ -204,6 +205,7 @@ def _compare(text: str, truth: _GroundTruth) -> Verdict:
         extracted = number_behind_boxes(text) or extracted  # `\boxed{7 \text{ and } 13}` ... `Answer: 91`
     if extracted is None and (stated := stated_answer(text)) is not None:
         readable = as_number(stated) is not None or is_word(truth.text) or _latex_of_python(stated)
+        readable = readable or stated_formula(text) is not None
         extracted = stated if readable else None
     if extracted is None:
         found = parse(without_e_notation(text), parsing_timeout=None, raise_on_error=True)
