@@ -204,8 +204,8 @@ def _compare(text: str, truth: _GroundTruth) -> Verdict:
     if truth.number is not None and extracted and as_number(extracted.rpartition("=")[2]) is None:
         extracted = number_behind_boxes(text) or extracted  # `\boxed{7 \text{ and } 13}` ... `Answer: 91`
     if extracted is None and (stated := stated_answer(text)) is not None:
-        readable = as_number(stated) is not None or is_word(truth.text) or _latex_of_python(stated)
-        readable = readable or stated_formula(text) is not None
+        plain = as_number(stated) is not None or is_word(truth.text) or stated_formula(text) is not None
+        readable = plain or _latex_of_python(stated)
         extracted = stated if readable else None
     if extracted is None:
         found = parse(without_e_notation(text), parsing_timeout=None, raise_on_error=True)

@@ -240,7 +240,11 @@ def test_the_ground_truth_of_a_worked_solution():
         ("\\boxed{9}\n\nAnswer: $6$", "6", False),  # the box is a number: it is the answer
         ("\\boxed{\\frac{1}{2}}\n\nAnswer: as above", "0.5", True),
         ("The answer is $ - 3./2$.", "-1.5", True),
-        (r"The answer is $\frac{1}{3} E_{1} + \frac{2}{3} E_{2}$.", r"\frac{E_{1}+2E_{2}}{3}", True),
+        (
+            r"The answer is $\frac{1}{3} E_{1} + \frac{2}{3} E_{2}$.",
+            r"\frac{1}{3}E_{1}+\frac{2}{3}E_{2}",
+            True,
+        ),
         (r"The answer is $\frac{1}{3} E_{1}$ or $7$, I think", "9", False),
         ("1234", GSM8K, True),
         (r"\boxed{1222}", GSM8K, False),
