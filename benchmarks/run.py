@@ -30,7 +30,7 @@ from ipvrm import run_folder
 
 MODULES = (
     "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
-    "segment_scan", "prefix_values", "prefix_value_loss", "clipped_surrogate",
+    "segment_scan", "prefix_values", "prefix_value_loss", "clipped_surrogate", "distrl_loss",
     "reward_step", "distrl_step", "policy_step", "advantages", "scaling",
 )  # fmt: skip
 SECONDS = dict(quick=0.4, default=2.0, full=3.0)  # of rounds a case, beyond the least number of rounds

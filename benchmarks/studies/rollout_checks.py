@@ -4,8 +4,7 @@
 
 `resumed`: the command killed with SIGKILL once 128 responses are there and given again, against one that was
 not, by the bytes of the file. `batch`: 7 rows at a time against 64. `string`: that verifier on the same
-responses, cut off or not. `ground_truths`: every ground truth of the file given to math-verify as the
-response to itself, in a box and as it stands.
+responses, cut off or not.
 """
 
 import argparse
@@ -16,16 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
 from benchmarks.suite import machine
-from ipvrm.data.rows import read_prompts
 from ipvrm.rollouts.label import LabelConfig, label_file
-from ipvrm.rollouts.verify import VerifierPool
 from ipvrm.run_folder import write_json
 
 BATCH, OTHER_BATCH, KILLED_AT = 64, 7, 128
@@ -65,17 +60,6 @@ def differing(one: Path, other: Path) -> int:
     return sum(a != b for a, b in zip(*texts, strict=True))
 
 
-def ground_truths(data: str) -> dict[str, Any]:
-    """Outcomes of math-verify for every ground truth against itself."""
-    answers = [p.answer for p in read_prompts(data)[0] if p.answer is not None]
-    with VerifierPool() as pool:
-        found = {
-            name: Counter(v.outcome for v in pool.judge([(form.format(a), a) for a in answers]))
-            for name, form in (("boxed", "\\boxed{{{}}}"), ("as it stands", "{}"))
-        }
-    return {"of": len(answers)} | {name: dict(counts) for name, counts in found.items()}
-
-
 def main() -> None:
     """Console entry."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -96,7 +80,6 @@ def main() -> None:
             "resumed": {"killed_at": killed_at, "same_bytes": hashes[0] == hashes[1], "sha256": hashes},
             "batch": {"rows": [BATCH, OTHER_BATCH], "differing_responses": differing(whole, other)},
             "string": {kind: count for kind, count in labels["counts"].items() if count},
-            "ground_truths": ground_truths(arguments.data),
             "machine": machine.describe(),
         }
     write_json(arguments.out, found)

@@ -23,7 +23,7 @@ class Letters:
 
 
 def settings(on_bad_row="error", max_new_tokens=8):
-    return SimpleNamespace(on_bad_row=on_bad_row, max_new_tokens=max_new_tokens)
+    return SimpleNamespace(on_bad_row=on_bad_row, max_new_tokens=max_new_tokens, chat_template_kwargs=None)
 
 
 def test_a_prompt_may_fill_the_models_positions_and_no_more(tokenizer):

@@ -212,11 +212,13 @@ def test_a_frozen_head_costs_two_matmuls(softcap, entropy, monkeypatch):
     monkeypatch.setattr(blocks, "COLUMNS", 128)
     hidden, weight, ids = case(100, D=16, V=500)
     transform, upstream = PLAIN._replace(softcap=softcap), torch.randn(ids.shape)
-    forward, backward = linear_logprobs_impls["cpp"]
+    impl = linear_logprobs_impls["cpp"]
     with Matmuls() as counted:
-        saved = forward(hidden, weight, None, ids, transform, entropy, FROZEN, None, False, 0)
-        dhidden = backward(upstream, None, None, hidden, weight, None, ids, *saved, transform,
-                           (True, False, False), None, False)[0]  # fmt: skip
+        *outputs, saved = impl.forward(
+            hidden, weight, None, ids, transform, entropy, FROZEN, None, False, False
+        )
+        dhidden = impl.backward(upstream, None, None, hidden, weight, None, ids, *outputs, saved, transform,
+                                FROZEN, (True, False, False), None, False)[0]  # fmt: skip
     assert counted.total == 2 * 100 * 16 * 500
     leaf = hidden.double().requires_grad_()
     exact = linear_logprobs(leaf, weight.double(), ids, softcap=softcap).logprobs
