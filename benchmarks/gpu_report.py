@@ -53,7 +53,14 @@ SLICES = dict(
     ncu_tensor=14, ncu=24,
 )  # fmt: skip
 # one process for the ops that take no longer than its start; the one with a target first
-SEQUENCE_OPS = ("prefix_value_loss", "segment_scan", "prefix_values", "clipped_surrogate", "advantages")
+SEQUENCE_OPS = (
+    "prefix_value_loss",
+    "segment_scan",
+    "prefix_values",
+    "clipped_surrogate",
+    "distrl_loss",
+    "advantages",
+)
 WORKERS = 8  # of the tests
 TESTED = ("triton-cuda", "cuda-cuda")  # implementation and device that some test must have passed on
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
