@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ipvrm.data.chat import encode_prompt
+from ipvrm.data.chat import Chat
 from ipvrm.data.rows import Prompt
 from ipvrm.demo.arithmetic import Problem, make_problems
 from ipvrm.demo.base_model import MAX_NEW_TOKENS
@@ -72,7 +72,8 @@ def outcomes(model_folder: Path, problems: Sequence[Problem]) -> list[int]:
     model, tokenizer = load_model(model_folder, torch.float32), load_tokenizer(model_folder)
     stops = stop_ids(model, tokenizer)
     prompts = [Prompt(row, p.text, str(p.answer)) for row, p in enumerate(problems, 1)]
-    questions = [Question(prompt, tuple(encode_prompt(prompt, tokenizer))) for prompt in prompts]
+    chat = Chat(tokenizer)
+    questions = [Question(prompt, chat.prompt_ids(prompt.prompt)) for prompt in prompts]
     jobs = [(question, number, 0) for number, question in enumerate(questions)]
     engine = TransformersEngine(model, stops, batch_size=512)
     responses = sample(engine, jobs, Sampling(MAX_NEW_TOKENS), seed=0)
