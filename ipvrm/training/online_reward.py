@@ -276,14 +276,6 @@ class OnlineReward:
         )
         write_info(folder, info)
 
-    def save_checkpoint(self, folder: Path, policy: Path, final_place: Path) -> dict[str, Any] | None:
-        """`write`, and the optimizer's tensors; returns its scalars."""
-        folder.mkdir()
-        self.write(folder, policy, final_place)
-        if not self.trained:
-            return None
-        return checkpoint.save_optimizer(folder, self.module, self.optimizer.optimizer)
-
 
 def _head_size(model: str | Path) -> int:
     from transformers import AutoConfig

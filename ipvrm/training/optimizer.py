@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ipvrm.errors import IpvrmError
+from ipvrm.errors import FailedAlike, IpvrmError
 
 Item = TypeVar("Item")
 
@@ -35,7 +35,7 @@ class ScheduleSettings(Protocol):
     def warmup_ratio(self) -> float: ...
 
 
-class NotFinite(IpvrmError):
+class NotFinite(FailedAlike):
     """Loss or gradient of an update are not numbers; the weights are those from before it."""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ipvrm.data.batches import Batch, collate, epoch_order, microbatches_for_rank
 from ipvrm.data.responses import Response
-from ipvrm.errors import IpvrmError
+from ipvrm.errors import FailedAlike
 from ipvrm.rollouts.answers import Question, judge, sample
 from ipvrm.rollouts.engine import Engine, Sampling
 from ipvrm.rollouts.verify import VerifierPool
@@ -25,7 +25,7 @@ from ipvrm.training.policy_config import PolicyConfig
 FAILURES = ("timeout", "crash", "error", "unreadable_ground_truth")
 
 
-class Unanimous(IpvrmError):
+class Unanimous(FailedAlike):
     """Not one prompt of a step has both outcomes; `place` is that of the next prompt."""
 
     def __init__(self, message: str, place: int):

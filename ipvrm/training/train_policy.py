@@ -1,28 +1,24 @@
 """`ipvrm train-policy`: DistRL and its baselines (stage B). Read it top to bottom.
 
-One step, `_Run._step`: responses are sampled and verified, prompts whose outcomes differ are kept; one pass
-of the policy gives behaviour log-probs, entropy and exact candidates; the reward model learns from the labels
-(before or after it scores) and gives its log-probs of the same tokens; advantages are formed once; then the
-policy is updated in minibatches. Every loss is divided by the denominator of its whole minibatch, so that the
-update does not depend on micro-batches, packing or ranks. Ranks share the work and hold the same rollouts.
+One step, `_Trainer._step`: responses are sampled and verified, prompts whose outcomes differ are kept; one
+pass of the policy gives behaviour log-probs, entropy and exact candidates; the reward model learns from the
+labels (before or after it scores) and gives its log-probs of the same tokens; advantages are formed once;
+then the policy is updated in minibatches. Every loss is divided by the denominator of its whole minibatch, so
+that the update does not depend on micro-batches, packing or ranks. Ranks share the work and hold the same
+rollouts.
 """
 
-import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from ipvrm.data.batches import Batch, epoch_order
 from ipvrm.data.rows import BadRow, read_prompts
-from ipvrm.errors import IpvrmError
 from ipvrm.losses.advantages import distrl_advantages, outcome_advantages, temporal_difference
 from ipvrm.losses.baselines import per_token, prime_advantages, spro_advantages
 from ipvrm.losses.metrics import MetricSums, auc, paired, stacked
@@ -36,44 +32,25 @@ from ipvrm.models.causal_lm import (
     save_model,
     weights_hash,
 )
-from ipvrm.progress import Interrupt, Progress, peak_memory
+from ipvrm.progress import peak_memory
 from ipvrm.rollouts.answers import Question, as_questions
 from ipvrm.rollouts.engine import TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import VerifierPool
-from ipvrm.run_folder import (
-    manifest,
-    move_into,
-    remove_leftovers,
-    same_run,
-    save_folder,
-    settings_of,
-    write_json,
-    write_text,
-)
+from ipvrm.run_folder import settings_of
 from ipvrm.training import checkpoint
-from ipvrm.training.checkpoint import interrupted
 from ipvrm.training.online_reward import FOLDER, OnlineReward
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.policy_config import Method, PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss, add_adapters, behaviour, merged
 from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash
+from ipvrm.training.run import RESULTS, Run, TrainResult, report
 from ipvrm_kernels import DISTRL_METRICS, prefix_values
 
 ADAPTER = "adapter"
 LOSSES = ("policy_loss", "token_loss", "candidate_loss")
 
 
-@dataclass(frozen=True)
-class PolicyResult:
-    """What `train_policy` returns; `metrics` is what results.json holds."""
-
-    output_dir: Path
-    metrics: dict[str, Any]
-    steps: int
-    seconds: float
-
-
-def train_policy(config: PolicyConfig, progress: bool = True) -> PolicyResult:
+def train_policy(config: PolicyConfig, progress: bool = True) -> TrainResult:
     """Trains a policy and writes its run folder; under `accelerate launch` on every rank.
 
     What fails after the first step is raised once the steps before it are in a checkpoint, where the weights
@@ -83,144 +60,146 @@ def train_policy(config: PolicyConfig, progress: bool = True) -> PolicyResult:
         IpvrmError: anything the user can act on, before the first step where possible.
         TrainingInterrupted: SIGINT or SIGTERM; a checkpoint has been written.
     """
-    return _Run(*resolve(config), progress).train()
+    config, method = resolve(config)
+    accelerator = data_parallel_accelerator(
+        "train-policy", use_cpu=config.use_cpu, mixed_precision=config.mixed_precision
+    )
+    models = [name for name in (config.model, config.reward_model) if name is not None]
+    run = Run("train-policy", config, accelerator, starts_from=models, mark=RESULTS, progress=progress)
+    inputs = _Inputs(config, method, run)
+    if config.dry_run:
+        return inputs.dry_run()
+    with VerifierPool(config.verifier, config.verifier_workers, config.verifier_timeout) as pool:
+        return _Trainer(inputs, pool).train()
 
 
-class _Run:
-    """One training run; the methods are in the order in which they happen."""
+class _Inputs:
+    """What a run is about: prompts and the reward model's kind, read and checked before any weights are."""
 
-    def __init__(self, config: PolicyConfig, method: Method, progress: bool):
-        self.config, self.method = config, method
-        self.output = Path(config.output_dir)
-        self.accelerator = data_parallel_accelerator(
-            "train-policy", use_cpu=config.use_cpu, mixed_precision=config.mixed_precision
-        )
-        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
-        self.progress = Progress(enabled=progress and self.main)
-        for given in filter(None, (config.model, config.reward_model)):
-            if self.output.resolve() == Path(given).resolve():
-                raise IpvrmError(f"--output_dir {self.output} is a starting model; it would be overwritten")
-        self.resumed = checkpoint.resumed_from(self.output, config.resume_from_checkpoint, "results.json")
+    def __init__(self, config: PolicyConfig, method: Method, run: Run):
+        self.config, self.method, self.run = config, method, run
         self.tokenizer = load_tokenizer(config.model)
         self.reward = None
         if config.reward_model is not None:
-            self.reward = OnlineReward(config, method.balance, self.tokenizer, self.accelerator)
-        self.seconds: dict[str, float] = {}
-        self.moved: set[str] = set()  # the models that have learnt from a step that is not finished
+            self.reward = OnlineReward(config, method.balance, self.tokenizer, run.accelerator)
+        self.context = max_positions(config.model)
+        self.questions, bad = self._read(config.train_data)
+        self.eval_questions = None if config.eval_data is None else self._read(config.eval_data)[0]
+        self.counts = {"prompts": len(self.questions), "bad": len(bad)}
+        run.progress.note(f"{config.train_data}: {len(self.questions):,} prompts, {len(bad)} bad")
 
-    # ------------------------------------------------------------------------------------------- before
+    def _read(self, path: str) -> tuple[list[Question], list[BadRow]]:
+        prompts, bad = read_prompts(path, self.config.on_bad_row)
+        return as_questions(prompts, bad, path, self.tokenizer, self.config, self.context)
 
-    def train(self) -> PolicyResult:
+    def dry_run(self) -> TrainResult:
+        """Prints the resolved config, the data counts and a memory estimate of each trained model."""
         config = self.config
-        # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
-        from_checkpoint = self.resumed is not None and config.lora_r is None
-        model = load_model(cast(Path, self.resumed) if from_checkpoint else config.model, torch.float32)
-        context = max_positions(model)
-        questions, bad = self._questions(config.train_data, context)
-        self.counts: dict[str, int] = {"prompts": len(questions), "bad": len(bad)}
-        self.progress.note(f"{config.train_data}: {len(questions):,} prompts, {len(bad)} bad")
-        eval_questions = None
-        if config.eval_data is not None:
-            eval_questions, _ = self._questions(config.eval_data, context)
-        if config.dry_run:
-            return self._dry_run(max(len(q.ids) for q in questions) + config.max_new_tokens)
-        fingerprint = settings_of(config) | {
-            "start_hash": weights_hash(config.model),
-            "data_hash": questions_hash(questions),
-            **({} if self.reward is None else self.reward.fingerprint()),
+        trained = {"policy": config.model}
+        if self.reward is not None and self.reward.trained:
+            trained["reward_model"] = str(self.reward.folder)
+        estimates = {
+            name: memory_estimate(
+                folder,
+                rows=config.per_device_train_batch_size,
+                length=max(len(q.ids) for q in self.questions) + config.max_new_tokens,
+                mixed_precision=config.mixed_precision,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+            for name, folder in trained.items()
         }
-        state = None if self.resumed is None else checkpoint.load_state(self.resumed)
-        if state is not None:
-            same_run(state["fingerprint"], fingerprint, str(self.resumed), checkpoint.WORDS)
-        self.fingerprint = fingerprint
-        self.start = 0 if state is None else int(state["step"])
-        self.place = 0 if state is None else int(state["place"])
-        if self.main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.output)
-            write_text(self.output / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
-            record = manifest(seeds={"seed": config.seed}, ranks=self.accelerator.num_processes)
-            write_json(self.output / "manifest.json", record)
+        return self.run.dry_run({"data": self.counts, "memory_estimate": estimates})
 
+
+class _Trainer:
+    """The models and their steps; the methods are in the order in which they happen."""
+
+    def __init__(self, inputs: _Inputs, pool: VerifierPool):
+        self.inputs, self.run, self.config, self.method = inputs, inputs.run, inputs.config, inputs.method
+        config, run, self.reward = self.config, self.run, inputs.reward
+        self.accelerator = run.accelerator
+        hashes = {"start_hash": weights_hash(config.model), "data_hash": questions_hash(inputs.questions)}
+        if self.reward is not None:
+            hashes |= self.reward.fingerprint()
+        run.begin(config.max_steps, settings_of(config) | hashes)
+
+        # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
+        start = config.model if run.resumed is None or config.lora_r is not None else run.resumed
+        model = load_model(start, torch.float32)
         torch.manual_seed(config.seed)
         disable_dropout(model)
         if config.lora_r is not None:
-            model = add_adapters(model, config, None if self.resumed is None else self.resumed / ADAPTER)
+            model = add_adapters(model, config, None if run.resumed is None else run.resumed / ADAPTER)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         model.train()
         assert config.learning_rate is not None and config.temperature is not None
         module = PolicyLoss(model, self.method.loss, config.temperature)
-        optimizer = adamw(module, config.learning_rate, config, self.device)
+        optimizer = adamw(module, config.learning_rate, config, run.device)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.policy = self.accelerator.unwrap_model(self.module).model
         self.start_policy: nn.Module | None = None
         if config.algorithm == "spro":
-            self.start_policy = load_model(config.model, torch.float32, self.device)
+            self.start_policy = load_model(config.model, torch.float32, run.device)
         if self.reward is not None:
-            self.reward.load(self.resumed, None if state is None else state["reward_optimizer"])
-        if state is not None and self.resumed is not None:
-            checkpoint.load_optimizer(self.resumed, self.module, self.optimizer.optimizer, state["optimizer"])
-            checkpoint.restore_rng_state(self.resumed, self.accelerator.process_index)
-        self._watch("the policy", self.optimizer.optimizer)
+            self.reward.load(run.resumed, None if run.state is None else run.state["reward_optimizer"])
+        run.restore(self.module, self.optimizer)
+        run.watch("the policy", self.optimizer)
         if self.reward is not None and self.reward.trained:
-            self._watch("the reward model", self.reward.optimizer.optimizer)
-        stops = stop_ids(self.policy, self.tokenizer)
+            run.watch("the reward model", self.reward.optimizer)
+        stops = stop_ids(self.policy, inputs.tokenizer)
         engine = TransformersEngine(self.policy, stops, config.per_device_eval_batch_size)
-        with VerifierPool(config.verifier, config.verifier_workers, config.verifier_timeout) as pool:
-            parts = (engine, stops, self.tokenizer, pool, self.accelerator)
-            self.collector = Collector(questions, config, *parts)
-            self.evaluator = None if eval_questions is None else Collector(eval_questions, config, *parts)
-            return self._loop()
+        parts = (engine, stops, inputs.tokenizer, pool, self.accelerator)
+        self.collector = Collector(inputs.questions, config, *parts)
+        self.evaluator: Collector | None = None
+        if inputs.eval_questions is not None:
+            self.evaluator = Collector(inputs.eval_questions, config, *parts)
+        self.place = 0 if run.state is None else int(run.state["place"])  # prompts behind this one are done
+        self.seconds: dict[str, float] = {}
 
-    def _questions(self, path: str, context: int | None) -> tuple[list[Question], list[BadRow]]:
-        prompts, bad = read_prompts(path, self.config.on_bad_row)
-        return as_questions(prompts, bad, path, self.tokenizer, self.config, context)
-
-    # --------------------------------------------------------------------------------------------- loop
-
-    def _loop(self) -> PolicyResult:
-        config = self.config
-        self.log = None
-        if self.main:
-            self.log = checkpoint.open_log(self.output, self.start, resumed=self.resumed is not None)
-        started = time.perf_counter()
+    def train(self) -> TrainResult:
+        """All steps, with log, evaluation and checkpoints."""
+        config, run = self.config, self.run
         record: dict[str, Any] = {}
         evaluated: dict[str, float] = {}
-        # at the end too: there may be a checkpoint of the last step because its evaluation has failed
-        if self.start in (0, config.max_steps) and self.evaluator is not None:
-            evaluated = self.evaluator.accuracy()
-            record = {"step": self.start, **evaluated}
-            self._record(record)
-        with Interrupt() as interrupt, self.progress.bar("train-policy", config.max_steps, self.start) as bar:
-            for step in range(self.start, config.max_steps):
-                done, last = step + 1, step + 1 == config.max_steps
-                with self._kept_on_failure(step):
+        with run.loop() as bar:
+            # at the end too: there may be a checkpoint of the last step because its evaluation has failed
+            if run.start in (0, config.max_steps) and self.evaluator is not None:
+                evaluated = self.evaluator.accuracy()
+                record = {"step": run.start, **evaluated}
+                run.record(record)
+            for step in range(run.start, config.max_steps):
+                done = step + 1
+                with run.kept_on_failure(step, self):
                     record = self._step(step)
                 if self.evaluator is not None and (
-                    last or (config.eval_steps is not None and done % config.eval_steps == 0)
+                    done == config.max_steps
+                    or (config.eval_steps is not None and done % config.eval_steps == 0)
                 ):
-                    with self._kept_on_failure(done, record):
+                    with run.kept_on_failure(done, self, record):
                         evaluated = self.evaluator.accuracy()
                     record |= evaluated
-                shown = ("policy_loss", "rollout_accuracy", "tokens_per_second")
-                bar(done, **{name: record[name] for name in shown})
-                self._record(record)
-                stop = interrupt.asked(self.accelerator)
-                if not last and (stop or (config.save_steps and done % config.save_steps == 0)):
-                    folder = self._save_checkpoint(done)
-                    if stop:
-                        raise interrupted(folder, done, config.max_steps, interrupt.signal)
-            # there is no checkpoint of the last step: a signal must not end the process before the models are
-            # written
-            return self._finish(record, evaluated, time.perf_counter() - started)
+                bar(
+                    done,
+                    **{
+                        name: record[name]
+                        for name in ("policy_loss", "rollout_accuracy", "tokens_per_second")
+                    },
+                )
+                run.record(record)
+                run.after_step(done, self)
+            return self._finish(record, evaluated)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One rollout batch: collect, measure, score, learn. Returns its record."""
         config, reward, before = self.config, self.reward, time.perf_counter()
         self.seconds = {}
         factor = learning_rate_factor(step, config.max_steps, config)
-        rollouts, place, collected = self.collector.collect(self.place)
+        try:
+            rollouts, place, collected = self.collector.collect(self.place)
+        except Unanimous as error:
+            self.place = error.place  # what resumes goes on behind these prompts
+            raise
         with self._timed("behaviour"):
             self._behaviour(rollouts)
         record: dict[str, Any] = {
@@ -254,10 +233,10 @@ class _Run:
                 "--rm_learning_rate or --max_grad_norm, or look at the prompts of this step"
             ) from error
         self.place = place
-        self.moved.clear()
+        self.run.moved.clear()
         seconds = time.perf_counter() - before
         record |= self.seconds | {"seconds": seconds, "tokens_per_second": collected["tokens"] / seconds}
-        return record | {"peak_memory_bytes": peak_memory(self.device)}
+        return record | {"peak_memory_bytes": peak_memory(self.run.device)}
 
     def _behaviour(self, rollouts: Rollouts) -> None:
         """Log-probs of the policy that sampled, its entropy and its candidates: one pass over all tokens."""
@@ -397,87 +376,29 @@ class _Run:
         yield
         self.seconds[f"seconds_{name}"] = time.perf_counter() - started
 
-    def _record(self, record: dict[str, Any]) -> None:
-        if self.log is not None:
-            self.log.write(record)
-            self.progress.logged(record, self.config.max_steps)
-
-    def _watch(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Every update that `optimizer` makes from now on is noted in `moved`."""
-        optimizer.register_step_post_hook(lambda *_: self.moved.add(name))
-
-    @contextmanager
-    def _kept_on_failure(self, done: int, unlogged: dict[str, Any] | None = None) -> Iterator[None]:
-        """Saves the `done` finished steps when something goes wrong inside, and says so.
-
-        Args:
-            unlogged: the record of the last of them where the log does not have it yet.
-        """
-        try:
-            yield
-        except Exception as error:
-            if not done:  # nothing to lose
-                raise
-            if isinstance(error, Unanimous):
-                self.place = error.place  # what resumes goes on behind these prompts
-            if unlogged is not None:
-                self._record(unlogged)
-            kept = self._keep(done, error)
-            if isinstance(error, IpvrmError):
-                raise IpvrmError(f"{error}. {kept}") from error
-            if self.main:
-                print(f"\n{kept}", file=sys.stderr, flush=True)
-            raise
-
-    def _keep(self, done: int, error: Exception) -> str:
-        """Saves the `done` finished steps if it can after `error`; what came of it, in words."""
-        alike = self.accelerator.num_processes == 1 or isinstance(error, (Unanimous, NotFinite))
-        if self.moved:
-            why = f"{' and '.join(sorted(self.moved))} had learnt from step {done + 1} already"
-        elif not alike:  # a save needs all ranks, and the others may wait for this one elsewhere
-            why = "it is not known that all ranks have failed alike"
-        else:
-            try:
-                return f"The run so far: {self._save_checkpoint(done)}"
-            except Exception as second:
-                why = f"saving failed too ({second})"
-        lost = done - checkpoint.newest_step(self.output)
-        return (
-            f"Not saved: {why}; {checkpoint.newest_in_words(self.output)}, steps lost before this one: {lost}"
-        )
-
-    def _write_policy(self, folder: Path) -> None:
-        """A model folder; under LoRA the merged weights, and the adapters beside them."""
+    def write_model(self, folder: Path, place: Path) -> None:
+        """The policy, under LoRA the merged weights with the adapters in a folder, and the reward model."""
         save_model(merged(self.policy), folder)
         if self.config.lora_r is not None:
             save_model(self.policy, folder / ADAPTER)
-        self.tokenizer.save_pretrained(folder)
+        self.inputs.tokenizer.save_pretrained(folder)
+        if self.reward is not None:
+            (folder / FOLDER).mkdir()
+            self.reward.write(folder / FOLDER, folder, place / FOLDER)
 
-    def _save_checkpoint(self, step: int) -> Path:
-        from accelerate.utils import gather_object
+    def write_state(self, folder: Path) -> dict[str, Any]:
+        """The optimizers, and the place in the prompts."""
+        reward = None
+        if self.reward is not None and self.reward.trained:
+            optimizer = self.reward.optimizer.optimizer
+            reward = checkpoint.save_optimizer(folder / FOLDER, self.reward.module, optimizer)
+        return {
+            "place": self.place,
+            "optimizer": checkpoint.save_optimizer(folder, self.module, self.optimizer.optimizer),
+            "reward_optimizer": reward,
+        }
 
-        rng = gather_object([checkpoint.rng_state(self.accelerator.process_index)])
-        path = self.output / f"{checkpoint.PREFIX}{step}"
-        if self.main:
-            with save_folder(path) as folder:
-                self._write_policy(folder)
-                scalars = checkpoint.save_optimizer(folder, self.module, self.optimizer.optimizer)
-                reward = None
-                if self.reward is not None:
-                    reward = self.reward.save_checkpoint(folder / FOLDER, folder, path / FOLDER)
-                state = {
-                    "step": step,
-                    "place": self.place,
-                    "fingerprint": self.fingerprint,
-                    "optimizer": scalars,
-                    "reward_optimizer": reward,
-                }
-                checkpoint.save_state(folder, state, rng)
-            checkpoint.remove_old_checkpoints(self.output, self.config.save_total_limit)
-        self.accelerator.wait_for_everyone()
-        return path
-
-    def _finish(self, last: dict[str, Any], evaluated: dict[str, float], seconds: float) -> PolicyResult:
+    def _finish(self, last: dict[str, Any], evaluated: dict[str, float]) -> TrainResult:
         config = self.config
         metrics = {
             "algorithm": config.algorithm,
@@ -485,48 +406,15 @@ class _Run:
             "rm_update": config.rm_update,
             "steps": config.max_steps,
             "prompts_seen": self.place,
-            "seconds": seconds,
-            "peak_memory_bytes": peak_memory(self.device),
+            "seconds": self.run.seconds(),
+            "peak_memory_bytes": peak_memory(self.run.device),
             "last": last,
             "eval": evaluated,
-            "data": self.counts,
+            "data": self.inputs.counts,
         }
-        if self.main and self.log is not None:
-            self.log.close()
-            with save_folder(self.output / ".finished.tmp") as folder:
-                self._write_policy(folder)
-                write_json(folder / "results.json", metrics)
-                if self.reward is not None:
-                    with save_folder(self.output / FOLDER) as beside:
-                        self.reward.write(beside, folder, self.output / FOLDER)
-            move_into(self.output / ".finished.tmp", self.output, last="results.json")
-        self.accelerator.wait_for_everyone()
-        return PolicyResult(self.output, metrics, config.max_steps, seconds)
-
-    def _dry_run(self, length: int) -> PolicyResult:
-        """Prints the resolved config, the data counts and a memory estimate of each trained model."""
-        config = self.config
-        trained = {"policy": config.model}
-        if self.reward is not None and self.reward.trained:
-            trained["reward_model"] = str(self.reward.folder)
-        estimates = {
-            name: memory_estimate(
-                folder,
-                rows=config.per_device_train_batch_size,
-                length=length,
-                mixed_precision=config.mixed_precision,
-                gradient_checkpointing=config.gradient_checkpointing,
-            )
-            for name, folder in trained.items()
-        }
-        metrics = {"config": asdict(config), "data": self.counts, "memory_estimate": estimates}
-        if self.main:
-            print(yaml.safe_dump(metrics, sort_keys=False), end="")
-        return PolicyResult(self.output, metrics, 0, 0.0)
+        return self.run.finish(metrics, self)
 
 
 def main(config: PolicyConfig) -> None:
     """Console entry."""
-    result = train_policy(config)
-    if result.steps and int(os.environ.get("RANK", "0")) == 0:
-        print(f"{result.output_dir}: {result.steps} steps in {result.seconds:.1f} s")
+    report(train_policy(config))

@@ -11,11 +11,11 @@ import ipvrm.training.train_policy as train_policy_module
 from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
 from ipvrm.data.batches import epoch_order
 from ipvrm.data.responses import Response
-from ipvrm.models.causal_lm import load_model
 from ipvrm.training.online_reward import OnlineReward
 from ipvrm.training.optimizer import data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_rollouts import Verified, rollouts_of
+from ipvrm.training.run import RESULTS, Run
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,8 @@ def measured(tiny_folder, reward_folder, tokenizer, tmp_path, monkeypatch):
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     auc = train_policy_module.auc
     monkeypatch.setattr(train_policy_module, "auc", lambda *pair: seen.append(pair) or auc(*pair))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1 + 1?", "answer": "2"}\n')
     rng, verified = random.Random(5), []
     for number in range(24):
         prompt = tokenizer(f"What is {number // 4} + 1?", add_special_tokens=False).input_ids
@@ -47,19 +49,20 @@ def measured(tiny_folder, reward_folder, tokenizer, tmp_path, monkeypatch):
         config = PolicyConfig(
             model=str(tiny_folder),
             reward_model=str(reward_folder),
-            train_data="",
+            train_data=str(prompts),
             output_dir=str(tmp_path / "run"),
             rm_update=rm_update,
             rm_learning_rate=None if rm_update == "frozen" else 3e-3,
             minibatch_size=minibatch_size,
             use_cpu=True,
         )
-        run = train_policy_module._Run(*resolve(config), progress=False)
-        run.policy = load_model(tiny_folder)
-        run.reward.load(None, None)
+        config, method = resolve(config)
+        accelerator = data_parallel_accelerator("test", use_cpu=True, mixed_precision="no")
+        run = Run("test", config, accelerator, starts_from=[], mark=RESULTS, progress=False)
+        trainer = train_policy_module._Trainer(train_policy_module._Inputs(config, method, run), None)
         batch = rollouts_of(verified, torch.device("cpu"))
-        run._behaviour(batch)
-        return run._reward(run.reward, batch, 0, 1.0), list(seen)
+        trainer._behaviour(batch)
+        return trainer._reward(trainer.reward, batch, 0, 1.0), list(seen)
 
     return measure
 

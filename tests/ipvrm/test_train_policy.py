@@ -720,15 +720,15 @@ def test_verifier_failures_are_counted_and_left_out(config):
 
 def test_a_verifier_that_hangs_or_dies_is_counted_and_left_out(config, monkeypatch):
     """What it did not answer is neither right nor wrong: the step trains on the others alone."""
-    trained, behaviour_of = [], train_policy_module._Run._behaviour
+    trained, behaviour_of = [], train_policy_module._Trainer._behaviour
 
     def kept(self, rollouts):
         for response in rollouts.responses:
-            text = self.tokenizer.decode(response.input_ids[response.prompt_length :])
+            text = self.inputs.tokenizer.decode(response.input_ids[response.prompt_length :])
             trained.append((text, response.label))
         return behaviour_of(self, rollouts)
 
-    monkeypatch.setattr(train_policy_module._Run, "_behaviour", kept)
+    monkeypatch.setattr(train_policy_module._Trainer, "_behaviour", kept)
     settings = config(
         algorithm="grpo",
         verifier="toy_verifiers:hangs_or_dies",
@@ -878,7 +878,7 @@ def test_killed_in_the_middle_of_a_save(uninterrupted, toy, tmp_path):
 
 def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monkeypatch):
     settings = replace(uninterrupted, output_dir=str(tmp_path / "run"), save_steps=0)
-    step = train_policy_module._Run._step
+    step = train_policy_module._Trainer._step
 
     def signalled(self, number):
         if number == 1:
@@ -886,7 +886,7 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
         return step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_policy_module._Run, "_step", signalled)
+        patch.setattr(train_policy_module._Trainer, "_step", signalled)
         with pytest.raises(TrainingInterrupted, match="stopped after update 2 of 4") as caught:
             train(settings)
     assert caught.value.exit_code == 128 + signal.SIGTERM
@@ -900,14 +900,14 @@ def test_resuming_an_older_checkpoint_keeps_what_it_saves(uninterrupted, tmp_pat
     shutil.copytree(uninterrupted.output_dir, folder)
     outside = shutil.copytree(folder / "checkpoint-1", tmp_path / "checkpoint-1")
     settings = replace(uninterrupted, output_dir=str(folder), save_steps=0, save_total_limit=1)
-    step = train_policy_module._Run._step
+    step = train_policy_module._Trainer._step
 
     def signalled(self, number):
         os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_policy_module._Run, "_step", signalled)
+        patch.setattr(train_policy_module._Trainer, "_step", signalled)
         with pytest.raises(TrainingInterrupted, match="after update 2 of 4") as caught:
             train(replace(settings, resume_from_checkpoint=str(outside)))
     assert checkpoints(folder) == [caught.value.checkpoint] and not (folder / "results.json").exists()
@@ -918,14 +918,14 @@ def test_resuming_an_older_checkpoint_keeps_what_it_saves(uninterrupted, tmp_pat
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_number):
     """The run has no checkpoint, so the models are written to the end; the handlers are put back."""
-    write, handler = train_policy_module._Run._write_policy, signal.getsignal(signal_number)
+    write, handler = train_policy_module._Trainer.write_model, signal.getsignal(signal_number)
 
-    def signalled(self, folder):
+    def signalled(self, *places):
         assert signal.getsignal(signal_number) is not handler, "the signal would end the process here"
         os.kill(os.getpid(), signal_number)
-        return write(self, folder)
+        return write(self, *places)
 
-    monkeypatch.setattr(train_policy_module._Run, "_write_policy", signalled)
+    monkeypatch.setattr(train_policy_module._Trainer, "write_model", signalled)
     folder = train(config()).output_dir
     assert {"model.safetensors", "reward_model", "results.json"} <= {path.name for path in folder.iterdir()}
     assert signal.getsignal(signal_number) is handler
@@ -980,7 +980,7 @@ def test_a_step_that_fails_before_it_learns_loses_nothing(
 ):
     """The steps before it are saved, although no checkpoint was due, and the resumed run is the same run."""
     settings = config(algorithm="grpo", max_steps=4, save_steps=0)
-    step = train_policy_module._Run._step
+    step = train_policy_module._Trainer._step
     with monkeypatch.context() as patch:
 
         def third_fails(self, number):
@@ -988,7 +988,7 @@ def test_a_step_that_fails_before_it_learns_loses_nothing(
                 fault(patch, toy)
             return step(self, number)
 
-        patch.setattr(train_policy_module._Run, "_step", third_fails)
+        patch.setattr(train_policy_module._Trainer, "_step", third_fails)
         try:
             with pytest.raises(expected, match=reason) as caught:
                 train(settings)
@@ -1009,13 +1009,13 @@ def disk_is_full(folder):
 @pytest.mark.parametrize(
     ("target", "value", "reason"),
     [
-        ("ipvrm.training.train_policy.save_folder", disk_is_full, r"saving failed too \(no space left\)"),
+        ("ipvrm.training.run.save_folder", disk_is_full, r"saving failed too \(no space left\)"),
         ("accelerate.Accelerator.num_processes", property(lambda self: 2), "not known that all ranks"),
     ],
 )
 def test_a_failure_that_cannot_be_saved_is_not_hidden(config, monkeypatch, target, value, reason):
     """Nor is a save begun that other ranks, which may not have failed, would not take part in."""
-    settings, step = config(algorithm="grpo", max_steps=3, save_steps=1), train_policy_module._Run._step
+    settings, step = config(algorithm="grpo", max_steps=3, save_steps=1), train_policy_module._Trainer._step
 
     def third_fails(self, number):
         if number == 2:
@@ -1023,7 +1023,7 @@ def test_a_failure_that_cannot_be_saved_is_not_hidden(config, monkeypatch, targe
             raise IpvrmError("no verifier")
         return step(self, number)
 
-    monkeypatch.setattr(train_policy_module._Run, "_step", third_fails)
+    monkeypatch.setattr(train_policy_module._Trainer, "_step", third_fails)
     with pytest.raises(
         IpvrmError, match=f"no verifier. Not saved: .*{reason}.*checkpoint-2, is intact, .*: 0"
     ):
@@ -1064,7 +1064,7 @@ def test_an_evaluation_that_fails_loses_nothing(config, toy, monkeypatch, steps)
 )
 def test_a_step_that_fails_while_it_learns_says_what_is_lost(config, monkeypatch, poisoned, moved, saves):
     """Weights that have learnt from half a step are not those of a checkpoint."""
-    (name, minibatch), step = poisoned, train_policy_module._Run._step
+    (name, minibatch), step = poisoned, train_policy_module._Trainer._step
     module, update = name.removesuffix(".update"), sys.modules[name.removesuffix(".update")].update
     number, calls = [0], []
 
@@ -1079,7 +1079,7 @@ def test_a_step_that_fails_while_it_learns_says_what_is_lost(config, monkeypatch
             raise NotFinite("summed loss nan")
         return update(*arguments, **options)
 
-    monkeypatch.setattr(train_policy_module._Run, "_step", counted)
+    monkeypatch.setattr(train_policy_module._Trainer, "_step", counted)
     monkeypatch.setattr(f"{module}.update", fails)
     settings = config(max_steps=3, save_steps=saves, minibatch_size=10)
     where = "checkpoint-1, is intact, .*: 0" if saves else "no checkpoint was written yet, .*: 1"

@@ -452,14 +452,14 @@ def test_killed_in_the_middle_of_a_save(uninterrupted, tmp_path):
 
 def interrupt_after(monkeypatch, step, signal_number=signal.SIGINT):
     """Sends the signal while update `step` (from 0) is computed."""
-    update = train_rm._Run._update
+    update = train_rm._Trainer._update
 
-    def interrupted(self, number, interrupt):
+    def interrupted(self, number):
         if number == step:
             os.kill(os.getpid(), signal_number)
-        return update(self, number, interrupt)
+        return update(self, number)
 
-    monkeypatch.setattr(train_rm._Run, "_update", interrupted)
+    monkeypatch.setattr(train_rm._Trainer, "_update", interrupted)
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
@@ -481,14 +481,14 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_number):
     """The run has no checkpoint, so the model is written to the end; the handlers are put back."""
-    write, handler = train_rm._Run._write_model, signal.getsignal(signal_number)
+    write, handler = train_rm._Trainer.write_model, signal.getsignal(signal_number)
 
     def signalled(self, *places):
         assert signal.getsignal(signal_number) is not handler, "the signal would end the process here"
         os.kill(os.getpid(), signal_number)
         return write(self, *places)
 
-    monkeypatch.setattr(train_rm._Run, "_write_model", signalled)
+    monkeypatch.setattr(train_rm._Trainer, "write_model", signalled)
     folder = train(config(max_steps=1)).output_dir
     assert {"model.safetensors", "results.json"} <= {path.name for path in folder.iterdir()}
     assert signal.getsignal(signal_number) is handler
@@ -501,12 +501,12 @@ def test_interrupt_on_the_command_line(uninterrupted, tmp_path):
         import ipvrm.training.train_rm as train_rm
         from ipvrm.cli import main
 
-        update = train_rm._Run._update
-        def interrupted(self, number, interrupt):
+        update = train_rm._Trainer._update
+        def interrupted(self, number):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGINT)
-            return update(self, number, interrupt)
-        train_rm._Run._update = interrupted
+            return update(self, number)
+        train_rm._Trainer._update = interrupted
         sys.exit(main(sys.argv[1:]))
     """
     done = run_cli("-c", textwrap.dedent(code), "train-rm", *flags(copy_of(uninterrupted, tmp_path / "run")))
@@ -525,7 +525,7 @@ def test_nan_stops_before_the_weights_take_it(config, monkeypatch):
         return ipvrm_loss(log_ratio * scale, *rest, **options)
 
     monkeypatch.setattr(objectives, "ipvrm_loss", poisoned)
-    with pytest.raises(IpvrmError, match=r"update 4: .*nan.*checkpoint-3, is intact"):
+    with pytest.raises(IpvrmError, match=r"update 4: .*nan.*The run so far: .*checkpoint-3"):
         train(config(save_steps=3))
     folder = checkpoints(config().output_dir)[-1]
     assert all(value.isfinite().all() for value in weights(folder).values())
