@@ -123,7 +123,7 @@ def _triton_backward(
             total = total if d is None else total - d
         up = triton_ids.output_gradients(ids, V, did_logits, None, None)
         dentropy = None if dsum_z_exp is None else -dsum_z_exp
-        up = up._replace(total=total, lse=up.total - total, entropy=dentropy)
+        up = up._replace(total=total, dlse=up.total - total, dentropy=dentropy)
         zeros, limit = torch.zeros_like(top), triton_forward.DEFAULT_WORKSPACE
         shifted = triton_forward.id_logits(ops, ids) - top[:, None]
         return triton_backward.gradients(
