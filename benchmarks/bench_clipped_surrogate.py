@@ -45,5 +45,5 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
                 assert_close(name, got_loss, loss, 1e-4)  # a sum that cancels
                 assert_close(name, got_gradient, gradient, 1e-5)
 
-        # forward: three reads, loss, slope and two flags; backward: two reads, one write
+        # forward: three reads, loss, derivative and two flags; backward: two reads, one write
         yield Case(OP, f"N={count} forward+backward", contenders, check, num_bytes=34 * count)

@@ -29,11 +29,11 @@ ALPHA, LOW, HIGH = 0.1, 0.2, 0.28
 def cases(device: str, quick: bool) -> Iterator[Case]:
     for shape in shapes(device, quick):
         for frozen in (False, True):
-            batch = Batch.calibrated(shape, device, frozen)
+            batch = RolloutRows.calibrated(shape, device, frozen)
             with_grpo = device == "cuda" and not (quick or frozen)  # on a CPU it takes minutes at this size
             yield loss_case(batch, device, with_grpo, with_compile=not (quick and frozen))
     first = shapes(device, quick)[0]
-    batch = Batch.random(first, device, frozen=False)
+    batch = RolloutRows.random(first, device, frozen=False)
     yield loss_case(batch, device, with_grpo=False, with_compile=not quick)
     if kernels(OP, device):
         yield slots_case(first, device)
@@ -42,12 +42,14 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
 def full_cases(device: str) -> Iterator[Case]:
     for shape in more_shapes(device):
         if shape.K in (1, 5, 10):
-            yield loss_case(Batch.random(shape, device, frozen=False), device, False, with_compile=False)
+            yield loss_case(
+                RolloutRows.random(shape, device, frozen=False), device, False, with_compile=False
+            )
     real = next(more_shapes(device))
-    yield loss_case(Batch.calibrated(real, device, frozen=False), device, with_grpo=True)
+    yield loss_case(RolloutRows.calibrated(real, device, frozen=False), device, with_grpo=True)
 
 
-class Batch:
+class RolloutRows:
     """A rollout of eight sequences, the policy a little off the old one."""
 
     def __init__(
@@ -71,14 +73,14 @@ class Batch:
         self.leaves = (self.hidden, self.weight)[: 2 - frozen]
 
     @classmethod
-    def calibrated(cls, shape: Shape, device: str, frozen: bool) -> Batch:
+    def calibrated(cls, shape: Shape, device: str, frozen: bool) -> RolloutRows:
         rows = calibrated(shape, device)
         ids = linear_candidates(rows.hidden, rows.weight).ids
         title = f"K={ids.shape[1]}, {rows}"
         return cls(shape._replace(K=ids.shape[1]), title, frozen, rows.hidden, rows.weight, rows.sampled, ids)
 
     @classmethod
-    def random(cls, shape: Shape, device: str, frozen: bool) -> Batch:
+    def random(cls, shape: Shape, device: str, frozen: bool) -> RolloutRows:
         hidden, weight, ids = inputs(shape, device)
         sampled = torch.randint(0, shape.V, (shape.N,), device=device)
         return cls(shape, f"K={shape.K}, random: all used", frozen, hidden, weight, sampled, ids)
@@ -112,7 +114,7 @@ class Batch:
 
         return run
 
-    def upstream(self, exact: Exact, sampled_only: bool) -> Tensor:
+    def dlogprobs(self, exact: Exact, sampled_only: bool) -> Tensor:
         """(N, 1 + K) fp64 d loss / d log-probs at the ids, Eq. 11 and 12 and their means; 0 where unused."""
         N = self.shape.N
         used, advantages = self.ids >= 0, self.advantages.double()
@@ -149,7 +151,7 @@ def eager(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     return torch.log_softmax((hidden @ weight.T).float(), dim=1).gather(1, ids)
 
 
-def loss_case(batch: Batch, device: str, with_grpo: bool, with_compile: bool = True) -> Case:
+def loss_case(batch: RolloutRows, device: str, with_grpo: bool, with_compile: bool = True) -> Case:
     shape, implementations = batch.shape, kernels(OP, device)
     contenders: dict[str, Callable[[], Any]] = {
         "matmul": lambda: batch.hidden.detach() @ batch.weight.detach().T,
@@ -181,7 +183,7 @@ def loss_case(batch: Batch, device: str, with_grpo: bool, with_compile: bool = T
     def check(results: Mapping[str, Any]) -> None:
         exact = Exact(batch.hidden, batch.weight)
         ids = batch.ids.clamp(min=0)
-        upstream = {only: batch.upstream(exact, only) for only in (False, True)}
+        upstream = {only: batch.dlogprobs(exact, only) for only in (False, True)}
         for name, gradients in results.items():
             # half precision rounds the others' logits, and with them ratios across the clips: not judged
             if is_ours(name) or (shape.dtype == torch.float32 and name != "matmul"):
@@ -196,7 +198,7 @@ def loss_case(batch: Batch, device: str, with_grpo: bool, with_compile: bool = T
 
 def slots_case(shape: Shape, device: str) -> Case:
     """Ten slots of which two at most are used, against the K = 2 that hold the same candidates."""
-    batch = Batch.calibrated(shape, device, frozen=False)
+    batch = RolloutRows.calibrated(shape, device, frozen=False)
     batch.ids[:, 3:] = -1
     batch.old[:, 3:] = -torch.inf
     name = kernels(OP, device)[0]

@@ -158,15 +158,15 @@ def step_case(
     minus_one = -torch.ones_like(sampled, dtype=torch.float32)
     implementations = kernels(OP, device)
     one_id = {f"{name}, one id": ours(name, sampled, minus_one) for name in implementations}
-    room = WORKSPACE + 4 * shape.N * shape.V
-    keeping = [name for name in implementations if name == "cpp" and not frozen]
-    kept = {f"{name} logits kept, one id": ours(name, sampled, minus_one, room) for name in keeping}
+    workspace = WORKSPACE + 4 * shape.N * shape.V
+    saving = [name for name in implementations if name == "cpp" and not frozen]
+    saved = {f"{name} logits kept, one id": ours(name, sampled, minus_one, workspace) for name in saving}
     scalar = {f"{name} linear_distrl_loss, one id": (name, None) for name in kernels(SCALAR_OP, device)}
-    scalar |= {f"{name} linear_distrl_loss logits kept, one id": (name, room) for name in keeping}
+    scalar |= {f"{name} linear_distrl_loss logits kept, one id": (name, workspace) for name in saving}
     contenders: dict[str, Callable[[], Any]] = {
         "matmul": lambda: hidden.detach() @ weight.detach().T,
         **{name: ours(name, ids, upstream) for name in implementations},
-        **{f"{name} logits kept": ours(name, ids, upstream, room) for name in keeping},
+        **{f"{name} logits kept": ours(name, ids, upstream, workspace) for name in saving},
         "eager log_softmax": full_logits(eager),
     }
     if with_compile:
@@ -175,7 +175,7 @@ def step_case(
     if with_peers:
         contenders |= {
             **one_id,
-            **kept,
+            **saved,
             **{label: scalar_loss(*options) for label, options in scalar.items()},
             **{f"{name}, one id": peer(function) for name, function in peers.items()},
         }
@@ -197,7 +197,7 @@ def step_case(
     late = {f"{name}, one id": reason for name, reason in absent.items()}
     aims = targets(kind, shape, implementations, device)
     if aims and peers and device == "cpu":
-        aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *kept, *scalar)}
+        aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *saved, *scalar)}
     elif aims and with_peers:  # log-probs beside log-probs, a scalar loss beside a scalar loss
         aims |= {name: Target(1 / 3, f"{TRL}, one id") for name in one_id}
         aims |= {name: Target(1 / 3, f"{LIGER}, one id") for name in scalar}

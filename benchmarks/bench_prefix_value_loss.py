@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.suite.measure import Case, Target, assert_close
-from benchmarks.suite.sequences import Batch, batches, forward_backward, kernels, runnable
+from benchmarks.suite.sequences import Sequences, batches, forward_backward, kernels, runnable
 from ipvrm_kernels import prefix_value_loss
 from ipvrm_kernels.prefix_value_loss import IMPLS
 
@@ -36,7 +36,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
             if impl != "torch":
                 contenders[f"{impl}, raw"] = _raw(batch, impl)
 
-        def check(results: Mapping[str, Any], batch: Batch = batch) -> None:
+        def check(results: Mapping[str, Any], batch: Sequences = batch) -> None:
             for name, (got_loss, got_gradient) in results.items():
                 loss, gradient = results["padded eager, scaled" if "scaled" in name else "padded eager"]
                 assert_close(name, got_loss, loss, 1e-5)
@@ -54,7 +54,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         yield Case(OP, title, contenders, check, num_bytes=num_bytes, targets=aims)
 
 
-def _eager(batch: Batch) -> Callable[[Tensor], Tensor]:
+def _eager(batch: Sequences) -> Callable[[Tensor], Tensor]:
     def run(padded: Tensor) -> Tensor:
         mask = batch.mask
         mean = BETA * (padded * mask).cumsum(1) / mask.cumsum(1)
@@ -64,7 +64,7 @@ def _eager(batch: Batch) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _ours(batch: Batch, impl: str) -> Callable[[Tensor], Tensor]:
+def _ours(batch: Sequences, impl: str) -> Callable[[Tensor], Tensor]:
     def run(packed: Tensor) -> Tensor:
         return prefix_value_loss(packed, batch.cu_seqlens, batch.outcome, beta=BETA, margin=MARGIN, impl=impl)
 
@@ -75,7 +75,7 @@ def _scaled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: function(x) / 4
 
 
-def _raw(batch: Batch, impl: str) -> Callable[[], tuple[Tensor, Tensor]]:
+def _raw(batch: Sequences, impl: str) -> Callable[[], tuple[Tensor, Tensor]]:
     entry = IMPLS[impl]
     one = torch.ones((), device=batch.packed.device)
     numbers = (None, None, None, MARGIN, batch.outcome.shape[0], BETA, "uniform", True, False, True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.suite.measure import Case, assert_close
-from benchmarks.suite.sequences import Batch, batches, runnable
+from benchmarks.suite.sequences import Sequences, batches, runnable
 from ipvrm_kernels import segment_scan
 
 OP = "segment_scan"
@@ -34,7 +34,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
                 b.packed, b.cu_seqlens, 0.95, True, impl=impl
             )
 
-        def check(results: Mapping[str, Any], batch: Batch = batch, looped: bool = looped) -> None:
+        def check(results: Mapping[str, Any], batch: Sequences = batch, looped: bool = looped) -> None:
             expected = batch.pack(results["padded loop"]) if looped else results["torch"]
             for name, result in results.items():
                 if name != "padded loop":

@@ -65,7 +65,7 @@ def cases() -> Iterator[tuple[str, Case, tuple[str, ...]]]:
     candidates = bench_linear_candidates.candidates_case(SHAPE, "cpu")
     yield "linear_candidates", candidates, ("matmul", "eager log_softmax + topk")
     loss = distrl.loss_case(
-        distrl.Batch.calibrated(SHAPE, "cpu", frozen=False), "cpu", with_grpo=False, with_compile=False
+        distrl.RolloutRows.calibrated(SHAPE, "cpu", frozen=False), "cpu", with_grpo=False, with_compile=False
     )
     yield "linear_distrl_loss forward + backward", loss, ("matmul", "eager composition")
     for module in (bench_segment_scan, bench_prefix_value_loss):

@@ -173,11 +173,11 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil);
   m.def(
-      "head_upstream_cpu",
+      "head_row_gradients_cpu",
       [](Address dlogprobs, Address dlse, Address dentropy, Address ids, int64_t N, int64_t K, int64_t V, Address total,
          Address active, int threads) {
-        ipvrm::head_upstream_cpu(in(dlogprobs), in(dlse), in(dentropy), at<int64_t>(ids), N, K, V, at<double>(total),
-                                 at<uint8_t>(active), threads);
+        ipvrm::head_row_gradients_cpu(in(dlogprobs), in(dlse), in(dentropy), at<int64_t>(ids), N, K, V, at<double>(total),
+                                      at<uint8_t>(active), threads);
       },
       no_gil);
   Struct<ipvrm::RowGradients>(m, "RowGradients")
@@ -192,9 +192,9 @@ PYBIND11_MODULE(_C, m) {
       .field("active", &ipvrm::RowGradients::active);
   m.def(
       "head_backward_tile_cpu",
-      [](Address tile, Address dz, int64_t rows, int64_t cols, int64_t col0, int64_t row0, bool kept, Address bias,
+      [](Address tile, Address dz, int64_t rows, int64_t cols, int64_t col0, int64_t row0, bool saved, Address bias,
          const Held<ipvrm::LogitTransform>& transform, const Held<ipvrm::RowGradients>& gradients, int threads) {
-        ipvrm::head_backward_tile_cpu(in(tile), out(dz), rows, cols, col0, row0, kept, in(bias), transform, gradients,
+        ipvrm::head_backward_tile_cpu(in(tile), out(dz), rows, cols, col0, row0, saved, in(bias), transform, gradients,
                                       threads);
       },
       no_gil);
@@ -214,15 +214,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "clipped_surrogate_fwd_cpu",
       [](Address logprobs, Address old, Address advantages, int64_t count, const Held<ipvrm::Clips>& clips, Address loss,
-         Address clipped, Address dual_clipped, Address slope, int threads) {
+         Address clipped, Address dual_clipped, Address derivative, int threads) {
         ipvrm::clipped_surrogate_fwd_cpu(in(logprobs), in(old), in(advantages), count, clips, out(loss),
-                                         at<uint8_t>(clipped), at<uint8_t>(dual_clipped), out(slope), threads);
+                                         at<uint8_t>(clipped), at<uint8_t>(dual_clipped), out(derivative), threads);
       },
       no_gil);
   m.def(
       "clipped_surrogate_bwd_cpu",
-      [](Address dloss, Address slope, Address dlogprobs, int64_t count, int threads) {
-        ipvrm::clipped_surrogate_bwd_cpu(in(dloss), in(slope), out(dlogprobs), count, threads);
+      [](Address dloss, Address derivative, Address dlogprobs, int64_t count, int threads) {
+        ipvrm::clipped_surrogate_bwd_cpu(in(dloss), in(derivative), out(dlogprobs), count, threads);
       },
       no_gil);
   Struct<ipvrm::PolicyRows>(m, "PolicyRows")
@@ -280,30 +280,31 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "prefix_value_loss_fwd_cuda",
-      [=](Address l, Address cu, const Held<ipvrm::LossTerms>& terms, Address loss, Address counted, Address slope,
+      [=](Address l, Address cu, const Held<ipvrm::LossTerms>& terms, Address loss, Address counted, Address dvalue,
           int64_t B, int64_t N, float beta, Address stream) {
-        ipvrm::prefix_value_loss_fwd_cuda(in(l), edges(cu), terms, out(loss), out(counted), out(slope), B, N, beta,
+        ipvrm::prefix_value_loss_fwd_cuda(in(l), edges(cu), terms, out(loss), out(counted), out(dvalue), B, N, beta,
                                           stream_of(stream));
       },
       no_gil);
   m.def(
       "prefix_value_loss_bwd_cuda",
-      [=](Address slope, Address cu, Address scale, Address dl, int64_t B, int64_t N, float beta, Address stream) {
-        ipvrm::prefix_value_loss_bwd_cuda(in(slope), edges(cu), in(scale), out(dl), B, N, beta, stream_of(stream));
+      [=](Address dvalue, Address cu, Address scale, Address dl, int64_t B, int64_t N, float beta, Address stream) {
+        ipvrm::prefix_value_loss_bwd_cuda(in(dvalue), edges(cu), in(scale), out(dl), B, N, beta, stream_of(stream));
       },
       no_gil);
   m.def(
       "clipped_surrogate_fwd_cuda",
       [=](Address logprobs, Address old, Address advantages, int64_t count, const Held<ipvrm::Clips>& clips, Address loss,
-          Address clipped, Address dual_clipped, Address slope, Address stream) {
+          Address clipped, Address dual_clipped, Address derivative, Address stream) {
         ipvrm::clipped_surrogate_fwd_cuda(in(logprobs), in(old), in(advantages), count, clips, out(loss),
-                                          at<uint8_t>(clipped), at<uint8_t>(dual_clipped), out(slope), stream_of(stream));
+                                          at<uint8_t>(clipped), at<uint8_t>(dual_clipped), out(derivative),
+                                          stream_of(stream));
       },
       no_gil);
   m.def(
       "clipped_surrogate_bwd_cuda",
-      [=](Address dloss, Address slope, Address dlogprobs, int64_t count, Address stream) {
-        ipvrm::clipped_surrogate_bwd_cuda(in(dloss), in(slope), out(dlogprobs), count, stream_of(stream));
+      [=](Address dloss, Address derivative, Address dlogprobs, int64_t count, Address stream) {
+        ipvrm::clipped_surrogate_bwd_cuda(in(dloss), in(derivative), out(dlogprobs), count, stream_of(stream));
       },
       no_gil);
 #else

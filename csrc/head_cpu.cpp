@@ -77,7 +77,7 @@ IPVRM_SIMD float sum_exp(const float* z, int64_t cols, float top, float& sum_z_e
 IPVRM_SIMD void exp_in_place(float* z, int64_t cols, float top, LogitTransform t) {
   if (t.limit > 0.0f) {
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) z[j] = exp_nonpositive(z[j] - top) * t.capped_slope(z[j]);
+    for (int64_t j = 0; j < cols; ++j) z[j] = exp_nonpositive(z[j] - top) * t.capped_derivative(z[j]);
   } else {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) z[j] = exp_nonpositive(z[j] - top) * t.scale;
@@ -96,22 +96,22 @@ IPVRM_SIMD int32_t count_above(const float* z, int64_t count, float threshold) {
   return above;
 }
 
-IPVRM_SIMD void slope_row(const float* z, float* dz, int64_t cols, LogitTransform t, float lse, float lse_low, float total,
-                          float dentropy, float entropy) {
+IPVRM_SIMD void dz_row(const float* z, float* dz, int64_t cols, LogitTransform t, float lse, float lse_low, float total,
+                       float dentropy, float entropy) {
   const bool with_entropy = dentropy != 0.0f;
   if (t.limit > 0.0f && with_entropy) {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j)
-      dz[j] = logprob_slope(z[j] - lse - lse_low, total, dentropy, entropy) * t.capped_slope(z[j]);
+      dz[j] = dense_dz(z[j] - lse - lse_low, total, dentropy, entropy) * t.capped_derivative(z[j]);
   } else if (t.limit > 0.0f) {
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) dz[j] = logprob_slope(z[j] - lse - lse_low, total) * t.capped_slope(z[j]);
+    for (int64_t j = 0; j < cols; ++j) dz[j] = dense_dz(z[j] - lse - lse_low, total) * t.capped_derivative(z[j]);
   } else if (with_entropy) {
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) dz[j] = logprob_slope(z[j] - lse - lse_low, total, dentropy, entropy) * t.scale;
+    for (int64_t j = 0; j < cols; ++j) dz[j] = dense_dz(z[j] - lse - lse_low, total, dentropy, entropy) * t.scale;
   } else {
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) dz[j] = logprob_slope(z[j] - lse - lse_low, total) * t.scale;
+    for (int64_t j = 0; j < cols; ++j) dz[j] = dense_dz(z[j] - lse - lse_low, total) * t.scale;
   }
 }
 
@@ -164,7 +164,7 @@ double log_sum(const RowState& state, int64_t row) {
   return static_cast<double>(state.top[row]) + std::log(state.sumexp[row]);
 }
 
-// Appends the tile's tokens above the threshold; a full buffer is pruned on the way (slots < capacity, so that frees room).
+// Appends the tile's tokens above the threshold; a full buffer is pruned on the way (slots < capacity, so that frees some).
 void emit(const CandidateBuffers& c, const RowState& state, int64_t row, const float* z, int64_t cols, int64_t col0,
           float top) {
   if (c.log_min_prob != -kInf) {  // any log-sum-exp so far is a lower bound; the slack covers its rounding
@@ -274,8 +274,8 @@ void head_candidates_cpu(const RowBlock& block, int64_t slots, int64_t* ids, flo
   });
 }
 
-void head_upstream_cpu(const float* dlogprobs, const float* dlse, const float* dentropy, const int64_t* ids, int64_t N,
-                       int64_t K, int64_t V, double* total, uint8_t* active, int num_threads) {
+void head_row_gradients_cpu(const float* dlogprobs, const float* dlse, const float* dentropy, const int64_t* ids, int64_t N,
+                            int64_t K, int64_t V, double* total, uint8_t* active, int num_threads) {
   for_each_row(N, K + 1, num_threads, [&](int64_t row) {
     double sum = dlse ? -static_cast<double>(dlse[row]) : 0.0;
     bool any = (dlse && dlse[row] != 0.0f) || (dentropy && dentropy[row] != 0.0f);
@@ -290,13 +290,13 @@ void head_upstream_cpu(const float* dlogprobs, const float* dlse, const float* d
 }
 
 void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t cols, int64_t col0, int64_t row0,
-                            bool kept, const float* bias, LogitTransform transform, const RowGradients& g,
+                            bool saved, const float* bias, LogitTransform transform, const RowGradients& g,
                             int num_threads) {
   for_each_row(rows, cols, num_threads, [&](int64_t row) {
     const int64_t n = g.active ? g.active[row0 + row] : row0 + row;
-    const float* z = tile + (kept ? n : row) * cols;
+    const float* z = tile + (saved ? n : row) * cols;
     float* dz = out + row * cols;
-    if (!kept) {
+    if (!saved) {
       transform_row(z, dz, cols, bias, transform);
       z = dz;
     }
@@ -312,7 +312,7 @@ void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t
     const float lse = g.lse[n], lse_low = g.lse_low ? g.lse_low[n] : 0.0f;
     const double total = g.total[n];
     const float dentropy = g.dentropy ? g.dentropy[n] : 0.0f, entropy = g.dentropy ? g.entropy[n] : 0.0f;
-    slope_row(z, dz, cols, transform, lse, lse_low, static_cast<float>(total), dentropy, entropy);
+    dz_row(z, dz, cols, transform, lse, lse_low, static_cast<float>(total), dentropy, entropy);
     for (int64_t k = 0; k < K;
          ++k) {  // the dense part nearly cancels the sparse one where p is near 1: both in fp64, rounded once
       const uint64_t j = static_cast<uint64_t>(ids[k] - col0);
@@ -320,8 +320,8 @@ void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t
       double sum = 0.0;
       for (int64_t same = k; same < K; ++same) sum += ids[same] == ids[k] ? dlogprobs[same] : 0.0f;
       const double log_p = std::max(std::min(static_cast<double>(z_at[k]) - lse - lse_low, 0.0), -745.0);
-      const double slope = transform.limit > 0.0f ? transform.capped_slope(z_at[k]) : transform.scale;
-      dz[j] = static_cast<float>((sum - std::exp(log_p) * (total + dentropy * (log_p + entropy))) * slope);
+      const double dz_da = transform.limit > 0.0f ? transform.capped_derivative(z_at[k]) : transform.scale;
+      dz[j] = static_cast<float>((sum - std::exp(log_p) * (total + dentropy * (log_p + entropy))) * dz_da);
     }
   });
 }

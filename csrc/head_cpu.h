@@ -53,8 +53,8 @@ void head_candidates_cpu(const RowBlock& block, int64_t slots, int64_t* ids, flo
                          int num_threads);
 
 // total[n] = sum_k dlogprobs - dlse, active[n] = whether any upstream gradient of row n is not 0. Any may be null.
-void head_upstream_cpu(const float* dlogprobs, const float* dlse, const float* dentropy, const int64_t* ids, int64_t N,
-                       int64_t K, int64_t V, double* total, uint8_t* active, int num_threads);
+void head_row_gradients_cpu(const float* dlogprobs, const float* dlse, const float* dentropy, const int64_t* ids, int64_t N,
+                            int64_t K, int64_t V, double* total, uint8_t* active, int num_threads);
 
 // Upstream gradients and statistics of all rows of a batch; dlogprobs and dentropy may be null.
 struct RowGradients {
@@ -70,9 +70,9 @@ struct RowGradients {
 };
 
 // out (rows, cols) = dz/d(h.w + b) dL/dz of the active rows row0 .. row0 + rows. The tile holds h.w of these rows, and `out`
-// may be `tile`; or, if `kept`, z of all rows of the batch.
+// may be `tile`; or, if `saved`, z of all rows of the batch.
 void head_backward_tile_cpu(const float* tile, float* out, int64_t rows, int64_t cols, int64_t col0, int64_t row0,
-                            bool kept, const float* bias, LogitTransform transform, const RowGradients& gradients,
+                            bool saved, const float* bias, LogitTransform transform, const RowGradients& gradients,
                             int num_threads);
 
 // out (cols, rows) = in (rows, cols) transposed.

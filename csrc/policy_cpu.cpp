@@ -27,29 +27,30 @@ void for_each_block(int64_t count, int num_threads, const Body& body) {
 
 IPVRM_SIMD void surrogate_block(const float* __restrict logprobs, const float* __restrict old_logprobs,
                                 const float* __restrict advantages, int64_t count, Clips clips, float* __restrict loss,
-                                uint8_t* __restrict clipped, uint8_t* __restrict dual_clipped, float* __restrict slope) {
+                                uint8_t* __restrict clipped, uint8_t* __restrict dual_clipped,
+                                float* __restrict derivative) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const Surrogate s = clipped_surrogate(logprobs[i], old_logprobs[i], advantages[i], clips);
     loss[i] = s.loss;
-    slope[i] = s.slope;
+    derivative[i] = s.derivative;
     clipped[i] = s.clipped;
     dual_clipped[i] = s.dual_clipped;
   }
 }
 
-IPVRM_SIMD void slope_block(const float* __restrict dloss, const float* __restrict slope, float* __restrict dlogprobs,
-                            int64_t count) {
+IPVRM_SIMD void gradient_block(const float* __restrict dloss, const float* __restrict derivative,
+                               float* __restrict dlogprobs, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) dlogprobs[i] = clipped_surrogate_slope(dloss[i], slope[i]);
+  for (int64_t i = 0; i < count; ++i) dlogprobs[i] = clipped_surrogate_gradient(dloss[i], derivative[i]);
 }
 
-// Used elements of one branch, gathered: what goes through the vectorised loop, and where its slope belongs.
+// Used elements of one branch, gathered: what goes through the vectorised loop, and where its derivative belongs.
 struct Elements {
   static constexpr int64_t kCapacity = 512;
   int64_t count = 0;
   float logprob[kCapacity], old_logprob[kCapacity], advantage[kCapacity], factor[kCapacity];
-  float loss[kCapacity], slope[kCapacity], kl[kCapacity], prob[kCapacity];
+  float loss[kCapacity], derivative[kCapacity], kl[kCapacity], prob[kCapacity];
   int32_t clipped[kCapacity], dual_clipped[kCapacity];
   float* target[kCapacity];
 };
@@ -66,7 +67,7 @@ IPVRM_SIMD void objective_terms(Elements& e, bool with_prob, float scale, Clips 
   for (int64_t i = 0; i < count; ++i) {
     const ObjectiveTerm t = objective_term(e.logprob[i], e.old_logprob[i], e.advantage[i], e.prob[i], e.factor[i], clips);
     e.loss[i] = t.loss;
-    e.slope[i] = scale * t.slope;
+    e.derivative[i] = scale * t.derivative;
     e.kl[i] = t.kl;
     e.clipped[i] = t.clipped;
     e.dual_clipped[i] = t.dual_clipped;
@@ -81,7 +82,7 @@ IPVRM_SIMD double sum_of(const T* x, int64_t count) {
   return sum;
 }
 
-// Evaluates and empties `e`: slopes to their places, sums onto `sums`. scale: of the slopes, alpha for candidates.
+// Evaluates and empties `e`: derivatives to their places, sums onto `sums`. scale: of the derivatives, alpha for candidates.
 void flush(Elements& e, bool is_candidate, float scale, Clips clips, double* sums) {
   objective_terms(e, is_candidate, scale, clips);
   double* branch = sums + (is_candidate ? kBranchSums : 0);
@@ -91,7 +92,7 @@ void flush(Elements& e, bool is_candidate, float scale, Clips clips, double* sum
   branch[kKl] += sum_of(e.kl, e.count);
   branch[kUsed] += static_cast<double>(e.count);
   if (is_candidate) sums[kMass] += sum_of(e.prob, e.count);
-  for (int64_t i = 0; i < e.count; ++i) *e.target[i] = e.slope[i];
+  for (int64_t i = 0; i < e.count; ++i) *e.target[i] = e.derivative[i];
   e.count = 0;
 }
 
@@ -133,17 +134,18 @@ void objective_block(const PolicyRows& rows, int64_t first, int64_t last, const 
 }  // namespace
 
 void clipped_surrogate_fwd_cpu(const float* logprobs, const float* old_logprobs, const float* advantages, int64_t count,
-                               Clips clips, float* loss, uint8_t* clipped, uint8_t* dual_clipped, float* slope,
+                               Clips clips, float* loss, uint8_t* clipped, uint8_t* dual_clipped, float* derivative,
                                int num_threads) {
   for_each_block(count, num_threads, [&](int64_t i, int64_t length) {
     surrogate_block(logprobs + i, old_logprobs + i, advantages + i, length, clips, loss + i, clipped + i, dual_clipped + i,
-                    slope + i);
+                    derivative + i);
   });
 }
 
-void clipped_surrogate_bwd_cpu(const float* dloss, const float* slope, float* dlogprobs, int64_t count, int num_threads) {
+void clipped_surrogate_bwd_cpu(const float* dloss, const float* derivative, float* dlogprobs, int64_t count,
+                               int num_threads) {
   for_each_block(count, num_threads,
-                 [&](int64_t i, int64_t length) { slope_block(dloss + i, slope + i, dlogprobs + i, length); });
+                 [&](int64_t i, int64_t length) { gradient_block(dloss + i, derivative + i, dlogprobs + i, length); });
 }
 
 void distrl_objective_cpu(const PolicyRows& rows, const Branch& tokens, const Branch& candidates, float alpha,

@@ -7,11 +7,12 @@
 
 namespace ipvrm {
 
-// Every array has `count` elements; slope = d loss / d logprob.
+// Every array has `count` elements; derivative = d loss / d logprob.
 void clipped_surrogate_fwd_cpu(const float* logprobs, const float* old_logprobs, const float* advantages, int64_t count,
-                               Clips clips, float* loss, uint8_t* clipped, uint8_t* dual_clipped, float* slope,
+                               Clips clips, float* loss, uint8_t* clipped, uint8_t* dual_clipped, float* derivative,
                                int num_threads);
-void clipped_surrogate_bwd_cpu(const float* dloss, const float* slope, float* dlogprobs, int64_t count, int num_threads);
+void clipped_surrogate_bwd_cpu(const float* dloss, const float* derivative, float* dlogprobs, int64_t count,
+                               int num_threads);
 
 // n rows of a batch, from its row `row0` on: K candidates each, in cu_seqlens (B+1,) of the whole batch. An id below 0 and
 // an old log-prob of -inf mark an unused element, whose other inputs are not read.

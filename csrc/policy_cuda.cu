@@ -15,39 +15,40 @@ __global__ void __launch_bounds__(kThreads)
     clipped_surrogate_fwd_kernel(const float* __restrict__ logprobs, const float* __restrict__ old_logprobs,
                                  const float* __restrict__ advantages, int64_t count, Clips clips, float* __restrict__ loss,
                                  uint8_t* __restrict__ clipped, uint8_t* __restrict__ dual_clipped,
-                                 float* __restrict__ slope) {
+                                 float* __restrict__ derivative) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
   const Surrogate s = clipped_surrogate(logprobs[i], old_logprobs[i], advantages[i], clips);
   loss[i] = s.loss;
-  slope[i] = s.slope;
+  derivative[i] = s.derivative;
   clipped[i] = s.clipped;
   dual_clipped[i] = s.dual_clipped;
 }
 
 __global__ void __launch_bounds__(kThreads)
-    clipped_surrogate_bwd_kernel(const float* __restrict__ dloss, const float* __restrict__ slope,
+    clipped_surrogate_bwd_kernel(const float* __restrict__ dloss, const float* __restrict__ derivative,
                                  float* __restrict__ dlogprobs, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) dlogprobs[i] = clipped_surrogate_slope(dloss[i], slope[i]);
+  if (i < count) dlogprobs[i] = clipped_surrogate_gradient(dloss[i], derivative[i]);
 }
 
 }  // namespace
 
 void clipped_surrogate_fwd_cuda(const float* logprobs, const float* old_logprobs, const float* advantages, int64_t count,
-                                Clips clips, float* loss, uint8_t* clipped, uint8_t* dual_clipped, float* slope,
+                                Clips clips, float* loss, uint8_t* clipped, uint8_t* dual_clipped, float* derivative,
                                 void* stream) {
   if (count == 0) return;
   const unsigned blocks = grid("clipped_surrogate", count, kThreads);
   clipped_surrogate_fwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(logprobs, old_logprobs, advantages, count, clips,
-                                                                           loss, clipped, dual_clipped, slope);
+                                                                           loss, clipped, dual_clipped, derivative);
   check_launch("clipped_surrogate");
 }
 
-void clipped_surrogate_bwd_cuda(const float* dloss, const float* slope, float* dlogprobs, int64_t count, void* stream) {
+void clipped_surrogate_bwd_cuda(const float* dloss, const float* derivative, float* dlogprobs, int64_t count,
+                                void* stream) {
   if (count == 0) return;
   const unsigned blocks = grid("clipped_surrogate backward", count, kThreads);
-  clipped_surrogate_bwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(dloss, slope, dlogprobs, count);
+  clipped_surrogate_bwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(dloss, derivative, dlogprobs, count);
   check_launch("clipped_surrogate backward");
 }
 

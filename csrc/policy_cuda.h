@@ -9,8 +9,8 @@
 namespace ipvrm {
 
 void clipped_surrogate_fwd_cuda(const float* logprobs, const float* old_logprobs, const float* advantages, int64_t count,
-                                Clips clips, float* loss, uint8_t* clipped, uint8_t* dual_clipped, float* slope,
+                                Clips clips, float* loss, uint8_t* clipped, uint8_t* dual_clipped, float* derivative,
                                 void* stream);
-void clipped_surrogate_bwd_cuda(const float* dloss, const float* slope, float* dlogprobs, int64_t count, void* stream);
+void clipped_surrogate_bwd_cuda(const float* dloss, const float* derivative, float* dlogprobs, int64_t count, void* stream);
 
 }  // namespace ipvrm

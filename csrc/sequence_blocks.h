@@ -42,9 +42,9 @@ const float* padded(const float* block, int count, float* copy) {
   return copy;
 }
 
-// Where to write a block in whole vectors: in place, or a buffer that `settle` copies from.
+// Where to write a block in whole vectors: in place, or a buffer that `copy_back` copies from.
 float* whole(float* block, int count, float* buffer) { return count % kLanes == 0 ? block : buffer; }
-void settle(float* block, int count, const float* written) {
+void copy_back(float* block, int count, const float* written) {
   if (written != block) std::copy(written, written + count, block);
 }
 
@@ -110,11 +110,11 @@ IPVRM_SIMD void add_product_block(const float* __restrict x, float* __restrict y
   for (int64_t i = 0; i < count; ++i) y[i] += factor * x[i];
 }
 
-IPVRM_SIMD void prefix_slopes_block(const float* __restrict dvalue, const float* __restrict dmean_value,
-                                    const float* __restrict dprob, const float* __restrict prob,
-                                    const float* __restrict inverse_t, float* __restrict slope, int count) {
+IPVRM_SIMD void prefix_gradient_block(const float* __restrict dvalue, const float* __restrict dmean_value,
+                                      const float* __restrict dprob, const float* __restrict prob,
+                                      const float* __restrict inverse_t, float* __restrict gradient, int count) {
   for (int i = 0; i < count; ++i) {
-    slope[i] = prefix_value_slope(dvalue[i], dmean_value[i], dprob[i], prob[i], inverse_t[i]);
+    gradient[i] = prefix_value_gradient(dvalue[i], dmean_value[i], dprob[i], prob[i], inverse_t[i]);
   }
 }
 
@@ -140,10 +140,10 @@ inline float margin_loss_stretch(const float* __restrict value, const float* __r
 }
 
 // values[i] = -sign * value_t, scale = -sign * d sums / d (omega_t loss_t). Returns the block's sum of omega_t * loss_t;
-// fills its slopes. Uniform weights, omega_t = 1, stay out of the loop: 256 x 2,048 tokens on two cores take 167 us so, with
+// fills its dvalue. Uniform weights, omega_t = 1, stay out of the loop: 256 x 2,048 tokens on two cores take 167 us so, with
 // them 183 us.
 template <bool kWeighted>
-inline double margin_loss_stretches(const float* values, const float* inverse_t, float* slope, int before, int count,
+inline double margin_loss_stretches(const float* values, const float* inverse_t, float* dvalue, int before, int count,
                                     float margin, float scale, PrefixWeights weights) {
   const float constant = scale * weights.constant, linear = scale * weights.slope;
   const float last = static_cast<float>(before + count);
@@ -151,7 +151,7 @@ inline double margin_loss_stretches(const float* values, const float* inverse_t,
   for (int first = 0; first < count; first += kLossBlock) {
     const int n = std::min(kLossBlock, count - first), full = n / kLanes * kLanes, t0 = before + first + 1;
     const float *value = values + first, *inverse = inverse_t + first;
-    float* out = slope + first;
+    float* out = dvalue + first;
     total += margin_loss_stretch<kWeighted, false>(value, inverse, out, t0, full, last, margin, constant, linear, weights);
     if (full < n) {
       total += margin_loss_stretch<kWeighted, true>(value + full, inverse + full, out + full, t0 + full, kLanes, last,
@@ -161,21 +161,21 @@ inline double margin_loss_stretches(const float* values, const float* inverse_t,
   return total;
 }
 
-IPVRM_SIMD double margin_loss_block(const float* values, const float* inverse_t, float* slope, int before, int count,
+IPVRM_SIMD double margin_loss_block(const float* values, const float* inverse_t, float* dvalue, int before, int count,
                                     float margin, float scale, PrefixWeights weights) {
   if (weights.constant == 1.0f && weights.slope == 0.0f) {
-    return margin_loss_stretches<false>(values, inverse_t, slope, before, count, margin, scale, weights);
+    return margin_loss_stretches<false>(values, inverse_t, dvalue, before, count, margin, scale, weights);
   }
-  return margin_loss_stretches<true>(values, inverse_t, slope, before, count, margin, scale, weights);
+  return margin_loss_stretches<true>(values, inverse_t, dvalue, before, count, margin, scale, weights);
 }
 
 // The same for a run of short sequences with each token's margin, scale and omega; leaves omega_t * loss_t in `omega`.
 IPVRM_SIMD void margin_loss_run(const float* __restrict values, const float* __restrict inverse_t,
                                 const float* __restrict margin, const float* __restrict scale, float* __restrict omega,
-                                float* __restrict slope, int count) {
+                                float* __restrict dvalue, int count) {
   for (int i = 0; i < kLanes * vectors(count); ++i) {
     const MarginLoss at = margin_loss(values[i] * inverse_t[i], -1.0f, margin[i]);
-    slope[i] = scale[i] * (omega[i] * inverse_t[i]) * at.derivative;
+    dvalue[i] = scale[i] * (omega[i] * inverse_t[i]) * at.derivative;
     omega[i] *= at.loss;
   }
 }

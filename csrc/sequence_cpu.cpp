@@ -44,12 +44,12 @@ struct Run {
 
 void clear_tail(const Run& run, float* y) { std::fill(y + run.count(), y + run.count() + kLanes, 0.0f); }
 
-// A block of a run: room for a vector before and after it.
+// A block of a run, with a vector of padding before and after it.
 struct RunBuffer {
-  float room[kLanes + kBlock + kLanes];
-  float* tokens() { return room + kLanes; }
+  float data[kLanes + kBlock + kLanes];
+  float* tokens() { return data + kLanes; }
   float* load(const float* x, const Run& run) {
-    std::fill(room, room + kLanes, 0.0f);
+    std::fill(data, data + kLanes, 0.0f);
     std::copy(x + run.row(), x + run.row() + run.count(), tokens());
     clear_tail(run, tokens());
     return tokens();
@@ -199,7 +199,7 @@ struct ScanForward {
     forward_blocks(piece, [&](int64_t row, int, int count) {
       float* out = whole(y + row, count, buffer);
       carry = scan_block(padded(x + row, count, copy), out, count, carry, 1.0f);
-      settle(y + row, count, out);
+      copy_back(y + row, count, out);
     });
     return 0.0;
   }
@@ -230,7 +230,7 @@ struct ScanReverse {
     reverse_blocks(piece, [&](int64_t row, int, int count) {
       float* out = whole(y + row, count, buffer);
       carry = reverse_scan_block(padded(x + row, count, copy), out, count, carry, factor);
-      settle(y + row, count, out);
+      copy_back(y + row, count, out);
     });
     return 0.0;
   }
@@ -255,9 +255,9 @@ struct PrefixValuesForward {
                        whole(prob + row, count, buffers[2])};
       carry = scan_block(padded(log_ratio + row, count, copy), out[0], count, carry, beta);
       prefix_values_block(out[0], inverse_positions(before, count, inverse), out[1], out[2], count);
-      settle(value + row, count, out[0]);
-      settle(mean_value + row, count, out[1]);
-      settle(prob + row, count, out[2]);
+      copy_back(value + row, count, out[0]);
+      copy_back(mean_value + row, count, out[1]);
+      copy_back(prob + row, count, out[2]);
       multiply_block(log_ratio + row, td + row, count, beta);
     });
     return 0.0;
@@ -281,42 +281,42 @@ struct PrefixValuesBackward {
   float* dlog_ratio;
   float beta;
   static const float* at(const float* gradient, int64_t row) { return gradient ? gradient + row : kZeros; }
-  void slopes(int64_t row, const float* inverse_t, int count, float* slope) const {
-    prefix_slopes_block(at(dvalue, row), at(dmean_value, row), at(dprob, row), prob + row, inverse_t, slope, count);
-    std::fill(slope + count, slope + kLanes * vectors(count), 0.0f);
+  void gradients(int64_t row, const float* inverse_t, int count, float* gradient) const {
+    prefix_gradient_block(at(dvalue, row), at(dmean_value, row), at(dprob, row), prob + row, inverse_t, gradient, count);
+    std::fill(gradient + count, gradient + kLanes * vectors(count), 0.0f);
   }
   double sum(const Piece& piece) const {
-    float slope[kBlock], inverse[kBlock], sums[kBlock];
+    float gradient[kBlock], inverse[kBlock], sums[kBlock];
     double carry = 0.0;
     reverse_blocks(piece, [&](int64_t row, int before, int count) {
-      slopes(row, inverse_positions(before, count, inverse), count, slope);
-      carry = reverse_scan_block(slope, sums, count, carry, 1.0f);
+      gradients(row, inverse_positions(before, count, inverse), count, gradient);
+      carry = reverse_scan_block(gradient, sums, count, carry, 1.0f);
     });
     return carry;
   }
   double run(const Piece& piece, double carry) const {
-    float slope[kBlock], inverse[kBlock], buffer[kBlock];
+    float gradient[kBlock], inverse[kBlock], buffer[kBlock];
     reverse_blocks(piece, [&](int64_t row, int before, int count) {
       float* out = whole(dlog_ratio + row, count, buffer);
-      slopes(row, inverse_positions(before, count, inverse), count, slope);
-      carry = reverse_scan_block(slope, out, count, carry, beta);
-      settle(dlog_ratio + row, count, out);
+      gradients(row, inverse_positions(before, count, inverse), count, gradient);
+      carry = reverse_scan_block(gradient, out, count, carry, beta);
+      copy_back(dlog_ratio + row, count, out);
       if (dtd) add_product_block(dtd + row, dlog_ratio + row, count, beta);
     });
     return 0.0;
   }
   void finish(int64_t, int, double) const {}
   void run_short(const Run& run) const {
-    RunBuffer slope, inverse, out;
-    std::fill(slope.room, slope.tokens(), 0.0f);
-    slopes(run.row(), inverse_positions(run, inverse.tokens()), run.count(), slope.tokens());
-    reverse_scan_run(run, slope.tokens(), out.tokens(), beta);
+    RunBuffer gradient, inverse, out;
+    std::fill(gradient.data, gradient.tokens(), 0.0f);
+    gradients(run.row(), inverse_positions(run, inverse.tokens()), run.count(), gradient.tokens());
+    reverse_scan_run(run, gradient.tokens(), out.tokens(), beta);
     out.store(dlog_ratio, run);
     if (dtd) add_product_block(dtd + run.row(), dlog_ratio + run.row(), run.count(), beta);
   }
 };
 
-// Losses, and slopes that `back` turns into gradients while the sequence is still in cache.
+// Losses, and dvalue, which `back` turns into gradients while the sequence is still in cache.
 struct LossForward {
   static constexpr bool kReverse = false, kReturns = true;
   const float* log_ratio;
@@ -340,7 +340,7 @@ struct LossForward {
       float* out = gradient ? whole(gradient + row, count, buffer) : buffer;
       total += margin_loss_block(values, inverse_positions(before, count, inverse), out, before, count, terms.margin_of(b),
                                  against * scale(b, weights), weights);
-      if (gradient) settle(gradient + row, count, out);
+      if (gradient) copy_back(gradient + row, count, out);
     });
     return total;
   }
@@ -351,7 +351,7 @@ struct LossForward {
     losses[b] = scale(b, weights) * total;
   }
   void run_short(const Run& run) const {
-    RunBuffer in, values, margins, scales, omegas, slopes, inverse;
+    RunBuffer in, values, margins, scales, omegas, dvalue, inverse;
     const auto against = [&](int k) { return 1.0f - 2.0f * terms.outcome[run.sequence + k]; };
     scan_run(run, in.load(log_ratio, run), values.tokens(), [&](int k) { return against(k) * beta; });
     inverse_positions(run, inverse.tokens());
@@ -368,11 +368,11 @@ struct LossForward {
       }
     }
     for (RunBuffer* buffer : {&margins, &scales, &omegas}) clear_tail(run, buffer->tokens());
-    margin_loss_run(values.tokens(), inverse.tokens(), margins.tokens(), scales.tokens(), omegas.tokens(), slopes.tokens(),
+    margin_loss_run(values.tokens(), inverse.tokens(), margins.tokens(), scales.tokens(), omegas.tokens(), dvalue.tokens(),
                     run.count());
     if (gradient) {
-      std::fill(slopes.room, slopes.tokens(), 0.0f);
-      reverse_scan_run(run, slopes.tokens(), values.tokens(), beta);
+      std::fill(dvalue.data, dvalue.tokens(), 0.0f);
+      reverse_scan_run(run, dvalue.tokens(), values.tokens(), beta);
       values.store(gradient, run);
     }
     for (int k = 0; k < run.num_sequences; ++k) {

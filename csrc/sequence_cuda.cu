@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t t = length - 1 - (base + k);
       const int64_t row = start + t;
       items[k] = t < 0 ? 0.0f
-                       : prefix_value_slope(dvalue ? dvalue[row] : 0.0f, dmean_value ? dmean_value[row] : 0.0f,
-                                            dprob ? dprob[row] : 0.0f, prob[row], 1.0f / static_cast<float>(t + 1));
+                       : prefix_value_gradient(dvalue ? dvalue[row] : 0.0f, dmean_value ? dmean_value[row] : 0.0f,
+                                               dprob ? dprob[row] : 0.0f, prob[row], 1.0f / static_cast<float>(t + 1));
     }
     scan.step(items);
 #pragma unroll
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     prefix_value_loss_fwd_kernel(const float* __restrict__ log_ratio, const int32_t* __restrict__ cu_seqlens,
                                  LossTerms terms, float* __restrict__ losses, float* __restrict__ counted,
-                                 float* __restrict__ slope, int64_t num_rows, float beta) {
+                                 float* __restrict__ dvalue, int64_t num_rows, float beta) {
   __shared__ float warp_sums[kWarps];
   const int b = blockIdx.x;
   const auto [start, length] = rows_of_block(cu_seqlens, num_rows);
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
       const MarginLoss at = margin_loss(beta * items[k] / t1, sign, margin_b);
       const float omega = weights.at(t1);
       total += omega * at.loss;
-      if (slope) slope[start + t] = scale * omega * at.derivative / t1;
+      if (dvalue) dvalue[start + t] = scale * omega * at.derivative / t1;
     }
   }
 #pragma unroll
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    prefix_value_loss_bwd_kernel(const float* __restrict__ slope, const int32_t* __restrict__ cu_seqlens,
+    prefix_value_loss_bwd_kernel(const float* __restrict__ dvalue, const int32_t* __restrict__ cu_seqlens,
                                  const float* __restrict__ scale, float* __restrict__ dlog_ratio, int64_t num_rows,
                                  float beta) {
   __shared__ float warp_sums[kWarps];
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int64_t t = length - 1 - (base + k);
-      items[k] = t < 0 ? 0.0f : slope[start + t];
+      items[k] = t < 0 ? 0.0f : dvalue[start + t];
     }
     scan.step(items);
 #pragma unroll
@@ -273,20 +273,20 @@ void prefix_values_bwd_cuda(const PrefixValueGradients& upstream, const float* p
 }
 
 void prefix_value_loss_fwd_cuda(const float* log_ratio, const int32_t* cu_seqlens, const LossTerms& terms, float* losses,
-                                float* counted, float* slope, int64_t num_sequences, int64_t num_rows, float beta,
+                                float* counted, float* dvalue, int64_t num_sequences, int64_t num_rows, float beta,
                                 void* stream) {
   if (num_sequences == 0) return;
   const unsigned blocks = grid("prefix_value_loss", num_sequences);
   prefix_value_loss_fwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(log_ratio, cu_seqlens, terms, losses, counted,
-                                                                           slope, num_rows, beta);
+                                                                           dvalue, num_rows, beta);
   check_launch("prefix_value_loss");
 }
 
-void prefix_value_loss_bwd_cuda(const float* slope, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
+void prefix_value_loss_bwd_cuda(const float* dvalue, const int32_t* cu_seqlens, const float* scale, float* dlog_ratio,
                                 int64_t num_sequences, int64_t num_rows, float beta, void* stream) {
   if (num_sequences == 0) return;
   const unsigned blocks = grid("prefix_value_loss backward", num_sequences);
-  prefix_value_loss_bwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(slope, cu_seqlens, scale, dlog_ratio, num_rows,
+  prefix_value_loss_bwd_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(dvalue, cu_seqlens, scale, dlog_ratio, num_rows,
                                                                            beta);
   check_launch("prefix_value_loss backward");
 }

@@ -97,15 +97,15 @@ struct LogitTransform {
   float limit;
   IPVRM_HD float linear(float x) const { return x * scale; }
   IPVRM_HD float capped(float x) const { return limit * tanh_rational(x * scale); }
-  IPVRM_HD float capped_slope(float z) const {  // dz/dx from z
+  IPVRM_HD float capped_derivative(float z) const {  // dz/dx from z
     const float t = z / limit;
     return (1.0f - t) * (1.0f + t) * (scale * limit);
   }
 };
 
 // -p (G + g_H (log p + H)): the dense part of dL/dz, with G = sum_k g_k - g_lse.
-IPVRM_HD float logprob_slope(float log_p, float total) { return -exp_nonpositive(log_p) * total; }
-IPVRM_HD float logprob_slope(float log_p, float total, float dentropy, float entropy) {
+IPVRM_HD float dense_dz(float log_p, float total) { return -exp_nonpositive(log_p) * total; }
+IPVRM_HD float dense_dz(float log_p, float total, float dentropy, float entropy) {
   const float finite = log_p < -88.0f ? -88.0f : log_p;  // p is 0 there, and 0 * -inf is not
   return -exp_nonpositive(log_p) * (total + dentropy * (finite + entropy));
 }
@@ -120,7 +120,7 @@ struct Clips {
 // max(-A rho, -A clip(rho)) with rho = exp(logprob - old_logprob), Eq. 11 and 12, and its derivative by logprob.
 struct Surrogate {
   float loss;
-  float slope;
+  float derivative;
   int32_t clipped;  // 0 or 1; with bool g++ keeps the struct in memory and its loops scalar
   int32_t dual_clipped;
 };
@@ -138,10 +138,12 @@ IPVRM_HD Surrogate clipped_surrogate(float logprob, float old_logprob, float adv
   const float loss = dual_clipped ? ceiling : larger;
   return {counted ? loss : 0.0f, counted & !clipped & !dual_clipped ? unclipped : 0.0f, clipped, dual_clipped};
 }
-// The slope against an upstream gradient, which must not be read where the slope is 0: a NaN there stays out.
-IPVRM_HD float clipped_surrogate_slope(float dloss, float slope) { return slope != 0.0f ? dloss * slope : 0.0f; }
+// The derivative against an upstream gradient, which must not be read where the derivative is 0: a NaN there stays out.
+IPVRM_HD float clipped_surrogate_gradient(float dloss, float derivative) {
+  return derivative != 0.0f ? dloss * derivative : 0.0f;
+}
 
-// How the losses of a branch are averaged; index = ipvrm_kernels/distrl_objective.py's CANDIDATE_REDUCTIONS.
+// How the losses of a branch are averaged; index = ipvrm_kernels/distrl_loss.py's CANDIDATE_REDUCTIONS.
 enum class Reduction : int { sequence_mean = 0, token_mean = 1, old_prob_mean = 2 };
 
 // A branch of the DistRL objective: what its divisor is, and its clips.
@@ -162,11 +164,11 @@ IPVRM_HD float normal_prob(float old_logprob) {
   return prob < 1.17549435e-38f ? 0.0f : prob;
 }
 
-// One used element of the objective: its loss and slope times prob * factor (Eq. 11; prob is 1 in Eq. 12), and its
+// One used element of the objective: its loss and derivative times prob * factor (Eq. 11; prob is 1 in Eq. 12), and its
 // statistics. A prob of 0 must not meet its infinite rho; a NaN, which is not 0, must come through.
 struct ObjectiveTerm {
   float loss;
-  float slope;
+  float derivative;
   float kl;
   int32_t clipped;
   int32_t dual_clipped;
@@ -177,7 +179,7 @@ IPVRM_HD ObjectiveTerm objective_term(float logprob, float old_logprob, float ad
   const float weight = prob * factor;
   const float kl = prob * (old_logprob - logprob);
   const bool counts = (prob != 0.0f) & (weight != 0.0f);
-  return {counts ? weight * s.loss : 0.0f, counts ? weight * s.slope : 0.0f, prob != 0.0f ? kl : 0.0f, s.clipped,
+  return {counts ? weight * s.loss : 0.0f, counts ? weight * s.derivative : 0.0f, prob != 0.0f ? kl : 0.0f, s.clipped,
           s.dual_clipped};
 }
 
@@ -255,7 +257,7 @@ IPVRM_HD PrefixValue prefix_value(float value, float inverse_t) {
   return {mean_value, sigmoid(mean_value)};
 }
 // d / d value_t of (value_t, mean_value_t, prob_t) against their upstream gradients.
-IPVRM_HD float prefix_value_slope(float dvalue, float dmean_value, float dprob, float prob, float inverse_t) {
+IPVRM_HD float prefix_value_gradient(float dvalue, float dmean_value, float dprob, float prob, float inverse_t) {
   return dvalue + inverse_t * (dmean_value + dprob * prob * (1.0f - prob));
 }
 

@@ -6,7 +6,7 @@
 
 An element whose old log-prob is -inf is unused, and one with A = 0 has nothing to say: loss 0, gradient 0,
 clipped False; their inputs are replaced before the exp. Elementwise, any shape: the forward reads three
-tensors once and emits the slope, the backward is one product; eager PyTorch makes about twelve passes.
+tensors once and emits the derivative, the backward is one product; eager PyTorch makes about twelve passes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def clipped_surrogate_reference(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
     clip_low: float, clip_high: float, dual_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, clipped, dual_clipped, slope = d loss / d logprobs) in plain PyTorch; loss is differentiable."""
+    """(loss, clipped, dual_clipped, derivative by logprobs) in plain PyTorch; loss is differentiable."""
     counted = (old_logprobs != -math.inf) & (advantages != 0)
     advantages = torch.where(counted, advantages, 0.0)
     rho = torch.where(counted, logprobs - old_logprobs, 0.0).exp()
@@ -56,9 +56,9 @@ def clipped_surrogate_reference(
     return loss, clipped, dual_clipped, torch.where(clipped | dual_clipped, 0.0, unclipped).detach()
 
 
-def _torch_backward(dloss: Tensor, slope: Tensor) -> Tensor:
+def _torch_backward(dloss: Tensor, derivative: Tensor) -> Tensor:
     return torch.where(
-        slope != 0, dloss * slope, 0.0
+        derivative != 0, dloss * derivative, 0.0
     )  # selects: a NaN upstream of an unused element stays out
 
 
@@ -73,7 +73,7 @@ if backend.HAS_TRITON:
         high,  # scalar, 1 + clip_high
         dual,  # scalar, inf: no dual clip
     ):
-        """loss, slope, clipped, dual_clipped, each (BLOCK,); tl.maximum would lose a NaN."""
+        """loss, derivative, clipped, dual_clipped, each (BLOCK,); tl.maximum would lose a NaN."""
         counted = (old_logprobs != float("-inf")) & (advantages != 0.0)  # (BLOCK,)
         a = tl.where(counted, -advantages, 0.0)  # (BLOCK,)
         rho = tl.exp(tl.where(counted, logprobs - old_logprobs, 0.0))  # (BLOCK,)
@@ -84,8 +84,8 @@ if backend.HAS_TRITON:
         loss = tl.where(clipped, bounded, unclipped)  # (BLOCK,)
         ceiling = tl.where(a > 0.0, a * dual, float("inf"))  # (BLOCK,)
         dual_clipped = loss > ceiling  # (BLOCK,)
-        slope = tl.where(clipped | dual_clipped, 0.0, unclipped)  # (BLOCK,)
-        return tl.where(dual_clipped, ceiling, loss), slope, clipped, dual_clipped
+        derivative = tl.where(clipped | dual_clipped, 0.0, unclipped)  # (BLOCK,)
+        return tl.where(dual_clipped, ceiling, loss), derivative, clipped, dual_clipped
 
     @triton.jit
     def _clipped_surrogate_fwd_kernel(
@@ -95,7 +95,7 @@ if backend.HAS_TRITON:
         loss_ptr,  # (count,)
         clipped_ptr,  # (count,) bool
         dual_clipped_ptr,  # (count,) bool
-        slope_ptr,  # (count,)
+        derivative_ptr,  # (count,)
         count,  # scalar
         low,  # scalar
         high,  # scalar
@@ -107,16 +107,18 @@ if backend.HAS_TRITON:
         logprobs = tl.load(logprobs_ptr + at, mask=valid, other=0.0)  # (BLOCK,)
         old_logprobs = tl.load(old_logprobs_ptr + at, mask=valid, other=0.0)  # (BLOCK,)
         advantages = tl.load(advantages_ptr + at, mask=valid, other=0.0)  # (BLOCK,)
-        loss, slope, clipped, dual_clipped = surrogate(logprobs, old_logprobs, advantages, low, high, dual)
+        loss, derivative, clipped, dual_clipped = surrogate(
+            logprobs, old_logprobs, advantages, low, high, dual
+        )
         tl.store(loss_ptr + at, loss, mask=valid)
         tl.store(clipped_ptr + at, clipped, mask=valid)
         tl.store(dual_clipped_ptr + at, dual_clipped, mask=valid)
-        tl.store(slope_ptr + at, slope, mask=valid)
+        tl.store(derivative_ptr + at, derivative, mask=valid)
 
     @triton.jit
     def _clipped_surrogate_bwd_kernel(
         dloss_ptr,  # (count,)
-        slope_ptr,  # (count,)
+        derivative_ptr,  # (count,)
         dlogprobs_ptr,  # (count,)
         count,  # scalar
         BLOCK: tl.constexpr,
@@ -124,8 +126,8 @@ if backend.HAS_TRITON:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
         valid = at < count  # (BLOCK,)
         dloss = tl.load(dloss_ptr + at, mask=valid, other=0.0)  # (BLOCK,)
-        slope = tl.load(slope_ptr + at, mask=valid, other=0.0)  # (BLOCK,)
-        tl.store(dlogprobs_ptr + at, tl.where(slope != 0.0, dloss * slope, 0.0), mask=valid)
+        derivative = tl.load(derivative_ptr + at, mask=valid, other=0.0)  # (BLOCK,)
+        tl.store(dlogprobs_ptr + at, tl.where(derivative != 0.0, dloss * derivative, 0.0), mask=valid)
 
 
 def clip_bounds(clip_low: float, clip_high: float, dual_clip: float | None) -> tuple[float, float, float]:
@@ -158,12 +160,12 @@ def _triton_forward(
     return outputs
 
 
-def _triton_backward(dloss: Tensor, slope: Tensor) -> Tensor:
-    dlogprobs, count = torch.empty_like(slope), slope.numel()
+def _triton_backward(dloss: Tensor, derivative: Tensor) -> Tensor:
+    dlogprobs, count = torch.empty_like(derivative), derivative.numel()
     if count:
-        with torch.cuda.device_of(slope):
+        with torch.cuda.device_of(derivative):
             _clipped_surrogate_bwd_kernel[(triton.cdiv(count, BLOCK),)](
-                dloss, slope, dlogprobs, count, BLOCK=BLOCK
+                dloss, derivative, dlogprobs, count, BLOCK=BLOCK
             )
     return dlogprobs
 
@@ -184,9 +186,11 @@ def _native_forward(device: str) -> Any:
 
 
 def _native_backward(device: str) -> Any:
-    def run(dloss: Tensor, slope: Tensor) -> Tensor:
-        dlogprobs = torch.empty_like(slope)
-        backend.native_call(f"clipped_surrogate_bwd_{device}", dloss, slope, dlogprobs, slope.numel())
+    def run(dloss: Tensor, derivative: Tensor) -> Tensor:
+        dlogprobs = torch.empty_like(derivative)
+        backend.native_call(
+            f"clipped_surrogate_bwd_{device}", dloss, derivative, dlogprobs, derivative.numel()
+        )
         return dlogprobs
 
     return run

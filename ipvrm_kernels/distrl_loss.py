@@ -12,7 +12,7 @@ An unused element is known by its old log-prob of -inf. `linear_distrl_loss` eva
 block by block, on log-probs that it forms itself.
 
 Shapes: logprobs (N,), candidate_logprobs (N, K), cu_seqlens (B+1,). In the kernels logprobs and dlogprobs are
-(n, 1 + K), the sampled token first; the rest as in `Batch`.
+(n, 1 + K), the sampled token first; the rest as in `LossInputs`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Objective(NamedTuple):
     candidate_reduction: str
 
 
-class Batch(NamedTuple):
+class LossInputs(NamedTuple):
     """What the loss is evaluated on, contiguous, floats in fp32 (fp64)."""
 
     old_logprobs: Tensor  # (N,) -inf unused
@@ -89,7 +89,7 @@ class Batch(NamedTuple):
     token_denominator: Tensor | None  # ()
     candidate_denominator: Tensor | None  # ()
 
-    def rows(self, r0: int, r1: int) -> Batch:
+    def rows(self, r0: int, r1: int) -> LossInputs:
         """Rows r0 .. r1, with the edges and denominators of the whole batch."""
         return self._replace(**{name: getattr(self, name)[r0:r1] for name in self._fields[:4]})
 
@@ -108,7 +108,7 @@ def check_denominator(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} must be finite and {least} 0, got {value}")
 
 
-def check_batch(op: str, batch: Batch) -> None:
+def check_batch(op: str, batch: LossInputs) -> None:
     """Raise ValueError, as `op`, for values that do not fit: edges, denominators; it reads them."""
     check_cu_seqlens(op, batch.cu_seqlens, batch.old_logprobs.shape[0])
     for name in ("token_denominator", "candidate_denominator"):
@@ -193,7 +193,7 @@ class Evaluated(NamedTuple):
     dlogprobs: Tensor  # (n, 1 + K), of loss
 
 
-def batch_divisors(batch: Batch, objective: Objective) -> Divisors:
+def batch_divisors(batch: LossInputs, objective: Objective) -> Divisors:
     """The caller's denominators or, where there are none, the batch's own B, N or sum of pi_old. No sync."""
     N, B = batch.old_logprobs.shape[0], batch.cu_seqlens.shape[0] - 1
     counts: dict[str, float | Tensor] = {"sequence_mean": float(max(B, 1)), "token_mean": float(max(N, 1))}
@@ -206,7 +206,7 @@ def batch_divisors(batch: Batch, objective: Objective) -> Divisors:
     )
 
 
-def old_probs(batch: Batch) -> Tensor:
+def old_probs(batch: LossInputs) -> Tensor:
     """(N, K) pi_old, 0 at unused slots."""
     return normal_probs(batch.old_candidate_logprobs)
 
@@ -217,7 +217,9 @@ def normal_probs(logprobs: Tensor) -> Tensor:
     return torch.where(prob < torch.finfo(prob.dtype).tiny, 0.0, prob)  # NaN stays NaN
 
 
-def row_weights(batch: Batch, reduction: str, divisor: float | Tensor, row0: int, like: Tensor) -> Tensor:
+def row_weights(
+    batch: LossInputs, reduction: str, divisor: float | Tensor, row0: int, like: Tensor
+) -> Tensor:
     """(n,) the factor of each row's loss in its branch; row0: the first row's place in the whole batch."""
     n = batch.old_logprobs.shape[0]
     if reduction == "old_prob_mean":
@@ -231,7 +233,7 @@ def row_weights(batch: Batch, reduction: str, divisor: float | Tensor, row0: int
 
 
 def branch_weights(
-    batch: Batch, objective: Objective, divisors: Divisors, row0: int, like: Tensor
+    batch: LossInputs, objective: Objective, divisors: Divisors, row0: int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(n,), (n, K) the factors of every element's loss in its branch: reduction, and pi_old of candidates."""
     old_prob = old_probs(batch)
@@ -243,7 +245,7 @@ def branch_weights(
 
 
 def distrl_objective_reference(
-    logprobs: Tensor, batch: Batch, objective: Objective, divisors: Divisors, row0: int = 0
+    logprobs: Tensor, batch: LossInputs, objective: Objective, divisors: Divisors, row0: int = 0
 ) -> Evaluated:
     """In plain PyTorch; loss is differentiable as well. batch: the rows of logprobs, the first being row0."""
     clips, dual_clip = objective.clips, objective.dual_clip
@@ -252,15 +254,15 @@ def distrl_objective_reference(
     old_prob = old_probs(batch)  # (n, K), 0 at unused slots
     weight, candidate_weight = branch_weights(batch, objective, divisors, row0, logprobs)
 
-    loss, clipped, dual, slope = clipped_surrogate_reference(
+    loss, clipped, dual, derivative = clipped_surrogate_reference(
         new, old, batch.advantages, clips[0], clips[1], dual_clip
     )
-    candidate_loss, candidate_clipped, candidate_dual, candidate_slope = clipped_surrogate_reference(
+    candidate_loss, candidate_clipped, candidate_dual, candidate_derivative = clipped_surrogate_reference(
         new_candidates, old_candidates, batch.candidate_advantages, clips[2], clips[3], dual_clip
     )
     counts = candidate_weight != 0  # a pi_old of 0 must not meet its infinite rho; a NaN comes through
     candidate_loss = torch.where(counts, candidate_weight * candidate_loss, 0.0)
-    candidate_slope = torch.where(counts, candidate_weight * candidate_slope, 0.0)
+    candidate_derivative = torch.where(counts, candidate_weight * candidate_derivative, 0.0)
     token_total, candidate_total = (weight * loss).sum(), candidate_loss.sum()
 
     used, used_candidates = old != -math.inf, old_candidates != -math.inf
@@ -276,7 +278,7 @@ def distrl_objective_reference(
     return Evaluated(
         token_total + objective.alpha * candidate_total, token_total, candidate_total,
         torch.stack([torch.stack([x.to(logprobs.dtype) for x in pair]) for pair in pairs]),
-        torch.cat([(weight * slope)[:, None], objective.alpha * candidate_slope], 1),
+        torch.cat([(weight * derivative)[:, None], objective.alpha * candidate_derivative], 1),
     )  # fmt: skip
 
 
@@ -364,7 +366,9 @@ if backend.HAS_TRITON:
 
         low = tl.where(is_token, token_low, candidate_low)  # (BLOCK,)
         high = tl.where(is_token, token_high, candidate_high)  # (BLOCK,)
-        loss, slope, clipped, dual_clipped = surrogate(new, old, advantage, low, high, dual)  # (BLOCK,) each
+        loss, derivative, clipped, dual_clipped = surrogate(
+            new, old, advantage, low, high, dual
+        )  # (BLOCK,) each
         prob = tl.where(used_candidate, tl.exp(old), 0.0)  # (BLOCK,)
         prob = tl.where(prob < TINY, 0.0, prob)  # (BLOCK,) there rho may be infinite; NaN stays NaN
         prob = tl.where(used_token, 1.0, prob)  # (BLOCK,)
@@ -382,9 +386,9 @@ if backend.HAS_TRITON:
         weight = prob * tl.where(is_token, token_factor, candidate_factor)  # (BLOCK,)
         counts = (prob != 0.0) & (weight != 0.0)  # (BLOCK,) NaN counts; 0 must not meet its infinite rho
         loss = tl.where(counts, weight * loss, 0.0)  # (BLOCK,)
-        slope = tl.where(counts, weight * slope, 0.0)  # (BLOCK,)
+        derivative = tl.where(counts, weight * derivative, 0.0)  # (BLOCK,)
         kl = tl.where(prob != 0.0, prob * (old - new), 0.0)  # (BLOCK,)
-        tl.store(dlogprobs_ptr + at, tl.where(used_candidate, alpha * slope, slope), mask=valid)
+        tl.store(dlogprobs_ptr + at, tl.where(used_candidate, alpha * derivative, derivative), mask=valid)
 
         sums_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * 16
         tl.store(sums_ptr + 0, tl.sum(tl.where(used_token, loss, 0.0), 0))
@@ -440,7 +444,7 @@ def _empty(logprobs: Tensor) -> Evaluated:
 
 
 def _triton(
-    logprobs: Tensor, batch: Batch, objective: Objective, divisors: Divisors, row0: int = 0
+    logprobs: Tensor, batch: LossInputs, objective: Objective, divisors: Divisors, row0: int = 0
 ) -> Evaluated:
     out, (n, columns), B = _empty(logprobs), logprobs.shape, batch.cu_seqlens.shape[0] - 1
     num_blocks = triton.cdiv(n * columns, BLOCK)
@@ -464,7 +468,7 @@ def _triton(
 
 
 def _cpp(
-    logprobs: Tensor, batch: Batch, objective: Objective, divisors: Divisors, row0: int = 0
+    logprobs: Tensor, batch: LossInputs, objective: Objective, divisors: Divisors, row0: int = 0
 ) -> Evaluated:
     out = _empty(logprobs)
     num_blocks = -(-len(logprobs) // BLOCK_ROWS)
@@ -502,7 +506,7 @@ INSTEAD = "eager PyTorch on the log-probs"
 
 
 def _forward_of(impl: str) -> Callable[..., tuple[Tensor, ...]]:
-    def run(logprobs: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, ...]:
+    def run(logprobs: Tensor, batch: LossInputs, objective: Objective) -> tuple[Tensor, ...]:
         return tuple(EVALUATE[impl](logprobs, batch, objective, batch_divisors(batch, objective)))
 
     return run
@@ -548,7 +552,7 @@ def _distrl_loss(
         old_logprobs, old_candidate_logprobs, advantages, candidate_advantages, cu_seqlens,
         token_denominator, candidate_denominator,
     )  # fmt: skip
-    batch = Batch._make(None if x is None else x.contiguous() for x in tensors)
+    batch = LossInputs._make(None if x is None else x.contiguous() for x in tensors)
     if backend.checks_values(logprobs):
         check_batch(OP, batch)
     objective = Objective(alpha, clips, dual_clip, reduction, candidate_reduction)

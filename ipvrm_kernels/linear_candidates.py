@@ -72,9 +72,9 @@ def _cpp(
     """Exact {p >= min_prob}; a plain top-k picks by z, so tokens whose z differ by less than a log-prob's
     rounding come best first rather than by id."""
     if min_prob is None:
-        rule = cpu.Candidates(min(K, weight.shape[0]), -math.inf)
+        rule = cpu.CandidateRule(min(K, weight.shape[0]), -math.inf)
     else:
-        rule = cpu.Candidates(num_slots("linear_candidates", min_prob, None), math.log(min_prob))
+        rule = cpu.CandidateRule(num_slots("linear_candidates", min_prob, None), math.log(min_prob))
     ids = hidden.new_empty((len(hidden), 0), dtype=torch.int64) if sampled is None else sampled[:, None]
     result = cpu.forward(
         "linear_candidates", hidden, weight, bias, ids, transform, entropy=return_entropy, candidates=rule,

@@ -28,8 +28,8 @@ from . import backend
 from .distrl_loss import (
     DISTRL_METRICS,
     EVALUATE,
-    Batch,
     DistRLLoss,
+    LossInputs,
     Objective,
     batch_divisors,
     check_batch,
@@ -57,13 +57,13 @@ from .packing import check_cu_seqlens_shape
 from .registration import is_batched, is_last_backward, register
 
 if backend.HAS_TRITON:
-    from .head import triton_forward, triton_stored
+    from .head import triton_forward, triton_saved
 
 OP = "linear_distrl_loss"
 
 
 def _torch_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, batch: Batch, transform: Transform,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, batch: LossInputs, transform: Transform,
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_workspace(OP, max_workspace_bytes, hidden.shape[0], weight.shape[0], out_dtype(hidden))
@@ -83,47 +83,47 @@ def _torch_forward(
 
 
 def _by_rows(
-    impl: str, batch: Batch, objective: Objective
+    impl: str, batch: LossInputs, objective: Objective
 ) -> tuple[list[Tensor], Callable[[int, int, Tensor], Tensor]]:
-    """(running loss, token_loss, candidate_loss, metrics in fp64; slopes(r0, r1, logprobs (r1 - r0, 1 + K))).
+    """(running loss, token_loss, candidate_loss, metrics in fp64; dloss_dlogprobs).
 
-    slopes evaluates these rows, adds to the sums and returns dloss/dlogprobs.
+    dloss_dlogprobs(r0, r1, logprobs (r1 - r0, 1 + K)) evaluates these rows and adds to the sums.
     """
     divisors = batch_divisors(batch, objective)
     shapes: tuple[tuple[int, ...], ...] = ((), (), (), (len(DISTRL_METRICS), 2))
     sums = [batch.old_logprobs.new_zeros(shape, dtype=torch.float64) for shape in shapes]
 
-    def slopes(r0: int, r1: int, logprobs: Tensor) -> Tensor:
+    def dloss_dlogprobs(r0: int, r1: int, logprobs: Tensor) -> Tensor:
         *added, dlogprobs = EVALUATE[impl](logprobs, batch.rows(r0, r1), objective, divisors, r0)
         for total, x in zip(sums, added, strict=True):
             total += x
         return dlogprobs
 
-    return sums, slopes
+    return sums, dloss_dlogprobs
 
 
 def _cpp_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, batch: Batch, transform: Transform,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, batch: LossInputs, transform: Transform,
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    sums, slopes = _by_rows("cpp", batch, objective)
+    sums, dloss_dlogprobs = _by_rows("cpp", batch, objective)
     gradients = cpu.fused_gradients(
-        OP, hidden, weight, bias, ids, transform, slopes, needs,
+        OP, hidden, weight, bias, ids, transform, dloss_dlogprobs, needs,
         limit=max_workspace_bytes, deterministic=deterministic,
     )  # fmt: skip
     return *(total.float() for total in sums), *gradients
 
 
 def _triton_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, batch: Batch, transform: Transform,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, batch: LossInputs, transform: Transform,
     objective: Objective, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Three matmuls, two for a frozen head, where probabilities fit the workspace; else one more."""
     limit, explicit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE, max_workspace_bytes is not None
-    sums, slopes = _by_rows("triton", batch, objective)
+    sums, dloss_dlogprobs = _by_rows("triton", batch, objective)
     with torch.cuda.device_of(hidden):
         ops = triton_forward.operands(hidden, weight, bias, transform, limit)
-        gradients = triton_stored.fused_gradients(OP, ops, ids, slopes, needs, limit, explicit)
+        gradients = triton_saved.fused_gradients(OP, ops, ids, dloss_dlogprobs, needs, limit, explicit)
     return *(total.float() for total in sums), *gradients
 
 
@@ -162,7 +162,7 @@ def _linear_distrl_loss_bwd(
     dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], impl: str,
     saved: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients times dloss, cast once; out of place, for compiled graphs and graphs that are kept."""
+    """The gradients times dloss, cast once; out of place, for compiled graphs and retained graphs."""
     return cast_gradients(IMPLS[impl].backward(dloss, saved), (hidden, weight, bias), needs)
 
 
@@ -209,7 +209,7 @@ def _linear_distrl_loss(
         old_logprobs, old_candidate_logprobs, advantages, candidate_advantages, cu_seqlens,
         token_denominator, candidate_denominator,
     )  # fmt: skip
-    batch = Batch._make(None if x is None else x.contiguous() for x in tensors)
+    batch = LossInputs._make(None if x is None else x.contiguous() for x in tensors)
     if backend.checks_values(hidden):
         check_ids(OP, "token_ids", token_ids, weight.shape[0])
         check_ids(OP, "candidate_ids", candidate_ids, weight.shape[0])

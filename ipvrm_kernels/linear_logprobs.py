@@ -43,14 +43,14 @@ from .head import (
     prepare,
     select_ids,
     times_log,
-    transform_slope,
+    transform_derivative,
     transformed_logits,
 )
-from .head.blocks import kept_columns
+from .head.blocks import saved_columns
 from .registration import register
 
 if backend.HAS_TRITON:
-    from .head import triton_backward, triton_forward, triton_ids, triton_stored
+    from .head import triton_backward, triton_forward, triton_ids, triton_saved
 
 NOTHING, FROZEN, TRAINED = "nothing", "frozen", "trained"  # the backward that follows a forward
 
@@ -76,7 +76,7 @@ def linear_logprobs_reference(
 
 def _torch_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: bool,
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, may_save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     check_workspace(
         "linear_logprobs", max_workspace_bytes, hidden.shape[0], weight.shape[0], out_dtype(hidden)
@@ -85,14 +85,14 @@ def _torch_forward(
     saved = []
     if follows == FROZEN:
         z = transformed_logits(hidden, weight, bias, transform)
-        p = torch.exp(z - lse[:, None]) * transform_slope(z, transform)
+        p = torch.exp(z - lse[:, None]) * transform_derivative(z, transform)
         saved.append(head_gradients(p, hidden, weight, bias, transform.dtype, (True, False, False))[0])
     return logprobs, lse, entropy, saved
 
 
 def _torch_saved(
     hidden: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, follows: str,
-    max_workspace_bytes: int | None, keep: bool,
+    max_workspace_bytes: int | None, may_save: bool,
 ) -> Sequence[tuple[int, ...]]:  # fmt: skip
     """A frozen head's expectation."""
     return (tuple(hidden.shape),) if follows == FROZEN else ()
@@ -114,8 +114,8 @@ def _torch_backward(
 
     if follows == FROZEN and dentropy is None:
         rows = weight[torch.where(owned, ids, 0)].to(transform.dtype).to(lse.dtype)  # (N, K, D)
-        slope = transform_slope(torch.where(owned, logprobs + lse[:, None], 0.0), transform)
-        dhidden = ((g * slope)[:, :, None] * rows).sum(1) - total * saved[0]
+        dz_da = transform_derivative(torch.where(owned, logprobs + lse[:, None], 0.0), transform)
+        dhidden = ((g * dz_da)[:, :, None] * rows).sum(1) - total * saved[0]
         return dhidden, lse.new_empty(0), lse.new_empty(0)
 
     z = transformed_logits(hidden, weight, bias, transform)
@@ -125,42 +125,42 @@ def _torch_backward(
     if dentropy is not None:
         da -= dentropy[:, None] * (times_log(p, log_p) + p * entropy[:, None])
     add_at_ids(da, ids, g)
-    da *= transform_slope(z, transform)
+    da *= transform_derivative(z, transform)
     return head_gradients(da, hidden, weight, bias, transform.dtype, needs)
 
 
 def _cpp_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: bool,
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, may_save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    columns = _kept_columns(hidden, weight, ids, transform.dtype, follows, max_workspace_bytes, keep)
+    columns = _saved_columns(hidden, weight, ids, transform.dtype, follows, max_workspace_bytes, may_save)
     result = cpu.forward(
         "linear_logprobs", hidden, weight, bias, ids, transform, entropy=return_entropy,
-        expectation=follows == FROZEN, backward_follows=follows != NOTHING, keep=columns,
+        expectation=follows == FROZEN, backward_follows=follows != NOTHING, num_saved=columns,
         limit=max_workspace_bytes, deterministic=deterministic,
     )  # fmt: skip
-    saved = [result.expectation] if follows == FROZEN else [result.lse_low, result.kept]
+    saved = [result.expectation] if follows == FROZEN else [result.lse_low, result.saved_z]
     return result.logprobs, result.lse, result.entropy, saved
 
 
-def _kept_columns(
+def _saved_columns(
     hidden: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, follows: str,
-    max_workspace_bytes: int | None, keep: bool,
+    max_workspace_bytes: int | None, may_save: bool,
 ) -> int:  # fmt: skip
-    if not keep or follows != TRAINED:
+    if not may_save or follows != TRAINED:
         return 0
-    return kept_columns("linear_logprobs", hidden, weight, dtype, max_workspace_bytes, 4 * ids.shape[1])
+    return saved_columns("linear_logprobs", hidden, weight, dtype, max_workspace_bytes, 4 * ids.shape[1])
 
 
 def _cpp_saved(
     hidden: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, follows: str,
-    max_workspace_bytes: int | None, keep: bool,
+    max_workspace_bytes: int | None, may_save: bool,
 ) -> Sequence[tuple[int, ...]]:  # fmt: skip
-    """A frozen head's expectation; else what rounding lse to fp32 lost, and z of the columns kept."""
+    """A frozen head's expectation; else what rounding lse to fp32 lost, and z of the saved columns."""
     if follows == FROZEN:
         return (tuple(hidden.shape),)
     N = hidden.shape[0]
-    columns = _kept_columns(hidden, weight, ids, dtype, follows, max_workspace_bytes, keep)
+    columns = _saved_columns(hidden, weight, ids, dtype, follows, max_workspace_bytes, may_save)
     return (N,), (N * columns,)
 
 
@@ -170,22 +170,22 @@ def _cpp_backward(
     logprobs: Tensor, lse: Tensor, entropy: Tensor, saved: Sequence[Tensor], transform: Transform,
     follows: str, needs: Sequence[bool], max_workspace_bytes: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    lse_low, kept = (None, None) if follows == FROZEN else saved
-    if kept is not None and not kept.numel():
-        kept = None
-    up = cpu.make_upstream(dlogprobs, dlse, dentropy, ids, weight.shape[0], lse, lse_low, entropy)
+    lse_low, saved_z = (None, None) if follows == FROZEN else saved
+    if saved_z is not None and not saved_z.numel():
+        saved_z = None
+    up = cpu.row_gradients(dlogprobs, dlse, dentropy, ids, weight.shape[0], lse, lse_low, entropy)
     if follows == FROZEN and dentropy is None:
         dhidden = cpu.frozen_backward(up, weight, logprobs, saved[0], transform, max_workspace_bytes)
         return dhidden, lse.new_empty(0), lse.new_empty(0)
     return cpu.backward(
-        "linear_logprobs", up, hidden, weight, bias, transform, needs, kept=kept,
-        limit=max_workspace_bytes if kept is None else None, deterministic=deterministic,
+        "linear_logprobs", up, hidden, weight, bias, transform, needs, saved_z=saved_z,
+        limit=max_workspace_bytes if saved_z is None else None, deterministic=deterministic,
     )  # fmt: skip
 
 
 def _triton_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: bool,
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, may_save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Two matmuls for a frozen head where its probabilities fit the workspace, else three, else one."""
     limit, explicit = max_workspace_bytes or triton_forward.DEFAULT_WORKSPACE, max_workspace_bytes is not None
@@ -193,10 +193,10 @@ def _triton_forward(
     with torch.cuda.device_of(hidden):
         ops = triton_forward.operands(hidden, weight, bias, transform, limit)
         if follows == FROZEN:
-            R = triton_stored.stored_rows(ops, ids.shape[1], return_entropy, False, limit)
+            R = triton_saved.saved_rows(ops, ids.shape[1], return_entropy, False, limit)
             if R:
-                stored = triton_stored.stored_expectation(ops, ids, return_entropy, R)
-                logprobs, lse, entropy, expectation = stored
+                found = triton_saved.saved_expectation(ops, ids, return_entropy, R)
+                logprobs, lse, entropy, expectation = found
                 return logprobs, lse, entropy, [expectation]
         at_once = triton_forward.stats_rows(
             "linear_logprobs", ops, ids.shape[1], return_entropy, limit, explicit
@@ -211,7 +211,7 @@ def _triton_forward(
 
 def _triton_saved(
     hidden: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, follows: str,
-    max_workspace_bytes: int | None, keep: bool,
+    max_workspace_bytes: int | None, may_save: bool,
 ) -> Sequence[tuple[int, ...]]:  # fmt: skip
     """A frozen head's expectation, else what rounding lse to fp32 lost."""
     return (tuple(hidden.shape if follows == FROZEN else hidden.shape[:1]),)
@@ -227,7 +227,7 @@ def _triton_backward(
     ids = ids.contiguous()
     with torch.cuda.device_of(hidden):
         ops = triton_forward.operands(hidden, weight, bias, transform, limit)
-        up = triton_ids.upstream_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
+        up = triton_ids.output_gradients(ids, weight.shape[0], dlogprobs, dlse, dentropy)
         if follows == FROZEN and dentropy is None:
             dhidden = triton_ids.frozen_dhidden(ops, ids, logprobs, lse, up, saved[0])
             return dhidden, lse.new_empty(0), lse.new_empty(0)
@@ -238,7 +238,7 @@ def _triton_backward(
         )  # fmt: skip
 
 
-# saved(hidden, weight, ids, dtype, follows, max_workspace_bytes, keep)
+# saved(hidden, weight, ids, dtype, follows, max_workspace_bytes, may_save)
 IMPLS = {
     "triton": backend.Impl(_triton_forward, _triton_backward, _triton_saved),
     "cpp": backend.Impl(_cpp_forward, _cpp_backward, _cpp_saved),
@@ -270,11 +270,11 @@ def _linear_logprobs_bwd(
 
 def _fake(
     hidden: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, return_entropy: bool, follows: str,
-    max_workspace_bytes: int | None, keep: bool, impl: str,
+    max_workspace_bytes: int | None, may_save: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     lse = hidden.new_empty(hidden.shape[0], dtype=out_dtype(hidden))
     entropy = lse.new_empty(lse.shape if return_entropy else 0)
-    shapes = IMPLS[impl].saved(hidden, weight, ids, dtype, follows, max_workspace_bytes, keep)
+    shapes = IMPLS[impl].saved(hidden, weight, ids, dtype, follows, max_workspace_bytes, may_save)
     return lse.new_empty(ids.shape), lse, entropy, [lse.new_empty(shape) for shape in shapes]
 
 
@@ -298,18 +298,18 @@ def _backward(
 def _linear_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
-    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, keep: bool,
+    return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, may_save: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """follows: the backward there will be, NOTHING, FROZEN (head, gradient of hidden alone) or TRAINED.
-    keep: z may be kept for it, where max_workspace_bytes allows.
+    may_save: z may be saved for it, where max_workspace_bytes allows.
     """
     if backend.checks_values(ids):
         check_ids("linear_logprobs", "ids", ids, weight.shape[0])
     transform = Transform(scale, softcap, temperature, dtype)
     return IMPLS[impl].forward(
         hidden, weight, bias, ids, transform, return_entropy, follows, max_workspace_bytes, deterministic,
-        keep,
+        may_save,
     )  # fmt: skip
 
 
@@ -347,7 +347,7 @@ def linear_logprobs(
             absent token by a log-prob of -inf, so a filled one is no old log-prob.
         return_entropy: whether to compute the entropy.
         max_workspace_bytes: upper limit of scratch memory; refused with the least that works (impl="torch"
-            holds (N, V) tensors). On the CPU what exceeds 64 MiB keeps z in fp32 for the backward of a
+            holds (N, V) tensors). On the CPU what exceeds 64 MiB saves z in fp32 for the backward of a
             trainable head: with 4 N V bytes more it takes three matmuls instead of four (not under
             torch.compile, nor if deterministic). That part is held until the backward, once for each graph.
         deterministic: bitwise the same result for a row whatever N and its neighbours. impl="torch" is
@@ -369,10 +369,10 @@ def linear_logprobs(
     follows = NOTHING
     if torch.is_grad_enabled() and (trained or hidden.requires_grad):
         follows = TRAINED if trained else FROZEN
-    keep = not deterministic and not torch.compiler.is_compiling()
+    may_save = not deterministic and not torch.compiler.is_compiling()
     logprobs, lse, entropy, _ = _linear_logprobs(
         hidden, weight, bias, ids.long()[:, None] if ids.dim() == 1 else ids.long(),
-        *transform, bool(return_entropy), follows, max_workspace_bytes, bool(deterministic), keep, impl,
+        *transform, bool(return_entropy), follows, max_workspace_bytes, bool(deterministic), may_save, impl,
     )  # fmt: skip
     logprobs = logprobs[:, 0] if ids.dim() == 1 else logprobs
     if fill_value != -math.inf:

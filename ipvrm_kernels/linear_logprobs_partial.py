@@ -37,7 +37,7 @@ from .head import (
     prepare,
     select_ids,
     times_log,
-    transform_slope,
+    transform_derivative,
     transformed_logits,
 )
 from .linear_logprobs import LinearLogprobs
@@ -87,7 +87,7 @@ def _torch_backward(
         da += dsum_z_exp[:, None] * (e + times_log(e, shifted))
     if did_logits is not None:
         add_at_ids(da, ids, did_logits)
-    da *= transform_slope(z, transform)
+    da *= transform_derivative(z, transform)
     return head_gradients(da, hidden, weight, bias, transform.dtype, needs)
 
 
@@ -121,9 +121,9 @@ def _triton_backward(
         total = torch.zeros_like(top)  # the G of `linear_logprobs`, for da = -e (G + g_H (z - max)) + sparse
         for d in (dsumexp, dsum_z_exp):
             total = total if d is None else total - d
-        up = triton_ids.upstream_gradients(ids, V, did_logits, None, None)
+        up = triton_ids.output_gradients(ids, V, did_logits, None, None)
         dentropy = None if dsum_z_exp is None else -dsum_z_exp
-        up = up._replace(total=total, lse=up.total - total, entropy=dentropy)
+        up = up._replace(total=total, dlse=up.total - total, dentropy=dentropy)
         zeros, limit = torch.zeros_like(top), triton_forward.DEFAULT_WORKSPACE
         shifted = triton_forward.id_logits(ops, ids) - top[:, None]
         return triton_backward.gradients(
@@ -146,7 +146,7 @@ def _cpp_backward(
     top = _finite(top)
     zeros = torch.zeros_like(top)
     dentropy = None if dsum_z_exp is None else -dsum_z_exp
-    up = cpu.make_upstream(did_logits, dsumexp, dentropy, ids, weight.shape[0], top, None, zeros)
+    up = cpu.row_gradients(did_logits, dsumexp, dentropy, ids, weight.shape[0], top, None, zeros)
     up.total.zero_()  # in place: the native struct holds its address
     for d in (dsumexp, dsum_z_exp):
         if d is not None:

@@ -266,8 +266,10 @@ def is_last_backward(*tensors: Tensor) -> bool:
     plain = all(type(x) is Tensor for x in tensors)  # not fake or functional
     traced = torch.compiler.is_compiling() or not plain
     transformed = _transform_level() is not None  # torch.func: may come back here
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph, create_graph's default too
-    return not traced and not transformed and not kept and not torch.is_grad_enabled()  # create_graph
+    retained = (
+        torch._C._autograd._get_current_graph_task_keep_graph()
+    )  # retain_graph, create_graph's default too
+    return not traced and not transformed and not retained and not torch.is_grad_enabled()  # create_graph
 
 
 def is_batched(x: Tensor) -> bool:

@@ -137,7 +137,7 @@ def test_checks_of_the_head_hold_in_half_precision_and_catch_a_fault():
         bench_linear_logprobs_partial.step_case(shape, "cpu"),
         *(
             distrl.loss_case(make(shape, "cpu", frozen), "cpu", with_grpo=False, with_compile=False)
-            for make in (distrl.Batch.calibrated, distrl.Batch.random)
+            for make in (distrl.RolloutRows.calibrated, distrl.RolloutRows.random)
             for frozen in (False, True)
         ),
     ]
@@ -154,7 +154,7 @@ def test_checks_of_the_head_hold_in_half_precision_and_catch_a_fault():
 
 def test_a_check_that_cannot_run_leaves_times_and_says_so(spin):
     def out_of_memory():
-        raise torch.OutOfMemoryError("no room")
+        raise torch.OutOfMemoryError("out of memory")
 
     def check(results):
         assert results["cpp"] == results["eager"]
@@ -162,7 +162,7 @@ def test_a_check_that_cannot_run_leaves_times_and_says_so(spin):
     contenders = {"matmul": spin(1), "cpp": spin(2), "F.x": spin(3), "eager": out_of_memory}
     rows = measure.measure(Case("op", "s", contenders, check), "cpu", seconds=0.01)
     times = {r.contender: r for r in rows if not r.error}
-    assert times["cpp"].median_ms == pytest.approx(2) and "no room" in rows[-1].error
+    assert times["cpp"].median_ms == pytest.approx(2) and "out of memory" in rows[-1].error
     assert {r.note for r in times.values()} == {"unchecked: KeyError: 'eager'"}
     assert str(tables.verdicts(rows)[0]).endswith("(unchecked)")
     assert "**cpp** (unchecked" in tables.markdown(rows)
@@ -765,7 +765,7 @@ def test_a_part_that_measured_nothing_has_failed(tmp_path):
     clean = "========= COMPUTE-SANITIZER\ndone\n========= ERROR SUMMARY: 0 errors\n"
     assert told("sanitizer", clean) == "" and told("sanitizer", "done\n")
     assert told("sanitizer", clean.replace("done", "")) == "the ops did not run to their end"
-    rows = [row("matmul", 1).as_dict(), row("cpp", math.nan, error="no room").as_dict()]
+    rows = [row("matmul", 1).as_dict(), row("cpp", math.nan, error="out of memory").as_dict()]
     assert told("bench_scaling", "", rows=rows) and told("model_heads", "") and told("sweep", "")
     assert told("bench_policy_step", "", rows=[row("grpo", 1).as_dict()]) == ""  # no contender says ours
     assert told("bench_policy_step", "", rows=rows[1:])

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench_linear_candidates import candidates_case
-from benchmarks.bench_linear_distrl_loss import Batch, loss_case
+from benchmarks.bench_linear_distrl_loss import RolloutRows, loss_case
 from benchmarks.bench_linear_logprobs import forward_case, step_case
 from benchmarks.run import write_json
 from benchmarks.suite.heads import K as MANY
@@ -47,12 +47,17 @@ def cases(device: str) -> Iterator[Case]:
         yield step_case(large, device, frozen, with_compile=False)
     yield candidates_case(large, device, with_compile=False)
     for frozen in (False, True):
-        yield loss_case(Batch.calibrated(large, device, frozen), device, with_grpo=False, with_compile=False)
+        yield loss_case(
+            RolloutRows.calibrated(large, device, frozen), device, with_grpo=False, with_compile=False
+        )
     for shape in added(device):
         yield step_case(shape, device, frozen=False, with_peers=False, with_compile=False)
     second = added(device)[-2:][0]  # liger's loss compiles itself and takes long to, so it comes last
     yield loss_case(
-        Batch.calibrated(second, device, frozen=False), device, with_grpo=device == "cuda", with_compile=False
+        RolloutRows.calibrated(second, device, frozen=False),
+        device,
+        with_grpo=device == "cuda",
+        with_compile=False,
     )
 
 

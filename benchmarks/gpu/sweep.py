@@ -116,7 +116,7 @@ def workspace(kind: str, shape: Shape) -> int | None:
 class Trial:
     """Times one configuration on the ops that use it, after a check against the first one's results.
 
-    The trained and the frozen head, the latter from stored probabilities, candidates, the fused loss; a
+    The trained and the frozen head, the latter from saved probabilities, candidates, the fused loss; a
     softcap, which has tiles of its own, is checked and not timed.
     """
 

@@ -61,7 +61,7 @@ def cases() -> Iterator[Case]:
     """(what, contender "blas" | "onednn")."""
     D, V = SPEC.D, SPEC.V
     for R, C in TILES:
-        h, w, tile, room = torch.randn(R, D), torch.randn(C, D), torch.randn(R, C), torch.empty(R * C)
+        h, w, tile, buffer = torch.randn(R, D), torch.randn(C, D), torch.randn(R, C), torch.empty(R * C)
         z, dh, dw = torch.empty(R, C), torch.empty(R, D), torch.empty(C, D)
 
         def product(
@@ -76,7 +76,7 @@ def cases() -> Iterator[Case]:
         products = {
             "z = h w.T": product(z, lambda h=h: h, w.T),
             "dh = dz w": product(dh, lambda tile=tile: tile, w),
-            "dw = dz.T h": product(dw, lambda tile=tile, room=room: matmul.turned(tile, room), h),
+            "dw = dz.T h": product(dw, lambda tile=tile, buffer=buffer: matmul.transposed(tile, buffer), h),
         }
         for name, run in products.items():
             yield Case(

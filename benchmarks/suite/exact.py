@@ -45,8 +45,8 @@ class Exact:
         p = self.log_p.exp()
         self.entropy = -(p * self.log_p).sum(1)
         self.allowed = 2 * off + 8 * torch.finfo(torch.float32).eps * z.abs().max().item()
-        slope = (p * (self.log_p + self.entropy[:, None]).abs()).sum(1).max().item()
-        self.entropy_allowed = self.allowed * (1 + slope)
+        sensitivity = (p * (self.log_p + self.entropy[:, None]).abs()).sum(1).max().item()
+        self.entropy_allowed = self.allowed * (1 + sensitivity)
 
     @functools.cached_property
     def lse_of_all(self) -> Tensor:

@@ -22,7 +22,7 @@ QUICK = ((256, 512, False), (256, 512, True))
 
 
 @dataclass(frozen=True)
-class Batch:
+class Sequences:
     """One batch both ways: `packed` for the ops, `padded` with its `mask` for eager compositions."""
 
     name: str
@@ -37,13 +37,13 @@ class Batch:
         return padded[self.mask.bool()]
 
 
-def batches(device: str, quick: bool, level: float) -> Iterator[Batch]:
+def batches(device: str, quick: bool, level: float) -> Iterator[Sequences]:
     """The shapes of the sequence ops' benchmarks, with normal tokens of standard deviation `level`."""
     for B, T, ragged in QUICK if quick else FULL:
         lengths = torch.randint(1, T + 1, (B,)) if ragged else torch.full((B,), T)
         cu_seqlens = edges(lengths.tolist(), device)
         packed = level * torch.randn(int(lengths.sum()), device=device)
-        yield Batch(
+        yield Sequences(
             name=f"B={B} T={'1..' if ragged else ''}{T}",
             cu_seqlens=cu_seqlens,
             packed=packed,

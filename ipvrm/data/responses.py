@@ -70,7 +70,7 @@ def tokenize(
         max_length: most tokens of prompt and response together; None for no limit.
         max_positions: of the model; a row that is longer after all is a bad one.
         on_long: `drop` leaves longer rows out and counts them; `truncate` cuts the response on the right (it
-            then has no end-of-turn token) and drops only rows whose prompt leaves no room.
+            then has no end-of-turn token) and drops only rows whose prompt alone is too long.
         with_offsets: fill `Response.offsets`.
 
     Returns: besides the usual counts, `other_tokens_than_sampled`: rows whose stored ids are not what their

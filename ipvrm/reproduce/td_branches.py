@@ -188,14 +188,14 @@ class Brancher:
             [len(b.ids) for b, _ in jobs], max_rows=options.per_device_eval_batch_size
         ):
             batch = [jobs[i] for i in indices]
-            room = [options.max_new_tokens - len(b.ids) + prompt_length[b.key[0]] for b, _ in batch]
+            budgets = [options.max_new_tokens - len(b.ids) + prompt_length[b.key[0]] for b, _ in batch]
             generated: list[list[int]] = [[] for _ in batch]
-            if max(room) > 0:
+            if max(budgets) > 0:
                 seeds = [_completion_seed(options.seed, *b.key, i) for b, i in batch]
-                sampling = Sampling(max(room), options.temperature)
+                sampling = Sampling(max(budgets), options.temperature)
                 generated = self.engine([b.ids for b, _ in batch], sampling, seeds)
-            for (branch, _), ids, left in zip(batch, generated, room, strict=True):
-                whole = (*branch.ids[prompt_length[branch.key[0]] :], *ids[: max(left, 0)])
+            for (branch, _), ids, budget in zip(batch, generated, budgets, strict=True):
+                whole = (*branch.ids[prompt_length[branch.key[0]] :], *ids[: max(budget, 0)])
                 ends.append((branch, whole, 1))
         responses = [(ids, questions[branch.key[0]]) for branch, ids, _ in ends]
         verdicts = judge(responses, self.stops, self.tokenizer, self.pool.judge)

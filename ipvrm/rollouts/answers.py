@@ -59,7 +59,7 @@ def as_questions(
     """What `read_prompts(path)` returned, as tokens; and all rows that cannot be used.
 
     Args:
-        context: `max_positions` of the model that answers; a prompt that leaves no room for `max_new_tokens`
+        context: `max_positions` of the model that answers; a prompt that leaves fewer than `max_new_tokens`
             cannot be used.
         answers: whether a prompt without ground truth cannot be used either.
 

@@ -41,13 +41,13 @@ def transformed_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, tran
     return z / transform.temperature
 
 
-def transform_slope(z: Tensor, transform: Transform) -> Tensor | float:
+def transform_derivative(z: Tensor, transform: Transform) -> Tensor | float:
     """dz/d(h.w + b), from z."""
-    slope = transform.scale / transform.temperature
+    gain = transform.scale / transform.temperature
     if transform.softcap is None:
-        return slope
+        return gain
     t = z * (transform.temperature / transform.softcap)
-    return (1 - t) * (1 + t) * slope
+    return (1 - t) * (1 + t) * gain
 
 
 def select_ids(values: Tensor, ids: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def make_plan(
     return Plan(R, C, FIXED_ROWS if deterministic else 0)
 
 
-def kept_columns(
+def saved_columns(
     op: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None, per_row: int
 ) -> int:
     """Columns whose z of all rows fits into what `limit` allows beyond WORKSPACE: all, or whole blocks."""
@@ -126,12 +126,12 @@ def kept_columns(
     return min(V, free // (4 * N) // COLUMNS * COLUMNS) if free < 4 * N * V else V
 
 
-def kept_block(kept: Tensor, N: int, start: int, stop: int) -> Tensor:
+def saved_block(saved_z: Tensor, N: int, start: int, stop: int) -> Tensor:
     """z (N, stop - start) of columns that are one block of COLUMNS, or the last, narrower one."""
-    return kept[N * start : N * stop].view(N, stop - start)
+    return saved_z[N * start : N * stop].view(N, stop - start)
 
 
-def kept_rows(N: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None) -> int:
+def saved_rows(N: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit: int | None) -> int:
     """Rows whose z fits into the workspace beside everything else, at most N; for `row_blocks`."""
     V, D = weight.shape
     C = min(COLUMNS, V)

@@ -8,8 +8,8 @@ default. bf16 and fp16 operands are upcast block by block; logits are never roun
 Forward: per block of rows one pass over the vocabulary. A frozen head's expectation E = sum_v p_v z'_v w_v is
 carried along like a flash attention's output. Backward: per vocabulary chunk the tile again, dz in its place,
 dhidden += dz w and dweight = dz.T h; rows without upstream gradient are left out of all three matmuls. Where
-the caller allows more memory, z of some or all columns is kept between the two, which saves the first one.
-A scalar loss, whose gradient is known as soon as the log-probs are, keeps z of a block of rows between the
+the caller allows more memory, z of some or all columns is saved between the two, which saves the first one.
+A scalar loss, whose gradient is known as soon as the log-probs are, saves z of a block of rows between the
 two passes instead, which saves a matmul (`fused_gradients`).
 """
 
@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from ..backend import native_call, native_struct
-from . import Transform, transform_slope
-from .blocks import COLUMNS, Operand, blocks, kept_block, kept_rows, make_plan, row_blocks
-from .matmul import multiply, padded_rows, room_to_turn, turned
+from . import Transform, transform_derivative
+from .blocks import COLUMNS, Operand, blocks, make_plan, row_blocks, saved_block, saved_rows
+from .matmul import multiply, padded_rows, transpose_buffer, transposed
 
-# rows whose z must fit for keeping it to pay: frozen head, and trainable, where every block rewrites dweight
-LEAST_KEPT = (64, 256)
+# rows whose z must fit for saving it to pay: frozen head, and trainable, where every block rewrites dweight
+LEAST_SAVED = (64, 256)
 GATHERED = 2**20  # bytes of gathered weight rows at a time
 
 
-class Candidates(NamedTuple):
+class CandidateRule(NamedTuple):
     """At most `slots` tokens of a row qualify; log_min_prob is -inf for a plain top-k."""
 
     slots: int
@@ -50,7 +50,7 @@ class Forward(NamedTuple):
     logprobs: Tensor  # (N, K)
     lse: Tensor  # (N,)
     lse_low: Tensor  # (N,) what rounding lse to fp32 lost; a backward would feel it where |lse| is large
-    kept: Tensor  # (N * keep,) z of the first `keep` columns, a block of COLUMNS after another
+    saved_z: Tensor  # (N * num_saved,) z of the first `num_saved` columns, a block of COLUMNS after another
     entropy: Tensor  # (N,)
     expectation: Tensor  # (N, D)
     candidate_ids: Tensor  # (N, slots) int64
@@ -99,18 +99,18 @@ class Sums(NamedTuple):
 
 def sweep(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    *, entropy: bool, expectation: Tensor | None = None, candidates: Candidates | None = None,
-    kept: Tensor | None = None, limit: int | None = None, deterministic: bool = False,
+    *, entropy: bool, expectation: Tensor | None = None, candidates: CandidateRule | None = None,
+    saved_z: Tensor | None = None, limit: int | None = None, deterministic: bool = False,
     backward_follows: bool = False,
 ) -> Iterator[tuple[int, int, Sums]]:  # fmt: skip
     """One pass over the vocabulary for every block of rows r0 .. r1; ids (N, K) contiguous, K may be 0.
 
     expectation: (N, D) zeros; a block's rows hold sum_v exp(z - max) z' w_v when it is handed out.
-    kept: (N * keep,) takes z of the first `keep` columns; see `kept_columns`, whose plan this is.
+    saved_z: (N * num_saved,) takes z of the first `num_saved` columns, by the plan of `saved_columns`.
     backward_follows: under the same `limit`, which then has to hold it too.
     """
     (N, D), V, K = hidden.shape, weight.shape[0], ids.shape[1]
-    rule = candidates or Candidates(0, -math.inf)
+    rule = candidates or CandidateRule(0, -math.inf)
     per_row = 4 * K + (8 * rule.capacity if candidates else 0)
     # a backward cannot refuse any more: a frozen head's gathers, any other one forms products
     gathered = 0 if expectation is None else K * pair_bytes(weight, transform.dtype) + 4 * D
@@ -124,7 +124,7 @@ def sweep(
     new = torch.empty
     R, C, padded = plan
     tile = new(max(R, padded) * C)
-    keep = 0 if kept is None else len(kept) // max(N, 1)
+    num_saved = 0 if saved_z is None else len(saved_z) // max(N, 1)
     top, sums = new(R), new((2, R), dtype=torch.float64)
     id_z = new(R, K)
     count = new(R if candidates else 0, dtype=torch.int32)
@@ -153,8 +153,8 @@ def sweep(
         with torch.autocast("cpu", enabled=False):
             for c0, c1 in blocks(V, C):
                 w = w_blocks.block(c0, c1)
-                if kept is not None and c0 < keep:
-                    z = kept_block(kept, N, c0, c1)[r0:r1]
+                if saved_z is not None and c0 < num_saved:
+                    z = saved_block(saved_z, N, c0, c1)[r0:r1]
                 else:
                     z = tile[: len(h) * len(w)].view(len(h), len(w))
                 multiply(z, h, w.T, rows=len(h))
@@ -166,26 +166,27 @@ def sweep(
 
 def forward(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    *, entropy: bool = False, expectation: bool = False, candidates: Candidates | None = None, slots: int = 0,
-    keep: int = 0, limit: int | None = None, deterministic: bool = False, backward_follows: bool = False,
+    *, entropy: bool = False, expectation: bool = False, candidates: CandidateRule | None = None,
+    slots: int = 0, num_saved: int = 0, limit: int | None = None, deterministic: bool = False,
+    backward_follows: bool = False,
 ) -> Forward:  # fmt: skip
     """One pass over the vocabulary for every block of rows; ids (N, K) int64, K may be 0.
 
-    keep: `kept_columns` at this limit, for a backward that will be given `kept`.
+    num_saved: `saved_columns` at this limit, for a backward that will be given `saved_z`.
     backward_follows: refuses a `limit` that is too small for it.
     """
     (N, D), V, K = hidden.shape, weight.shape[0], ids.shape[1]
     new, ids = torch.empty, ids.contiguous()
     result = Forward(
-        new(N, K), new(N), new(N), new(N * keep), new(N if entropy else 0),
+        new(N, K), new(N), new(N), new(N * num_saved), new(N if entropy else 0),
         torch.zeros((N, D) if expectation else 0), new((N, slots), dtype=torch.int64), new(N, slots),
         new(N if candidates else 0, dtype=torch.int64),
     )  # fmt: skip
     blocks_done = sweep(
         op, hidden, weight, bias, ids, transform, entropy=entropy, candidates=candidates,
-        kept=result.kept if keep else None, limit=None if keep else limit,
+        saved_z=result.saved_z if num_saved else None, limit=None if num_saved else limit,
         expectation=result.expectation if expectation else None, deterministic=deterministic,
-        backward_follows=backward_follows and limit is not None and not keep,
+        backward_follows=backward_follows and limit is not None and not num_saved,
     )  # fmt: skip
     for r0, r1, sums in blocks_done:
         native_call(
@@ -216,7 +217,7 @@ def partial_sums(
     return top, sumexp, sum_z_exp, id_logits
 
 
-class Upstream(NamedTuple):
+class RowGradients(NamedTuple):
     """Upstream gradients of a block of rows, contiguous fp32, and what follows from them."""
 
     dlogprobs: Tensor | None  # (N, K)
@@ -233,24 +234,24 @@ class Upstream(NamedTuple):
     def num_rows(self) -> int:
         return len(self.total) if self.active is None else len(self.active)
 
-    def write_slopes(
+    def write_da(
         self, tile: Tensor, out: Tensor, rows: tuple[int, int], col0: int, bias: Tensor | None,
-        transform: Any, *, kept: bool,
+        transform: Any, *, saved: bool,
     ) -> None:  # fmt: skip
         """out (rows, C) = dL/d(h.w + b) of rows r0 .. r1 of `active`; transform: from `native_transform`.
 
-        The tile holds h.w of these rows, or, if `kept`, z of all rows.
+        The tile holds h.w of these rows, or, if `saved`, z of all rows.
         """
         native_call(
-            "head_backward_tile_cpu", tile, out, rows[1] - rows[0], tile.shape[1], col0, rows[0], kept,
+            "head_backward_tile_cpu", tile, out, rows[1] - rows[0], tile.shape[1], col0, rows[0], saved,
             bias_block(bias, col0, col0 + tile.shape[1]), transform, self.native,
         )  # fmt: skip
 
 
-def make_upstream(
+def row_gradients(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None, ids: Tensor, V: int,
     lse: Tensor, lse_low: Tensor | None, entropy: Tensor,
-) -> Upstream:  # fmt: skip
+) -> RowGradients:  # fmt: skip
     """Sums each row's gradients and finds the rows that have any."""
     dlogprobs, dlse, dentropy = (
         None if x is None else x.float().contiguous() for x in (dlogprobs, dlse, dentropy)
@@ -258,24 +259,24 @@ def make_upstream(
     ids = ids.contiguous()
     N, K = ids.shape
     total, active = torch.empty(N, dtype=torch.float64), torch.empty(N, dtype=torch.uint8)
-    native_call("head_upstream_cpu", dlogprobs, dlse, dentropy, ids, N, K, V, total, active)
+    native_call("head_row_gradients_cpu", dlogprobs, dlse, dentropy, ids, N, K, V, total, active)
     nonzero = active.nonzero()[:, 0]
     index = None if len(nonzero) == N else nonzero
     native = native_struct(
         "RowGradients", dlogprobs=dlogprobs, ids=ids, K=K, total=total, lse=lse, lse_low=lse_low,
         dentropy=dentropy, entropy=entropy, active=index,
     )  # fmt: skip
-    return Upstream(dlogprobs, ids, total, lse, lse_low, dentropy, entropy, index, native)
+    return RowGradients(dlogprobs, ids, total, lse, lse_low, dentropy, entropy, index, native)
 
 
 def backward(
-    op: str, up: Upstream, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform,
-    needs: Sequence[bool], *, kept: Tensor | None = None, limit: int | None = None,
+    op: str, up: RowGradients, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform,
+    needs: Sequence[bool], *, saved_z: Tensor | None = None, limit: int | None = None,
     deterministic: bool = False, wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dhidden, dweight, dbias), empty where not needed; fp32, but dweight in its own dtype unless `wide`.
 
-    kept: (N * keep,) z that `forward` has kept; it is read, never written.
+    saved_z: (N * num_saved,) z that `forward` has saved; it is read, never written.
     """
     (N, D), V, n = hidden.shape, weight.shape[0], up.num_rows
     narrow = needs[1] and not wide and weight.dtype != torch.float32
@@ -288,34 +289,36 @@ def backward(
     new_dweight = torch.empty if n else torch.zeros  # the first rows' product is written, not added
     dweight = new_dweight((V, D) if needs[1] else 0, dtype=weight.dtype if narrow else torch.float32)
     dbias = torch.zeros(V if needs[2] else 0)
-    keep = 0 if kept is None else len(kept) // max(N, 1)
-    width = min(COLUMNS, V) if keep else C  # of the first blocks
+    num_saved = 0 if saved_z is None else len(saved_z) // max(N, 1)
+    width = min(COLUMNS, V) if num_saved else C  # of the first blocks
     tile = torch.empty(max(max(R, padded) * C, width))
-    room = room_to_turn(len(tile) if needs[1] else 0)
+    buffer = transpose_buffer(len(tile) if needs[1] else 0)
     chunk = torch.empty((max(C, width), D) if narrow else 0)
     h_blocks = Operand(hidden, transform.dtype, R, padded)
     w_blocks = Operand(weight, transform.dtype, max(C, width))
     native = native_transform(transform)
     with torch.autocast("cpu", enabled=False):
-        columns = itertools.chain(blocks(keep, width), ((keep + a, keep + b) for a, b in blocks(V - keep, C)))
+        columns = itertools.chain(
+            blocks(num_saved, width), ((num_saved + a, num_saved + b) for a, b in blocks(V - num_saved, C))
+        )
         for c0, c1 in columns if n else ():
             w = w_blocks.block(c0, c1)
             dw = chunk[: c1 - c0] if narrow else dweight[c0:c1]
-            size = min(R, max(len(tile) // (c1 - c0), 1)) if c0 < keep else R
+            size = min(R, max(len(tile) // (c1 - c0), 1)) if c0 < num_saved else R
             for r0, r1 in blocks(n, size) if padded else row_blocks(n, size):
                 h = h_blocks.block(r0, r1, up.active)
                 a = tile[: len(h) * len(w)].view(len(h), len(w))
-                if kept is not None and c0 < keep:
-                    z = kept_block(kept, N, c0, c1)
-                    up.write_slopes(z, a, (r0, r1), c0, bias, native, kept=True)
+                if saved_z is not None and c0 < num_saved:
+                    z = saved_block(saved_z, N, c0, c1)
+                    up.write_da(z, a, (r0, r1), c0, bias, native, saved=True)
                 else:
                     multiply(a, h, w.T, rows=len(h))
-                    up.write_slopes(a, a, (r0, r1), c0, bias, native, kept=False)
+                    up.write_da(a, a, (r0, r1), c0, bias, native, saved=False)
                 if needs[0]:
                     add_product(dhidden[r0:r1], a, w, padded)
                 a, h = a[: r1 - r0], h[: r1 - r0]
                 if needs[1]:
-                    multiply(dw, turned(a, room), h, rows=len(h), add=r0 > 0)
+                    multiply(dw, transposed(a, buffer), h, rows=len(h), add=r0 > 0)
                 if needs[2]:
                     dbias[c0:c1] += a.sum(0)
             if narrow:
@@ -332,25 +335,25 @@ def scatter_rows(rows: Tensor, index: Tensor | None, N: int) -> Tensor:
 
 def fused_gradients(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, transform: Transform,
-    slopes: Callable[[int, int, Tensor], Tensor], needs: Sequence[bool], *,
+    dloss_dlogprobs: Callable[[int, int, Tensor], Tensor], needs: Sequence[bool], *,
     limit: int | None = None, deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dhidden, dweight, dbias) in fp32 of a scalar loss; 0 elements where not needed.
 
-    slopes(r0, r1, logprobs (r1 - r0, K)) is called once for every row, in order, and returns dloss/dlogprobs.
+    dloss_dlogprobs(r0, r1, logprobs (r1 - r0, K)) is called once for every row, in order.
     """
     (N, D), (V, K) = hidden.shape, (weight.shape[0], ids.shape[1])
     ids = ids.contiguous()
-    R = kept_rows(N, hidden, weight, transform.dtype, limit)
-    if not any(needs) or deterministic or R == 0 or min(N, LEAST_KEPT[bool(needs[1])]) > R:
+    R = saved_rows(N, hidden, weight, transform.dtype, limit)
+    if not any(needs) or deterministic or R == 0 or min(N, LEAST_SAVED[bool(needs[1])]) > R:
         result = forward(
             op, hidden, weight, bias, ids, transform, limit=limit, deterministic=deterministic,
             backward_follows=any(needs),
         )  # fmt: skip
-        dlogprobs = slopes(0, N, result.logprobs)
+        dlogprobs = dloss_dlogprobs(0, N, result.logprobs)
         if not any(needs):
             return torch.empty(0), torch.empty(0), torch.empty(0)
-        up = make_upstream(dlogprobs, None, None, ids, V, result.lse, result.lse_low, result.entropy)
+        up = row_gradients(dlogprobs, None, None, ids, V, result.lse, result.lse_low, result.entropy)
         return backward(
             op, up, hidden, weight, bias, transform, needs, limit=limit, deterministic=deterministic,
             wide=True,
@@ -360,9 +363,9 @@ def fused_gradients(
     dhidden = torch.zeros((N, D) if needs[0] else 0)
     dweight, written = new((V, D) if needs[1] else 0), False
     dbias = torch.zeros(V if needs[2] else 0)
-    kept = [new(R * (c1 - c0)) for c0, c1 in blocks(V, COLUMNS)]  # z of a block of rows, tile by tile
-    spare, spare_h = new(R * min(COLUMNS, V)), new(0)
-    turn = room_to_turn(len(spare) if needs[1] else 0)
+    saved_z = [new(R * (c1 - c0)) for c0, c1 in blocks(V, COLUMNS)]  # z of a block of rows, tile by tile
+    da_buffer, h_buffer = new(R * min(COLUMNS, V)), new(0)
+    buffer = transpose_buffer(len(da_buffer) if needs[1] else 0)
     lse, lse_low, top = new(R), new(R), new(R)
     sumexp = new(R, dtype=torch.float64)
     id_z, logprobs = new(R, K), new(R, K)
@@ -375,32 +378,32 @@ def fused_gradients(
             top.fill_(-math.inf)
             sumexp.zero_()
             block = native_struct("RowBlock", rows=rows, K=K, D=D, ids=ids[r0:r1], id_z=id_z, state=state)
-            for (c0, c1), room in zip(blocks(V, COLUMNS), kept, strict=True):
-                z = room[: rows * (c1 - c0)].view(rows, -1)
+            for (c0, c1), z_of_rows in zip(blocks(V, COLUMNS), saved_z, strict=True):
+                z = z_of_rows[: rows * (c1 - c0)].view(rows, -1)
                 multiply(z, h, w_blocks.block(c0, c1).T, rows=rows)
                 native_call("head_forward_tile_cpu", z, c1 - c0, c0, bias_block(bias, c0, c1), native, block)
             native_call("head_finish_cpu", block, V, lse, lse_low, None, logprobs)
-            dlogprobs = slopes(r0, r1, logprobs[:rows])
-            up = make_upstream(dlogprobs, None, None, ids[r0:r1], V, lse, lse_low, lse)
+            dlogprobs = dloss_dlogprobs(r0, r1, logprobs[:rows])
+            up = row_gradients(dlogprobs, None, None, ids[r0:r1], V, lse, lse_low, lse)
             n = m = up.num_rows
             if n == 0:
                 continue
             if up.active is not None:  # the others' place is taken by zeros, up to a size the matmuls like
                 m = padded_rows(n, rows)
-                spare_h = spare_h if len(spare_h) else new((R, D))
-                torch.index_select(h, 0, up.active, out=spare_h[:n])
-                h = spare_h[:m]
+                h_buffer = h_buffer if len(h_buffer) else new((R, D))
+                torch.index_select(h, 0, up.active, out=h_buffer[:n])
+                h = h_buffer[:m]
                 h[n:] = 0
             dh = new((m, D)) if up.active is not None and needs[0] else dhidden[r0:r1]
-            for (c0, c1), room in zip(blocks(V, COLUMNS), kept, strict=True):
-                z = room[: rows * (c1 - c0)].view(rows, -1)
-                a = z if up.active is None else spare[: m * (c1 - c0)].view(m, -1)
+            for (c0, c1), z_of_rows in zip(blocks(V, COLUMNS), saved_z, strict=True):
+                z = z_of_rows[: rows * (c1 - c0)].view(rows, -1)
+                a = z if up.active is None else da_buffer[: m * (c1 - c0)].view(m, -1)
                 a[n:] = 0
-                up.write_slopes(z, a, (0, n), c0, bias, native, kept=True)
+                up.write_da(z, a, (0, n), c0, bias, native, saved=True)
                 if needs[0]:
                     multiply(dh, a, w_blocks.block(c0, c1), rows=m, add=c0 > 0)
                 if needs[1]:
-                    multiply(dweight[c0:c1], turned(a, turn), h, rows=m, add=written)
+                    multiply(dweight[c0:c1], transposed(a, buffer), h, rows=m, add=written)
                 if needs[2]:
                     dbias[c0:c1] += a.sum(0)
             written = True
@@ -410,7 +413,7 @@ def fused_gradients(
 
 
 def frozen_backward(
-    up: Upstream, weight: Tensor, logprobs: Tensor, expectation: Tensor, transform: Transform,
+    up: RowGradients, weight: Tensor, logprobs: Tensor, expectation: Tensor, transform: Transform,
     limit: int | None = None,
 ) -> Tensor:  # fmt: skip
     """dhidden = sum_k g_k z'(id_k) w_{id_k} - G E, without the vocabulary; (N, D) fp32."""
@@ -429,8 +432,8 @@ def frozen_backward(
         at = order[r0:r1]
         ids, g, log_p, real = (x[r0:r1].gather(1, at) for x in (up.ids, up.dlogprobs, logprobs, owned))
         real &= g != 0
-        slope = transform_slope(torch.where(real, log_p + up.lse[r0:r1, None], 0.0), transform)
+        dz_da = transform_derivative(torch.where(real, log_p + up.lse[r0:r1, None], 0.0), transform)
         rows = weight[torch.where(real, ids, 0).view(-1)].to(transform.dtype).float().view(*ids.shape, -1)
-        dhidden[r0:r1] += torch.bmm((torch.where(real, g, 0.0) * slope)[:, None, :], rows)[:, 0]
+        dhidden[r0:r1] += torch.bmm((torch.where(real, g, 0.0) * dz_da)[:, None, :], rows)[:, 0]
         del rows  # before the next are gathered
     return dhidden

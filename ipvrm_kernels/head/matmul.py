@@ -126,30 +126,30 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, rows: int, add: bool = False)
         out.copy_(product)
 
 
-def turned(tile: Tensor, room: Tensor) -> Tensor:
-    """tile (R, C), contiguous, transposed as `multiply` reads it fastest; room: from `room_to_turn`."""
-    if room.numel() == 0 or not suits(len(tile)):
+def transposed(tile: Tensor, buffer: Tensor) -> Tensor:
+    """tile (R, C), contiguous, transposed as `multiply` reads it fastest; buffer: from `transpose_buffer`."""
+    if buffer.numel() == 0 or not suits(len(tile)):
         return tile.T
-    out = room[: tile.numel()].view(tile.shape[1], tile.shape[0])
+    out = buffer[: tile.numel()].view(tile.shape[1], tile.shape[0])
     backend.native_call("transpose_cpu", tile, *tile.shape, out)
     return out
 
 
-def room_to_turn(elements: int) -> Tensor:
-    """The `room` of `turned` for tiles of up to so many elements; none where a view does."""
+def transpose_buffer(elements: int) -> Tensor:
+    """The `buffer` of `transposed` for tiles of up to so many elements; none where a view does."""
     return torch.empty(elements if library() == "onednn" else 0)
 
 
 def transient_bytes(R: int, C: int, D: int, gradients: bool) -> int:
     """Memory that the matmuls of one tile (R, C) of h.w take besides their operands, at most.
 
-    gradients: those that add to (R, D) and (C, D) too, with the `room` of `turned`.
+    gradients: those that add to (R, D) and (C, D) too, with the `buffer` of `transposed`.
     """
     if library() == "blas":
         return 0
-    room = 4 * R * C if gradients else 0
+    buffer = 4 * R * C if gradients else 0
     if R < LEAST:  # oneDNN does not see it
-        return room
+        return buffer
     terms = min(max(C, D, R if gradients else 0), PACKED_TERMS)
     packed = torch.get_num_threads() * (PACKED_PER_TERM * terms + PACKED_BESIDES)
-    return packed + room + 4 * (max(R * C, R * D, C * D) if gradients else R * C)  # one product at a time
+    return packed + buffer + 4 * (max(R * C, R * D, C * D) if gradients else R * C)  # one product at a time

@@ -1,7 +1,7 @@
 """Gradients of the head ops in Triton by recomputation: the vocabulary in chunks, logits again tile by tile.
 
 For each chunk of columns: a kernel multiplies a tile again and turns it, still in registers, into the dense
-part of da = dL/d(h.w + b), stored once in the operands' dtype; the N * K entries at ids are overwritten
+part of da = dL/d(h.w + b), saved once in the operands' dtype; the N * K entries at ids are overwritten
 from fp32 (dense and sparse part are rounded together); then dhidden += da @ weight and dweight = da.T @
 hidden by the vendor's matmul with fp32 results. dweight of a chunk is complete, so it is written once, and
 no (V, D) fp32 buffer exists.
@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from .triton_ids import Upstream, active_first, id_gradients, patch
+from .triton_ids import OutputGradients, active_first, id_gradients, patch
 from .triton_tiles import (
     Config,
     Operands,
@@ -57,7 +57,7 @@ def _head_dz_kernel(
     target_ptr,  # (N,) rows of da to write them to, if SCATTER
     da,  # (N, C) descriptor or pointer
     N, D, V, start, C, hidden_stride, weight_stride,  # scalars; columns start .. start + C
-    scale, cap, factor, slope,  # scalars, see _transform; slope = logit_scale / temperature
+    scale, cap, factor, gain,  # scalars, see _transform; gain = logit_scale / temperature
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, SCATTER: tl.constexpr,
     ROW_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
@@ -93,10 +93,9 @@ def _head_dz_kernel(
             entropy = tl.load(entropy_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
             surprise = log_p + entropy[:, None]  # (BLOCK_N, BLOCK_V)
             surprise = tl.where(p > 0, surprise, 0.0)  # (BLOCK_N, BLOCK_V)
-            upstream = total[:, None] + dentropy[:, None] * surprise  # (BLOCK_N, BLOCK_V)
-            dense = -p * upstream * slope  # (BLOCK_N, BLOCK_V)
+            dense = -p * (total[:, None] + dentropy[:, None] * surprise) * gain  # (BLOCK_N, BLOCK_V)
         else:
-            dense = p * (total * -slope)[:, None]  # (BLOCK_N, BLOCK_V)
+            dense = p * (total * -gain)[:, None]  # (BLOCK_N, BLOCK_V)
         dense = dense * bend  # (BLOCK_N, BLOCK_V)
         dense = tl.where((rows < count)[:, None], dense, 0.0)  # (BLOCK_N, BLOCK_V) whatever a row holds
         if SCATTER:
@@ -229,7 +228,7 @@ def scatter_config(config: Config) -> Config:
 
 
 def launch_dz(
-    ops: Operands, rows: Rows, da: Tensor, start: int, slope: float, target: Tensor | None = None
+    ops: Operands, rows: Rows, da: Tensor, start: int, gain: float, target: Tensor | None = None
 ) -> None:
     """Dense da (N, C) of columns start .. start + C, in row n, or in row target[n] of da."""
     if target is not None:
@@ -244,7 +243,7 @@ def launch_dz(
         rows.num_active if target is None else target,
         described(da, config.BLOCK_N, config.BLOCK_V, ops.tma and target is None),
         N, D, V, start, C, ops.hidden.stride(0), ops.weight.stride(0),
-        *transform_arguments(transform), slope,
+        *transform_arguments(transform), gain,
         HAS_BIAS=ops.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
         ENTROPY=rows.dentropy is not None, SCATTER=target is not None, **tile_arguments(ops),
     )  # fmt: skip
@@ -281,17 +280,18 @@ def expectation(
 
 def gradients(
     op: str, ops: Operands, weight_dtype: torch.dtype, ids: Tensor, logprobs: Tensor, lse: Tensor,
-    remainder: Tensor, entropy: Tensor, up: Upstream, needs: Sequence[bool], limit: int, explicit: bool,
+    remainder: Tensor, entropy: Tensor, up: OutputGradients, needs: Sequence[bool], limit: int,
+    explicit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dhidden fp32, dweight in weight_dtype, dbias fp32), 0 elements if not needed."""
     scale = None
     if ops.hidden.dtype == torch.float16 and len(lse):
-        most = up.logprobs.abs().sum(1) + up.total.abs()
-        most = most if up.entropy is None else torch.maximum(most, up.entropy.abs())
+        most = up.dlogprobs.abs().sum(1) + up.total.abs()
+        most = most if up.dentropy is None else torch.maximum(most, up.dentropy.abs())
         most = torch.where(most.isfinite(), most, 0.0).amax()  # inf and NaN stay in their own rows
         scale = torch.where(most > 0, torch.exp2(-torch.log2(most).ceil()), 1.0)  # () stays on the device
-        dentropy = None if up.entropy is None else up.entropy * scale
-        up = Upstream(up.logprobs * scale, up.total * scale, up.lse * scale, dentropy)
+        dentropy = None if up.dentropy is None else up.dentropy * scale
+        up = OutputGradients(up.dlogprobs * scale, up.total * scale, up.dlse * scale, dentropy)
     C = chunk_columns(op, ops, ids.shape[1], weight_dtype, needs, True, limit, explicit)
     order, count = active_first(up)
     values = id_gradients(ops, ids, logprobs, lse, entropy, up, distinct=False)
@@ -300,8 +300,8 @@ def gradients(
         return x.index_select(0, order)
 
     rows = Rows(
-        take(ids), take(values), take(lse), take(remainder), take(lse if up.entropy is None else entropy),
-        take(up.total), None if up.entropy is None else take(up.entropy), count,
+        take(ids), take(values), take(lse), take(remainder), take(lse if up.dentropy is None else entropy),
+        take(up.total), None if up.dentropy is None else take(up.dentropy), count,
     )  # fmt: skip
     hidden = take(ops.hidden)
     zero_rows(hidden, torch.arange(len(order), device=order.device) >= count)  # 0 * NaN would reach dweight

@@ -6,7 +6,7 @@ sum exp(z - max), sum (z - max) exp(z - max)) of its rows, merged in a fixed ord
 carries one). The difference is taken before the scale of exp2: scaling z first would save one
 multiplication and cost the digits of lse that p near 1 needs. Tiles depend on V alone, so a row's result
 depends neither on N nor on its position. Where candidates are wanted the maximum of every GROUP columns is
-stored as well; where gradients or an expectation follow, unnormalised probabilities (triton_stored.py).
+saved as well; where gradients or an expectation follow, unnormalised probabilities (triton_saved.py).
 Logits of given ids come from a gather-dot: the diagonal of a small tile of gathered rows, wasteful but far
 below the matmul, and accumulated by the same instructions in the same order as the tiles behind lse.
 
@@ -42,10 +42,10 @@ from .triton_tiles import (
 
 __all__ = ["DEFAULT_WORKSPACE", "GROUP", "id_logits", "operands", "stats", "stats_rows"]  # for op files
 
-GROUP = 32  # columns that share one stored maximum
+GROUP = 32  # columns that share one saved maximum
 # (row, id) pairs of one gather-dot, the diagonal of a small tile
 BLOCK_IDS = 128 if backend.INTERPRETED else 64
-# largest power of e by which a stored value may exceed 1; sums of those stay far inside fp32 and bf16
+# largest power of e by which a saved value may exceed 1; sums of those stay far inside fp32 and bf16
 MAX_LIFT = 30.0
 
 
@@ -59,11 +59,11 @@ def _head_stats_kernel(
     sum_z_exp_ptr,  # (S, N)
     group_max_ptr,  # (N, num_groups)
     ref_ptr,  # (N,)
-    stored,  # (N, C) descriptor or pointer, see `Stored`
+    saved,  # (N, C) descriptor or pointer, see `Saved`
     N, D, V, C, hidden_stride, weight_stride, num_groups,  # scalars
     scale, cap, factor,  # scalars, see _transform
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GROUPS: tl.constexpr,
-    STORE: tl.constexpr, MAX_LIFT: tl.constexpr, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+    SAVE: tl.constexpr, MAX_LIFT: tl.constexpr, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -107,15 +107,15 @@ def _head_stats_kernel(
         tl.store(sumexp_ptr + out, tl.sum(e, 1), mask=rows < N)
         if ENTROPY:
             tl.store(sum_z_exp_ptr + out, tl.sum(z * e, 1), mask=rows < N)
-        if STORE:
+        if SAVE:
             ref = tl.load(ref_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
             lift = tl.exp(tl.minimum(shift - ref, MAX_LIFT))  # (BLOCK_N,) one exp for each element is enough
             e = e * lift[:, None] * bend  # (BLOCK_N, BLOCK_V)
             if TMA:
-                stored.store([row, column], e.to(stored.dtype))
+                saved.store([row, column], e.to(saved.dtype))
             else:
                 where = rows.to(tl.int64)[:, None] * C + columns[None, :]  # (BLOCK_N, BLOCK_V)
-                tl.store(stored + where, e.to(stored.dtype.element_ty), mask=(rows < N)[:, None])
+                tl.store(saved + where, e.to(saved.dtype.element_ty), mask=(rows < N)[:, None])
 
 
 @triton.jit
@@ -195,8 +195,8 @@ def _id_logits_kernel(
     tl.store(z_ptr + slots, tl.where(owned, z, -float("inf")), mask=slots < num_ids)
 
 
-class Stored(NamedTuple):
-    """exp(z - ref) * softcap's slope factor, in the operands' dtype, and its reference."""
+class Saved(NamedTuple):
+    """exp(z - ref) * softcap's derivative, in the operands' dtype, and its reference."""
 
     ref: Tensor  # (N,) finite; a value is capped where its tile's maximum exceeds ref by more than MAX_LIFT
     values: Tensor  # (N, C), C = `padded_columns`
@@ -244,12 +244,12 @@ def stats_rows(op: str, ops: Operands, K: int, entropy: bool, limit: int, explic
 
 
 def stats(
-    ops: Operands, entropy: bool, group_max: Tensor | None = None, stored: Stored | None = None,
+    ops: Operands, entropy: bool, group_max: Tensor | None = None, saved: Saved | None = None,
     rows_at_once: int | None = None,
 ) -> Stats:  # fmt: skip
     """One pass over the vocabulary.
 
-    Fills group_max (N, ceil(V / GROUP)) with maxima of z, or stored.values, if given; both need all rows at
+    Fills group_max (N, ceil(V / GROUP)) with maxima of z, or saved.values, if given; both need all rows at
     once.
     """
     N, device = ops.hidden.shape[0], ops.hidden.device
@@ -258,12 +258,12 @@ def stats(
     partial = torch.empty((len(merged), num_splits(ops), step), dtype=torch.float32, device=device)
     for r0 in range(0, N, max(1, step)):
         rows = ops if step == N else ops.of_rows(ops.hidden[r0 : r0 + step])
-        _partial_stats(rows, partial, merged[:, r0 : r0 + step], group_max, stored)
+        _partial_stats(rows, partial, merged[:, r0 : r0 + step], group_max, saved)
     return Stats(merged[0], merged[1], merged[-1])
 
 
 def _partial_stats(
-    ops: Operands, partial: Tensor, merged: Tensor, group_max: Tensor | None, stored: Stored | None
+    ops: Operands, partial: Tensor, merged: Tensor, group_max: Tensor | None, saved: Saved | None
 ) -> None:
     """The same for rows whose partial statistics (2 or 3, S, >= rows) fit."""
     (N, D), V, config, S = ops.hidden.shape, ops.weight.shape[0], ops.config, num_splits(ops)
@@ -274,12 +274,12 @@ def _partial_stats(
         described(ops.weight, config.BLOCK_V, config.BLOCK_D, ops.tma),
         partial if ops.bias is None else ops.bias, first, second, third,
         partial if group_max is None else group_max,
-        partial if stored is None else stored.ref,
-        partial if stored is None else described(stored.values, config.BLOCK_N, config.BLOCK_V, ops.tma),
-        N, D, V, 0 if stored is None else stored.values.stride(0), ops.hidden.stride(0), ops.weight.stride(0),
+        partial if saved is None else saved.ref,
+        partial if saved is None else described(saved.values, config.BLOCK_N, config.BLOCK_V, ops.tma),
+        N, D, V, 0 if saved is None else saved.values.stride(0), ops.hidden.stride(0), ops.weight.stride(0),
         0 if group_max is None else group_max.shape[1], *transform_arguments(ops.transform),
         HAS_BIAS=ops.bias is not None, HAS_SOFTCAP=ops.transform.softcap is not None, ENTROPY=entropy,
-        GROUPS=group_max is not None, STORE=stored is not None, MAX_LIFT=MAX_LIFT, GROUP=GROUP,
+        GROUPS=group_max is not None, SAVE=saved is not None, MAX_LIFT=MAX_LIFT, GROUP=GROUP,
         **tile_arguments(ops),
     )  # fmt: skip
     BLOCK_N = 128 if backend.INTERPRETED else 8

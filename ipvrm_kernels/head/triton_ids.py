@@ -3,7 +3,7 @@
 At an id, dense and sparse part are added before anything is rounded: da = (g (1 - p) - p (G - g)) z', with g
 the sum over the slots of the same id and G - g summed directly, since near p = 1 the two nearly cancel.
 
-Frozen head: with E' = sum over v not in ids of p_v z'_v w_v formed in the forward (triton_stored.py, or
+Frozen head: with E' = sum over v not in ids of p_v z'_v w_v formed in the forward (triton_saved.py, or
 triton_backward.py), dhidden = -G E' + sum_k (g_k - G p_k) z'_k w_k over distinct ids, in fp32.
 """
 
@@ -30,7 +30,7 @@ def _id_gradients_kernel(
     dentropy_ptr,  # (N,)
     entropy_ptr,  # (N,)
     out_ptr,  # (N, K) da at ids, duplicates summed
-    N, K, V, cap, slope,  # scalars; cap = softcap / temperature
+    N, K, V, cap, gain,  # scalars; cap = softcap / temperature
     HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, DISTINCT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def _id_gradients_kernel(
         dentropy = tl.load(dentropy_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
         surprise = tl.where(p > 0, log_p + entropy[:, None], 0.0)  # (BLOCK_N, BLOCK_K)
         rest += dentropy[:, None] * surprise
-    da = (g * one_minus_p - p * rest) * slope  # (BLOCK_N, BLOCK_K) = (g - p G') slope
+    da = (g * one_minus_p - p * rest) * gain  # (BLOCK_N, BLOCK_K) = (g - p G') gain
     if HAS_SOFTCAP:
         lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
         t = tl.where(p > 0, log_p + lse[:, None], 0.0) / cap  # (BLOCK_N, BLOCK_K)
@@ -119,31 +119,37 @@ def _id_rows_kernel(
     tl.store(dhidden_ptr + where, d, mask=inside)
 
 
-class Upstream(NamedTuple):
+class OutputGradients(NamedTuple):
     """Gradients that reach the op's outputs; zeros at slots that hold no token."""
 
-    logprobs: Tensor  # (N, K)
+    dlogprobs: Tensor  # (N, K)
     total: Tensor  # (N,) G = sum_k g_k - g_lse
-    lse: Tensor  # (N,)
-    entropy: Tensor | None  # (N,)
+    dlse: Tensor  # (N,)
+    dentropy: Tensor | None  # (N,)
 
 
-def upstream_gradients(
+def output_gradients(
     ids: Tensor, V: int, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
-) -> Upstream:
+) -> OutputGradients:
     """Absent gradients are zeros; NaN at unused slots never enters a sum."""
     owned = (ids >= 0) & (ids < V)
     g = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
     if dlogprobs is not None:
         g = torch.where(owned, dlogprobs, 0.0)
     dlse = g.new_zeros(g.shape[0]) if dlse is None else dlse.contiguous()
-    return Upstream(
+    return OutputGradients(
         g.contiguous(), g.sum(1) - dlse, dlse, None if dentropy is None else dentropy.contiguous()
     )
 
 
 def id_gradients(
-    ops: Operands, ids: Tensor, logprobs: Tensor, lse: Tensor, entropy: Tensor, up: Upstream, distinct: bool
+    ops: Operands,
+    ids: Tensor,
+    logprobs: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    up: OutputGradients,
+    distinct: bool,
 ) -> Tensor:
     """da (N, K) at ids, duplicates summed (and zero but for the first of them if `distinct`)."""
     N, K = ids.shape
@@ -152,20 +158,20 @@ def id_gradients(
         BLOCK_K = min(128, triton.next_power_of_2(K))
         BLOCK_N = (16384 if backend.INTERPRETED else 1024) // BLOCK_K
         _id_gradients_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(K, BLOCK_K))](
-            ids, logprobs, up.logprobs, lse, up.lse, up.total if up.entropy is None else up.entropy, entropy,
-            values, N, K, ops.weight.shape[0], (transform.softcap or 1.0) / transform.temperature,
+            ids, logprobs, up.dlogprobs, lse, up.dlse, up.total if up.dentropy is None else up.dentropy,
+            entropy, values, N, K, ops.weight.shape[0], (transform.softcap or 1.0) / transform.temperature,
             transform.scale / transform.temperature, HAS_SOFTCAP=transform.softcap is not None,
-            ENTROPY=up.entropy is not None, DISTINCT=distinct,
+            ENTROPY=up.dentropy is not None, DISTINCT=distinct,
             BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip
     return values
 
 
-def active_first(up: Upstream) -> tuple[Tensor, Tensor]:
+def active_first(up: OutputGradients) -> tuple[Tensor, Tensor]:
     """(order (N,) of the rows, those with a gradient first and otherwise as they were, their number ())."""
-    active = (up.logprobs != 0).any(1) | (up.total != 0)
-    if up.entropy is not None:
-        active |= up.entropy != 0
+    active = (up.dlogprobs != 0).any(1) | (up.total != 0)
+    if up.dentropy is not None:
+        active |= up.dentropy != 0
     return torch.sort((~active).to(torch.int8), stable=True)[1], active.sum(dtype=torch.int32)
 
 
@@ -181,7 +187,7 @@ def patch(values: Tensor | None, ids: Tensor, out: Tensor, start: int, end: int)
 
 
 def frozen_dhidden(
-    ops: Operands, ids: Tensor, logprobs: Tensor, lse: Tensor, up: Upstream, expected: Tensor
+    ops: Operands, ids: Tensor, logprobs: Tensor, lse: Tensor, up: OutputGradients, expected: Tensor
 ) -> Tensor:
     """dhidden (N, D) fp32 from E' and the weight's rows at ids."""
     (N, D), (V, K) = ops.hidden.shape, (ops.weight.shape[0], ids.shape[1])

@@ -85,15 +85,15 @@ def _tanh(x):
 
 @triton.jit
 def _transform(a, scale, cap, factor, HAS_SOFTCAP: tl.constexpr):
-    """(z, dz/da / constant slope) from a = h.w + b; factor folds the scales, cap is softcap's."""
-    slope = 1.0  # like a if HAS_SOFTCAP
+    """(z, dz/da / gain) from a = h.w + b; factor folds the scales, cap is softcap's."""
+    derivative = 1.0  # like a if HAS_SOFTCAP
     if HAS_SOFTCAP:
         t = _tanh(a * scale / cap)  # like a
         z = t * factor  # like a
-        slope = (1 - t) * (1 + t)  # like a
+        derivative = (1 - t) * (1 + t)  # like a
     else:
         z = a * factor  # like a
-    return z, slope
+    return z, derivative
 
 
 @triton.jit

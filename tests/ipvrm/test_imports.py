@@ -83,9 +83,9 @@ def test_import_direction():
     assert not (found := violations(ROOT)), "\n" + "\n".join(found)
 
 
-def test_import_direction_knows_every_room():
-    rooms = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
-    assert rooms - {"__init__"} == set(FLOOR) - {""}
+def test_import_direction_knows_every_module():
+    modules = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert modules - {"__init__"} == set(FLOOR) - {""}
     assert len([p for p in ROOT.iterdir() if p.name != "__pycache__"]) <= 18
 
 

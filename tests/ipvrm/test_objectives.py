@@ -166,9 +166,9 @@ def test_dpo_by_hand():
 def test_dpo_gradient_by_hand():
     log_ratio = LOG_RATIO.clone().requires_grad_()
     loss, _ = dpo_loss(log_ratio, CU_SEQLENS, torch.tensor([[0, 1]]), beta=0.5)
-    slope = 0.5 / (1 + math.exp(0.3))  # beta * sigmoid(-(V_chosen - V_rejected))
+    derivative = 0.5 / (1 + math.exp(0.3))  # beta * sigmoid(-(V_chosen - V_rejected))
     (gradient,) = torch.autograd.grad(loss, log_ratio)
-    assert gradient.tolist() == pytest.approx([-slope, -slope, slope], rel=1e-6)
+    assert gradient.tolist() == pytest.approx([-derivative, -derivative, derivative], rel=1e-6)
 
 
 def test_dpo_micro_batches_add_up():

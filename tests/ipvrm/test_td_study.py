@@ -146,8 +146,8 @@ def test_a_planted_td_correlates_perfectly_and_a_shuffled_one_not():
     for kind in ("pearson", "spearman"):
         entry = found["td"][kind]
         assert abs(entry["value"]) < 0.15 and entry["low"] < 0 < entry["high"]
-    turned = analyse(planted(lambda rate, rng: -rate), resamples=50)["correlation"]["centred"]
-    assert turned["td"]["pearson"]["value"] == pytest.approx(-1)
+    negated = analyse(planted(lambda rate, rng: -rate), resamples=50)["correlation"]["centred"]
+    assert negated["td"]["pearson"]["value"] == pytest.approx(-1)
 
 
 def test_without_centring_the_level_of_a_prefix_hides_the_td():
@@ -347,7 +347,7 @@ def test_a_branch_at_its_end_is_judged_and_not_continued(toy):
     with td_study.VerifierPool("td_verifier:holds", 1) as pool:
         brancher = td_branches.Brancher(options, None, None, tokenizer, None, {end}, pool)
         ended = td_branches.Branch((*ids, end), (row, 0, 2, 1), end)
-        full = td_branches.Branch(ids, (row, 0, 1, 1), ids[-1])  # no room for another token
+        full = td_branches.Branch(ids, (row, 0, 1, 1), ids[-1])  # no budget for another token
         brancher._complete([ended, full], {row: question})
     assert ended.outcomes == {"right": 5} and full.outcomes == {"truncated": 5}
 

@@ -585,7 +585,7 @@ WIDE = 32_000  # a vocabulary beside which everything else in the run below is s
 
 @pytest.fixture(scope="module")
 def wide_folder(tmp_path_factory, tiny_folder, tokenizer):
-    """The tiny model's tokenizer under a head of 32,000 tokens (its spare ids never occur)."""
+    """The tiny model's tokenizer under a head of 32,000 tokens (its unused ids never occur)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "wide"

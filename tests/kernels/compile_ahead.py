@@ -48,7 +48,7 @@ FLOATS = (
     "scale",
     "cap",
     "factor",
-    "slope",
+    "gain",
     "low",
     "margin_value",
     "inverse_divisor",
@@ -117,7 +117,7 @@ def head_cases(capability):
         types = dict(
             kind=kind, hidden=operand(config.BLOCK_N, config.BLOCK_D),
             weight=operand(config.BLOCK_V, config.BLOCK_D, wide),
-            da=operand(config.BLOCK_N, config.BLOCK_V), stored=operand(config.BLOCK_N, config.BLOCK_V),
+            da=operand(config.BLOCK_N, config.BLOCK_V), saved=operand(config.BLOCK_N, config.BLOCK_V),
             bias_ptr=f"*{wide}", hidden_ptr=f"*{own}", weight_ptr=f"*{wide}", da_ptr=f"*{own}",
             x_ptr=f"*{own}", ids_ptr="*i64",
         )  # fmt: skip
@@ -126,9 +126,9 @@ def head_cases(capability):
                      )  # fmt: skip
         options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
         split = dict(GROUP=triton_forward.GROUP, MAX_LIFT=triton_forward.MAX_LIFT)
-        plain, kept = ({**tiles, **split, "GROUPS": False, "STORE": store} for store in (False, True))
+        plain, saving = ({**tiles, **split, "GROUPS": False, "SAVE": save} for save in (False, True))
         dense = {**tiles, "ENTROPY": False, "SCATTER": False}
-        yield triton_forward._head_stats_kernel, kept, types, options
+        yield triton_forward._head_stats_kernel, saving, types, options
         if capability == 120:  # what needs most shared memory
             continue
         every = capability == 90  # of the variants, which take seconds each
@@ -147,8 +147,8 @@ def head_cases(capability):
         if config.softcap_V is not None:
             softcap = dict(HAS_BIAS=True, HAS_SOFTCAP=True, BLOCK_V=config.softcap_V)
             shape = operand(config.BLOCK_N, config.softcap_V)
-            capped = dict(weight=operand(config.softcap_V, config.BLOCK_D), stored=shape, da=shape)
-            yield triton_forward._head_stats_kernel, {**kept, **softcap}, {**types, **capped}, options
+            capped = dict(weight=operand(config.softcap_V, config.BLOCK_D), saved=shape, da=shape)
+            yield triton_forward._head_stats_kernel, {**saving, **softcap}, {**types, **capped}, options
             entropy = {**dense, **softcap, "ENTROPY": True, "SCATTER": False}
             if every:
                 yield triton_backward._head_dz_kernel, entropy, {**types, **capped}, options

@@ -132,7 +132,7 @@ def peak_of(request, peak_of):
 class Unchecked(NamedTuple):
     """A batch of N = 12 tokens whose edges are wrong, with guards around every buffer."""
 
-    rooms: list[torch.Tensor]  # (guard + n + guard,) of 7.0 behind every `empty_like`, in their order
+    buffers: list[torch.Tensor]  # (guard + n + guard,) of 7.0 behind every `empty_like`, in their order
     tokens: torch.Tensor  # (N,) ones, NaN around them
     cu_seqlens: torch.Tensor  # (3,)
     touched: torch.Tensor  # (N,) bool: the tokens that the edges, held to 0 .. N, enclose
@@ -147,12 +147,12 @@ def unchecked(request, monkeypatch):
         pytest.skip("the CPU's implementations see checked edges only")
     monkeypatch.setattr(backend, "checks_values", lambda tensor: False)
     N, guard, bad = 12, 64, request.param
-    rooms = []
+    buffers = []
 
     def guarded(like, **_):
-        room = torch.full((guard + like.numel() + guard,), 7.0, device=device)
-        rooms.append(room)
-        return room[guard:-guard].view(like.shape)
+        buffer = torch.full((guard + like.numel() + guard,), 7.0, device=device)
+        buffers.append(buffer)
+        return buffer[guard:-guard].view(like.shape)
 
     monkeypatch.setattr(torch, "empty_like", guarded)
     around = torch.full((guard + N + guard,), float("nan"), device=device)  # what an input must not read
@@ -162,4 +162,4 @@ def unchecked(request, monkeypatch):
     for start, end in zip(clamped, clamped[1:], strict=False):
         touched[start:end] = True
     cu_seqlens = torch.tensor(bad, dtype=torch.int32, device=device)
-    return Unchecked(rooms, around[guard:-guard], cu_seqlens, touched, guard)
+    return Unchecked(buffers, around[guard:-guard], cu_seqlens, touched, guard)

@@ -45,7 +45,7 @@ def run(new, old, advantage, impl, device, **options):
 
 # rho = exp(new - old) is set by new = log rho, old = 0; clip 0.2 / 0.28, dual clip 3
 REGIONS = [
-    # rho, A, loss, slope, clipped, dual
+    # rho, A, loss, derivative, clipped, dual
     (1.0, 2.0, -2.0, -2.0, False, False),  # inside: -A rho
     (1.5, 2.0, -2.56, 0.0, True, False),  # above, A > 0: -A * 1.28
     (0.5, 2.0, -1.0, -1.0, False, False),  # below, A > 0: the unclipped branch is larger
@@ -67,8 +67,10 @@ def test_regions(impl, device, region):
 
 
 def test_no_dual_clip_by_default(impl, device):
-    loss, slope, _, dual = run(torch.tensor([4.0]).log(), torch.zeros(1), torch.tensor([-2.0]), impl, device)
-    assert (loss.item(), slope.item(), dual.item()) == (pytest.approx(8.0), pytest.approx(8.0), False)
+    loss, derivative, _, dual = run(
+        torch.tensor([4.0]).log(), torch.zeros(1), torch.tensor([-2.0]), impl, device
+    )
+    assert (loss.item(), derivative.item(), dual.item()) == (pytest.approx(8.0), pytest.approx(8.0), False)
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,9 +133,11 @@ def test_unused_elements(impl, device):
 def test_overflowing_ratio(impl, device):
     """rho = exp(200) = inf: A > 0 is clipped, A = 0 silent, A < 0 needs the dual clip."""
     new, old = torch.zeros(3), torch.full((3,), -200.0)
-    loss, slope, clipped, dual = run(new, old, torch.tensor([1.0, 0.0, -1.0]), impl, device, dual_clip=3.0)
+    loss, derivative, clipped, dual = run(
+        new, old, torch.tensor([1.0, 0.0, -1.0]), impl, device, dual_clip=3.0
+    )
     assert loss.tolist() == pytest.approx([-1.28, 0.0, 3.0])
-    assert slope.tolist() == [0.0, 0.0, 0.0]
+    assert derivative.tolist() == [0.0, 0.0, 0.0]
     assert clipped.tolist() == [True, False, False] and dual.tolist() == [False, False, True]
 
 
@@ -141,7 +145,7 @@ def test_ratio_to_an_ulp_at_any_size(impl, device):
     """loss = rho (A = -1, nothing clips) from the least to the greatest finite exp, its edges, inf and 0."""
     x = torch.linspace(-87.0, 88.5, 40_001)
     ones = torch.ones_like(x)
-    rho, slope, clipped, _ = run(x, 0 * x, -ones, impl, device, clip_low=1.0)
+    rho, derivative, clipped, _ = run(x, 0 * x, -ones, impl, device, clip_low=1.0)
     exact = x.double().exp()
     bound = 1.1 * 2.0**-23  # measured 0.71 (cpp), 0.53 (torch)
     if impl == "triton":  # NumPy's is good to 2.6; the GPU's exp2 takes a rounded product of x
@@ -149,7 +153,7 @@ def test_ratio_to_an_ulp_at_any_size(impl, device):
     assert ((rho - exact).abs() <= bound * exact).all()
     assert not clipped.any()
     small = x < 88  # run() multiplied the gradient by an upstream of up to 1.5 and divided it again
-    torch.testing.assert_close(slope[small], rho[small], rtol=1e-6, atol=0)
+    torch.testing.assert_close(derivative[small], rho[small], rtol=1e-6, atol=0)
     edges = torch.tensor([-math.inf, -1e30, -104.5, -100.0, -88.0, 0.0, 88.72, 88.73, 1e30, math.inf])
     rho = run(edges, torch.zeros(10), -torch.ones(10), impl, device, clip_low=1.0)[0]
     torch.testing.assert_close(rho, edges.exp().double(), rtol=1e-5, atol=2.0**-126)
@@ -164,10 +168,10 @@ def test_many_elements(impl, device, count, poisoned):
     advantage = torch.randn(count)
     old[::5], advantage[::7] = -math.inf, 0.0
     got = run(new, old, advantage, impl, device, dual_clip=1.5)
-    loss, clipped, dual, slope = clipped_surrogate_reference(
+    loss, clipped, dual, derivative = clipped_surrogate_reference(
         new.double(), old.double(), advantage.double(), 0.2, 0.28, 1.5
     )
-    for mine, truth in zip(got, (loss, slope, clipped, dual), strict=True):
+    for mine, truth in zip(got, (loss, derivative, clipped, dual), strict=True):
         torch.testing.assert_close(mine.double(), truth.double(), rtol=1e-5, atol=0)
 
 

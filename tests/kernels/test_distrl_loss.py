@@ -11,8 +11,8 @@ from ipvrm_kernels.distrl_loss import (
     DISTRL_METRICS,
     EVALUATE,
     REDUCTIONS,
-    Batch,
     Divisors,
+    LossInputs,
     Objective,
     batch_divisors,
     distrl_loss,
@@ -50,11 +50,11 @@ def case(lengths=(5, 0, 1, 9, 3), K=4, seed=0, drift=0.5):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     old = old.masked_fill(ids < 0, -math.inf)
     parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (old, advantages)]
-    return new, Batch(*parts[0], *parts[1], cu_seqlens, None, None)
+    return new, LossInputs(*parts[0], *parts[1], cu_seqlens, None, None)
 
 
 def surrogate(new, old, advantage, low, high, dual):
-    """loss, slope, clipped, dual clipped of one used element in Python floats."""
+    """loss, derivative, clipped, dual clipped of one used element in Python floats."""
     if advantage == 0:
         return 0.0, 0.0, False, False
     rho = math.exp(new - old) if new - old < 700 else math.inf
@@ -80,28 +80,28 @@ def oracle(logprobs, batch, objective):
     for kind, given in zip(objective[3:], batch[5:], strict=True):
         divisors.append(totals[kind] if given is None else float(given))
     losses, metrics = [0.0, 0.0], [[0.0, 0.0] for _ in DISTRL_METRICS]
-    slopes = torch.zeros(N, columns, dtype=torch.float64)
+    dlogprobs = torch.zeros(N, columns, dtype=torch.float64)
     for n, k in used:
         b = int(k > 0)  # the branch
         clips = objective.clips[2 * b : 2 * b + 2]
         new, old, prob = logprobs[n, k].item(), olds[n, k].item(), probs[n][k] if k else 1.0
-        loss, slope, clipped, dual = surrogate(new, old, advantages[n][k], *clips, objective.dual_clip)
+        loss, derivative, clipped, dual = surrogate(new, old, advantages[n][k], *clips, objective.dual_clip)
         weight = prob / divisors[b] / (T[n] if objective[3 + b] == "sequence_mean" else 1)
         if weight > 0:
             losses[b] += weight * loss
-            slopes[n, k] = (objective.alpha if k else 1.0) * weight * slope
+            dlogprobs[n, k] = (objective.alpha if k else 1.0) * weight * derivative
         for i, x in enumerate((clipped, dual, prob * (old - new) if prob > 0 else 0.0)):
             metrics[3 * b + i][0] += x
             metrics[3 * b + i][1] += 1
     metrics[6][:] = [sum(k > 0 for _, k in used), N]
     metrics[7][:] = [mass, N]
     values = (losses[0] + objective.alpha * losses[1], *losses, metrics)
-    return *(torch.tensor(x, dtype=torch.float64) for x in values), slopes
+    return *(torch.tensor(x, dtype=torch.float64) for x in values), dlogprobs
 
 
 def evaluate(impl, device, logprobs, batch, objective, rows=None):
     """The implementation's result on the CPU in fp64, of all rows or of rows[0] .. rows[1]."""
-    moved = Batch._make(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch)
+    moved = LossInputs._make(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch)
     divisors = batch_divisors(moved, objective)
     r0, r1 = rows or (0, len(logprobs))
     out = EVALUATE[impl](logprobs[r0:r1].contiguous().to(device), moved.rows(r0, r1), objective, divisors, r0)
@@ -165,7 +165,7 @@ def extreme(old, new=0.0, advantage=-1.0):
     news = torch.tensor([[-1.1, -0.6, -0.7], [-1.9, new, -1.5], [-0.3, -0.4, -0.1]])
     advantages = torch.tensor([[1.0, -0.5, 2.0], [-1.0, advantage, 1.0], [0.5, -2.0, math.nan]])
     parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (olds, advantages)]
-    return news, Batch(*parts[0], *parts[1], torch.tensor([0, 2, 3]).int(), None, None)
+    return news, LossInputs(*parts[0], *parts[1], torch.tensor([0, 2, 3]).int(), None, None)
 
 
 @pytest.mark.parametrize("candidate_reduction", CANDIDATE_REDUCTIONS)
@@ -198,11 +198,11 @@ def test_nan_is_not_hidden(impl, device, place, candidate_reduction):
     if place == "denominator":
         batch = batch._replace(candidate_denominator=torch.tensor(math.nan))
     objective = Objective(0.3, CLIPS, 1.5, "sequence_mean", candidate_reduction)
-    loss, token_loss, candidate_loss, metrics, slopes = evaluate(impl, device, logprobs, batch, objective)
+    loss, token_loss, candidate_loss, metrics, dlogprobs = evaluate(impl, device, logprobs, batch, objective)
     assert loss.isnan() and (token_loss if place == "token old" else candidate_loss).isnan()
     assert (candidate_loss if place == "token old" else token_loss).isfinite()
     row, column = (1, 0) if place == "token old" else (1, 1)
-    assert slopes[row, column].isnan() and slopes[2, 2] == 0  # the unused slot stays out
+    assert dlogprobs[row, column].isnan() and dlogprobs[2, 2] == 0  # the unused slot stays out
     assert metrics[[0, 1, 3, 4, 6], :].isfinite().all() and metrics[:, 1].isfinite().all()
 
 
@@ -218,9 +218,9 @@ def test_a_million_elements_keep_fp32_accuracy(impl, device):
     old = torch.where(torch.rand(old.shape, generator=g) < 0.9, old, -math.inf)
     parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (old, advantages)]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    batch = Batch(*parts[0], *parts[1], cu_seqlens, None, None)
+    batch = LossInputs(*parts[0], *parts[1], cu_seqlens, None, None)
     objective = Objective(0.3, CLIPS, 1.5, "token_mean", "old_prob_mean")
-    wide = Batch._make(x.double() if x is not None and x.is_floating_point() else x for x in batch)
+    wide = LossInputs._make(x.double() if x is not None and x.is_floating_point() else x for x in batch)
     truth = EVALUATE["torch"](new.double(), wide, objective, batch_divisors(wide, objective))
     mine = evaluate(impl, device, new, batch, objective)
     positive = wide._replace(
@@ -299,11 +299,11 @@ def test_the_op_and_its_gradients(impl, device, reduction, candidate_reduction):
     )
     gradients = torch.autograd.grad(found.loss * 3.0, given[:2])
     columns = torch.cat([given[0][:, None], given[1]], 1).detach().cpu()
-    batch = Batch(*(x.cpu() for x in given[2:]), None, None)
+    batch = LossInputs(*(x.cpu() for x in given[2:]), None, None)
     objective = Objective(0.3, CLIPS, 1.5, reduction, candidate_reduction)
-    loss, token_loss, candidate_loss, metrics, slopes = oracle(columns, batch, objective)
+    loss, token_loss, candidate_loss, metrics, dlogprobs = oracle(columns, batch, objective)
     mine = torch.cat([gradients[0][:, None], gradients[1]], 1).cpu().double()
-    torch.testing.assert_close(mine, 3 * slopes, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine, 3 * dlogprobs, rtol=1e-5, atol=1e-6)
     for value, truth in zip(found[:3], (loss, token_loss, candidate_loss), strict=True):
         torch.testing.assert_close(value.detach().cpu().double(), truth, rtol=1e-5, atol=1e-6)
     for i, name in enumerate(DISTRL_METRICS):

@@ -188,7 +188,7 @@ def test_rows_without_gradient_cost_nothing():
 
     def gradients(hidden, ids, upstream):
         result = cpu.forward("op", hidden, weight, None, ids, PLAIN)
-        up = cpu.make_upstream(upstream, None, None, ids, 500, result.lse, result.lse_low, result.entropy)
+        up = cpu.row_gradients(upstream, None, None, ids, 500, result.lse, result.lse_low, result.entropy)
         with Matmuls() as counted:
             out = cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, True))
         return counted.total, out
@@ -235,12 +235,12 @@ def test_a_fused_loss_costs_three_matmuls_and_clipped_rows_one(needs, monkeypatc
     upstream[::3] = 0
     seen = []
 
-    def slopes(r0, r1, logprobs):
+    def dloss_dlogprobs(r0, r1, logprobs):
         seen.append((r0, r1))
         return upstream[r0:r1]
 
     with Matmuls() as counted:
-        got = cpu.fused_gradients("op", hidden, weight, None, ids, PLAIN, slopes, needs)
+        got = cpu.fused_gradients("op", hidden, weight, None, ids, PLAIN, dloss_dlogprobs, needs)
     assert len(seen) > 1 and seen[0][0] == 0 and seen[-1][1] == 3000
     rows = 0  # of the others of a block as many as fill up oneDNN's sizes
     for r0, r1 in seen:
@@ -255,7 +255,7 @@ def test_a_fused_loss_costs_three_matmuls_and_clipped_rows_one(needs, monkeypatc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_fused_gradients_without_room_to_keep_z(dtype, monkeypatch):
+def test_fused_gradients_without_workspace_to_save_z(dtype, monkeypatch):
     """The recompute path gives the same fp32 gradients, tiny ones of fp16 weights included."""
     hidden, weight, ids = case(50, D=16, V=300, dtype=dtype)
     transform = PLAIN._replace(dtype=dtype)
@@ -273,7 +273,7 @@ def test_fused_gradients_without_room_to_keep_z(dtype, monkeypatch):
         )
 
     kept = gradients()
-    monkeypatch.setattr(cpu, "kept_rows", lambda *_: 0)
+    monkeypatch.setattr(cpu, "saved_rows", lambda *_: 0)
     for mine, theirs in zip(gradients(), kept, strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-15)
@@ -300,7 +300,7 @@ def test_full_candidate_buffers(min_prob, top_k, step, monkeypatch):
     monkeypatch.setattr(blocks, "COLUMNS", 16)
     V = 900
     z = torch.arange(V, dtype=torch.float32)[:, None] * step
-    rule = cpu.Candidates(head_cpu_slots(min_prob, top_k), 0.0)
+    rule = cpu.CandidateRule(head_cpu_slots(min_prob, top_k), 0.0)
     if step > 0 and min_prob is not None:  # emissions, had nothing been pruned
         running = torch.stack([z[: c + 16, 0].logsumexp(0) for c in range(0, V, 16)]).repeat_interleave(16)[
             :V
@@ -407,7 +407,7 @@ def test_a_frozen_backward_honours_the_workspace_it_gathers_in(dtypes, peak_byte
     assert peak - kept <= limit + 2 * 4 * N * D + 60 * N * K
 
 
-KEPT = 64 * MIB  # what a workspace has to exceed before logits are kept
+DEFAULT_WORKSPACE = 64 * MIB  # what a workspace has to exceed before logits are saved
 
 
 @pytest.mark.parametrize("columns", [1024, 2048, 2300])
@@ -420,14 +420,14 @@ KEPT = 64 * MIB  # what a workspace has to exceed before logits are kept
     ],
     ids=["fp32", "capped", "bf16"],
 )
-def test_a_larger_workspace_keeps_logits_and_changes_nothing(columns, dtype, options):
+def test_a_larger_workspace_saves_logits_and_changes_nothing(columns, dtype, options):
     """Of all columns or of whole blocks of them; with rows that have no gradient, twice through one graph."""
     N, D, V, K = 600, 24, 2300, 3
     hidden, weight, ids = case(N, D, V, K, dtype)
     bias, upstream = torch.randn(V), torch.randn(N, K)
     upstream[::4] = 0
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    workspace = KEPT + 4 * N * columns + 100
+    workspace = DEFAULT_WORKSPACE + 4 * N * columns + 100
 
     def step(limit, rows=upstream):
         more = dict(options, max_workspace_bytes=limit, impl="cpp")
@@ -447,21 +447,21 @@ def test_a_larger_workspace_keeps_logits_and_changes_nothing(columns, dtype, opt
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4 if dtype == torch.float32 else 2e-2)
 
 
-def test_kept_logits_are_not_formed_again():
+def test_saved_logits_are_not_formed_again():
     N, D, V = 700, 16, 2300
     hidden, weight, ids = case(N, D, V)
     for columns in (0, 1024, V):
         with Matmuls() as counted:
-            result = cpu.forward("op", hidden, weight, None, ids, PLAIN, keep=columns)
-            up = cpu.make_upstream(
+            result = cpu.forward("op", hidden, weight, None, ids, PLAIN, num_saved=columns)
+            up = cpu.row_gradients(
                 torch.randn(ids.shape), None, None, ids, V, result.lse, result.lse_low, result.entropy
             )
-            kept = result.kept if columns else None
-            cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, False), kept=kept)
+            saved_z = result.saved_z if columns else None
+            cpu.backward("op", up, hidden, weight, None, PLAIN, (True, True, False), saved_z=saved_z)
         assert counted.total == N * D * (4 * V - columns)
 
 
-def test_logits_are_kept_only_where_they_can_be():
+def test_logits_are_saved_only_where_they_can_be():
     N, V = 300, 4000
     hidden, weight, ids = case(N, 16, V)
     hidden.requires_grad_()
@@ -471,12 +471,16 @@ def test_logits_are_kept_only_where_they_can_be():
         out = linear_logprobs(hidden, w, ids, impl="cpp", **options)
         return sum(x.numel() for x in out.logprobs.grad_fn.saved_tensors if x is not None) >= N * V
 
-    room = dict(max_workspace_bytes=KEPT + 4 * N * V)
-    assert held(True, **room)
-    assert not held(True) and not held(True, max_workspace_bytes=KEPT) and not held(False, **room)
-    assert not held(True, deterministic=True, **room)
+    workspace = dict(max_workspace_bytes=DEFAULT_WORKSPACE + 4 * N * V)
+    assert held(True, **workspace)
+    assert (
+        not held(True)
+        and not held(True, max_workspace_bytes=DEFAULT_WORKSPACE)
+        and not held(False, **workspace)
+    )
+    assert not held(True, deterministic=True, **workspace)
     with torch.no_grad():
-        assert linear_logprobs(hidden, weight, ids, impl="cpp", **room).logprobs.grad_fn is None
+        assert linear_logprobs(hidden, weight, ids, impl="cpp", **workspace).logprobs.grad_fn is None
 
 
 def test_rows_without_gradient_are_zero_whatever_their_states(monkeypatch):

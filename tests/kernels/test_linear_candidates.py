@@ -118,9 +118,9 @@ def test_non_contiguous_inputs(impl, device):
     hidden, weight = (x.to(device) for x in case())
     sampled, bias = torch.randint(-1, 131, (30,), device=device), torch.randn(131, device=device)
     spaced = [torch.stack([torch.zeros_like(x), x], -1)[..., 1] for x in (hidden, sampled, bias)]
-    turned = weight.T.contiguous().T
-    assert not any(x.is_contiguous() for x in (*spaced, turned))
-    out = linear_candidates(spaced[0], turned, sampled=spaced[1], bias=spaced[2], impl=impl)
+    transposed = weight.T.contiguous().T
+    assert not any(x.is_contiguous() for x in (*spaced, transposed))
+    out = linear_candidates(spaced[0], transposed, sampled=spaced[1], bias=spaced[2], impl=impl)
     plain = linear_candidates(hidden, weight, sampled=sampled, bias=bias, impl=impl)
     for mine, theirs in ((out.lse, plain.lse), (out.sampled_logprobs, plain.sampled_logprobs)):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)  # another layout, another matmul kernel

@@ -113,7 +113,7 @@ def trained(device):
     return inputs, [inputs[name].requires_grad_() for name in ("hidden", "weight")]
 
 
-def test_a_kept_graph_scales_copies_and_the_last_backward_in_place(impl, device):
+def test_a_retained_graph_scales_copies_and_the_last_backward_in_place(impl, device):
     """Any number of backwards, each scaled once, and none reaches into a .grad that autograd took over."""
     inputs, variables = trained(device)
     expected = torch.autograd.grad(call(inputs, impl=impl).loss, variables)

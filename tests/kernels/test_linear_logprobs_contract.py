@@ -103,16 +103,16 @@ def test_opcheck(impl, device):
     bias = torch.randn(11, device=device, requires_grad=True)
     ids = torch.randint(-1, 11, (6, 3), device=device)
     trained, frozen = (weight, bias), (weight.detach(), None)
-    keeping = WORKSPACE + 4 * 6 * 11  # z of all columns, where an implementation keeps any
+    saving = WORKSPACE + 4 * 6 * 11  # z of all columns, where an implementation saves any
     for head, follows, limit in (
         (trained, TRAINED, None),
-        (trained, TRAINED, keeping),
+        (trained, TRAINED, saving),
         (frozen, FROZEN, None),
     ):
         numbers = (1.0, 4.0, 0.7, torch.float32, True, follows, limit, False, True)
         arguments = (hidden, *head, ids, *numbers, impl)
         torch.library.opcheck(torch.ops.ipvrm.linear_logprobs, arguments)
-    assert IMPLS["cpp"].saved(hidden, weight, ids, torch.float32, TRAINED, keeping, True)[1] == (66,)
+    assert IMPLS["cpp"].saved(hidden, weight, ids, torch.float32, TRAINED, saving, True)[1] == (66,)
 
 
 @pytest.mark.slow

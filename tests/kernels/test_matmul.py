@@ -51,10 +51,10 @@ def test_multiply(library, M, K, N, rows, add):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (64, 5), (17, 33), (1024, 100), (384, 1024)], ids=str)
-def test_turned(library, shape):
+def test_transposed(library, shape):
     tile = torch.randn(shape)
-    room = matmul.room_to_turn(tile.numel() + 3)
-    out = matmul.turned(tile, room)
+    buffer = matmul.transpose_buffer(tile.numel() + 3)
+    out = matmul.transposed(tile, buffer)
     assert torch.equal(out, tile.T)
     assert out.is_contiguous() or library == "blas" or not matmul.suits(len(tile))
 
@@ -114,7 +114,7 @@ def test_tiles_stay_large_on_machines_with_many_cores(zen_5, threads, D):
         )
         assert asked.rows * asked.columns >= plan.rows * plan.columns
     if D == 1024:  # a trainable scalar loss keeps its three matmuls
-        assert blocks.kept_rows(2048, hidden, weight, torch.float32, None) >= cpu.LEAST_KEPT[True]
+        assert blocks.saved_rows(2048, hidden, weight, torch.float32, None) >= cpu.LEAST_SAVED[True]
 
 
 def test_onednn_never_takes_its_slow_reference(library):
@@ -161,9 +161,9 @@ def test_transient_bytes_is_no_less_than_what_is_taken(library, R, C, D, threads
         assert peak - 4 <= matmul.transient_bytes(R, C, D, gradients=False)
 
         def gradients():
-            room = matmul.room_to_turn(tile.numel())
+            buffer = matmul.transpose_buffer(tile.numel())
             matmul.multiply(dh, tile, w, rows=rows, add=True)
-            matmul.multiply(dw, matmul.turned(tile, room), h, rows=rows, add=True)
+            matmul.multiply(dw, matmul.transposed(tile, buffer), h, rows=rows, add=True)
             return torch.empty(1)
 
         peak, _ = peak_of(gradients)
@@ -208,7 +208,7 @@ def test_a_scalar_loss_keeps_its_logits_in_fast_blocks(zen_5, D, V):
     zen_5.setattr(torch, "get_num_threads", lambda: 2)
     weight = torch.empty(V, D)
     for N in (1, 63, 64, 100, 129, 200, 300, 2048, 5000):
-        R = blocks.kept_rows(N, torch.empty(N, D), weight, torch.float32, None)
+        R = blocks.saved_rows(N, torch.empty(N, D), weight, torch.float32, None)
         assert R == N or R < matmul.LEAST or matmul.suits(R)
         sizes = [stop - start for start, stop in blocks.row_blocks(N, R)] if R else []
         assert sum(sizes) == (N if R else 0)

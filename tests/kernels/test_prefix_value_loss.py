@@ -201,7 +201,7 @@ def test_second_backward_is_refused(impl, device, retain):
         torch.autograd.grad((gradient * x).sum(), x)
 
 
-def test_without_gradient_no_token_of_it_is_kept(impl, device, peak_of):
+def test_without_gradient_no_token_of_it_is_saved(impl, device, peak_of):
     x = torch.randn(20_000, device=device)
     cu, outcome = edges([7, 19_000, 993], device), torch.tensor([1.0, 0.0, 1.0], device=device)
     expected = prefix_value_loss(x.clone().requires_grad_(), cu, outcome, impl=impl).detach()
@@ -361,15 +361,15 @@ def test_a_bad_token_stays_where_it_is(impl, device, value, lengths):
 
 def test_unchecked_edges_stay_in_bounds(impl, device, unchecked):
     """On a GPU nobody checks the edges: kernels hold them to 0 .. N, and what lies behind is untouched."""
-    rooms, tokens, cu, touched, guard = unchecked
+    buffers, tokens, cu, touched, guard = unchecked
     leaf = tokens.requires_grad_()
     loss = prefix_value_loss(leaf, cu, torch.ones(2, device=device), impl=impl)
     assert loss.isfinite()
     loss.backward()
-    assert len(rooms) >= 2
-    for room in rooms:
-        assert (room[:guard] == 7).all() and (room[-guard:] == 7).all()
-        inside = room[guard:-guard].cpu()
+    assert len(buffers) >= 2
+    for buffer in buffers:
+        assert (buffer[:guard] == 7).all() and (buffer[-guard:] == 7).all()
+        inside = buffer[guard:-guard].cpu()
         assert (inside[~touched] == 7).all() and inside.isfinite().all()
 
 

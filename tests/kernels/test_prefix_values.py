@@ -120,14 +120,14 @@ def test_saturated_sigmoid_is_finite(impl, device, level):
 
 def test_unchecked_edges_stay_in_bounds(impl, device, unchecked):
     """On a GPU nobody checks the edges: kernels hold them to 0 .. N, and what lies behind is untouched."""
-    rooms, tokens, cu, touched, guard = unchecked
+    buffers, tokens, cu, touched, guard = unchecked
     leaf = tokens.requires_grad_()
     results = prefix_values(leaf, cu, impl=impl)
     torch.autograd.grad(results, leaf, [torch.ones_like(tokens)] * 4)
-    assert len(rooms) == 5
-    for room in rooms:
-        assert (room[:guard] == 7).all() and (room[-guard:] == 7).all()
-        inside = room[guard:-guard].cpu()
+    assert len(buffers) == 5
+    for buffer in buffers:
+        assert (buffer[:guard] == 7).all() and (buffer[-guard:] == 7).all()
+        inside = buffer[guard:-guard].cpu()
         assert (inside[~touched] == 7).all() and inside.isfinite().all()
 
 

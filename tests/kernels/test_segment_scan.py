@@ -142,13 +142,13 @@ def test_nan_stays_in_its_sequence(impl, device):
 
 def test_unchecked_edges_stay_in_bounds(impl, device, unchecked):
     """On a GPU nobody checks the edges: kernels hold them to 0 .. N, and what lies behind is untouched."""
-    rooms, tokens, cu, touched, guard = unchecked
+    buffers, tokens, cu, touched, guard = unchecked
     for reverse in (False, True):
         segment_scan(tokens, cu, 0.5, reverse, impl=impl)
-    assert len(rooms) == 2
-    for room in rooms:
-        assert (room[:guard] == 7).all() and (room[-guard:] == 7).all()
-        inside = room[guard:-guard].cpu()
+    assert len(buffers) == 2
+    for buffer in buffers:
+        assert (buffer[:guard] == 7).all() and (buffer[-guard:] == 7).all()
+        inside = buffer[guard:-guard].cpu()
         assert (inside[~touched] == 7).all() and inside.isfinite().all()
 
 

@@ -49,8 +49,8 @@ def _exact_matmul():
 class Given(NamedTuple):
     ops: "tiles.Operands"
     z: torch.Tensor  # (N, V) fp32
-    ref: torch.Tensor  # (N,) of the stored values
-    upstream: torch.Tensor  # (N,) G
+    ref: torch.Tensor  # (N,) of the saved values
+    total: torch.Tensor  # (N,) G
     off: float  # by which a logit may differ from z
     repeats: int
 
@@ -72,7 +72,7 @@ def given(device):
 
 
 def computed(case, programs):
-    """{name: tensor} of every tile of the forward, with group maxima, with stored values, and of dz."""
+    """{name: tensor} of every tile of the forward, with group maxima, with saved values, and of dz."""
     ops = case.ops._replace(programs=programs)
     (N, V), S, C, device = case.z.shape, forward.num_splits(ops), tiles.padded_columns(ops), case.z.device
 
@@ -80,20 +80,20 @@ def computed(case, programs):
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
     group_max, merged = nan(N, -(-V // forward.GROUP)), nan(3, N)
-    partial, partial_stored = nan(3, S, N), nan(3, S, N)
+    partial, partial_saved = nan(3, S, N), nan(3, S, N)
     values, da = nan(N, C, dtype=torch.bfloat16), nan(N, C, dtype=torch.bfloat16)
     forward._partial_stats(ops, partial, merged, group_max, None)
-    forward._partial_stats(ops, partial_stored, merged, None, forward.Stored(case.ref, values))
+    forward._partial_stats(ops, partial_saved, merged, None, forward.Saved(case.ref, values))
     lse, zero = torch.logsumexp(case.z, 1), torch.zeros(N, device=device)
     count = torch.full((), N, dtype=torch.int32, device=device)
     ids = torch.empty(N, 0, dtype=torch.int64, device=device)
-    rows = backward.Rows(ids, None, lse, zero, zero, case.upstream, None, count)
+    rows = backward.Rows(ids, None, lse, zero, zero, case.total, None, count)
     middle = S // 2 * ops.config.BLOCK_V
     first, second = nan(N, middle, dtype=torch.bfloat16), nan(N, C - middle, dtype=torch.bfloat16)
     backward.launch_dz(ops, rows, first, 0, 1.0)
     backward.launch_dz(ops, rows, second, middle, 1.0)
     da[:, :middle], da[:, middle:] = first, second
-    return dict(group_max=group_max, partial=partial, partial_stored=partial_stored, values=values, da=da)
+    return dict(group_max=group_max, partial=partial, partial_saved=partial_saved, values=values, da=da)
 
 
 def assert_same_bits(got, expected):
@@ -124,15 +124,15 @@ def assert_right(case, got):
     e = below.exp()
     lse = top + e.sum(2).log()
     mean = torch.where(e > 0, below * e, 0.0).sum(2) / e.sum(2)
-    for name in ("partial", "partial_stored"):
+    for name in ("partial", "partial_saved"):
         tops, sumexp, sum_z_exp = got[name].double()
         assert_within(f"{name} maxima", tops, top, off)
         assert_within(f"{name} sums of exp", tops + sumexp.log(), lse, off)
-        assert_within(f"{name} sums of z exp", sum_z_exp / sumexp, mean, 8 * off)  # 8 > its slope in z
+        assert_within(f"{name} sums of z exp", sum_z_exp / sumexp, mean, 8 * off)  # 8 > its derivative in z
     relative = BF16 + 4 * off
     values = (z - case.ref[:, None].double()).exp()
     assert_within("values", got["values"][:, :V] / values, torch.ones_like(values), relative)
-    dz = -case.upstream[:, None].double() * (z - torch.logsumexp(z, 1, keepdim=True)).exp()
+    dz = -case.total[:, None].double() * (z - torch.logsumexp(z, 1, keepdim=True)).exp()
     assert_within("da", got["da"][:, :V] / dz, torch.ones_like(dz), relative)
 
 

@@ -34,7 +34,7 @@ void fail(const Parts&... parts) {
   ++failures;
 }
 
-// A buffer of n with room around it: NaN around an input, guards around an output, which itself holds NaN.
+// A buffer of n with padding around it: NaN around an input, guards around an output, which itself holds NaN.
 struct Buffer {
   Floats all;
   int64_t n;
@@ -168,7 +168,7 @@ void prefix_value_loss(const Sequences& s) {
       const ipvrm::LossTerms terms{outcome.data(), per_sequence ? margin.data() : nullptr,
                                    per_sequence ? weight.data() : nullptr, per_sequence ? &denominator : nullptr, 5.0f, 0.5f,
                                    static_cast<ipvrm::Weighting>(kind), per_sequence};
-      Expected losses(s.B), counted(s.B), slope(s.N), dlog_ratio(s.N);
+      Expected losses(s.B), counted(s.B), dvalue(s.N), dlog_ratio(s.N);
       const double factor = 0.75;
       for (int64_t b = 0; b < s.B; ++b) {
         const double L = static_cast<double>(s.length(b)), sign = 2 * outcome[b] - 1;
@@ -184,22 +184,22 @@ void prefix_value_loss(const Sequences& s) {
           const double off = size / position + 2 * kEps * (std::fabs(z) + std::fabs(m));  // of z
           loss += at * softplus(z);
           bound += (at + 4 * kEps) * off + (16 * kEps * at + 4 * kEps) * softplus(z);
-          slope.set(t, -scale * at * sign * sigmoid(z) / position,
+          dvalue.set(t, -scale * at * sign * sigmoid(z) / position,
                     scale / position * ((16 * kEps * at + 4 * kEps) * sigmoid(z) + at * (off * sigmoid(z) + kEps * 1e-6)));
         }
         losses.set(b, scale * loss, scale * bound);
         counted.set(b, omegas, 4 * kEps * omegas);
         double total = 0, range = 0;
         for (int64_t t = s.start(b) + s.length(b) - 1; t >= s.start(b); --t) {
-          total += slope.value[t], range += 16 * kEps * std::fabs(slope.value[t]) + slope.bound[t];
+          total += dvalue.value[t], range += 16 * kEps * std::fabs(dvalue.value[t]) + dvalue.bound[t];
           dlog_ratio.set(t, factor * kBeta * total, factor * kBeta * range);
         }
       }
-      Buffer got_losses(s.B), got_counted(s.B), got_slope(s.N), got_dlog_ratio(s.N), alone(s.B);
+      Buffer got_losses(s.B), got_counted(s.B), got_dvalue(s.N), got_dlog_ratio(s.N), alone(s.B);
       ipvrm::prefix_value_loss_fwd_cuda(x.data(), s.edges.data(), terms, got_losses.data(),
-                                        per_sequence ? nullptr : got_counted.data(), got_slope.data(), s.B, s.N, kBeta,
+                                        per_sequence ? nullptr : got_counted.data(), got_dvalue.data(), s.B, s.N, kBeta,
                                         nullptr);
-      check("losses", got_losses, losses), check("slope", got_slope, slope);
+      check("losses", got_losses, losses), check("dvalue", got_dvalue, dvalue);
       if (!per_sequence) check("counted", got_counted, counted);
       if (kind == 0) {
         ipvrm::prefix_value_loss_fwd_cuda(x.data(), s.edges.data(), terms, alone.data(), nullptr, nullptr, s.B, s.N, kBeta,
@@ -207,7 +207,7 @@ void prefix_value_loss(const Sequences& s) {
         check("losses without gradient", alone, losses);
       }
       const float device_scalar = static_cast<float>(factor);
-      ipvrm::prefix_value_loss_bwd_cuda(got_slope.data(), s.edges.data(), &device_scalar, got_dlog_ratio.data(), s.B, s.N,
+      ipvrm::prefix_value_loss_bwd_cuda(got_dvalue.data(), s.edges.data(), &device_scalar, got_dlog_ratio.data(), s.B, s.N,
                                         kBeta, nullptr);
       check("dlog_ratio", got_dlog_ratio, dlog_ratio);
     }
@@ -239,12 +239,12 @@ void unchecked(const std::vector<int64_t>& given) {
   ipvrm::prefix_values_bwd_cuda({ones.data(), ones.data(), ones.data(), ones.data()}, ones.data(), edges.data(),
                                 out[4].data(), B, N, 1.5f, nullptr);
   for (const Buffer& got : out) held("prefix_values", got);
-  Buffer losses(B), slope(N, kGuard), dlog_ratio(N, kGuard);
+  Buffer losses(B), dvalue(N, kGuard), dlog_ratio(N, kGuard);
   const ipvrm::LossTerms terms{outcome.data(), nullptr, nullptr, nullptr, 5.0f, 1.0f, ipvrm::Weighting::uniform, true};
-  ipvrm::prefix_value_loss_fwd_cuda(ones.data(), edges.data(), terms, losses.data(), nullptr, slope.data(), B, N, 1.5f,
+  ipvrm::prefix_value_loss_fwd_cuda(ones.data(), edges.data(), terms, losses.data(), nullptr, dvalue.data(), B, N, 1.5f,
                                     nullptr);
   ipvrm::prefix_value_loss_bwd_cuda(ones.data(), edges.data(), &one, dlog_ratio.data(), B, N, 1.5f, nullptr);
-  held("slope", slope), held("dlog_ratio", dlog_ratio);
+  held("dvalue", dvalue), held("dlog_ratio", dlog_ratio);
   for (int64_t b = 0; b < B; ++b)
     if (!std::isfinite(losses[b])) fail("losses[", b, "] = ", losses[b]);
 }
@@ -258,7 +258,7 @@ void clipped_surrogate(int64_t n) {
   if (n > 10) logprobs.data()[3] = NAN, logprobs.data()[8] = -kInf;
   for (double dual : {double{INFINITY}, 1.5}) {
     const double low = 0.8f, high = 1.28f;
-    Expected loss(n), slope(n), dlogprobs(n);
+    Expected loss(n), derivative(n), dlogprobs(n);
     std::vector<int> clipped(n), dual_clipped(n);
     for (int64_t i = 0; i < n; ++i) {
       const double a = advantages[i], ratio = std::exp(double{logprobs[i]} - double{old_logprobs[i]});
@@ -268,20 +268,20 @@ void clipped_surrogate(int64_t n) {
       clipped[i] = bounded > plain, dual_clipped[i] = a < 0 && larger > -a * dual;
       const bool moves = !clipped[i] && !dual_clipped[i];
       loss.set(i, dual_clipped[i] ? -a * dual : larger, bound + 4 * kEps * std::fabs(bounded));
-      slope.set(i, moves ? plain : 0.0, bound);
+      derivative.set(i, moves ? plain : 0.0, bound);
       dlogprobs.set(i, moves ? dloss[i] * plain : 0.0, std::fabs(dloss[i]) * bound);
     }
-    Buffer got_loss(n), got_slope(n), got_dlogprobs(n);
+    Buffer got_loss(n), got_derivative(n), got_dlogprobs(n);
     std::vector<uint8_t> got_clipped(n + 2, 9), got_dual(n + 2, 9);
     ipvrm::clipped_surrogate_fwd_cuda(logprobs.data(), old_logprobs.data(), advantages.data(), n,
                                       {0.8f, 1.28f, static_cast<float>(dual)}, got_loss.data(), &got_clipped[1], &got_dual[1],
-                                      got_slope.data(), nullptr);
-    check("loss", got_loss, loss), check("slope", got_slope, slope);
+                                      got_derivative.data(), nullptr);
+    check("loss", got_loss, loss), check("derivative", got_derivative, derivative);
     for (int64_t i = 0; i < n; ++i)
       if (got_clipped[i + 1] != clipped[i] || got_dual[i + 1] != dual_clipped[i]) return fail("flags of element ", i);
     if (got_clipped[0] != 9 || got_dual[0] != 9 || got_clipped[n + 1] != 9 || got_dual[n + 1] != 9)
       fail("flags are written outside their ", n, " numbers");
-    ipvrm::clipped_surrogate_bwd_cuda(dloss.data(), got_slope.data(), got_dlogprobs.data(), n, nullptr);
+    ipvrm::clipped_surrogate_bwd_cuda(dloss.data(), got_derivative.data(), got_dlogprobs.data(), n, nullptr);
     check("dlogprobs", got_dlogprobs, dlogprobs);
   }
 }

@@ -1,4 +1,4 @@
-"""Stored probabilities of the Triton head: hard references, cancelling and absent gradients, row blocks."""
+"""Saved probabilities of the Triton head: hard references, cancelling and absent gradients, row blocks."""
 
 import importlib
 import math
@@ -13,7 +13,7 @@ OP = "linear_distrl_loss"  # the tests below ask for impl="triton" and skip ever
 
 if backend.HAS_TRITON:
     triton_forward = importlib.import_module("ipvrm_kernels.head.triton_forward")
-    stored = importlib.import_module("ipvrm_kernels.head.triton_stored")
+    saved = importlib.import_module("ipvrm_kernels.head.triton_saved")
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def fused(inputs, device, softcap=None, limit=1 << 30, needs=(True, True, True),
     transform = Transform(1.3, softcap, 0.8, hidden.dtype)
     ops = triton_forward.operands(hidden, weight, bias, transform, limit)
     ops = ops._replace(weight=weight) if master else ops
-    found = stored.fused_gradients(OP, ops, ids, given, needs, limit, False)
+    found = saved.fused_gradients(OP, ops, ids, given, needs, limit, False)
     return [x.cpu() for x in (seen, *found)], called
 
 
@@ -124,11 +124,11 @@ def test_seeded_faults_are_caught(impl, device, fault, monkeypatch):
     inputs[3][7:9] = torch.tensor([0, 1, -1])
     check(inputs, device)
     if fault == "far rows not written again":
-        monkeypatch.setattr(stored, "rewrite_far_rows", lambda ops, kept, *_: kept.ref)
+        monkeypatch.setattr(saved, "rewrite_far_rows", lambda ops, kept, *_: kept.ref)
     if fault == "ids not patched":
-        monkeypatch.setattr(stored, "patch", lambda *_: None)
+        monkeypatch.setattr(saved, "patch", lambda *_: None)
     if fault == "sparse rows not cleared":
-        monkeypatch.setattr(stored, "zero_rows", lambda *_: None)
+        monkeypatch.setattr(saved, "zero_rows", lambda *_: None)
     with pytest.raises(AssertionError):
         check(inputs, device)
 
@@ -166,18 +166,18 @@ def test_rows_without_a_gradient_add_exactly_nothing(impl, device):
 
 def test_row_blocks_and_recomputation_agree(impl, device, monkeypatch):
     """One block, two, and none (logits recomputed): the rule depends on dtype and workspace alone."""
-    monkeypatch.setattr(stored, "LEAST_ROWS", (128, 128))  # a GPU's are more than this batch has
+    monkeypatch.setattr(saved, "LEAST_ROWS", (128, 128))  # a GPU's are more than this batch has
     inputs = case(N=150, V=900)
     whole, calls = fused(inputs, device)
     assert calls == [(0, 150)]
     hidden, weight, bias, ids, _ = (x.to(device) for x in inputs)
     ops = triton_forward.operands(hidden, weight, bias, Transform(1.0, None, 1.0, torch.float32))
-    fixed, row = stored.stored_bytes(ops, 3, False)
-    assert stored.stored_rows(ops, 3, False, True, fixed + 150 * row) == 150
-    assert stored.stored_rows(ops, 3, False, True, fixed + 128 * row) == 128
-    assert stored.stored_rows(ops, 3, False, True, fixed + 127 * row) == 0
+    fixed, row = saved.saved_bytes(ops, 3, False)
+    assert saved.saved_rows(ops, 3, False, True, fixed + 150 * row) == 150
+    assert saved.saved_rows(ops, 3, False, True, fixed + 128 * row) == 128
+    assert saved.saved_rows(ops, 3, False, True, fixed + 127 * row) == 0
     half = ops._replace(hidden=ops.hidden.half())
-    assert stored.stored_rows(half, 3, False, True, 1 << 30) == 0
+    assert saved.saved_rows(half, 3, False, True, 1 << 30) == 0
     for limit, blocks in ((fixed + 149 * row, [(0, 128), (128, 150)]), (fixed + 127 * row, [(0, 150)])):
         part, calls = fused(inputs, device, limit=limit)
         assert calls == blocks
@@ -186,13 +186,13 @@ def test_row_blocks_and_recomputation_agree(impl, device, monkeypatch):
         assert torch.equal(part[0], whole[0])
 
 
-@pytest.mark.parametrize("limit", [1 << 30, 1], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("limit", [1 << 30, 1], ids=["saved", "recomputed"])
 def test_fp32_master_of_which_no_copy_fits(impl, device, limit, monkeypatch):
     """The weight is rounded tile by tile and part by part: the same as from a rounded copy, in fp32.
 
     Its values are bf16's own, since the interpreter truncates where a GPU rounds.
     """
-    monkeypatch.setattr(stored, "CAST_BYTES", 0)
+    monkeypatch.setattr(saved, "CAST_BYTES", 0)
     hidden, weight, bias, ids, g = case(V=900)
     weight = weight.bfloat16().float()
     inputs = (hidden.bfloat16(), weight, bias, ids, g)
@@ -236,8 +236,8 @@ def test_frozen_head_in_row_blocks(impl, device, softcap, entropy):
         return [x.detach() for x in out if x is not None], state.grad
 
     ops = triton_forward.operands(hidden, weight, bias, Transform(1.0, softcap, 1.0, torch.float32))
-    fixed, row = stored.stored_bytes(ops, 3, entropy)
-    (outputs, gradient), least = run(None), stored.LEAST_ROWS[False]
+    fixed, row = saved.saved_bytes(ops, 3, entropy)
+    (outputs, gradient), least = run(None), saved.LEAST_ROWS[False]
     for limit in (fixed + 149 * row, fixed + (least - 1) * row):
         again, same = run(limit)
         assert all(torch.equal(x, y) for x, y in zip(again, outputs, strict=True))
@@ -246,13 +246,13 @@ def test_frozen_head_in_row_blocks(impl, device, softcap, entropy):
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_the_accounting_is_close_to_what_is_allocated(impl, device, entropy, peak_of):
-    """`stored_bytes` bounds what a frozen head's forward allocates besides its outputs, within a quarter."""
+    """`saved_bytes` bounds what a frozen head's forward allocates besides its outputs, within a quarter."""
     hidden, weight, bias, ids, _ = (x.to(device) for x in case(N=150, V=1000))
     ops = triton_forward.operands(hidden, weight, bias, Transform(1.0, None, 1.0, torch.float32))
-    fixed, row = stored.stored_bytes(ops, 3, entropy)
+    fixed, row = saved.saved_bytes(ops, 3, entropy)
     blocks = 0 if device == "cpu" else 512 * 64  # a GPU's allocator rounds each tensor up
     for R in (150, 128):
-        peak, kept = peak_of(lambda R=R: stored.stored_expectation(ops, ids, entropy, R))
+        peak, kept = peak_of(lambda R=R: saved.saved_expectation(ops, ids, entropy, R))
         scratch = peak - sum(x.numel() * x.element_size() for x in kept)
         assert 0.75 * (fixed + R * row) <= scratch <= fixed + R * row + blocks
 
@@ -261,13 +261,13 @@ def test_a_frozen_head_costs_two_matmuls(impl, device, monkeypatch):
     """One of all logits (and of the first tile's again, for the references), one into the expectation."""
     counted = []
     for name in ("stats", "add_product", "launch_dz"):
-        real = getattr(stored, name)
+        real = getattr(saved, name)
 
         def spied(*inputs, name=name, real=real, **options):
             counted.append((name, inputs))
             return real(*inputs, **options)
 
-        monkeypatch.setattr(stored, name, spied)
+        monkeypatch.setattr(saved, name, spied)
     again = importlib.import_module("ipvrm_kernels.head.triton_backward")
     for name in ("expectation", "gradients"):  # that form the logits again
         monkeypatch.setattr(again, name, lambda *_, name=name: pytest.fail(name))

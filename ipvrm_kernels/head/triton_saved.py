@@ -1,15 +1,15 @@
-"""Gradients and expectations of the head ops in Triton from stored probabilities: no logit is formed twice.
+"""Gradients and expectations of the head ops in Triton from saved probabilities: no logit is formed twice.
 
 The pass over the vocabulary that yields the statistics also writes, for a block of R rows,
 
-    e[n, v] = exp(z[n, v] - ref[n]) * f[n, v]        f = softcap's slope factor (1 without softcap)
+    e[n, v] = exp(z[n, v] - ref[n]) * f[n, v]        f = softcap's derivative (1 without softcap)
 
 in the operands' dtype (bf16 or fp32, whose exponents reach from e**-87 to e**88). ref is any number near
 the row's maximum that is known before the pass: the largest of its id logits and of the first tile's.
 Storing e in bf16 rounds what would be rounded as da anyway, by 2**-9 relative; logits are never rounded.
-With top, sumexp of the merged statistics, slope = logit_scale / temperature, G the row's upstream gradient,
+With top, sumexp of the merged statistics, gain = logit_scale / temperature, G the row's upstream gradient,
 
-    dense da[n, v] = -G slope f p = r[n] e[n, v],    r = -G slope exp(ref - top) / sumexp
+    dense da[n, v] = -G gain f p = r[n] e[n, v],    r = -G gain exp(ref - top) / sumexp
 
 so that with A = e, its entries at the ids replaced by v / r (v: the whole gradient there, dense and sparse
 part rounded together, fp32)
@@ -18,7 +18,7 @@ part rounded together, fp32)
 
 r is applied in fp32 to the first product and folded into a rounded copy of hidden for the second.
 linear_distrl_loss takes three matmuls, two with a frozen head; linear_logprobs with a frozen head two, with
-E' = slope exp(ref - top) / sumexp * (A @ weight), A = e with zeros at the ids.
+E' = gain exp(ref - top) / sumexp * (A @ weight), A = e with zeros at the ids.
 
 Three kinds of rows need care, all found and treated on the device:
 - |top - ref| > FAR: a second launch over those rows alone writes e again with ref = top. Until then a value
@@ -58,8 +58,8 @@ from .triton_backward import (
     launch_dz,
     zero_rows,
 )
-from .triton_forward import MAX_LIFT, Stats, Stored, id_logits, partial_bytes, stats, stats_rows
-from .triton_ids import Upstream, id_gradients, patch, upstream_gradients
+from .triton_forward import MAX_LIFT, Saved, Stats, id_logits, partial_bytes, stats, stats_rows
+from .triton_ids import OutputGradients, id_gradients, output_gradients, patch
 from .triton_tiles import Operands, padded_columns, scalar_bytes
 
 FAR = 20.0  # nats between ref and the row's maximum above which e is written again
@@ -71,12 +71,12 @@ LEAST_ROWS = (128, 128) if backend.INTERPRETED else (384, 1024)
 CAST_BYTES = 32 << 20  # of an fp32 weight, rounded at a time
 
 
-def stored_rows(ops: Operands, K: int, entropy: bool, trained: bool, limit: int) -> int:
-    """Rows of one block, 0 where logits are recomputed instead: see `stored_bytes`."""
+def saved_rows(ops: Operands, K: int, entropy: bool, trained: bool, limit: int) -> int:
+    """Rows of one block, 0 where logits are recomputed instead: see `saved_bytes`."""
     N, block = ops.hidden.shape[0], ops.config.BLOCK_N
     if ops.hidden.dtype == torch.float16 or N == 0:
         return 0
-    fixed, row = stored_bytes(ops, K, entropy)
+    fixed, row = saved_bytes(ops, K, entropy)
     most = max(0, limit - fixed) // row
     if most < N:
         most = most // block * block
@@ -86,7 +86,7 @@ def stored_rows(ops: Operands, K: int, entropy: bool, trained: bool, limit: int)
     return min(N, -(-N // (num_blocks * block)) * block)
 
 
-def stored_bytes(ops: Operands, K: int, entropy: bool) -> tuple[int, int]:
+def saved_bytes(ops: Operands, K: int, entropy: bool) -> tuple[int, int]:
     """(bytes, bytes for each row of a block) of scratch memory."""
     N, D = ops.hidden.shape
     size = ops.hidden.element_size()
@@ -110,38 +110,38 @@ def project(out: Tensor, a: Tensor, ops: Operands) -> None:
         add_product(out, a[:, start : start + step], weight, fresh=start == 0)
 
 
-def stored_stats(ops: Operands, z: Tensor, entropy: bool, values: Tensor) -> tuple[Stats, Stored]:
+def saved_stats(ops: Operands, z: Tensor, entropy: bool, values: Tensor) -> tuple[Stats, Saved]:
     """Statistics of the rows, and e in values (n, C); z (n, K): their id logits."""
     tile = ops.config.BLOCK_V
     first = ops._replace(weight=ops.weight[:tile], bias=None if ops.bias is None else ops.bias[:tile])
     ref = stats(first, False).top
     if z.shape[1]:
         ref = torch.maximum(ref, z.amax(1))
-    stored = Stored(torch.where(ref.isfinite(), ref, 0.0), values)
-    return stats(ops, entropy, stored=stored), stored
+    saved = Saved(torch.where(ref.isfinite(), ref, 0.0), values)
+    return stats(ops, entropy, saved=saved), saved
 
 
 def rewrite_far_rows(
-    ops: Operands, stored: Stored, top: Tensor, wanted: Tensor | None, scratch: Tensor
+    ops: Operands, saved: Saved, top: Tensor, wanted: Tensor | None, scratch: Tensor
 ) -> Tensor:
     """ref (n,) after e of those rows (if wanted (n,)) that lie FAR from theirs is written with ref = top."""
-    far = ((top - stored.ref).abs() > FAR) & top.isfinite()
+    far = ((top - saved.ref).abs() > FAR) & top.isfinite()
     if wanted is not None:
         far &= wanted
-    ref = torch.where(far, top, stored.ref)
+    ref = torch.where(far, top, saved.ref)
     order = torch.sort((~far).to(torch.int8), stable=True)[1]
     torch.index_select(ops.hidden, 0, order, out=scratch)
     zero, sorted_ref = torch.zeros_like(ref), ref[order]
     rows = Rows(order, None, sorted_ref, zero, zero, zero - 1, None, far.sum(dtype=torch.int32))
-    launch_dz(ops.of_rows(scratch), rows, stored.values, 0, 1.0, order)
+    launch_dz(ops.of_rows(scratch), rows, saved.values, 0, 1.0, order)
     return ref
 
 
 def row_factors(
-    slope: float, s: Stats, ref: Tensor, up: Upstream, active: Tensor, id_da: Tensor
+    gain: float, s: Stats, ref: Tensor, up: OutputGradients, active: Tensor, id_da: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(r (n,), v / r (n, K), rows of A to clear (n,)) as the module's docstring says."""
-    r = torch.where(active, up.total * (torch.exp(ref - s.top) / s.sumexp) * -slope, 0.0)
+    r = torch.where(active, up.total * (torch.exp(ref - s.top) / s.sumexp) * -gain, 0.0)
     sparse = active & (r.abs() < id_da.abs().amax(1) * SPARSE)
     broken = ~active & ~(s.top.isfinite() & s.sumexp.isfinite())
     r = torch.where(sparse, 1.0, r)
@@ -150,23 +150,23 @@ def row_factors(
 
 
 def fused_gradients(
-    op: str, ops: Operands, ids: Tensor, slopes: Callable[[int, int, Tensor], Tensor], needs: Sequence[bool],
-    limit: int, explicit: bool,
+    op: str, ops: Operands, ids: Tensor, dloss_dlogprobs: Callable[[int, int, Tensor], Tensor],
+    needs: Sequence[bool], limit: int, explicit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dhidden, dweight, dbias) in fp32 of a scalar loss, for ids (N, K), K > 0; 0 elements if not needed.
 
-    slopes(r0, r1, logprobs (r1 - r0, K)) is called once for every row, in order, and returns dloss/dlogprobs.
+    dloss_dlogprobs(r0, r1, logprobs (r1 - r0, K)) is called once for every row, in order.
     """
     (N, D), (V, K) = ops.hidden.shape, (ops.weight.shape[0], ids.shape[1])
     transform, device = ops.transform, ops.hidden.device
-    R = stored_rows(ops, K, False, needs[1], limit) if any(needs) else 0
+    R = saved_rows(ops, K, False, needs[1], limit) if any(needs) else 0
     if R == 0:
         if any(needs):  # refuses before anything is computed
             chunk_columns(op, ops, K, torch.float32, needs, True, limit, explicit)
         z = id_logits(ops, ids)
         s = stats(ops, False, rows_at_once=stats_rows(op, ops, K, False, limit, explicit))
         logprobs, lse = s.logprobs(z), s.lse()
-        up = upstream_gradients(ids, V, slopes(0, N, logprobs), None, None)
+        up = output_gradients(ids, V, dloss_dlogprobs(0, N, logprobs), None, None)
         if not any(needs):
             return lse.new_empty(0), lse.new_empty(0), lse.new_empty(0)
         remainder = s.lse_remainder(lse)
@@ -179,20 +179,20 @@ def fused_gradients(
 
     dhidden, dweight, dbias = new(needs[0], N, D), new(needs[1], V, D), new(needs[2], V).zero_()
     buffer = torch.empty((R, padded_columns(ops)), dtype=ops.hidden.dtype, device=device)
-    spare = torch.empty((R, D), dtype=ops.hidden.dtype, device=device)
+    hidden_buffer = torch.empty((R, D), dtype=ops.hidden.dtype, device=device)
     for r0 in range(0, N, R):
         r1 = min(r0 + R, N)
-        rows, at, scratch = ops.of_rows(ops.hidden[r0:r1]), ids[r0:r1], spare[: r1 - r0]
+        rows, at, scratch = ops.of_rows(ops.hidden[r0:r1]), ids[r0:r1], hidden_buffer[: r1 - r0]
         z = id_logits(rows, at)
-        s, stored = stored_stats(rows, z, False, buffer[: r1 - r0])
-        logprobs, lse, A = s.logprobs(z), s.lse(), stored.values[:, :V]
-        up = upstream_gradients(at, V, slopes(r0, r1, logprobs), None, None)
+        s, saved = saved_stats(rows, z, False, buffer[: r1 - r0])
+        logprobs, lse, A = s.logprobs(z), s.lse(), saved.values[:, :V]
+        up = output_gradients(at, V, dloss_dlogprobs(r0, r1, logprobs), None, None)
         id_da = id_gradients(rows, at, logprobs, lse, lse, up, distinct=False)
-        active = (up.logprobs != 0).any(1) | (up.total != 0)
-        ref = rewrite_far_rows(rows, stored, s.top, active, scratch)
+        active = (up.dlogprobs != 0).any(1) | (up.total != 0)
+        ref = rewrite_far_rows(rows, saved, s.top, active, scratch)
         r, at_ids, cleared = row_factors(transform.scale / transform.temperature, s, ref, up, active, id_da)
-        zero_rows(stored.values, cleared)
-        patch(at_ids, at, stored.values, 0, V)
+        zero_rows(saved.values, cleared)
+        patch(at_ids, at, saved.values, 0, V)
         if needs[0]:
             project(dhidden[r0:r1], A, ops)
             dhidden[r0:r1] *= r[:, None]
@@ -204,7 +204,7 @@ def fused_gradients(
     return dhidden, dweight, dbias
 
 
-def stored_expectation(
+def saved_expectation(
     ops: Operands, ids: Tensor, entropy: bool, R: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs (N, K), lse (N,), entropy (N,) or empty, E' (N, D)) of a frozen head, R rows at a time."""
@@ -216,18 +216,18 @@ def stored_expectation(
 
     logprobs, lse, entropies, expectation = new(N, K), new(N), new(N if entropy else 0), new(N, D)
     buffer = torch.empty((R, padded_columns(ops)), dtype=ops.hidden.dtype, device=device)
-    spare = torch.empty((R, D), dtype=ops.hidden.dtype, device=device)
+    hidden_buffer = torch.empty((R, D), dtype=ops.hidden.dtype, device=device)
     for r0 in range(0, N, R):
         r1 = min(r0 + R, N)
         rows, at = ops.of_rows(ops.hidden[r0:r1]), ids[r0:r1]
         z = id_logits(rows, at)
-        s, stored = stored_stats(rows, z, entropy, buffer[: r1 - r0])
+        s, saved = saved_stats(rows, z, entropy, buffer[: r1 - r0])
         logprobs[r0:r1], lse[r0:r1] = s.logprobs(z), s.lse()
         if entropy:
             entropies[r0:r1] = s.entropy()
-        ref = rewrite_far_rows(rows, stored, s.top, None, spare[: r1 - r0])
-        patch(None, at, stored.values, 0, V)
-        project(expectation[r0:r1], stored.values[:, :V], ops)
+        ref = rewrite_far_rows(rows, saved, s.top, None, hidden_buffer[: r1 - r0])
+        patch(None, at, saved.values, 0, V)
+        project(expectation[r0:r1], saved.values[:, :V], ops)
         factor = torch.exp(ref - s.top) / s.sumexp * (transform.scale / transform.temperature)
         expectation[r0:r1] *= factor[:, None]
     return logprobs, lse, entropies, expectation
