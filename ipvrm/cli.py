@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm.errors import IpvrmError
+from ipvrm.output import protect
 from ipvrm.run_folder import installed_version
 
 
@@ -85,6 +86,8 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Returns 0, 2 for an error of the user's (one line on stderr), 130 when interrupted."""
+    if argv is None:  # as a command
+        protect()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

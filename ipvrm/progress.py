@@ -1,9 +1,13 @@
 """What a long run shows while it works, and how it is asked to stop."""
 
+import contextlib
+import os
+import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -26,7 +30,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Progress:
-    """A progress bar on a terminal, a line every tenth elsewhere, nothing when not `enabled`."""
+    """A progress bar on a terminal; elsewhere a line every tenth of the work and every minute; or nothing."""
 
     def __init__(self, enabled: bool = True):
         from rich.console import Console
@@ -38,13 +42,6 @@ class Progress:
         """One line that stays on the screen."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def logged(self, record: dict[str, Any], total: int) -> None:
-        """Where there is no bar, shows every tenth of the run's records."""
-        step = record["step"]
-        if not self.live and (step * 10 // total != (step - 1) * 10 // total):
-            parts = [f"{name} {record[name]:.4g}" for name in SHOWN if name in record]
-            self.note(f"update {step}/{total}  " + "  ".join(parts))
-
     def track(self, items: Sequence[T], description: str) -> Iterator[T]:
         """Iterates with a bar."""
         with self.bar(description, len(items)) as update:
@@ -54,9 +51,9 @@ class Progress:
 
     @contextmanager
     def bar(self, description: str, total: int, start: int = 0) -> Iterator[Callable[..., None]]:
-        """Yields update(done, loss=, prefix_accuracy=, tokens_per_second=), which moves the bar."""
+        """Yields update(done, loss=, prefix_accuracy=, tokens_per_second=, ...), which moves the bar."""
         if not self.live:
-            yield lambda done, **numbers: None
+            yield _Lines(self.note, description, total, start).update
             return
         from rich import progress as rich
 
@@ -72,31 +69,70 @@ class Progress:
             task = display.add_task(description, total=total, completed=start, numbers="")
 
             def update(done: int, **numbers: float) -> None:
-                text = "  ".join(f"{NAMES[name]} {value:{FORMATS[name]}}" for name, value in numbers.items())
                 memory = f"  mem {peak_memory(device) / 2**30:.2f} GiB" if numbers else ""
-                display.update(task, completed=done, numbers=text + memory)
+                display.update(task, completed=done, numbers=in_words(numbers) + memory)
 
             yield update
 
 
-SHOWN = (
-    "loss",
-    "policy_loss",
-    "prefix_accuracy",
-    "rollout_accuracy",
-    "tokens_per_second",
-    "eval_loss",
-    "eval_prefix_accuracy",
-    "eval_accuracy",
-)
-NAMES = {"loss": "loss", "prefix_accuracy": "prefix acc", "tokens_per_second": "tok/s"}
-NAMES |= {"policy_loss": "loss", "rollout_accuracy": "accuracy"}
-FORMATS = {"loss": ".4f", "prefix_accuracy": ".3f", "tokens_per_second": ",.0f"}
-FORMATS |= {"policy_loss": ".4f", "rollout_accuracy": ".3f"}
+class _Lines:
+    """What is shown where there is no terminal."""
+
+    def __init__(self, note: Callable[[str], None], description: str, total: int, start: int):
+        self.note, self.description, self.total, self.start = note, description, total, start
+        self.tenth, self.began = start * 10 // max(1, total), time.monotonic()
+        self.last = self.began
+
+    def update(self, done: int, **numbers: float) -> None:
+        now, tenth = time.monotonic(), done * 10 // max(1, self.total)
+        if tenth == self.tenth and now - self.last < LONGEST_SILENCE:
+            return
+        self.tenth, self.last = tenth, now
+        rate = (done - self.start) / max(now - self.began, 1e-9)
+        left = f", {duration((self.total - done) / rate)} left" if 0 < done < self.total and rate else ""
+        self.note(
+            f"{self.description} {done:,}/{self.total:,}  {rate:.3g}/s{left}  {in_words(numbers)}".rstrip()
+        )
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min` or `2 h 05 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+
+
+def in_words(numbers: Mapping[str, float]) -> str:
+    """`loss 0.6931  tok/s 1,234`."""
+    return "  ".join(f"{NAMES.get(name, name)} {value:{FORMATS[name]}}" for name, value in numbers.items())
+
+
+LONGEST_SILENCE = 60.0  # seconds
+NAMES = {
+    "policy_loss": "loss",
+    "prefix_accuracy": "prefix acc",
+    "rollout_accuracy": "accuracy",
+    "tokens_per_second": "tok/s",
+}
+FORMATS = {
+    "loss": ".4f",
+    "policy_loss": ".4f",
+    "prefix_accuracy": ".3f",
+    "rollout_accuracy": ".3f",
+    "tokens_per_second": ",.0f",
+}
+# SIGKILL and SIGSTOP cannot be caught; Windows has neither SIGHUP nor SIGUSR1
+STOPPING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]
 
 
 class Interrupt:
-    """While entered, the first SIGINT or SIGTERM is noted in `signal`; the second acts as usual."""
+    """While entered, the first signal of `STOPPING` is noted in `signal`; the second acts as usual.
+
+    In the main thread alone, and a signal that is ignored (by `nohup`, say) stays so.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -104,18 +140,19 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+            for number in STOPPING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def asked(self, accelerator: Any) -> bool:
-        """Whether the signal has reached any rank; all of them ask at the same place."""
+        """Whether a signal has reached any rank; all of them ask at the same place."""
         flag = torch.tensor(float(bool(self.signal)), device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum") > 0)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        print("\nstopping after this update (again: at once)", file=sys.stderr, flush=True)
+        say_at_once("\nstopping after this update (again: at once)\n")
         self._restore()
 
     def _restore(self) -> None:
@@ -124,3 +161,14 @@ class Interrupt:
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
+
+
+def say_at_once(text: str) -> None:
+    """Writes a short text to the error output if that neither waits nor fails: for a signal's handler.
+
+    Python's own streams are not to be used there: the signal may have come while they are being written to.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        _, ready, _ = select.select([], [2], [], 0)
+        if ready:
+            os.write(2, text.encode())

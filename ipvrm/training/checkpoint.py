@@ -29,6 +29,7 @@ WORDS = {  # of a fingerprint's hashes
     "data_hash": "the training data",
 }
 PREFIX = "checkpoint-"
+AUTO = "auto"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
 RNG = "rng.safetensors"
@@ -51,7 +52,7 @@ def interrupted(folder: Path, step: int, total: int, signal_number: int) -> Trai
     Args:
         signal_number: 0 on a rank that has not seen the signal itself.
     """
-    again = f"--output_dir {folder.parent} --resume_from_checkpoint latest"
+    again = f"--output_dir {folder.parent} --resume_from_checkpoint auto"
     message = (
         f"stopped after update {step} of {total}, saved {folder}; "
         f"the same command with {again} goes on from there"
@@ -60,7 +61,7 @@ def interrupted(folder: Path, step: int, total: int, signal_number: int) -> Trai
 
 
 def resumed_from(folder: Path, given: str | None, mark: str) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint names, None without it.
+    """The checkpoint that --resume_from_checkpoint names, None where the run starts.
 
     Raises:
         IpvrmError: it does not exist, or it is not asked for and the folder holds checkpoints or `mark`.
@@ -69,7 +70,7 @@ def resumed_from(folder: Path, given: str | None, mark: str) -> Path | None:
         return find_checkpoint(folder, given)
     if checkpoints(folder) or (folder / mark).exists():
         raise IpvrmError(
-            f"{folder} holds a run already; add --resume_from_checkpoint latest, or name another --output_dir"
+            f"{folder} holds a run already; add --resume_from_checkpoint auto, or name another --output_dir"
         )
     return None
 
@@ -102,20 +103,15 @@ def newest_in_words(folder: str | Path) -> str:
     return f"the last checkpoint, {saved[-1]}, is intact" if saved else "no checkpoint was written yet"
 
 
-def find_checkpoint(output_dir: str | Path, resume_from: str) -> Path:
-    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `latest` of `output_dir`.
+def find_checkpoint(output_dir: str | Path, resume_from: str) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` names: a folder, or under `auto` the newest if any.
 
     Raises:
-        IpvrmError: there is none; the message lists those that exist.
+        IpvrmError: there is none of this name; the message lists those that exist.
     """
     found = checkpoints(output_dir)
-    if resume_from == "latest":
-        if not found:
-            raise IpvrmError(
-                f"--resume_from_checkpoint latest: no complete checkpoint in {output_dir}; "
-                "start without the flag, or name a checkpoint folder"
-            )
-        return found[-1]
+    if resume_from == AUTO:
+        return found[-1] if found else None
     path = Path(resume_from)
     if not (path / STATE).is_file():
         names = ", ".join(p.name for p in found) or "none"

@@ -242,7 +242,8 @@ class PolicyConfig:
     save_total_limit: int = field(default=2, metadata=FREE | AT_LEAST_ONE)
     """Newest checkpoints that are kept."""
     resume_from_checkpoint: str | None = field(default=None, metadata=FREE)
-    """A checkpoint folder, or `latest` for the newest in output_dir."""
+    """A checkpoint folder, or `auto`: go on from the newest in output_dir, start where there is none, and do
+    nothing where the run is finished."""
     on_bad_row: OnBadRow = field(default="error", metadata=FREE)
     """Prompts that cannot be used: stop and list them, or skip."""
     use_cpu: bool = field(default=False, metadata=FREE)

@@ -97,7 +97,8 @@ class RewardConfig:
     save_total_limit: int = field(default=2, metadata=FREE | AT_LEAST_ONE)
     """Newest checkpoints that are kept."""
     resume_from_checkpoint: str | None = field(default=None, metadata=FREE)
-    """A checkpoint folder, or `latest` for the newest in output_dir."""
+    """A checkpoint folder, or `auto`: go on from the newest in output_dir, start where there is none, and do
+    nothing where the run is finished."""
     use_cpu: bool = field(default=False, metadata=FREE)
     """Train on the CPU although there is an accelerator."""
     dry_run: bool = field(default=False, metadata=FREE)

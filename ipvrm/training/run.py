@@ -21,6 +21,7 @@ from ipvrm.run_folder import (
     JsonlLog,
     manifest,
     move_into,
+    read_json,
     remove_leftovers,
     same_run,
     save_folder,
@@ -29,7 +30,7 @@ from ipvrm.run_folder import (
 )
 from ipvrm.training import checkpoint
 
-RESULTS = "results.json"
+MANIFEST, RESULTS = "manifest.json", "results.json"
 
 
 class RunSettings(Protocol):
@@ -98,6 +99,8 @@ class Run:
                     f"--output_dir {self.output} is a model that the run starts from; it would be overwritten"
                 )
         self.resumed = checkpoint.resumed_from(self.output, config.resume_from_checkpoint, mark)
+        finished = (self.output / mark).exists() and (self.output / RESULTS).exists()
+        self.finished = finished and config.resume_from_checkpoint == checkpoint.AUTO
         self.state = None if self.resumed is None else checkpoint.load_state(self.resumed)
         self.start = 0 if self.state is None else int(self.state["step"])
         self.total = 0
@@ -123,16 +126,30 @@ class Run:
         Raises:
             IpvrmError: the checkpoint is of another run; each changed setting is named.
         """
-        if self.state is not None:
-            same_run(self.state["fingerprint"], fingerprint, str(self.resumed), checkpoint.WORDS)
+        stored = None if self.state is None else self.state["fingerprint"]
+        if self.finished:  # its checkpoints may be gone
+            stored = read_json(self.output / MANIFEST)["fingerprint"]
+        if stored is not None:
+            same_run(stored, fingerprint, str(self.resumed or self.output), checkpoint.WORDS)
         self.total, self._fingerprint = total, fingerprint
-        if self.main:
+        if self.finished:
+            self.progress.note(f"{self.output}: finished already")
+        elif self.main:
             self.output.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.output)
             settings = asdict(self.config)  # type: ignore[call-overload]
             write_text(self.output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-            record = manifest(seeds={"seed": self.config.seed}, ranks=self.accelerator.num_processes)
-            write_json(self.output / "manifest.json", record)
+            record = manifest(
+                seeds={"seed": self.config.seed},
+                ranks=self.accelerator.num_processes,
+                fingerprint=fingerprint,
+            )
+            write_json(self.output / MANIFEST, record)
+
+    def result(self) -> TrainResult:
+        """Of the finished run that lies there already."""
+        metrics = read_json(self.output / RESULTS)
+        return TrainResult(self.output, metrics, metrics["steps"], metrics["seconds"])
 
     def restore(self, module: torch.nn.Module, optimizer: Any) -> None:
         """Optimizer and generators of the checkpoint, where there is one; the arguments are prepared ones."""
@@ -169,7 +186,9 @@ class Run:
         """A line of the log."""
         if self._log is not None:
             self._log.write(record)
-            self.progress.logged(record, self.total)
+            evaluated = [f"{name} {value:.4g}" for name, value in record.items() if name.startswith("eval_")]
+            if evaluated:
+                self.progress.note(f"update {record['step']}: " + "  ".join(evaluated))
 
     @contextmanager
     def kept_on_failure(
@@ -241,8 +260,7 @@ class Run:
         return path
 
     def finish(self, metrics: dict[str, Any], trained: Trained) -> TrainResult:
-        """Writes the models and results.json, the mark of a finished run last."""
-        seconds = self.seconds()
+        """Writes the models and `metrics` (with `seconds`) as results.json, the mark of a finished run last."""
         if self.main and self._log is not None:
             self._log.close()
             finished = self.output / ".finished.tmp"
@@ -251,7 +269,7 @@ class Run:
                 write_json(folder / RESULTS, metrics)
             move_into(finished, self.output, last=self.mark)
         self.accelerator.wait_for_everyone()
-        return TrainResult(self.output, metrics, self.total, seconds)
+        return TrainResult(self.output, metrics, self.total, metrics["seconds"])
 
 
 def report(result: TrainResult) -> None:

@@ -69,6 +69,9 @@ def train_policy(config: PolicyConfig, progress: bool = True) -> TrainResult:
     inputs = _Inputs(config, method, run)
     if config.dry_run:
         return inputs.dry_run()
+    run.begin(config.max_steps, inputs.fingerprint())
+    if run.finished:
+        return run.result()
     with VerifierPool(config.verifier, config.verifier_workers, config.verifier_timeout) as pool:
         return _Trainer(inputs, pool).train()
 
@@ -91,6 +94,11 @@ class _Inputs:
     def _read(self, path: str) -> tuple[list[Question], list[BadRow]]:
         prompts, bad = read_prompts(path, self.config.on_bad_row)
         return as_questions(prompts, bad, path, self.tokenizer, self.config, self.context)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the weights of the run."""
+        hashes = {"start_hash": weights_hash(self.config.model), "data_hash": questions_hash(self.questions)}
+        return settings_of(self.config) | hashes | ({} if self.reward is None else self.reward.fingerprint())
 
     def dry_run(self) -> TrainResult:
         """Prints the resolved config, the data counts and a memory estimate of each trained model."""
@@ -118,10 +126,6 @@ class _Trainer:
         self.inputs, self.run, self.config, self.method = inputs, inputs.run, inputs.config, inputs.method
         config, run, self.reward = self.config, self.run, inputs.reward
         self.accelerator = run.accelerator
-        hashes = {"start_hash": weights_hash(config.model), "data_hash": questions_hash(inputs.questions)}
-        if self.reward is not None:
-            hashes |= self.reward.fingerprint()
-        run.begin(config.max_steps, settings_of(config) | hashes)
 
         # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
         start = config.model if run.resumed is None or config.lora_r is not None else run.resumed

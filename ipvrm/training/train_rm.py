@@ -10,6 +10,7 @@ function of (seed, epoch).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResu
     models = [config.model, config.reference or config.model]
     run = Run("train-rm", config, accelerator, starts_from=models, mark=CONFIG_NAME, progress=progress)
     inputs = _Inputs(config, run)
-    return inputs.dry_run() if config.dry_run else _Trainer(inputs).train()
+    if config.dry_run:
+        return inputs.dry_run()
+    run.begin(inputs.total_steps, inputs.fingerprint())
+    return run.result() if run.finished else _Trainer(inputs).train()
 
 
 class _Inputs:
@@ -107,6 +111,19 @@ class _Inputs:
             )
         return _Rows(data.responses, data.counts, [len(r.input_ids) for r in data.responses])
 
+    @cached_property
+    def reference_hash(self) -> str:
+        return weights_hash(self.reference_name)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the weights of the run."""
+        own = self.config.reference is not None  # a reference that is not the starting model
+        return settings_of(self.config) | {
+            "start_hash": weights_hash(self.config.model) if own else self.reference_hash,
+            "reference_hash": self.reference_hash,
+            "data_hash": data_hash(self.data.responses),
+        }
+
     def dry_run(self) -> TrainResult:
         """Prints the resolved config, the data counts and a memory estimate."""
         config = self.config
@@ -131,15 +148,6 @@ class _Trainer:
         self.accelerator, self.device = run.accelerator, run.device
         self.data, self.eval_data = inputs.data, inputs.eval_data
         self.objective = objective_of(config)
-        self.reference_hash = weights_hash(inputs.reference_name)
-        start_hash = self.reference_hash if config.reference is None else weights_hash(config.model)
-        hashes = {
-            "start_hash": start_hash,
-            "reference_hash": self.reference_hash,
-            "data_hash": data_hash(self.data.responses),
-        }
-        run.begin(inputs.total_steps, settings_of(config) | hashes)
-
         torch.manual_seed(config.seed)
         model = load_model(run.resumed or config.model, torch.float32)
         disable_dropout(model)
@@ -166,7 +174,7 @@ class _Trainer:
             self.run.output / REFERENCE_FILE,
             self.accelerator,
             reference_name=self.inputs.reference_name,
-            reference_hash=self.reference_hash,
+            reference_hash=self.inputs.reference_hash,
             module=self.module if self.run.start == 0 and self.config.reference is None else None,
             max_rows=self.config.per_device_train_batch_size,
             progress=self.run.progress,
@@ -310,7 +318,7 @@ class _Trainer:
             objective=self.config.objective,
             beta=self.config.beta,
             margin=self.config.margin,
-            **reference_entries(self.inputs.reference_name, place, self.reference_hash),
+            **reference_entries(self.inputs.reference_name, place, self.inputs.reference_hash),
             template_hash=template_hash(self.inputs.tokenizer),
             versions=versions(),
             chat_template_kwargs=self.inputs.chat.kwargs,

@@ -814,7 +814,7 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
     for path in checkpoints(folder)[2:]:
         shutil.rmtree(path)
     (folder / "model.safetensors").unlink()
-    train(replace(uninterrupted, output_dir=str(folder), resume_from_checkpoint="latest"))
+    train(replace(uninterrupted, output_dir=str(folder), resume_from_checkpoint="auto"))
     assert_same_run(folder, uninterrupted.output_dir)
 
 
@@ -871,7 +871,7 @@ def test_killed_in_the_middle_of_a_save(uninterrupted, toy, tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [p.name for p in checkpoints(folder)] == ["checkpoint-1"]
     assert list(folder.glob(".checkpoint-2.*"))
-    train(replace(settings, resume_from_checkpoint="latest"))
+    train(replace(settings, resume_from_checkpoint="auto"))
     assert_same_run(folder, uninterrupted.output_dir)
     assert not list(folder.glob(".*"))
 
@@ -890,7 +890,7 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
         with pytest.raises(TrainingInterrupted, match="stopped after update 2 of 4") as caught:
             train(settings)
     assert caught.value.exit_code == 128 + signal.SIGTERM
-    train(replace(settings, resume_from_checkpoint="latest"))
+    train(replace(settings, resume_from_checkpoint="auto"))
     assert_same_run(settings.output_dir, uninterrupted.output_dir)
 
 
@@ -911,7 +911,7 @@ def test_resuming_an_older_checkpoint_keeps_what_it_saves(uninterrupted, tmp_pat
         with pytest.raises(TrainingInterrupted, match="after update 2 of 4") as caught:
             train(replace(settings, resume_from_checkpoint=str(outside)))
     assert checkpoints(folder) == [caught.value.checkpoint] and not (folder / "results.json").exists()
-    train(replace(settings, resume_from_checkpoint="latest"))
+    train(replace(settings, resume_from_checkpoint="auto"))
     assert_same_run(folder, uninterrupted.output_dir)
 
 
@@ -945,7 +945,7 @@ def test_unanimous_prompts_late_in_a_run_lose_nothing(config, monkeypatch):
     monkeypatch.setattr(Collector, "collect", unanimous_once)
     with pytest.raises(IpvrmError, match="none of the prompts. The run so far: .*checkpoint-1"):
         train(settings)
-    result = train(replace(settings, resume_from_checkpoint="latest"))
+    result = train(replace(settings, resume_from_checkpoint="auto"))
     assert calls == [0, 12, 24, 36] and result.metrics["prompts_seen"] == 48
     assert [record["step"] for record in log_of(result.output_dir)] == [1, 2, 3]
 
@@ -997,7 +997,7 @@ def test_a_step_that_fails_before_it_learns_loses_nothing(
     assert "The run so far: " in str(caught.value) + capsys.readouterr().err
     (saved,) = checkpoints(settings.output_dir)
     assert saved.name == "checkpoint-2"
-    folder = train(replace(settings, resume_from_checkpoint="latest")).output_dir
+    folder = train(replace(settings, resume_from_checkpoint="auto")).output_dir
     whole = train(config("whole", algorithm="grpo", max_steps=4, save_steps=0)).output_dir
     assert_same_run(folder, whole)
 
@@ -1048,7 +1048,7 @@ def test_an_evaluation_that_fails_loses_nothing(config, toy, monkeypatch, steps)
     with pytest.raises(IpvrmError, match="no verifier. The run so far: .*checkpoint-2"):
         train(settings)
     assert [record["step"] for record in log_of(settings.output_dir)] == [0, 1, 2]
-    result = train(replace(settings, resume_from_checkpoint="latest"))
+    result = train(replace(settings, resume_from_checkpoint="auto"))
     whole = train(replace(settings, output_dir=str(Path(settings.output_dir).with_name("whole"))))
     assert same_bits(result.output_dir, whole.output_dir)
     assert result.metrics["eval"] == whole.metrics["eval"]
@@ -1098,7 +1098,7 @@ def test_resume_refuses_another_run(uninterrupted, toy, tmp_path):
         ({"train_data": str(data)}, "the training data"),
         ({"reward_model": edited(toy, tmp_path, lambda folder: None)}, None),
     ):
-        settings = replace(uninterrupted, output_dir=str(folder), resume_from_checkpoint="latest", **changes)
+        settings = replace(uninterrupted, output_dir=str(folder), resume_from_checkpoint="auto", **changes)
         if reason is None:  # the same reward model in another folder
             train(settings)
             continue
@@ -1123,7 +1123,7 @@ def test_lora(config, toy, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(folder, again)
     shutil.rmtree(again / "checkpoint-2")
-    train(replace(settings, output_dir=str(again), resume_from_checkpoint="latest"))
+    train(replace(settings, output_dir=str(again), resume_from_checkpoint="auto"))
     assert_same_run(again, folder)
     with pytest.raises(IpvrmError, match="the head carries an adapter"):
         train(config("head", lora_r=4, lora_target_modules=("lm_head",)))

@@ -370,7 +370,7 @@ def copy_of(settings, folder, **changes):
 
 
 def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
-    """From each checkpoint, by name and as `latest`; logging every 3 updates spans those at 2 and 4."""
+    """From each checkpoint, by name and as `auto`; logging every 3 updates spans those at 2 and 4."""
     whole = Path(uninterrupted.output_dir)
     assert [p.name for p in checkpoints(whole)] == ["checkpoint-2", "checkpoint-4"]
     for step in (2, 4):
@@ -380,7 +380,8 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
             if int(path.name.split("-")[1]) > step:
                 shutil.rmtree(path)
         (folder / "model.safetensors").unlink()
-        name = "latest" if step == 2 else str(folder / "checkpoint-4")
+        (folder / "results.json").unlink()
+        name = "auto" if step == 2 else str(folder / "checkpoint-4")
         if step == 4:  # computed again from the reference, not from the trained weights
             (folder / "reference_logprobs.safetensors").unlink()
         result = train(copy_of(uninterrupted, folder, resume_from_checkpoint=name))
@@ -406,13 +407,28 @@ def test_resume_refuses_another_run(uninterrupted, tmp_path, rollouts):
         ({"train_data": str(shorter)}, "the training data"),
     ):
         with pytest.raises(IpvrmError, match=f"made otherwise; changed: .*{reason}"):
-            train(copy_of(uninterrupted, folder, resume_from_checkpoint="latest", **changes))
+            train(copy_of(uninterrupted, folder, resume_from_checkpoint="auto", **changes))
     (folder / "checkpoint-99").mkdir()  # without its state it is none
     assert checkpoints(folder)[-1].name == "checkpoint-4"
     with pytest.raises(IpvrmError, match="not a checkpoint"):
         train(copy_of(uninterrupted, folder, resume_from_checkpoint=str(folder)))
-    with pytest.raises(IpvrmError, match="no complete checkpoint"):
-        train(copy_of(uninterrupted, tmp_path / "empty", resume_from_checkpoint="latest"))
+
+
+def test_the_same_command_starts_goes_on_and_is_finished(config, tmp_path, monkeypatch):
+    """`auto`: no checkpoint, a checkpoint, a finished run, which is left alone; others are refused."""
+    settings = config(max_steps=3, resume_from_checkpoint="auto")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(TrainingInterrupted):
+            train(settings)
+    result = train(settings)
+    folder = result.output_dir
+    assert [record["step"] for record in log_of(folder)][-1] == 3
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert train(settings) == result
+    assert written == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(IpvrmError, match=r"max_steps \(3 then, 4 now\)"):
+        train(copy_of(settings, folder, max_steps=4))
 
 
 KILLED_IN_A_SAVE = """
@@ -437,14 +453,14 @@ KILLED_IN_A_SAVE = """
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_save(uninterrupted, tmp_path):
-    """kill -9 while checkpoint 4 is half written: `latest` is checkpoint 2, and the end is the same bits."""
+    """kill -9 while checkpoint 4 is half written: `auto` is checkpoint 2, and the end is the same bits."""
     folder = tmp_path / "run"
     settings = copy_of(uninterrupted, folder)
     done = run_cli("-c", textwrap.dedent(KILLED_IN_A_SAVE), "train-rm", *flags(settings))
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [p.name for p in checkpoints(folder)] == ["checkpoint-2"]
     assert list(folder.glob(".checkpoint-4.*"))  # the half-written one is there, under another name
-    train(copy_of(uninterrupted, folder, resume_from_checkpoint="latest"))
+    train(copy_of(uninterrupted, folder, resume_from_checkpoint="auto"))
     assert same_bits(uninterrupted.output_dir, folder)
     assert log_of(folder) == log_of(uninterrupted.output_dir)
     assert not list(folder.glob(".*"))
@@ -468,12 +484,12 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2, signal_number)
-        with pytest.raises(TrainingInterrupted, match="resume_from_checkpoint latest") as caught:
+        with pytest.raises(TrainingInterrupted, match="resume_from_checkpoint auto") as caught:
             train(copy_of(uninterrupted, folder))
     assert caught.value.exit_code == 128 + signal_number
     assert signal.getsignal(signal.SIGINT) is handler
     assert caught.value.checkpoint == checkpoints(folder)[-1]
-    train(copy_of(uninterrupted, folder, resume_from_checkpoint="latest"))
+    train(copy_of(uninterrupted, folder, resume_from_checkpoint="auto"))
     assert same_bits(uninterrupted.output_dir, folder)
     assert log_of(folder) == log_of(uninterrupted.output_dir)
 
