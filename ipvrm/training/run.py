@@ -260,7 +260,7 @@ class Run:
         return path
 
     def finish(self, metrics: dict[str, Any], trained: Trained) -> TrainResult:
-        """Writes the models and `metrics`, with `seconds`, as results.json; the mark of a finished run last."""
+        """Writes the models and results.json (`metrics`, with `seconds`), the mark of a finished run last."""
         if self.main and self._log is not None:
             self._log.close()
             finished = self.output / ".finished.tmp"
