@@ -6,6 +6,7 @@ with pi_ref the behaviour policy, which costs nothing (Appendix B), or the model
 trained against (`td_reference` sft, Table 9). The same reference serves the scores and the online update.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,6 @@ from ipvrm.models.causal_lm import (
     load_model,
     load_tokenizer,
     local_folder,
-    save_model,
     template_hash,
     weights_hash,
 )
@@ -37,6 +37,8 @@ from ipvrm.models.reward_model import (
 )
 from ipvrm.run_folder import versions
 from ipvrm.training import checkpoint
+from ipvrm.training.adapters import adapter_entries, add_adapters, save_trained
+from ipvrm.training.flags import filled
 from ipvrm.training.optimizer import adamw, update
 from ipvrm.training.policy_config import PolicyConfig, reads_reference
 from ipvrm.training.policy_rollouts import Rollouts
@@ -119,11 +121,17 @@ class OnlineReward:
 
     def load(self, resumed: Path | None, scalars: dict[str, Any] | None) -> None:
         """Loads weights and optimizer, of a checkpoint where one is given."""
-        model = load_model(self.folder if resumed is None else resumed / FOLDER, torch.float32)
+        # a checkpoint's weights are merged ones; its adapters belong on the starting weights
+        merged = resumed is None or bool(self.config.rm_lora_r)
+        model = load_model(self.folder if merged else cast(Path, resumed) / FOLDER, torch.float32)
         disable_dropout(model)
+        model.train(self.trained).requires_grad_(self.trained)
+        if self.config.rm_lora_r:
+            r, saved = self.config.rm_lora_r, None if resumed is None else resumed / FOLDER
+            names = self.config.lora_target_modules
+            model = add_adapters(model, r, alpha=float(r), target_modules=names, saved=saved)
         if self.config.gradient_checkpointing and self.trained:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
-        model.train(self.trained).requires_grad_(self.trained)
         self.reference: nn.Module | None = None
         if self.config.td_reference == "sft":
             assert self.reference_folder is not None
@@ -131,9 +139,10 @@ class OnlineReward:
         if not self.trained:
             self.module: nn.Module = ResponseLogprobs(model.to(self.accelerator.device))
             return
-        assert self.config.rm_learning_rate is not None
         module = ResponseLogprobs(model)
-        optimizer = adamw(module, self.config.rm_learning_rate, self.config, self.accelerator.device)
+        settings = replace(self.config, weight_decay=self.config.rm_weight_decay)
+        rate = filled(self.config.rm_learning_rate)
+        optimizer = adamw(module, rate, settings, self.accelerator.device)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         if resumed is not None and scalars is not None:
             checkpoint.load_optimizer(resumed / FOLDER, self.module, self.optimizer.optimizer, scalars)
@@ -190,7 +199,6 @@ class OnlineReward:
         Raises:
             NotFinite: from `ipvrm.training.optimizer.update`.
         """
-        assert self.config.rm_learning_rate is not None
         balance: Balance | None = None
         if self.objective.name == "ipvrm":
             balance = online_balance(
@@ -229,8 +237,8 @@ class OnlineReward:
                 self.optimizer,
                 rollouts.microbatches(minibatch, self.config.per_device_train_batch_size, self.accelerator),
                 loss_and_sums,
-                learning_rate=self.config.rm_learning_rate * factor,
-                max_grad_norm=self.config.max_grad_norm,
+                learning_rate=filled(self.config.rm_learning_rate) * factor,
+                max_grad_norm=filled(self.config.rm_max_grad_norm),
             )
             for name, (total, count) in paired(values, METRICS).items():
                 old = totals.get(name, (0.0, 0.0))
@@ -261,7 +269,7 @@ class OnlineReward:
                 "reference_given": str(final_place.parent),
                 "reference_hash": weights_hash(policy),
             }
-        save_model(self.model, folder)
+        save_trained(self.model, folder)
         self.tokenizer.save_pretrained(folder)
         info = RewardModelInfo(
             objective=self.info.objective,
@@ -272,9 +280,14 @@ class OnlineReward:
             template_hash=self.info.template_hash,
             versions=versions(),
             chat_template_kwargs=self.info.chat_template_kwargs,
+            adapter=self._adapter(),
             **entries,
         )
         write_info(folder, info)
+
+    def _adapter(self) -> dict[str, Any] | None:
+        r = self.config.rm_lora_r
+        return adapter_entries(self.folder, weights_hash(self.folder), r, float(r)) if r else None
 
 
 def _head_size(model: str | Path) -> int:

@@ -53,7 +53,8 @@ def measured(tiny_folder, reward_folder, tokenizer, tmp_path, monkeypatch):
             output_dir=str(tmp_path / "run"),
             rm_update=rm_update,
             rm_learning_rate=None if rm_update == "frozen" else 3e-3,
-            minibatch_size=minibatch_size,
+            rm_minibatch_size=None if rm_update == "frozen" else minibatch_size,
+            rm_lora_r=None if rm_update == "frozen" else 0,
             use_cpu=True,
         )
         config, method = resolve(config)

@@ -19,6 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import ipvrm.training.online_reward as online_reward_module
 import ipvrm.training.train_policy as train_policy_module
 from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
 from ipvrm.data.rows import Prompt
@@ -27,7 +28,7 @@ from ipvrm.losses.advantages import AdvantageConfig
 from ipvrm.losses.metrics import auc
 from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
-from ipvrm.models.causal_lm import load_model, response_logprobs, save_model
+from ipvrm.models.causal_lm import load_model, response_logprobs, save_model, weights_hash
 from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.verify import Verdict
@@ -138,6 +139,10 @@ def toy_config(toy, output, **changes):
         "rollout_prompts": 12,
         "train_prompts": 10,
         "minibatch_size": 20,
+        "rm_minibatch_size": 20,
+        "lora_r": 0,
+        "rm_lora_r": 0,
+        "weight_decay": 0.0,
         "max_steps": 1,
         "learning_rate": 1e-3,
         "rm_learning_rate": 1e-3,
@@ -150,8 +155,10 @@ def toy_config(toy, output, **changes):
     if settings["algorithm"] in ("distrl", "grpo_prm", "prime"):
         objective = "implicit_prm" if settings["algorithm"] == "prime" else "ipvrm"
         settings.setdefault("reward_model", str(toy / objective))
-    else:
-        settings.pop("rm_learning_rate")
+    settings.setdefault("rm_max_grad_norm", settings.get("max_grad_norm"))
+    for name in ("rm_learning_rate", "rm_minibatch_size", "rm_lora_r", "rm_max_grad_norm"):
+        if "reward_model" not in settings or (settings.get("rm_update") == "frozen" and name not in changes):
+            settings.pop(name)
     return PolicyConfig(**settings)
 
 
@@ -224,6 +231,7 @@ def test_run_folder(uninterrupted, toy):
     assert first["prompts"] == 12 and first["responses"] == 48 and first["truncated"] >= 0
     kept = first["prompts_mixed"] + first["prompts_mixed_left_out"]
     kept += first["prompts_all_right"] + first["prompts_all_wrong"] + first["prompts_too_few_responses"]
+    kept += first["prompts_truncated"]
     assert kept == 12 and first["prompts_mixed"] <= 10
     assert 0 < first["candidate_mass"] <= 1 and 0 < first["candidates_per_row"] <= 10
     assert json.loads((folder / "results.json").read_text())["last"]["step"] == 4
@@ -258,7 +266,7 @@ def test_it_learns(config, toy):
         {"algorithm": "spro"},
         {"preset": "release", "num_generations": 4},
         {"preset": "release", "num_generations": 4, "algorithm": "grpo"},
-        {"td_reference": "sft", "rm_update": "frozen", "rm_learning_rate": None},
+        {"td_reference": "sft", "rm_update": "frozen"},
         {"mixed_precision": "bf16", "num_epochs": 2},
         {"temperature": 0.7, "gradient_checkpointing": True},
     ],
@@ -496,6 +504,35 @@ def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_pa
     assert other["loss"][0] != pytest.approx(sums["loss"][0], rel=1e-2)
 
 
+def test_the_flags_of_the_reward_model_are_its_own(config, monkeypatch):
+    """Minibatch, norm of the gradient, weight decay and adapters of each model, as its update gets them."""
+    seen = {"policy": [], "rm": []}
+
+    def spied(name, update):
+        def call(accelerator, module, optimizer, share, *arguments, **options):
+            decay = max(group["weight_decay"] for group in optimizer.param_groups)
+            adapters = sum("lora_A" in n for n, p in module.named_parameters() if p.requires_grad)
+            rows = sum(map(len, share))
+            seen[name].append((rows, options["max_grad_norm"], decay, adapters > 0))
+            return update(accelerator, module, optimizer, share, *arguments, **options)
+
+        return call
+
+    for name, module in (("policy", train_policy_module), ("rm", online_reward_module)):
+        monkeypatch.setattr(module, "update", spied(name, module.update))
+    own = {"minibatch_size": 16, "max_grad_norm": 0.5, "weight_decay": 0.1, "lora_r": 0}
+    of_rm = {"rm_minibatch_size": 6, "rm_max_grad_norm": 7.0, "rm_weight_decay": 0.3, "rm_lora_r": 2}
+    for algorithm in ("distrl", "prime"):
+        seen["policy"].clear(), seen["rm"].clear()
+        train(config(algorithm, algorithm=algorithm, **own, **of_rm))
+        assert {row[1:] for row in seen["policy"]} == {(0.5, 0.1, False)}
+        assert {row[1:] for row in seen["rm"]} == {(7.0, 0.3, True)}
+        total = sum(rows for rows, *_ in seen["rm"])
+        assert total == sum(rows for rows, *_ in seen["policy"]) > 16
+        for name, most in (("policy", 16), ("rm", 6)):
+            assert len(seen[name]) == -(-total // most) and max(rows for rows, *_ in seen[name]) <= most
+
+
 def test_auc():
     outcome = torch.tensor([1.0, 0, 1, 0, 0])
     assert auc(torch.tensor([3.0, 1, 2, 2, 0]), outcome) == pytest.approx((3 + 2.5) / 6)
@@ -560,6 +597,32 @@ def test_only_mixed_prompts_are_kept():
     assert few.num_groups == 1 and counts["prompts_mixed_left_out"] == 1
 
 
+def test_what_a_truncated_response_takes_with_it():
+    """Itself alone, or all responses to its prompt, whose others would have been mixed."""
+    right, wrong, cut = [5, 9], [6, 9], [5, 5]
+    written = [[right, wrong, cut], [right, wrong, wrong], [cut, cut, cut], [right, right, cut]]
+    settings = {"num_generations": 3, "drop_truncated": "response"}
+    rollouts, _, counts = collector(written, **settings).collect(0)
+    assert (rollouts.num_groups, len(rollouts.responses)) == (2, 5)
+    assert (counts["prompts_truncated"], counts["prompts_too_few_responses"]) == (0, 1)
+    assert (counts["prompts_mixed"], counts["prompts_all_right"], counts["truncated"]) == (2, 1, 5)
+    rollouts, _, counts = collector(written, **settings | {"drop_truncated": "prompt"}).collect(0)
+    assert (rollouts.num_groups, len(rollouts.responses)) == (1, 3)
+    assert {r.input_ids[0] for r in rollouts.responses} == {1}
+    assert (counts["prompts_truncated"], counts["prompts_mixed"], counts["prompts_all_right"]) == (3, 1, 0)
+    assert counts["prompts_too_few_responses"] == 0 and counts["truncated"] == 5
+    with pytest.raises(Unanimous, match="2 left out for a response that was cut off"):
+        collector([[right, cut], [cut, wrong]], drop_truncated="prompt").collect(0)
+    evaluated = collector(
+        written,
+        **settings | {"drop_truncated": "prompt"},
+        eval_data="e",
+        eval_temperature=1.0,
+        eval_top_p=1.0,
+    ).accuracy()  # a truncated response is wrong there, under both
+    assert evaluated["eval_responses"] == 4
+
+
 def test_rounds_fill_the_batch():
     right, wrong = [5, 9], [6, 9]
     written = [[right, wrong], [right, right]]
@@ -578,12 +641,38 @@ def test_unanimous_prompts_are_a_clear_line():
 
 
 def test_defaults_of_the_presets(config):
-    base = PolicyConfig("m", "d", "o", reward_model="r")
+    base = PolicyConfig("m", "d", "o", reward_model="r", eval_data="e")
     paper, of_paper = resolve(base)
     release, of_release = resolve(replace(base, preset="release"))
-    names = ("num_generations", "learning_rate", "rm_learning_rate", "lam", "gae_coef", "candidate_mode")
-    assert [getattr(paper, n) for n in names] == [4, 3e-5, 1e-4, 0.95, 1.0, "min_prob"]
-    assert [getattr(release, n) for n in names] == [16, 2e-5, 2e-6, 1.0, 0.05, "top_k"]
+    settings = {  # of paper, of release
+        "num_generations": (4, 16),
+        "learning_rate": (3e-5, 2e-5),
+        "weight_decay": (0.0, 0.01),
+        "lora_r": (128, 0),
+        "minibatch_size": (128, 2048),
+        "max_grad_norm": (1.0, 1.0),
+        "rm_learning_rate": (1e-4, 2e-6),
+        "rm_weight_decay": (0.0, 0.0),
+        "rm_lora_r": (128, 0),
+        "rm_minibatch_size": (128, 128),
+        "rm_max_grad_norm": (1.0, 10.0),
+        "rollout_prompts": (512, 1024),
+        "train_prompts": (256, 512),
+        "drop_truncated": ("response", "prompt"),
+        "lam": (0.95, 1.0),
+        "gae_coef": (1.0, 0.05),
+        "candidate_mode": ("min_prob", "top_k"),
+        "eval_temperature": (0.6, 0.7),
+        "eval_top_p": (0.95, 0.8),
+        "eval_top_k": (0, 20),
+        "eval_num_generations": (1, 8),
+    }
+    for name, both in settings.items():
+        assert (getattr(paper, name), getattr(release, name)) == both, name
+        for preset, other in (("paper", both[1]), ("release", both[0])):  # what is given wins
+            alone = {"candidate_mode": {"top_k": None}, "rollout_prompts": {"train_prompts": None}}
+            given = replace(base, preset=preset, **{name: other}, **alone.get(name, {}))
+            assert getattr(resolve(given)[0], name) == other, (preset, name)
     for preset, method in (("paper", of_paper), ("release", of_release)):
         assert method.candidates == CandidateConfig.preset(preset)
         assert method.loss == PolicyLossConfig.preset(preset)
@@ -621,7 +710,7 @@ def test_the_resolved_config_is_a_config_file(tmp_path, changes):
         ({"algorithm": "grpo", "alpha": 0.1}, "has no --alpha"),
         ({"algorithm": "grpo_prm", "candidate_mode": "top_k"}, "has no --candidate_mode"),
         ({"algorithm": "prime", "gae_coef": 0.1}, "has no --gae_coef"),
-        ({"rm_update": "frozen"}, "is not trained; leave --rm_learning_rate out"),
+        ({"rm_update": "frozen", "rm_learning_rate": 1e-3}, "is not trained; leave --rm_learning_rate out"),
         ({"top_k": 3}, "belongs to --candidate_mode top_k"),
         ({"num_generations": 1}, "at least 2"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
@@ -700,7 +789,7 @@ def test_nan_in_the_reward_model_stops_the_run(config, toy, tmp_path, monkeypatc
 
     monkeypatch.setattr("ipvrm.training.online_reward.token_and_candidate_logprobs", poisoned)
     with pytest.raises(IpvrmError, match="reward model's log-probs are not numbers"):
-        train(config("frozen", rm_update="frozen", rm_learning_rate=None))
+        train(config("frozen", rm_update="frozen"))
 
 
 def test_nan_in_the_online_update_stops_the_run(config, monkeypatch):
@@ -827,7 +916,7 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
         {"algorithm": "prime", "num_epochs": 2},
         {"algorithm": "spro", "num_epochs": 2},
         {"td_reference": "sft"},
-        {"rm_update": "frozen", "rm_learning_rate": None},
+        {"rm_update": "frozen"},
         {"preset": "release", "num_generations": 4},
         {"mixed_precision": "bf16"},
     ],
@@ -1081,7 +1170,7 @@ def test_a_step_that_fails_while_it_learns_says_what_is_lost(config, monkeypatch
 
     monkeypatch.setattr(train_policy_module._Trainer, "_step", counted)
     monkeypatch.setattr(f"{module}.update", fails)
-    settings = config(max_steps=3, save_steps=saves, minibatch_size=10)
+    settings = config(max_steps=3, save_steps=saves, minibatch_size=10, rm_minibatch_size=10)
     where = "checkpoint-1, is intact, .*: 0" if saves else "no checkpoint was written yet, .*: 1"
     with pytest.raises(IpvrmError, match=f"Not saved: {moved} had learnt from step 2 already; .*{where}"):
         train(settings)
@@ -1110,14 +1199,18 @@ def test_resume_refuses_another_run(uninterrupted, toy, tmp_path):
 
 
 def test_lora(config, toy, tmp_path):
-    """Adapters alone move; the run folder holds the merged model too; a resumed run is the same."""
-    settings = config(lora_r=4, max_steps=3, save_steps=1, save_total_limit=9)
+    """Adapters alone move, of policy and reward model; the run folder holds the merged models too; a resumed
+    run is the same."""
+    settings = config(lora_r=4, rm_lora_r=2, max_steps=3, save_steps=1, save_total_limit=9)
     folder = train(settings).output_dir
-    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    got, start = weights(folder), weights(toy / "sft")
-    assert got.keys() == start.keys()
-    moved = {n for n in got if not torch.equal(got[n], start[n])}
-    assert moved and all("_proj" in name for name in moved)
+    for model, first in ((folder, toy / "sft"), (folder / "reward_model", toy / "ipvrm")):
+        assert (model / "adapter" / "adapter_model.safetensors").is_file()
+        got, start = weights(model), weights(first)
+        assert got.keys() == start.keys()
+        moved = {n for n in got if not torch.equal(got[n], start[n])}
+        assert moved and all("_proj" in name for name in moved)
+    info = json.loads((folder / "reward_model" / "ipvrm_config.json").read_text())
+    assert info["adapter"]["lora_r"] == 2 and info["adapter"]["base_hash"] == weights_hash(toy / "ipvrm")
     RewardModel.from_pretrained(folder / "reward_model")
 
     again = tmp_path / "again"
@@ -1131,6 +1224,20 @@ def test_lora(config, toy, tmp_path):
         train(config("none", lora_r=4, lora_target_modules=("nothing",)))
     with pytest.raises(IpvrmError, match="belongs to --lora_r"):
         train(config("alpha", lora_alpha=4.0))
+
+
+def test_lora_of_the_policy_alone_or_of_the_reward_model_alone(config, toy):
+    for policy, reward in ((4, 0), (0, 4)):
+        settings = config(f"{policy}-{reward}", lora_r=policy, rm_lora_r=reward, gradient_checkpointing=True)
+        folder = train(settings).output_dir
+        for model, first, r in (
+            (folder, toy / "sft", policy),
+            (folder / "reward_model", toy / "ipvrm", reward),
+        ):
+            got, start = weights(model), weights(first)
+            moved = {n for n in got if not torch.equal(got[n], start[n])}
+            assert (model / "adapter").exists() == bool(r)
+            assert moved and all("_proj" in name for name in moved) == bool(r)
 
 
 # ------------------------------------------------------------------------------------------- two ranks
