@@ -5,11 +5,13 @@ starting weights.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ipvrm.errors import IpvrmError
 from ipvrm.models.causal_lm import head, save_model
@@ -63,11 +65,39 @@ def has_adapters(model: nn.Module) -> bool:
 
 def save_trained(model: nn.Module, folder: Path) -> None:
     """Writes a model folder; of a model with adapters the merged weights, and the adapters in ADAPTER."""
-    if not has_adapters(model):
-        save_model(model, folder)
-        return
-    save_model(cast(Any, copy.deepcopy(model)).merge_and_unload(), folder)
-    save_model(model, folder / ADAPTER)
+    save_merged(model, folder)
+    if has_adapters(model):
+        save_model(model, folder / ADAPTER)
+
+
+def save_merged(model: nn.Module, folder: Path) -> None:
+    """Writes a model folder; of a model with adapters the merged weights."""
+    whole = cast(Any, copy.deepcopy(model)).merge_and_unload() if has_adapters(model) else model
+    save_model(whole, folder)
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy, on the CPU, of what is trained of `model`: all of it, or its adapters."""
+    named = model.named_parameters()
+    return {name: p.detach().to("cpu", copy=True) for name, p in named if p.requires_grad}
+
+
+@contextmanager
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """`model` has these weights inside (`trained_weights`), and its own again afterwards, to the bit."""
+    own = trained_weights(model)
+    _set(model, weights)
+    try:
+        yield
+    finally:
+        _set(model, own)
+
+
+@torch.no_grad()
+def _set(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.copy_(weights[name])
 
 
 def adapter_entries(base: str | Path, base_hash: str, r: int, alpha: float | None) -> dict[str, Any] | None:

@@ -86,8 +86,8 @@ class PolicyConfig:
     train_data: str = field(metadata=FREE)
     """.parquet, .jsonl or .json of `prompt` and `answer` (or `reward_model.ground_truth`)."""
     output_dir: str = field(metadata=FREE)
-    """Run folder: the policy as a Hugging Face model folder, the reward model in `reward_model`,
-    metrics.jsonl, results.json."""
+    """Run folder: the policy, a Hugging Face model folder; in `reward_model` the reward model with the policy
+    that it was trained against so that `ipvrm score` gives what trained; metrics.jsonl, results.json."""
     algorithm: str = "distrl"
     """distrl (Eq. 11 to 14), grpo (outcome), grpo_prm (Eq. 13: distrl without candidates), prime, spro."""
     reward_model: str | None = field(default=None, metadata=FREE)

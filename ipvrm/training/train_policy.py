@@ -265,6 +265,7 @@ class _Trainer:
 
         def learn() -> Tensor:
             sums, grad_norm, finals = reward.update(rollouts, reference, batches, factor)
+            reward.learnt_from(self.policy)
             total = MetricSums()
             total.add(sums)
             record.update(total.means("rm_") | {"rm_grad_norm": grad_norm})
@@ -388,7 +389,7 @@ class _Trainer:
         self.inputs.tokenizer.save_pretrained(folder)
         if self.reward is not None:
             (folder / FOLDER).mkdir()
-            self.reward.write(folder / FOLDER, folder, place / FOLDER)
+            self.reward.write(folder / FOLDER, self.policy, place / FOLDER)
 
     def write_state(self, folder: Path) -> dict[str, Any]:
         """The optimizers, and the place in the prompts."""

@@ -110,7 +110,7 @@ def test_a_lost_reference_matters_only_where_it_is_read(tiny_folder, reward_fold
         assert online(**changes, reference=str(tiny_folder)).reference_folder == tiny_folder
     reward = online()
     reward.load(None, None)
-    policy = tmp_path / "policy"
-    shutil.copytree(tiny_folder, policy)
-    reward.write(policy / "reward_model", policy, policy / "reward_model")
-    RewardModel.from_pretrained(policy / "reward_model")  # its reference is the policy above it
+    policy = load_model(tiny_folder)
+    reward.learnt_from(policy)
+    reward.write(tmp_path / "saved", policy, tmp_path / "saved")
+    RewardModel.from_pretrained(tmp_path / "saved")  # its reference is the policy, saved in it

@@ -24,11 +24,19 @@ import ipvrm.training.train_policy as train_policy_module
 from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
 from ipvrm.data.rows import Prompt
 from ipvrm.demo.base_model import make_model, make_tokenizer
+from ipvrm.evaluate.score import ScoreConfig, score_file
 from ipvrm.losses.advantages import AdvantageConfig
 from ipvrm.losses.metrics import auc
 from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
-from ipvrm.models.causal_lm import load_model, response_logprobs, save_model, weights_hash
+from ipvrm.models.causal_lm import (
+    load_model,
+    load_tokenizer,
+    response_logprobs,
+    save_model,
+    template_hash,
+    weights_hash,
+)
 from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.verify import Verdict
@@ -39,6 +47,7 @@ from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss, behaviour
 from ipvrm.training.policy_rollouts import Collector, Targets, Unanimous, Verified, rollouts_of
 from ipvrm.training.train_policy import train_policy
+from ipvrm_kernels import prefix_values
 
 ROOT = Path(__file__).resolve().parents[2]
 VERIFIERS = """
@@ -236,8 +245,8 @@ def test_run_folder(uninterrupted, toy):
     assert 0 < first["candidate_mass"] <= 1 and 0 < first["candidates_per_row"] <= 10
     assert json.loads((folder / "results.json").read_text())["last"]["step"] == 4
 
-    model = RewardModel.from_pretrained(folder / "reward_model")  # its reference is the policy beside it
-    assert (folder / "reward_model" / model.info.reference).resolve() == folder.resolve()
+    model = RewardModel.from_pretrained(folder / "reward_model")  # its reference is the policy of step 3
+    assert same_bits(folder / "reward_model" / model.info.reference, folder / "checkpoint-3")
     assert (model.info.objective, model.info.margin) == ("ipvrm", 1.0)
     RewardModel.from_pretrained(folder / "checkpoint-2" / "reward_model")
     assert not same_bits(folder, toy / "sft") and not same_bits(folder / "reward_model", toy / "ipvrm")
@@ -490,7 +499,7 @@ def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_pa
     rollouts.candidate_ids = torch.empty(rollouts.starts[-1], 0, dtype=torch.int64)
     reference, _ = reward.reference_logprobs(rollouts)
     sums, _, finals = reward.update(rollouts, reference, [list(range(12))], 1.0)
-    reward.write(folder := tmp_path / "online", tmp_path, folder)
+    reward.write(folder := tmp_path / "online", load_model(toy / "sft"), folder)
     assert_close_weights(folder, offline.output_dir, toy / "ipvrm", allowed=1e-3)
     want = json.loads((offline.output_dir / "metrics.jsonl").read_text().splitlines()[0])
     assert sums["loss"][0] / sums["loss"][1] == pytest.approx(want["loss"], rel=1e-5)
@@ -531,6 +540,115 @@ def test_the_flags_of_the_reward_model_are_its_own(config, monkeypatch):
         assert total == sum(rows for rows, *_ in seen["policy"]) > 16
         for name, most in (("policy", 16), ("rm", 6)):
             assert len(seen[name]) == -(-total // most) and max(rows for rows, *_ in seen[name]) <= most
+
+
+@pytest.fixture
+def trained_values(monkeypatch):
+    """Of each update of the reward model in a run: the rollouts, and V_t (N,) under the updated model."""
+    seen = []
+    update = OnlineReward.update
+
+    def spied(self, rollouts, reference, *arguments):
+        result = update(self, rollouts, reference, *arguments)
+        logprobs, _ = self._logprobs(self.model, rollouts)
+        values = prefix_values(logprobs - reference, rollouts.cu_seqlens, beta=self.info.beta)
+        seen.append((rollouts, values.value))
+        return result
+
+    monkeypatch.setattr(OnlineReward, "update", spied)
+    return seen
+
+
+def score_lines(folder, model, rollouts, tokenizer):
+    """What `ipvrm score` says of the rollouts, one step each: V_T."""
+    source, output = folder / "in.jsonl", folder / "out.jsonl"
+    with open(source, "w") as file:
+        for r in rollouts.responses:
+            problem = tokenizer.decode(r.input_ids[1 : r.prompt_length - 1])
+            steps = [tokenizer.decode(r.input_ids[r.prompt_length : -1])]
+            file.write(json.dumps({"problem": problem, "steps": steps}) + "\n")
+    score_file(ScoreConfig(str(model), str(source), str(output), step_format="{step}", use_cpu=True), False)
+    lines = [json.loads(line)["value"] for line in output.read_text().splitlines()]
+    output.unlink()
+    return torch.tensor(lines)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rm_update": "after", "temperature": 0.7},
+        {"lora_r": 4, "rm_lora_r": 2, "learning_rate": 1e-2},
+        {"td_reference": "sft"},
+        {"preset": "release", "num_generations": 4},
+    ],
+    ids=str,
+)
+def test_what_is_saved_scores_what_was_trained(config, toy, tmp_path, trained_values, changes):
+    """`ipvrm score` on the saved reward model gives the rewards of its last update, in the run's folder and
+    in the checkpoint before; against the policy that is saved beside it they would be others."""
+    settings = config(max_steps=2, save_steps=1, **changes)
+    folder = train(settings).output_dir
+    tokenizer = load_tokenizer(toy / "sft")
+    assert len(trained_values) == 2
+    for (rollouts, value), run in zip(trained_values, (folder / "checkpoint-1", folder), strict=True):
+        model = RewardModel.from_pretrained(run / "reward_model", device="cpu")
+        log_ratios = model.token_log_ratios(rollouts.responses)
+        got = torch.cat([model.info.beta * x.cumsum(0) for x in log_ratios])
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=2e-4)
+        final = value[rollouts.cu_seqlens[1:].long() - 1]
+        torch.testing.assert_close(
+            score_lines(tmp_path, run / "reward_model", rollouts, tokenizer), final, rtol=1e-4, atol=2e-4
+        )
+        assert model.info.temperature == settings.temperature
+        if changes.get("td_reference") == "sft":
+            assert (run / "reward_model" / model.info.reference).resolve() == (toy / "sft").resolve()
+            continue
+        assert model.info.reference == "reference"
+        if run == folder:
+            assert same_bits(run / "reward_model" / "reference", folder / "checkpoint-1")
+        wrong = RewardModel(model.model, load_model(run), tokenizer, model.info)
+        other = torch.cat([model.info.beta * x.cumsum(0) for x in wrong.token_log_ratios(rollouts.responses)])
+        assert (other - value).abs().max() > 50 * (got - value).abs().max() + 1e-2
+    logged = log_of(folder)[-1]
+    if settings.rm_update != "after":  # it scores what has just been updated
+        assert logged["value_mean"] == pytest.approx(float(got.mean()), rel=1e-4, abs=1e-4)
+
+
+def test_a_resumed_run_that_fails_at_once_keeps_what_the_reward_model_was_trained_against(
+    config, toy, tmp_path, monkeypatch
+):
+    """Nothing has been updated since, so the policy in memory is not it; the checkpoint's copy is."""
+    settings = config(max_steps=3, save_steps=2)
+    folder = train(replace(settings, max_steps=2, save_steps=1)).output_dir
+    first = folder / "checkpoint-1" / "reward_model"
+    accelerator = data_parallel_accelerator("test", use_cpu=True, mixed_precision="no")
+    resolved, method = resolve(settings)
+    reward = OnlineReward(resolved, method.balance, load_tokenizer(toy / "sft"), accelerator)
+    state = json.loads((folder / "checkpoint-1" / "trainer_state.json").read_text())
+    reward.load(folder / "checkpoint-1", state["reward_optimizer"])
+    reward.write(again := tmp_path / "again", load_model(folder / "checkpoint-1"), again)
+    assert same_bits(again, first) and same_bits(again / "reference", first / "reference")
+    assert not same_bits(again / "reference", folder / "checkpoint-1")
+    RewardModel.from_pretrained(again, device="cpu")
+
+
+def test_the_chat_settings_of_the_run_are_saved_with_its_reward_model(config, toy, tmp_path):
+    """Those of the prompts that it has learnt from, not those that it came with; unless it is frozen."""
+    policy = tmp_path / "sft"
+    shutil.copytree(toy / "sft", policy)
+    tokenizer = load_tokenizer(policy)
+    tokenizer.chat_template = "{% if not thinking %}{% endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(policy)
+    reward = edited(toy, tmp_path, lambda folder: tokenizer.save_pretrained(folder))
+    info = json.loads((Path(reward) / "ipvrm_config.json").read_text())
+    info |= {"template_hash": template_hash(tokenizer), "chat_template_kwargs": {"thinking": True}}
+    (Path(reward) / "ipvrm_config.json").write_text(json.dumps(info))
+    settings = {"model": str(policy), "reward_model": reward, "chat_template_kwargs": '{"thinking": false}'}
+    for name, update, want in (("online", "before", False), ("frozen", "frozen", True)):
+        folder = train(config(name, rm_update=update, **settings)).output_dir
+        saved = json.loads((folder / "reward_model" / "ipvrm_config.json").read_text())
+        assert saved["chat_template_kwargs"] == {"thinking": want}
 
 
 def test_auc():
@@ -895,6 +1013,9 @@ def assert_same_run(a, b):
     assert same_bits(a, b) and log_of(a) == log_of(b)
     assert (a / "reward_model").exists() == (b / "reward_model").exists()
     assert not (a / "reward_model").exists() or same_bits(a / "reward_model", b / "reward_model")
+    reference = Path("reward_model", "reference")
+    assert (a / reference).exists() == (b / reference).exists()
+    assert not (a / reference).exists() or same_bits(a / reference, b / reference)
 
 
 def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
