@@ -11,6 +11,7 @@ import ipvrm.training.train_policy as train_policy_module
 from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
 from ipvrm.data.batches import epoch_order
 from ipvrm.data.responses import Response
+from ipvrm.models.causal_lm import load_model
 from ipvrm.training.online_reward import OnlineReward
 from ipvrm.training.optimizer import data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, resolve
