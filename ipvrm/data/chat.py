@@ -32,6 +32,22 @@ def parse_template_kwargs(text: str | None) -> dict[str, Any]:
     return found
 
 
+def preset_template_kwargs(given: str | None, preset: str, tokenizer: Any) -> str | None:
+    """`--chat_template_kwargs` where it is given, else what the preset has: `release` answers without
+    thinking where the template can be told so."""
+    if given is not None or preset != "release":
+        return given
+    name = "enable_thinking"
+    return json.dumps({name: False}) if reads(tokenizer, name) else None
+
+
+def reads(tokenizer: Any, name: str) -> bool:
+    """Whether the chat template reads a variable of that name."""
+    source = tokenizer.chat_template or ""
+    source = source if isinstance(source, str) else json.dumps(source)  # several named templates
+    return re.search(rf"\b{re.escape(name)}\b", source) is not None
+
+
 def end_of_turn_id(tokenizer: Any) -> int:
     """Id of the token that ends the assistant's turn: the first special token that the chat template writes
     behind the assistant's text, else the tokenizer's `eos_token`.
@@ -79,10 +95,8 @@ class Chat:
         self.tokenizer = tokenizer
         self.kwargs = dict(kwargs or {})
         self.has_template = tokenizer.chat_template is not None
-        source = tokenizer.chat_template or ""
-        source = source if isinstance(source, str) else json.dumps(source)  # several named templates
         for name in self.kwargs:
-            if not re.search(rf"\b{re.escape(name)}\b", source):
+            if not reads(tokenizer, name):
                 raise IpvrmError(
                     f"--chat_template_kwargs: the chat template does not read {name!r}; leave it out"
                     if self.has_template

@@ -323,26 +323,36 @@ def memory_estimate(
     length: int,
     mixed_precision: str = "no",
     gradient_checkpointing: bool = False,
+    lora_r: int = 0,
 ) -> dict[str, int]:
     """Rough bytes per device that training takes, without loading any weights.
 
-    They are fp32 weights, gradients and Adam's two moments, and the activations of a micro-batch of `rows`
-    sequences of `length` tokens.
+    They are fp32 weights, gradients and Adam's two moments of what is trained (all, or adapters of rank
+    `lora_r` on the linear layers), and the activations of a micro-batch of `rows` sequences of `length`
+    tokens.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(local_folder(name))
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = trained = sum(p.numel() for p in model.parameters())
+    if lora_r:
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        own = model.get_output_embeddings()
+        trained = sum(lora_r * (m.in_features + m.out_features) for m in layers if m is not own)
+        parameters += trained
     text = config.get_text_config()
     width = 2 if mixed_precision == "bf16" else 4
     kept = 1 if gradient_checkpointing else 16  # hidden-sized tensors per layer that wait for the backward
     activations = rows * length * text.num_hidden_layers * text.hidden_size * width * kept
+    states = 4 * parameters + 12 * trained
     return {
         "parameters": parameters,
-        "weights_gradients_adam_bytes": 16 * parameters,
+        "trained_parameters": trained,
+        "weights_gradients_adam_bytes": states,
         "activation_bytes": activations,
-        "total_bytes": 16 * parameters + activations,
+        "total_bytes": states + activations,
     }
 
 

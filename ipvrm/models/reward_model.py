@@ -41,7 +41,9 @@ class RewardModelInfo:
     """Contents of `ipvrm_config.json`: what a score depends on besides the weights.
 
     `reference` is a Hub name, or a path relative to the folder that holds the file; `reference_given` is
-    what the user wrote.
+    what the user wrote. `temperature` is the one that the log-probs of model and reference were taken at.
+    `adapter`, of a model trained with LoRA: the folder of the adapter alone beside the merged weights, its
+    rank and scale, and the model it belongs on with that model's hash.
     """
 
     objective: str
@@ -53,6 +55,8 @@ class RewardModelInfo:
     template_hash: str
     versions: dict[str, str]
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
+    adapter: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class RewardModel:
         """Writes model, tokenizer and `ipvrm_config.json`; the reference is named, not copied."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        info = replace(self.info, versions=versions())
+        info = replace(self.info, versions=versions(), adapter=None)  # the adapter alone is not loaded
         # The two entries are the same for a Hub name, which stays; a path is seen from the new folder.
         if info.reference != info.reference_given or Path(info.reference).is_dir():
             loaded_from = getattr(getattr(self.reference, "config", None), "_name_or_path", "")
@@ -162,9 +166,10 @@ class RewardModel:
         lengths = [len(r.input_ids) for r in responses]
         for indices in length_sorted_microbatches(lengths, max_tokens=batch_tokens):
             batch = collate([responses[i] for i in indices]).to(device)
-            log_ratio = (
-                response_logprobs(self.model, batch) - response_logprobs(self.reference, batch)
-            ).cpu()
+            of_model, of_reference = (
+                response_logprobs(m, batch, self.info.temperature) for m in (self.model, self.reference)
+            )
+            log_ratio = (of_model - of_reference).cpu()
             for index, part in zip(
                 indices, log_ratio.split([responses[i].length for i in indices]), strict=True
             ):
@@ -284,13 +289,18 @@ def read_info(folder: str | Path) -> RewardModelInfo:
             f"{folder}: no {CONFIG_NAME}; this is not a folder that `ipvrm train-rm` or save_pretrained wrote"
         )
     stored = read_json(path)
-    names = [f.name for f in fields(RewardModelInfo) if f.name in stored or f.default_factory is MISSING]
+    needed = [
+        f.name for f in fields(RewardModelInfo) if f.default is MISSING and f.default_factory is MISSING
+    ]
+    names = [f.name for f in fields(RewardModelInfo) if f.name in stored or f.name in needed]
     missing = [name for name in names if name not in stored]
     if missing:
         raise IpvrmError(f"{path}: entries are missing: {', '.join(missing)}")
     info = RewardModelInfo(**{name: stored[name] for name in names})
     if not isinstance(info.beta, int | float) or not math.isfinite(info.beta) or info.beta <= 0:
         raise IpvrmError(f"{path}: beta must be a positive number; got {info.beta!r}")
+    if not isinstance(info.temperature, int | float) or not 0 < info.temperature < math.inf:
+        raise IpvrmError(f"{path}: temperature must be a positive number; got {info.temperature!r}")
     return info
 
 

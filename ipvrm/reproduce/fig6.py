@@ -140,6 +140,8 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
         for variant, switches in VARIANTS.items():
             name = f"{variant}-{seed}"
             settings = _settings(sizes, seed) | switches
+            if switches.get("rm_update") != "frozen":
+                settings |= {"rm_lora_r": 0, "rm_minibatch_size": sizes.minibatch_size}
             policy = _policy_config(demo, output, name, settings)
             train = partial(train_policy, policy, progress=shown.live)
             stages.in_place(name, settings | {"measured": MEASURED}, train, after=["problems"])
@@ -225,6 +227,7 @@ def _settings(sizes: Scale, seed: int) -> dict[str, Any]:
         "max_steps": sizes.steps,
         "minibatch_size": sizes.minibatch_size,
         "learning_rate": sizes.learning_rate,
+        "lora_r": 0,
         "per_device_train_batch_size": 64,
         "per_device_eval_batch_size": 512,
         "verifier": "ipvrm.demo.arithmetic:right_answer",

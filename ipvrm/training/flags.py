@@ -16,6 +16,7 @@ from ipvrm.losses.presets import by_preset
 
 Metadata = dict[str, Any]
 Config = TypeVar("Config", bound=Any)
+Value = TypeVar("Value")
 
 
 def must(words: str, holds: Callable[[float], bool]) -> Metadata:
@@ -57,6 +58,12 @@ def defaults(*, paper: Any, release: Any) -> Metadata:
 def defaults_of(options: Any) -> Metadata:
     """The value of the same name in the preset of a dataclass of options, where the flag is None."""
     return {"default": lambda config, name: getattr(options.preset(config.preset), name)}
+
+
+def filled(value: Value | None) -> Value:
+    """A flag of a resolved config that is None only before."""
+    assert value is not None
+    return value
 
 
 def given(config: Any, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The reward model of a policy run: scores rollouts, learns from them, is saved beside the policy.
+"""The reward model of a policy run: scores rollouts, learns from them, is saved with what it learnt against.
 
     l_t = log pi_phi - log pi_ref of the sampled tokens, at the rollout temperature
 
@@ -6,6 +6,9 @@ with pi_ref the behaviour policy, which costs nothing (Appendix B), or the model
 trained against (`td_reference` sft, Table 9). The same reference serves the scores and the online update.
 """
 
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ipvrm.data.batches import Batch
+from ipvrm.data.chat import parse_template_kwargs
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.metrics import paired, stacked
 from ipvrm.losses.objectives import BETA, METRICS, Balance, BalanceConfig, Objective, online_balance
@@ -24,7 +28,6 @@ from ipvrm.models.causal_lm import (
     load_model,
     load_tokenizer,
     local_folder,
-    save_model,
     template_hash,
     weights_hash,
 )
@@ -37,12 +40,22 @@ from ipvrm.models.reward_model import (
 )
 from ipvrm.run_folder import versions
 from ipvrm.training import checkpoint
+from ipvrm.training.adapters import (
+    adapter_entries,
+    add_adapters,
+    save_merged,
+    save_trained,
+    trained_weights,
+    with_weights,
+)
+from ipvrm.training.flags import filled
 from ipvrm.training.optimizer import adamw, update
 from ipvrm.training.policy_config import PolicyConfig, reads_reference
 from ipvrm.training.policy_rollouts import Rollouts
 from ipvrm_kernels import linear_logprobs, prefix_values
 
 FOLDER = "reward_model"
+REFERENCE = "reference"
 RELEASE_MARGIN = 5.0  # of the released code's online update; offline it has none
 
 
@@ -94,6 +107,7 @@ class OnlineReward:
         margin = margin if config.rm_margin is None else config.rm_margin
         self.objective = Objective(objective, self.info.beta, margin or 0.0)
         self._check_vocabulary(policy_tokenizer)
+        self.behaviour: Mapping[str, Tensor] | Path = {}  # see `learnt_from`; of a checkpoint, its folder
         self.reference_folder: Path | None = None
         if reads_reference(config):
             self.reference_folder = find_reference(self.folder, self.info, config.reference)
@@ -119,21 +133,30 @@ class OnlineReward:
 
     def load(self, resumed: Path | None, scalars: dict[str, Any] | None) -> None:
         """Loads weights and optimizer, of a checkpoint where one is given."""
-        model = load_model(self.folder if resumed is None else resumed / FOLDER, torch.float32)
+        # a checkpoint's weights are merged ones; its adapters belong on the starting weights
+        merged = resumed is None or bool(self.config.rm_lora_r)
+        model = load_model(self.folder if merged else cast(Path, resumed) / FOLDER, torch.float32)
         disable_dropout(model)
+        model.train(self.trained).requires_grad_(self.trained)
+        if self.config.rm_lora_r:
+            r, saved = self.config.rm_lora_r, None if resumed is None else resumed / FOLDER
+            names = self.config.lora_target_modules
+            model = add_adapters(model, r, alpha=float(r), target_modules=names, saved=saved)
         if self.config.gradient_checkpointing and self.trained:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
-        model.train(self.trained).requires_grad_(self.trained)
         self.reference: nn.Module | None = None
         if self.config.td_reference == "sft":
             assert self.reference_folder is not None
             self.reference = load_model(self.reference_folder, torch.float32, self.accelerator.device)
+        if resumed is not None and self.trained and self.reference is None:
+            self.behaviour = resumed / FOLDER / REFERENCE
         if not self.trained:
             self.module: nn.Module = ResponseLogprobs(model.to(self.accelerator.device))
             return
-        assert self.config.rm_learning_rate is not None
         module = ResponseLogprobs(model)
-        optimizer = adamw(module, self.config.rm_learning_rate, self.config, self.accelerator.device)
+        settings = replace(self.config, weight_decay=self.config.rm_weight_decay)
+        rate = filled(self.config.rm_learning_rate)
+        optimizer = adamw(module, rate, settings, self.accelerator.device)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         if resumed is not None and scalars is not None:
             checkpoint.load_optimizer(resumed / FOLDER, self.module, self.optimizer.optimizer, scalars)
@@ -190,7 +213,6 @@ class OnlineReward:
         Raises:
             NotFinite: from `ipvrm.training.optimizer.update`.
         """
-        assert self.config.rm_learning_rate is not None
         balance: Balance | None = None
         if self.objective.name == "ipvrm":
             balance = online_balance(
@@ -229,8 +251,8 @@ class OnlineReward:
                 self.optimizer,
                 rollouts.microbatches(minibatch, self.config.per_device_train_batch_size, self.accelerator),
                 loss_and_sums,
-                learning_rate=self.config.rm_learning_rate * factor,
-                max_grad_norm=self.config.max_grad_norm,
+                learning_rate=filled(self.config.rm_learning_rate) * factor,
+                max_grad_norm=filled(self.config.rm_max_grad_norm),
             )
             for name, (total, count) in paired(values, METRICS).items():
                 old = totals.get(name, (0.0, 0.0))
@@ -243,25 +265,40 @@ class OnlineReward:
         """What decides the scores besides the settings."""
         return {"reward_model_hash": weights_hash(self.folder), "reference_hash": self.info.reference_hash}
 
-    def write(self, folder: Path, policy: Path, final_place: Path) -> None:
-        """The model folder that `RewardModel.from_pretrained` reads.
+    def learnt_from(self, policy: nn.Module) -> None:
+        """Keeps a copy of the policy whose rollouts the last update was made of and compared with.
 
-        Its reference is the policy beside it if that is what it was updated against: the saved policy is the
-        behaviour policy of the next step.
+        It is one step behind the policy that is saved, which has moved since. On the main rank alone, in its
+        memory: what is trained of the policy (under LoRA the adapters).
+        """
+        if self.reference is None and self.accelerator.is_main_process:
+            self.behaviour = trained_weights(policy)
+
+    def write(self, folder: Path, policy: nn.Module, final_place: Path) -> None:
+        """The model folder that `RewardModel.from_pretrained` reads, which then scores what was trained.
+
+        Its reference is what it was updated against: the one that it came with, or the behaviour policy of
+        the last step, written into `folder`; and its log-probs are taken at the rollouts' temperature.
 
         Args:
-            folder: where to write. policy: the folder of the policy as written. final_place: where `folder`
-                and the policy above it will be.
+            folder: where to write. policy: the run's, which lends its shape. final_place: where `folder` will
+                be.
         """
+        save_trained(self.model, folder)
         if self.reference_folder is not None:
             entries = reference_entries(self.reference_folder, final_place, self.info.reference_hash)
         else:
+            own = folder / REFERENCE
+            if isinstance(self.behaviour, Path):
+                shutil.copytree(self.behaviour, own)
+            else:
+                with with_weights(policy, self.behaviour):
+                    save_merged(policy, own)
             entries = {
-                "reference": "..",
-                "reference_given": str(final_place.parent),
-                "reference_hash": weights_hash(policy),
+                "reference": REFERENCE,
+                "reference_given": str(final_place / REFERENCE),
+                "reference_hash": weights_hash(own),
             }
-        save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)
         info = RewardModelInfo(
             objective=self.info.objective,
@@ -271,10 +308,18 @@ class OnlineReward:
             else self.info.margin,
             template_hash=self.info.template_hash,
             versions=versions(),
-            chat_template_kwargs=self.info.chat_template_kwargs,
+            chat_template_kwargs=parse_template_kwargs(self.config.chat_template_kwargs)
+            if self.trained
+            else self.info.chat_template_kwargs,
+            temperature=self.config.temperature if self.trained else self.info.temperature,
+            adapter=self._adapter(),
             **entries,
         )
         write_info(folder, info)
+
+    def _adapter(self) -> dict[str, Any] | None:
+        r = self.config.rm_lora_r
+        return adapter_entries(self.folder, weights_hash(self.folder), r, float(r)) if r else None
 
 
 def _head_size(model: str | Path) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ipvrm.errors import FailedAlike, IpvrmError
+from ipvrm.training.flags import filled
 
 Item = TypeVar("Item")
 
@@ -21,7 +22,7 @@ class AdamSettings(Protocol):
     """The flags of a training script that AdamW depends on."""
 
     @property
-    def weight_decay(self) -> float: ...
+    def weight_decay(self) -> float | None: ...
     @property
     def adam_epsilon(self) -> float: ...
 
@@ -30,9 +31,9 @@ class ScheduleSettings(Protocol):
     """The flags of a training script that the schedule depends on."""
 
     @property
-    def lr_scheduler_type(self) -> str: ...
+    def lr_scheduler_type(self) -> str | None: ...
     @property
-    def warmup_ratio(self) -> float: ...
+    def warmup_ratio(self) -> float | None: ...
 
 
 class NotFinite(FailedAlike):
@@ -66,14 +67,14 @@ def adamw(
         [group for group in groups if group["params"]],
         lr=learning_rate,
         eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
+        weight_decay=filled(settings.weight_decay),
         fused=device.type in ("cpu", "cuda"),
     )
 
 
 def learning_rate_factor(step: int, total: int, settings: ScheduleSettings) -> float:
     """Factor on the learning rate in update `step` (from 0) of `total`: linear warm-up, one decay to 0."""
-    warmup = math.ceil(total * settings.warmup_ratio)
+    warmup = math.ceil(total * filled(settings.warmup_ratio))
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)

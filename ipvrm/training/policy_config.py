@@ -8,9 +8,10 @@ from ipvrm.errors import IpvrmError
 from ipvrm.losses.advantages import AdvantageConfig
 from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
-from ipvrm.losses.presets import Preset
+from ipvrm.losses.presets import Preset, by_preset
 from ipvrm.rollouts.verify import TIMEOUT_SECONDS
 from ipvrm.run_folder import FREE
+from ipvrm.training.adapters import ALL_LINEAR
 from ipvrm.training.flags import (
     AT_LEAST_ONE,
     FINITE,
@@ -23,7 +24,7 @@ from ipvrm.training.flags import (
     defaults,
     defaults_of,
     fill,
-    given,
+    filled,
     must,
     options,
     read_by,
@@ -64,28 +65,35 @@ TOP_K = Reader(
     lambda c: c.candidate_mode == "top_k",
     "--{flag} belongs to --candidate_mode top_k; min_prob takes every candidate",
 )
-LORA = Reader(lambda c: c.lora_r is not None, "--{flag} belongs to --lora_r")
+LORA = Reader(lambda c: c.lora_r != 0, "--{flag} belongs to --lora_r")
+ADAPTERS = Reader(
+    lambda c: c.lora_r != 0 or bool(c.rm_lora_r), "--{flag} belongs to --lora_r and --rm_lora_r"
+)
 EVAL = Reader(lambda c: c.eval_data is not None, "--{flag} belongs to --eval_data")
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """A policy from verified rollouts: DistRL and what it is compared with. Defaults are the paper's, with
-    full fine-tuning; those that differ between presets are filled in: see config.yaml of a run."""
+    """A policy from verified rollouts: DistRL and what it is compared with.
+
+    --preset paper (the default) is LoRA of rank 128 on policy and reward model at learning rates of 3e-5 and
+    1e-4; --preset release is full fine-tuning with the settings of the released code. Flags that are given
+    win over both. What a run has used is in its config.yaml.
+    """
 
     model: str = field(metadata=FREE)
     """Starting policy: a folder or a Hub name."""
     train_data: str = field(metadata=FREE)
     """.parquet, .jsonl or .json of `prompt` and `answer` (or `reward_model.ground_truth`)."""
     output_dir: str = field(metadata=FREE)
-    """Run folder: the policy as a Hugging Face model folder, the reward model in `reward_model`,
-    metrics.jsonl, results.json."""
+    """Run folder: the policy, a Hugging Face model folder; in `reward_model` the reward model with the policy
+    that it was trained against so that `ipvrm score` gives what trained; metrics.jsonl, results.json."""
     algorithm: str = "distrl"
     """distrl (Eq. 11 to 14), grpo (outcome), grpo_prm (Eq. 13: distrl without candidates), prime, spro."""
     reward_model: str | None = field(default=None, metadata=FREE)
     """A folder that train-rm wrote; for distrl, grpo_prm and prime."""
     preset: Preset = "paper"
-    """paper, or release: what the released code does."""
+    """paper, or release: what the released code does. Flags whose default differs name both."""
 
     td_reference: Literal["behaviour", "sft"] | None = field(
         default=None,
@@ -110,6 +118,23 @@ class PolicyConfig:
         default=None, metadata=POSITIVE | read_by(REWARD, ONLINE) | defaults(paper=1e-4, release=2e-6)
     )
     """Default: 1e-4; release: 2e-6."""
+    rm_lora_r: int | None = field(
+        default=None, metadata=NOT_NEGATIVE | read_by(REWARD, ONLINE) | defaults(paper=128, release=0)
+    )
+    """Rank of LoRA adapters (scale 1, on lora_target_modules) on the reward model, which then alone are
+    trained; 0 trains it in full. Default: 128; release: 0. Saved as merged weights, the adapter beside."""
+    rm_minibatch_size: int | None = field(
+        default=None, metadata=AT_LEAST_ONE | read_by(REWARD, ONLINE) | defaults(paper=128, release=128)
+    )
+    """Most responses per update of the reward model, over all devices. Default: 128."""
+    rm_max_grad_norm: float | None = field(
+        default=None, metadata=NOT_NEGATIVE | read_by(REWARD, ONLINE) | defaults(paper=1.0, release=10.0)
+    )
+    """Its gradients are scaled down to this norm; 0 for no limit. Default: 1; release: 10."""
+    rm_weight_decay: float | None = field(
+        default=None, metadata=NOT_NEGATIVE | read_by(REWARD, ONLINE) | defaults(paper=0.0, release=0.0)
+    )
+    """Default: 0."""
 
     gae_coef: float | None = field(
         default=None, metadata=NOT_NEGATIVE | read_by(GAE) | defaults_of(AdvantageConfig)
@@ -173,17 +198,32 @@ class PolicyConfig:
         | defaults(paper=4, release=16),
     )
     """Responses per prompt. Default: 4; release: 16."""
-    rollout_prompts: int = field(default=512, metadata=AT_LEAST_ONE)
-    """Prompts per round of rollouts."""
-    train_prompts: int = field(default=256, metadata=AT_LEAST_ONE)
-    """Most prompts with mixed outcomes that a step trains on; the others are left out."""
+    rollout_prompts: int | None = field(
+        default=None, metadata=AT_LEAST_ONE | defaults(paper=512, release=1024)
+    )
+    """Prompts per round of rollouts. Default: 512; release: 1024."""
     max_rounds: int = field(default=1, metadata=AT_LEAST_ONE)
     """Rounds until train_prompts are found; then the step takes what there is, be it one mixed prompt
     (`prompts_mixed` in the log)."""
+    train_prompts: int | None = field(
+        default=None,
+        metadata=AT_LEAST_ONE
+        | default(
+            lambda c: min(by_preset(c.preset, paper=256, release=512), c.rollout_prompts * c.max_rounds)
+        ),
+    )
+    """Most prompts with mixed outcomes that a step trains on; the others are left out. Default: 256;
+    release: 512; less where fewer are drawn."""
     chat_template_kwargs: str | None = None
-    """Variables of the chat template as a JSON object, for example '{"enable_thinking": false}'."""
+    """Variables of the chat template as a JSON object. Default: none; release: '{"enable_thinking": false}'
+    where the template reads it."""
     max_new_tokens: int = field(default=2048, metadata=AT_LEAST_ONE)
-    """Longest response; one that has not ended by then is dropped and counted."""
+    """Longest response; one that has not ended by then is truncated, counted and not trained on."""
+    drop_truncated: Literal["response", "prompt"] | None = field(
+        default=None, metadata=defaults(paper="response", release="prompt")
+    )
+    """What a truncated response takes with it: nothing but itself (default; the moments are over the
+    prompt's others), or all responses to its prompt (release)."""
     temperature: float = field(default=1.0, metadata=POSITIVE)
     """Of the rollouts and of every log-prob."""
     verifier: str = "math"
@@ -193,22 +233,25 @@ class PolicyConfig:
     verifier_workers: int | None = field(default=None, metadata=FREE | AT_LEAST_ONE)
     """Processes per rank. Default: one per available core."""
 
-    lora_r: int | None = field(default=None, metadata=AT_LEAST_ONE)
-    """Rank of LoRA adapters on the policy, which then alone are trained; the paper has 128. Default: none.
-    The reward model is trained in full."""
+    lora_r: int | None = field(default=None, metadata=NOT_NEGATIVE | defaults(paper=128, release=0))
+    """Rank of LoRA adapters on the policy, which then alone are trained; 0 trains it in full. Default: 128;
+    release: 0. Saved as merged weights, with the adapter beside."""
     lora_alpha: float | None = field(
         default=None, metadata=POSITIVE | read_by(LORA) | default(lambda c: float(c.lora_r))
     )
-    """Scale of the adapters, times 1 / lora_r. Default: lora_r."""
-    lora_target_modules: tuple[str, ...] = field(default=("all-linear",), metadata=read_by(LORA))
-    """Which layers get one; never the head."""
+    """Scale of the policy's adapters, times 1 / lora_r. Default: lora_r."""
+    lora_target_modules: tuple[str, ...] = field(default=ALL_LINEAR, metadata=read_by(ADAPTERS))
+    """Which layers get an adapter; never the head."""
 
     max_steps: int = field(default=100, metadata=AT_LEAST_ONE)
     """Rollout batches."""
     num_epochs: int = field(default=1, metadata=AT_LEAST_ONE)
     """Passes over a rollout batch."""
-    minibatch_size: int = field(default=128, metadata=AT_LEAST_ONE)
-    """Most responses per update of policy or reward model, over all devices; a batch is split evenly."""
+    minibatch_size: int | None = field(
+        default=None, metadata=AT_LEAST_ONE | defaults(paper=128, release=2048)
+    )
+    """Most responses per update of the policy, over all devices; a batch is split evenly. Default: 128;
+    release: 2048."""
     per_device_train_batch_size: int = field(default=8, metadata=FREE | AT_LEAST_ONE)
     """Most responses per forward on one device; changes memory and speed, not the result."""
     per_device_eval_batch_size: int = field(default=64, metadata=FREE | AT_LEAST_ONE)
@@ -218,10 +261,13 @@ class PolicyConfig:
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "constant"
     """Over max_steps, for both models."""
     warmup_ratio: float = field(default=0.0, metadata=FRACTION)
-    weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
+    weight_decay: float | None = field(
+        default=None, metadata=NOT_NEGATIVE | defaults(paper=0.0, release=0.01)
+    )
+    """Of the policy's matrices. Default: 0; release: 0.01."""
     adam_epsilon: float = field(default=1e-8, metadata=NOT_NEGATIVE)
     max_grad_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
-    """Gradients are scaled down to this norm; 0 for no limit."""
+    """The policy's gradients are scaled down to this norm; 0 for no limit."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: autocast of every forward; the weights stay fp32."""
     gradient_checkpointing: bool = field(default=False, metadata=FREE)
@@ -230,11 +276,30 @@ class PolicyConfig:
     """Prompts to measure accuracy on, same columns."""
     eval_steps: int | None = field(default=None, metadata=FREE | AT_LEAST_ONE | read_by(EVAL))
     """Measure it every so many steps, besides at the start and the end."""
-    eval_num_generations: int = field(default=1, metadata=FREE | AT_LEAST_ONE | read_by(EVAL))
-    eval_temperature: float = field(default=0.6, metadata=FREE | NOT_NEGATIVE | read_by(EVAL))
-    eval_top_p: float = field(
-        default=0.95, metadata=FREE | must("lie in (0, 1]", lambda x: 0 < x <= 1) | read_by(EVAL)
+    eval_temperature: float | None = field(
+        default=None, metadata=FREE | NOT_NEGATIVE | read_by(EVAL) | defaults(paper=0.6, release=0.7)
     )
+    """Default: 0.6; release: 0.7."""
+    eval_top_p: float | None = field(
+        default=None,
+        metadata=FREE
+        | must("lie in (0, 1]", lambda x: 0 < x <= 1)
+        | read_by(EVAL)
+        | defaults(paper=0.95, release=0.8),
+    )
+    """Default: 0.95; release: 0.8."""
+    eval_top_k: int | None = field(
+        default=None, metadata=FREE | NOT_NEGATIVE | read_by(EVAL) | defaults(paper=0, release=20)
+    )
+    """Only so many of the likeliest tokens, 0 for no limit. Default: 0; release: 20."""
+    eval_num_generations: int | None = field(
+        default=None,
+        metadata=FREE
+        | AT_LEAST_ONE
+        | read_by(EVAL)
+        | default(lambda c: 1 if c.eval_temperature == 0 else by_preset(c.preset, paper=1, release=8)),
+    )
+    """Responses per prompt, of which the accuracy is the mean. Default: 1; release: 8."""
 
     seed: int = field(default=42, metadata=NOT_NEGATIVE)
     save_steps: int = field(default=20, metadata=FREE | NOT_NEGATIVE)
@@ -285,12 +350,12 @@ def resolve(config: PolicyConfig) -> tuple[PolicyConfig, Method]:
         )
     config = fill(config)
     check_ranges(config)
-    if config.eval_temperature == 0 and config.eval_num_generations > 1:
+    if config.eval_temperature == 0 and filled(config.eval_num_generations) > 1:
         raise IpvrmError(
             "eval_temperature 0 writes the same response every time; leave --eval_num_generations out"
         )
-    drawn = config.rollout_prompts * config.max_rounds
-    if given(config, "train_prompts") and config.train_prompts > drawn:
+    drawn = filled(config.rollout_prompts) * config.max_rounds
+    if filled(config.train_prompts) > drawn:
         raise IpvrmError(
             f"train_prompts {config.train_prompts}: a step draws {drawn} at most, rollout_prompts "
             f"{config.rollout_prompts} x max_rounds {config.max_rounds}"

@@ -1,53 +1,15 @@
-"""The policy: its adapters, what it knows of rollouts when it samples them, and its loss as a module."""
+"""The policy: what it knows of rollouts when it samples them, and its loss as a module."""
 
-import copy
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ipvrm.data.batches import Batch
-from ipvrm.errors import IpvrmError
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig, select_candidates
 from ipvrm.models.causal_lm import head, hidden_states
-from ipvrm.training.policy_config import PolicyConfig
 from ipvrm.training.policy_rollouts import Targets
 from ipvrm_kernels import DistRLLoss, linear_distrl_loss, linear_logprobs
-
-
-def add_adapters(model: nn.Module, config: PolicyConfig, saved: Path | None) -> nn.Module:
-    """`model` with LoRA adapters, which alone are trainable; those of `saved`, a PEFT folder, where given.
-
-    Raises:
-        IpvrmError: no such layers, or an adapter on the head.
-    """
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if saved is not None:
-        return cast(nn.Module, PeftModel.from_pretrained(model, saved, is_trainable=True))
-    assert config.lora_r is not None and config.lora_alpha is not None
-    named = config.lora_target_modules
-    settings = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=named[0] if named == ("all-linear",) else list(named),
-    )
-    try:
-        adapted = get_peft_model(cast(Any, model), settings)
-    except ValueError as error:
-        raise IpvrmError(f"--lora_target_modules {' '.join(named)}: {error}") from error
-    head(adapted)  # refuses an adapter there
-    return cast(nn.Module, adapted)
-
-
-def merged(policy: nn.Module) -> nn.Module:
-    """A copy of the policy with its adapters merged into the weights; the policy itself where it has none."""
-    if not hasattr(policy, "merge_and_unload"):
-        return policy
-    return cast(nn.Module, copy.deepcopy(policy).merge_and_unload())  # type: ignore[operator]
 
 
 class Behaviour(NamedTuple):

@@ -20,6 +20,7 @@ from ipvrm.errors import FailedAlike
 from ipvrm.rollouts.answers import Question, judge, sample
 from ipvrm.rollouts.engine import Engine, Sampling
 from ipvrm.rollouts.verify import VerifierPool
+from ipvrm.training.flags import filled
 from ipvrm.training.policy_config import PolicyConfig
 
 FAILURES = ("timeout", "crash", "error", "unreadable_ground_truth")
@@ -180,11 +181,13 @@ class Collector:
         mixed: list[Verified] = []
         found = 0
         for _ in range(config.max_rounds):
-            places = range(place, place + config.rollout_prompts)
+            places = range(place, place + filled(config.rollout_prompts))
             asked = [(p, self.question(p)) for p in places]
-            verified = self.sample(asked, sampling, config.num_generations, config.seed, counts, seconds)
+            verified, cut = self.sample(asked, sampling, config.num_generations, config.seed, counts, seconds)
+            left_out = cut if config.drop_truncated == "prompt" else set()
+            counts["prompts_truncated"] += len(left_out)
             place = places.stop
-            for group in _by_place(verified, places):
+            for group in _by_place(verified, [p for p in places if p not in left_out]):
                 labels = {v.response.label for v in group}
                 kind = "mixed" if len(labels) == 2 else "all_right" if labels == {1} else "all_wrong"
                 kind = kind if len(group) > 1 else "too_few_responses"
@@ -212,10 +215,11 @@ class Collector:
         seed: int,
         counts: Counter[str],
         seconds: dict[str, float],
-    ) -> list[Verified]:
-        """Verified responses to (place, question) pairs, sorted by place; of all ranks.
+    ) -> tuple[list[Verified], set[int]]:
+        """Verified responses to (place, question) pairs, sorted by place, and the places with a response that
+        was cut off before its end; of all ranks.
 
-        What was cut off before its end, and what the verifier failed on, is counted and left out.
+        What was cut off, and what the verifier failed on, is counted and left out.
         """
         from accelerate.utils import gather_object
 
@@ -241,14 +245,16 @@ class Collector:
             if verdict is not None and verdict.label is not None:
                 response = Response((*q.ids, *ids), len(q.ids), verdict.label, f"{p}.{i}")
                 verified.append(Verified(p, i, response))
-        everyone = [(verified, mine)]
+        cut = {p for (_, p, _), verdict in zip(jobs, verdicts, strict=True) if verdict is None}
+        everyone = [(verified, mine, cut)]
         if self.accelerator.num_processes > 1:
             everyone = gather_object(everyone)
-        for _, numbers in everyone:
+        for _, numbers, _ in everyone:
             counts.update(numbers)
         for name, spent in (("rollout", sampled - started), ("verify", time.perf_counter() - sampled)):
             seconds[f"seconds_{name}"] = seconds.get(f"seconds_{name}", 0.0) + spent
-        return sorted((v for found, _ in everyone for v in found), key=lambda v: (v.place, v.sample))
+        found = sorted((v for found, *_ in everyone for v in found), key=lambda v: (v.place, v.sample))
+        return found, set().union(*(places for *_, places in everyone))
 
     def accuracy(self) -> dict[str, float]:
         """Share of right responses to all questions, avg@n, under the evaluation's sampling settings.
@@ -256,9 +262,14 @@ class Collector:
         A response that was cut off is wrong; one that the verifier failed on is left out and counted.
         """
         config, counts = self.config, Counter[str]()
-        sampling = Sampling(config.max_new_tokens, config.eval_temperature, config.eval_top_p)
+        sampling = Sampling(
+            config.max_new_tokens,
+            filled(config.eval_temperature),
+            filled(config.eval_top_p),
+            filled(config.eval_top_k),
+        )
         asked = list(enumerate(self.questions))
-        self.sample(asked, sampling, config.eval_num_generations, EVAL_SEED, counts, {})
+        self.sample(asked, sampling, filled(config.eval_num_generations), EVAL_SEED, counts, {})
         judged = counts["responses"] - counts["verifier_failures"]
         return {
             "eval_accuracy": counts["right"] / max(judged, 1),
@@ -269,7 +280,7 @@ class Collector:
         }
 
 
-KINDS = ("mixed", "mixed_left_out", "all_right", "all_wrong", "too_few_responses")
+KINDS = ("mixed", "mixed_left_out", "all_right", "all_wrong", "too_few_responses", "truncated")
 PROMPT_COUNTS = ("rounds", "prompts", *(f"prompts_{kind}" for kind in KINDS))
 RESPONSE_COUNTS = ("responses", "truncated", "no_answer", "verifier_failures", *FAILURES)
 TOKEN_COUNTS = ("response_tokens", "tokens")
@@ -279,7 +290,8 @@ EVAL_SEED = 0  # the same random numbers at every evaluation and in every run: d
 def _by_place(verified: Sequence[Verified], places: Sequence[int]) -> list[list[Verified]]:
     groups: dict[int, list[Verified]] = {place: [] for place in places}
     for v in verified:
-        groups[v.place].append(v)
+        if v.place in groups:
+            groups[v.place].append(v)
     return list(groups.values())
 
 
@@ -288,7 +300,8 @@ def _unanimous(counts: Counter[str]) -> str:
         f"none of the {counts['prompts']} prompts of this step has both a right and a wrong response, so "
         f"there is nothing to learn from: {counts['prompts_all_right']} all right, "
         f"{counts['prompts_all_wrong']} all wrong, {counts['prompts_too_few_responses']} with fewer than two "
-        f"responses left ({counts['truncated']} of {counts['responses']} cut off, "
+        f"responses left, {counts['prompts_truncated']} left out for a response that was cut off "
+        f"({counts['truncated']} of {counts['responses']} responses cut off, "
         f"{counts['verifier_failures']} verifier failures). Take more --num_generations, --rollout_prompts "
         "or --max_rounds, longer --max_new_tokens, or prompts of another difficulty"
     )

@@ -8,6 +8,7 @@ from ipvrm.data.rows import OnBadRow
 from ipvrm.losses.objectives import BETA, Objective, check_objective
 from ipvrm.losses.presets import Preset
 from ipvrm.run_folder import FREE
+from ipvrm.training.adapters import ALL_LINEAR
 from ipvrm.training.flags import (
     AT_LEAST_ONE,
     FINITE,
@@ -27,11 +28,17 @@ PREFIXES = Reader(
     lambda c: c.objective == "ipvrm",
     "objective {objective!r} judges the whole response: it has no margin and no prefix weighting",
 )
+LORA = Reader(lambda c: c.lora_r != 0, "--{flag} belongs to --lora_r")
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """A reward model from rollouts with outcome labels. Defaults are the paper's."""
+    """A reward model from rollouts with outcome labels.
+
+    --preset paper (the default) is the paper's margin, learning rate and batch; --preset release is the
+    released command: margin 0, 3 epochs, 2,560 tokens, cosine, warm-up 0.03, seed 1, bf16. Flags that are
+    given win over both. What a run has used is in its config.yaml.
+    """
 
     model: str = field(metadata=FREE)
     """Starting model, which is also the reference: a folder or a Hub name."""
@@ -44,13 +51,13 @@ class RewardConfig:
     preset: Preset = field(
         default="paper", metadata=must("be 'paper' or 'release'", lambda x: x in get_args(Preset))
     )
-    """release: ipvrm with margin 0."""
+    """paper, or release: the released command. Flags whose default differs name both."""
     beta: float | None = field(default=None, metadata=POSITIVE | default(lambda c: BETA[c.objective]))
     """Scale of the value. Default: 10 (ipvrm), 0.05 (implicit_prm)."""
     margin: float | None = field(
         default=None, metadata=FINITE | read_by(PREFIXES) | defaults(paper=5.0, release=0.0)
     )
-    """Margin of ipvrm. Default: 5, or 0 under the preset `release`."""
+    """Margin of ipvrm. Default: 5; release: 0."""
     prefix_weighting: Literal["uniform", "late", "early"] = field(
         default="uniform", metadata=read_by(PREFIXES)
     )
@@ -60,10 +67,24 @@ class RewardConfig:
     eval_data: str | None = field(default=None, metadata=FREE)
     """Rollouts to validate on, same columns."""
     learning_rate: float = field(default=5e-7, metadata=POSITIVE)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """One decay over the updates, stepped once per optimizer update."""
-    warmup_ratio: float = field(default=0.0, metadata=FRACTION)
-    num_train_epochs: float = field(default=1.0, metadata=POSITIVE)
+    lora_r: int = field(default=0, metadata=NOT_NEGATIVE)
+    """Rank of LoRA adapters, which then alone are trained; 0 trains the whole model. The run folder holds the
+    merged weights, which `ipvrm score` reads, and the adapter in `adapter/`; ipvrm_config.json has the base
+    and its hash."""
+    lora_alpha: float | None = field(
+        default=None, metadata=POSITIVE | read_by(LORA) | default(lambda c: float(c.lora_r))
+    )
+    """Scale of the adapters, times 1 / lora_r. Default: lora_r."""
+    lora_target_modules: tuple[str, ...] = field(default=ALL_LINEAR, metadata=read_by(LORA))
+    """Which layers get an adapter; never the head."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = field(
+        default=None, metadata=defaults(paper="linear", release="cosine")
+    )
+    """One decay over the updates, stepped once per optimizer update. Default: linear; release: cosine."""
+    warmup_ratio: float | None = field(default=None, metadata=FRACTION | defaults(paper=0.0, release=0.03))
+    """Share of the updates in which the learning rate rises. Default: 0; release: 0.03."""
+    num_train_epochs: float | None = field(default=None, metadata=POSITIVE | defaults(paper=1.0, release=3.0))
+    """Default: 1; release: 3."""
     max_steps: int | None = field(default=None, metadata=AT_LEAST_ONE)
     """Number of optimizer updates, in place of num_train_epochs."""
     global_batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
@@ -77,18 +98,21 @@ class RewardConfig:
     max_grad_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
     """Gradients are scaled down to this norm; 0 for no limit."""
     chat_template_kwargs: str | None = None
-    """Variables of the chat template as a JSON object, for example '{"enable_thinking": false}';
-    stored with the model and used by `ipvrm score`."""
-    max_length: int = field(default=4096, metadata=AT_LEAST_ONE)
-    """Most tokens of prompt and response."""
+    """Variables of the chat template as a JSON object, stored with the model and used by `ipvrm score`.
+    Default: none; release: '{"enable_thinking": false}' where the template reads it."""
+    max_length: int | None = field(default=None, metadata=AT_LEAST_ONE | defaults(paper=4096, release=2560))
+    """Most tokens of prompt and response. Default: 4096; release: 2560."""
     on_long: OnLong = "drop"
     """Longer rows: drop (counted), or truncate the response on the right."""
     on_bad_row: OnBadRow = field(default="error", metadata=FREE)
     """Rows that cannot be used: stop and list them, or skip."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16: autocast of the forward; the weights stay fp32."""
+    mixed_precision: Literal["no", "bf16"] | None = field(
+        default=None, metadata=defaults(paper="no", release="bf16")
+    )
+    """bf16: autocast of the forward; the weights stay fp32. Default: no; release: bf16."""
     gradient_checkpointing: bool = field(default=False, metadata=FREE)
-    seed: int = field(default=42, metadata=NOT_NEGATIVE)
+    seed: int | None = field(default=None, metadata=NOT_NEGATIVE | defaults(paper=42, release=1))
+    """Default: 42; release: 1."""
     logging_steps: int = field(default=1, metadata=FREE | AT_LEAST_ONE)
     eval_steps: int | None = field(default=None, metadata=FREE | AT_LEAST_ONE)
     """Validate every so many updates, besides at the start and the end."""

@@ -8,14 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import yaml
 
+from ipvrm.data.chat import preset_template_kwargs
 from ipvrm.errors import FailedAlike, IpvrmError
+from ipvrm.models.causal_lm import load_tokenizer
 from ipvrm.progress import Interrupt, Progress
 from ipvrm.run_folder import (
     JsonlLog,
@@ -29,7 +31,9 @@ from ipvrm.run_folder import (
     write_text,
 )
 from ipvrm.training import checkpoint
+from ipvrm.training.flags import filled
 
+Config = TypeVar("Config", bound=Any)
 MANIFEST, RESULTS = "manifest.json", "results.json"
 
 
@@ -39,7 +43,7 @@ class RunSettings(Protocol):
     @property
     def output_dir(self) -> str: ...
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int | None: ...
     @property
     def save_steps(self) -> int: ...
     @property
@@ -140,7 +144,7 @@ class Run:
             settings = asdict(self.config)  # type: ignore[call-overload]
             write_text(self.output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
             record = manifest(
-                seeds={"seed": self.config.seed},
+                seeds={"seed": filled(self.config.seed)},
                 ranks=self.accelerator.num_processes,
                 fingerprint=fingerprint,
             )
@@ -270,6 +274,15 @@ class Run:
             move_into(finished, self.output, last=self.mark)
         self.accelerator.wait_for_everyone()
         return TrainResult(self.output, metrics, self.total, metrics["seconds"])
+
+
+def with_template_kwargs(config: Config) -> Config:
+    """The config of a training script with the chat settings of its preset, where it has any and none are
+    given; these depend on the model's template."""
+    if config.preset == "paper" or config.chat_template_kwargs is not None:
+        return config
+    kwargs = preset_template_kwargs(None, config.preset, load_tokenizer(config.model))
+    return replace(config, chat_template_kwargs=kwargs)
 
 
 def report(result: TrainResult) -> None:

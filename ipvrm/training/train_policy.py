@@ -29,7 +29,6 @@ from ipvrm.models.causal_lm import (
     max_positions,
     memory_estimate,
     response_logprobs,
-    save_model,
     weights_hash,
 )
 from ipvrm.progress import peak_memory
@@ -38,15 +37,16 @@ from ipvrm.rollouts.engine import TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import VerifierPool
 from ipvrm.run_folder import settings_of
 from ipvrm.training import checkpoint
+from ipvrm.training.adapters import add_adapters, save_trained
+from ipvrm.training.flags import filled
 from ipvrm.training.online_reward import FOLDER, OnlineReward
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.policy_config import Method, PolicyConfig, resolve
-from ipvrm.training.policy_model import PolicyLoss, add_adapters, behaviour, merged
+from ipvrm.training.policy_model import PolicyLoss, behaviour
 from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash
-from ipvrm.training.run import RESULTS, Run, TrainResult, report
+from ipvrm.training.run import RESULTS, Run, TrainResult, report, with_template_kwargs
 from ipvrm_kernels import DISTRL_METRICS, prefix_values
 
-ADAPTER = "adapter"
 LOSSES = ("policy_loss", "token_loss", "candidate_loss")
 
 
@@ -61,6 +61,7 @@ def train_policy(config: PolicyConfig, progress: bool = True) -> TrainResult:
         TrainingInterrupted: SIGINT or SIGTERM; a checkpoint has been written.
     """
     config, method = resolve(config)
+    config = with_template_kwargs(config)
     accelerator = data_parallel_accelerator(
         "train-policy", use_cpu=config.use_cpu, mixed_precision=config.mixed_precision
     )
@@ -106,6 +107,7 @@ class _Inputs:
         trained = {"policy": config.model}
         if self.reward is not None and self.reward.trained:
             trained["reward_model"] = str(self.reward.folder)
+        ranks = {"policy": config.lora_r or 0, "reward_model": config.rm_lora_r or 0}
         estimates = {
             name: memory_estimate(
                 folder,
@@ -113,6 +115,7 @@ class _Inputs:
                 length=max(len(q.ids) for q in self.questions) + config.max_new_tokens,
                 mixed_precision=config.mixed_precision,
                 gradient_checkpointing=config.gradient_checkpointing,
+                lora_r=ranks[name],
             )
             for name, folder in trained.items()
         }
@@ -128,12 +131,13 @@ class _Trainer:
         self.accelerator = run.accelerator
 
         # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
-        start = config.model if run.resumed is None or config.lora_r is not None else run.resumed
+        start = config.model if run.resumed is None or config.lora_r else run.resumed
         model = load_model(start, torch.float32)
         torch.manual_seed(config.seed)
         disable_dropout(model)
-        if config.lora_r is not None:
-            model = add_adapters(model, config, None if run.resumed is None else run.resumed / ADAPTER)
+        if config.lora_r:
+            alpha, names = filled(config.lora_alpha), config.lora_target_modules
+            model = add_adapters(model, config.lora_r, alpha=alpha, target_modules=names, saved=run.resumed)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         model.train()
@@ -260,10 +264,12 @@ class _Trainer:
         """Scores and online update of the reward model, in the order asked for, and the advantages."""
         config, record = self.config, dict[str, Any]()
         reference, candidate_reference = reward.reference_logprobs(rollouts)
-        batches = self._minibatches(len(rollouts.responses), step, 0)
+        size = config.rm_minibatch_size or len(rollouts.responses)
+        batches = self._minibatches(len(rollouts.responses), size, step, 0)
 
         def learn() -> Tensor:
             sums, grad_norm, finals = reward.update(rollouts, reference, batches, factor)
+            reward.learnt_from(self.policy)
             total = MetricSums()
             total.add(sums)
             record.update(total.means("rm_") | {"rm_grad_norm": grad_norm})
@@ -330,9 +336,9 @@ class _Trainer:
         )
         rollouts.advantages = of_token
 
-    def _minibatches(self, size: int, step: int, epoch: int) -> list[list[int]]:
+    def _minibatches(self, size: int, most: int, step: int, epoch: int) -> list[list[int]]:
         """All responses in a random order, split evenly, so that no update is made of a small rest."""
-        count = -(-size // self.config.minibatch_size)
+        count = -(-size // most)
         order = epoch_order(size, self.config.seed, step * self.config.num_epochs + epoch)
         return [order[i * size // count : (i + 1) * size // count] for i in range(count)]
 
@@ -342,7 +348,8 @@ class _Trainer:
         assert config.learning_rate is not None
         total, grad_norm, updates = MetricSums(), 0.0, 0
         for epoch in range(config.num_epochs):
-            for minibatch in self._minibatches(len(rollouts.responses), step, epoch):
+            size = filled(config.minibatch_size)
+            for minibatch in self._minibatches(len(rollouts.responses), size, step, epoch):
                 divisors = (
                     rollouts.denominator(minibatch, options.reduction),
                     rollouts.denominator(minibatch, options.candidate_reduction),
@@ -382,13 +389,11 @@ class _Trainer:
 
     def write_model(self, folder: Path, place: Path) -> None:
         """The policy, under LoRA the merged weights with the adapters in a folder, and the reward model."""
-        save_model(merged(self.policy), folder)
-        if self.config.lora_r is not None:
-            save_model(self.policy, folder / ADAPTER)
+        save_trained(self.policy, folder)
         self.inputs.tokenizer.save_pretrained(folder)
         if self.reward is not None:
             (folder / FOLDER).mkdir()
-            self.reward.write(folder / FOLDER, folder, place / FOLDER)
+            self.reward.write(folder / FOLDER, self.policy, place / FOLDER)
 
     def write_state(self, folder: Path) -> dict[str, Any]:
         """The optimizers, and the place in the prompts."""

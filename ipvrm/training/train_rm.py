@@ -31,7 +31,6 @@ from ipvrm.models.causal_lm import (
     load_tokenizer,
     max_positions,
     memory_estimate,
-    save_model,
     template_hash,
     weights_hash,
 )
@@ -40,9 +39,11 @@ from ipvrm.models.reward_model import CONFIG_NAME, RewardModelInfo, reference_en
 from ipvrm.progress import peak_memory
 from ipvrm.run_folder import settings_of, versions
 from ipvrm.training import checkpoint
+from ipvrm.training.adapters import adapter_entries, add_adapters, save_trained
+from ipvrm.training.flags import filled
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.reward_config import RewardConfig, objective_of, resolve
-from ipvrm.training.run import Run, TrainResult, report
+from ipvrm.training.run import Run, TrainResult, report, with_template_kwargs
 
 
 def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResult:
@@ -55,9 +56,9 @@ def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResu
         IpvrmError: anything the user can act on, before the first update where possible.
         TrainingInterrupted: SIGINT or SIGTERM; a checkpoint has been written.
     """
-    config = resolve(config)
+    config = with_template_kwargs(resolve(config))
     accelerator = data_parallel_accelerator(
-        "train-rm", use_cpu=config.use_cpu, mixed_precision=config.mixed_precision
+        "train-rm", use_cpu=config.use_cpu, mixed_precision=filled(config.mixed_precision)
     )
     if config.gradient_accumulation_steps is not None:
         rows = config.per_device_train_batch_size * accelerator.num_processes
@@ -82,7 +83,8 @@ class _Inputs:
         self.data = self._read(config.train_data)
         self.eval_data = None if config.eval_data is None else self._read(config.eval_data)
         self.updates_per_epoch = -(-len(self.data.responses) // config.global_batch_size)
-        self.total_steps = config.max_steps or max(1, round(config.num_train_epochs * self.updates_per_epoch))
+        epochs = filled(config.num_train_epochs)
+        self.total_steps = config.max_steps or max(1, round(epochs * self.updates_per_epoch))
 
     def _read(self, path: str) -> "_Rows":
         rows, bad = read_rows(path, self.config.on_bad_row)
@@ -115,11 +117,14 @@ class _Inputs:
     def reference_hash(self) -> str:
         return weights_hash(self.reference_name)
 
+    @cached_property
+    def start_hash(self) -> str:
+        return self.reference_hash if self.config.reference is None else weights_hash(self.config.model)
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides the weights of the run."""
-        own = self.config.reference is not None  # a reference that is not the starting model
         return settings_of(self.config) | {
-            "start_hash": weights_hash(self.config.model) if own else self.reference_hash,
+            "start_hash": self.start_hash,
             "reference_hash": self.reference_hash,
             "data_hash": data_hash(self.data.responses),
         }
@@ -131,8 +136,9 @@ class _Inputs:
             config.model,
             rows=config.per_device_train_batch_size,
             length=max(len(r.input_ids) for r in self.data.responses),
-            mixed_precision=config.mixed_precision,
+            mixed_precision=filled(config.mixed_precision),
             gradient_checkpointing=config.gradient_checkpointing,
+            lora_r=config.lora_r,
         )
         return self.run.dry_run(
             {"data": self.data.counts, "steps": self.total_steps, "memory_estimate": memory}
@@ -148,9 +154,14 @@ class _Trainer:
         self.accelerator, self.device = run.accelerator, run.device
         self.data, self.eval_data = inputs.data, inputs.eval_data
         self.objective = objective_of(config)
-        torch.manual_seed(config.seed)
-        model = load_model(run.resumed or config.model, torch.float32)
+        torch.manual_seed(filled(config.seed))
+        # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
+        start = config.model if config.lora_r else run.resumed or config.model
+        model = load_model(start, torch.float32)
         disable_dropout(model)
+        if config.lora_r:
+            alpha, names = filled(config.lora_alpha), config.lora_target_modules
+            model = add_adapters(model, config.lora_r, alpha=alpha, target_modules=names, saved=run.resumed)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         model.train()
@@ -232,7 +243,7 @@ class _Trainer:
         config, data, total = self.config, self.data, self.inputs.total_steps
         epoch, position = divmod(step, self.inputs.updates_per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, epoch_order(len(data.responses), config.seed, epoch)
+            self.epoch, self.order = epoch, epoch_order(len(data.responses), filled(config.seed), epoch)
         indices = self.order[position * config.global_batch_size : (position + 1) * config.global_batch_size]
         denominator = self.objective.denominator([data.responses[i].length for i in indices])
 
@@ -311,17 +322,19 @@ class _Trainer:
 
     def write_model(self, folder: Path, place: Path) -> None:
         """The model folder that `RewardModel.from_pretrained` reads."""
-        assert self.config.beta is not None
-        save_model(self.accelerator.unwrap_model(self.module).model, folder)
+        config = self.config
+        assert config.beta is not None
+        save_trained(self.accelerator.unwrap_model(self.module).model, folder)
         self.inputs.tokenizer.save_pretrained(folder)
         info = RewardModelInfo(
-            objective=self.config.objective,
-            beta=self.config.beta,
-            margin=self.config.margin,
+            objective=config.objective,
+            beta=config.beta,
+            margin=config.margin,
             **reference_entries(self.inputs.reference_name, place, self.inputs.reference_hash),
             template_hash=template_hash(self.inputs.tokenizer),
             versions=versions(),
             chat_template_kwargs=self.inputs.chat.kwargs,
+            adapter=adapter_entries(config.model, self.inputs.start_hash, config.lora_r, config.lora_alpha),
         )
         write_info(folder, info)
 

@@ -12,13 +12,23 @@ import pyarrow.parquet
 import pytest
 
 from ipvrm import IpvrmError
-from ipvrm.data.chat import Chat, encode_prompt, parse_template_kwargs, tokenizer_hash
+from ipvrm.data.chat import (
+    Chat,
+    encode_prompt,
+    parse_template_kwargs,
+    preset_template_kwargs,
+    tokenizer_hash,
+)
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import Row, Sampled, read_prompts, read_rows
 from ipvrm.models.reward_model import RewardModel
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
+from ipvrm.training.optimizer import data_parallel_accelerator
+from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.reward_config import RewardConfig
+from ipvrm.training.run import Run, with_template_kwargs
+from ipvrm.training.train_policy import _Inputs
 from ipvrm.training.train_rm import train_reward_model
 
 # The traits of Qwen3's template: calls and tools are written, thinking only in the last answer, roles known.
@@ -274,6 +284,43 @@ def test_the_sampled_ids_reach_training_to_the_last_one(tiny_folder, chat, tmp_p
     model = RewardModel.from_pretrained(tmp_path / "rm", device="cpu")
     assert model.info.chat_template_kwargs == parse_template_kwargs(thinking)
     assert model.chat.prompt_ids(prompts[0]["prompt"]) == tuple(raw[0]["prompt_ids"])
+
+
+def test_the_preset_release_answers_without_thinking_where_the_template_can(chat, tokenizer, tiny_folder):
+    """train-rm and train-policy alike; what is given wins; a template without the variable gets none."""
+    without = '{"enable_thinking": false}'
+    assert preset_template_kwargs(None, "release", chat.tokenizer) == without
+    assert preset_template_kwargs(None, "paper", chat.tokenizer) is None
+    assert preset_template_kwargs("{}", "release", chat.tokenizer) == "{}"
+    assert preset_template_kwargs(None, "release", tokenizer) is None
+
+
+def test_it_reaches_both_trainers(chat, tiny_folder, rollouts, tmp_path):
+    folder = tmp_path / "thinks"
+    shutil.copytree(tiny_folder, folder)
+    chat.tokenizer.save_pretrained(folder)
+    small = {"max_steps": 1, "use_cpu": True, "mixed_precision": "no"}
+    thinking = "<think>\n\n</think>\n\n"
+    for name, changes, end in (
+        ("paper", {}, "assistant\n"),
+        ("release", {"preset": "release"}, thinking),
+        ("given", {"preset": "release", "chat_template_kwargs": "{}"}, "assistant\n"),
+    ):
+        config = RewardConfig(str(folder), str(rollouts), str(tmp_path / name), **small, **changes)
+        train_reward_model(config, progress=False)
+        model = RewardModel.from_pretrained(tmp_path / name, device="cpu")
+        assert chat.tokenizer.decode(model.chat.prompt_ids("a")).endswith(end), name
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text('{"prompt": "a", "answer": "1"}\n')
+        policy = PolicyConfig(str(folder), str(prompts), str(tmp_path / "p"), "grpo", use_cpu=True, **changes)
+        policy, method = resolve(policy)
+        policy, accelerator = (
+            with_template_kwargs(policy),
+            data_parallel_accelerator("", use_cpu=True, mixed_precision="no"),
+        )
+        run = Run("test", policy, accelerator, starts_from=[], mark="x", progress=False)
+        (question,) = _Inputs(policy, method, run).questions
+        assert chat.tokenizer.decode(question.ids).endswith(end), name
 
 
 # ------------------------------------------------------------------------------------------ real tokenizers

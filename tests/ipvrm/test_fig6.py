@@ -99,8 +99,11 @@ def test_the_variants_differ_in_their_switches_alone(demo, trained, tmp_path):
         "both-0": ("before", True, True),
     }
     assert BalanceConfig().dlw and BalanceConfig().adb  # both is what train-policy does by default
-    own = {"output_dir", "rm_update", "dlw", "adb", "rm_learning_rate"}
+    own = {"output_dir", "rm_update", "dlw", "adb"}
+    own |= {name for name in vars(resolved["both-0"]) if name.startswith("rm_")}  # `frozen` has none
     first, *others = ({n: v for n, v in vars(c).items() if n not in own} for c in resolved.values())
+    assert resolved["both-0"].lora_r == resolved["both-0"].rm_lora_r == 0  # full, as in the demo
+    assert resolved["both-0"].rm_minibatch_size == SCALE.minibatch_size
     assert all(other == first for other in others)
     names = {path.name for path in output.iterdir()}
     assert names >= {"results.json", "report.md", "fig6.png", "problems"} and results["picture"] == "fig6.png"

@@ -35,6 +35,7 @@ from ipvrm.models.causal_lm import (
     template_hash,
     weights_hash,
 )
+from ipvrm.training.adapters import add_adapters
 
 SIZES = {
     "vocab_size": 151,
@@ -247,6 +248,16 @@ def test_memory_estimate_counts_parameters(tiny_folder):
     assert estimate["parameters"] == sum(p.numel() for p in model.parameters())
     assert estimate["weights_gradients_adam_bytes"] == 16 * estimate["parameters"]
     assert estimate["activation_bytes"] == 2 * 10 * 2 * 32 * 4 * 16
+
+
+def test_memory_estimate_of_adapters(tiny_folder):
+    """Gradients and moments of the adapters alone, as many as PEFT makes."""
+    estimate = memory_estimate(tiny_folder, rows=2, length=10, lora_r=4)
+    model = add_adapters(load_model(tiny_folder), 4, alpha=4.0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    assert (estimate["trained_parameters"], estimate["parameters"]) == (trained, total)
+    assert estimate["weights_gradients_adam_bytes"] == 4 * total + 12 * trained
 
 
 # ------------------------------------------------------------------------ ids and positions beyond the model

@@ -11,6 +11,7 @@ import ipvrm.training.train_policy as train_policy_module
 from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
 from ipvrm.data.batches import epoch_order
 from ipvrm.data.responses import Response
+from ipvrm.models.causal_lm import load_model
 from ipvrm.training.online_reward import OnlineReward
 from ipvrm.training.optimizer import data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, resolve
@@ -53,7 +54,8 @@ def measured(tiny_folder, reward_folder, tokenizer, tmp_path, monkeypatch):
             output_dir=str(tmp_path / "run"),
             rm_update=rm_update,
             rm_learning_rate=None if rm_update == "frozen" else 3e-3,
-            minibatch_size=minibatch_size,
+            rm_minibatch_size=None if rm_update == "frozen" else minibatch_size,
+            rm_lora_r=None if rm_update == "frozen" else 0,
             use_cpu=True,
         )
         config, method = resolve(config)
@@ -109,7 +111,7 @@ def test_a_lost_reference_matters_only_where_it_is_read(tiny_folder, reward_fold
         assert online(**changes, reference=str(tiny_folder)).reference_folder == tiny_folder
     reward = online()
     reward.load(None, None)
-    policy = tmp_path / "policy"
-    shutil.copytree(tiny_folder, policy)
-    reward.write(policy / "reward_model", policy, policy / "reward_model")
-    RewardModel.from_pretrained(policy / "reward_model")  # its reference is the policy above it
+    policy = load_model(tiny_folder)
+    reward.learnt_from(policy)
+    reward.write(tmp_path / "saved", policy, tmp_path / "saved")
+    RewardModel.from_pretrained(tmp_path / "saved")  # its reference is the policy, saved in it

@@ -19,15 +19,24 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import ipvrm.training.online_reward as online_reward_module
 import ipvrm.training.train_policy as train_policy_module
 from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
 from ipvrm.data.rows import Prompt
 from ipvrm.demo.base_model import make_model, make_tokenizer
+from ipvrm.evaluate.score import ScoreConfig, score_file
 from ipvrm.losses.advantages import AdvantageConfig
 from ipvrm.losses.metrics import auc
 from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
-from ipvrm.models.causal_lm import load_model, response_logprobs, save_model
+from ipvrm.models.causal_lm import (
+    load_model,
+    load_tokenizer,
+    response_logprobs,
+    save_model,
+    template_hash,
+    weights_hash,
+)
 from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.verify import Verdict
@@ -38,6 +47,7 @@ from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss, behaviour
 from ipvrm.training.policy_rollouts import Collector, Targets, Unanimous, Verified, rollouts_of
 from ipvrm.training.train_policy import train_policy
+from ipvrm_kernels import prefix_values
 
 ROOT = Path(__file__).resolve().parents[2]
 VERIFIERS = """
@@ -138,6 +148,10 @@ def toy_config(toy, output, **changes):
         "rollout_prompts": 12,
         "train_prompts": 10,
         "minibatch_size": 20,
+        "rm_minibatch_size": 20,
+        "lora_r": 0,
+        "rm_lora_r": 0,
+        "weight_decay": 0.0,
         "max_steps": 1,
         "learning_rate": 1e-3,
         "rm_learning_rate": 1e-3,
@@ -150,8 +164,10 @@ def toy_config(toy, output, **changes):
     if settings["algorithm"] in ("distrl", "grpo_prm", "prime"):
         objective = "implicit_prm" if settings["algorithm"] == "prime" else "ipvrm"
         settings.setdefault("reward_model", str(toy / objective))
-    else:
-        settings.pop("rm_learning_rate")
+    settings.setdefault("rm_max_grad_norm", settings.get("max_grad_norm"))
+    for name in ("rm_learning_rate", "rm_minibatch_size", "rm_lora_r", "rm_max_grad_norm"):
+        if "reward_model" not in settings or (settings.get("rm_update") == "frozen" and name not in changes):
+            settings.pop(name)
     return PolicyConfig(**settings)
 
 
@@ -224,12 +240,13 @@ def test_run_folder(uninterrupted, toy):
     assert first["prompts"] == 12 and first["responses"] == 48 and first["truncated"] >= 0
     kept = first["prompts_mixed"] + first["prompts_mixed_left_out"]
     kept += first["prompts_all_right"] + first["prompts_all_wrong"] + first["prompts_too_few_responses"]
+    kept += first["prompts_truncated"]
     assert kept == 12 and first["prompts_mixed"] <= 10
     assert 0 < first["candidate_mass"] <= 1 and 0 < first["candidates_per_row"] <= 10
     assert json.loads((folder / "results.json").read_text())["last"]["step"] == 4
 
-    model = RewardModel.from_pretrained(folder / "reward_model")  # its reference is the policy beside it
-    assert (folder / "reward_model" / model.info.reference).resolve() == folder.resolve()
+    model = RewardModel.from_pretrained(folder / "reward_model")  # its reference is the policy of step 3
+    assert same_bits(folder / "reward_model" / model.info.reference, folder / "checkpoint-3")
     assert (model.info.objective, model.info.margin) == ("ipvrm", 1.0)
     RewardModel.from_pretrained(folder / "checkpoint-2" / "reward_model")
     assert not same_bits(folder, toy / "sft") and not same_bits(folder / "reward_model", toy / "ipvrm")
@@ -258,7 +275,7 @@ def test_it_learns(config, toy):
         {"algorithm": "spro"},
         {"preset": "release", "num_generations": 4},
         {"preset": "release", "num_generations": 4, "algorithm": "grpo"},
-        {"td_reference": "sft", "rm_update": "frozen", "rm_learning_rate": None},
+        {"td_reference": "sft", "rm_update": "frozen"},
         {"mixed_precision": "bf16", "num_epochs": 2},
         {"temperature": 0.7, "gradient_checkpointing": True},
     ],
@@ -482,7 +499,7 @@ def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_pa
     rollouts.candidate_ids = torch.empty(rollouts.starts[-1], 0, dtype=torch.int64)
     reference, _ = reward.reference_logprobs(rollouts)
     sums, _, finals = reward.update(rollouts, reference, [list(range(12))], 1.0)
-    reward.write(folder := tmp_path / "online", tmp_path, folder)
+    reward.write(folder := tmp_path / "online", load_model(toy / "sft"), folder)
     assert_close_weights(folder, offline.output_dir, toy / "ipvrm", allowed=1e-3)
     want = json.loads((offline.output_dir / "metrics.jsonl").read_text().splitlines()[0])
     assert sums["loss"][0] / sums["loss"][1] == pytest.approx(want["loss"], rel=1e-5)
@@ -494,6 +511,144 @@ def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_pa
     balanced.load(None, None)
     other, *_ = balanced.update(rollouts, reference, [list(range(12))], 1.0)
     assert other["loss"][0] != pytest.approx(sums["loss"][0], rel=1e-2)
+
+
+def test_the_flags_of_the_reward_model_are_its_own(config, monkeypatch):
+    """Minibatch, norm of the gradient, weight decay and adapters of each model, as its update gets them."""
+    seen = {"policy": [], "rm": []}
+
+    def spied(name, update):
+        def call(accelerator, module, optimizer, share, *arguments, **options):
+            decay = max(group["weight_decay"] for group in optimizer.param_groups)
+            adapters = sum("lora_A" in n for n, p in module.named_parameters() if p.requires_grad)
+            rows = sum(map(len, share))
+            seen[name].append((rows, options["max_grad_norm"], decay, adapters > 0))
+            return update(accelerator, module, optimizer, share, *arguments, **options)
+
+        return call
+
+    for name, module in (("policy", train_policy_module), ("rm", online_reward_module)):
+        monkeypatch.setattr(module, "update", spied(name, module.update))
+    own = {"minibatch_size": 16, "max_grad_norm": 0.5, "weight_decay": 0.1, "lora_r": 0}
+    of_rm = {"rm_minibatch_size": 6, "rm_max_grad_norm": 7.0, "rm_weight_decay": 0.3, "rm_lora_r": 2}
+    for algorithm in ("distrl", "prime"):
+        seen["policy"].clear(), seen["rm"].clear()
+        train(config(algorithm, algorithm=algorithm, **own, **of_rm))
+        assert {row[1:] for row in seen["policy"]} == {(0.5, 0.1, False)}
+        assert {row[1:] for row in seen["rm"]} == {(7.0, 0.3, True)}
+        total = sum(rows for rows, *_ in seen["rm"])
+        assert total == sum(rows for rows, *_ in seen["policy"]) > 16
+        for name, most in (("policy", 16), ("rm", 6)):
+            assert len(seen[name]) == -(-total // most) and max(rows for rows, *_ in seen[name]) <= most
+
+
+@pytest.fixture
+def trained_values(monkeypatch):
+    """Of each update of the reward model in a run: the rollouts, and V_t (N,) under the updated model."""
+    seen = []
+    update = OnlineReward.update
+
+    def spied(self, rollouts, reference, *arguments):
+        result = update(self, rollouts, reference, *arguments)
+        logprobs, _ = self._logprobs(self.model, rollouts)
+        values = prefix_values(logprobs - reference, rollouts.cu_seqlens, beta=self.info.beta)
+        seen.append((rollouts, values.value))
+        return result
+
+    monkeypatch.setattr(OnlineReward, "update", spied)
+    return seen
+
+
+def score_lines(folder, model, rollouts, tokenizer):
+    """What `ipvrm score` says of the rollouts, one step each: V_T."""
+    source, output = folder / "in.jsonl", folder / "out.jsonl"
+    with open(source, "w") as file:
+        for r in rollouts.responses:
+            problem = tokenizer.decode(r.input_ids[1 : r.prompt_length - 1])
+            steps = [tokenizer.decode(r.input_ids[r.prompt_length : -1])]
+            file.write(json.dumps({"problem": problem, "steps": steps}) + "\n")
+    score_file(ScoreConfig(str(model), str(source), str(output), step_format="{step}", use_cpu=True), False)
+    lines = [json.loads(line)["value"] for line in output.read_text().splitlines()]
+    output.unlink()
+    return torch.tensor(lines)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rm_update": "after", "temperature": 0.7},
+        {"lora_r": 4, "rm_lora_r": 2, "learning_rate": 1e-2},
+        {"td_reference": "sft"},
+        {"preset": "release", "num_generations": 4},
+    ],
+    ids=str,
+)
+def test_what_is_saved_scores_what_was_trained(config, toy, tmp_path, trained_values, changes):
+    """`ipvrm score` on the saved reward model gives the rewards of its last update, in the run's folder and
+    in the checkpoint before; against the policy that is saved beside it they would be others."""
+    settings = config(max_steps=2, save_steps=1, **changes)
+    folder = train(settings).output_dir
+    tokenizer = load_tokenizer(toy / "sft")
+    assert len(trained_values) == 2
+    for (rollouts, value), run in zip(trained_values, (folder / "checkpoint-1", folder), strict=True):
+        model = RewardModel.from_pretrained(run / "reward_model", device="cpu")
+        log_ratios = model.token_log_ratios(rollouts.responses)
+        got = torch.cat([model.info.beta * x.cumsum(0) for x in log_ratios])
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=2e-4)
+        final = value[rollouts.cu_seqlens[1:].long() - 1]
+        torch.testing.assert_close(
+            score_lines(tmp_path, run / "reward_model", rollouts, tokenizer), final, rtol=1e-4, atol=2e-4
+        )
+        assert model.info.temperature == settings.temperature
+        if changes.get("td_reference") == "sft":
+            assert (run / "reward_model" / model.info.reference).resolve() == (toy / "sft").resolve()
+            continue
+        assert model.info.reference == "reference"
+        if run == folder:
+            assert same_bits(run / "reward_model" / "reference", folder / "checkpoint-1")
+        wrong = RewardModel(model.model, load_model(run), tokenizer, model.info)
+        other = torch.cat([model.info.beta * x.cumsum(0) for x in wrong.token_log_ratios(rollouts.responses)])
+        assert (other - value).abs().max() > 50 * (got - value).abs().max() + 1e-2
+    logged = log_of(folder)[-1]
+    if settings.rm_update != "after":  # it scores what has just been updated
+        assert logged["value_mean"] == pytest.approx(float(got.mean()), rel=1e-4, abs=1e-4)
+
+
+def test_a_resumed_run_that_fails_at_once_keeps_what_the_reward_model_was_trained_against(
+    config, toy, tmp_path, monkeypatch
+):
+    """Nothing has been updated since, so the policy in memory is not it; the checkpoint's copy is."""
+    settings = config(max_steps=3, save_steps=2)
+    folder = train(replace(settings, max_steps=2, save_steps=1)).output_dir
+    first = folder / "checkpoint-1" / "reward_model"
+    accelerator = data_parallel_accelerator("test", use_cpu=True, mixed_precision="no")
+    resolved, method = resolve(settings)
+    reward = OnlineReward(resolved, method.balance, load_tokenizer(toy / "sft"), accelerator)
+    state = json.loads((folder / "checkpoint-1" / "trainer_state.json").read_text())
+    reward.load(folder / "checkpoint-1", state["reward_optimizer"])
+    reward.write(again := tmp_path / "again", load_model(folder / "checkpoint-1"), again)
+    assert same_bits(again, first) and same_bits(again / "reference", first / "reference")
+    assert not same_bits(again / "reference", folder / "checkpoint-1")
+    RewardModel.from_pretrained(again, device="cpu")
+
+
+def test_the_chat_settings_of_the_run_are_saved_with_its_reward_model(config, toy, tmp_path):
+    """Those of the prompts that it has learnt from, not those that it came with; unless it is frozen."""
+    policy = tmp_path / "sft"
+    shutil.copytree(toy / "sft", policy)
+    tokenizer = load_tokenizer(policy)
+    tokenizer.chat_template = "{% if not thinking %}{% endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(policy)
+    reward = edited(toy, tmp_path, lambda folder: tokenizer.save_pretrained(folder))
+    info = json.loads((Path(reward) / "ipvrm_config.json").read_text())
+    info |= {"template_hash": template_hash(tokenizer), "chat_template_kwargs": {"thinking": True}}
+    (Path(reward) / "ipvrm_config.json").write_text(json.dumps(info))
+    settings = {"model": str(policy), "reward_model": reward, "chat_template_kwargs": '{"thinking": false}'}
+    for name, update, want in (("online", "before", False), ("frozen", "frozen", True)):
+        folder = train(config(name, rm_update=update, **settings)).output_dir
+        saved = json.loads((folder / "reward_model" / "ipvrm_config.json").read_text())
+        assert saved["chat_template_kwargs"] == {"thinking": want}
 
 
 def test_auc():
@@ -560,6 +715,32 @@ def test_only_mixed_prompts_are_kept():
     assert few.num_groups == 1 and counts["prompts_mixed_left_out"] == 1
 
 
+def test_what_a_truncated_response_takes_with_it():
+    """Itself alone, or all responses to its prompt, whose others would have been mixed."""
+    right, wrong, cut = [5, 9], [6, 9], [5, 5]
+    written = [[right, wrong, cut], [right, wrong, wrong], [cut, cut, cut], [right, right, cut]]
+    settings = {"num_generations": 3, "drop_truncated": "response"}
+    rollouts, _, counts = collector(written, **settings).collect(0)
+    assert (rollouts.num_groups, len(rollouts.responses)) == (2, 5)
+    assert (counts["prompts_truncated"], counts["prompts_too_few_responses"]) == (0, 1)
+    assert (counts["prompts_mixed"], counts["prompts_all_right"], counts["truncated"]) == (2, 1, 5)
+    rollouts, _, counts = collector(written, **settings | {"drop_truncated": "prompt"}).collect(0)
+    assert (rollouts.num_groups, len(rollouts.responses)) == (1, 3)
+    assert {r.input_ids[0] for r in rollouts.responses} == {1}
+    assert (counts["prompts_truncated"], counts["prompts_mixed"], counts["prompts_all_right"]) == (3, 1, 0)
+    assert counts["prompts_too_few_responses"] == 0 and counts["truncated"] == 5
+    with pytest.raises(Unanimous, match="2 left out for a response that was cut off"):
+        collector([[right, cut], [cut, wrong]], drop_truncated="prompt").collect(0)
+    evaluated = collector(
+        written,
+        **settings | {"drop_truncated": "prompt"},
+        eval_data="e",
+        eval_temperature=1.0,
+        eval_top_p=1.0,
+    ).accuracy()  # a truncated response is wrong there, under both
+    assert evaluated["eval_responses"] == 4
+
+
 def test_rounds_fill_the_batch():
     right, wrong = [5, 9], [6, 9]
     written = [[right, wrong], [right, right]]
@@ -578,12 +759,38 @@ def test_unanimous_prompts_are_a_clear_line():
 
 
 def test_defaults_of_the_presets(config):
-    base = PolicyConfig("m", "d", "o", reward_model="r")
+    base = PolicyConfig("m", "d", "o", reward_model="r", eval_data="e")
     paper, of_paper = resolve(base)
     release, of_release = resolve(replace(base, preset="release"))
-    names = ("num_generations", "learning_rate", "rm_learning_rate", "lam", "gae_coef", "candidate_mode")
-    assert [getattr(paper, n) for n in names] == [4, 3e-5, 1e-4, 0.95, 1.0, "min_prob"]
-    assert [getattr(release, n) for n in names] == [16, 2e-5, 2e-6, 1.0, 0.05, "top_k"]
+    settings = {  # of paper, of release
+        "num_generations": (4, 16),
+        "learning_rate": (3e-5, 2e-5),
+        "weight_decay": (0.0, 0.01),
+        "lora_r": (128, 0),
+        "minibatch_size": (128, 2048),
+        "max_grad_norm": (1.0, 1.0),
+        "rm_learning_rate": (1e-4, 2e-6),
+        "rm_weight_decay": (0.0, 0.0),
+        "rm_lora_r": (128, 0),
+        "rm_minibatch_size": (128, 128),
+        "rm_max_grad_norm": (1.0, 10.0),
+        "rollout_prompts": (512, 1024),
+        "train_prompts": (256, 512),
+        "drop_truncated": ("response", "prompt"),
+        "lam": (0.95, 1.0),
+        "gae_coef": (1.0, 0.05),
+        "candidate_mode": ("min_prob", "top_k"),
+        "eval_temperature": (0.6, 0.7),
+        "eval_top_p": (0.95, 0.8),
+        "eval_top_k": (0, 20),
+        "eval_num_generations": (1, 8),
+    }
+    for name, both in settings.items():
+        assert (getattr(paper, name), getattr(release, name)) == both, name
+        for preset, other in (("paper", both[1]), ("release", both[0])):  # what is given wins
+            alone = {"candidate_mode": {"top_k": None}, "rollout_prompts": {"train_prompts": None}}
+            given = replace(base, preset=preset, **{name: other}, **alone.get(name, {}))
+            assert getattr(resolve(given)[0], name) == other, (preset, name)
     for preset, method in (("paper", of_paper), ("release", of_release)):
         assert method.candidates == CandidateConfig.preset(preset)
         assert method.loss == PolicyLossConfig.preset(preset)
@@ -621,7 +828,7 @@ def test_the_resolved_config_is_a_config_file(tmp_path, changes):
         ({"algorithm": "grpo", "alpha": 0.1}, "has no --alpha"),
         ({"algorithm": "grpo_prm", "candidate_mode": "top_k"}, "has no --candidate_mode"),
         ({"algorithm": "prime", "gae_coef": 0.1}, "has no --gae_coef"),
-        ({"rm_update": "frozen"}, "is not trained; leave --rm_learning_rate out"),
+        ({"rm_update": "frozen", "rm_learning_rate": 1e-3}, "is not trained; leave --rm_learning_rate out"),
         ({"top_k": 3}, "belongs to --candidate_mode top_k"),
         ({"num_generations": 1}, "at least 2"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
@@ -700,7 +907,7 @@ def test_nan_in_the_reward_model_stops_the_run(config, toy, tmp_path, monkeypatc
 
     monkeypatch.setattr("ipvrm.training.online_reward.token_and_candidate_logprobs", poisoned)
     with pytest.raises(IpvrmError, match="reward model's log-probs are not numbers"):
-        train(config("frozen", rm_update="frozen", rm_learning_rate=None))
+        train(config("frozen", rm_update="frozen"))
 
 
 def test_nan_in_the_online_update_stops_the_run(config, monkeypatch):
@@ -806,6 +1013,9 @@ def assert_same_run(a, b):
     assert same_bits(a, b) and log_of(a) == log_of(b)
     assert (a / "reward_model").exists() == (b / "reward_model").exists()
     assert not (a / "reward_model").exists() or same_bits(a / "reward_model", b / "reward_model")
+    reference = Path("reward_model", "reference")
+    assert (a / reference).exists() == (b / reference).exists()
+    assert not (a / reference).exists() or same_bits(a / reference, b / reference)
 
 
 def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
@@ -827,7 +1037,7 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
         {"algorithm": "prime", "num_epochs": 2},
         {"algorithm": "spro", "num_epochs": 2},
         {"td_reference": "sft"},
-        {"rm_update": "frozen", "rm_learning_rate": None},
+        {"rm_update": "frozen"},
         {"preset": "release", "num_generations": 4},
         {"mixed_precision": "bf16"},
     ],
@@ -1081,7 +1291,7 @@ def test_a_step_that_fails_while_it_learns_says_what_is_lost(config, monkeypatch
 
     monkeypatch.setattr(train_policy_module._Trainer, "_step", counted)
     monkeypatch.setattr(f"{module}.update", fails)
-    settings = config(max_steps=3, save_steps=saves, minibatch_size=10)
+    settings = config(max_steps=3, save_steps=saves, minibatch_size=10, rm_minibatch_size=10)
     where = "checkpoint-1, is intact, .*: 0" if saves else "no checkpoint was written yet, .*: 1"
     with pytest.raises(IpvrmError, match=f"Not saved: {moved} had learnt from step 2 already; .*{where}"):
         train(settings)
@@ -1110,14 +1320,18 @@ def test_resume_refuses_another_run(uninterrupted, toy, tmp_path):
 
 
 def test_lora(config, toy, tmp_path):
-    """Adapters alone move; the run folder holds the merged model too; a resumed run is the same."""
-    settings = config(lora_r=4, max_steps=3, save_steps=1, save_total_limit=9)
+    """Adapters alone move, of policy and reward model; the run folder holds the merged models too; a resumed
+    run is the same."""
+    settings = config(lora_r=4, rm_lora_r=2, max_steps=3, save_steps=1, save_total_limit=9)
     folder = train(settings).output_dir
-    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    got, start = weights(folder), weights(toy / "sft")
-    assert got.keys() == start.keys()
-    moved = {n for n in got if not torch.equal(got[n], start[n])}
-    assert moved and all("_proj" in name for name in moved)
+    for model, first in ((folder, toy / "sft"), (folder / "reward_model", toy / "ipvrm")):
+        assert (model / "adapter" / "adapter_model.safetensors").is_file()
+        got, start = weights(model), weights(first)
+        assert got.keys() == start.keys()
+        moved = {n for n in got if not torch.equal(got[n], start[n])}
+        assert moved and all("_proj" in name for name in moved)
+    info = json.loads((folder / "reward_model" / "ipvrm_config.json").read_text())
+    assert info["adapter"]["lora_r"] == 2 and info["adapter"]["base_hash"] == weights_hash(toy / "ipvrm")
     RewardModel.from_pretrained(folder / "reward_model")
 
     again = tmp_path / "again"
@@ -1131,6 +1345,20 @@ def test_lora(config, toy, tmp_path):
         train(config("none", lora_r=4, lora_target_modules=("nothing",)))
     with pytest.raises(IpvrmError, match="belongs to --lora_r"):
         train(config("alpha", lora_alpha=4.0))
+
+
+def test_lora_of_the_policy_alone_or_of_the_reward_model_alone(config, toy):
+    for policy, reward in ((4, 0), (0, 4)):
+        settings = config(f"{policy}-{reward}", lora_r=policy, rm_lora_r=reward, gradient_checkpointing=True)
+        folder = train(settings).output_dir
+        for model, first, r in (
+            (folder, toy / "sft", policy),
+            (folder / "reward_model", toy / "ipvrm", reward),
+        ):
+            got, start = weights(model), weights(first)
+            moved = {n for n in got if not torch.equal(got[n], start[n])}
+            assert (model / "adapter").exists() == bool(r)
+            assert moved and all("_proj" in name for name in moved) == bool(r)
 
 
 # ------------------------------------------------------------------------------------------- two ranks

@@ -197,6 +197,7 @@ def test_the_split_does_not_matter(config, objective, preset):
         "max_steps": 3,
         "adam_epsilon": 1.0,
         "learning_rate": 1.0,
+        "mixed_precision": "no",  # bf16 rounds a batch of another shape otherwise
     }
     runs = [
         train(config("whole", per_device_train_batch_size=16, **common)),
@@ -301,6 +302,120 @@ def test_defaults_of_objective_and_preset(config):
     assert (defaults.learning_rate, defaults.global_batch_size) == (5e-7, 64)
 
 
+def test_the_preset_release_is_the_released_command_and_flags_win_over_it():
+    released = {
+        "margin": 0.0,
+        "num_train_epochs": 3.0,
+        "max_length": 2560,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.03,
+        "seed": 1,
+        "mixed_precision": "bf16",
+        "beta": 10.0,
+        "learning_rate": 5e-7,
+        "weight_decay": 0.0,
+        "global_batch_size": 64,
+        "max_grad_norm": 1.0,
+    }
+    found = resolve(RewardConfig("m", "d", "o", preset="release"))
+    assert {name: getattr(found, name) for name in released} == released
+    assert found == resolve(found)
+    given = {  # each is the default of the other preset
+        "margin": 5.0,
+        "num_train_epochs": 1.0,
+        "max_length": 4096,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.0,
+        "seed": 42,
+        "mixed_precision": "no",
+    }
+    paper = resolve(RewardConfig("m", "d", "o"))
+    assert {name: getattr(paper, name) for name in given} == given
+    found = resolve(RewardConfig("m", "d", "o", preset="release", **given))
+    assert {name: getattr(found, name) for name in given} == given
+
+
+# ------------------------------------------------------------------------------------------------- LoRA
+
+
+def test_lora(config, tiny_folder, rollouts, tmp_path):
+    """Adapters alone move; `score` reads the merged weights; adapter on base is the same model; a resumed run
+    is the same."""
+    from peft import PeftModel
+
+    from ipvrm import RewardModel
+    from ipvrm.data.responses import Response
+    from ipvrm.models.causal_lm import load_model, response_logprobs, weights_hash
+
+    settings = config(lora_r=4, save_steps=2, save_total_limit=9)
+    folder = train(settings).output_dir
+    got, start = weights(folder), weights(tiny_folder)
+    assert got.keys() == start.keys()
+    moved = {n for n in got if not torch.equal(got[n], start[n])}
+    assert moved and all("_proj" in name for name in moved)
+    info = json.loads((folder / "ipvrm_config.json").read_text())
+    assert info["adapter"] == {
+        "folder": "adapter",
+        "lora_r": 4,
+        "lora_alpha": 4.0,
+        "base": str(tiny_folder),
+        "base_hash": weights_hash(tiny_folder),
+    }
+    assert info["adapter"]["base_hash"] == info["reference_hash"]
+
+    scores = RewardModel.from_pretrained(folder, device="cpu")
+    response = Response(tuple(range(5, 45)), 10, 1)
+    (merged,) = scores.token_log_ratios([response])
+    adapted = PeftModel.from_pretrained(load_model(tiny_folder), folder / info["adapter"]["folder"])
+    from ipvrm.data.batches import collate
+
+    with torch.no_grad():
+        batch = collate([response])
+        want = response_logprobs(adapted, batch) - response_logprobs(load_model(tiny_folder), batch)
+    assert merged.abs().max() > 1e-3
+    torch.testing.assert_close(merged, want, rtol=1e-4, atol=2e-6)
+    scores.save_pretrained(tmp_path / "again")  # merged weights alone
+    assert RewardModel.from_pretrained(tmp_path / "again", device="cpu").info.adapter is None
+
+    resumed = tmp_path / "resumed"
+    shutil.copytree(folder, resumed)
+    shutil.rmtree(resumed / "checkpoint-4")
+    train(copy_of(settings, resumed, resume_from_checkpoint="latest"))
+    assert same_bits(resumed, folder) and log_of(resumed) == log_of(folder)
+
+
+def test_lora_scale_layers_and_checkpointing(config, tiny_folder):
+    """Twice the scale is another model; gradients are the same with activation checkpointing."""
+    common = {"lora_r": 2, "lora_target_modules": ("q_proj",), "max_steps": 2}
+    plain, scaled, checked = (
+        train(config(name, **common, **changes)).output_dir
+        for name, changes in (
+            ("plain", {}),
+            ("scaled", {"lora_alpha": 8.0}),
+            ("checked", {"gradient_checkpointing": True}),
+        )
+    )
+    start = weights(tiny_folder)
+    for folder in (plain, scaled, checked):
+        moved = {name for name, x in weights(folder).items() if not torch.equal(x, start[name])}
+        assert moved and all(".q_proj." in name for name in moved)
+    assert not same_bits(plain, scaled)
+    got, want = weights(checked), weights(plain)
+    assert all(torch.allclose(got[n], want[n], rtol=1e-5, atol=1e-6) for n in want)
+
+
+def test_lora_settings_that_make_no_sense(config):
+    for changes, reason in (
+        ({"lora_alpha": 8.0}, "--lora_alpha belongs to --lora_r"),
+        ({"lora_target_modules": ("q_proj",)}, "--lora_target_modules belongs to --lora_r"),
+        ({"lora_r": -1}, "lora_r must not be negative"),
+        ({"lora_r": 2, "lora_target_modules": ("lm_head",)}, "the head carries an adapter"),
+        ({"lora_r": 2, "lora_target_modules": ("nothing",)}, "lora_target_modules nothing"),
+    ):
+        with pytest.raises(IpvrmError, match=reason):
+            train(config(**changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -322,7 +437,10 @@ def test_settings_that_make_no_sense(config, changes, reason):
         train(config(**changes))
 
 
-def test_learning_rate_schedule(config):
+def test_learning_rate_schedule():
+    def config(**changes):
+        return resolve(RewardConfig("m", "d", "o", **changes))
+
     linear = [learning_rate_factor(i, 5, config(warmup_ratio=0.4)) for i in range(5)]
     assert linear == pytest.approx([0.5, 1.0, 1.0, 2 / 3, 1 / 3])
     cosine = [learning_rate_factor(i, 4, config(lr_scheduler_type="cosine")) for i in range(4)]
