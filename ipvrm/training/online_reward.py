@@ -71,18 +71,19 @@ def token_and_candidate_logprobs(
     return found[:, 0], found[:, 1:]
 
 
-class OnlineReward:
-    """The reward model of a run on every rank; `reference` is a model only under `td_reference` sft."""
+class RewardInputs:
+    """What a run's reward model is: all but its weights, read and checked before any work.
 
-    def __init__(self, config: PolicyConfig, balance: BalanceConfig, policy_tokenizer: Any, accelerator: Any):
-        """Reads and checks everything but the weights. `balance` is of the online update.
+    Args:
+        balance: of the online update.
 
-        Raises:
-            IpvrmError: no reward model, one of another kind, or with another tokenizer or chat template.
-        """
+    Raises:
+        IpvrmError: no reward model, one of another kind, or with another tokenizer or chat template.
+    """
+
+    def __init__(self, config: PolicyConfig, balance: BalanceConfig, policy_tokenizer: Any):
         assert config.reward_model is not None
         self.config = config
-        self.accelerator = accelerator
         self.folder = local_folder(config.reward_model)
         self.info = read_info(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
@@ -107,7 +108,6 @@ class OnlineReward:
         margin = margin if config.rm_margin is None else config.rm_margin
         self.objective = Objective(objective, self.info.beta, margin or 0.0)
         self._check_vocabulary(policy_tokenizer)
-        self.behaviour: Mapping[str, Tensor] | Path = {}  # see `learnt_from`; of a checkpoint, its folder
         self.reference_folder: Path | None = None
         if reads_reference(config):
             self.reference_folder = find_reference(self.folder, self.info, config.reference)
@@ -131,11 +131,30 @@ class OnlineReward:
                 "are over different sets"
             )
 
-    def load(self, resumed: Path | None, scalars: dict[str, Any] | None) -> None:
-        """Loads weights and optimizer, of a checkpoint where one is given."""
+    def fingerprint(self) -> dict[str, str]:
+        """What decides the scores besides the settings."""
+        return {"reward_model_hash": weights_hash(self.folder), "reference_hash": self.info.reference_hash}
+
+
+class OnlineReward:
+    """The reward model of a run on every rank; `reference` is a model only under `td_reference` sft.
+
+    Args:
+        resumed, scalars: the checkpoint that weights and optimizer come from, where the run goes on.
+    """
+
+    def __init__(
+        self,
+        inputs: RewardInputs,
+        accelerator: Any,
+        resumed: Path | None = None,
+        scalars: dict[str, Any] | None = None,
+    ):
+        self.inputs, self.config, self.accelerator = inputs, inputs.config, accelerator
+        self.info, self.objective, self.trained = inputs.info, inputs.objective, inputs.trained
         # a checkpoint's weights are merged ones; its adapters belong on the starting weights
         merged = resumed is None or bool(self.config.rm_lora_r)
-        model = load_model(self.folder if merged else cast(Path, resumed) / FOLDER, torch.float32)
+        model = load_model(inputs.folder if merged else cast(Path, resumed) / FOLDER, torch.float32)
         disable_dropout(model)
         model.train(self.trained).requires_grad_(self.trained)
         if self.config.rm_lora_r:
@@ -144,10 +163,11 @@ class OnlineReward:
             model = add_adapters(model, r, alpha=float(r), target_modules=names, saved=saved)
         if self.config.gradient_checkpointing and self.trained:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
+        self.behaviour: Mapping[str, Tensor] | Path = {}  # see `learnt_from`; of a checkpoint, its folder
         self.reference: nn.Module | None = None
         if self.config.td_reference == "sft":
-            assert self.reference_folder is not None
-            self.reference = load_model(self.reference_folder, torch.float32, self.accelerator.device)
+            assert inputs.reference_folder is not None
+            self.reference = load_model(inputs.reference_folder, torch.float32, self.accelerator.device)
         if resumed is not None and self.trained and self.reference is None:
             self.behaviour = resumed / FOLDER / REFERENCE
         if not self.trained:
@@ -220,7 +240,7 @@ class OnlineReward:
                 rollouts.group,
                 rollouts.num_groups,
                 margin=self.objective.margin,
-                config=self.balance,
+                config=self.inputs.balance,
             )
         first = minibatches[0]
         finals = torch.zeros_like(rollouts.outcome)
@@ -261,10 +281,6 @@ class OnlineReward:
 
     # ---------------------------------------------------------------------------------------------- files
 
-    def fingerprint(self) -> dict[str, str]:
-        """What decides the scores besides the settings."""
-        return {"reward_model_hash": weights_hash(self.folder), "reference_hash": self.info.reference_hash}
-
     def learnt_from(self, policy: nn.Module) -> None:
         """Keeps a copy of the policy whose rollouts the last update was made of and compared with.
 
@@ -285,8 +301,8 @@ class OnlineReward:
                 be.
         """
         save_trained(self.model, folder)
-        if self.reference_folder is not None:
-            entries = reference_entries(self.reference_folder, final_place, self.info.reference_hash)
+        if self.inputs.reference_folder is not None:
+            entries = reference_entries(self.inputs.reference_folder, final_place, self.info.reference_hash)
         else:
             own = folder / REFERENCE
             if isinstance(self.behaviour, Path):
@@ -299,7 +315,7 @@ class OnlineReward:
                 "reference_given": str(final_place / REFERENCE),
                 "reference_hash": weights_hash(own),
             }
-        self.tokenizer.save_pretrained(folder)
+        self.inputs.tokenizer.save_pretrained(folder)
         info = RewardModelInfo(
             objective=self.info.objective,
             beta=self.info.beta,
@@ -319,7 +335,9 @@ class OnlineReward:
 
     def _adapter(self) -> dict[str, Any] | None:
         r = self.config.rm_lora_r
-        return adapter_entries(self.folder, weights_hash(self.folder), r, float(r)) if r else None
+        return (
+            adapter_entries(self.inputs.folder, weights_hash(self.inputs.folder), r, float(r)) if r else None
+        )
 
 
 def _head_size(model: str | Path) -> int:

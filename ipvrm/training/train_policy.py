@@ -39,7 +39,7 @@ from ipvrm.run_folder import settings_of
 from ipvrm.training import checkpoint
 from ipvrm.training.adapters import add_adapters, save_trained
 from ipvrm.training.flags import filled
-from ipvrm.training.online_reward import FOLDER, OnlineReward
+from ipvrm.training.online_reward import FOLDER, OnlineReward, RewardInputs
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.policy_config import Method, PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss, behaviour
@@ -85,7 +85,7 @@ class _Inputs:
         self.tokenizer = load_tokenizer(config.model)
         self.reward = None
         if config.reward_model is not None:
-            self.reward = OnlineReward(config, method.balance, self.tokenizer, run.accelerator)
+            self.reward = RewardInputs(config, method.balance, self.tokenizer)
         self.context = max_positions(config.model)
         self.questions, bad = self._read(config.train_data)
         self.eval_questions = None if config.eval_data is None else self._read(config.eval_data)[0]
@@ -127,7 +127,7 @@ class _Trainer:
 
     def __init__(self, inputs: _Inputs, pool: VerifierPool):
         self.inputs, self.run, self.config, self.method = inputs, inputs.run, inputs.config, inputs.method
-        config, run, self.reward = self.config, self.run, inputs.reward
+        config, run = self.config, self.run
         self.accelerator = run.accelerator
 
         # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
@@ -149,8 +149,10 @@ class _Trainer:
         self.start_policy: nn.Module | None = None
         if config.algorithm == "spro":
             self.start_policy = load_model(config.model, torch.float32, run.device)
-        if self.reward is not None:
-            self.reward.load(run.resumed, None if run.state is None else run.state["reward_optimizer"])
+        self.reward = None
+        if inputs.reward is not None:
+            scalars = None if run.state is None else run.state["reward_optimizer"]
+            self.reward = OnlineReward(inputs.reward, run.accelerator, run.resumed, scalars)
         run.restore(self.module, self.optimizer)
         run.watch("the policy", self.optimizer)
         if self.reward is not None and self.reward.trained:

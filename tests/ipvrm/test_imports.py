@@ -101,3 +101,41 @@ def test_import_direction_prints_the_line_that_breaks_it(tmp_path):
     assert up.startswith("ipvrm/errors.py:2: import ipvrm.training ")
     assert "ipvrm/data/batches.py:4: from ipvrm.data import rows" in circle and circle.startswith("circle")
     assert "ipvrm/data/rows.py:1: from ipvrm.data.batches import collate" in circle
+
+
+def late_attributes(source: str) -> list[str]:
+    """`Class.attribute` of every attribute that is first set outside `__init__`, with its line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        known = {
+            n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        }
+        known |= {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+        stores = [
+            (method.name, n.attr, n.lineno)
+            for method in node.body
+            if isinstance(method, ast.FunctionDef)
+            for n in ast.walk(method)
+            if isinstance(n, ast.Attribute)
+            and isinstance(n.ctx, ast.Store)
+            and isinstance(n.value, ast.Name)
+            and n.value.id == "self"
+        ]
+        known |= {attribute for method, attribute, _ in stores if method in ("__init__", "__post_init__")}
+        found += [f"{line}: {node.name}.{name}" for _, name, line in stores if name not in known]
+    return found
+
+
+def test_no_attribute_is_first_set_outside_init():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sorted(ROOT.rglob("*.py"))
+        for line in late_attributes(path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
+    late = (
+        "class A:\n    def __init__(self):\n        self.a = 1\n    def b(self):\n        self.a = self.c = 2"
+    )
+    assert late_attributes(late) == ["5: A.c"]

@@ -12,7 +12,7 @@ from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
 from ipvrm.data.batches import epoch_order
 from ipvrm.data.responses import Response
 from ipvrm.models.causal_lm import load_model
-from ipvrm.training.online_reward import OnlineReward
+from ipvrm.training.online_reward import OnlineReward, RewardInputs
 from ipvrm.training.optimizer import data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_rollouts import Verified, rollouts_of
@@ -103,14 +103,13 @@ def test_a_lost_reference_matters_only_where_it_is_read(tiny_folder, reward_fold
     def online(**changes):
         given = {"model": str(tiny_folder), "reward_model": str(moved), "train_data": "", "output_dir": "o"}
         config, method = resolve(PolicyConfig(**given | changes))
-        return OnlineReward(config, method.balance, tokenizer, accelerator)
+        return RewardInputs(config, method.balance, tokenizer)
 
     for changes in ({"td_reference": "sft"}, {"rm_update": "frozen"}, {"algorithm": "prime"}):
         with pytest.raises(IpvrmError, match="reference model .* was not found"):
             online(**changes)
         assert online(**changes, reference=str(tiny_folder)).reference_folder == tiny_folder
-    reward = online()
-    reward.load(None, None)
+    reward = OnlineReward(online(), accelerator)
     policy = load_model(tiny_folder)
     reward.learnt_from(policy)
     reward.write(tmp_path / "saved", policy, tmp_path / "saved")

@@ -41,7 +41,7 @@ from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.verify import Verdict
 from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
-from ipvrm.training.online_reward import OnlineReward, token_and_candidate_logprobs
+from ipvrm.training.online_reward import OnlineReward, RewardInputs, token_and_candidate_logprobs
 from ipvrm.training.optimizer import NotFinite, data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss, behaviour
@@ -494,8 +494,7 @@ def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_pa
     settings = config(dlw=False, adb=False, td_reference="sft", rm_learning_rate=1.0, **common)
     settings, method = resolve(settings)
     accelerator = data_parallel_accelerator("test", use_cpu=True, mixed_precision="no")
-    reward = OnlineReward(settings, method.balance, tokenizer, accelerator)
-    reward.load(None, None)
+    reward = OnlineReward(RewardInputs(settings, method.balance, tokenizer), accelerator)
     rollouts.candidate_ids = torch.empty(rollouts.starts[-1], 0, dtype=torch.int64)
     reference, _ = reward.reference_logprobs(rollouts)
     sums, _, finals = reward.update(rollouts, reference, [list(range(12))], 1.0)
@@ -507,8 +506,7 @@ def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_pa
     assert float(finals[right].mean()) == pytest.approx(want["value_right"], rel=1e-4)
 
     settings, method = resolve(replace(settings, dlw=None, adb=None))
-    balanced = OnlineReward(settings, method.balance, tokenizer, accelerator)
-    balanced.load(None, None)
+    balanced = OnlineReward(RewardInputs(settings, method.balance, tokenizer), accelerator)
     other, *_ = balanced.update(rollouts, reference, [list(range(12))], 1.0)
     assert other["loss"][0] != pytest.approx(sums["loss"][0], rel=1e-2)
 
@@ -624,9 +622,9 @@ def test_a_resumed_run_that_fails_at_once_keeps_what_the_reward_model_was_traine
     first = folder / "checkpoint-1" / "reward_model"
     accelerator = data_parallel_accelerator("test", use_cpu=True, mixed_precision="no")
     resolved, method = resolve(settings)
-    reward = OnlineReward(resolved, method.balance, load_tokenizer(toy / "sft"), accelerator)
+    inputs = RewardInputs(resolved, method.balance, load_tokenizer(toy / "sft"))
     state = json.loads((folder / "checkpoint-1" / "trainer_state.json").read_text())
-    reward.load(folder / "checkpoint-1", state["reward_optimizer"])
+    reward = OnlineReward(inputs, accelerator, folder / "checkpoint-1", state["reward_optimizer"])
     reward.write(again := tmp_path / "again", load_model(folder / "checkpoint-1"), again)
     assert same_bits(again, first) and same_bits(again / "reference", first / "reference")
     assert not same_bits(again / "reference", folder / "checkpoint-1")
@@ -1024,6 +1022,7 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
     for path in checkpoints(folder)[2:]:
         shutil.rmtree(path)
     (folder / "model.safetensors").unlink()
+    (folder / "results.json").unlink()
     train(replace(uninterrupted, output_dir=str(folder), resume_from_checkpoint="auto"))
     assert_same_run(folder, uninterrupted.output_dir)
 
@@ -1337,6 +1336,7 @@ def test_lora(config, toy, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(folder, again)
     shutil.rmtree(again / "checkpoint-2")
+    (again / "results.json").unlink()
     train(replace(settings, output_dir=str(again), resume_from_checkpoint="auto"))
     assert_same_run(again, folder)
     with pytest.raises(IpvrmError, match="the head carries an adapter"):
