@@ -30,6 +30,7 @@ def prime_advantages(
 ) -> Tensor:
     """PRIME (arXiv 2502.01456, Eq. 5, and its released code): whitened returns of two leave-one-out rewards.
 
+        r_T <- 0                                                          the last token has the outcome
         r_t <- r_t / (max_{b,t} |sum_{i>=t} r_{b,i}| + 1e-6)       with batch_norm, over the whole batch
         process_t = n/(n-1) * r_t - 1/(n-1) * sum_k mean_t r_{k,t}        over the n rollouts k of the prompt
         outcome   = n/(n-1) * o   - 1/(n-1) * sum_k o_k                   at the last token
@@ -39,8 +40,12 @@ def prime_advantages(
 
     Args:
         rewards: (N,) r_t = beta * log-ratio of the implicit reward model, at every token.
-        batch_norm: PRIME's and verl's `batch_norm`, their default; the paper does not name it.
+        batch_norm: PRIME's and verl's `batch_norm`, their default; the paper does not name it, nor that the
+            last token has no process reward. On several ranks they take the largest return of each rank,
+            this function that of what it is given, which is the whole batch.
     """
+    last_token = cu_seqlens[1:].long() - 1
+    rewards = rewards.index_fill(0, last_token, 0.0)
     if batch_norm and len(rewards):
         rewards = rewards / (gae(rewards, cu_seqlens, lam=1.0).abs().max() + 1e-6)
     groups = PromptGroups("prime_advantages", group, num_groups)
@@ -51,7 +56,7 @@ def prime_advantages(
     baseline = groups.spread(groups.sums(means)) / others
     process = per_token(n / others, cu_seqlens) * rewards - per_token(baseline, cu_seqlens)
     last = outcome * n / others - groups.spread(groups.sums(outcome)) / others
-    process[cu_seqlens[1:].long() - 1] += last
+    process[last_token] += last
     return whiten(gae(process, cu_seqlens, lam=1.0))
 
 

@@ -20,7 +20,9 @@ LENGTHS = [3, 5, 1, 2, 4]
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_prime_is_leave_one_out_on_both_rewards_then_whitened(batch_norm):
     rewards, edges = batch(LENGTHS)
-    rows = rewards.split(LENGTHS)
+    rows = [row.clone() for row in rewards.split(LENGTHS)]
+    for row in rows:
+        row[-1] = 0.0
     if batch_norm:
         largest = max(float(row[t:].sum().abs()) for row in rows for t in range(len(row)))
         rows = [row / (largest + 1e-6) for row in rows]
@@ -39,6 +41,19 @@ def test_prime_is_leave_one_out_on_both_rewards_then_whitened(batch_norm):
     whole = torch.cat(returns)
     want = (whole - whole.mean()) / (whole.var(correction=1) + 1e-8).sqrt()
     got = prime_advantages(rewards, OUTCOME, edges, GROUP, 2, batch_norm=batch_norm)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_prime_by_hand():
+    """Two responses of one prompt: r = (2, 1, 9) right, (1, 9) wrong. The 9s count nothing; the largest
+    return is 3, so r = (2/3, 1/3, 0), (1/3, 0) with means 1/3 and 1/6, process = 2 r - 1/2, outcome 1 and -1.
+    Rewards (5/6, 1/6, 1/2), (1/6, -3/2); returns (3/2, 2/3, 1/2), (-4/3, -3/2), whitened over the five."""
+    edges = torch.tensor([0, 3, 5], dtype=torch.int32)
+    got = prime_advantages(
+        torch.tensor([2.0, 1.0, 9.0, 1.0, 9.0]), torch.tensor([1.0, 0.0]), edges, torch.tensor([0, 0]), 1
+    )
+    returns = torch.tensor([3 / 2, 2 / 3, 1 / 2, -4 / 3, -3 / 2])
+    want = (returns - returns.mean()) / returns.std()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
