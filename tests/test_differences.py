@@ -1,0 +1,82 @@
+"""The README's list of what no preset reproduces: its numbers are those of the results file, and that is what
+the study finds."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.studies import release_differences as study
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return json.loads(study.RESULTS.read_text(encoding="utf-8"))
+
+
+def said(found):
+    """The sentences of the README's table that hold a number."""
+    think, micro, lr = found["think_tokens"], found["micro_batches"], found["schedule"]
+    steps, grid, rows = found["step_boundaries"], found["thresholds"], found["over_long"]
+    share, others, distance = (
+        think[name]["median"]
+        for name in (
+            "share_of_tokens",
+            "share_of_squared_gradient_on_the_others",
+            "gradient_distance_on_shared_tokens",
+        )
+    )
+    front, behind = ([*map(int, think[name])] for name in ("tokens_in_front", "tokens_behind"))
+    assert len(front) == len(behind) == 1
+    inner = {int(k): v for k, v in steps["tokens_behind_inner"].items()}
+    assert set(inner) == {1, 2}
+    lost = grid["f1_points_lost"]
+    return [
+        f"begins with the {front[0]} tokens",
+        f"{front[0] + behind[0]} tokens, {100 * share:.1f} % of a response's (median)",
+        f"{100 * others:.0f} % of the squared gradient",
+        f"the gradient at the others is {100 * distance:.0f} % off",
+        f"log-probs {100 * micro['gradient_distance']['median']:.0f} % off (median of {study.DRAWS} draws of "
+        f"{micro['minibatch']:,} responses)",
+        f"the learning rate is {100 * lr['mean_distance']:.0f} % off on average, peaks {lr['peaks']} times "
+        f"and ends at {lr['last']['once_per_micro_batch']:.2f} of its peak",
+        f"{rows['prompt_cut']} + {rows['prompt_lost']} of {rows['rows']:,} rows (prompt cut + lost)",
+        f"of {steps['inner_steps']:,} inner step ends, {100 * inner[2] / steps['inner_steps']:.0f} % lie two",
+        f"F1 {lost['mean']:.1f} points lower on average, at most {lost['max']:.1f} ({grid['item_sets']} sets",
+        f"{found['time_outs']['above_one_second']} of {found['time_outs']['responses']} boxed responses take",
+        f"the {think['rows']:,} rollouts and {steps['solutions']:,} ProcessBench solutions",
+    ]
+
+
+def test_the_readme_says_what_the_file_says(found):
+    missing = [sentence for sentence in said(found) if sentence not in README]
+    assert not missing
+    assert not found["machine"]["modified"]
+
+
+def test_what_needs_no_data_is_found_again(found):
+    """The schedule to the last digit; the grid on the golden files that are in the repository."""
+    assert study.schedule() == found["schedule"]
+    files = sorted(study.GOLDEN.glob("processbench_*.json"))
+    again = study.thresholds(files)
+    assert again.pop("f1_points_lost") == pytest.approx(found["thresholds"]["f1_points_lost"])
+    assert again == {k: v for k, v in found["thresholds"].items() if k != "f1_points_lost"}
+
+
+def test_micro_batches_of_equal_lengths_make_no_difference():
+    labels = [0, 1, 1, 0]
+    assert study.micro_batches([7, 7, 7, 7], labels)["gradient_distance"]["p95"] < 1e-12
+    # lengths of 1 and 3 in pairs of a mean of 2: of 8 draws the sums vary by sqrt(8) * 1, of a mean of 16
+    apart = study.micro_batches([1, 3, 1, 3], labels)["gradient_distance"]["median"]
+    assert apart == pytest.approx(8**0.5 / 16, rel=0.1)
+
+
+def test_the_gradient_at_the_start():
+    """All log-ratios 0: beta / 2 of the mean over t >= j of 1 / t, towards the label."""
+    got = study.start_gradient(3, 1)
+    want = [-5 * (1 + 1 / 2 + 1 / 3) / 3, -5 * (1 / 2 + 1 / 3) / 3, -5 / 3 / 3]
+    assert got.tolist() == pytest.approx(want, rel=1e-5)
+    assert study.start_gradient(3, 0).tolist() == pytest.approx([-x for x in want], rel=1e-5)
