@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from oracles import edges
 
 import ipvrm
 from ipvrm import (
@@ -30,10 +31,6 @@ CONFIGS = {
     "mixed": replace(RELEASE, gae_moments="group", lam=0.5),
     "not whitened": replace(RELEASE, whiten=False),
 }
-
-
-def edges(lengths):
-    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
 
 class Rollouts:

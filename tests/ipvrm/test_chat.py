@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from runs import write_jsonl
 
 from ipvrm import IpvrmError
 from ipvrm.data.chat import (
@@ -77,7 +78,7 @@ def rows_of(tmp_path, *records, suffix=".jsonl"):
     if suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(records)), path)
     else:
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_jsonl(path, records)
     return read_rows(path, "skip")
 
 
@@ -248,7 +249,7 @@ def test_the_sampled_ids_reach_training_to_the_last_one(tiny_folder, chat, tmp_p
     shutil.copytree(tiny_folder, folder)
     chat.tokenizer.save_pretrained(folder)
     prompts = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(6)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    write_jsonl(tmp_path / "prompts.jsonl", prompts)
     rolled, labelled = tmp_path / "rolled.parquet", tmp_path / "labelled.parquet"
     roll_out(
         RolloutConfig(

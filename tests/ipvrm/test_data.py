@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import write_jsonl
 
 from ipvrm import IpvrmError
 from ipvrm.data.batches import collate, epoch_order, length_sorted_microbatches, microbatches_for_rank
@@ -18,11 +19,6 @@ from ipvrm.data.rows import Row, read_rows
 
 CHAT = [{"role": "user", "content": "What is 1 + 2?"}, {"role": "assistant", "content": "Answer: 3"}]
 GOOD = {"conversation": CHAT, "label": 1}
-
-
-def write_jsonl(path, records):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-    return path
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])

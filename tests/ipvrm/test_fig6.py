@@ -8,6 +8,7 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from runs import write_jsonl
 
 from ipvrm import IpvrmError
 from ipvrm.demo.arithmetic import Problem, make_problems
@@ -45,7 +46,7 @@ def fake_run(config, progress=True):
         if step % config.eval_steps == 0:
             record |= {"eval_accuracy": 0.5 + 0.1 * step + 0.02 * config.seed, "eval_responses": 100.0}
         records.append(record)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_jsonl(folder / "metrics.jsonl", records)
 
 
 @pytest.fixture

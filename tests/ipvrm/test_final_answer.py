@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from runs import write_jsonl
 
 from ipvrm.data.rows import ground_truth
 from ipvrm.rollouts.final_answer import (
@@ -376,7 +377,7 @@ def test_an_unreadable_ground_truth_is_left_out_counted_and_named(tmp_path):
         {"prompt": "a", "response": r"\boxed{36}", "answer": "24 and 12\nmake 36"},
         {"prompt": "b", "response": r"\boxed{36}", "answer": GSM8K},
     ]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "in.jsonl", rows)
     config = LabelConfig(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "string", num_workers=1)
     summary = label_file(config, progress=False)
     assert summary["counts"]["unreadable_ground_truth"] == 1 and summary["counts"]["wrong"] == 1

@@ -9,21 +9,18 @@ for a scalar, against the mean of the absolute terms. Measured: at most 3e-7 of 
 
 import json
 import math
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from oracles import GOLDEN, PROCESSBENCH, RELEASES
+from runs import released_scores
 
 import ipvrm
 from ipvrm.evaluate.thresholds import f1_of_hits, hit_interval
 from ipvrm_kernels import distrl_loss, pack, prefix_values, unpack
 
-GOLDEN = Path(os.environ.get("IPVRM_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-RELEASES = sorted(GOLDEN.glob("release_*.npz"))
-PROCESSBENCH = sorted(GOLDEN.glob("processbench_*.json"))
 INPUTS = {
     "mask", "log_ratio", "outcome", "group", "weight", "margin", "old_logp", "new_logp", "new_token_logp",
     "logits", "sampled",
@@ -256,19 +253,6 @@ def spoiled(expected, rtol):
     else:
         values[at] = ~values[at] if values.dtype == torch.bool else values[at] + 1
     return values.view_as(expected)
-
-
-def released_scores(item):
-    """Scores under the released script's names; it divides the two length-normalised ones by sqrt(0.001)."""
-    value, mean = np.array(item["reward"]), np.array(item["avg_reward"])
-    length = np.diff(np.round(value / mean), prepend=0)
-    step = np.diff(value, prepend=0)
-    return {
-        "sigmoid": value,
-        "rewardsum_minus_sigmoid": step,
-        "mean_sigmoid": mean / math.sqrt(1e-3),
-        "meandiff_sigmoid": step / length / math.sqrt(1e-3),
-    }
 
 
 @pytest.mark.parametrize("path", PROCESSBENCH, ids=lambda path: path.stem)

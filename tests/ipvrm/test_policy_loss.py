@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import edges
 
 from ipvrm import (
     AdvantageConfig,
@@ -58,7 +59,7 @@ def inputs(seed=0, lengths=(5, 1, 0, 9, 2), K=4, V=30):
         old_candidate_logprobs=old_candidates,
         advantages=randn(N),
         candidate_advantages=randn(N, K),
-        cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32),
+        cu_seqlens=edges(lengths),
     )
     return logits, token_ids, candidate_ids, rest
 

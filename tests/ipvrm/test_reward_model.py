@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import write_jsonl
 
 from ipvrm import IpvrmError, RewardModel
 from ipvrm.cli import main
@@ -218,7 +219,7 @@ def test_models_over_different_vocabularies_are_refused(reward_model):
 def problems(tmp_path):
     path = tmp_path / "problems.jsonl"
     records = [{"id": f"p{n}", "problem": f"What is {n}?", "steps": STEPS[: 1 + n % 3]} for n in range(70)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_jsonl(path, records)
     return path
 
 

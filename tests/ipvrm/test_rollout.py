@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from runs import write_jsonl
 
 from ipvrm import IpvrmError
 from ipvrm.cli import main
@@ -476,7 +477,7 @@ def test_where_the_ground_truth_may_stand(tmp_path):
         {"prompt": "a", "answer": "", "reward_model": None},
         {"prompt": "a"},
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     prompts, _ = read_prompts(path)
     assert [prompt.answer for prompt in prompts] == ["42", "1.5", None, None]
     assert prompts[1].prompt == tuple(USER) and prompts[1].data_source == "s"

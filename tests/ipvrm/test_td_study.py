@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from runs import write_jsonl
 
 from ipvrm import IpvrmError
 from ipvrm.demo.base_model import make_model, make_tokenizer
@@ -230,7 +231,7 @@ def toy(tmp_path_factory):
     write_info(folder / "rm", RewardModelInfo(**info, template_hash=template_hash(tokenizer), **entries))
     rng = random.Random(0)
     rows = ({"prompt": f"{rng.randint(10, 99)}+{rng.randint(10, 99)}", "answer": "1"} for _ in range(4))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(folder / "prompts.jsonl", rows)
     yield folder
     sys.path.remove(str(folder))
 

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import GOLDEN, PROCESSBENCH
+from runs import released_scores
 
 from ipvrm.evaluate.thresholds import (
     Interval,
@@ -25,9 +25,6 @@ from ipvrm.evaluate.thresholds import (
     trivial_baselines,
 )
 from ipvrm.steps import first_error
-
-GOLDEN = Path(os.environ.get("IPVRM_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-GOLDEN_FILES = sorted(GOLDEN.glob("processbench_*.json"))
 
 
 def f1_at(scores, labels, threshold_score):
@@ -128,21 +125,8 @@ def test_threshold_holds_the_sigmoid_without_overflow():
     assert 0 < Threshold.at(-700.0).tau < 1e-300
 
 
-def released_scores(item):
-    """Scores under the released script's names; it divides the two length-normalised ones by sqrt(0.001)."""
-    value, mean = np.array(item["reward"]), np.array(item["avg_reward"])
-    length = np.diff(np.round(value / mean), prepend=0)
-    step = np.diff(value, prepend=0)
-    return {
-        "sigmoid": value,
-        "rewardsum_minus_sigmoid": step,
-        "mean_sigmoid": mean / math.sqrt(1e-3),
-        "meandiff_sigmoid": step / length / math.sqrt(1e-3),
-    }
-
-
-@pytest.mark.skipif(not GOLDEN_FILES, reason=f"no processbench_*.json in {GOLDEN}")
-@pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda p: p.stem)
+@pytest.mark.skipif(not PROCESSBENCH, reason=f"no processbench_*.json in {GOLDEN}")
+@pytest.mark.parametrize("path", PROCESSBENCH, ids=lambda p: p.stem)
 def test_golden_processbench(path):
     data = json.loads(path.read_text())
     labels = [item["label"] for item in data["items"]]

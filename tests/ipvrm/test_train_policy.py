@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 from dataclasses import replace
@@ -17,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from runs import flags, log_of, run_cli, same_bits, weights, write_jsonl
+from safetensors.torch import save_file
 
 import ipvrm.training.online_reward as online_reward_module
 import ipvrm.training.train_policy as train_policy_module
@@ -49,7 +49,6 @@ from ipvrm.training.policy_rollouts import Collector, Targets, Unanimous, Verifi
 from ipvrm.training.train_policy import train_policy
 from ipvrm_kernels import prefix_values
 
-ROOT = Path(__file__).resolve().parents[2]
 VERIFIERS = """
 import os
 import time
@@ -175,21 +174,6 @@ def train(config):
     return train_policy(config, progress=False)
 
 
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def same_bits(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def log_of(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    varying = ("seconds", "tokens_per_second", "peak_memory", "algorithm")
-    return [{k: v for k, v in line.items() if not k.startswith(varying)} for line in lines]
-
-
 def assert_close_weights(got, want, start, allowed=0.02):
     """Differences are small beside how far training has moved the weights."""
     got, want, start = weights(got), weights(want), weights(start)
@@ -256,7 +240,7 @@ def test_run_folder(uninterrupted, toy):
 def test_it_learns(config, toy):
     """Ten steps: the held-out accuracy rises by more than three standard errors."""
     held_out = toy / "held_out.jsonl"
-    held_out.write_text("".join(json.dumps({"prompt": str(n), "answer": "3"}) + "\n" for n in range(60, 100)))
+    write_jsonl(held_out, ({"prompt": str(n), "answer": "3"} for n in range(60, 100)))
     common = {"max_steps": 10, "learning_rate": 2e-3, "eval_data": str(held_out), "eval_temperature": 1.0}
     common |= {"eval_top_p": 1.0, "eval_num_generations": 4, "rollout_prompts": 16, "train_prompts": 16}
     common |= {"num_generations": 8, "minibatch_size": 64}
@@ -953,7 +937,7 @@ def test_a_verifier_that_hangs_or_dies_is_counted_and_left_out(config, monkeypat
 def test_prompts_that_cannot_be_used(config, tmp_path):
     data = tmp_path / "prompts.jsonl"
     rows = [{"prompt": str(n), "answer": "3"} for n in range(20)] + [{"prompt": "7"}]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(data, rows)
     with pytest.raises(IpvrmError, match=r"1 of 21 rows are bad .*\n.*prompts.jsonl:21: no ground truth"):
         train(config(train_data=str(data), algorithm="grpo"))
     result = train(config("skip", train_data=str(data), algorithm="grpo", on_bad_row="skip"))
@@ -979,31 +963,6 @@ def test_the_starting_models_are_not_overwritten(config, toy, uninterrupted):
 
 
 # ------------------------------------------------------------------------------ interruption and resuming
-
-
-def run_cli(toy, *arguments):
-    path = os.pathsep.join([str(toy), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-
-
-def flags(config):
-    """The config as command-line flags."""
-    result = []
-    for name, value in vars(config).items():
-        if isinstance(value, bool):
-            result += [f"--{name}"] if value else []
-        elif isinstance(value, tuple):
-            result += [f"--{name}", *value]
-        elif value is not None:
-            result += [f"--{name}", str(value)]
-    return result
 
 
 def assert_same_run(a, b):
@@ -1076,7 +1035,7 @@ def test_killed_in_the_middle_of_a_save(uninterrupted, toy, tmp_path):
     """kill -9 while the reward model of checkpoint 2 is half written: the end is the same bits."""
     folder = tmp_path / "run"
     settings = replace(uninterrupted, output_dir=str(folder))
-    done = run_cli(toy, "-c", textwrap.dedent(KILLED_IN_A_SAVE), "train-policy", *flags(settings))
+    done = run_cli("-c", textwrap.dedent(KILLED_IN_A_SAVE), "train-policy", *flags(settings), path=toy)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [p.name for p in checkpoints(folder)] == ["checkpoint-1"]
     assert list(folder.glob(".checkpoint-2.*"))
@@ -1371,7 +1330,7 @@ def test_two_gloo_processes_give_the_update_of_one(config, toy):
     one = train(config("one", **common)).output_dir
     two = config("two", per_device_train_batch_size=7, eval_data=str(toy / "prompts.jsonl"), **common)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run_cli(toy, *launch, "-m", "ipvrm", "train-policy", *flags(two))
+    done = run_cli(*launch, "-m", "ipvrm", "train-policy", *flags(two), path=toy)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((Path(two.output_dir) / "manifest.json").read_text())["ranks"] == 2
     assert_close_weights(two.output_dir, one, toy / "sft")

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from runs import flags, log_of, run_cli, same_bits, weights
 from safetensors.torch import load_file
 
 import ipvrm.training.train_rm as train_rm
@@ -22,8 +21,6 @@ from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
 from ipvrm.training.optimizer import learning_rate_factor
 from ipvrm.training.reward_config import RewardConfig, objective_of, resolve
 from ipvrm.training.train_rm import train_reward_model
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -49,47 +46,11 @@ def train(config):
     return train_reward_model(config, progress=False)
 
 
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def same_bits(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def log_of(folder, without=("tokens_per_second", "peak_memory_bytes")):
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
-
-
 def assert_same_log(a, b):
     """To rounding; while model and reference are equal the accuracies are the sign of rounding errors."""
     for got, want in zip(log_of(a), log_of(b), strict=True):
         names = [name for name in want if got["step"] > 1 or "accuracy" not in name]
         assert {n: got[n] for n in names} == pytest.approx({n: want[n] for n in names}, rel=2e-3, abs=1e-4)
-
-
-def run_cli(*arguments):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def flags(config):
-    """The config as command-line flags."""
-    result = []
-    for name, value in vars(config).items():
-        if isinstance(value, bool):
-            result += [f"--{name}"] if value else []
-        elif value is not None:
-            result += [f"--{name}", str(value)]
-    return result
 
 
 # --------------------------------------------------------------------------------------------- one run

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from runs import write_jsonl
 
 from ipvrm import IpvrmError
 from ipvrm.cli import main
@@ -311,11 +312,6 @@ def test_texts_of_any_kind_and_length_reach_the_verifier():
 # --------------------------------------------------------------------------------------------------- command
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def row(response, prompt="p", answer="1", **more):
     return {"prompt": prompt, "response": response, "answer": answer, **more}
 
@@ -336,7 +332,11 @@ def test_every_row_is_labelled_or_counted(rude, tmp_path, tokenizer):
         | {"reward_model": {"ground_truth": "1"}},
     ]
     settings = LabelConfig(
-        write(tmp_path / "in.jsonl", rows), str(tmp_path / "out.parquet"), rude, DEADLINE, num_workers=2
+        str(write_jsonl(tmp_path / "in.jsonl", rows)),
+        str(tmp_path / "out.parquet"),
+        rude,
+        DEADLINE,
+        num_workers=2,
     )
     summary = label_file(settings, progress=False)
     expected = {"right": 3, "wrong": 1, "no_answer": 1, "timeout": 1, "crash": 1, "error": 1}
@@ -357,7 +357,7 @@ def test_every_row_is_labelled_or_counted(rude, tmp_path, tokenizer):
 
 def test_truncated_rows_can_be_kept_and_texts_stay_texts(tmp_path):
     rows = [row("Answer: 1", truncated=True), row("Answer: 2")]
-    path = write(tmp_path / "in.jsonl", rows)
+    path = str(write_jsonl(tmp_path / "in.jsonl", rows))
     settings = LabelConfig(path, str(tmp_path / "out.jsonl"), "string", keep_truncated=True)
     assert label_file(settings, progress=False)["prompts"]["mixed"] == 1
     found = [json.loads(line) for line in Path(settings.output).read_text().splitlines()]
@@ -368,7 +368,9 @@ def test_truncated_rows_can_be_kept_and_texts_stay_texts(tmp_path):
 
 
 def test_on_screen(tmp_path, capsys):
-    path = write(tmp_path / "in.jsonl", [row("Answer: 1"), row("Answer: 2"), row("x", answer=None)])
+    path = str(
+        write_jsonl(tmp_path / "in.jsonl", [row("Answer: 1"), row("Answer: 2"), row("x", answer=None)])
+    )
     assert (
         main(["label", "--input", path, "--output", str(tmp_path / "o.jsonl"), "--verifier", "string"]) == 0
     )
@@ -394,7 +396,7 @@ def test_on_screen(tmp_path, capsys):
     ],
 )
 def test_bad_input(tmp_path, rows, changes, reason):
-    settings = {"input": write(tmp_path / "in.jsonl", rows), "output": str(tmp_path / "out.jsonl")}
+    settings = {"input": str(write_jsonl(tmp_path / "in.jsonl", rows)), "output": str(tmp_path / "out.jsonl")}
     settings["verifier"] = "string"
     with pytest.raises(IpvrmError, match=reason):
         label_file(LabelConfig(**(settings | changes)), progress=False)
@@ -402,7 +404,7 @@ def test_bad_input(tmp_path, rows, changes, reason):
 
 
 def test_bad_rows_can_be_skipped(tmp_path):
-    path = write(tmp_path / "in.jsonl", [row(1), row("Answer: 1")])
+    path = str(write_jsonl(tmp_path / "in.jsonl", [row(1), row("Answer: 1")]))
     summary = label_file(
         LabelConfig(path, str(tmp_path / "out.jsonl"), "string", on_bad_row="skip"), progress=False
     )

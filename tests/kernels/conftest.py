@@ -63,6 +63,23 @@ def cpu_matmul(request, monkeypatch):
         monkeypatch.setenv(matmul.VARIABLE, name)
 
 
+@pytest.fixture(params=matmul.NAMES)
+def library(request, monkeypatch):
+    """Each library that can do the CPU's matmuls here."""
+    reason = matmul.why_not(request.param)
+    if reason is not None:
+        pytest.skip(f"matmuls by {request.param}: {reason}")
+    monkeypatch.setenv(matmul.VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def only_triton(request):
+    """For a module that tests what the other implementations do not have."""
+    if request.getfixturevalue("impl") != "triton":
+        pytest.skip("the driver of impl='triton' alone")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -1,33 +1,18 @@
 """clipped_surrogate: the four regions by hand, gradients, unused elements, golden policy losses, errors."""
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import GOLDEN, RELEASES, surrogate
 
 from ipvrm_kernels import clipped_surrogate
 from ipvrm_kernels.clipped_surrogate import IMPLS, clipped_surrogate_reference
 
 OP = "clipped_surrogate"
-GOLDEN = Path(os.environ.get("IPVRM_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-RELEASES = sorted(GOLDEN.glob("release_*.npz"))
-
-
-def oracle(new, old, advantage, low, high, dual):
-    """One element in Python floats: (loss, d loss / d new, clipped, dual clipped)."""
-    if old == -math.inf or advantage == 0:
-        return 0.0, 0.0, False, False
-    rho = math.exp(new - old)
-    unclipped, bounded = -advantage * rho, -advantage * min(max(rho, 1 - low), 1 + high)
-    loss, clipped = max(unclipped, bounded), bounded > unclipped
-    if dual is not None and advantage < 0 and loss > -dual * advantage:
-        return -dual * advantage, 0.0, clipped, True
-    return loss, 0.0 if clipped else unclipped, clipped, False
 
 
 def run(new, old, advantage, impl, device, **options):
@@ -83,7 +68,7 @@ def test_no_dual_clip_by_default(impl, device):
 def test_any_element(rows, low, high, dual):
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
     expected = torch.tensor(
-        [oracle(*row, low, high, dual) for row in table.tolist()], dtype=torch.float64
+        [surrogate(*row, low, high, dual) for row in table.tolist()], dtype=torch.float64
     ).reshape(-1, 4)
     got = run(*table.unbind(1), "torch", "cpu", clip_low=low, clip_high=high, dual_clip=dual)
     for mine, truth in zip(got, expected.unbind(1), strict=True):
@@ -102,7 +87,7 @@ def test_shapes_and_dtypes(impl, device, dtype, shape, poisoned):
     )
     got = run(new, old, advantage, impl, device, dual_clip=1.5)
     rows = zip(*(x.double().flatten().tolist() for x in (new, old, advantage)), strict=True)
-    expected = torch.tensor([oracle(*row, 0.2, 0.28, 1.5) for row in rows], dtype=torch.float64).reshape(
+    expected = torch.tensor([surrogate(*row, 0.2, 0.28, 1.5) for row in rows], dtype=torch.float64).reshape(
         *shape, 4
     )
     tolerance = (

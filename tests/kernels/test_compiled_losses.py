@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import edges
 
 from ipvrm_kernels import (
     linear_candidates,
@@ -18,7 +19,7 @@ D, V = 16, 97
 def batch(lengths, seed=0):
     g = torch.Generator().manual_seed(seed)
     N = sum(lengths)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    cu_seqlens = edges(lengths)
     hidden = torch.randn(N, D, generator=g).requires_grad_()
     return hidden, torch.randint(0, V, (N,), generator=g), cu_seqlens
 

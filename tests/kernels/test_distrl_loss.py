@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracles import edges, surrogate
 
 from ipvrm_kernels import backend, linear_distrl_loss, linear_logprobs
 from ipvrm_kernels.distrl_loss import (
@@ -47,22 +48,10 @@ def case(lengths=(5, 0, 1, 9, 3), K=4, seed=0, drift=0.5):
         for x, value in zip(flat, changes, strict=True):
             if value is not None:
                 x[kinds == kind] = value
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    cu_seqlens = edges(lengths)
     old = old.masked_fill(ids < 0, -math.inf)
     parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (old, advantages)]
     return new, LossInputs(*parts[0], *parts[1], cu_seqlens, None, None)
-
-
-def surrogate(new, old, advantage, low, high, dual):
-    """loss, derivative, clipped, dual clipped of one used element in Python floats."""
-    if advantage == 0:
-        return 0.0, 0.0, False, False
-    rho = math.exp(new - old) if new - old < 700 else math.inf
-    unclipped, bounded = -advantage * rho, -advantage * min(max(rho, 1 - low), 1 + high)
-    loss, clipped = max(unclipped, bounded), bounded > unclipped
-    if dual is not None and advantage < 0 and loss > -dual * advantage:
-        return -dual * advantage, 0.0, clipped, True
-    return loss, 0.0 if clipped else unclipped, clipped, False
 
 
 def oracle(logprobs, batch, objective):
@@ -217,7 +206,7 @@ def test_a_million_elements_keep_fp32_accuracy(impl, device):
     advantages = torch.randn(old.shape, generator=g)
     old = torch.where(torch.rand(old.shape, generator=g) < 0.9, old, -math.inf)
     parts = [(x[:, 0].contiguous(), x[:, 1:].contiguous()) for x in (old, advantages)]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    cu_seqlens = edges(lengths)
     batch = LossInputs(*parts[0], *parts[1], cu_seqlens, None, None)
     objective = Objective(0.3, CLIPS, 1.5, "token_mean", "old_prob_mean")
     wide = LossInputs._make(x.double() if x is not None and x.is_floating_point() else x for x in batch)

@@ -20,16 +20,10 @@ from ipvrm_kernels.linear_logprobs import IMPLS as linear_logprobs_impls
 
 MIB = 2**20
 PLAIN = Transform(1.0, None, 1.0, torch.float32)
-pytestmark = pytest.mark.skipif(not backend.HAS_CPP, reason="the extension is not built")
-
-
-@pytest.fixture(autouse=True, params=matmul.NAMES)
-def cpu_matmul(request, monkeypatch):
-    """Every test here runs with each matmul library that can run."""
-    reason = matmul.why_not(request.param)
-    if reason is not None:
-        pytest.skip(f"matmuls by {request.param}: {reason}")
-    monkeypatch.setenv(matmul.VARIABLE, request.param)
+pytestmark = [
+    pytest.mark.skipif(not backend.HAS_CPP, reason="the extension is not built"),
+    pytest.mark.usefixtures("library"),
+]
 
 
 @pytest.fixture

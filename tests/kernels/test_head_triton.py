@@ -10,12 +10,7 @@ import torch
 from ipvrm_kernels import linear_candidates, linear_distrl_loss, linear_logprobs
 
 OP = "linear_logprobs"  # the tests below ask for impl="triton" and skip every other
-
-
-@pytest.fixture(autouse=True)
-def _only_triton(request):
-    if request.getfixturevalue("impl") != "triton":
-        pytest.skip("the driver of impl='triton' alone")
+pytestmark = pytest.mark.usefixtures("only_triton")
 
 
 def one_hot_head(logits, device):

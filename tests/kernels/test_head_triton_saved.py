@@ -10,16 +10,11 @@ from ipvrm_kernels import backend, linear_logprobs
 from ipvrm_kernels.head import Transform
 
 OP = "linear_distrl_loss"  # the tests below ask for impl="triton" and skip every other
+pytestmark = pytest.mark.usefixtures("only_triton")
 
 if backend.HAS_TRITON:
     triton_forward = importlib.import_module("ipvrm_kernels.head.triton_forward")
     saved = importlib.import_module("ipvrm_kernels.head.triton_saved")
-
-
-@pytest.fixture(autouse=True)
-def _only_triton(request):
-    if request.getfixturevalue("impl") != "triton":
-        pytest.skip("the driver of impl='triton' alone")
 
 
 def case(N=40, D=24, V=300, K=3, level=1.0, seed=0, dtype=torch.float32):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import edges
 
 from ipvrm_kernels import backend, clipped_surrogate, linear_distrl_loss, linear_logprobs
 from ipvrm_kernels.distrl_loss import DISTRL_METRICS
@@ -46,7 +47,7 @@ def case(lengths=(5, 0, 1, 9), K=4, D=12, V=37, seed=0, dtype=torch.float32, dri
         candidate_advantages=torch.randn(candidate_ids.shape, generator=g),
     )  # fmt: skip
     floats = {k: v.to(dtype) for k, v in floats.items()}
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    cu_seqlens = edges(lengths)
     return dict(token_ids=token_ids, candidate_ids=candidate_ids, cu_seqlens=cu_seqlens, **floats)
 
 

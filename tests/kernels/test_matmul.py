@@ -25,15 +25,6 @@ def fresh(monkeypatch):
         cached.cache_clear()
 
 
-@pytest.fixture(params=matmul.NAMES)
-def library(request, monkeypatch):
-    reason = matmul.why_not(request.param)
-    if reason is not None:
-        pytest.skip(f"matmuls by {request.param}: {reason}")
-    monkeypatch.setenv(matmul.VARIABLE, request.param)
-    return request.param
-
-
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("rows", [128, 129])
 @pytest.mark.parametrize("M, K, N", [(1, 1, 1), (1, 64, 33), (37, 5, 1), (130, 257, 65), (64, 1024, 100)])

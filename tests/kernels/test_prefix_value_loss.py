@@ -1,8 +1,6 @@
 """prefix_value_loss against fp64 plain PyTorch on padded rows, its gradient, golden vectors, its errors."""
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,20 +8,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import GOLDEN, RELEASES, edges
 
 from ipvrm_kernels import backend, pack, prefix_value_loss, prefix_values, unpack
 from ipvrm_kernels.prefix_value_loss import IMPLS, prefix_value_loss_reference
 
 OP = "prefix_value_loss"
-GOLDEN = Path(os.environ.get("IPVRM_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-RELEASES = sorted(GOLDEN.glob("release_*.npz"))
 LENGTHS = (
     [0], [1], [2, 1], [5, 0, 1, 63, 2], [15, 16, 17, 64, 65, 0, 1], [1023, 1025, 1024], [4500, 7],
 )  # fmt: skip
-
-
-def edges(lengths, device="cpu"):
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
 def oracle(log_ratio, lengths, outcome, beta, margin, weight, weighting, reduction, denominator=None):

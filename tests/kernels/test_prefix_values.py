@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracles import edges
 
 from ipvrm_kernels import backend, prefix_values
 from ipvrm_kernels.prefix_values import prefix_values_reference
@@ -13,10 +14,6 @@ LENGTHS = (
     [0], [1], [5, 0, 1, 63, 2], [15, 16, 17, 64, 65, 0, 1], [1023, 1025, 1024], [4500],
 )  # fmt: skip
 NAMES = ("value", "mean_value", "prob", "td")
-
-
-def edges(lengths, device="cpu"):
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
 def oracle(log_ratio, lengths, beta):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import edges
 
 from ipvrm_kernels import backend, segment_scan
 from ipvrm_kernels.segment_scan import segment_scan_reference
@@ -12,10 +13,6 @@ OP = "segment_scan"
 LENGTHS = (
     [], [0], [1], [0, 1, 0], [5, 0, 1, 63, 2], [15, 16, 17, 64, 65, 0, 1], [1024, 1025, 1023], [5000, 3],
 )  # fmt: skip
-
-
-def edges(lengths, device="cpu"):
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
 def loop(x, lengths, decay, reverse):

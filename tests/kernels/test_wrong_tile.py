@@ -17,6 +17,7 @@ from ipvrm_kernels import backend
 from ipvrm_kernels.head import Transform
 
 OP = "linear_logprobs"  # the tests below ask for impl="triton" and skip every other
+pytestmark = pytest.mark.usefixtures("only_triton")
 
 if backend.HAS_TRITON:
     import triton
@@ -30,12 +31,6 @@ if backend.HAS_TRITON:
 MATMUL = 2.0**-20
 # of a bf16 number; the interpreter truncates where a GPU rounds
 BF16 = 2.0**-7 if backend.INTERPRETED else 2.0**-8
-
-
-@pytest.fixture(autouse=True)
-def _only_triton(request):
-    if request.getfixturevalue("impl") != "triton":
-        pytest.skip("the driver of impl='triton' alone")
 
 
 @pytest.fixture(autouse=True)

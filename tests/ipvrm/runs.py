@@ -1,0 +1,75 @@
+"""Starting runs as a user does, and reading what they wrote."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+VARYING = ("seconds", "tokens_per_second", "peak_memory", "algorithm")  # beginnings of names
+
+
+def write_jsonl(path, records):
+    """A record that is a string is written as it is."""
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def flags(config):
+    """The config as command-line flags."""
+    result = []
+    for name, value in vars(config).items():
+        if isinstance(value, bool):
+            result += [f"--{name}"] if value else []
+        elif isinstance(value, tuple):
+            result += [f"--{name}", *value]
+        elif value is not None:
+            result += [f"--{name}", str(value)]
+    return result
+
+
+def run_cli(*arguments, path=None):
+    """The finished process of `python arguments`; path: a folder to import from."""
+    paths = os.pathsep.join(filter(None, [path and str(path), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same_bits(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def log_of(folder):
+    """metrics.jsonl without what differs from run to run."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(VARYING)} for line in lines]
+
+
+def released_scores(item):
+    """Scores under the released script's names; it divides the two length-normalised ones by sqrt(0.001)."""
+    value, mean = np.array(item["reward"]), np.array(item["avg_reward"])
+    length = np.diff(np.round(value / mean), prepend=0)
+    step = np.diff(value, prepend=0)
+    return {
+        "sigmoid": value,
+        "rewardsum_minus_sigmoid": step,
+        "mean_sigmoid": mean / math.sqrt(1e-3),
+        "meandiff_sigmoid": step / length / math.sqrt(1e-3),
+    }
