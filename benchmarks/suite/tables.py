@@ -175,8 +175,10 @@ def markdown(rows: Iterable[Row]) -> str:
     rows = list(rows)
     tokens = any(row.tokens_per_s for row in rows)
     scratch = any(row.scratch_mib is not None for row in rows)  # files of before have none
+    modelled = any(row.expected_ms for row in rows)
     names = [
-        "op", "shape", "contender", "median ms", "p20", "p80", "x yardstick", "peak MiB",
+        "op", "shape", "contender", "median ms", *(["expected ms"] if modelled else []), "p20", "p80",
+        "x yardstick", "peak MiB",
         *(["scratch MiB"] if scratch else []), "TFLOP/s", "GB/s", *(["tokens/s"] if tokens else []),
     ]  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---|---|---|" + "--:|" * (len(names) - 3)]
@@ -189,7 +191,9 @@ def markdown(rows: Iterable[Row]) -> str:
         if row.note:
             name += f" ({row.note.replace('|', '/')})"
         cells = [
-            row.op, row.shape, name, milliseconds(row.median_ms), milliseconds(row.p20_ms),
+            row.op, row.shape, name, milliseconds(row.median_ms),
+            *([milliseconds(row.expected_ms) if row.expected_ms else ""] if modelled else []),
+            milliseconds(row.p20_ms),
             milliseconds(row.p80_ms), cell(row.ratio, 3), cell(row.peak_mib, 1),
             *([cell(row.scratch_mib, 1)] if scratch else []), cell(row.tflops),
             cell(row.gb_per_s, 1), *([cell(row.tokens_per_s, 0)] if tokens else []),
