@@ -18,6 +18,7 @@ from benchmarks.suite.exact import Exact
 from benchmarks.suite.heads import Shape, calibrated, inputs, more_shapes, shapes, targets
 from benchmarks.suite.measure import Case, assert_close, is_ours
 from benchmarks.suite.peers import compiled, grpo_loss, sliced_logprobs
+from benchmarks.suite.roofline import expected
 from benchmarks.suite.sequences import edges, kernels
 from ipvrm_kernels import linear_candidates, linear_distrl_loss, linear_logprobs
 
@@ -192,8 +193,9 @@ def loss_case(batch: RolloutRows, device: str, with_grpo: bool, with_compile: bo
     aims = {} if batch.frozen else targets("distrl_loss", shape, implementations, device)
     work = (2 if batch.frozen else 3) * shape.flops
     return Case(
-        OP, batch.title, contenders, check, shape.flops, work, absent=absent, axes=shape.axes, targets=aims
-    )
+        OP, batch.title, contenders, check, shape.flops, work, absent=absent, axes=shape.axes, targets=aims,
+        expected=expected("frozen" if batch.frozen else "distrl_loss", shape, implementations, device),
+    )  # fmt: skip
 
 
 def slots_case(shape: Shape, device: str) -> Case:

@@ -20,6 +20,7 @@ from benchmarks.suite.exact import Exact
 from benchmarks.suite.heads import Shape, inputs, more_shapes, shapes, targets
 from benchmarks.suite.measure import Case, Target, assert_close
 from benchmarks.suite.peers import OneToken, compiled, one_token, sliced_logprobs, with_entropy
+from benchmarks.suite.roofline import expected
 from benchmarks.suite.sequences import edges, kernels
 from ipvrm_kernels import linear_distrl_loss, linear_logprobs
 from ipvrm_kernels.head.blocks import WORKSPACE
@@ -88,8 +89,8 @@ def forward_case(shape: Shape, device: str) -> Case:
         for name in own:
             check_forward(exact, name, results[name], log_p)
         if TRL_ENTROPY in results:
-            for got, expected in zip(results[TRL_ENTROPY], (log_p, exact.entropy), strict=True):
-                assert_close(TRL_ENTROPY, got[exact.rows], expected, 1e-2)
+            for got, right in zip(results[TRL_ENTROPY], (log_p, exact.entropy), strict=True):
+                assert_close(TRL_ENTROPY, got[exact.rows], right, 1e-2)
         for name in peers:  # one sum over the batch: that of ours, whose rows are known to be right
             if f"{name}{ALONE}" in results:
                 assert_close(name, results[f"{name}{ALONE}"], -results[own[0]].logprobs.sum(), 1e-2)
@@ -103,8 +104,9 @@ def forward_case(shape: Shape, device: str) -> Case:
     elif aims:
         aims |= {f"{name}{ALONE}": Target(1 / 3, f"{TRL}{ALONE}") for name in implementations}
     return Case(
-        OP, title, contenders, check, shape.flops, shape.flops, absent=late, axes=shape.axes, targets=aims
-    )
+        OP, title, contenders, check, shape.flops, shape.flops, absent=late, axes=shape.axes, targets=aims,
+        expected=expected("forward", shape, implementations, device),
+    )  # fmt: skip
 
 
 def check_forward(exact: Exact, name: str, out: LinearLogprobs, log_p: Tensor) -> None:
@@ -202,4 +204,7 @@ def step_case(
         aims |= {name: Target(1 / 3, f"{TRL}, one id") for name in one_id}
         aims |= {name: Target(1 / 3, f"{LIGER}, one id") for name in scalar}
     work = (2 if frozen else 3) * shape.flops
-    return Case(OP, title, contenders, check, shape.flops, work, absent=late, axes=shape.axes, targets=aims)
+    return Case(
+        OP, title, contenders, check, shape.flops, work, absent=late, axes=shape.axes, targets=aims,
+        expected=expected(kind, shape, implementations, device),
+    )  # fmt: skip
