@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from .wrong_tile import applies, wrong_tile
 
 __all__ = ["Head", "Judge", "Result", "add_flags", "check", "head_of_config", "main", "run", "verdicts"]
 
-DEFAULT = Head(1024, 151_936)  # of Qwen3-0.6B; its check takes 1 GB
+DEFAULT = Head(1024, 151_936)  # of Qwen3-0.6B; its check takes about 3 GB
 INTERPRETED = Head(48, 700)  # Triton's interpreter is slow
 ROWS = 256
 CALLS = 5  # of which the median counts
@@ -42,7 +43,7 @@ def check(head: Head, devices: Sequence[str], say: Callable[[str], None] = lambd
     torch.backends.cuda.matmul.allow_tf32 = False  # what the ops are compared with is fp32
     try:
         for device in devices:
-            for result in (*_sequences(device), *_heads(head, device)):
+            for result in chain(_sequences(device), _heads(head, device)):
                 results.append(result)
                 say(line(result))
                 if device == "cuda" and result.failure and not _answers():

@@ -245,6 +245,22 @@ def test_a_gpu_that_is_asked_for_must_be_there(capsys):
     assert check.main(["--device", "cuda"]) == 2 and "needs a GPU" in capsys.readouterr().err
 
 
+def test_a_dead_context_ends_the_check_of_its_device(monkeypatch):
+    said, begun = [], []
+
+    def fake_results(device):
+        for op in ("a", "b"):
+            begun.append((device, op))
+            yield check.Result(op, "cuda", device, "fp32", [], "RuntimeError: CUDA error")
+
+    monkeypatch.setattr(check, "_sequences", fake_results)
+    monkeypatch.setattr(check, "_heads", lambda head, device: fake_results(device))
+    monkeypatch.setattr(check, "_answers", lambda: False)
+    assert len(check.check(HEAD, ["cuda", "cpu"], said.append)) == 5
+    assert begun == [("cuda", "a"), *[("cpu", op) for op in "abab"]]  # nothing runs ahead of what is said
+    assert "the CUDA context is dead" in said[1]
+
+
 def test_no_memory_for_the_check_is_said(monkeypatch):
     def no_room(*arguments):
         raise RuntimeError("not enough memory")
