@@ -90,12 +90,23 @@ def candidates_case(shape: Shape, device: str, random: bool = False, with_compil
             if name in results:
                 check_candidates(exact, name, results[name], sampled)
 
+    def errors(results: Mapping[str, Any]) -> Mapping[str, float]:
+        """Of the sampled token's log-prob."""
+        exact = Exact(hidden, weight)
+        right = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
+        found = {}
+        for name, result in results.items():
+            if name != "matmul":
+                given = result.sampled_logprobs if name in own else result[1 if "no entropy" in name else 2]
+                found[name] = exact.error(given.view(shape.N), right)
+        return found
+
     own = [n for name in implementations for n in (name, f"{name}, no entropy")]
     aims = {} if random else targets("candidates", shape, implementations, device)
     return Case(
         OP, f"{shape}, {kind}", contenders, check, shape.flops, shape.flops,
         axes={**shape.axes, "K": SLOTS}, targets=aims,
-        expected=expected("candidates", shape, implementations, device),
+        expected=expected("candidates", shape, implementations, device), errors=errors,
     )  # fmt: skip
 
 

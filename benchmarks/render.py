@@ -48,7 +48,8 @@ percentile of their times are kept; memory is the peak above inputs, scratch tha
 Ratios are to the first contender of a case. Ours (`cpp`, `cuda`, `triton`, `ipvrm`) are judged against the
 fastest other contender that does the same work, and the faster one is bold; the bare matmul does less and is
 never judged. What stands behind a comma is a variant: compared with the same variant only. TFLOP/s count the
-matmuls that an op cannot do without (one forward, two backward, one of them for a frozen head).
+matmuls that an op cannot do without (one forward, two backward, one of them for a frozen head). The error
+against fp64 is the largest on 128 rows: of log-probs in nats, of gradients of hidden relative to the largest.
 """
 
 

@@ -3,6 +3,7 @@
 Everything called FAKE is invented for these tests and stands in no results folder.
 """
 
+import importlib
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ from benchmarks import (  # noqa: E402
     bench_linear_logprobs,
     bench_linear_logprobs_partial,
     bench_prefix_value_loss,
+    bench_reward_step,
     bench_scaling,
     bench_segment_scan,
     gate,
@@ -928,3 +930,172 @@ def test_the_machine_says_what_ran():
     header = machine.describe()
     assert header["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert header["commit"] and header["load"] >= 0
+
+
+# ---------------------------------------------------------------------------------------------- accuracy
+
+
+def test_peaked_rows_are_sure_of_one_token():
+    shape = heads.Shape(64, 128, 8192, torch.float32)
+    rows = heads.peaked(shape, "cpu")
+    log_p = torch.log_softmax(rows.hidden.double() @ rows.weight.double().T, 1)
+    assert (
+        rows.mean_candidates == pytest.approx(1, abs=0.05)
+        and rows.mean_mass > 0.95
+        and str(rows).startswith("peaked: ")
+    )
+    picked = log_p.gather(1, rows.sampled[:, None])[:, 0]
+    assert (picked[::2] > -0.1).all() and (picked[1::2] < -2).all()
+    z = rows.hidden @ rows.weight.T
+    assert 16 < z.max(1).values.median() < 32  # where bf16 has steps of 0.125
+
+
+def errors_of(case):
+    rows = measure.measure(case, "cpu", seconds=0.0)
+    assert not any(r.error for r in rows if r.contender not in case.absent), [r.error for r in rows]
+    assert all(r.note == "" for r in rows)
+    return {r.contender: r.fp64_error for r in rows}
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the contender is the C++ op")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [heads.calibrated, heads.peaked])
+def test_accuracy_is_a_column_for_every_contender(make, dtype):
+    torch.manual_seed(0)
+    shape = heads.Shape(48, 64, 2048, dtype)
+    case = bench_linear_logprobs.accuracy_case(shape, make(shape, "cpu"), "cpu")
+    assert measure.ACCURACY in case.shape
+    found = errors_of(case)
+    named = set(found) - {"matmul"} - set(case.absent)
+    assert {"cpp", "eager log_softmax", "released 64-row slices", "F.linear_cross_entropy"} <= named
+    assert all(found[name] is not None for name in named) and found["matmul"] is None
+    assert found["cpp"] < 1e-5
+    if dtype == torch.bfloat16:  # logits rounded to half precision
+        assert found["eager log_softmax"] > 1e-3 and found["F.linear_cross_entropy"] > 1e-3
+    else:
+        assert found["eager log_softmax"] < 1e-4
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the contender is the C++ op")
+def test_the_error_of_a_contender_is_what_it_is_off(monkeypatch):
+    torch.manual_seed(0)
+    rows = heads.peaked(HEAD, "cpu")
+    plain = bench_linear_logprobs.sliced_logprobs
+    monkeypatch.setattr(
+        bench_linear_logprobs, "sliced_logprobs", lambda *given: plain(*given).index_add(
+            0, torch.tensor([0]), torch.tensor([[-0.25]])
+        ),
+    )  # fmt: skip
+    found = errors_of(bench_linear_logprobs.accuracy_case(HEAD, rows, "cpu"))
+    assert found["released 64-row slices"] == pytest.approx(0.25, abs=1e-4) and found["cpp"] < 1e-5
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the contender is the C++ op")
+@pytest.mark.parametrize("kind", ["forward", "candidates", "step", "distrl_loss"])
+def test_every_head_benchmark_has_errors_against_fp64(kind, monkeypatch):
+    shared = lambda hidden, weight, ids: torch.log_softmax(hidden @ weight.T, 1)[:, ids]  # noqa: E731
+    monkeypatch.setattr(bench_linear_logprobs, "shared_ids", lambda: (shared, ""))
+    monkeypatch.setattr(bench_linear_logprobs, "compiled", lambda function: function)
+    monkeypatch.setattr(peers, "_cut_cross_entropy", None)  # whose compiler takes half a minute
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    torch.manual_seed(0)
+    if kind == "step":
+        case = bench_linear_logprobs.step_case(HEAD, "cpu", frozen=False, with_compile=False)
+        assert {"cpp, shared ids", "liger selected_token_ids, shared ids"} <= set(case.contenders)
+    elif kind == "distrl_loss":
+        batch = bench_linear_distrl_loss.Batch.random(HEAD, "cpu", frozen=False)
+        case = bench_linear_distrl_loss.loss_case(batch, "cpu", with_grpo=False, with_compile=False)
+    else:
+        case = head_case(kind)
+    found = errors_of(case)
+    scalar = {n for n in found if n.startswith("F.") and n.endswith("log-prob alone")}  # a sum over rows
+    named = set(found) - {"matmul"} - set(case.absent) - scalar
+    assert named and all(0 <= found[name] < 1e-3 for name in named)
+    assert all(found[name] is None for name in scalar)
+
+
+def test_an_error_that_cannot_be_computed_leaves_the_times(spin):
+    def no_room(results):
+        raise torch.OutOfMemoryError("no room")
+
+    case = Case("op", "s", {"matmul": spin(1), "cpp": spin(2)}, lambda r: None, errors=no_room)
+    rows = measure.measure(case, "cpu", seconds=0.01)
+    assert {r.note for r in rows} == {"its error is not known: OutOfMemoryError: no room"}
+    assert [r.fp64_error for r in rows] == [None, None] and not any(r.error for r in rows)
+
+
+def test_tables_and_the_chart_show_errors(tmp_path):
+    shape = f"N=1 {measure.ACCURACY}, peaked"
+    rows = [
+        row("matmul", 1, shape=shape), row("cpp", 2, shape=shape, fp64_error=4.9e-7),
+        row("eager", 2, shape=shape, fp64_error=3.5e-3),
+    ]  # fmt: skip
+    text = tables.markdown(rows)
+    assert "| error against fp64 |" in text and "| 4.9e-07 |" in text and "| 3.5e-03 |" in text
+    assert "error against" not in tables.markdown([row("cpp", 1)])
+    again = [Row.from_dict(r.as_dict()) for r in rows]
+    assert again == rows and "fp64_error" in tables.as_csv(rows, {})
+    plots = pytest.importorskip("benchmarks.suite.plots")
+    written = plots.draw(rows, FAKE_MACHINE, tmp_path)
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000 and tmp_path / "accuracy.png" in written
+
+
+def test_a_peer_that_cannot_be_imported_says_why(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(peers, "_trl", lambda: importlib.import_module("no_such_module"))
+    monkeypatch.setattr(peers, "_cut_cross_entropy", lambda impl: importlib.import_module("no_such_module"))
+    found, absent = peers.logprobs("cpu")
+    assert absent["TRL chunked log-prob"] == "cannot be imported: No module named 'no_such_module'"
+    assert "TRL chunked log-prob" not in found and "TRL chunked log-prob" not in peers.one_token("cpu")[0]
+
+
+def test_an_older_liger_has_no_selected_token_ids(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert peers.shared_ids() == (None, "not installed: pip install liger-kernel")
+    module = types.ModuleType("liger_kernel.ops.fused_linear_scaled_cross_entropy")
+
+    class Older:
+        @staticmethod
+        def apply(_input, weight, target, temperature=1.0):
+            raise AssertionError
+
+    module.LigerFusedLinearScaledCrossEntropyFunction = Older
+    for name in ("liger_kernel", "liger_kernel.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
+    run_shared, reason = peers.shared_ids()
+    assert run_shared is None and "liger-kernel>=0.8.5" in reason
+
+
+def test_ligers_shared_ids_are_those_of_every_row():
+    run_shared, reason = peers.shared_ids()
+    if run_shared is None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(24, 16, requires_grad=True), torch.randn(50, 16)
+    ids = torch.tensor([3, 40, 7])
+    got, expected = run_shared(hidden, weight, ids), torch.log_softmax(hidden @ weight.T, 1)[:, ids]
+    measure.assert_close("log-probs", got.detach(), expected.detach(), 1e-5)
+    upstream = torch.randn(24, 3)
+    mine, right = (torch.autograd.grad(y, hidden, upstream)[0] for y in (got, expected))
+    measure.assert_close("gradient", mine, right, 1e-4)
+
+
+@pytest.mark.slow
+def test_a_whole_step_is_compared_with_its_fastest_rival(monkeypatch):
+    plain = bench_reward_step.logprobs_of_peers
+
+    def without_compilers(device):
+        found, absent = plain(device)
+        return {n: f for n, f in found.items() if "torch_compile" not in n}, absent
+
+    monkeypatch.setattr(bench_reward_step, "logprobs_of_peers", without_compilers)
+    torch.manual_seed(0)
+    (case,) = bench_reward_step.cases("cpu", True)
+    assert "eager with F.linear_cross_entropy" in case.contenders
+    results = {name: run() for name, run in case.contenders.items()}
+    case.check(results)  # loss and every gradient
+    times = {name: 5.0 for name in case.contenders} | {"eager with F.linear_cross_entropy": 2.0, "ipvrm": 1.0}
+    (verdict,) = tables.verdicts([row(name, ms) for name, ms in times.items()])
+    assert str(verdict) == "won: ipvrm 2.00x faster than eager with F.linear_cross_entropy"

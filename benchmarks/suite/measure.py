@@ -22,6 +22,7 @@ WRONG = "WRONG RESULT"  # how the error of a row begins whose case failed its ch
 UNCHECKED = "unchecked"  # how the note of a row begins whose case could not be checked
 LESS_WORK = ("matmul",)  # yardsticks that never win or lose against the op
 START = "the curve's start"
+ACCURACY = "accuracy of a log-prob"  # what the shape of a case says that is about errors against fp64
 OURS = ("cpp", "cuda", "triton", "ipvrm")  # first words of the contenders that this package stands for
 
 
@@ -77,6 +78,9 @@ class Case:
     tokens: int = 0  # tokens that one call works through, 0 where that is not the point
     targets: Mapping[str, Target] = field(default_factory=dict)  # by contender
     expected: Mapping[str, float] = field(default_factory=dict)  # modelled ms by contender (roofline.py)
+    # the largest error against fp64 by contender, given what `check` is given: of log-probs in nats, of
+    # gradients of hidden relative to the largest number
+    errors: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Row:
 
     scratch_mib: MiB above inputs and returned tensors. target: what ratio to the contender target_of is
     asked; target_memory: the same of peak_mib. expected_ms: what the model of the GPU says.
+    fp64_error: see Case.errors.
     """
 
     op: str
@@ -109,6 +114,7 @@ class Row:
     target_of: str = ""
     target_memory: float | None = None
     expected_ms: float | None = None
+    fp64_error: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None in its place."""
@@ -160,6 +166,13 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
             raise_if_dead(device, "", error)
             note = f"{UNCHECKED}: {_reason(error)}"
             break
+    accuracy: Mapping[str, float] = {}
+    if case.errors is not None:
+        try:
+            accuracy = case.errors(results)
+        except Exception as error:  # no memory for it: the times are still good
+            raise_if_dead(device, "", error)
+            note = note or f"its error is not known: {_reason(error)}"
     results.clear()
     flush = torch.empty(64 * 2**20, dtype=torch.float32, device=device) if device == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -196,6 +209,7 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
                 scratch_mib=scratch[name], note=note,
                 target=target.limit if target else None, target_of=target.other if target else "",
                 target_memory=target.memory if target else None, expected_ms=case.expected.get(name),
+                fp64_error=accuracy.get(name),
             )
         )  # fmt: skip
     return rows + [failed(case, name, reason) for name, reason in errors.items()]
