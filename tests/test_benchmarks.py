@@ -1003,7 +1003,7 @@ def test_every_head_benchmark_has_errors_against_fp64(kind, monkeypatch):
         case = bench_linear_logprobs.step_case(HEAD, "cpu", frozen=False, with_compile=False)
         assert {"cpp, shared ids", "liger selected_token_ids, shared ids"} <= set(case.contenders)
     elif kind == "distrl_loss":
-        batch = bench_linear_distrl_loss.Batch.random(HEAD, "cpu", frozen=False)
+        batch = bench_linear_distrl_loss.RolloutRows.random(HEAD, "cpu", frozen=False)
         case = bench_linear_distrl_loss.loss_case(batch, "cpu", with_grpo=False, with_compile=False)
     else:
         case = head_case(kind)

@@ -91,9 +91,9 @@ def kernels(kind: str, shape: Shape, gpu: Rates, overlapped: bool = False) -> di
     if kind == "trainable":
         dz = tile("dz", logits)
         return {"_head_stats_kernel": tile("stats"), "_head_dz_kernel": dz, "matmul": 2 * vendor, **common}
-    stored = tile("stored", logits)
+    saved = tile("saved", logits)
     count = {"frozen": 1, "distrl_loss": 2}[kind]
-    return {"_head_stats_kernel": stored, "matmul": count * vendor, **common}
+    return {"_head_stats_kernel": saved, "matmul": count * vendor, **common}
 
 
 def expected(kind: str, shape: Shape, names: list[str], device: str) -> dict[str, float]:
