@@ -196,7 +196,7 @@ def loss_case(batch: RolloutRows, device: str, with_grpo: bool, with_compile: bo
     def errors(results: Mapping[str, Any]) -> Mapping[str, float]:
         """Of the gradient of hidden."""
         exact, ids = Exact(batch.hidden, batch.weight), batch.ids.clamp(min=0)
-        right = {only: exact.dhidden(ids, batch.upstream(exact, only)) for only in (False, True)}
+        right = {only: exact.dhidden(ids, batch.dlogprobs(exact, only)) for only in (False, True)}
         return {
             name: exact.relative_error(gradients[0], right["sampled only" in name])
             for name, gradients in results.items()

@@ -945,7 +945,7 @@ def test_peaked_rows_are_sure_of_one_token():
         and str(rows).startswith("peaked: ")
     )
     picked = log_p.gather(1, rows.sampled[:, None])[:, 0]
-    assert (picked[::2] > -0.1).all() and (picked[1::2] < -2).all()
+    assert (picked[::2] > -0.3).all() and (picked[1::2] < -2).all()
     z = rows.hidden @ rows.weight.T
     assert 16 < z.max(1).values.median() < 32  # where bf16 has steps of 0.125
 
