@@ -38,9 +38,8 @@ KIND = "half"
 
 
 def configurations() -> list[Config]:
-    """The tiles in use and those that the sweep would try next, the first ones first."""
-    key = (sweep.architecture(), KIND)
-    return [CONFIGS[key], *sweep.neighbours(CONFIGS[key], *key)]
+    """The tiles in use, then those that the sweep tries for the forward."""
+    return sweep.choices("forward", sweep.architecture(), KIND)
 
 
 def label(config: Config) -> str:
