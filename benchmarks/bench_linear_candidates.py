@@ -25,6 +25,7 @@ from benchmarks.suite.heads import (
 )
 from benchmarks.suite.measure import Case, assert_within
 from benchmarks.suite.peers import compiled, sliced_log_softmax
+from benchmarks.suite.roofline import expected
 from benchmarks.suite.sequences import kernels
 from ipvrm_kernels import linear_candidates
 from ipvrm_kernels.linear_candidates import Candidates
@@ -89,11 +90,23 @@ def candidates_case(shape: Shape, device: str, random: bool = False, with_compil
             if name in results:
                 check_candidates(exact, name, results[name], sampled)
 
+    def errors(results: Mapping[str, Any]) -> Mapping[str, float]:
+        """Of the sampled token's log-prob."""
+        exact = Exact(hidden, weight)
+        right = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
+        found = {}
+        for name, result in results.items():
+            if name != "matmul":
+                given = result.sampled_logprobs if name in own else result[1 if "no entropy" in name else 2]
+                found[name] = exact.error(given.view(shape.N), right)
+        return found
+
     own = [n for name in implementations for n in (name, f"{name}, no entropy")]
     aims = {} if random else targets("candidates", shape, implementations, device)
     return Case(
         OP, f"{shape}, {kind}", contenders, check, shape.flops, shape.flops,
         axes={**shape.axes, "K": SLOTS}, targets=aims,
+        expected=expected("candidates", shape, implementations, device), errors=errors,
     )  # fmt: skip
 
 
@@ -107,8 +120,8 @@ def check_candidates(exact: Exact, name: str, out: Candidates, sampled: Tensor) 
     assert ((found == (p >= MIN_PROB)).all(1) | ~clear).all(), f"{name}: not the exact set"
     assert (out.counts[exact.rows] == used.sum(1)).all(), f"{name}: counts"
     assert (got[~used] == -torch.inf).all() and (got[:, :-1] >= got[:, 1:]).all(), f"{name}: not sorted"
-    expected = exact.log_p.gather(1, ids.clamp(min=0))
-    assert_within(f"{name} log-probs", got[used], expected[used], exact.allowed)
+    right = exact.log_p.gather(1, ids.clamp(min=0))
+    assert_within(f"{name} log-probs", got[used], right[used], exact.allowed)
     exact.compare(f"{name} lse", out.lse, exact.lse)
     log_p = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
     exact.compare(f"{name} sampled log-probs", out.sampled_logprobs, log_p)

@@ -18,6 +18,7 @@ from benchmarks.suite.exact import Exact
 from benchmarks.suite.heads import Shape, calibrated, inputs, more_shapes, shapes, targets
 from benchmarks.suite.measure import Case, assert_close, is_ours
 from benchmarks.suite.peers import compiled, grpo_loss, sliced_logprobs
+from benchmarks.suite.roofline import expected
 from benchmarks.suite.sequences import edges, kernels
 from ipvrm_kernels import linear_candidates, linear_distrl_loss, linear_logprobs
 
@@ -180,20 +181,35 @@ def loss_case(batch: RolloutRows, device: str, with_grpo: bool, with_compile: bo
 
             contenders["liger chunked GRPO, sampled only"] = liger
 
+    def judged(name: str) -> bool:
+        """Half precision rounds the others' logits, and with them ratios across the clips: not theirs."""
+        return is_ours(name) or (shape.dtype == torch.float32 and name != "matmul")
+
     def check(results: Mapping[str, Any]) -> None:
         exact = Exact(batch.hidden, batch.weight)
         ids = batch.ids.clamp(min=0)
         upstream = {only: batch.dlogprobs(exact, only) for only in (False, True)}
         for name, gradients in results.items():
-            # half precision rounds the others' logits, and with them ratios across the clips: not judged
-            if is_ours(name) or (shape.dtype == torch.float32 and name != "matmul"):
+            if judged(name):
                 exact.compare_gradients(name, gradients, ids, upstream["sampled only" in name])
+
+    def errors(results: Mapping[str, Any]) -> Mapping[str, float]:
+        """Of the gradient of hidden."""
+        exact, ids = Exact(batch.hidden, batch.weight), batch.ids.clamp(min=0)
+        right = {only: exact.dhidden(ids, batch.dlogprobs(exact, only)) for only in (False, True)}
+        return {
+            name: exact.relative_error(gradients[0], right["sampled only" in name])
+            for name, gradients in results.items()
+            if judged(name)
+        }
 
     aims = {} if batch.frozen else targets("distrl_loss", shape, implementations, device)
     work = (2 if batch.frozen else 3) * shape.flops
     return Case(
-        OP, batch.title, contenders, check, shape.flops, work, absent=absent, axes=shape.axes, targets=aims
-    )
+        OP, batch.title, contenders, check, shape.flops, work, absent=absent, axes=shape.axes, targets=aims,
+        expected=expected("frozen" if batch.frozen else "distrl_loss", shape, implementations, device),
+        errors=errors,
+    )  # fmt: skip
 
 
 def slots_case(shape: Shape, device: str) -> Case:

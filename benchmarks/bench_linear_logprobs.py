@@ -6,6 +6,9 @@ without entropy. Forward + backward: log-probs of K tokens per row; the peers kn
 their rows stand beside ours at one token. Peers that return a scalar can form its gradient in their forward:
 beside them stand linear_logprobs, whose gradient per token comes later, and our scalar loss of one token a
 row, linear_distrl_loss without candidates. "logits kept": with a workspace that holds them, on the CPU.
+"shared ids": the same K in every row, which is what liger's selected_token_ids can do. Last, how far
+log-probs are from fp64, in fp32 and bf16, on rows like a trained model's and on peaked ones; what
+torch.compile makes of eager rounds as eager does.
 """
 
 from __future__ import annotations
@@ -17,9 +20,29 @@ import torch
 from torch import Tensor
 
 from benchmarks.suite.exact import Exact
-from benchmarks.suite.heads import Shape, inputs, more_shapes, shapes, targets
-from benchmarks.suite.measure import Case, Target, assert_close
-from benchmarks.suite.peers import OneToken, compiled, one_token, sliced_logprobs, with_entropy
+from benchmarks.suite.heads import (
+    Calibrated,
+    Shape,
+    accuracy_shapes,
+    calibrated,
+    inputs,
+    more_shapes,
+    peaked,
+    shapes,
+    targets,
+)
+from benchmarks.suite.measure import ACCURACY, Case, Target, assert_close, is_ours
+from benchmarks.suite.peers import (
+    OneLogprob,
+    OneToken,
+    compiled,
+    logprobs,
+    one_token,
+    shared_ids,
+    sliced_logprobs,
+    with_entropy,
+)
+from benchmarks.suite.roofline import expected
 from benchmarks.suite.sequences import edges, kernels
 from ipvrm_kernels import linear_distrl_loss, linear_logprobs
 from ipvrm_kernels.head.blocks import WORKSPACE
@@ -31,6 +54,8 @@ ALONE = ", log-prob alone"
 CHUNKED = "F.linear_cross_entropy"  # the peer that a target names
 TRL, LIGER = "TRL chunked log-prob", "liger fused linear CE"  # the same on a GPU
 TRL_ENTROPY = "TRL chunked log-prob + entropy"
+SHARED, LIGER_SHARED = ", shared ids", "liger selected_token_ids"
+ROUNDED = 0.5  # by which a log-prob from logits of 32 in bf16 may be off, and still be meant
 LARGEST_TRAINED = 1 << 30  # bytes of weight up to which a CPU run takes its gradient, by every contender
 
 
@@ -46,6 +71,9 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         for frozen in (False, True):
             peers_too = quick or not frozen or device == "cuda"  # half a minute a round for them at full size
             yield step_case(shape, device, frozen, peers_too, with_compile=not (quick and frozen))
+    for shape in accuracy_shapes(device, quick):
+        for make in (calibrated, peaked):
+            yield accuracy_case(shape, make(shape, device), device)
 
 
 def full_cases(device: str) -> Iterator[Case]:
@@ -88,11 +116,21 @@ def forward_case(shape: Shape, device: str) -> Case:
         for name in own:
             check_forward(exact, name, results[name], log_p)
         if TRL_ENTROPY in results:
-            for got, expected in zip(results[TRL_ENTROPY], (log_p, exact.entropy), strict=True):
-                assert_close(TRL_ENTROPY, got[exact.rows], expected, 1e-2)
+            for got, right in zip(results[TRL_ENTROPY], (log_p, exact.entropy), strict=True):
+                assert_close(TRL_ENTROPY, got[exact.rows], right, 1e-2)
         for name in peers:  # one sum over the batch: that of ours, whose rows are known to be right
             if f"{name}{ALONE}" in results:
                 assert_close(name, results[f"{name}{ALONE}"], -results[own[0]].logprobs.sum(), 1e-2)
+
+    def errors(results: Mapping[str, Any]) -> Mapping[str, float]:
+        exact = Exact(hidden, weight)
+        log_p = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
+        found = {}
+        for name, result in results.items():
+            if name != "matmul" and not (isinstance(result, Tensor) and not result.dim()):  # a sum has none
+                given = result if isinstance(result, Tensor) else result[0]
+                found[name] = exact.error(given.view(shape.N), log_p)
+        return found
 
     title = f"{shape} lse + sampled + entropy"
     late = {f"{name}{ALONE}": reason for name, reason in absent.items()}
@@ -103,8 +141,9 @@ def forward_case(shape: Shape, device: str) -> Case:
     elif aims:
         aims |= {f"{name}{ALONE}": Target(1 / 3, f"{TRL}{ALONE}") for name in implementations}
     return Case(
-        OP, title, contenders, check, shape.flops, shape.flops, absent=late, axes=shape.axes, targets=aims
-    )
+        OP, title, contenders, check, shape.flops, shape.flops, absent=late, axes=shape.axes, targets=aims,
+        expected=expected("forward", shape, implementations, device), errors=errors,
+    )  # fmt: skip
 
 
 def check_forward(exact: Exact, name: str, out: LinearLogprobs, log_p: Tensor) -> None:
@@ -113,6 +152,45 @@ def check_forward(exact: Exact, name: str, out: LinearLogprobs, log_p: Tensor) -
     exact.compare(f"{name} lse", out.lse, exact.lse)
     if out.entropy is not None:
         exact.compare(f"{name} entropy", out.entropy, exact.entropy, exact.entropy_allowed)
+
+
+def accuracy_case(shape: Shape, rows: Calibrated, device: str) -> Case:
+    """The log-prob of one token a row, of calibrated or peaked rows: what of it is right, against fp64."""
+    hidden, weight, sampled = rows.hidden, rows.weight, rows.sampled
+    peers, absent = logprobs(device)
+    implementations = kernels(OP, device)
+    functions: dict[str, OneLogprob] = {
+        **{
+            name: lambda h, w, target, name=name: linear_logprobs(h, w, target, impl=name).logprobs
+            for name in implementations
+        },
+        "eager log_softmax": lambda h, w, target: eager(h, w, target[:, None], False)[0][:, 0],
+        "released 64-row slices": lambda h, w, target: sliced_logprobs(h @ w.T, target[:, None])[:, 0],
+        **peers,
+    }
+
+    def call(function: OneLogprob) -> Callable[[], Any]:
+        return torch.no_grad()(lambda: function(hidden, weight, sampled))
+
+    def check(results: Mapping[str, Any]) -> None:
+        exact = Exact(hidden, weight)
+        right = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
+        for name in functions.keys() & results.keys():  # others' logits may be rounded to half precision
+            exact.compare(f"{name} log-probs", results[name], right, None if is_ours(name) else ROUNDED)
+
+    def errors(results: Mapping[str, Any]) -> Mapping[str, float]:
+        exact = Exact(hidden, weight)
+        right = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
+        return {name: exact.error(results[name], right) for name in functions.keys() & results.keys()}
+
+    contenders = {
+        "matmul": lambda: hidden @ weight.T,
+        **{n: call(function) for n, function in functions.items()},
+    }
+    return Case(
+        OP, f"{shape} {ACCURACY}, {rows}", contenders, check, shape.flops, shape.flops,
+        absent=absent, axes=shape.axes, errors=errors,
+    )  # fmt: skip
 
 
 def step_case(
@@ -156,6 +234,14 @@ def step_case(
         return run
 
     minus_one = -torch.ones_like(sampled, dtype=torch.float32)
+    shared = ids[0].contiguous()  # (K,) the same of every row
+    all_shared = shared.expand(ids.shape).contiguous()
+    liger_shared, no_shared = shared_ids() if with_peers else (None, "")
+
+    def run_shared() -> tuple[Tensor, ...]:
+        assert liger_shared is not None
+        return torch.autograd.grad(liger_shared(hidden, weight, shared), leaves, upstream)
+
     implementations = kernels(OP, device)
     one_id = {f"{name}, one id": ours(name, sampled, minus_one) for name in implementations}
     workspace = WORKSPACE + 4 * shape.N * shape.V
@@ -178,7 +264,15 @@ def step_case(
             **saved,
             **{label: scalar_loss(*options) for label, options in scalar.items()},
             **{f"{name}, one id": peer(function) for name, function in peers.items()},
+            **{f"{name}{SHARED}": ours(name, all_shared, upstream) for name in implementations},
+            **({f"{LIGER_SHARED}{SHARED}": run_shared} if liger_shared else {}),
         }
+
+    def asked(name: str) -> tuple[Tensor, Tensor]:
+        """(ids, upstream) of a contender."""
+        if name.endswith("one id"):
+            return sampled[:, None], minus_one[:, None]
+        return (all_shared if name.endswith(SHARED) else ids), upstream
 
     def check(results: Mapping[str, Any]) -> None:
         exact = Exact(hidden, weight)
@@ -186,15 +280,29 @@ def step_case(
         for name, gradients in results.items():
             if name == "matmul":
                 continue
+            other = results.get("eager log_softmax")
             if name.endswith("one id"):  # the peers' dweight in full against ours
                 other = results.get(first_of_ours) if name != first_of_ours else None
-                exact.compare_gradients(name, gradients, sampled[:, None], minus_one[:, None], other)
-            else:
-                exact.compare_gradients(name, gradients, ids, upstream, results.get("eager log_softmax"))
+            elif name.endswith(SHARED):
+                other = None
+            exact.compare_gradients(name, gradients, *asked(name), other)
+
+    def errors(results: Mapping[str, Any]) -> Mapping[str, float]:
+        exact, right = Exact(hidden, weight), {}
+        for name in results:
+            variant = name.partition(", ")[2]
+            if variant not in right:
+                right[variant] = exact.dhidden(*asked(name))
+        return {
+            name: exact.relative_error(gradients[0], right[name.partition(", ")[2]])
+            for name, gradients in results.items()
+            if name != "matmul"
+        }
 
     kind = "frozen" if frozen else "trainable"
     title = f"{shape} K={shape.K} forward+backward {kind} head"
     late = {f"{name}, one id": reason for name, reason in absent.items()}
+    late |= {f"{LIGER_SHARED}{SHARED}": no_shared} if no_shared else {}
     aims = targets(kind, shape, implementations, device)
     if aims and peers and device == "cpu":
         aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *saved, *scalar)}
@@ -202,4 +310,7 @@ def step_case(
         aims |= {name: Target(1 / 3, f"{TRL}, one id") for name in one_id}
         aims |= {name: Target(1 / 3, f"{LIGER}, one id") for name in scalar}
     work = (2 if frozen else 3) * shape.flops
-    return Case(OP, title, contenders, check, shape.flops, work, absent=late, axes=shape.axes, targets=aims)
+    return Case(
+        OP, title, contenders, check, shape.flops, work, absent=late, axes=shape.axes, targets=aims,
+        expected=expected(kind, shape, implementations, device), errors=errors,
+    )  # fmt: skip

@@ -3,12 +3,14 @@
 
 Before: the model's own full logits, `log_softmax`, padded Eq. 9 in eager PyTorch, as reward-model trainers
 write it. As released: the same with log_softmax over 64 rows at a time, which keeps every slice for the
-backward. After: what `ipvrm train-rm` runs. The yardstick is the first; MiB are above weights.
+backward. The rivals: the same with the log-prob of each package that has one and takes its gradient. After:
+what `ipvrm train-rm` runs, which is judged against the fastest of them all. The yardstick is the first; MiB
+are above weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from torch import Tensor
 
 from benchmarks.suite.measure import Case, assert_close
 from benchmarks.suite.models import qwen3, ragged_batch, title
-from benchmarks.suite.peers import sliced_logprobs
+from benchmarks.suite.peers import OneLogprob, sliced_logprobs
+from benchmarks.suite.peers import logprobs as logprobs_of_peers
 from ipvrm.losses.objectives import ipvrm_loss
-from ipvrm.models.causal_lm import response_logprobs
+from ipvrm.models.causal_lm import head, hidden_states, response_logprobs
 
 OP = "reward_step"
 SLICE = 64
@@ -32,6 +35,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     B, N = len(batch.outcome), len(batch.token_ids)
     reference = response_logprobs(model, batch).detach() + 0.02 * torch.randn(N, device=device)
     parameters = list(model.parameters())
+    peers, absent = logprobs_of_peers(device)
     width = batch.input_ids.shape[1]
     mask = torch.zeros(B, width, device=device)
     mask.view(-1)[batch.positions] = 1
@@ -42,7 +46,18 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
         targets = batch.input_ids[:, 1:].reshape(-1, 1)
         flat = logits.reshape(-1, vocabulary)
-        logprobs = sliced_logprobs(flat, targets, slice_rows or len(flat)).view(B, -1)
+        return stepped(sliced_logprobs(flat, targets, slice_rows or len(flat)).view(B, -1))
+
+    def rival(function: OneLogprob) -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
+            packed = function(hidden_states(model, batch), head(model).weight, batch.token_ids)
+            rows = torch.zeros(B * width, device=device).index_put((batch.positions,), packed.float())
+            return stepped(rows.view(B, width)[:, :-1])
+
+        return run
+
+    def stepped(logprobs: Tensor) -> tuple[Tensor, ...]:
+        """Loss and gradients from padded log-probs (B, T - 1)."""
         keep = mask[:, :-1]
         mean = 10.0 * ((logprobs - padded[:, :-1]) * keep).cumsum(1) / keep.cumsum(1).clamp(min=1)
         per_token = F.softplus(5.0 - (2 * batch.outcome - 1)[:, None] * mean) * keep
@@ -65,6 +80,9 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     contenders = {
         "eager full logits": lambda: before(None),
         "released 64-row slices": lambda: before(SLICE),
+        **{f"eager with {name}": rival(function) for name, function in peers.items()},
         "ipvrm": after,
     }
-    yield Case(OP, title(model, batch), contenders, check, tokens=int(batch.attention_mask.sum()))
+    late = {f"eager with {name}": reason for name, reason in absent.items()}
+    tokens = int(batch.attention_mask.sum())
+    yield Case(OP, title(model, batch), contenders, check, absent=late, tokens=tokens)

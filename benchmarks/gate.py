@@ -34,10 +34,10 @@ from benchmarks import (
     bench_prefix_value_loss,
     bench_segment_scan,
 )
-from benchmarks.run import write_json
 from benchmarks.suite.heads import Shape
 from benchmarks.suite.machine import describe
 from benchmarks.suite.measure import Case
+from benchmarks.suite.session import write_json
 from ipvrm_kernels.backend import HAS_CPP
 
 COMMITTED = Path(__file__).with_name("gate.json")

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import write_text
 from benchmarks.suite.machine import ROOT
 from benchmarks.suite.measure import Row
+from benchmarks.suite.session import write_text
 from benchmarks.suite.tables import (
     Verdict,
     aims,
@@ -48,7 +48,8 @@ percentile of their times are kept; memory is the peak above inputs, scratch tha
 Ratios are to the first contender of a case. Ours (`cpp`, `cuda`, `triton`, `ipvrm`) are judged against the
 fastest other contender that does the same work, and the faster one is bold; the bare matmul does less and is
 never judged. What stands behind a comma is a variant: compared with the same variant only. TFLOP/s count the
-matmuls that an op cannot do without (one forward, two backward, one of them for a frozen head).
+matmuls that an op cannot do without (one forward, two backward, one of them for a frozen head). The error
+against fp64 is the largest on 128 rows: of log-probs in nats, of gradients of hidden relative to the largest.
 """
 
 
@@ -85,16 +86,51 @@ def gpu_page(content: Mapping[str, Any], level: str = "#") -> str:
         f"{level} {machine['device']}, {machine['date']}", "",
         f"`{machine['command']}`", "",
         "| part | status | seconds |", "|---|---|--:|",
-        *(f"| {name} | {part['status']} | {part['seconds']} |" for name, part in parts.items()), "",
+        *(f"| {name} | {_status(part)} | {part['seconds']} |" for name, part in parts.items()), "",
     ]  # fmt: skip
     for part in parts.values():
         if part.get("tests"):
             lines += [_tests(part["tests"]), ""]
+        if part.get("check"):
+            lines += [_check(part["check"]), ""]
+        if part.get("kernels"):
+            lines += [_kernels(part["kernels"]), ""]
         if part.get("sweep"):
             lines += [_sweep(part["sweep"]), ""]
         if part.get("counters"):
             lines += [_counters(part["counters"]), ""]
     return "\n".join(lines) + "\n" + _measured(machine, _rows(content))
+
+
+def _status(part: Mapping[str, Any]) -> str:
+    count = part.get("reruns", 0)
+    reruns = f", a fresh process after each of {count} CUDA errors" if count else ""
+    probe = f"; then the probe: {part['probe']}" if "probe" in part else ""
+    return f"{part['status']}{reruns}{probe}"
+
+
+def _check(found: Mapping[str, Any]) -> str:
+    """The verdicts of `python -m ipvrm_kernels`."""
+    return "\n".join(f"- {line}" for line in found["verdicts"])
+
+
+def _kernels(found: Sequence[Mapping[str, Any]]) -> str:
+    """Device times of the head's kernels beside those modelled (benchmarks/suite/roofline.py)."""
+    names = ("op", "shape", "kernel", "calls", "ms", "expected ms", "measured / expected")
+    lines = [f"| {' | '.join(names)} |", "|---|---|---|--:|--:|--:|--:|"]
+    for one in found:
+        expected = one["expected_ms"]
+        told = [milliseconds(expected), f"{one['ms'] / expected:.2f}"] if expected else ["", ""]
+        cells = [
+            one["op"],
+            one["shape"],
+            one["kernel"],
+            f"{one['calls']:.0f}",
+            milliseconds(one["ms"]),
+            *told,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _tests(found: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import time
@@ -24,9 +23,11 @@ import torch
 
 from benchmarks.suite import terminal
 from benchmarks.suite.machine import describe
-from benchmarks.suite.measure import WRONG, Case, Row, is_ours, measure
+from benchmarks.suite.measure import Case
+from benchmarks.suite.session import GO_ON, Session, run_main, write_json, write_text
 from benchmarks.suite.tables import as_csv
-from ipvrm import run_folder
+
+__all__ = ["MODULES", "main", "suite", "write_json", "write_text"]
 
 MODULES = (
     "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="F", help="rows with machine, versions, commit, command")
     parser.add_argument("--csv", type=Path, metavar="F", help="the same as a table")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="PNG plots (needs the extra `plot`)")
+    parser.add_argument(GO_ON, action="store_true", help="what a CUDA error has left of the run in --json F")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("ipvrm bench: --device cuda needs a GPU that torch can see", file=sys.stderr)
@@ -77,41 +79,34 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks.suite import plots  # before anything is measured: it may be missing
     torch.manual_seed(0)
     machine, start = describe(), time.monotonic()
-    rows: list[Row] = []
-    problems: list[str] = []
     machine["seconds"] = 0
+    session = Session(machine, options.json, options.go_on)
     screen = terminal.Screen(machine, options.op, options.mode)
     if tuple(options.op) == MODULES and options.device == "cpu":
         screen.note(f"everything, {options.mode}: about {MINUTES[options.mode]} minutes on two idle cores")
     with screen:
         for name in options.op:
-            cases = suite(name, options.device, options.mode)
+            cases = suite(name, options.device, options.mode) if name not in session.broken else iter(())
             while True:
                 try:
                     case = next(cases)
                 except StopIteration:
                     break
                 except Exception as error:  # other benchmarks are not its hostages
-                    problems.append(f"{name}: its cases end here: {type(error).__name__}: {error}")
-                    screen.problem(problems[-1])
+                    screen.problem(session.cannot_go_on(name, error, options.device))
                     break
                 screen.measuring(name, case)
-                new = measure(case, options.device, SECONDS[options.mode])
-                problems += [
-                    f"{row.op}, {row.shape}: {row.contender}: {row.error}"
-                    for row in new
-                    if row.error.startswith(WRONG)
-                    or (row.error and is_ours(row.contender) and row.contender not in case.absent)
-                ]
-                del case  # the next one is built while this name would still hold its tensors
-                rows += new
-                screen.measured(new)
                 machine["seconds"] = round(time.monotonic() - start)
-                if options.json:
-                    write_json(options.json, dict(machine=machine, rows=[row.as_dict() for row in rows]))
+                new = session.measure(case, options.device, SECONDS[options.mode], name)
+                del case  # the next one is built while this name would still hold its tensors
+                if new:
+                    screen.measured(new)
                 if options.csv:
-                    write_text(options.csv, as_csv(rows, machine))
+                    write_text(options.csv, as_csv(session.rows, machine))
             screen.finished(name)
+    rows, problems = session.rows, session.problems
+    machine["seconds"] = round(time.monotonic() - start)
+    session.close()
     screen.summary(rows)
     if options.plot:
         for path in plots.draw(rows, machine, options.plot):
@@ -122,15 +117,5 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path`, and makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write_text(path, text)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

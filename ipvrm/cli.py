@@ -28,7 +28,12 @@ COMMANDS = {
     "demo": Command(
         "the whole method on a small task, offline, on the CPU", "ipvrm.demo.run", "DemoConfig", "run_demo"
     ),
-    "env": Command("versions, device, backends and why one is missing", "ipvrm.environment", None, "main"),
+    "env": Command(
+        "versions, device, backends and why one is missing; --check: are the ops right here",
+        "ipvrm.environment",
+        None,
+        "main",
+    ),
     "make-tiny-model": Command(
         "a small random Qwen3 and a tokenizer trained on your texts",
         "ipvrm.models.tiny_model",

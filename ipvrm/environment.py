@@ -1,12 +1,19 @@
-"""`ipvrm env`: what a bug report needs: versions, devices, backends, OpenMP runtimes."""
+"""`ipvrm env`: what a bug report needs: versions, devices, backends, OpenMP runtimes; and whether the ops are
+right here (`--check`)."""
 
+import argparse
 import os
 import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ipvrm.errors import IpvrmError
 from ipvrm.run_folder import installed_version, versions
+
+if TYPE_CHECKING:
+    from ipvrm_kernels.check import Head
 
 MORE_PACKAGES = ("triton", "pyarrow", "tyro", "rich", "peft", "trl", "math-verify", "matplotlib")
 OPENMP = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/ ]*)$")
@@ -65,11 +72,39 @@ def _devices() -> str:
     return f"{count} x CUDA {torch.version.cuda}: " + ", ".join(names)
 
 
+def head_of(model: str) -> "Head":
+    """Sizes and softcap of the head of a model, a folder or a Hub name, from its configuration alone.
+
+    Raises:
+        IpvrmError: neither a folder nor a model that the Hub gives, or sizes that no key of it names.
+    """
+    from transformers import AutoConfig
+
+    from ipvrm_kernels.check import Head
+
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        return Head(config.hidden_size, config.vocab_size, getattr(config, "final_logit_softcapping", None))
+    except (OSError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise IpvrmError(f"--model {model}: no configuration with the head's sizes: {reason}") from error
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Console entry; takes no flags."""
-    if arguments:
-        known = set(arguments) <= {"-h", "--help"}
-        print("usage: ipvrm env      (no flags)")
-        return 0 if known else 2
-    print(report())
-    return 0
+    """Console entry. Returns 0, 1 if --check finds an op that is wrong, 2 for a flag it does not know."""
+    from ipvrm_kernels import check
+
+    parser = argparse.ArgumentParser(prog="ipvrm env", description=check.__doc__.partition("\n\n")[2])
+    parser.add_argument("--check", action="store_true", help="run every op here against fp64: about a minute")
+    check.add_flags(parser, "a model's folder or Hub name, for the size of its head")
+    try:
+        options = parser.parse_args(arguments)
+        if not options.check and len(arguments):
+            parser.error("the other flags are those of --check")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    if not options.check:
+        print(report())
+        return 0
+    head = head_of(options.model) if options.model else options.shape
+    return check.run(head, options.device, options.json)

@@ -2,7 +2,7 @@
 
 One ordered table (`DEFAULT_ORDER`) and one function (`choose`). `impl=None` takes the first entry of the
 device's row that the op has and this installation can run; a named `impl` runs or raises with the reason, and
-never falls back.
+never falls back. IPVRM_WITHOUT=IMPL or OP:IMPL, read at import, leaves that out of the defaults.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
 IMPL_NAMES = ("torch", "cpp", "triton", "cuda")
 
+WITHOUT = "IPVRM_WITHOUT"  # environment variable: what the defaults leave out
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as Triton itself read it, at import
 HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
 
@@ -36,6 +37,21 @@ HAS_CUDA = _C is not None and bool(_C.has_cuda)
 AMD_FAMILY: int = getattr(_C, "amd_family", 0)  # of the processor; 0: not AMD's
 
 _checks = False
+
+
+def _left_out(text: str) -> frozenset[str]:
+    """The entries of IPVRM_WITHOUT: `IMPL`, or `OP:IMPL` for one op."""
+    entries = frozenset(entry.strip() for entry in text.split(",") if entry.strip())
+    for entry in entries:
+        if entry.rpartition(":")[2] not in IMPL_NAMES:
+            raise ValueError(
+                f"{WITHOUT} must hold IMPL or OP:IMPL, separated by commas, with IMPL one of "
+                f"{', '.join(IMPL_NAMES)}; got {entry!r}"
+            )
+    return entries
+
+
+_without = _left_out(os.environ.get(WITHOUT, ""))  # at import: an op's choice must not change in a process
 
 
 def set_checks(enabled: bool) -> bool:
@@ -162,7 +178,7 @@ def choose(op: str, impls: Mapping[str, Impl], impl: str | None, tensor: Tensor)
     device_type = tensor.device.type
     double = tensor.dtype == torch.float64
     if impl is None:
-        return "torch" if double else _default(impls, device_type)
+        return "torch" if double else _default(op, impls, device_type)
     if impl in IMPL_NAMES and impl not in impls:
         raise ValueError(f"{op}: impl={impl!r} does not exist for this op; it has {', '.join(impls)}")
     reason = why_not(impl, device_type)
@@ -201,7 +217,7 @@ def table(ops: Mapping[str, Mapping[str, Impl]]) -> Backends:
     for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         rows: dict[str, dict[str, str]] = {}
         for op, impls in ops.items():
-            default = _default(impls, device_type)
+            default = _default(op, impls, device_type)
             rows[op] = {}
             for name in IMPL_NAMES:
                 if name not in impls:
@@ -214,8 +230,8 @@ def table(ops: Mapping[str, Mapping[str, Impl]]) -> Backends:
     return result
 
 
-def _default(impls: Mapping[str, Impl], device_type: str) -> str:
+def _default(op: str, impls: Mapping[str, Impl], device_type: str) -> str:
     for name in DEFAULT_ORDER.get(device_type, ()):
-        if name in impls and why_not(name, device_type) is None:
+        if name in impls and why_not(name, device_type) is None and not {name, f"{op}:{name}"} & _without:
             return name
     return "torch"

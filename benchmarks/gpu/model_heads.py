@@ -20,11 +20,11 @@ import torch
 from benchmarks.bench_linear_candidates import candidates_case
 from benchmarks.bench_linear_distrl_loss import RolloutRows, loss_case
 from benchmarks.bench_linear_logprobs import forward_case, step_case
-from benchmarks.run import write_json
 from benchmarks.suite.heads import K as MANY
 from benchmarks.suite.heads import Shape, more_shapes, shapes
 from benchmarks.suite.machine import describe
-from benchmarks.suite.measure import WRONG, Case, Row, measure
+from benchmarks.suite.measure import Case
+from benchmarks.suite.session import GO_ON, Session, run_main
 
 SECONDS = 1.0  # of rounds a case, beyond the least number of rounds
 COMPILED = "torch.compile of eager"
@@ -64,23 +64,20 @@ def cases(device: str) -> Iterator[Case]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="F", help="rows with machine, versions, commit, command")
+    parser.add_argument(GO_ON, action="store_true", help="what a CUDA error has left of the run in --json F")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("model_heads: no GPU that torch can see; nothing was measured", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    machine = describe()
-    rows: list[Row] = []
+    session = Session(describe(), options.json, options.go_on)
     for case in cases("cuda"):
-        new = measure(case, "cuda", SECONDS)
-        del case  # the next one is built while this name would still hold its tensors
-        rows += new
-        for row in new:
+        for row in session.measure(case, "cuda", SECONDS):
             print(f"{row.shape}: {row.contender} {row.error or f'{row.median_ms:.3f} ms'}", flush=True)
-        if options.json:
-            write_json(options.json, dict(machine=machine, rows=[row.as_dict() for row in rows]))
-    return 1 if any(row.error.startswith(WRONG) for row in rows) else 0
+        del case  # the next one is built while this name would still hold its tensors
+    session.close()
+    return 1 if session.problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -1,8 +1,9 @@
-"""Every op once, forward and backward: `python -m benchmarks.gpu.small [--target]`, for tools that watch it.
+"""Every op once, forward and backward: `python -m benchmarks.gpu.small [--target | --sequences]`, for tools
+that watch it.
 
-Small odd shapes for compute-sanitizer, which slows a kernel a hundredfold; with --target the head alone at
-the shape that has targets, for the profiler's counters. Each op is named when it has run; no implementation
-to run is an error.
+Small odd shapes for compute-sanitizer, which slows a kernel a hundredfold; with --sequences the ops on packed
+sequences alone; with --target the head alone at the shape that has targets, for the profiler's counters. Each
+op is named when it has run; no implementation to run is an error.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def ran(op: str, impl: str, device: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--target", action="store_true", help="the head at the shape with targets")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--target", action="store_true", help="the head at the shape with targets")
+    only.add_argument("--sequences", action="store_true", help="the ops on packed sequences")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     options = parser.parse_args(arguments)
     device = options.device
@@ -99,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         model = MODELS[name]
         head(Shape(N, model.D, model.V, torch.bfloat16, ids), device, "triton")
     else:
-        for impl in implementations("linear_logprobs", device):
+        for impl in [] if options.sequences else implementations("linear_logprobs", device):
             head(SMALL, device, impl)
             partial(device, impl)
         sequences(device)

@@ -72,6 +72,11 @@ def neighbours(config: Config, arch: str, kind: str) -> list[Config]:
     return [other for other in found if fits(other, arch, kind)]
 
 
+def choices(kernel: str, arch: str, kind: str) -> list[Config]:
+    """The configuration that `kernel` uses, then those that come next to it: all kernels share one."""
+    return [CONFIGS[arch, kind], *neighbours(CONFIGS[arch, kind], arch, kind)]
+
+
 def search(
     start: Config,
     near: Callable[[Config], list[Config]],

@@ -74,11 +74,7 @@ class Exact:
         dhidden on `rows`; dweight against that of `eager`, without it on VOCABULARY_ROWS rows.
         """
         allowed = gradient_tolerance(self.hidden.dtype) * (1 if is_ours(name) else OTHERS)
-        g, i = upstream[self.rows].double(), ids[self.rows]
-        dz = (-g.sum(1, keepdim=True) * self.log_p.exp()).scatter_add(1, i, g)
-        parts = zip(dz.split(BLOCK, 1), self.weight.split(BLOCK), strict=True)
-        dhidden = torch.stack([d @ w.double() for d, w in parts]).sum(0)
-        assert_close(f"{name} dhidden", gradients[0][self.rows], dhidden, allowed)
+        assert_close(f"{name} dhidden", gradients[0][self.rows], self.dhidden(ids, upstream), allowed)
         if len(gradients) == 1:
             return
         if eager is not None:
@@ -88,6 +84,21 @@ class Exact:
         tokens[1 : 1 + VOCABULARY_ROWS // 2] = ids[: VOCABULARY_ROWS // 2, 0]  # random tokens have few ids
         dweight = self._dweight(tokens, ids, upstream)
         assert_close(f"{name} dweight", gradients[1][tokens], dweight, allowed)
+
+    def dhidden(self, ids: Tensor, upstream: Tensor) -> Tensor:
+        """(R, D) fp64 gradient of sum(upstream * log p(ids)), with ids and upstream (N, K)."""
+        g, i = upstream[self.rows].double(), ids[self.rows]
+        dz = (-g.sum(1, keepdim=True) * self.log_p.exp()).scatter_add(1, i, g)
+        parts = zip(dz.split(BLOCK, 1), self.weight.split(BLOCK), strict=True)
+        return torch.stack([d @ w.double() for d, w in parts]).sum(0)
+
+    def error(self, got: Tensor, expected: Tensor) -> float:
+        """The largest difference of `got` (N, ...), of every row of the batch, from `expected` (R, ...)."""
+        return float((got.detach()[self.rows].double() - expected).abs().max())
+
+    def relative_error(self, got: Tensor, expected: Tensor) -> float:
+        """`error` over the largest number of `expected`."""
+        return self.error(got, expected) / max(float(expected.abs().max()), 1e-30)
 
     def _dweight(self, tokens: Tensor, ids: Tensor, upstream: Tensor) -> Tensor:
         """(len(tokens), D) fp64, 256 rows at a time."""

@@ -26,6 +26,10 @@ HISTOGRAM = (0.75, 0.19, 0.04, 0.02)
 BACKGROUND = 1.5  # standard deviation of the logits of all other tokens before candidates are added
 
 
+PEAKED_LEVEL = 4.0  # standard deviation of a peaked row's other logits
+PEAK = 6.0  # by which its peak exceeds their log-sum-exp, before it moves them a little
+
+
 class Model(NamedTuple):
     """The head of a published model."""
 
@@ -100,6 +104,12 @@ def more_shapes(device: str) -> Iterator[Shape]:
         yield _of(name, N, dtype, ids)
 
 
+def accuracy_shapes(device: str, quick: bool) -> list[Shape]:
+    """One of each dtype, where log-probs are compared with fp64."""
+    sizes = (1024, 1024, 151_936) if device == "cuda" else (64, 256, 4096) if quick else (256, 1024, 32_000)
+    return [Shape(*sizes, dtype) for dtype in (torch.float32, torch.bfloat16)]
+
+
 # x the bare matmul: on a CPU at SPEC's sizes, on a GPU in half precision at D = 1024 and at D = 4096
 TARGETS = dict(
     forward=(1.0, 1.25, 1.15), candidates=(1.1, 1.35, 1.2), trainable=(4.4, 4.8, 4.5), frozen=(2.6, 3.3, 3.3),
@@ -133,10 +143,11 @@ class Calibrated(NamedTuple):
     mean_candidates: float  # tokens of p >= MIN_PROB
     mean_mass: float  # what they hold together
     mean_entropy: float  # nats
+    kind: str = "calibrated"
 
     def __str__(self) -> str:
         return (
-            f"calibrated: {self.mean_candidates:.2f} candidates a row with {100 * self.mean_mass:.1f} % of "
+            f"{self.kind}: {self.mean_candidates:.2f} candidates a row with {100 * self.mean_mass:.1f} % of "
             f"the mass, entropy {self.mean_entropy:.2f}"
         )
 
@@ -188,6 +199,19 @@ def calibrated(shape: Shape, device: str) -> Calibrated:
     hidden = hidden.to(shape.dtype)
     sampled = ids.gather(1, torch.multinomial(target, 1))[:, 0]
     return Calibrated(hidden, weight, sampled.contiguous(), *measured(hidden, weight))
+
+
+def peaked(shape: Shape, device: str) -> Calibrated:
+    """Rows of a policy that is sure: logits to about 30, one token near p = 1, drawn in every other row; the
+    others have drawn one at random. Half precision cannot tell logits of that size 0.06 apart."""
+    hidden, weight, ids = inputs(shape, device, level=PEAKED_LEVEL)
+    sampled, peak = ids[:, 0].clone(), torch.randint(0, shape.V, (shape.N,), device=device)
+    sampled[::2] = peak[::2]
+    rows = weight[peak].float()
+    wanted = _background_lse(hidden, weight, peak[:, None])[:, 0] + PEAK
+    missing = wanted - (hidden.float() * rows).sum(1)
+    hidden = (hidden.float() + rows * (missing / rows.square().sum(1))[:, None]).to(shape.dtype)
+    return Calibrated(hidden, weight, sampled.contiguous(), *measured(hidden, weight), kind="peaked")
 
 
 def _background_lse(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:

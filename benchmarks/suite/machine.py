@@ -19,6 +19,7 @@ PACKAGES = (
     "ipvrm", "torch", "triton", "transformers", "numpy", "cut-cross-entropy", "liger-kernel", "trl",
     "quack-kernels",
 )  # fmt: skip
+COMMIT = "IPVRM_COMMIT"  # environment variable: of a tree that was copied without its history
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,8 +27,8 @@ def describe() -> dict[str, Any]:
     """The header every results file starts with."""
     return dict(
         date=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        command="python " + " ".join(["-m", _module(), *sys.argv[1:]]),
-        commit=_git("rev-parse", "--short=12", "HEAD"),
+        command=command(),
+        commit=os.environ.get(COMMIT) or _git("rev-parse", "--short=12", "HEAD"),
         modified=bool(_git("status", "--porcelain", "--untracked-files=no")),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         cpu=_cpu_name(),
@@ -37,9 +38,19 @@ def describe() -> dict[str, Any]:
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         load=round(os.getloadavg()[0], 1),  # of the last minute, before anything was measured
-        versions={name: _version(name) for name in PACKAGES},
+        versions=versions(),
         cuda=torch.version.cuda,
     )
+
+
+def command() -> str:
+    """What this process was started with."""
+    return "python " + " ".join(["-m", _module(), *sys.argv[1:]])
+
+
+def versions() -> dict[str, str | None]:
+    """Of PACKAGES, None where one is not installed."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _module() -> str:
@@ -49,8 +60,10 @@ def _module() -> str:
 
 def _git(*arguments: str) -> str:
     try:
-        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:
+        result = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout.strip()
 

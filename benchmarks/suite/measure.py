@@ -22,12 +22,21 @@ WRONG = "WRONG RESULT"  # how the error of a row begins whose case failed its ch
 UNCHECKED = "unchecked"  # how the note of a row begins whose case could not be checked
 LESS_WORK = ("matmul",)  # yardsticks that never win or lose against the op
 START = "the curve's start"
+ACCURACY = "accuracy of a log-prob"  # what the shape of a case says that is about errors against fp64
 OURS = ("cpp", "cuda", "triton", "ipvrm")  # first words of the contenders that this package stands for
 
 
 def is_ours(contender: str) -> bool:
     """Whether a contender is one of this package's fast implementations."""
     return contender.replace(",", " ").split()[0] in OURS
+
+
+class DeadContext(Exception):
+    """A CUDA error, after which nothing runs in this process; `contender` caused it, "" if nobody knows."""
+
+    def __init__(self, contender: str, reason: str) -> None:
+        super().__init__(reason)
+        self.contender = contender
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,10 @@ class Case:
     series: str = ""  # what stays the same along the curve
     tokens: int = 0  # tokens that one call works through, 0 where that is not the point
     targets: Mapping[str, Target] = field(default_factory=dict)  # by contender
+    expected: Mapping[str, float] = field(default_factory=dict)  # modelled ms by contender (roofline.py)
+    # the largest error against fp64 by contender, given what `check` is given: of log-probs in nats, of
+    # gradients of hidden relative to the largest number
+    errors: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,8 @@ class Row:
     """One contender at one shape: milliseconds, MiB above inputs, `ratio` = its median / the yardstick's.
 
     scratch_mib: MiB above inputs and returned tensors. target: what ratio to the contender target_of is
-    asked; target_memory: the same of peak_mib.
+    asked; target_memory: the same of peak_mib. expected_ms: what the model of the GPU says.
+    fp64_error: see Case.errors.
     """
 
     op: str
@@ -99,6 +113,8 @@ class Row:
     target: float | None = None
     target_of: str = ""
     target_memory: float | None = None
+    expected_ms: float | None = None
+    fp64_error: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None in its place."""
@@ -119,7 +135,7 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
     the yardstick stays to the last, so that every round has one.
     A contender that cannot run is a row with the reason, and so is a peer whose result is wrong; where one of
     ours is wrong, or nobody can be blamed, every row of the case says so. A case whose check itself cannot
-    run keeps its times, with a note.
+    run keeps its times, with a note. Raises DeadContext after a CUDA error, which no contender survives.
     """
     contenders = dict(case.contenders)
     errors = dict(case.absent)
@@ -131,6 +147,7 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
             results[name], peaks[name] = _with_peak_mib(contenders[name], device)
             scratch[name] = max(peaks[name] - returned_mib(results[name]), 0.0)
         except Exception as error:  # a peer may raise anything
+            raise_if_dead(device, name, error)
             errors[name] = _reason(error)
             del contenders[name]
     while True:
@@ -142,12 +159,20 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
             reason = f"{WRONG}: {text or 'its check failed'}"
             wrong = max((name for name in results if text.startswith(name)), key=len, default="")
             if not wrong or is_ours(wrong) or wrong == next(iter(case.contenders)):
-                return [_failed(case, name, errors.get(name, reason)) for name in case.contenders]
+                return [failed(case, name, errors.get(name, reason)) for name in case.contenders]
             errors[wrong] = reason
             del results[wrong], contenders[wrong]
         except Exception as error:  # a contender it needs is gone, or there is no memory for it
+            raise_if_dead(device, "", error)
             note = f"{UNCHECKED}: {_reason(error)}"
             break
+    accuracy: Mapping[str, float] = {}
+    if case.errors is not None:
+        try:
+            accuracy = case.errors(results)
+        except Exception as error:  # no memory for it: the times are still good
+            raise_if_dead(device, "", error)
+            note = note or f"its error is not known: {_reason(error)}"
     results.clear()
     flush = torch.empty(64 * 2**20, dtype=torch.float32, device=device) if device == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -157,9 +182,15 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
         taking = {n for n in contenders if rounds < case.min_rounds or sum(times[n]) < share}
         if not taking:
             break
-        for name, run in contenders.items():
-            if name in taking or name == yardstick:
+        for name, run in list(contenders.items()):
+            if name not in taking and name != yardstick:
+                continue
+            try:
                 times[name].append(once(run, flush))
+            except Exception as error:  # it ran before: no memory for it beside what others have kept
+                raise_if_dead(device, name, error)
+                errors[name] = _reason(error)
+                del contenders[name], times[name]
     base = statistics.median(times[yardstick]) if yardstick in times else math.nan
     rows = []
     for name in contenders:
@@ -177,13 +208,25 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
                 tokens_per_s=case.tokens / median * 1e3 if case.tokens else None,
                 scratch_mib=scratch[name], note=note,
                 target=target.limit if target else None, target_of=target.other if target else "",
-                target_memory=target.memory if target else None,
+                target_memory=target.memory if target else None, expected_ms=case.expected.get(name),
+                fp64_error=accuracy.get(name),
             )
         )  # fmt: skip
-    return rows + [_failed(case, name, reason) for name, reason in errors.items()]
+    return rows + [failed(case, name, reason) for name, reason in errors.items()]
 
 
-def _failed(case: Case, name: str, reason: str) -> Row:
+def raise_if_dead(device: str, contender: str, error: Exception) -> None:
+    """Raise DeadContext if the GPU no longer answers after `error`: a CUDA error stays with the process."""
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        raise DeadContext(contender, _reason(error)) from error
+
+
+def failed(case: Case, name: str, reason: str) -> Row:
+    """The row of a contender without times."""
     nan = math.nan
     return Row(
         case.op, case.shape, name, nan, nan, nan, nan, None, None, None, 0, reason,

@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise SystemExit("plots need matplotlib: pip install 'ipvrm[plot]'") from error
 
-from benchmarks.suite.measure import LESS_WORK, Row, is_ours
+from benchmarks.suite.measure import ACCURACY, LESS_WORK, Row, is_ours
 from benchmarks.suite.tables import Growth, by_case, conditions, growth, milliseconds, verdicts
 from ipvrm.run_folder import replacing
 
@@ -44,12 +44,42 @@ def draw(rows: Sequence[Row], machine: Mapping[str, Any], folder: Path) -> list[
         figure = bars([row for row in single if row.op == op], op, machine, colours)
         if figure is not None:
             written.append(_save(figure, folder / f"ratio-{op}.png"))
+    judged = [row for row in single if ACCURACY in row.shape and row.fp64_error]
+    if judged:
+        written.append(_save(accuracy(judged, machine), folder / "accuracy.png"))
     curves: dict[str, list[Growth]] = defaultdict(list)
     for fit in growth(rows):
         curves[fit.axis].append(fit)
     for axis, fits in curves.items():
         written.append(_save(lines(fits, axis, machine, colours), folder / f"growth-{axis}.png"))
     return written
+
+
+def accuracy(rows: Sequence[Row], machine: Mapping[str, Any]) -> Figure:
+    """The largest error of a log-prob against fp64: a line of dots for each contender, one dot a case."""
+    cases = list(dict.fromkeys(row.shape for row in rows))
+    names = list(dict.fromkeys(row.contender for row in rows))
+    total = 2.1 + 0.34 * len(names) + 0.22 * len(cases)
+    figure = Figure(figsize=(11, total), dpi=130, facecolor="white")
+    FigureCanvasAgg(figure)
+    _heading(figure, total, "error of a log-prob against fp64, in nats (left is better)", machine)
+    axes = figure.add_axes((0.29, (0.7 + 0.22 * len(cases)) / total, 0.68, 0.34 * len(names) / total))
+    for number, shape in enumerate(cases):
+        here = [row for row in rows if row.shape == shape]
+        axes.scatter(
+            [row.fp64_error for row in here], [len(names) - 1 - names.index(row.contender) for row in here],
+            marker=MARKERS[number % len(MARKERS)], s=42, zorder=3, color=OTHERS[number % len(OTHERS)],
+            label=_wrapped(shape, 100),
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(names)), names[::-1], fontsize=8.5)
+    for label in axes.get_yticklabels():
+        label.set_fontweight("bold" if is_ours(label.get_text()) else "normal")
+    _frame(axes, "x")
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.tick_params(axis="x", labelsize=8, colors=MUTED)
+    figure.legend(loc="lower left", bbox_to_anchor=(0.02, 0.01), fontsize=7.5, frameon=False)
+    return figure
 
 
 def bars(

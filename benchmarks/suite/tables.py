@@ -165,6 +165,11 @@ def cell(value: float | None, digits: int = 2) -> str:
     return "" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
+def error(value: float | None) -> str:
+    """Two significant digits of an error against fp64, empty where there is none."""
+    return "" if value is None else f"{value:.1e}"
+
+
 def milliseconds(value: float) -> str:
     """Three significant digits, whatever the size."""
     return cell(value, max(0, 2 - math.floor(math.log10(value)) if value < 1e3 else 0))
@@ -175,8 +180,11 @@ def markdown(rows: Iterable[Row]) -> str:
     rows = list(rows)
     tokens = any(row.tokens_per_s for row in rows)
     scratch = any(row.scratch_mib is not None for row in rows)  # files of before have none
+    modelled = any(row.expected_ms for row in rows)
+    judged = any(row.fp64_error is not None for row in rows)
     names = [
-        "op", "shape", "contender", "median ms", "p20", "p80", "x yardstick", "peak MiB",
+        "op", "shape", "contender", "median ms", *(["expected ms"] if modelled else []), "p20", "p80",
+        "x yardstick", *(["error against fp64"] if judged else []), "peak MiB",
         *(["scratch MiB"] if scratch else []), "TFLOP/s", "GB/s", *(["tokens/s"] if tokens else []),
     ]  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---|---|---|" + "--:|" * (len(names) - 3)]
@@ -189,8 +197,11 @@ def markdown(rows: Iterable[Row]) -> str:
         if row.note:
             name += f" ({row.note.replace('|', '/')})"
         cells = [
-            row.op, row.shape, name, milliseconds(row.median_ms), milliseconds(row.p20_ms),
-            milliseconds(row.p80_ms), cell(row.ratio, 3), cell(row.peak_mib, 1),
+            row.op, row.shape, name, milliseconds(row.median_ms),
+            *([milliseconds(row.expected_ms) if row.expected_ms else ""] if modelled else []),
+            milliseconds(row.p20_ms),
+            milliseconds(row.p80_ms), cell(row.ratio, 3), *([error(row.fp64_error)] if judged else []),
+            cell(row.peak_mib, 1),
             *([cell(row.scratch_mib, 1)] if scratch else []), cell(row.tflops),
             cell(row.gb_per_s, 1), *([cell(row.tokens_per_s, 0)] if tokens else []),
         ]  # fmt: skip

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.suite.measure import START, Case, Row, is_ours
-from benchmarks.suite.tables import aims, cell, conditions, growth, milliseconds, verdicts
+from benchmarks.suite.tables import aims, cell, conditions, error, growth, milliseconds, verdicts
 
 COLOURS = dict(won="green", lost="bold red", level="yellow")
 AIM_COLOURS = dict(met="green", MISSED="bold red", unknown="yellow")
@@ -117,21 +117,22 @@ def case_table(rows: Sequence[Row]) -> Table:
     )
     table.add_column("contender", no_wrap=True)
     columns = _columns(rows)
-    for name in ("ms", "p20", "p80", "ratio", *(name for name, _, _ in columns)):
+    judged = any(row.fp64_error is not None for row in rows)
+    accuracy = ["error against fp64"] if judged else []
+    for name in ("ms", "p20", "p80", "ratio", *accuracy, *(name for name, _, _ in columns)):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True, width=BAR)
     longest = max((row.ratio for row in rows if not row.error), default=1.0)
     for row in rows:
         style = "bold cyan" if is_ours(row.contender) else ""
         if row.error:
-            table.add_row(row.contender, *[""] * (4 + len(columns)), "", style="dim")
+            table.add_row(row.contender, *[""] * (4 + len(accuracy) + len(columns)), "", style="dim")
             continue
         bar = "█" * max(1, round(BAR * row.ratio / max(longest, 1.0)))
-        table.add_row(
-            row.contender, *(milliseconds(t) for t in (row.median_ms, row.p20_ms, row.p80_ms)),
-            f"{row.ratio:.3f}", *(cell(getattr(row, field), digits) for _, field, digits in columns), bar,
-            style=style,
-        )  # fmt: skip
+        told = [milliseconds(t) for t in (row.median_ms, row.p20_ms, row.p80_ms)] + [f"{row.ratio:.3f}"]
+        told += [error(row.fp64_error)] if judged else []
+        told += [cell(getattr(row, field), digits) for _, field, digits in columns]
+        table.add_row(row.contender, *told, bar, style=style)
     failed = [f"{row.contender}: {row.error}" for row in rows if row.error]
     failed += list(dict.fromkeys(row.note for row in rows if row.note))
     if failed:

@@ -136,7 +136,30 @@ def test_env(capsys):
     assert main(["env"]) == 0
     printed = capsys.readouterr().out
     assert "linear_logprobs" in printed and "transformers" in printed and "OpenMP" in printed
-    assert main(["env", "--what"]) == 2
+    assert main(["env", "--what"]) == 2 and main(["env", "--json"]) == 2  # a flag of --check
+    assert main(["env", "--help"]) == 0
+
+
+def test_env_check_says_whether_the_ops_are_right(monkeypatch, tmp_path, capsys):
+    """What it checks, and that it sees faults, is in tests/kernels/test_check.py."""
+    from ipvrm_kernels import check, linear_logprobs
+
+    monkeypatch.setattr(check, "ROWS", 32)
+    sizes = dict(model_type="gemma2", hidden_size=32, vocab_size=199, final_logit_softcapping=25.0)
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    assert main(["env", "--check", "--device", "cpu", "--json", "--model", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["head"] == dict(D=32, V=199, softcap=25.0) and found["right"]
+
+    def faulty(*arguments, **options):
+        out = linear_logprobs(*arguments, **options)
+        return out._replace(lse=out.lse + 1e-3)
+
+    monkeypatch.setattr("ipvrm_kernels.linear_logprobs", faulty)
+    assert main(["env", "--check", "--device", "cpu", "--shape", "16,99"]) == 1
+    assert "linear_logprobs: WRONG with" in capsys.readouterr().out
+    assert main(["env", "--check", "--model", str(tmp_path / "none")]) == 2
+    assert "no configuration with the head's sizes" in capsys.readouterr().err
 
 
 def test_a_second_openmp_runtime_is_seen():

@@ -1,0 +1,114 @@
+"""A part of the GPU report: a process of its own with a limit, which ends whatever the process does.
+
+Shortly before its limit every process of the part is told to abort, and Python then writes the stacks of all
+its threads into the log (PYTHONFAULTHANDLER); what still lives at the limit is killed. Nothing is waited for
+without a limit, also a process that cannot be killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite.machine import ROOT
+from benchmarks.suite.session import DEAD_CONTEXT, GO_ON
+
+LEAST = 5.0  # seconds a part is still started with
+DUMP = 3.0  # seconds before its limit when a part is told to write its stacks, at most half of its time
+GONE = 5.0  # seconds that a killed process may take to be gone
+RERUNS = 6  # of a part whose CUDA context died, each in a fresh process
+# every line at once, and the stacks of all threads when it is told to abort
+PYTHON = dict(PYTHONUNBUFFERED="1", PYTHONFAULTHANDLER="1")
+TAIL = 40  # lines of the log that the report quotes of a part that failed
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    command: list[str]
+    slice: float  # seconds
+    missing: str = ""  # why it cannot run here
+    env: Mapping[str, str] = field(default_factory=dict)  # beside this process's own
+    needed: bool = False  # by the parts after it: not held to its share of the time
+    goes_on: bool = False  # exits DEAD_CONTEXT after a CUDA error, and with GO_ON does what is left
+
+
+def run_part(part: Part, seconds: float, log: Path) -> dict[str, Any]:
+    """Run one part for at most `seconds` and GONE: status, seconds, the last lines of `log`."""
+    result: dict[str, Any] = dict(seconds=0.0, command=" ".join(part.command[1:]), tail=[])
+    if part.missing:
+        return result | dict(status=f"not run: {part.missing}")
+    if seconds < LEAST:
+        return result | dict(status="not started: the budget is spent")
+    start = time.monotonic()
+    status, reruns = _run(part.command, part.env, seconds, log, "wb"), 0
+    while part.goes_on and status == _failed(DEAD_CONTEXT) and reruns < RERUNS:
+        left = seconds - (time.monotonic() - start)
+        if left < LEAST:
+            break
+        reruns += 1
+        status = _run([*part.command, GO_ON], part.env, left, log, "ab")
+    result |= dict(status=status, seconds=round(time.monotonic() - start, 1))
+    if reruns:
+        result["reruns"] = reruns  # in a fresh process, each after a CUDA error
+    lines = log.read_text(errors="replace").splitlines()
+    result["tail"] = lines[-TAIL:] if status != "passed" else lines[-3:]
+    return result
+
+
+def _run(command: list[str], env: Mapping[str, str], seconds: float, log: Path, mode: str) -> str:
+    """The status of one process and its children, which all write to `log`."""
+    with log.open(mode) as output:
+        try:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True, env={**os.environ, **PYTHON, **env},
+            )  # fmt: skip
+        except OSError as error:
+            return f"failed ({error})"
+        _no_core_files(process.pid)
+        try:
+            return _wait(process, seconds)
+        finally:
+            _signal(process, signal.SIGKILL)  # what the part left behind, or all of it
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
+    dump = min(DUMP, seconds / 2)
+    if _gone(process, seconds - dump):
+        return "passed" if process.returncode == 0 else _failed(process.returncode)
+    _signal(process, signal.SIGABRT)
+    _gone(process, dump)
+    _signal(process, signal.SIGKILL)
+    stopped = f"stopped at its limit of {seconds:.0f} s"
+    return stopped if _gone(process, GONE) else f"{stopped}, and it could not be killed"
+
+
+def _failed(code: int) -> str:
+    return f"failed (exit {code})"
+
+
+def _gone(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+        return True
+    return False
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _no_core_files(pid: int) -> None:
+    """An aborted process that has a GPU's memory mapped would write for minutes."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))

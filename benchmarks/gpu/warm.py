@@ -1,0 +1,52 @@
+"""Compile before anything is timed: `python -m benchmarks.gpu.warm [--seconds S]`.
+
+The headline's configurations, a process for each, beside every op once at a small shape in this one. What
+is not compiled in time is compiled where it is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import time
+
+from benchmarks.gpu import headline, small
+from benchmarks.suite.machine import ROOT
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="until what still compiles is left")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.seconds
+    count = len(headline.configurations())
+    command = [sys.executable, "-m", "benchmarks.gpu.headline", "--compile"]
+    compiling = [subprocess.Popen([*command, str(i)], cwd=ROOT) for i in range(count)]
+    code = 1
+    try:
+        code = small.main([])
+    finally:
+        ready = wait(compiling, deadline)
+    print(f"{ready} of {count} configurations compiled")
+    print("done")
+    return code
+
+
+def wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> int:
+    """How many succeed by then; the others are killed, and no longer waited for than 5 s each."""
+    ready = 0
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ready += process.wait(max(0.0, deadline - time.monotonic())) == 0
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+    return ready
+
+
+if __name__ == "__main__":
+    sys.exit(main())
