@@ -321,8 +321,11 @@ class _Trainer:
             "rm_accuracy": float(((finals > 0) == (unseen == 1)).float().mean()),
             "rm_auc_responses": len(unseen),
             "rm_scored_auc": auc(after.cpu(), rollouts.outcome.cpu()),
+            "rm_score": float(after.mean()) / reward.info.beta,  # Eq. 19, of Table 7
             "value_right": float(after[right].mean()),
+            "value_right_count": int(right.sum()),
             "value_wrong": float(after[~right].mean()),
+            "value_wrong_count": int((~right).sum()),
             "value_mean": float(values.value.mean()),
         }
         edges, beta = rollouts.cu_seqlens, reward.info.beta

@@ -893,6 +893,15 @@ def test_nan_in_the_reward_model_stops_the_run(config, toy, tmp_path, monkeypatc
         train(config("frozen", rm_update="frozen"))
 
 
+def test_class_means_have_their_counts_and_their_mean_over_beta_is_the_score_of_table_7(config):
+    """Eq. 19: the mean over responses of V_T / (beta T); a step has few responses of a class at times."""
+    record = log_of(train(config(rm_update="frozen", rm_learning_rate=None)).output_dir)[-1]
+    right, wrong = record["value_right_count"], record["value_wrong_count"]
+    assert right + wrong == record["responses_trained"] and right > 0 < wrong
+    pooled = (right * record["value_right"] + wrong * record["value_wrong"]) / (right + wrong)
+    assert record["rm_score"] == pytest.approx(pooled / 10.0, rel=1e-4)  # beta 10
+
+
 @pytest.mark.parametrize(
     ("settings", "whose", "reason"),
     [
