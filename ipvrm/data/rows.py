@@ -13,11 +13,22 @@ from ipvrm.errors import IpvrmError
 
 Message = dict[str, Any]
 OnBadRow = Literal["error", "skip"]
+IN_THE_ANSWER = "it belongs in `reasoning_content` of the assistant's message of a `conversation`"
+NOT_READ = {  # columns by which other trainers give a model something to read, and what to do with them
+    "functions": "name the column `tools`",
+    "system_prompt": "name the column `system`",
+    "history": "its turns belong in the messages of `conversation` or `prompt`",
+    "reasoning_content": IN_THE_ANSWER,
+    "reasoning": IN_THE_ANSWER,
+    "thinking": IN_THE_ANSWER,
+    "tool_calls": "they belong in the assistant's message of a `conversation`",
+    "chat_template_kwargs": "give them as --chat_template_kwargs, the same for all rows",
+} | dict.fromkeys(("documents", "image", "images", "video", "videos", "audio", "audios"), "leave it out")
 COLUMNS = (
     "conversation", "prompt", "response", "label", "system", "tools", "truncated",
-    "prompt_ids", "response_ids", "tokenizer_hash",
+    "prompt_ids", "response_ids", "tokenizer_hash", *NOT_READ,
 )  # fmt: skip
-PROMPT_COLUMNS = ("prompt", "system", "tools", "answer", "reward_model", "data_source")
+PROMPT_COLUMNS = ("prompt", "system", "tools", "answer", "reward_model", "data_source", *NOT_READ)
 SAMPLED = ("prompt_ids", "response_ids", "tokenizer_hash")
 TURNS = (("conversation",), ("prompt", "response"))  # one of these sets of columns holds a rollout
 SHOWN_BAD_ROWS = 10
@@ -143,7 +154,8 @@ def read_prompts(
     bad: list[BadRow] = []
     for number, record in islice(records(Path(path), PROMPT_COLUMNS, (("prompt",),)), limit):
         try:
-            prompt = prompt_of(as_object(record))
+            _refuse_not_read(as_object(record))
+            prompt = prompt_of(record)
             if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
                 raise ValueError("the prompt ends with an assistant's message; there is no turn to write")
             answer, source = ground_truth(record), data_source(record)
@@ -334,6 +346,7 @@ def data_source(record: dict[str, Any]) -> str | None:
 def turns(record: Any) -> Turns:
     """What was asked and answered in a record. Raises ValueError with the reason."""
     record = as_object(record)
+    _refuse_not_read(record)
     tools = tools_of(record)
     if record.get("conversation") is not None:
         messages = _messages(record["conversation"], "conversation")
@@ -344,6 +357,7 @@ def turns(record: Any) -> Turns:
             raise ValueError(
                 "conversation must hold a prompt before the assistant's message; it has one message"
             )
+        _refuse_two_turns(record, messages)
         prompt = _with_system(tuple(messages[:-1]), record)
         structured = answer if set(answer) - {"role", "content"} else None
         return Turns(prompt, answer["content"], structured, tools)
@@ -356,6 +370,33 @@ def turns(record: Any) -> Turns:
     if not isinstance(response, str):
         raise ValueError(f"the response must be text; got {type(response).__name__}")
     return Turns(prompt_of(record), response, None, tools)
+
+
+def _refuse_not_read(record: dict[str, Any]) -> None:
+    """Raises ValueError where a column of other trainers holds what the model should see."""
+    for name, advice in NOT_READ.items():
+        if _holds_something(record.get(name)):
+            raise ValueError(f"`{name}` is not read, so the model would not see it; {advice}")
+
+
+def _holds_something(value: Any) -> bool:
+    """False for None and what is empty, within lists and objects too (parquet fills them in)."""
+    if isinstance(value, dict):
+        return any(map(_holds_something, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_something, value))
+    return bool(value.strip()) if isinstance(value, str) else value is not None
+
+
+def _refuse_two_turns(record: dict[str, Any], messages: list[Message]) -> None:
+    """Raises ValueError where `prompt` or `response` beside a conversation say something else."""
+    prompt, response = record.get("prompt"), record.get("response")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if prompt is not None and _messages(prompt, "prompt") != messages[:-1]:
+        raise ValueError("`prompt` and `conversation` differ; leave one of them out")
+    if response is not None and response != messages[-1]["content"]:
+        raise ValueError("`response` and `conversation` differ; leave one of them out")
 
 
 def _messages(value: Any, column: str) -> list[Message]:

@@ -33,8 +33,14 @@ class MetricSums:
             self.values[name] = [old[0] + total, old[1] + count]
 
     def means(self, prefix: str = "") -> dict[str, float]:
-        """sum / count of each metric; 0 where nothing was counted."""
-        return {prefix + name: total / max(count, 1.0) for name, (total, count) in self.values.items()}
+        """sum / count of each metric; 0 where nothing was counted. Means over a class of responses
+        (`value_right`) come with their `_count`, since a batch may have few of it, or none."""
+        found = {}
+        for name, (total, count) in self.values.items():
+            found[prefix + name] = total / max(count, 1.0)
+            if name.startswith("value_"):
+                found[f"{prefix}{name}_count"] = count
+        return found
 
 
 def auc(scores: ArrayLike, outcome: ArrayLike) -> float | None:

@@ -40,14 +40,16 @@ class BranchOptions:
 class Branch:
     """A prefix of `ids` (prompt and response so far) and, but for the prefix's own, one token behind it.
 
-    `seed` is that of its first completion; `right` of `judged` completions reached the right answer.
+    `value` is V before its token; `first` the outcome of its first completion, None without a verdict.
     """
 
     ids: tuple[int, ...]
     key: tuple[int, ...]
     token: int | None = None
     logprob: float = 0.0
+    value: float = 0.0
     td: float = 0.0
+    first: int | None = None
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def record(self, tokenizer: Any, sampled: int) -> dict[str, Any]:
@@ -57,7 +59,7 @@ class Branch:
             return counts
         text = tokenizer.convert_ids_to_tokens(self.token)
         named = {"token": text, "sampled": self.token == sampled, "logprob": self.logprob, "td": self.td}
-        return named | counts
+        return named | {"value": self.value + self.td, "first": self.first} | counts
 
 
 @dataclass
@@ -157,8 +159,9 @@ class Brancher:
         for position in sorted(drawn.tolist()):
             prefix = answer.response.input_ids[: answer.response.prompt_length + position]
             key = (row, answer.sample, position)
+            value = float(answer.value[position - 1]) if position else 0.0
             branches = [
-                Branch((*prefix, token), (*key, number), token, logprob)
+                Branch((*prefix, token), (*key, number), token, logprob, value)
                 for number, (token, logprob) in enumerate(
                     zip(ids[position].tolist(), logprobs[position].tolist(), strict=True), 1
                 )
@@ -176,12 +179,12 @@ class Brancher:
         """Fills `outcomes`: `completions` of each. A branch that is at its end has but one ending, counted
         as many times."""
         options = self.options
-        ends: list[tuple[Branch, Sequence[int], int]] = []  # whole responses, and how often each counts
+        ends: list[tuple[Branch, Sequence[int], int, bool]] = []  # response, how often it counts, the first?
         jobs: list[tuple[Branch, int]] = []
         prompt_length = {row: len(q.ids) for row, q in questions.items()}
         for branch in branches:
             if branch.token in self.stops:
-                ends.append((branch, branch.ids[prompt_length[branch.key[0]] :], options.completions))
+                ends.append((branch, branch.ids[prompt_length[branch.key[0]] :], options.completions, True))
             else:
                 jobs += [(branch, i) for i in range(options.completions)]
         for indices in length_sorted_microbatches(
@@ -194,13 +197,15 @@ class Brancher:
                 seeds = [_completion_seed(options.seed, *b.key, i) for b, i in batch]
                 sampling = Sampling(max(budgets), options.temperature)
                 generated = self.engine([b.ids for b, _ in batch], sampling, seeds)
-            for (branch, _), ids, budget in zip(batch, generated, budgets, strict=True):
+            for (branch, number), ids, budget in zip(batch, generated, budgets, strict=True):
                 whole = (*branch.ids[prompt_length[branch.key[0]] :], *ids[: max(budget, 0)])
-                ends.append((branch, whole, 1))
-        responses = [(ids, questions[branch.key[0]]) for branch, ids, _ in ends]
+                ends.append((branch, whole, 1, number == 0))
+        responses = [(ids, questions[branch.key[0]]) for branch, ids, *_ in ends]
         verdicts = judge(responses, self.stops, self.tokenizer, self.pool.judge)
-        for (branch, _, times), verdict in zip(ends, verdicts, strict=True):
+        for (branch, _, times, first), verdict in zip(ends, verdicts, strict=True):
             branch.outcomes[_became(verdict)] += times
+            if first and verdict is not None:
+                branch.first = verdict.label
 
     def _record(self, answer: Answer) -> dict[str, Any]:
         length, response = answer.response.length, answer.response

@@ -16,7 +16,12 @@ A Monte-Carlo value is noisy: `ceiling` is the linear correlation of the true va
 sqrt(1 - noise / variance), with noise from p (1 - p) / (completions - 1); a TD that is linear in the true
 value reaches that and not 1. Intervals are over prompts, drawn with replacement.
 
-The second table is the AUC of the value after 25, 50, 75 and 100 % of an answer against its own outcome.
+The second table has the paper's own two numbers, over all branches pooled, each with one completion:
+Pearson's correlation of td with the outcome (published: 0.0226) and the AUC of |V| after the branch's token
+(0.64). The paper took 2,500 branches at the five likeliest tokens (`--top_k 5`). The third line takes V with
+its sign.
+
+The third table is the AUC of the value after 25, 50, 75 and 100 % of an answer against its own outcome.
 
 What a verifier fails on and what is cut off before its end is counted and left out, never wrong. Prompts are
 kept as they are finished, a file each; the same command goes on behind them.
@@ -56,8 +61,11 @@ from ipvrm.run_folder import (
     write_json,
 )
 
+RECORDS = 2  # what is kept of a prompt: `first` and `value` of a branch came with 2
+PUBLISHED = {"td_pearson": 0.0226, "abs_value_auc": 0.64}  # section 4.3.3
 CHUNK_PROMPTS = 16  # sampled together: what an interruption can lose
 WORDS = {
+    "records": "what is kept of a prompt",
     "data_hash": "the data",
     "policy_hash": "the policy",
     "reward_model_hash": "the reward model",
@@ -208,6 +216,7 @@ def _check(config: TdConfig) -> None:
 def _settings(config: TdConfig, reward_model: RewardModel) -> dict[str, Any]:
     """What decides the numbers of a prompt."""
     return settings_of(config) | {
+        "records": RECORDS,
         "data_hash": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
         "policy_hash": weights_hash(config.policy),
         "reward_model_hash": weights_hash(config.reward_model),
@@ -249,6 +258,7 @@ def analyse(records: Sequence[dict[str, Any]], resamples: int = 2000, seed: int 
     return {
         "counts": {name: counts[name] for name in sorted(counts)},
         "correlation": _correlations(table, resamples, seed),
+        "paper": _as_in_the_paper(records, resamples, seed),
         "auc": _value_auc(records, resamples, seed),
     }
 
@@ -305,6 +315,30 @@ def _ceiling(y: np.ndarray, noise: np.ndarray) -> float | None:
     return math.sqrt(max(0.0, 1 - float(noise.mean()) / variance))
 
 
+def _as_in_the_paper(records: Sequence[dict[str, Any]], resamples: int, seed: int) -> dict[str, Any]:
+    """Section 4.3.3 with one completion a branch, and what the paper published."""
+    rows = [
+        (record["row"], b["td"], b["value"], b["first"])
+        for record in records
+        for answer in record["answers"]
+        for prefix in answer["prefixes"]
+        for b in prefix["branches"]
+        if b["first"] is not None
+    ]
+    prompt, td, value, outcome = np.array(rows, dtype=np.float64).reshape(-1, 4).T
+    statistics: dict[str, tuple[Callable[..., float | None], np.ndarray]] = {
+        "td_pearson": (pearson, td),
+        "abs_value_auc": (auc, np.abs(value)),
+        "value_auc": (auc, value),
+    }
+    found = {
+        name: _with_interval(statistic, (x, outcome), prompt, resamples, seed)
+        | {"published": PUBLISHED.get(name)}
+        for name, (statistic, x) in statistics.items()
+    }
+    return {"branches": len(rows), "right": int(outcome.sum()), **found}
+
+
 def _value_auc(records: Sequence[dict[str, Any]], resamples: int, seed: int) -> dict[str, Any]:
     answers = [(record["row"], answer) for record in records for answer in record["answers"]]
     prompt = np.array([row for row, _ in answers])
@@ -345,6 +379,13 @@ LABELS = {
 }
 
 
+OF_THE_PAPER = {
+    "td_pearson": "Pearson of TD and outcome",
+    "abs_value_auc": "AUC of |V| after the token",
+    "value_auc": "AUC of V after the token",
+}
+
+
 def _cell(entry: dict[str, Any], digits: int) -> str:
     if entry["value"] is None or entry["low"] is None:
         return "-"
@@ -377,6 +418,15 @@ def _print(results: dict[str, Any]) -> None:
         for predictor, label in LABELS.items():
             cells = [_cell(found[predictor][kind], 2) for kind in ("pearson", "spearman")]
             table.add_row(f"{label}, {view}", *cells, ceiling if predictor == "td" else "")
+    console.print(table)
+    found = results["paper"]
+    title = f"Section 4.3.3: {found['branches']} branches, one completion each, {found['right']} right"
+    table = Table(title=title, **options)
+    for i, name in enumerate(("", "here", "paper")):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for name, label in OF_THE_PAPER.items():
+        published = found[name]["published"]
+        table.add_row(label, _cell(found[name], 3), "-" if published is None else f"{published:g}")
     console.print(table)
     table = Table(title="AUC of the value against the answer's own outcome", **options)
     table.add_column("after", justify="left")

@@ -1,15 +1,25 @@
 r"""Where the final answer of a text stands, and which number it is.
 
-An answer is looked for in what is said outside the thinking: behind the last `</think>`, up to a `<think>`
-that is not closed. A prompt may have opened the thinking, so the closing tag alone counts; a response that
-opens it and never closes it says nothing. There the last box that is not empty is the answer, else the last
+An answer is looked for in what is said outside the thinking: behind the last `</think>` (or what other models
+write for it), up to a `<think>` that is not closed. A prompt may have opened the thinking, so the closing tag
+alone counts; a response that opens it and never closes it says nothing. If `<answer>` tags stand there, it is
+what the last of them hold. There the last box that is not empty is the answer, else the last
 `#### ...`, `Answer: ...` or `answer is ...` of a line.
 """
 
 import re
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 
-THINK = re.compile(r"<(/?)think(?:ing)?>")
+THINK = re.compile(  # a group where the thinking ends
+    r"""(?i:<\s*(/?)\s*(?:\w+:)?(?:think|thinking|thoughts?|reasoning)\s*>)    # and seed:think
+    | \[(/?)THINK\] | ◁(/?)think▷                                             # Mistral, Kimi
+    | <\|(?:begin_of_thought|START_THINKING|channel\|>analysis<\|message)\|>   # Sky-T1, Command A, gpt-oss
+    | (<\|(?:end_of_thought|END_THINKING|channel\|>final<\|message)\|>)
+    | <unused94> | (<unused95>)                                               # MedGemma""",
+    re.VERBOSE,
+)
+ANSWER_TAGS = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
+END_MARKS = re.compile(r"(?:\s*(?:<\|[^|<>\s]+\|>|</s>|<eos>|<end_of_turn>))+\s*\Z")
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 STATED = re.compile(r"^.*(?:####|\banswer[ \t]*(?:[ \t*]*:|is\b:?))(.*)$", re.IGNORECASE | re.MULTILINE)
 SENTENCE_END = re.compile(r"[.!?。！？](?:\s|\$|$)|\n\s*\n")
@@ -53,6 +63,14 @@ NUMBER = re.compile(
     rf"([-+]?)(?:({MANTISSA})(?:[eE]([-+]?\d+)|(?:\\times|\\cdot|\\ast|\*|×|·|x|X){POWER})?|{POWER})"
 )
 E_NOTATION = re.compile(r"(?<![\w\\.])(\d+\.?\d*|\.\d+)[eE]([-+]?\d+)(?![\w.]*\w)")
+QUOTED = re.compile(r"""(["'])(.*?)(?<!\\)\1""")
+QUOTED_LIST = re.compile(rf"\s*\[\s*{QUOTED.pattern}(?:\s*,\s*([\"'])(.*?)(?<!\\)\3)*\s*\]\s*")
+UNIT_WORDS = re.compile(r"(?<=[\d.$])\s*[a-z]{4,}(?: [a-z]{2,}){0,2}$|(?<=[\d$]) +[kcm]?m\^\{?[23]\}?$")
+MARKUP = re.compile(r"\\(?:text\w*|math\w+|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
+NAMES = r"pi|oo|inf|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|abs|gcd|lcm|max|min"
+PLAIN_NAMES = re.compile(  # `3pi`, `Fraction(1, 2)`, `equals`; single letters and capitals are variables
+    rf"(?<![A-Za-z])(?:{NAMES})(?![a-z]{{2}})|[A-Za-z]?[a-z]{{3,}}|[A-Z][a-z]\w*\(|\[\["
+)
 WIDE = Context(prec=2000, Emax=MAX_EMAX, Emin=MIN_EMIN)
 MAX_EXPONENT = 400  # beyond it a number is compared and never written out
 
@@ -62,11 +80,18 @@ def answer_region(response: str) -> str:
     start, opened = 0, False
     end = len(response)
     for tag in THINK.finditer(response):
-        if tag.group(1):
+        if any(tag.groups()):
             start, opened, end = tag.end(), False, len(response)
         elif not opened:
             opened, end = True, tag.start()
-    return response[start:end] if end >= start else ""
+    said = END_MARKS.sub("", response[start:end]) if end >= start else ""
+    tagged = [text for text in ANSWER_TAGS.findall(said) if undecorated(text) and not is_placeholder(text)]
+    return tagged[-1] if tagged else said
+
+
+def is_placeholder(text: str) -> bool:
+    """Whether it only says where an answer goes: `your answer`, `...`."""
+    return PLACEHOLDER.fullmatch(undecorated(text)) is not None
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -79,7 +104,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
         if end is None:
             continue
         content = text[match.end() + 1 : end].strip()
-        if (bare := undecorated(content)) and not PLACEHOLDER.fullmatch(bare):
+        if undecorated(content) and not is_placeholder(content):
             found.append((match.start(), end + 1, content))
     return found
 
@@ -122,6 +147,11 @@ def stated_answer(text: str) -> str | None:
     return next((text for text in stated if text), None)
 
 
+def bare_number(text: str) -> str | None:
+    """The text if it is nothing but a number."""
+    return undecorated(text) if as_number(text) is not None else None
+
+
 def stated_formula(text: str) -> str | None:
     """The last stated answer if it is nothing but one formula between dollars."""
     stated = [m.group(1) for m in STATED.finditer(text) if undecorated(m.group(1))]
@@ -131,17 +161,24 @@ def stated_formula(text: str) -> str | None:
 
 def final_answer(response: str, parts: int = 1) -> str | None:
     r"""The last `\boxed{...}` outside the thinking, else the last `#### ...`, `Answer: ...` or `answer is
-    ...` of a line; without the dollar signs, stars and full stop around it. None where there is none.
+    ...` of a line, else all that is said behind the thinking or in `<answer>` tags if that is a number;
+    without the dollar signs, stars and full stop around it. None where there is none.
 
     Args:
         parts: how many the ground truth has; as many boxes of one sentence are taken together.
     """
     text = answer_region(response)
-    return boxed_answer(text, parts) or stated_answer(text)
+    return (
+        boxed_answer(text, parts) or stated_answer(text) or (bare_number(text) if text != response else None)
+    )
 
 
 def ground_truth_answer(answer: str) -> str:
-    r"""The ground truth itself: of a worked solution what follows the last `####`, or is in its last box."""
+    r"""The ground truth itself: of a worked solution what follows the last `####`, or is in its last box; of
+    a list of quoted texts (`["36"]`, as JSON and Python write it) the texts."""
+    answer = answer_region(answer)
+    if QUOTED_LIST.fullmatch(answer):
+        return undecorated(", ".join(text.replace("\\\\", "\\") for _, text in QUOTED.findall(answer)))
     if "####" in answer:
         return undecorated(answer.rpartition("####")[2].strip().partition("\n")[0])
     return boxed_answer(answer) or undecorated(answer)
@@ -155,9 +192,20 @@ def is_prose(text: str) -> bool:
     )
 
 
+def without_unit_words(text: str) -> str:
+    """`36 apples`, `36 m^2` and `$36$ Hz` without their units."""
+    inner = re.fullmatch(r"\$?([^$]+)\$\s+\S+", text)
+    return undecorated(inner.group(1) if inner else UNIT_WORDS.sub("", text))
+
+
+def is_not_latex(text: str) -> bool:
+    """Whether names stand in it that a reader of LaTeX takes for products of letters."""
+    return PLAIN_NAMES.search(MARKUP.sub(" ", text)) is not None
+
+
 def is_word(text: str) -> bool:
     """Whether an answer is a word (`even`) or a choice (`(B)`), to be compared as such."""
-    return re.fullmatch(r"\(?[A-Z]\)?|[A-Za-z]{3,}(?: [A-Za-z]+)*", text) is not None
+    return re.fullmatch(r"\(?[A-Z]\)?|(?=.*[A-Za-z]{3})[A-Za-z]+(?: [A-Za-z]+)*", text) is not None
 
 
 def same_word(one: str, other: str) -> bool:

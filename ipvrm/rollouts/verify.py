@@ -39,6 +39,7 @@ from ipvrm.rollouts.final_answer import (
     boxed_answer,
     final_answer,
     ground_truth_answer,
+    is_not_latex,
     is_prose,
     is_word,
     number_behind_boxes,
@@ -48,6 +49,7 @@ from ipvrm.rollouts.final_answer import (
     stated_answer,
     stated_formula,
     without_e_notation,
+    without_unit_words,
     written_out,
 )
 
@@ -62,6 +64,7 @@ EULER = re.compile(r"(?:[2-9]|\d\d)e[-+]\d+(?![\d.])")  # `2e-3` may be 2e less 
 PYTHON_CHARACTERS = re.compile(r"[\w\s().,*/+^-]+")
 SYMPY = "sqrt exp log sin cos tan cot sec csc asin acos atan sinh cosh tanh pi oo Rational Abs factorial"
 PYTHON_NAMES = {name: name for name in SYMPY.split()}
+PYTHON_NAMES |= {"cbrt": "cbrt", "root": "root", "binomial": "binomial", "Fraction": "Rational"}
 PYTHON_NAMES |= {"ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "abs": "Abs"}
 
 
@@ -85,7 +88,7 @@ Verifier = Callable[[str, str], Verdict]
 def verify_string(response: str, answer: str) -> Verdict:
     """`final_answer` equals the ground truth: plain numbers by value, all else character by character."""
     truth = ground_truth_answer(answer)
-    if not truth or "\n" in truth:
+    if not truth or "\n" in truth or ("=" in truth and is_prose(truth)):
         return Verdict("unreadable_ground_truth", detail=f"no final answer in {answer!r:.80}")
     extracted = final_answer(response, part_count(truth))
     if extracted is None:
@@ -116,7 +119,10 @@ def _ground_truths(answer: str) -> tuple[_GroundTruth, ...]:
     truth = ground_truth_answer(answer)
     if not truth or is_prose(truth):
         return ()
+    truth = without_unit_words(truth)
     number = as_number(truth)
+    if number is None and not is_word(truth) and is_not_latex(truth) and not _latex_of_python(truth):
+        return ()
     readings = []
     if number is not None:
         plain = written_out(number) if abs(number.adjusted()) <= MAX_EXPONENT else ""
@@ -144,11 +150,23 @@ def _parsed(text: str) -> list[Any]:
         if ARITHMETIC.fullmatch(form):
             form = re.sub(r"\s*([-+*/^()])\s*", r"\1", form)
         for given in (f"\\boxed{{{form}}}", *([form] if ARITHMETIC.fullmatch(form) else [])):
-            found = parse(given, parsing_timeout=None, raise_on_error=True)
+            found = _symbols_alike(parse(given, parsing_timeout=None, raise_on_error=True))
             parsed += found
             if any(not isinstance(item, str) for item in found):
                 break
     return parsed
+
+
+def _symbols_alike(items: list[Any]) -> list[Any]:
+    """With real symbols alone: to math-verify that of `2 i` is another than that of `2i`."""
+    import sympy
+
+    return [
+        item
+        if isinstance(item, str)
+        else item.xreplace({s: sympy.Symbol(s.name, real=True) for s in item.free_symbols if not s.is_real})
+        for item in items
+    ]
 
 
 def _latex_of_python(text: str) -> list[str]:
@@ -159,10 +177,15 @@ def _latex_of_python(text: str) -> list[str]:
     if not PYTHON_CHARACTERS.fullmatch(text):
         return []
     text = re.sub(r"\b(?:np|numpy|math|sympy|sp)\.(?=[a-zA-Z])", "", text).replace("^", "**")
+    text = re.sub(r"(?<=\d)j\b", "*I", text)
     names = set(re.findall(r"[A-Za-z_]\w*", without_e_notation(text)))
     if any(len(name) > 1 and name not in PYTHON_NAMES for name in names):
         return []
-    if "**" not in text and all(len(name) == 1 for name in names):
+    if (
+        "**" not in text
+        and all(len(name) == 1 for name in names)
+        and not ("*" in text and names & {"E", "I"})
+    ):
         return []
     import sympy
     from sympy.parsing.sympy_parser import parse_expr
@@ -208,7 +231,7 @@ def _compare(text: str, truth: _GroundTruth) -> Verdict:
         readable = plain or _latex_of_python(stated)
         extracted = stated if readable else None
     if extracted is None:
-        found = parse(without_e_notation(text), parsing_timeout=None, raise_on_error=True)
+        found = _symbols_alike(parse(without_e_notation(text), parsing_timeout=None, raise_on_error=True))
         if not found:
             return Verdict("no_answer")
         extracted = next((item for item in found if isinstance(item, str)), None)

@@ -49,7 +49,7 @@ from ipvrm.training.adapters import (
     with_weights,
 )
 from ipvrm.training.flags import filled
-from ipvrm.training.optimizer import adamw, update
+from ipvrm.training.optimizer import NotFinite, adamw, update
 from ipvrm.training.policy_config import PolicyConfig, reads_reference
 from ipvrm.training.policy_rollouts import Rollouts
 from ipvrm_kernels import linear_logprobs, prefix_values
@@ -201,15 +201,16 @@ class OnlineReward:
         """Log-probs of the sampled tokens (N,) and the candidates (N, K) under the reward model.
 
         Raises:
-            IpvrmError: they are not numbers.
+            NotFinite: they are not numbers.
         """
-        sampled, candidates = self._logprobs(self.model, rollouts)
-        used = rollouts.candidate_ids >= 0
-        if not bool(sampled.isfinite().all() & (candidates.isfinite() | ~used).all()):
-            raise IpvrmError(
-                "the reward model's log-probs are not numbers; stopped before the policy's weights took them"
-            )
+        sampled, candidates = self.logprobs(rollouts)
+        if rollouts.not_finite(sampled, candidates) is not None:
+            raise NotFinite("the reward model's log-probs are not numbers")
         return sampled, candidates
+
+    def logprobs(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """What `score` returns, whatever it is."""
+        return self._logprobs(self.model, rollouts)
 
     def reference_logprobs(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """The same under the reference: for the behaviour policy, what is there already."""

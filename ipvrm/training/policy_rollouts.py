@@ -17,6 +17,7 @@ from torch import Tensor
 from ipvrm.data.batches import Batch, collate, epoch_order, microbatches_for_rank
 from ipvrm.data.responses import Response
 from ipvrm.errors import FailedAlike
+from ipvrm.models.reference import not_finite
 from ipvrm.rollouts.answers import Question, judge, sample
 from ipvrm.rollouts.engine import Engine, Sampling
 from ipvrm.rollouts.verify import VerifierPool
@@ -124,6 +125,14 @@ class Rollouts:
             for x, part in zip(whole, found if micro else (), strict=False):
                 x[tokens] = part
         return [accelerator.reduce(x, "sum") for x in whole]
+
+    def not_finite(self, sampled: Tensor, candidates: Tensor | None = None) -> str | None:
+        """The first response with a log-prob (N,), or of a used candidate (N, K), that is not finite, in
+        words; None where all are."""
+        if candidates is not None:
+            faults = candidates.where((self.candidate_ids >= 0) & ~candidates.isfinite(), 0).sum(-1)
+            sampled = sampled.where(~sampled.isfinite(), faults)
+        return not_finite(sampled.cpu(), self.responses)
 
 
 def rollouts_of(verified: Sequence[Verified], device: torch.device) -> Rollouts:
@@ -243,7 +252,9 @@ class Collector:
         mine["wrong"] += mine["no_answer"]
         for (q, p, i), ids, verdict in zip(jobs, generated, verdicts, strict=True):
             if verdict is not None and verdict.label is not None:
-                response = Response((*q.ids, *ids), len(q.ids), verdict.label, f"{p}.{i}")
+                response = Response(
+                    (*q.ids, *ids), len(q.ids), verdict.label, f"prompt {q.prompt.row}, sample {i}"
+                )
                 verified.append(Verified(p, i, response))
         cut = {p for (_, p, _), verdict in zip(jobs, verdicts, strict=True) if verdict is None}
         everyone = [(verified, mine, cut)]

@@ -9,7 +9,7 @@ rollouts.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -220,6 +220,8 @@ class _Trainer:
             "entropy": float(rollouts.entropy.mean()),
         }
         try:
+            if rollouts.not_finite(rollouts.old_logprobs, rollouts.old_candidate_logprobs) is not None:
+                raise NotFinite("the policy's log-probs are not numbers")  # clipping would hide it
             if reward is not None:
                 with self._timed("reward"):
                     record |= self._reward(reward, rollouts, step, factor)
@@ -238,8 +240,10 @@ class _Trainer:
             with self._timed("update"):
                 record |= self._update(rollouts, step, factor)
         except NotFinite as error:
+            fault = self._not_finite(rollouts)
+            where = f" ({fault})" if fault else ""
             raise NotFinite(
-                f"step {step + 1}: {error}; stopped before any weight took it. Lower --learning_rate, "
+                f"step {step + 1}: {error}{where}; stopped before any weight took it. Lower --learning_rate, "
                 "--rm_learning_rate or --max_grad_norm, or look at the prompts of this step"
             ) from error
         self.place = place
@@ -247,6 +251,30 @@ class _Trainer:
         seconds = time.perf_counter() - before
         record |= self.seconds | {"seconds": seconds, "tokens_per_second": collected["tokens"] / seconds}
         return record | {"peak_memory_bytes": peak_memory(self.run.device)}
+
+    def _not_finite(self, rollouts: Rollouts) -> str | None:
+        """Whose log-prob of which response is not finite, in words; on all ranks."""
+        reward, rows = self.reward, self.config.per_device_train_batch_size
+
+        def of(model: nn.Module) -> list[Tensor]:
+            def forward(batch: Batch, tokens: Tensor) -> tuple[Tensor, ...]:
+                return (response_logprobs(model, batch, self.config.temperature),)
+
+            return rollouts.forward(forward, rows, self.accelerator)
+
+        found: dict[str, Callable[[], Sequence[Tensor]]] = {
+            "under the policy that sampled": lambda: (rollouts.old_logprobs, rollouts.old_candidate_logprobs)
+        }
+        if reward is not None:
+            found["under the reference"] = lambda: reward.reference_logprobs(rollouts)
+            found["under the reward model"] = lambda: reward.logprobs(rollouts)
+        if self.start_policy is not None:
+            found["under the starting policy"] = lambda: of(cast(nn.Module, self.start_policy))
+        found["under the policy"] = lambda: of(self.policy)
+        for whose, logprobs in found.items():
+            if (fault := rollouts.not_finite(*logprobs())) is not None:
+                return f"{whose}, {fault}"
+        return None
 
     def _behaviour(self, rollouts: Rollouts) -> None:
         """Log-probs of the policy that sampled, its entropy and its candidates: one pass over all tokens."""
@@ -293,8 +321,11 @@ class _Trainer:
             "rm_accuracy": float(((finals > 0) == (unseen == 1)).float().mean()),
             "rm_auc_responses": len(unseen),
             "rm_scored_auc": auc(after.cpu(), rollouts.outcome.cpu()),
+            "rm_score": float(after.mean()) / reward.info.beta,  # Eq. 19, of Table 7
             "value_right": float(after[right].mean()),
+            "value_right_count": int(right.sum()),
             "value_wrong": float(after[~right].mean()),
+            "value_wrong_count": int((~right).sum()),
             "value_mean": float(values.value.mean()),
         }
         edges, beta = rollouts.cu_seqlens, reward.info.beta

@@ -151,6 +151,61 @@ def test_columns_beside_the_messages_reach_the_template(chat, tmp_path, column, 
     )
 
 
+CONTENT = USER["content"]
+MORE_TO_READ = {
+    "functions": [{"name": "gauge"}],
+    "documents": [{"title": "a", "text": "b"}],
+    "system_prompt": "One number.",
+    "history": [["a", "b"]],
+    "reasoning_content": "17 + 25",
+    "thinking": "17 + 25",
+    "tool_calls": CALL["tool_calls"],
+    "chat_template_kwargs": {"enable_thinking": False},
+    "images": ["a.png"],
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("column", MORE_TO_READ)
+@pytest.mark.parametrize(
+    "record", [{"conversation": [USER, ANSWER]}, {"prompt": CONTENT, "response": "42"}], ids=["chat", "text"]
+)
+def test_a_column_that_the_model_should_see_is_never_left_out_in_silence(tmp_path, record, column, suffix):
+    """One row has something in it, one nothing, one not even the column."""
+    value = MORE_TO_READ[column]
+    empty = value and type(value)()
+    records = [
+        record | {"label": 1, column: value},
+        record | {"label": 1, column: empty},
+        record | {"label": 1},
+    ]
+    rows, bad = rows_of(tmp_path, *records, suffix=suffix)
+    assert [row.source.rpartition(":")[2] for row in rows] == ["2", "3"]
+    assert [b.row for b in bad] == [1] and f"`{column}` is not read" in bad[0].reason
+    if "prompt" in record:
+        prompts, bad = read_prompts(tmp_path / f"rows{suffix}", "skip")
+        assert [prompt.row for prompt in prompts] == [2, 3] and [b.row for b in bad] == [1]
+
+
+@pytest.mark.parametrize(
+    ("beside", "what"),
+    [
+        ({"prompt": "Add 1 and 2."}, "prompt"),
+        ({"prompt": [USER, ANSWER, USER]}, "prompt"),
+        ({"response": "43"}, "response"),
+        ({"prompt": CONTENT, "response": "42 "}, "response"),
+        ({"prompt": CONTENT, "response": "42"}, None),
+        ({"prompt": [USER]}, None),
+    ],
+)
+def test_a_conversation_and_a_prompt_that_differ(tmp_path, beside, what):
+    rows, bad = rows_of(tmp_path, {"conversation": [USER, ANSWER], "label": 1} | beside, GOOD)
+    assert len(rows) == (1 if what else 2)
+    assert [b.reason for b in bad] == (
+        [f"`{what}` and `conversation` differ; leave one of them out"] if what else []
+    )
+
+
 def test_two_system_messages_are_refused(tmp_path):
     conversation = [{"role": "system", "content": "a"}, USER, ANSWER]
     _, bad = rows_of(tmp_path, {"conversation": conversation, "system": "b", "label": 1}, GOOD)

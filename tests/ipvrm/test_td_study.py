@@ -116,6 +116,11 @@ def part(right, judged, **more):
     return {"right": right, "judged": judged, "outcomes": outcomes, **more}
 
 
+def first_of(right):
+    """A branch is right at first if most of its completions are, and its value says so, whatever its sign."""
+    return {"first": int(right > 8), "value": (1 if right % 2 else -1) * float(right)}
+
+
 def planted(td_of, prompts=40, seed=0):
     """Records of prompts with one answer, three prefixes each and three branches each; td_of(rate, rng)."""
     rng = np.random.default_rng(seed)
@@ -126,7 +131,15 @@ def planted(td_of, prompts=40, seed=0):
             base = rng.uniform(-1, 1)  # the branches of a prefix share a level that centring takes off
             rates = rng.integers(0, 17, 3)
             branches = [
-                part(int(r), 16, token="1", sampled=False, logprob=-1.0, td=base + td_of(r / 16, rng))
+                part(
+                    int(r),
+                    16,
+                    token="1",
+                    sampled=False,
+                    logprob=-1.0,
+                    td=base + td_of(r / 16, rng),
+                    **first_of(r),
+                )
                 for r in rates
             ]
             prefixes.append({"position": position, "own": part(8, 16), "branches": branches})
@@ -170,6 +183,29 @@ def test_auc_of_the_value_grows_with_the_planted_gap():
     assert values == sorted(values) and values[-1] == 1.0 and values[0] < 0.95
 
 
+def test_the_papers_two_numbers_are_over_all_branches_with_one_completion_each():
+    found = analyse(planted(lambda rate, rng: 5 * rate), resamples=200)["paper"]
+    branches = [
+        b
+        for r in planted(lambda rate, rng: 5 * rate)
+        for p in r["answers"][0]["prefixes"]
+        for b in p["branches"]
+    ]
+    tds, firsts = (column(*(b[name] for b in branches)) for name in ("td", "first"))
+    assert found["branches"] == len(branches) == 360 and found["right"] == firsts.sum()
+    assert found["td_pearson"]["value"] == pytest.approx(pearson(tds, firsts))
+    assert found["td_pearson"]["low"] < found["td_pearson"]["value"] < found["td_pearson"]["high"]
+    assert found["abs_value_auc"]["value"] == 1.0 and 0.3 < found["value_auc"]["value"] < 0.7
+    assert [found[n]["published"] for n in ("td_pearson", "abs_value_auc", "value_auc")] == [
+        0.0226,
+        0.64,
+        None,
+    ]
+    records = planted(lambda rate, rng: rate, prompts=2)
+    records[0]["answers"][0]["prefixes"][0]["branches"][0]["first"] = None  # cut off: neither right nor wrong
+    assert analyse(records, resamples=10)["paper"]["branches"] == 17
+
+
 def test_parts_without_a_verdict_are_left_out_and_counted():
     records = planted(lambda rate, rng: rate, prompts=4)
     first, second, third = records[0]["answers"][0]["prefixes"]
@@ -193,6 +229,7 @@ def test_no_prefix_at_all_gives_null_and_json():
     found = json.loads(json.dumps(analyse([record], resamples=10), allow_nan=False))
     assert found["correlation"]["centred"]["td"]["pearson"]["value"] is None
     assert found["auc"]["value"]["100"]["value"] is None
+    assert found["paper"]["branches"] == 0 and found["paper"]["td_pearson"]["value"] is None
     td_study._print(found)
 
 
@@ -283,6 +320,11 @@ def test_td_is_the_step_of_the_value_and_the_counts_add_up(toy, finished):
                         b["outcomes"].get(n, 0) for n in ("right", "wrong", "no_answer")
                     )
                 assert all(np.exp(b["logprob"]) >= 0.05 for b in prefix["branches"])
+                before = {round(b["value"] - b["td"], 4) for b in prefix["branches"]}
+                assert len(before) == 1 and (prefix["position"] or before == {0.0})
+                for b in prefix["branches"]:
+                    assert b["first"] in ((None, 0, 1) if b["judged"] < 3 else (0, 1))
+                    assert b["first"] != 1 or b["right"]
     assert counts["completions_error"] > 0 and counts["completions_truncated"] > 0
 
 
@@ -351,6 +393,7 @@ def test_a_branch_at_its_end_is_judged_and_not_continued(toy):
         full = td_branches.Branch(ids, (row, 0, 1, 1), ids[-1])  # no budget for another token
         brancher._complete([ended, full], {row: question})
     assert ended.outcomes == {"right": 5} and full.outcomes == {"truncated": 5}
+    assert (ended.first, full.first) == (1, None)
 
 
 def test_refusals(toy, finished, tmp_path):
@@ -376,4 +419,5 @@ def test_refusals(toy, finished, tmp_path):
 def test_screen_fits_eighty_columns(finished, capsys):
     td_study._print(finished[1])
     shown = capsys.readouterr().out
+    assert "Section 4.3.3" in shown and "0.0226" in shown and "0.64" in shown
     assert "TD, centred" in shown and "AUC of the value" in shown and "…" not in shown

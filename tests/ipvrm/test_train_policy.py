@@ -6,6 +6,7 @@ The toy task: the model writes a digit from 0 to 3, a semicolon and another digi
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -890,6 +891,84 @@ def test_nan_in_the_reward_model_stops_the_run(config, toy, tmp_path, monkeypatc
     monkeypatch.setattr("ipvrm.training.online_reward.token_and_candidate_logprobs", poisoned)
     with pytest.raises(IpvrmError, match="reward model's log-probs are not numbers"):
         train(config("frozen", rm_update="frozen"))
+
+
+def test_class_means_have_their_counts_and_their_mean_over_beta_is_the_score_of_table_7(config):
+    """Eq. 19: the mean over responses of V_T / (beta T); a step has few responses of a class at times."""
+    record = log_of(train(config(rm_update="frozen", rm_learning_rate=None)).output_dir)[-1]
+    right, wrong = record["value_right_count"], record["value_wrong_count"]
+    assert right + wrong == record["responses_trained"] and right > 0 < wrong
+    pooled = (right * record["value_right"] + wrong * record["value_wrong"]) / (right + wrong)
+    assert record["rm_score"] == pytest.approx(pooled / 10.0, rel=1e-4)  # beta 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "whose", "reason"),
+    [
+        ({"rm_update": "frozen"}, "reward model", "the reward model's log-probs are"),
+        ({}, "reward model", "summed loss nan"),
+        ({"td_reference": "sft"}, "reference", "summed loss nan"),
+        ({"algorithm": "grpo"}, "policy that sampled", "the policy's log-probs are"),
+    ],
+    ids=["scored", "learnt from", "reference", "behaviour"],
+)
+def test_an_infinite_log_ratio_names_its_row(config, toy, monkeypatch, settings, whose, reason):
+    """The fourth response of the step has no probability; the run says of which prompt of the file it is."""
+    found = []
+    collect = Collector.collect
+    monkeypatch.setattr(
+        Collector, "collect", lambda self, place: found.append(collect(self, place)) or found[-1]
+    )
+
+    def ruled_out(logprobs, batch, model):
+        asked = "reference" if getattr(model, "is_reference", False) else "reward model"
+        if asked != whose and whose != "policy that sampled":
+            return logprobs
+        bad = list(found[0][0].responses[3].input_ids)
+        logprobs = logprobs.clone()
+        for row, start in zip(batch.input_ids.tolist(), batch.cu_seqlens.tolist(), strict=False):
+            if row[: len(bad)] == bad:
+                logprobs[start] = -torch.inf
+        return logprobs
+
+    def scored(model, batch, *rest):
+        sampled, candidates = token_and_candidate_logprobs(model, batch, *rest)
+        return ruled_out(sampled, batch, model), candidates
+
+    def learnt_from(self, batch, temperature=1.0):
+        return ruled_out(forward(self, batch, temperature), batch, self.model)
+
+    def behaviour(model, batch, *rest):
+        sampled, *others = behaviour_of(model, batch, *rest)
+        return ruled_out(sampled, batch, model), *others
+
+    forward, behaviour_of, load = (
+        online_reward_module.ResponseLogprobs.forward,
+        train_policy_module.behaviour,
+        online_reward_module.OnlineReward.load,
+    )
+
+    def marked(self, *arguments):
+        load(self, *arguments)
+        if self.reference is not None:
+            self.reference.is_reference = True
+
+    monkeypatch.setattr(online_reward_module, "token_and_candidate_logprobs", scored)
+    if whose == "policy that sampled":
+        monkeypatch.setattr(train_policy_module, "behaviour", behaviour)
+    elif whose == "reward model":
+        monkeypatch.setattr(online_reward_module.ResponseLogprobs, "forward", learnt_from)
+    monkeypatch.setattr(online_reward_module.OnlineReward, "load", marked)
+    with pytest.raises(IpvrmError, match=rf"step 1: {reason}.* \(under the {whose}, ") as error:
+        train(config(**settings))
+    prompt, sample, token = re.search(
+        r"prompt (\d+), sample (\d+): the log-probability of response token (\d+) of", str(error.value)
+    ).groups()
+    response = found[0][0].responses[3]
+    asked = json.loads((toy / "prompts.jsonl").read_text().splitlines()[int(prompt) - 1])["prompt"]
+    assert asked in make_tokenizer().decode(response.input_ids[: response.prompt_length]) and token == "1"
+    same = [r.source for r in found[0][0].responses if r.input_ids == response.input_ids]
+    assert f"prompt {prompt}, sample {sample}" == same[0]
 
 
 def test_nan_in_the_online_update_stops_the_run(config, monkeypatch):

@@ -82,6 +82,8 @@ def test_run_folder(config, tiny_folder, rollouts):
     assert records[1]["loss"] == pytest.approx(
         torch.nn.functional.softplus(torch.tensor(5.0)).item(), rel=1e-4
     )
+    of_batch = [r["value_right_count"] + r["value_wrong_count"] for r in records[1:]]
+    assert of_batch == [16, 16, 12] * 2
     # The schedule steps once per update: 6 updates, linear from 1 to 1/6.
     assert [r["learning_rate"] for r in records[1:]] == pytest.approx([1e-3 * (6 - i) / 6 for i in range(6)])
     results = json.loads((folder / "results.json").read_text())

@@ -1,0 +1,230 @@
+r"""Inputs of the kinds that users of neighbouring projects have reported, through the commands themselves.
+
+Per kind the reported case and siblings of it. What no part of a message may be lost is in test_chat.py.
+"""
+
+import copy
+import json
+import shutil
+
+import pytest
+
+from ipvrm import IpvrmError
+from ipvrm.data import Row, encode_prompt, read_rows, tokenize
+from ipvrm.models.causal_lm import load_tokenizer
+from ipvrm.reproduce.td_study import TdConfig, study
+from ipvrm.rollouts.label import LabelConfig, label_file
+from ipvrm.rollouts.rollout import RolloutConfig, roll_out
+from ipvrm.training.policy_config import PolicyConfig
+from ipvrm.training.reward_config import RewardConfig
+from ipvrm.training.train_policy import train_policy
+from ipvrm.training.train_rm import train_reward_model
+
+RIGHT, WRONG, LEFT_OUT = 1, 0, None
+SOLUTION = "She bakes 24.\nAt noon 24/2 = <<24/2=12>>12.\nTogether 24+12 = <<24+12=36>>36.\n#### 36"
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def labels_of(tmp_path, verifier, cases):
+    """Labels of (response, ground truth, ...) cases in their order; None for a row that was left out."""
+    rows = [{"prompt": f"Question {i}.", "response": r, "answer": a} for i, (r, a, _) in enumerate(cases)]
+    output = tmp_path / "labelled.jsonl"
+    config = LabelConfig(write(tmp_path / "in.jsonl", rows), str(output), verifier, num_workers=1)
+    summary = label_file(config, progress=False)
+    found = {row["row"]: row["label"] for row in map(json.loads, output.read_text().splitlines())}
+    dropped = summary["counts"]["unreadable_ground_truth"]
+    assert len(found) + dropped == len(cases), summary["counts"]
+    return [found.get(number) for number in range(1, len(cases) + 1)]
+
+
+KINDS = {
+    "a ground truth whose notation is not LaTeX": ("math", [
+        (r"Hence \boxed{3.83 \times 10^{35}}", "3.83e35", RIGHT),
+        (r"Hence \boxed{0.00001}", "1e-5", RIGHT),
+        (r"Hence \boxed{44000000}", "4.4e7", RIGHT),
+        (r"Hence \boxed{2.7778 \cdot 10^{-6}}", "2.7778e-6", RIGHT),
+        (r"Hence \boxed{10^{-7}}", "1e-8", WRONG),
+        (r"\boxed{-1.6\times 10^{-19}\ \text{C}}", "-1.6E-19", RIGHT),
+        (r"\boxed{1.6\times 10^{-19}}", "-1.6E-19", WRONG),
+        (r"\boxed{9.4 \times 10^{-3}}", "$9.4e-3$ Hz", RIGHT),
+        (r"\boxed{36}", "36 m^2", RIGHT),
+        (r"\boxed{1+2i}", "(1+2j)", RIGHT),  # Python's complex
+        (r"\boxed{1-2i}", "(1+2j)", WRONG),
+        (r"\boxed{1+2i}", "1 + 2*I", RIGHT),  # sympy's
+        (r"\boxed{3-2i}", "3 - 2 i", RIGHT),
+        (r"\boxed{\frac{3e}{2}}", "3*E/2", RIGHT),
+        (r"\boxed{\frac{1}{2}}", "Fraction(1, 2)", RIGHT),
+        (r"\boxed{\sqrt[3]{2}}", "cbrt(2)", RIGHT),
+        (r"\boxed{\binom{5}{2}}", "binomial(5, 2)", RIGHT),
+        (r"\boxed{\sqrt 3/2}", "sqrt(3)/2", RIGHT),
+        (r"\boxed{\text{No solution}}", "no solution", RIGHT),
+        (r"\boxed{\begin{pmatrix}1&2\\3&4\end{pmatrix}}", "Matrix([[1, 2], [3, 4]])", LEFT_OUT),
+        (r"\boxed{[0,1)}", "Interval.Ropen(0, 1)", LEFT_OUT),
+        (r"\boxed{[0,\infty)}", "[0, oo)", LEFT_OUT),
+        (r"\boxed{2\sin x}", "2 sin(x)", LEFT_OUT),
+        (r"\boxed{3\pi}", "3pi", LEFT_OUT),
+        (r"\boxed{3}", "x equals 3", LEFT_OUT),
+    ]),
+    "an answer that is not the whole text": ("math", [
+        ("<think>Try \\boxed{7}. No, recount: nine.</think>\n\nThe answer is 9.", "9", RIGHT),
+        ("<think>Try \\boxed{7}. No, recount: nine.</think>\n\nThe answer is 9.", "7", WRONG),
+        ("<think>My first answer is 7. Recount.</think>\n\n**9**", "9", RIGHT),
+        ("<reasoning>\\boxed{7}</reasoning><answer>9</answer>", "9", RIGHT),
+        ("<reasoning>\\boxed{7}</reasoning><answer>9</answer>", "7", WRONG),
+        ("<THINK>\\boxed{7}</THINK>The answer is 9", "9", RIGHT),
+        ("[THINK]\\boxed{7}[/THINK]The answer is 9", "9", RIGHT),
+        ("◁think▷\\boxed{7}◁/think▷The answer is 9", "9", RIGHT),
+        ("<seed:think>\\boxed{7}</seed:think>The answer is 9", "9", RIGHT),
+        ("<unused94>thought\\boxed{7}<unused95>The answer is 9", "9", RIGHT),
+        ("<|begin_of_thought|>\\boxed{7}<|end_of_thought|>The answer is 9<|end_of_solution|>", "9", RIGHT),
+        ("<|channel|>analysis<|message|>\\boxed{7}<|end|><|channel|>final<|message|>\\boxed{9}", "9", RIGHT),
+        ("First \\boxed{7}. Wrong. So \\boxed{9}, put in \\boxed{answer} as asked.", "9", RIGHT),
+        ("First \\boxed{7}. Wrong. So \\boxed{9}, put in \\boxed{answer} as asked.", "7", WRONG),
+        ("<answer>7</answer> No. <answer> 9 </answer>", "9", RIGHT),
+        ("I shall write <answer>your answer</answer>: \\boxed{9}", "9", RIGHT),
+    ]),
+    "a ground truth that a comparison of texts can never match": ("string", [
+        ("24 + 12 = 36, so \\boxed{36}", SOLUTION, RIGHT),
+        ("#### 36", SOLUTION, RIGHT),
+        ("\\boxed{48}", SOLUTION, WRONG),
+        ("\\boxed{36}", SOLUTION.replace("#### 36", "So \\boxed{36}."), RIGHT),
+        ("\\boxed{36}", '["36"]', RIGHT),  # as OlympiadBench's final_answer is often stored
+        ("\\boxed{12}", "['36']", WRONG),
+        ("\\boxed{3, 4}", '["3", "4"]', RIGHT),
+        (r"\boxed{\frac{1}{2}}", r'["\\frac{1}{2}"]', RIGHT),
+        ("\\boxed{36}", "<think>12 or 36</think>36", RIGHT),
+        ("<think>Is it 12?</think>\n\n36", "36", RIGHT),
+        ("\\boxed{36}", SOLUTION.partition("####")[0], LEFT_OUT),
+        ("\\boxed{36}", "She has 24 and buys half as many, so that makes 24+12 = 36", LEFT_OUT),
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels(tmp_path, kind):
+    verifier, cases = KINDS[kind]
+    found = labels_of(tmp_path, verifier, cases)
+    wrong = [(case, label) for case, label in zip(cases, found, strict=True) if case[2] != label]
+    assert not wrong
+
+
+# --------------------------------------------------------------------- prompt tokens, then the response's own
+
+CHAT_TEMPLATES = {
+    "thinking of its own": "<think>\n\n</think>\n\n{{ m.content }}",
+    "thinking dropped": "{{ m.content.split('</think>')[-1] }}",
+    "spaces stripped": "{{ m.content | trim }}",
+    "other newlines": "\n{{ m.content }}\n",
+    "other letters": "{{ m.content | upper }}",
+}
+
+
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+@pytest.mark.parametrize("text", ["17 + 25 = 42. So \\boxed{42}", "<think>add</think> 42", "  42 \n"])
+def test_a_template_that_rewrites_answers_does_not_reach_the_response(tokenizer, tmp_path, template, text):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        + CHAT_TEMPLATES[template]
+        + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [{"role": "user", "content": "Add 17 and 25."}, {"role": "assistant", "content": text}]
+    plain = {"prompt": "Add 17 and 25.", "response": text, "label": 1}
+    rows, _ = read_rows(write(tmp_path / "in.jsonl", [plain, {"conversation": messages, "label": 1}]))
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    sampled = (*encode_prompt("Add 17 and 25.", chat), *own, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    found = tokenize(rows, chat, max_length=None)
+    assert [response.input_ids for response in found.responses] == [sampled, sampled]
+
+
+@pytest.mark.parametrize("prompt", ["Q: Add 17 and 25. A: ", "Q:\nA:\n", "Q: \t", "Q: x\u00a0", "A:", " "])
+@pytest.mark.parametrize("text", ["forty-two", " 42", "\n42", "  "])
+def test_a_base_models_prompt_may_end_in_anything(tokenizer, prompt, text):
+    base = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    parts = [base(part, add_special_tokens=False)["input_ids"] for part in (prompt, text)]
+    response = tokenize([Row("f:1", prompt, text, 1)], base, max_length=None).responses[0]
+    assert response.input_ids[:-1] == (*parts[0], *parts[1]) and response.prompt_length == len(parts[0])
+
+
+def test_a_base_model_learns_from_prompts_that_end_in_a_space(tiny_folder, tokenizer, tmp_path):
+    base, folder = copy.deepcopy(tokenizer), tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    base.chat_template = None
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    base.save_pretrained(folder)
+    assert load_tokenizer(folder).chat_template is None
+    rows = [{"prompt": f"Q: Add 17 and {n}. A: ", "response": "forty-two", "label": n % 2} for n in (25, 26)]
+    config = RewardConfig(
+        str(folder), write(tmp_path / "in.jsonl", rows), str(tmp_path / "rm"), max_steps=1, use_cpu=True
+    )
+    assert train_reward_model(config, progress=False).metrics["data"]["used"] == 2
+
+
+# --------------------------------------------------------------- ids and positions that a model does not have
+
+
+@pytest.fixture
+def short_of_ids(tiny_folder, tmp_path):
+    """The tiny model with a tokenizer that has one token more than it has rows."""
+    folder, tokenizer = tmp_path / "short_of_ids", load_tokenizer(tiny_folder)
+    shutil.copytree(tiny_folder, folder)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<step{i}>" for i in range(rows - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def short_of_positions(tiny_folder, tmp_path):
+    """The tiny model with 30 positions."""
+    folder = tmp_path / "short_of_positions"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 30}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def commands(model, folder):
+    """What runs with `model` in every command that loads one, by name."""
+    prompts = write(folder / "prompts.jsonl", [{"prompt": "Add 2 and 3.", "answer": "5"}])
+    long = {"prompt": "Add 2 and 3.", "response": "5, " * 20, "label": 1}
+    rows = write(folder / "rows.jsonl", [long, long | {"label": 0}])
+    out = str(folder / "out")
+    return {
+        "rollout": lambda: roll_out(
+            RolloutConfig(model, prompts, out + ".jsonl", max_new_tokens=40, use_cpu=True), progress=False
+        ),
+        "train-rm": lambda: train_reward_model(
+            RewardConfig(model, rows, out, max_steps=1, use_cpu=True), progress=False
+        ),
+        "train-policy": lambda: train_policy(
+            PolicyConfig(model, prompts, out, algorithm="grpo", max_new_tokens=40, max_steps=1, use_cpu=True),
+            progress=False,
+        ),
+        "eval td": lambda: study(
+            TdConfig(model, model, prompts, out, max_new_tokens=40, use_cpu=True), progress=False
+        ),
+    }
+
+
+IDS = r"the tokenizer has ids up to \d+ \('<step\d+>'\), the model \d+ rows; resize"
+POSITIONS = r"jsonl:1: its \d+ tokens .*are more than the model's 30 positions"
+
+
+@pytest.mark.parametrize(
+    ("model", "reason", "command"),
+    [("short_of_ids", IDS, command) for command in ("rollout", "train-rm", "train-policy", "eval td")]
+    + [("short_of_positions", POSITIONS, command) for command in ("rollout", "train-rm", "train-policy")],
+)
+def test_ids_and_positions_beyond_the_model_are_refused_before_any_work(
+    request, tmp_path, model, reason, command
+):
+    with pytest.raises(IpvrmError, match=reason):
+        commands(request.getfixturevalue(model), tmp_path)[command]()
+    assert not (tmp_path / "out.jsonl").exists() and not list(tmp_path.glob("out/*.safetensors"))
