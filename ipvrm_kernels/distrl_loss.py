@@ -525,7 +525,7 @@ def _saved(logprobs: Tensor) -> Sequence[tuple[int, ...]]:
 IMPLS = {impl: backend.Impl(_forward_of(impl), _scaled, _saved) for impl in EVALUATE}
 
 
-@register(fake=lambda saved_0: torch.empty_like(saved_0), gradient_of=OP, instead=INSTEAD)
+@register(fake=lambda saved: torch.empty_like(saved[0]), gradient_of=OP, instead=INSTEAD)
 def _distrl_loss_bwd(dloss: Tensor, impl: str, saved: list[Tensor]) -> Tensor:
     return IMPLS[impl].backward(dloss, saved)
 
