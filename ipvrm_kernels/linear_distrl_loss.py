@@ -35,6 +35,7 @@ from .distrl_loss import (
     check_batch,
     checked_floats,
     checked_objective,
+    checked_options,
     denominator_tensor,
     named_metrics,
 )
@@ -46,6 +47,7 @@ from .head import (
     check_ids,
     check_row_ids,
     check_workspace,
+    checked_transform,
     cpu,
     fake_gradients,
     out_dtype,
@@ -54,7 +56,7 @@ from .head import (
 from .linear_logprobs import IMPLS as LOGPROB_IMPLS
 from .linear_logprobs import NOTHING
 from .packing import check_cu_seqlens_shape
-from .registration import is_batched, is_last_backward, register
+from .registration import Number, is_batched, is_last_backward, register
 
 if backend.HAS_TRITON:
     from .head import triton_forward, triton_saved
@@ -198,11 +200,17 @@ def _linear_distrl_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, candidate_ids: Tensor,
     old_logprobs: Tensor, old_candidate_logprobs: Tensor, advantages: Tensor, candidate_advantages: Tensor,
     cu_seqlens: Tensor, token_denominator: Tensor | None, candidate_denominator: Tensor | None,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
-    alpha: float, clips: list[float], dual_clip: float | None, reduction: str, candidate_reduction: str,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
+    alpha: Number, clip_low: Number, clip_high: Number, candidate_clip_low: Number,
+    candidate_clip_high: Number, dual_clip: Number | None, reduction: str, candidate_reduction: str,
     form: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """form: which of the gradients by hidden, weight and bias are formed."""
+    transform = checked_transform(OP, scale, softcap, temperature, dtype)
+    objective = checked_objective(
+        OP, alpha, clip_low, clip_high, candidate_clip_low, candidate_clip_high, dual_clip, reduction,
+        candidate_reduction,
+    )  # fmt: skip
     old_logprobs = old_logprobs.masked_fill(token_ids < 0, -math.inf)  # the objective's one mark of no token
     old_candidate_logprobs = old_candidate_logprobs.masked_fill(candidate_ids < 0, -math.inf)
     tensors = (
@@ -216,9 +224,7 @@ def _linear_distrl_loss(
         check_batch(OP, batch)
     ids = torch.cat([token_ids[:, None], candidate_ids], 1)  # (N, 1 + K)
     loss, token_loss, candidate_loss, metrics, *saved = IMPLS[impl].forward(
-        hidden, weight, bias, ids, batch, Transform(scale, softcap, temperature, dtype),
-        Objective(alpha, clips, dual_clip, reduction, candidate_reduction), form,
-        max_workspace_bytes, deterministic,
+        hidden, weight, bias, ids, batch, transform, objective, form, max_workspace_bytes, deterministic
     )  # fmt: skip
     return loss, token_loss, candidate_loss, metrics, saved
 
@@ -234,12 +240,12 @@ def linear_distrl_loss(
     candidate_advantages: Tensor,
     cu_seqlens: Tensor,
     *,
-    alpha: float = 0.1,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    candidate_clip_low: float | None = None,
-    candidate_clip_high: float | None = None,
-    dual_clip: float | None = None,
+    alpha: float | Tensor = 0.1,
+    clip_low: float | Tensor = 0.2,
+    clip_high: float | Tensor = 0.28,
+    candidate_clip_low: float | Tensor | None = None,
+    candidate_clip_high: float | Tensor | None = None,
+    dual_clip: float | Tensor | None = None,
     reduction: str = "sequence_mean",
     candidate_reduction: str | None = None,
     token_denominator: float | Tensor | None = None,
@@ -247,7 +253,7 @@ def linear_distrl_loss(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     max_workspace_bytes: int | None = None,
     deterministic: bool = False,
     impl: str | None = None,
@@ -291,7 +297,7 @@ def linear_distrl_loss(
     Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that do
         not rise from 0 to N. RuntimeError on double backward.
     """
-    transform = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
+    numbers = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
     check_row_ids(OP, "token_ids", token_ids, hidden, (1,))
     check_row_ids(OP, "candidate_ids", candidate_ids, hidden, (2,))
     check_cu_seqlens_shape(OP, cu_seqlens, hidden)
@@ -300,7 +306,7 @@ def linear_distrl_loss(
         old_candidate_logprobs=old_candidate_logprobs, advantages=advantages,
         candidate_advantages=candidate_advantages,
     )  # fmt: skip
-    objective = checked_objective(
+    options = checked_options(
         OP, alpha, clip_low, clip_high, candidate_clip_low, candidate_clip_high, dual_clip, reduction,
         candidate_reduction,
     )  # fmt: skip
@@ -311,7 +317,7 @@ def linear_distrl_loss(
     tracked = torch.is_grad_enabled()
     loss, token_loss, candidate_loss, metrics, _ = _linear_distrl_loss(
         hidden, weight, bias, token_ids.long(), candidate_ids.long(), *floats, cu_seqlens, *denominators,
-        *transform, *objective,
+        *numbers, *options,
         [tracked and x is not None and x.requires_grad for x in (hidden, weight, bias)],
         max_workspace_bytes, bool(deterministic), backend.choose(OP, IMPLS, impl, hidden),
     )  # fmt: skip

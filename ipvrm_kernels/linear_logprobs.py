@@ -36,6 +36,7 @@ from .head import (
     check_ids,
     check_row_ids,
     check_workspace,
+    checked_transform,
     cpu,
     fake_gradients,
     head_gradients,
@@ -47,7 +48,7 @@ from .head import (
     transformed_logits,
 )
 from .head.blocks import saved_columns
-from .registration import register
+from .registration import Number, register
 
 if backend.HAS_TRITON:
     from .head import triton_backward, triton_forward, triton_ids, triton_saved
@@ -257,7 +258,7 @@ def _linear_logprobs_bwd(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     logprobs: Tensor, lse: Tensor, entropy: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, follows: str,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, follows: str,
     needs: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str, saved: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     transform = Transform(scale, softcap, temperature, dtype)
@@ -282,7 +283,7 @@ def _backward(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     logprobs: Tensor, lse: Tensor, entropy: Tensor, saved: list[Tensor],
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
     return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, impl: str,
     needs: dict[str, bool],
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -297,7 +298,7 @@ def _backward(
 @register(fake=_fake, returns=(*LinearLogprobs._fields, "saved"), backward=_backward)
 def _linear_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
     return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, may_save: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
@@ -306,7 +307,7 @@ def _linear_logprobs(
     """
     if backend.checks_values(ids):
         check_ids("linear_logprobs", "ids", ids, weight.shape[0])
-    transform = Transform(scale, softcap, temperature, dtype)
+    transform = checked_transform("linear_logprobs", scale, softcap, temperature, dtype)
     return IMPLS[impl].forward(
         hidden, weight, bias, ids, transform, return_entropy, follows, max_workspace_bytes, deterministic,
         may_save,
@@ -321,7 +322,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     fill_value: float = -math.inf,
     return_entropy: bool = False,
     max_workspace_bytes: int | None = None,
@@ -362,7 +363,7 @@ def linear_logprobs(
     double backward.
     """
     op = "linear_logprobs"
-    transform = prepare(op, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
+    numbers = prepare(op, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
     check_row_ids(op, "ids", ids, hidden, (1, 2))
     impl = backend.choose(op, IMPLS, impl, hidden)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -372,7 +373,7 @@ def linear_logprobs(
     may_save = not deterministic and not torch.compiler.is_compiling()
     logprobs, lse, entropy, _ = _linear_logprobs(
         hidden, weight, bias, ids.long()[:, None] if ids.dim() == 1 else ids.long(),
-        *transform, bool(return_entropy), follows, max_workspace_bytes, bool(deterministic), may_save, impl,
+        *numbers, bool(return_entropy), follows, max_workspace_bytes, bool(deterministic), may_save, impl,
     )  # fmt: skip
     logprobs = logprobs[:, 0] if ids.dim() == 1 else logprobs
     if fill_value != -math.inf:

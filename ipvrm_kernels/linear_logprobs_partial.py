@@ -30,6 +30,7 @@ from .head import (
     add_at_ids,
     cast_gradients,
     check_row_ids,
+    checked_transform,
     cpu,
     fake_gradients,
     head_gradients,
@@ -41,7 +42,7 @@ from .head import (
     transformed_logits,
 )
 from .linear_logprobs import LinearLogprobs
-from .registration import register
+from .registration import Number, register
 
 if backend.HAS_TRITON:
     from .head import triton_backward, triton_forward, triton_ids
@@ -171,7 +172,8 @@ def _bwd_fake(
 def _linear_logprobs_partial_bwd(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, top: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, needs: list[bool], impl: str,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, needs: list[bool],
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     transform = Transform(scale, softcap, temperature, dtype)
     gradients = IMPLS[impl].backward(
@@ -191,7 +193,7 @@ def _fake(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _backward(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, max: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, needs: dict[str, bool],
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, needs: dict[str, bool],
     impl: str,
 ) -> dict[str, Tensor]:  # fmt: skip
     gradients = _linear_logprobs_partial_bwd(
@@ -204,9 +206,10 @@ def _backward(
 @register(fake=_fake, returns=Partial._fields, backward=_backward)
 def _linear_logprobs_partial(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, impl: str,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return IMPLS[impl].forward(hidden, weight, bias, ids, Transform(scale, softcap, temperature, dtype))
+    transform = checked_transform(OP, scale, softcap, temperature, dtype)
+    return IMPLS[impl].forward(hidden, weight, bias, ids, transform)
 
 
 def linear_logprobs_partial(
@@ -218,7 +221,7 @@ def linear_logprobs_partial(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     impl: str | None = None,
 ) -> Partial:
     """The statistics of one vocabulary shard, to be joined by `merge_partials`.
@@ -236,7 +239,7 @@ def linear_logprobs_partial(
     Raises: ValueError as `linear_logprobs`, except that ids are not checked (others own them).
     RuntimeError on double backward.
     """
-    transform = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature)
+    numbers = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature)
     check_row_ids(OP, "ids", ids, hidden, (1, 2))
     if vocab_start < 0:
         raise ValueError(f"{OP}: vocab_start must be >= 0, got {vocab_start}")
@@ -244,9 +247,7 @@ def linear_logprobs_partial(
     owned = (local >= vocab_start) & (local < vocab_start + weight.shape[0])
     local = torch.where(owned, local - vocab_start, -1)
     impl = backend.choose(OP, IMPLS, impl, hidden)
-    top, sumexp, sum_z_exp, id_logits = _linear_logprobs_partial(
-        hidden, weight, bias, local, *transform, impl
-    )
+    top, sumexp, sum_z_exp, id_logits = _linear_logprobs_partial(hidden, weight, bias, local, *numbers, impl)
     return Partial(top, sumexp, sum_z_exp, id_logits[:, 0] if ids.dim() == 1 else id_logits)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("ipvrm", "FRAGMENT")
 _TENSORS = (Tensor, torch.nn.Parameter)  # plain ones; their subclasses have a say of their own
 MOST_LISTED = 3  # tensors in a list input
-Number = float | Tensor  # an input that varies from call to call: 0-d on the CPU, so that no graph holds it
+Number = Annotated[float, "or a 0-d tensor on the CPU: a value that varies, and that no graph holds"]
 _NUMBERS = (Number, Number | None)
 _tracing_state = torch._C._get_tracing_state
 _transform_level = torch._C._functorch.maybe_current_level
@@ -74,13 +74,13 @@ def register(
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.removeprefix("_")
-        hints = get_type_hints(function)
+        hints = get_type_hints(function, include_extras=True)
         kinds = {x: hints[x] for x in inspect.signature(function).parameters}
         flat_kinds, flatten, gather = _flattening(name, kinds)
         _LIBRARY.define(name + _schema(flat_kinds, hints["return"]), tags=(torch.Tag.pt2_compliant_tag,))
         op: Callable[..., Any] = getattr(torch.ops.ipvrm, name).default
 
-        numbers = [i for i, kind in enumerate(kinds.values()) if kind in _NUMBERS]
+        numbers = _positions_of_numbers(kinds)
         names = [*kinds]
         pick_asked = _picker([names.index(x) for x in _parameters(name, "fake", fake, names)])
 
@@ -100,7 +100,7 @@ def register(
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ipvrm::{name}", fake_by_name, lib=_LIBRARY)
         if backward is None and not gradient_of:
-            return _without_gradient(function, dispatch)
+            return _without_gradient(function, dispatch, numbers)
         rule = backward or _refusal(gradient_of, instead)
         formula, call = _differentiable(name, function, dispatch, kinds, hints["return"], returns, rule)
 
@@ -115,6 +115,10 @@ def register(
         return call
 
     return decorate
+
+
+def _positions_of_numbers(kinds: Mapping[str, Any]) -> list[int]:
+    return [i for i, kind in enumerate(kinds.values()) if kind in _NUMBERS]
 
 
 def _flattening(
@@ -202,9 +206,12 @@ def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ..
     return lambda items: (items[position],)
 
 
-def _without_gradient(function: Callable[..., Any], dispatch: Callable[..., Any]) -> Callable[..., Any]:
+def _without_gradient(
+    function: Callable[..., Any], dispatch: Callable[..., Any], numbers: Sequence[int]
+) -> Callable[..., Any]:
     def call(*inputs: Any) -> Any:
         plain = _only_autograd() and all(_is_plain(x) for x in inputs if isinstance(x, Tensor))
+        plain = plain and not any(isinstance(inputs[i], Tensor) for i in numbers)
         return function(*inputs) if plain else dispatch(*inputs)
 
     return call
@@ -240,6 +247,7 @@ def _differentiable(
     pick_saved = _picker([[*kinds, *returns].index(x) for x in tensors])
     pool = [*tensors, *plain, *(upstream or [""]), *(lists or [""]), "needs"]
     pick_asked = _picker([pool.index(x) for x in asked])
+    numbers = _positions_of_numbers(kinds)
     num_tensors, wants_needs, single = len(tensors), "needs" in asked, returned is Tensor
     nothing = (None,) * len(kinds)
 
@@ -290,6 +298,9 @@ def _differentiable(
     def call(*inputs: Any) -> Any:
         if not _only_autograd():
             return dispatch(*inputs)
+        for i in numbers:
+            if isinstance(inputs[i], Tensor):
+                return dispatch(*inputs)
         requires_grad = False
         for x in inputs:
             if isinstance(x, Tensor):

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import refuse_forward_mode
+from ..inputs import check_tensors, checked_number
+from ..registration import Number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES_AND_FP32 = FLOATS[:3]
@@ -98,24 +99,19 @@ def check_workspace(op: str, max_workspace_bytes: int | None, N: int, V: int, dt
 
 def prepare(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    logit_scale: float, softcap: float | None, temperature: float, max_workspace_bytes: int | None = None,
-) -> Transform:  # fmt: skip
-    """Validate what every head op takes and return its transform.
+    logit_scale: float, softcap: float | None, temperature: float | Tensor,
+    max_workspace_bytes: int | None = None,
+) -> tuple[float, float | None, Number, torch.dtype]:  # fmt: skip
+    """Validate what every head op takes and return what its transform is made of, see `checked_transform`.
 
     The matmul's dtype is autocast's where autocast is enabled for the device, else hidden's; fp64 stays fp64.
     """
-    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if x is not None and hasattr(x, "device_mesh"):
-            raise ValueError(
-                f"{op}: {name} must be a plain tensor, got a DTensor; pass {name}.full_tensor(), or "
-                f"{name}.to_local() of a vocabulary-parallel head to linear_logprobs_partial"
-            )
+    check_tensors(op, {"bias": bias}, hidden=hidden, weight=weight)
     if weight.numel() == 0:
         raise ValueError(
             f"{op}: weight is empty, shape {tuple(weight.shape)}; gather a sharded parameter (ZeRO-3, FSDP) "
             "first, e.g. deepspeed.zero.GatheredParameters or FullyShardedDataParallel.summon_full_params"
         )
-    refuse_forward_mode(op, hidden, weight, bias)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{op}: hidden must be (N, D) and weight (V, D), got {tuple(hidden.shape)} and "
@@ -129,21 +125,28 @@ def prepare(
     kind = hidden.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     _check_dtypes(op, hidden, weight, bias, autocast)
-    numbers = {"logit_scale": logit_scale, "temperature": temperature}
-    if softcap is not None:
-        numbers["softcap"] = softcap
-    for name, number in numbers.items():
-        positive = name != "logit_scale"
-        # no math.isfinite: Dynamo cannot call it on a number that varies
-        if not (0 if positive else -math.inf) < number < math.inf:
-            raise ValueError(f"{op}: {name} must be finite{' and > 0' if positive else ''}, got {number}")
+    # no math.isfinite: Dynamo cannot call it on a number that varies
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be finite and > 0, got {softcap}")
     if max_workspace_bytes is not None and max_workspace_bytes <= 0:
         raise ValueError(f"{op}: max_workspace_bytes must be None or > 0, got {max_workspace_bytes}")
     rounds = autocast and hidden.dtype != torch.float64
-    return Transform(
-        float(logit_scale), None if softcap is None else float(softcap), float(temperature),
+    return (
+        float(logit_scale), None if softcap is None else float(softcap),
+        checked_number(op, "temperature", temperature),
         torch.get_autocast_dtype(kind) if rounds else hidden.dtype,
     )  # fmt: skip
+
+
+def checked_transform(
+    op: str, scale: float, softcap: float | None, temperature: float, dtype: torch.dtype
+) -> Transform:
+    """The transform of what `prepare` returned, as an op gets it. Raise ValueError, as `op`."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
+    return Transform(scale, softcap, temperature, dtype)
 
 
 def _check_dtypes(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
@@ -164,6 +167,7 @@ def _check_dtypes(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, 
 
 def check_row_ids(op: str, name: str, ids: Tensor, hidden: Tensor, dims: tuple[int, ...]) -> None:
     """Raise ValueError unless ids are int64 or int32, (N,) or (N, K) as `dims` allows, on hidden's device."""
+    check_tensors(op, **{name: ids})
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: {name} must be int64 or int32, got {ids.dtype}")
     if ids.dim() not in dims or ids.shape[0] != hidden.shape[0]:

@@ -268,7 +268,7 @@ def test_gradcheck():
 
 def test_opcheck(impl, device):
     (hidden, weight, bias), ids = inputs(dtype=torch.float32, device=device)
-    arguments = (hidden, weight, bias, ids, 1.0, 4.0, 0.7, torch.float32, impl)
+    arguments = (hidden, weight, bias, ids, 1.0, 4.0, 0.7, None, torch.float32, impl)
     torch.library.opcheck(torch.ops.ipvrm.linear_logprobs_partial, arguments)
 
 
