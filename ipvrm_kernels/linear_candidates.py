@@ -12,6 +12,7 @@ V) tensor.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ from .head import (
     check_row_ids,
     checked_transform,
     cpu,
+    flat_rows,
+    in_rows,
+    matmul_flops,
     out_dtype,
     prepare,
     select_ids,
@@ -261,7 +265,11 @@ def _fake(
     )  # fmt: skip
 
 
-@register(fake=_fake)
+def _flops(hidden: Sequence[int], weight: Sequence[int]) -> int:
+    return matmul_flops(hidden, weight, 1)
+
+
+@register(fake=_fake, flops=_flops)
 def _linear_candidates(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None,
     scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
@@ -341,13 +349,16 @@ def linear_candidates(
     K = num_slots(op, min_prob, top_k)
     if sampled is not None:
         check_row_ids(op, "sampled", sampled, hidden, (1,))
+    rows = hidden.shape[:-1]
+    hidden = flat_rows(hidden, rows)
     ids, logprobs, counts, lse, entropy, sampled_logprobs = _linear_candidates(
         hidden.detach(), weight.detach(), None if bias is None else bias.detach(),
-        None if sampled is None else sampled.long(), *numbers,
+        None if sampled is None else flat_rows(sampled, rows).long(), *numbers,
         None if min_prob is None else checked_number(op, "min_prob", min_prob), K, bool(return_entropy),
         bool(deterministic), backend.choose(op, IMPLS, impl, hidden),
     )  # fmt: skip
     return Candidates(
-        ids, logprobs, counts, lse,
-        entropy if return_entropy else None, sampled_logprobs if sampled is not None else None,
+        in_rows(ids, rows), in_rows(logprobs, rows), in_rows(counts, rows), in_rows(lse, rows),
+        in_rows(entropy, rows) if return_entropy else None,
+        in_rows(sampled_logprobs, rows) if sampled is not None else None,
     )  # fmt: skip

@@ -50,6 +50,8 @@ from .head import (
     checked_transform,
     cpu,
     fake_gradients,
+    flat_rows,
+    matmul_flops,
     out_dtype,
     prepare,
 )
@@ -195,7 +197,12 @@ def _backward(
     return dict(zip(TRAINABLE, gradients, strict=True))
 
 
-@register(fake=_fake, returns=(*DistRLLoss._fields, "saved"), backward=_backward)
+def _flops(hidden: Sequence[int], weight: Sequence[int], form: Sequence[bool]) -> int:
+    """Gradients are formed in the forward, from z that are saved: no logits again."""
+    return matmul_flops(hidden, weight, 1 + sum(form[:2]))
+
+
+@register(fake=_fake, returns=(*DistRLLoss._fields, "saved"), backward=_backward, flops=_flops)
 def _linear_distrl_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, candidate_ids: Tensor,
     old_logprobs: Tensor, old_candidate_logprobs: Tensor, advantages: Tensor, candidate_advantages: Tensor,
@@ -271,7 +278,8 @@ def linear_distrl_loss(
         old_logprobs, old_candidate_logprobs: (N,), (N, K) float, under the behaviour policy; -inf marks an
             unused element, which adds no loss, gradient or count. No gradient.
         advantages, candidate_advantages: (N,), (N, K) float. No gradient.
-        cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; an empty sequence counts in B and adds 0.
+        cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; an empty sequence counts in B and adds 0. With
+            more leading dimensions, (B, T, D), of the rows of all per-row inputs laid end to end.
         alpha: finite weight of the candidate branch.
         clip_low, clip_high, dual_clip: as in `clipped_surrogate`; candidate_clip_low, candidate_clip_high
             default to clip_low, clip_high.
@@ -314,6 +322,9 @@ def linear_distrl_loss(
         denominator_tensor(OP, "token_denominator", token_denominator, floats[0]),
         denominator_tensor(OP, "candidate_denominator", candidate_denominator, floats[0]),
     ]
+    rows = hidden.shape[:-1]
+    hidden = flat_rows(hidden, rows)
+    token_ids, candidate_ids, *floats = (flat_rows(x, rows) for x in (token_ids, candidate_ids, *floats))
     tracked = torch.is_grad_enabled()
     loss, token_loss, candidate_loss, metrics, _ = _linear_distrl_loss(
         hidden, weight, bias, token_ids.long(), candidate_ids.long(), *floats, cu_seqlens, *denominators,

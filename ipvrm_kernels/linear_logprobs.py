@@ -39,7 +39,10 @@ from .head import (
     checked_transform,
     cpu,
     fake_gradients,
+    flat_rows,
     head_gradients,
+    in_rows,
+    matmul_flops,
     out_dtype,
     prepare,
     select_ids,
@@ -253,7 +256,17 @@ def _bwd_fake(
     return fake_gradients(hidden, weight, bias, needs)
 
 
-@register(fake=_bwd_fake, gradient_of="linear_logprobs", instead=INSTEAD)
+def _bwd_flops(
+    dentropy: Sequence[int] | None, hidden: Sequence[int], weight: Sequence[int], follows: str,
+    needs: Sequence[bool],
+) -> int:  # fmt: skip
+    """The logits again, then a matmul for each gradient; not deducted: z that were saved, rows left out."""
+    if follows == FROZEN and dentropy is None:
+        return 0
+    return matmul_flops(hidden, weight, 1 + sum(needs[:2]))
+
+
+@register(fake=_bwd_fake, gradient_of="linear_logprobs", instead=INSTEAD, flops=_bwd_flops)
 def _linear_logprobs_bwd(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
@@ -295,7 +308,11 @@ def _backward(
     return dict(zip(TRAINABLE, gradients, strict=True))
 
 
-@register(fake=_fake, returns=(*LinearLogprobs._fields, "saved"), backward=_backward)
+def _flops(hidden: Sequence[int], weight: Sequence[int], follows: str) -> int:
+    return matmul_flops(hidden, weight, 2 if follows == FROZEN else 1)
+
+
+@register(fake=_fake, returns=(*LinearLogprobs._fields, "saved"), backward=_backward, flops=_flops)
 def _linear_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
@@ -335,7 +352,8 @@ def linear_logprobs(
     z /= temperature; log_softmax(z)[ids], logsumexp(z), entropy(softmax(z)); in nats.
 
     Args:
-        hidden: (N, D) fp32, bf16, fp16 or fp64.
+        hidden: (N, D) fp32, bf16, fp16 or fp64, or with more leading dimensions, (B, T, D), which then stand
+            in the place of N in ids and in all results.
         weight: (V, D) of hidden's dtype, or fp32 (masters) with bf16/fp16 hidden; under autocast any of
             these. The matmul's operands are rounded to autocast's dtype if enabled, else to hidden's; sums
             are fp32 or better.
@@ -365,6 +383,8 @@ def linear_logprobs(
     op = "linear_logprobs"
     numbers = prepare(op, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
     check_row_ids(op, "ids", ids, hidden, (1, 2))
+    rows, given = hidden.shape[:-1], ids
+    hidden, ids = flat_rows(hidden, rows), flat_rows(ids, rows)
     impl = backend.choose(op, IMPLS, impl, hidden)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     follows = NOTHING
@@ -375,7 +395,7 @@ def linear_logprobs(
         hidden, weight, bias, ids.long()[:, None] if ids.dim() == 1 else ids.long(),
         *numbers, bool(return_entropy), follows, max_workspace_bytes, bool(deterministic), may_save, impl,
     )  # fmt: skip
-    logprobs = logprobs[:, 0] if ids.dim() == 1 else logprobs
+    logprobs = in_rows(logprobs[:, 0] if ids.dim() == 1 else logprobs, rows)
     if fill_value != -math.inf:
-        logprobs = logprobs.masked_fill(ids < 0, fill_value)
-    return LinearLogprobs(logprobs, lse, entropy if return_entropy else None)
+        logprobs = logprobs.masked_fill(given < 0, fill_value)
+    return LinearLogprobs(logprobs, in_rows(lse, rows), in_rows(entropy, rows) if return_entropy else None)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("ipvrm", "FRAGMENT")
 _TENSORS = (Tensor, torch.nn.Parameter)  # plain ones; their subclasses have a say of their own
@@ -53,6 +54,7 @@ def register(
     backward: Callable[..., Mapping[str, Tensor | None]] | None = None,
     gradient_of: str = "",
     instead: str = "",
+    flops: Callable[..., int] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function becomes torch.ops.ipvrm.<its name without the underscore>, and what to call.
 
@@ -69,6 +71,7 @@ def register(
         it does not ask for is not differentiable.
     gradient_of: the op whose gradient this function is; to differentiate it again raises RuntimeError, which
         names what to use `instead`.
+    flops: what torch.utils.flop_counter counts, from inputs by name, tensors as their shapes.
     Without backward and gradient_of, inputs have to be detached.
     """
 
@@ -99,6 +102,8 @@ def register(
 
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ipvrm::{name}", fake_by_name, lib=_LIBRARY)
+        if flops is not None:
+            _count_flops(name, flops, names, gather)
         if backward is None and not gradient_of:
             return _without_gradient(function, dispatch, numbers)
         rule = backward or _refusal(gradient_of, instead)
@@ -115,6 +120,17 @@ def register(
         return call
 
     return decorate
+
+
+def _count_flops(
+    op: str, flops: Callable[..., int], names: Sequence[str], gather: Callable[[Sequence[Any]], list[Any]]
+) -> None:
+    pick_asked = _picker([names.index(x) for x in _parameters(op, "flops", flops, names)])
+
+    def formula(*flat: Any, **_: Any) -> int:
+        return flops(*pick_asked(gather(flat)))
+
+    register_flop_formula(getattr(torch.ops.ipvrm, op))(formula)
 
 
 def _positions_of_numbers(kinds: Mapping[str, Any]) -> list[int]:
