@@ -341,6 +341,8 @@ def linear_candidates(
 
     Returns: Candidates, detached; sorted by log-prob descending, ties to the lower id; unused slots -1 and
         -inf. Where a plain top-k ends among tokens whose log-probs round alike, the larger logit stays.
+        A row whose hidden holds a NaN has no candidates: count 0, ids -1, log-probs -inf; its lse, entropy
+        and sampled log-prob are NaN.
     Raises: ValueError as `linear_logprobs`, and on min_prob or top_k out of range, both None, or a top_k
         above the GPU's bound.
     """

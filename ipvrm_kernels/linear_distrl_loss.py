@@ -302,6 +302,7 @@ def linear_distrl_loss(
         place; with retain_graph=True it scales copies, a second (V, D) fp32 tensor for a trainable head; so
         it does per entry of a batch of upstream gradients (is_grads_batched, vmap), which excludes
         create_graph=True.
+        A used row whose hidden holds a NaN makes the losses, the KL metrics, its dhidden and dweight NaN.
     Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that do
         not rise from 0 to N. RuntimeError on double backward.
     """

@@ -376,6 +376,8 @@ def linear_logprobs(
 
     Returns: LinearLogprobs, fp32 (fp64 for fp64 inputs), log-probs <= 0. All three are differentiable once in
     hidden, weight and bias; gradients come in each input's own dtype from fp32 accumulators.
+    A row whose hidden holds a NaN says so: its log-probs (not those of no token), lse, entropy and dhidden
+    are NaN, and so is dweight where it has an upstream gradient; the other rows are as ever.
     Raises: ValueError on wrong shapes, dtypes, devices, scalars, impl, ids from V on (checked on the
     CPU, and on a GPU under `set_checks(True)`), a DTensor or an empty (sharded) weight. RuntimeError on
     double backward.

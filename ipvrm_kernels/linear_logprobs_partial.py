@@ -267,7 +267,8 @@ def linear_logprobs_partial(
 
     Returns: Partial, fp32 (fp64 for fp64 inputs). sumexp, sum_z_exp and id_logits are differentiable once in
         hidden, weight and bias; max is a constant, whose gradient cancels in the merge. An empty shard's are
-        -inf, 0, 0 and -inf, to which `merge_partials` adds the others.
+        -inf, 0, 0 and -inf, to which `merge_partials` adds the others. A row whose hidden holds a NaN has NaN
+        sums, which the merge hands on; its max is NaN or -inf.
     Raises: ValueError as `linear_logprobs`, except that ids are not checked (others own them).
     RuntimeError on double backward.
     """

@@ -58,8 +58,8 @@ def select_ids(values: Tensor, ids: Tensor) -> Tensor:
 
 
 def times_log(p: Tensor, log_p: Tensor) -> Tensor:
-    """p * log_p with 0 * -inf = 0."""
-    return torch.where(p > 0, p * log_p, 0.0)
+    """p * log_p with 0 * -inf = 0; NaN stays NaN."""
+    return torch.where(p == 0, 0.0, p * log_p)
 
 
 def add_at_ids(da: Tensor, ids: Tensor, values: Tensor) -> None:
