@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
 IMPL_NAMES = ("torch", "cpp", "triton", "cuda")
@@ -100,22 +99,6 @@ def native_call(name: str, *args: Any) -> Any:
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     with torch.cuda.device(device):
         return getattr(_C, name)(*plain, torch.cuda.current_stream().cuda_stream)
-
-
-def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """Raise RuntimeError if forward-mode differentiation has given one of the tensors a tangent.
-
-    The ops have reverse-mode formulas only, and PyTorch would take a missing forward formula for a derivative
-    of 0.
-    """
-    if forward_ad._current_level < 0:
-        return
-    for x in tensors:
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-            raise RuntimeError(
-                f"{op}: forward-mode differentiation (torch.func.jvp, dual tensors) is not supported; use "
-                "reverse mode, or torch.log_softmax on materialised logits"
-            )
 
 
 def _nothing(*_: Any) -> Sequence[tuple[int, ...]]:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .registration import register
+from .inputs import check_tensors, checked_number
+from .registration import Number, register
 
 if backend.HAS_TRITON:
     import triton
@@ -236,13 +237,24 @@ def _backward(dloss: Tensor, logprobs: Tensor, impl: str, saved: list[Tensor]) -
 @register(fake=_fake, returns=(*ClippedSurrogate._fields, "saved"), backward=_backward)
 def _clipped_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
-    clip_low: float, clip_high: float, dual_clip: float | None, impl: str,
+    clip_low: Number, clip_high: Number, dual_clip: Number | None, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    check_clips("clipped_surrogate", clip_low, clip_high, dual_clip)
     loss, clipped, dual_clipped, *saved = IMPLS[impl].forward(
         logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous(),
         clip_low, clip_high, dual_clip,
     )  # fmt: skip
     return loss, clipped, dual_clipped, saved
+
+
+def clip_numbers(
+    op: str, clip_low: float | Tensor, clip_high: float | Tensor, dual_clip: float | Tensor | None
+) -> tuple[Number, Number, Number | None]:
+    """The clips as the public functions take them, each as `checked_number` has it."""
+    return (
+        checked_number(op, "clip_low", clip_low), checked_number(op, "clip_high", clip_high),
+        None if dual_clip is None else checked_number(op, "dual_clip", dual_clip),
+    )  # fmt: skip
 
 
 def check_clips(
@@ -262,9 +274,9 @@ def clipped_surrogate(
     old_logprobs: Tensor,
     advantages: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float | None = None,
+    clip_low: float | Tensor = 0.2,
+    clip_high: float | Tensor = 0.28,
+    dual_clip: float | Tensor | None = None,
     impl: str | None = None,
 ) -> ClippedSurrogate:
     """Clipped surrogate loss per element, max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)); Eq. 11, 12.
@@ -274,7 +286,8 @@ def clipped_surrogate(
         old_logprobs: same shape; under the behaviour policy, -inf marks an unused element. No gradient.
         advantages: same shape. No gradient.
         clip_low: in [0, 1]; clip_high: >= 0.
-        dual_clip: None, or > 1: where A < 0 the loss is at most -dual_clip * A.
+        dual_clip: None, or > 1: where A < 0 the loss is at most -dual_clip * A. Each clip may be a 0-d CPU
+            tensor.
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 
     Returns: ClippedSurrogate of fp32 loss (fp64 for fp64 logprobs). Differentiable once in logprobs.
@@ -282,6 +295,7 @@ def clipped_surrogate(
     RuntimeError on double backward.
     """
     op = "clipped_surrogate"
+    check_tensors(op, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     for name, x in (("old_logprobs", old_logprobs), ("advantages", advantages)):
         if x.shape != logprobs.shape:
             raise ValueError(
@@ -292,12 +306,10 @@ def clipped_surrogate(
     for name, x in (("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages)):
         if not x.is_floating_point():
             raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
-    check_clips(op, clip_low, clip_high, dual_clip)
-    backend.refuse_forward_mode(op, logprobs)
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     loss, clipped, dual_clipped, _ = _clipped_surrogate(
         logprobs.to(dtype), old_logprobs.detach().to(dtype), advantages.detach().to(dtype),
-        float(clip_low), float(clip_high), None if dual_clip is None else float(dual_clip),
+        *clip_numbers(op, clip_low, clip_high, dual_clip),
         backend.choose(op, IMPLS, impl, logprobs),
     )  # fmt: skip
     return ClippedSurrogate(loss, clipped, dual_clipped)

@@ -28,11 +28,13 @@ from . import backend
 from .clipped_surrogate import (  # the formula; no launch is shared
     check_clips,
     clip_bounds,
+    clip_numbers,
     clipped_surrogate_reference,
     native_clips,
 )
-from .packing import check_cu_seqlens, check_cu_seqlens_shape, lengths
-from .registration import register
+from .inputs import check_tensors, checked_number
+from .packing import check_cu_seqlens, check_cu_seqlens_shape, check_finite, lengths
+from .registration import Number, register
 
 if backend.HAS_TRITON:
     import triton
@@ -131,8 +133,11 @@ def denominator_tensor(op: str, name: str, given: float | Tensor | None, like: T
         if given.dim() != 0:
             raise ValueError(f"{op}: {name} must be a number or 0-d, got shape {tuple(given.shape)}")
         return given.detach().to(like.device, like.dtype)
-    check_denominator(op, name, float(given))
-    return torch.full((), given, dtype=like.dtype, device=like.device)
+    number = checked_number(op, name, given)
+    if isinstance(number, Tensor):  # compiled: as with a tensor given
+        return number.to(like.device, like.dtype)
+    check_denominator(op, name, number)
+    return torch.full((), number, dtype=like.dtype, device=like.device)
 
 
 def checked_floats(
@@ -141,6 +146,7 @@ def checked_floats(
 ) -> list[Tensor]:  # fmt: skip
     """The tensors, detached, in `dtype`. Raise ValueError, as `op`, unless they are floats of these shapes
     (one whose name holds "candidate" of the latter) on the device of `like`."""
+    check_tensors(op, **tensors)
     for name, x in tensors.items():
         shape = tuple(of_candidates if "candidate" in name else of_tokens)
         if x.shape != shape or not x.is_floating_point():
@@ -152,14 +158,25 @@ def checked_floats(
     return [x.detach().to(dtype) for x in tensors.values()]
 
 
-def checked_objective(
-    op: str, alpha: float, clip_low: float, clip_high: float, candidate_clip_low: float | None,
-    candidate_clip_high: float | None, dual_clip: float | None, reduction: str,
-    candidate_reduction: str | None,
-) -> Objective:  # fmt: skip
+class Options(NamedTuple):
+    """What an op takes of `Objective`, in its order."""
+
+    alpha: Number
+    clip_low: Number
+    clip_high: Number
+    candidate_clip_low: Number
+    candidate_clip_high: Number
+    dual_clip: Number | None
+    reduction: str
+    candidate_reduction: str
+
+
+def checked_options(
+    op: str, alpha: float | Tensor, clip_low: float | Tensor, clip_high: float | Tensor,
+    candidate_clip_low: float | Tensor | None, candidate_clip_high: float | Tensor | None,
+    dual_clip: float | Tensor | None, reduction: str, candidate_reduction: str | None,
+) -> Options:  # fmt: skip
     """The options as the public functions take them, with what None stands for. Raise ValueError, as `op`."""
-    if not -math.inf < alpha < math.inf:
-        raise ValueError(f"{op}: alpha must be finite, got {alpha}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     candidate_reduction = reduction if candidate_reduction is None else candidate_reduction
@@ -168,13 +185,28 @@ def checked_objective(
             f"{op}: candidate_reduction must be None or one of {', '.join(CANDIDATE_REDUCTIONS)}, got "
             f"{candidate_reduction!r}"
         )
-    candidate_clip_low = clip_low if candidate_clip_low is None else candidate_clip_low
-    candidate_clip_high = clip_high if candidate_clip_high is None else candidate_clip_high
+    low, high, dual = clip_numbers(op, clip_low, clip_high, dual_clip)
+    candidate_low, candidate_high = low, high
+    if candidate_clip_low is not None:
+        candidate_low = checked_number(op, "candidate_clip_low", candidate_clip_low)
+    if candidate_clip_high is not None:
+        candidate_high = checked_number(op, "candidate_clip_high", candidate_clip_high)
+    return Options(
+        checked_number(op, "alpha", alpha), low, high, candidate_low, candidate_high, dual, reduction,
+        candidate_reduction,
+    )  # fmt: skip
+
+
+def checked_objective(
+    op: str, alpha: float, clip_low: float, clip_high: float, candidate_clip_low: float,
+    candidate_clip_high: float, dual_clip: float | None, reduction: str, candidate_reduction: str,
+) -> Objective:  # fmt: skip
+    """Raise ValueError, as `op`, for numbers out of range."""
+    check_finite(op, "alpha", alpha)
     check_clips(op, clip_low, clip_high, dual_clip)
     check_clips(op, candidate_clip_low, candidate_clip_high, dual_clip, "candidate_")
-    clips = [float(c) for c in (clip_low, clip_high, candidate_clip_low, candidate_clip_high)]
-    dual = None if dual_clip is None else float(dual_clip)
-    return Objective(float(alpha), clips, dual, reduction, candidate_reduction)
+    clips = (clip_low, clip_high, candidate_clip_low, candidate_clip_high)
+    return Objective(alpha, clips, dual_clip, reduction, candidate_reduction)
 
 
 def named_metrics(metrics: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -525,7 +557,7 @@ def _saved(logprobs: Tensor) -> Sequence[tuple[int, ...]]:
 IMPLS = {impl: backend.Impl(_forward_of(impl), _scaled, _saved) for impl in EVALUATE}
 
 
-@register(fake=lambda saved_0: torch.empty_like(saved_0), gradient_of=OP, instead=INSTEAD)
+@register(fake=lambda saved: torch.empty_like(saved[0]), gradient_of=OP, instead=INSTEAD)
 def _distrl_loss_bwd(dloss: Tensor, impl: str, saved: list[Tensor]) -> Tensor:
     return IMPLS[impl].backward(dloss, saved)
 
@@ -544,7 +576,8 @@ def _backward(dloss: Tensor, impl: str, saved: list[Tensor]) -> dict[str, Tensor
 def _distrl_loss(
     logprobs: Tensor, old_logprobs: Tensor, old_candidate_logprobs: Tensor, advantages: Tensor,
     candidate_advantages: Tensor, cu_seqlens: Tensor, token_denominator: Tensor | None,
-    candidate_denominator: Tensor | None, alpha: float, clips: list[float], dual_clip: float | None,
+    candidate_denominator: Tensor | None, alpha: Number, clip_low: Number,
+    clip_high: Number, candidate_clip_low: Number, candidate_clip_high: Number, dual_clip: Number | None,
     reduction: str, candidate_reduction: str, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """logprobs: (N, 1 + K), the sampled token first."""
@@ -555,7 +588,11 @@ def _distrl_loss(
     batch = LossInputs._make(None if x is None else x.contiguous() for x in tensors)
     if backend.checks_values(logprobs):
         check_batch(OP, batch)
-    objective = Objective(alpha, clips, dual_clip, reduction, candidate_reduction)
+    objective = checked_objective(
+        OP,
+        alpha, clip_low, clip_high, candidate_clip_low, candidate_clip_high, dual_clip, reduction,
+        candidate_reduction,
+    )  # fmt: skip
     loss, token_loss, candidate_loss, metrics, *saved = IMPLS[impl].forward(
         logprobs.contiguous(), batch, objective
     )
@@ -571,12 +608,12 @@ def distrl_loss(
     candidate_advantages: Tensor,
     cu_seqlens: Tensor,
     *,
-    alpha: float = 0.1,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    candidate_clip_low: float | None = None,
-    candidate_clip_high: float | None = None,
-    dual_clip: float | None = None,
+    alpha: float | Tensor = 0.1,
+    clip_low: float | Tensor = 0.2,
+    clip_high: float | Tensor = 0.28,
+    candidate_clip_low: float | Tensor | None = None,
+    candidate_clip_high: float | Tensor | None = None,
+    dual_clip: float | Tensor | None = None,
     reduction: str = "sequence_mean",
     candidate_reduction: str | None = None,
     token_denominator: float | Tensor | None = None,
@@ -604,6 +641,7 @@ def distrl_loss(
     Raises: ValueError on wrong shapes, dtypes, devices, options, denominators, or cu_seqlens that do not rise
         from 0 to N (values of GPU tensors under `set_checks(True)`). RuntimeError on double backward.
     """
+    check_tensors(OP, logprobs=logprobs, candidate_logprobs=candidate_logprobs)
     if logprobs.dim() != 1 or candidate_logprobs.dim() != 2 or len(candidate_logprobs) != len(logprobs):
         raise ValueError(
             f"{OP}: logprobs must be (N,) and candidate_logprobs (N, K), got {tuple(logprobs.shape)} and "
@@ -621,7 +659,7 @@ def distrl_loss(
         old_candidate_logprobs=old_candidate_logprobs, advantages=advantages,
         candidate_advantages=candidate_advantages,
     )  # fmt: skip
-    objective = checked_objective(
+    options = checked_options(
         OP, alpha, clip_low, clip_high, candidate_clip_low, candidate_clip_high, dual_clip, reduction,
         candidate_reduction,
     )  # fmt: skip
@@ -630,6 +668,6 @@ def distrl_loss(
         columns, *floats, cu_seqlens,
         denominator_tensor(OP, "token_denominator", token_denominator, floats[0]),
         denominator_tensor(OP, "candidate_denominator", candidate_denominator, floats[0]),
-        *objective, backend.choose(OP, IMPLS, impl, columns),
+        *options, backend.choose(OP, IMPLS, impl, columns),
     )  # fmt: skip
     return DistRLLoss(loss, token_loss, candidate_loss, named_metrics(metrics))

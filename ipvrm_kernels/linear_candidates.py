@@ -12,6 +12,7 @@ V) tensor.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,14 +23,19 @@ from .head import (
     Transform,
     check_ids,
     check_row_ids,
+    checked_transform,
     cpu,
+    flat_rows,
+    in_rows,
+    matmul_flops,
     out_dtype,
     prepare,
     select_ids,
     times_log,
     transformed_logits,
 )
-from .registration import register
+from .inputs import checked_number
+from .registration import Number, register
 
 
 class Candidates(NamedTuple):
@@ -259,34 +265,49 @@ def _fake(
     )  # fmt: skip
 
 
-@register(fake=_fake)
+def _flops(hidden: Sequence[int], weight: Sequence[int]) -> int:
+    return matmul_flops(hidden, weight, 1)
+
+
+@register(fake=_fake, flops=_flops)
 def _linear_candidates(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
-    min_prob: float | None, K: int, return_entropy: bool, deterministic: bool, impl: str,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
+    min_prob: Number | None, K: int, return_entropy: bool, deterministic: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if sampled is not None and backend.checks_values(sampled):
         check_ids("linear_candidates", "sampled", sampled, weight.shape[0])
-    transform = Transform(scale, softcap, temperature, dtype)
+    check_min_prob("linear_candidates", min_prob)
+    transform = checked_transform("linear_candidates", scale, softcap, temperature, dtype)
     return IMPLS[impl].forward(
         hidden, weight, bias, sampled, transform, min_prob, K, return_entropy, deterministic
     )
 
 
-def num_slots(op: str, min_prob: float | None, top_k: int | None) -> int:
-    """K: top_k, else floor(1 / min_prob + 1e-4), which no row can exceed."""
-    if min_prob is None and top_k is None:
-        raise ValueError(f"{op}: give min_prob, top_k or both, got neither")
+def check_min_prob(op: str, min_prob: float | None) -> None:
+    """Raise ValueError unless min_prob is None or lies in [1/128, 1]."""
     if min_prob is not None and not 1 / 128 <= min_prob <= 1:
         raise ValueError(
             f"{op}: min_prob must lie in [1/128, 1], got {min_prob}; for a fixed number of tokens pass "
             "min_prob=None and top_k"
         )
+
+
+def num_slots(op: str, min_prob: float | Tensor | None, top_k: int | None) -> int:
+    """K: top_k, else floor(1 / min_prob + 1e-4), which no row can exceed."""
+    if min_prob is None and top_k is None:
+        raise ValueError(f"{op}: give min_prob, top_k or both, got neither")
     if top_k is not None:
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f"{op}: top_k must be an integer >= 1, got {top_k!r}")
         return top_k
+    if isinstance(min_prob, Tensor):
+        raise ValueError(
+            f"{op}: min_prob must be a number where there is no top_k, since K = floor(1 / min_prob) is the "
+            "shape of the result, got a tensor; pass top_k too"
+        )
     assert min_prob is not None
+    check_min_prob(op, min_prob)
     return math.floor(1 / min_prob + 1e-4)
 
 
@@ -294,14 +315,14 @@ def linear_candidates(
     hidden: Tensor,
     weight: Tensor,
     *,
-    min_prob: float | None = 0.1,
+    min_prob: float | Tensor | None = 0.1,
     top_k: int | None = None,
     sampled: Tensor | None = None,
     return_entropy: bool = False,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     deterministic: bool = False,
     impl: str | None = None,
 ) -> Candidates:
@@ -310,7 +331,7 @@ def linear_candidates(
 
     Args:
         hidden, weight, bias, logit_scale, softcap, temperature, deterministic: as in `linear_logprobs`.
-        min_prob: P_min in [1/128, 1]; None for plain top-k.
+        min_prob: P_min in [1/128, 1]; None for plain top-k; with top_k it may be a 0-d CPU tensor.
         top_k: number of slots K; with min_prob the best top_k of the set. Default K: floor(1/min_prob +
             1e-4). On the GPU (impl "triton") at most 512 if min_prob is None and V > 16384.
         sampled: (N,) int64 or int32 below V, the sampled tokens, whose log-probs come out of the same
@@ -320,21 +341,26 @@ def linear_candidates(
 
     Returns: Candidates, detached; sorted by log-prob descending, ties to the lower id; unused slots -1 and
         -inf. Where a plain top-k ends among tokens whose log-probs round alike, the larger logit stays.
+        A row whose hidden holds a NaN has no candidates: count 0, ids -1, log-probs -inf; its lse, entropy
+        and sampled log-prob are NaN.
     Raises: ValueError as `linear_logprobs`, and on min_prob or top_k out of range, both None, or a top_k
         above the GPU's bound.
     """
     op = "linear_candidates"
-    transform = prepare(op, hidden, weight, bias, logit_scale, softcap, temperature)
+    numbers = prepare(op, hidden, weight, bias, logit_scale, softcap, temperature)
     K = num_slots(op, min_prob, top_k)
     if sampled is not None:
         check_row_ids(op, "sampled", sampled, hidden, (1,))
+    rows = hidden.shape[:-1]
+    hidden = flat_rows(hidden, rows)
     ids, logprobs, counts, lse, entropy, sampled_logprobs = _linear_candidates(
         hidden.detach(), weight.detach(), None if bias is None else bias.detach(),
-        None if sampled is None else sampled.long(), *transform,
-        None if min_prob is None else float(min_prob), K, bool(return_entropy), bool(deterministic),
-        backend.choose(op, IMPLS, impl, hidden),
+        None if sampled is None else flat_rows(sampled, rows).long(), *numbers,
+        None if min_prob is None else checked_number(op, "min_prob", min_prob), K, bool(return_entropy),
+        bool(deterministic), backend.choose(op, IMPLS, impl, hidden),
     )  # fmt: skip
     return Candidates(
-        ids, logprobs, counts, lse,
-        entropy if return_entropy else None, sampled_logprobs if sampled is not None else None,
+        in_rows(ids, rows), in_rows(logprobs, rows), in_rows(counts, rows), in_rows(lse, rows),
+        in_rows(entropy, rows) if return_entropy else None,
+        in_rows(sampled_logprobs, rows) if sampled is not None else None,
     )  # fmt: skip

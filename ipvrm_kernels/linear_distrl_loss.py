@@ -35,6 +35,7 @@ from .distrl_loss import (
     check_batch,
     checked_floats,
     checked_objective,
+    checked_options,
     denominator_tensor,
     named_metrics,
 )
@@ -46,15 +47,18 @@ from .head import (
     check_ids,
     check_row_ids,
     check_workspace,
+    checked_transform,
     cpu,
     fake_gradients,
+    flat_rows,
+    matmul_flops,
     out_dtype,
     prepare,
 )
 from .linear_logprobs import IMPLS as LOGPROB_IMPLS
 from .linear_logprobs import NOTHING
 from .packing import check_cu_seqlens_shape
-from .registration import is_batched, is_last_backward, register
+from .registration import Number, is_batched, is_last_backward, register
 
 if backend.HAS_TRITON:
     from .head import triton_forward, triton_saved
@@ -193,16 +197,27 @@ def _backward(
     return dict(zip(TRAINABLE, gradients, strict=True))
 
 
-@register(fake=_fake, returns=(*DistRLLoss._fields, "saved"), backward=_backward)
+def _flops(hidden: Sequence[int], weight: Sequence[int], form: Sequence[bool]) -> int:
+    """Gradients are formed in the forward, from z that are saved: no logits again."""
+    return matmul_flops(hidden, weight, 1 + sum(form[:2]))
+
+
+@register(fake=_fake, returns=(*DistRLLoss._fields, "saved"), backward=_backward, flops=_flops)
 def _linear_distrl_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, candidate_ids: Tensor,
     old_logprobs: Tensor, old_candidate_logprobs: Tensor, advantages: Tensor, candidate_advantages: Tensor,
     cu_seqlens: Tensor, token_denominator: Tensor | None, candidate_denominator: Tensor | None,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
-    alpha: float, clips: list[float], dual_clip: float | None, reduction: str, candidate_reduction: str,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
+    alpha: Number, clip_low: Number, clip_high: Number, candidate_clip_low: Number,
+    candidate_clip_high: Number, dual_clip: Number | None, reduction: str, candidate_reduction: str,
     form: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """form: which of the gradients by hidden, weight and bias are formed."""
+    transform = checked_transform(OP, scale, softcap, temperature, dtype)
+    objective = checked_objective(
+        OP, alpha, clip_low, clip_high, candidate_clip_low, candidate_clip_high, dual_clip, reduction,
+        candidate_reduction,
+    )  # fmt: skip
     old_logprobs = old_logprobs.masked_fill(token_ids < 0, -math.inf)  # the objective's one mark of no token
     old_candidate_logprobs = old_candidate_logprobs.masked_fill(candidate_ids < 0, -math.inf)
     tensors = (
@@ -216,9 +231,7 @@ def _linear_distrl_loss(
         check_batch(OP, batch)
     ids = torch.cat([token_ids[:, None], candidate_ids], 1)  # (N, 1 + K)
     loss, token_loss, candidate_loss, metrics, *saved = IMPLS[impl].forward(
-        hidden, weight, bias, ids, batch, Transform(scale, softcap, temperature, dtype),
-        Objective(alpha, clips, dual_clip, reduction, candidate_reduction), form,
-        max_workspace_bytes, deterministic,
+        hidden, weight, bias, ids, batch, transform, objective, form, max_workspace_bytes, deterministic
     )  # fmt: skip
     return loss, token_loss, candidate_loss, metrics, saved
 
@@ -234,12 +247,12 @@ def linear_distrl_loss(
     candidate_advantages: Tensor,
     cu_seqlens: Tensor,
     *,
-    alpha: float = 0.1,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    candidate_clip_low: float | None = None,
-    candidate_clip_high: float | None = None,
-    dual_clip: float | None = None,
+    alpha: float | Tensor = 0.1,
+    clip_low: float | Tensor = 0.2,
+    clip_high: float | Tensor = 0.28,
+    candidate_clip_low: float | Tensor | None = None,
+    candidate_clip_high: float | Tensor | None = None,
+    dual_clip: float | Tensor | None = None,
     reduction: str = "sequence_mean",
     candidate_reduction: str | None = None,
     token_denominator: float | Tensor | None = None,
@@ -247,7 +260,7 @@ def linear_distrl_loss(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     max_workspace_bytes: int | None = None,
     deterministic: bool = False,
     impl: str | None = None,
@@ -265,7 +278,8 @@ def linear_distrl_loss(
         old_logprobs, old_candidate_logprobs: (N,), (N, K) float, under the behaviour policy; -inf marks an
             unused element, which adds no loss, gradient or count. No gradient.
         advantages, candidate_advantages: (N,), (N, K) float. No gradient.
-        cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; an empty sequence counts in B and adds 0.
+        cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; an empty sequence counts in B and adds 0. With
+            more leading dimensions, (B, T, D), of the rows of all per-row inputs laid end to end.
         alpha: finite weight of the candidate branch.
         clip_low, clip_high, dual_clip: as in `clipped_surrogate`; candidate_clip_low, candidate_clip_high
             default to clip_low, clip_high.
@@ -288,10 +302,11 @@ def linear_distrl_loss(
         place; with retain_graph=True it scales copies, a second (V, D) fp32 tensor for a trainable head; so
         it does per entry of a batch of upstream gradients (is_grads_batched, vmap), which excludes
         create_graph=True.
+        A used row whose hidden holds a NaN makes the losses, the KL metrics, its dhidden and dweight NaN.
     Raises: ValueError as `linear_logprobs`, and on wrong shapes, options, denominators, or cu_seqlens that do
         not rise from 0 to N. RuntimeError on double backward.
     """
-    transform = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
+    numbers = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
     check_row_ids(OP, "token_ids", token_ids, hidden, (1,))
     check_row_ids(OP, "candidate_ids", candidate_ids, hidden, (2,))
     check_cu_seqlens_shape(OP, cu_seqlens, hidden)
@@ -300,7 +315,7 @@ def linear_distrl_loss(
         old_candidate_logprobs=old_candidate_logprobs, advantages=advantages,
         candidate_advantages=candidate_advantages,
     )  # fmt: skip
-    objective = checked_objective(
+    options = checked_options(
         OP, alpha, clip_low, clip_high, candidate_clip_low, candidate_clip_high, dual_clip, reduction,
         candidate_reduction,
     )  # fmt: skip
@@ -308,10 +323,13 @@ def linear_distrl_loss(
         denominator_tensor(OP, "token_denominator", token_denominator, floats[0]),
         denominator_tensor(OP, "candidate_denominator", candidate_denominator, floats[0]),
     ]
+    rows = hidden.shape[:-1]
+    hidden = flat_rows(hidden, rows)
+    token_ids, candidate_ids, *floats = (flat_rows(x, rows) for x in (token_ids, candidate_ids, *floats))
     tracked = torch.is_grad_enabled()
     loss, token_loss, candidate_loss, metrics, _ = _linear_distrl_loss(
         hidden, weight, bias, token_ids.long(), candidate_ids.long(), *floats, cu_seqlens, *denominators,
-        *transform, *objective,
+        *numbers, *options,
         [tracked and x is not None and x.requires_grad for x in (hidden, weight, bias)],
         max_workspace_bytes, bool(deterministic), backend.choose(OP, IMPLS, impl, hidden),
     )  # fmt: skip

@@ -36,9 +36,13 @@ from .head import (
     check_ids,
     check_row_ids,
     check_workspace,
+    checked_transform,
     cpu,
     fake_gradients,
+    flat_rows,
     head_gradients,
+    in_rows,
+    matmul_flops,
     out_dtype,
     prepare,
     select_ids,
@@ -47,7 +51,7 @@ from .head import (
     transformed_logits,
 )
 from .head.blocks import saved_columns
-from .registration import register
+from .registration import Number, register
 
 if backend.HAS_TRITON:
     from .head import triton_backward, triton_forward, triton_ids, triton_saved
@@ -252,12 +256,22 @@ def _bwd_fake(
     return fake_gradients(hidden, weight, bias, needs)
 
 
-@register(fake=_bwd_fake, gradient_of="linear_logprobs", instead=INSTEAD)
+def _bwd_flops(
+    dentropy: Sequence[int] | None, hidden: Sequence[int], weight: Sequence[int], follows: str,
+    needs: Sequence[bool],
+) -> int:  # fmt: skip
+    """The logits again, then a matmul for each gradient; not deducted: z that were saved, rows left out."""
+    if follows == FROZEN and dentropy is None:
+        return 0
+    return matmul_flops(hidden, weight, 1 + sum(needs[:2]))
+
+
+@register(fake=_bwd_fake, gradient_of="linear_logprobs", instead=INSTEAD, flops=_bwd_flops)
 def _linear_logprobs_bwd(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     logprobs: Tensor, lse: Tensor, entropy: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, follows: str,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, follows: str,
     needs: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str, saved: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     transform = Transform(scale, softcap, temperature, dtype)
@@ -282,7 +296,7 @@ def _backward(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     logprobs: Tensor, lse: Tensor, entropy: Tensor, saved: list[Tensor],
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
     return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, impl: str,
     needs: dict[str, bool],
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -294,10 +308,14 @@ def _backward(
     return dict(zip(TRAINABLE, gradients, strict=True))
 
 
-@register(fake=_fake, returns=(*LinearLogprobs._fields, "saved"), backward=_backward)
+def _flops(hidden: Sequence[int], weight: Sequence[int], follows: str) -> int:
+    return matmul_flops(hidden, weight, 2 if follows == FROZEN else 1)
+
+
+@register(fake=_fake, returns=(*LinearLogprobs._fields, "saved"), backward=_backward, flops=_flops)
 def _linear_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
     return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, may_save: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
@@ -306,7 +324,7 @@ def _linear_logprobs(
     """
     if backend.checks_values(ids):
         check_ids("linear_logprobs", "ids", ids, weight.shape[0])
-    transform = Transform(scale, softcap, temperature, dtype)
+    transform = checked_transform("linear_logprobs", scale, softcap, temperature, dtype)
     return IMPLS[impl].forward(
         hidden, weight, bias, ids, transform, return_entropy, follows, max_workspace_bytes, deterministic,
         may_save,
@@ -321,7 +339,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     fill_value: float = -math.inf,
     return_entropy: bool = False,
     max_workspace_bytes: int | None = None,
@@ -334,7 +352,8 @@ def linear_logprobs(
     z /= temperature; log_softmax(z)[ids], logsumexp(z), entropy(softmax(z)); in nats.
 
     Args:
-        hidden: (N, D) fp32, bf16, fp16 or fp64.
+        hidden: (N, D) fp32, bf16, fp16 or fp64, or with more leading dimensions, (B, T, D), which then stand
+            in the place of N in ids and in all results.
         weight: (V, D) of hidden's dtype, or fp32 (masters) with bf16/fp16 hidden; under autocast any of
             these. The matmul's operands are rounded to autocast's dtype if enabled, else to hidden's; sums
             are fp32 or better.
@@ -357,13 +376,17 @@ def linear_logprobs(
 
     Returns: LinearLogprobs, fp32 (fp64 for fp64 inputs), log-probs <= 0. All three are differentiable once in
     hidden, weight and bias; gradients come in each input's own dtype from fp32 accumulators.
+    A row whose hidden holds a NaN says so: its log-probs (not those of no token), lse, entropy and dhidden
+    are NaN, and so is dweight where it has an upstream gradient; the other rows are as ever.
     Raises: ValueError on wrong shapes, dtypes, devices, scalars, impl, ids from V on (checked on the
     CPU, and on a GPU under `set_checks(True)`), a DTensor or an empty (sharded) weight. RuntimeError on
     double backward.
     """
     op = "linear_logprobs"
-    transform = prepare(op, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
+    numbers = prepare(op, hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes)
     check_row_ids(op, "ids", ids, hidden, (1, 2))
+    rows, given = hidden.shape[:-1], ids
+    hidden, ids = flat_rows(hidden, rows), flat_rows(ids, rows)
     impl = backend.choose(op, IMPLS, impl, hidden)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     follows = NOTHING
@@ -372,9 +395,9 @@ def linear_logprobs(
     may_save = not deterministic and not torch.compiler.is_compiling()
     logprobs, lse, entropy, _ = _linear_logprobs(
         hidden, weight, bias, ids.long()[:, None] if ids.dim() == 1 else ids.long(),
-        *transform, bool(return_entropy), follows, max_workspace_bytes, bool(deterministic), may_save, impl,
+        *numbers, bool(return_entropy), follows, max_workspace_bytes, bool(deterministic), may_save, impl,
     )  # fmt: skip
-    logprobs = logprobs[:, 0] if ids.dim() == 1 else logprobs
+    logprobs = in_rows(logprobs[:, 0] if ids.dim() == 1 else logprobs, rows)
     if fill_value != -math.inf:
-        logprobs = logprobs.masked_fill(ids < 0, fill_value)
-    return LinearLogprobs(logprobs, lse, entropy if return_entropy else None)
+        logprobs = logprobs.masked_fill(given < 0, fill_value)
+    return LinearLogprobs(logprobs, in_rows(lse, rows), in_rows(entropy, rows) if return_entropy else None)

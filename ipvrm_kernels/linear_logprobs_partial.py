@@ -30,9 +30,13 @@ from .head import (
     add_at_ids,
     cast_gradients,
     check_row_ids,
+    checked_transform,
     cpu,
     fake_gradients,
+    flat_rows,
     head_gradients,
+    in_rows,
+    matmul_flops,
     out_dtype,
     prepare,
     select_ids,
@@ -41,7 +45,7 @@ from .head import (
     transformed_logits,
 )
 from .linear_logprobs import LinearLogprobs
-from .registration import register
+from .registration import Number, register
 
 if backend.HAS_TRITON:
     from .head import triton_backward, triton_forward, triton_ids
@@ -89,6 +93,22 @@ def _torch_backward(
         add_at_ids(da, ids, did_logits)
     da *= transform_derivative(z, transform)
     return head_gradients(da, hidden, weight, bias, transform.dtype, needs)
+
+
+def _neutral(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a shard without tokens adds to the others: nothing."""
+    nothing = hidden.new_full((len(hidden),), -math.inf, dtype=out_dtype(hidden))
+    zeros = torch.zeros_like(nothing)
+    return nothing, zeros, zeros.clone(), nothing.new_full(ids.shape, -math.inf)
+
+
+def _zero_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    return [
+        hidden.new_zeros(x.shape if need and x is not None else 0, dtype=out_dtype(hidden))
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    ]
 
 
 def _finite(top: Tensor) -> Tensor:
@@ -167,12 +187,19 @@ def _bwd_fake(
     return fake_gradients(hidden, weight, bias, needs)
 
 
-@register(fake=_bwd_fake, gradient_of=OP, instead=INSTEAD)
+def _bwd_flops(hidden: Sequence[int], weight: Sequence[int], needs: Sequence[bool]) -> int:
+    return matmul_flops(hidden, weight, 1 + sum(needs[:2]))
+
+
+@register(fake=_bwd_fake, gradient_of=OP, instead=INSTEAD, flops=_bwd_flops)
 def _linear_logprobs_partial_bwd(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, top: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, needs: list[bool], impl: str,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, needs: list[bool],
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if not len(weight):
+        return cast_gradients(_zero_gradients(hidden, weight, bias, needs), (hidden, weight, bias), needs)
     transform = Transform(scale, softcap, temperature, dtype)
     gradients = IMPLS[impl].backward(
         dsumexp, dsum_z_exp, did_logits, hidden, weight, bias, ids, top, transform, needs
@@ -191,7 +218,7 @@ def _fake(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _backward(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, max: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, needs: dict[str, bool],
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, needs: dict[str, bool],
     impl: str,
 ) -> dict[str, Tensor]:  # fmt: skip
     gradients = _linear_logprobs_partial_bwd(
@@ -201,12 +228,19 @@ def _backward(
     return dict(zip(TRAINABLE, gradients, strict=True))
 
 
-@register(fake=_fake, returns=Partial._fields, backward=_backward)
+def _flops(hidden: Sequence[int], weight: Sequence[int]) -> int:
+    return matmul_flops(hidden, weight, 1)
+
+
+@register(fake=_fake, returns=Partial._fields, backward=_backward, flops=_flops)
 def _linear_logprobs_partial(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    scale: float, softcap: float | None, temperature: float, dtype: torch.dtype, impl: str,
+    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return IMPLS[impl].forward(hidden, weight, bias, ids, Transform(scale, softcap, temperature, dtype))
+    transform = checked_transform(OP, scale, softcap, temperature, dtype)
+    if not len(weight):
+        return _neutral(hidden, ids)
+    return IMPLS[impl].forward(hidden, weight, bias, ids, transform)
 
 
 def linear_logprobs_partial(
@@ -218,36 +252,39 @@ def linear_logprobs_partial(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     impl: str | None = None,
 ) -> Partial:
     """The statistics of one vocabulary shard, to be joined by `merge_partials`.
 
     Args:
         hidden, bias, logit_scale, softcap, temperature: as in `linear_logprobs`; bias (V_shard,).
-        weight: (V_shard, D), rows vocab_start .. vocab_start + V_shard of the head.
-        ids: (N,) or (N, K) ids into the whole vocabulary; -1, or an id that no shard owns, is "no token".
+        weight: (V_shard, D), rows vocab_start .. vocab_start + V_shard of the head; V_shard may be 0.
+        ids: (N,) or (N, K), as in `linear_logprobs`, ids into the whole vocabulary; a negative one, or one
+            that no shard owns, is "no token".
         vocab_start: the id of weight's first row.
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 
     Returns: Partial, fp32 (fp64 for fp64 inputs). sumexp, sum_z_exp and id_logits are differentiable once in
-        hidden,
-    weight and bias; max is a constant, whose gradient cancels in the merge.
+        hidden, weight and bias; max is a constant, whose gradient cancels in the merge. An empty shard's are
+        -inf, 0, 0 and -inf, to which `merge_partials` adds the others. A row whose hidden holds a NaN has NaN
+        sums, which the merge hands on; its max is NaN or -inf.
     Raises: ValueError as `linear_logprobs`, except that ids are not checked (others own them).
     RuntimeError on double backward.
     """
-    transform = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature)
+    numbers = prepare(OP, hidden, weight, bias, logit_scale, softcap, temperature, may_be_empty=True)
     check_row_ids(OP, "ids", ids, hidden, (1, 2))
     if vocab_start < 0:
         raise ValueError(f"{OP}: vocab_start must be >= 0, got {vocab_start}")
+    rows = hidden.shape[:-1]
+    hidden, ids = flat_rows(hidden, rows), flat_rows(ids, rows)
     local = ids.long()[:, None] if ids.dim() == 1 else ids.long()
     owned = (local >= vocab_start) & (local < vocab_start + weight.shape[0])
     local = torch.where(owned, local - vocab_start, -1)
     impl = backend.choose(OP, IMPLS, impl, hidden)
-    top, sumexp, sum_z_exp, id_logits = _linear_logprobs_partial(
-        hidden, weight, bias, local, *transform, impl
-    )
-    return Partial(top, sumexp, sum_z_exp, id_logits[:, 0] if ids.dim() == 1 else id_logits)
+    top, sumexp, sum_z_exp, id_logits = _linear_logprobs_partial(hidden, weight, bias, local, *numbers, impl)
+    id_logits = id_logits[:, 0] if ids.dim() == 1 else id_logits
+    return Partial(*(in_rows(x, rows) for x in (top, sumexp, sum_z_exp, id_logits)))
 
 
 def merge_partials(partials: Sequence[Partial], *, return_entropy: bool = False) -> LinearLogprobs:
@@ -273,7 +310,7 @@ def merge_partials(partials: Sequence[Partial], *, return_entropy: bool = False)
     total = (sumexp * factor).sum(0)
     log_total = total.log()
     id_logits = torch.stack([p.id_logits for p in partials]).amax(0)
-    trailing = (...,) if id_logits.dim() == 1 else (..., None)
+    trailing = (...,) if id_logits.dim() == top.dim() else (..., None)
     found = id_logits != -math.inf  # selected before it is summed: a NaN upstream of an unused slot stays out
     logprobs = torch.where(found, id_logits - top[trailing] - log_total[trailing], -math.inf)
     entropy = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .inputs import check_tensors
 
 if backend.HAS_TRITON:
     import triton
@@ -32,6 +33,7 @@ def pack(padded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns: packed (N, ...) of padded's dtype, cu_seqlens (B+1,) int32. Differentiable in `padded`.
     Raises: ValueError if the first two sizes of `padded` are not the shape of `mask`.
     """
+    check_tensors("pack", padded=padded, mask=mask)
     if mask.dim() != 2 or padded.shape[:2] != mask.shape:
         raise ValueError(
             f"pack: padded must be (B, T, ...) and mask (B, T), got {tuple(padded.shape)} "
@@ -51,6 +53,7 @@ def unpack(packed: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
     Raises: ValueError if cu_seqlens does not describe N rows or a sequence is longer than `length` (values
     are read on the CPU, and on a GPU under `set_checks(True)`).
     """
+    check_tensors("unpack", packed=packed)
     check_cu_seqlens_shape("unpack", cu_seqlens, packed)
     N, B = packed.shape[0], cu_seqlens.shape[0] - 1
     if backend.checks_values(cu_seqlens):
@@ -83,6 +86,7 @@ def positions(cu_seqlens: Tensor, N: int, dtype: torch.dtype) -> Tensor:
 
 def check_cu_seqlens_shape(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
     """Raise ValueError unless cu_seqlens is (B+1,) int32 on the device of `packed`."""
+    check_tensors(op, cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
             f"{op}: cu_seqlens must be (B+1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; "
@@ -97,21 +101,19 @@ def checked_tokens(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor) -> Te
 
     Raises: ValueError unless it is (N,) floating point and cu_seqlens is (B+1,) int32 on its device.
     """
+    check_tensors(op, **{name: tokens})
     if tokens.dim() != 1 or not tokens.is_floating_point():
         raise ValueError(
             f"{op}: {name} must be (N,) floating point, got {tuple(tokens.shape)} {tokens.dtype}"
         )
     check_cu_seqlens_shape(op, cu_seqlens, tokens)
-    backend.refuse_forward_mode(op, tokens)
     return tokens if tokens.dtype in (torch.float32, torch.float64) else tokens.float()
 
 
-def checked_finite(op: str, name: str, value: float) -> float:
-    """`value` as a finite float, else ValueError."""
-    value = float(value)
+def check_finite(op: str, name: str, value: float) -> None:
+    """Raise ValueError unless `value` is finite."""
     if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {value}")
-    return value
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, N: int) -> None:

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .packing import check_cu_seqlens, checked_finite, checked_tokens, lengths, positions, segment_ids
-from .registration import is_batched, is_last_backward, register
+from .inputs import check_tensors, checked_number
+from .packing import check_cu_seqlens, check_finite, checked_tokens, lengths, positions, segment_ids
+from .registration import Number, is_batched, is_last_backward, register
 from .segment_scan import segment_scan_reference  # what a running sum means; no kernel is shared
 
 if backend.HAS_TRITON:
@@ -365,7 +366,7 @@ def _bwd_fake(log_ratio: Tensor) -> Tensor:
 
 @register(fake=_bwd_fake, gradient_of=OP, instead="a loss built from segment_scan and softplus")
 def _prefix_value_loss_bwd(
-    dloss: Tensor, log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str, saved: list[Tensor]
+    dloss: Tensor, log_ratio: Tensor, cu_seqlens: Tensor, beta: Number, impl: str, saved: list[Tensor]
 ) -> Tensor:  # log_ratio only tells autograd what the gradient depends on
     return IMPLS[impl].backward(dloss.contiguous(), saved, cu_seqlens.contiguous(), beta)
 
@@ -385,7 +386,7 @@ def _fake(
 
 
 def _backward(
-    dloss: Tensor, log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str, saved: list[Tensor]
+    dloss: Tensor, log_ratio: Tensor, cu_seqlens: Tensor, beta: Number, impl: str, saved: list[Tensor]
 ) -> dict[str, Tensor]:
     last_backward = IMPLS[impl].last_backward
     if last_backward is not None and not is_batched(dloss) and is_last_backward(dloss, *saved):
@@ -396,12 +397,13 @@ def _backward(
 @register(fake=_fake, returns=("loss", "saved"), backward=_backward)
 def _prefix_value_loss(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
-    denominator: Tensor | None, margin_value: float, divisor: float, beta: float, weighting: str,
+    denominator: Tensor | None, margin_value: float, divisor: float, beta: Number, weighting: str,
     per_sequence: bool, needs_gradient: bool, impl: str,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """margin None: margin_value for all; weight None: 1; denominator None: divisor, or where that is 0, B or
     the sum of omega.
     """
+    check_finite(OP, "beta", beta)
     N = log_ratio.shape[0]
     log_ratio, cu_seqlens, outcome = log_ratio.contiguous(), cu_seqlens.contiguous(), outcome.contiguous()
     margin, weight = (None if x is None else x.contiguous() for x in (margin, weight))
@@ -439,7 +441,7 @@ def prefix_value_loss(
     cu_seqlens: Tensor,
     outcome: Tensor,
     *,
-    beta: float = 10.0,
+    beta: float | Tensor = 10.0,
     margin: float | Tensor = 5.0,
     weight: Tensor | None = None,
     prefix_weighting: str = "uniform",
@@ -456,8 +458,8 @@ def prefix_value_loss(
         log_ratio: (N,) float, log pi_phi - log pi_ref of each response token, natural log.
         cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; an empty sequence counts in B and adds 0.
         outcome: (B,) 0 or 1 in any dtype, the label of the whole response.
-        beta: finite scale of the implicit reward.
-        margin: finite, one for all or (B,) (Eq. 15).
+        beta: finite scale of the implicit reward; may be a 0-d CPU tensor.
+        margin: finite, one for all (a number or 0-d tensor) or (B,) (Eq. 15).
         weight: (B,) finite loss weights, default 1.
         prefix_weighting: "uniform" | "late" | "early".
         reduction: "sequence_mean" | "token_mean".
@@ -468,7 +470,8 @@ def prefix_value_loss(
     Raises: ValueError on a wrong shape, dtype, device, option or value.
     """
     log_ratio = checked_tokens(OP, "log_ratio", log_ratio, cu_seqlens)
-    beta = checked_finite(OP, "beta", beta)
+    beta = checked_number(OP, "beta", beta)
+    check_tensors(OP, {"weight": weight}, outcome=outcome)
     B = cu_seqlens.shape[0] - 1
     if prefix_weighting not in WEIGHTINGS:
         raise ValueError(
@@ -479,13 +482,13 @@ def prefix_value_loss(
     limits = torch.finfo(log_ratio.dtype)  # of the arithmetic: 1e39 is not finite in fp32
     margin_value = 0.0
     if not isinstance(margin, Tensor):
-        margin_value = checked_finite(OP, "margin", margin)
+        margin = checked_number(OP, "margin", margin)
+    if not isinstance(margin, Tensor):
+        check_finite(OP, "margin", margin_value := margin)
         if abs(margin_value) > limits.max:
             raise ValueError(f"{OP}: margin must be finite in {log_ratio.dtype}, got {margin_value}")
 
-    def per_sequence(name: str, given: float | Tensor) -> Tensor:
-        if not isinstance(given, Tensor):
-            return torch.full((B,), given, dtype=log_ratio.dtype, device=log_ratio.device)
+    def per_sequence(name: str, given: Tensor) -> Tensor:
         if given.dim() == 0:
             return log_ratio.new_ones(B) * given.detach()
         if given.shape != (B,) or given.device != log_ratio.device:
@@ -496,14 +499,15 @@ def prefix_value_loss(
         plain = given.dtype == log_ratio.dtype and not given.requires_grad
         return given if plain else given.detach().to(log_ratio.dtype)
 
-    if not isinstance(outcome, Tensor) or outcome.dim() != 1:
-        given = tuple(outcome.shape) if isinstance(outcome, Tensor) else type(outcome).__name__
-        raise ValueError(f"{OP}: outcome must be a tensor of shape ({B},), got {given}")
+    if outcome.dim() != 1:
+        raise ValueError(f"{OP}: outcome must be a tensor of shape ({B},), got {tuple(outcome.shape)}")
     divisor = 0.0
+    if denominator is not None and not isinstance(denominator, Tensor):
+        denominator = checked_number(OP, "denominator", denominator)
     if denominator is not None and not isinstance(denominator, Tensor):
         if not limits.tiny <= denominator <= limits.max:
             raise ValueError(f"{OP}: denominator must be positive and finite, got {denominator}")
-        divisor, denominator = float(denominator), None
+        divisor, denominator = denominator, None
     if denominator is not None:
         if denominator.dim() != 0:
             raise ValueError(

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .packing import check_cu_seqlens, checked_finite, checked_tokens, positions
-from .registration import register
+from .inputs import checked_number
+from .packing import check_cu_seqlens, check_finite, checked_tokens, positions
+from .registration import Number, register
 from .segment_scan import segment_scan_reference  # what a running sum means; no kernel is shared
 
 if backend.HAS_TRITON:
@@ -210,7 +211,7 @@ def _bwd_fake(prob: Tensor) -> Tensor:
 @register(fake=_bwd_fake, gradient_of="prefix_values", instead="values built from segment_scan")
 def _prefix_values_bwd(
     dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
-    prob: Tensor, cu_seqlens: Tensor, beta: float, impl: str,
+    prob: Tensor, cu_seqlens: Tensor, beta: Number, impl: str,
 ) -> Tensor:  # fmt: skip
     grads = [None if grad is None else grad.contiguous() for grad in (dvalue, dmean_value, dprob, dtd)]
     return IMPLS[impl].backward(*grads, prob, cu_seqlens.contiguous(), beta)
@@ -223,29 +224,30 @@ def _fake(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _backward(
     dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
-    prob: Tensor, cu_seqlens: Tensor, beta: float, impl: str,
+    prob: Tensor, cu_seqlens: Tensor, beta: Number, impl: str,
 ) -> dict[str, Tensor]:  # fmt: skip
     return {"log_ratio": _prefix_values_bwd(dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, beta, impl)}
 
 
 @register(fake=_fake, returns=PrefixValues._fields, backward=_backward)
 def _prefix_values(
-    log_ratio: Tensor, cu_seqlens: Tensor, beta: float, impl: str
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: Number, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_finite("prefix_values", "beta", beta)
     if backend.checks_values(log_ratio):
         check_cu_seqlens("prefix_values", cu_seqlens, log_ratio.shape[0])
     return IMPLS[impl].forward(log_ratio.contiguous(), cu_seqlens.contiguous(), beta)
 
 
 def prefix_values(
-    log_ratio: Tensor, cu_seqlens: Tensor, beta: float = 10.0, impl: str | None = None
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: float | Tensor = 10.0, impl: str | None = None
 ) -> PrefixValues:
     """Value, length-normalised value, sigmoid and TD of every prefix in one pass (Eq. 5, 10).
 
     Args:
         log_ratio: (N,) float, log pi_phi - log pi_ref of each response token, natural log.
         cu_seqlens: (B+1,) int32 sequence edges, from 0 to N.
-        beta: finite scale of the implicit reward.
+        beta: finite scale of the implicit reward; may be a 0-d CPU tensor.
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 
     Returns: PrefixValues(value, mean_value, prob, td), each (N,) fp32 (fp64 for fp64 input): the value after
@@ -254,6 +256,6 @@ def prefix_values(
     """
     op = "prefix_values"
     log_ratio = checked_tokens(op, "log_ratio", log_ratio, cu_seqlens)
-    beta = checked_finite(op, "beta", beta)
+    beta = checked_number(op, "beta", beta)
     chosen = backend.choose(op, IMPLS, impl, log_ratio)
     return PrefixValues(*_prefix_values(log_ratio, cu_seqlens, beta, chosen))

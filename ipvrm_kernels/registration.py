@@ -12,19 +12,23 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("ipvrm", "FRAGMENT")
 _TENSORS = (Tensor, torch.nn.Parameter)  # plain ones; their subclasses have a say of their own
 MOST_LISTED = 3  # tensors in a list input
+Number = Annotated[float, "or a 0-d tensor on the CPU: a value that varies, and that no graph holds"]
+_NUMBERS = (Number, Number | None)
 _tracing_state = torch._C._get_tracing_state
 _transform_level = torch._C._functorch.maybe_current_level
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _num_function_modes = torch._C._len_torch_function_stack
 _dispatch_keys = torch._C._dispatch_keys
+_retains_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _below_autograd = torch._C._AutoDispatchBelowAutograd  # what torch.library's own formula enters
 
 
@@ -50,13 +54,15 @@ def register(
     backward: Callable[..., Mapping[str, Tensor | None]] | None = None,
     gradient_of: str = "",
     instead: str = "",
+    flops: Callable[..., int] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function becomes torch.ops.ipvrm.<its name without the underscore>, and what to call.
 
     That is the op, or where only autograd would see the call, the function under an autograd.Function, and
     profilers do not show the op's name then. Calls are positional. The function's annotations are the op's
     schema: no defaults, returns new tensors, mutates nothing. The last input and the last output may be a
-    list[Tensor]; such an output has no gradient.
+    list[Tensor]; such an output has no gradient. A `Number` comes as a float to the function, and to fake and
+    backward as it was given.
 
     fake, backward: ask for what they need by the names of their parameters; fake for inputs, and returns
         empty outputs. backward for inputs, outputs (as named in `returns`), d<output>, the upstream gradient
@@ -65,44 +71,126 @@ def register(
         it does not ask for is not differentiable.
     gradient_of: the op whose gradient this function is; to differentiate it again raises RuntimeError, which
         names what to use `instead`.
+    flops: what torch.utils.flop_counter counts, from inputs by name, tensors as their shapes.
     Without backward and gradient_of, inputs have to be detached.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.removeprefix("_")
-        hints = get_type_hints(function)
+        hints = get_type_hints(function, include_extras=True)
         kinds = {x: hints[x] for x in inspect.signature(function).parameters}
-        schema = torch.library.infer_schema(function, mutates_args=())
-        raw = function
-        listed = [x for x, kind in kinds.items() if kind == list[Tensor]]
-        if listed:
-            *first, last = kinds
-            if listed != [last]:
-                raise TypeError(f"{name}: only the last input may be a list[Tensor], got {', '.join(listed)}")
-            # a list in its schema would cost the op PyTorch's fallback for batched tensors
-            flat = [f"{last}_{i}" for i in range(MOST_LISTED)]
-            schema = schema.replace(f"Tensor[] {last}", ", ".join(f"Tensor? {x}" for x in flat))
-            kinds = {x: kinds[x] for x in first} | dict.fromkeys(flat, Tensor | None)
-            raw = _gathered(function, len(first))
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        flat_kinds, flatten, gather = _flattening(name, kinds)
+        _LIBRARY.define(name + _schema(flat_kinds, hints["return"]), tags=(torch.Tag.pt2_compliant_tag,))
         op: Callable[..., Any] = getattr(torch.ops.ipvrm, name).default
 
+        numbers = _positions_of_numbers(kinds)
         names = [*kinds]
         pick_asked = _picker([names.index(x) for x in _parameters(name, "fake", fake, names)])
 
-        def fake_by_name(*inputs: Any) -> Any:
-            return fake(*pick_asked(inputs))
+        def kernel(*flat: Any) -> Any:
+            inputs = gather(flat)
+            for i in numbers:
+                if isinstance(inputs[i], Tensor):
+                    inputs[i] = inputs[i].item()
+            return function(*inputs)
 
-        _LIBRARY.impl(name, raw, "CompositeExplicitAutograd")
+        def fake_by_name(*flat: Any) -> Any:
+            return fake(*pick_asked(gather(flat)))
+
+        def dispatch(*inputs: Any) -> Any:
+            return op(*flatten(inputs))
+
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ipvrm::{name}", fake_by_name, lib=_LIBRARY)
-        if backward is not None or gradient_of:
-            rule = backward or _refusal(gradient_of, instead)
-            call = _differentiable(name, raw, op, kinds, hints["return"], returns, rule)
-        else:
-            call = _without_gradient(raw, op)
-        return _spread(call) if listed else call
+        if flops is not None:
+            _count_flops(name, flops, names, gather)
+        if backward is None and not gradient_of:
+            return _without_gradient(function, dispatch, numbers)
+        rule = backward or _refusal(gradient_of, instead)
+        formula, call = _differentiable(name, function, dispatch, kinds, hints["return"], returns, rule)
+
+        def autograd_kernel(*flat: Any) -> Any:
+            tensors = (x for x in flat if isinstance(x, Tensor))
+            if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+                return formula(*gather(flat))
+            with _below_autograd():
+                return op(*flat)
+
+        _LIBRARY.impl(name, autograd_kernel, "Autograd")
+        return call
 
     return decorate
+
+
+def _count_flops(
+    op: str, flops: Callable[..., int], names: Sequence[str], gather: Callable[[Sequence[Any]], list[Any]]
+) -> None:
+    pick_asked = _picker([names.index(x) for x in _parameters(op, "flops", flops, names)])
+
+    def formula(*flat: Any, **_: Any) -> int:
+        return flops(*pick_asked(gather(flat)))
+
+    register_flop_formula(getattr(torch.ops.ipvrm, op))(formula)
+
+
+def _positions_of_numbers(kinds: Mapping[str, Any]) -> list[int]:
+    return [i for i, kind in enumerate(kinds.values()) if kind in _NUMBERS]
+
+
+def _flattening(
+    op: str, kinds: Mapping[str, Any]
+) -> tuple[dict[str, Any], Callable[[Sequence[Any]], list[Any]], Callable[[Sequence[Any]], list[Any]]]:
+    """(the schema's inputs, inputs -> what the op takes, and back).
+
+    A Number becomes a float and an optional tensor, of which one counts. A list[Tensor] at the end becomes
+    MOST_LISTED optional tensors: a list in its schema would cost the op PyTorch's fallback for batched ones.
+    """
+    listed = [x for x, kind in kinds.items() if kind == list[Tensor]]
+    if listed and listed != [*kinds][-1:]:
+        raise TypeError(f"{op}: only the last input may be a list[Tensor], got {', '.join(listed)}")
+    forms = ["number" if k in _NUMBERS else "list" if k == list[Tensor] else "" for k in kinds.values()]
+    flat: dict[str, Any] = {}
+    for (x, kind), form in zip(kinds.items(), forms, strict=True):
+        if form == "number":
+            flat |= {x: float if kind == Number else float | None, f"{x}_tensor": Tensor | None}
+        elif form == "list":
+            flat |= {f"{x}_{i}": Tensor | None for i in range(MOST_LISTED)}
+        else:
+            flat[x] = kind
+
+    def flatten(inputs: Sequence[Any]) -> list[Any]:
+        found: list[Any] = []
+        for x, form in zip(inputs, forms, strict=True):
+            if form == "number":
+                found += (0.0, x) if isinstance(x, Tensor) else (x, None)
+            elif form == "list":
+                found += [*x, *(None,) * (MOST_LISTED - len(x))]
+            else:
+                found.append(x)
+        return found
+
+    def gather(inputs: Sequence[Any]) -> list[Any]:
+        left, found = iter(inputs), list[Any]()
+        for form in forms:
+            if form == "number":
+                number, tensor = next(left), next(left)
+                found.append(number if tensor is None else tensor)
+            elif form == "list":
+                found.append([x for x in left if x is not None])
+            else:
+                found.append(next(left))
+        return found
+
+    return flat, flatten, gather
+
+
+def _schema(kinds: Mapping[str, Any], returned: Any) -> str:
+    def stand_in() -> None: ...
+
+    place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    inputs = [inspect.Parameter(x, place, annotation=kind) for x, kind in kinds.items()]
+    stand_in.__signature__ = inspect.Signature(inputs, return_annotation=returned)  # type: ignore[attr-defined]
+    return torch.library.infer_schema(stand_in, mutates_args=())
 
 
 def _refusal(op: str, instead: str) -> Callable[..., Any]:
@@ -128,23 +216,19 @@ def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ..
     """From a sequence the tuple of its items at these positions, at C's speed."""
     if len(positions) > 1:
         return operator.itemgetter(*positions)
-    return lambda items: tuple(items[i] for i in positions)
+    if not positions:
+        return lambda items: ()
+    (position,) = positions
+    return lambda items: (items[position],)
 
 
-def _gathered(function: Callable[..., Any], first: int) -> Callable[..., Any]:
-    """function, whose last input is a list, for inputs as `_spread` makes them."""
-    return lambda *inputs: function(*inputs[:first], [x for x in inputs[first:] if x is not None])
-
-
-def _spread(call: Callable[..., Any]) -> Callable[..., Any]:
-    """call, which takes MOST_LISTED tensors or None at the end, for a list in their place."""
-    return lambda *inputs: call(*inputs[:-1], *inputs[-1], *(None,) * (MOST_LISTED - len(inputs[-1])))
-
-
-def _without_gradient(function: Callable[..., Any], op: Callable[..., Any]) -> Callable[..., Any]:
+def _without_gradient(
+    function: Callable[..., Any], dispatch: Callable[..., Any], numbers: Sequence[int]
+) -> Callable[..., Any]:
     def call(*inputs: Any) -> Any:
         plain = _only_autograd() and all(_is_plain(x) for x in inputs if isinstance(x, Tensor))
-        return function(*inputs) if plain else op(*inputs)
+        plain = plain and not any(isinstance(inputs[i], Tensor) for i in numbers)
+        return function(*inputs) if plain else dispatch(*inputs)
 
     return call
 
@@ -152,13 +236,13 @@ def _without_gradient(function: Callable[..., Any], op: Callable[..., Any]) -> C
 def _differentiable(
     name: str,
     function: Callable[..., Any],
-    op: Callable[..., Any],
+    dispatch: Callable[..., Any],
     kinds: Mapping[str, Any],
     returned: Any,
     returns: Sequence[str],
     backward: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Registers the op's autograd kernel; returns what to call in the op's place."""
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(the op below autograd under an autograd.Function, what to call in the op's place)."""
     outputs = (returned,) if returned is Tensor else get_args(returned)
     if list[Tensor] in outputs[:-1]:
         raise TypeError(f"{name}: only the last output may be a list[Tensor], got {returned}")
@@ -171,22 +255,24 @@ def _differentiable(
     upstream = [f"d{x}" if kind_of[x] is Tensor else "" for x in returns]
     asked = _parameters(name, "backward", backward, [*kind_of, *filter(None, upstream), "needs"])
     tensors = [x for x in asked if kind_of.get(x) in (Tensor, Tensor | None)]
-    plain = [x for x in asked if x in kinds and x not in tensors]
     lists = [x for x in asked if kind_of.get(x) == list[Tensor]]
+    plain = [x for x in asked if x in kinds and x not in tensors and x not in lists]
     # a gradient names no outputs, and all of them lead to the refusal
-    pick_constant = _picker([i for i, x in enumerate(upstream) if x and x not in asked])
+    constant = [i for i, x in enumerate(upstream) if x and x not in asked]
+    pick_constant, pick_plain = _picker(constant), _picker([index[x] for x in plain])
     pick_saved = _picker([[*kinds, *returns].index(x) for x in tensors])
-    pick_plain = _picker([index[x] for x in plain])
     pool = [*tensors, *plain, *(upstream or [""]), *(lists or [""]), "needs"]
     pick_asked = _picker([pool.index(x) for x in asked])
-    num_tensors, wants_needs = len(tensors), "needs" in asked
+    numbers = _positions_of_numbers(kinds)
+    num_tensors, wants_needs, single = len(tensors), "needs" in asked, returned is Tensor
     nothing = (None,) * len(kinds)
 
     def save(ctx: Any, inputs: Any, output: Any) -> None:
-        if returned is Tensor:
+        if single:
             output = (output,)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*pick_constant(output))
+        if constant:
+            ctx.mark_non_differentiable(*pick_constant(output))
         ctx.plain = pick_plain(inputs)
         ctx.save_for_backward(*pick_saved((*inputs, *output)), *(output[-1] if lists else ()))
 
@@ -220,29 +306,26 @@ def _differentiable(
 
     def below_autograd(*inputs: Any) -> Any:
         with _below_autograd():
-            return op(*inputs)
+            return dispatch(*inputs)
 
-    dispatched, direct = formula(below_autograd), formula(function)
-
-    def autograd_kernel(*inputs: Any) -> Any:
-        tensors = (x for x in inputs if isinstance(x, Tensor))
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return dispatched.apply(*inputs)
-        return below_autograd(*inputs)
+    # of Function.apply what is left without torch.func's transforms, and `call` has seen that there are none
+    direct = super(torch.autograd.Function, formula(function)).apply  # type: ignore[misc]
 
     def call(*inputs: Any) -> Any:
         if not _only_autograd():
-            return op(*inputs)
+            return dispatch(*inputs)
+        for i in numbers:
+            if isinstance(inputs[i], Tensor):
+                return dispatch(*inputs)
         requires_grad = False
         for x in inputs:
             if isinstance(x, Tensor):
                 if type(x) not in _TENSORS or _dispatch_keys(x).raw_repr() not in _PLAIN_KEYS:  # _is_plain(x)
-                    return op(*inputs)
+                    return dispatch(*inputs)
                 requires_grad |= x.requires_grad
-        return direct.apply(*inputs) if requires_grad and torch.is_grad_enabled() else function(*inputs)
+        return direct(*inputs) if requires_grad and torch.is_grad_enabled() else function(*inputs)
 
-    _LIBRARY.impl(name, autograd_kernel, "Autograd")
-    return call
+    return formula(below_autograd).apply, call
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -263,13 +346,11 @@ def _only_autograd() -> bool:
 
 def is_last_backward(*tensors: Tensor) -> bool:
     """Whether this backward call's graph is freed after it, with nothing tracing or differentiating it."""
-    plain = all(type(x) is Tensor for x in tensors)  # not fake or functional
-    traced = torch.compiler.is_compiling() or not plain
-    transformed = _transform_level() is not None  # torch.func: may come back here
-    retained = (
-        torch._C._autograd._get_current_graph_task_keep_graph()
-    )  # retain_graph, create_graph's default too
-    return not traced and not transformed and not retained and not torch.is_grad_enabled()  # create_graph
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # the latter: create_graph
+        return False
+    if _retains_graph() or _transform_level() is not None:  # retain_graph; torch.func may come back here
+        return False
+    return all(type(x) is Tensor for x in tensors)  # not fake or functional
 
 
 def is_batched(x: Tensor) -> bool:

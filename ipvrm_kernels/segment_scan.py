@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .packing import check_cu_seqlens, checked_finite, checked_tokens, segment_ids
-from .registration import register
+from .inputs import checked_number
+from .packing import check_cu_seqlens, check_finite, checked_tokens, segment_ids
+from .registration import Number, register
 
 if backend.HAS_TRITON:
     import triton
@@ -122,12 +123,15 @@ def _fake(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _backward(dy: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> dict[str, Tensor]:
+def _backward(dy: Tensor, cu_seqlens: Tensor, decay: Number, reverse: bool, impl: str) -> dict[str, Tensor]:
     return {"x": _segment_scan(dy, cu_seqlens, decay, not reverse, impl)}
 
 
 @register(fake=_fake, returns=("y",), backward=_backward)
-def _segment_scan(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, impl: str) -> Tensor:
+def _segment_scan(x: Tensor, cu_seqlens: Tensor, decay: Number, reverse: bool, impl: str) -> Tensor:
+    check_finite("segment_scan", "decay", decay)
+    if abs(decay) > 1:
+        raise ValueError(f"segment_scan: decay must be within -1 .. 1, got {decay}")
     if backend.checks_values(x):
         check_cu_seqlens("segment_scan", cu_seqlens, x.shape[0])
     y = IMPLS[impl].forward(x.contiguous(), cu_seqlens.contiguous(), decay, reverse)
@@ -135,7 +139,7 @@ def _segment_scan(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool, im
 
 
 def segment_scan(
-    x: Tensor, cu_seqlens: Tensor, decay: float = 1.0, reverse: bool = False, impl: str | None = None
+    x: Tensor, cu_seqlens: Tensor, decay: float | Tensor = 1.0, reverse: bool = False, impl: str | None = None
 ) -> Tensor:
     """Decayed running sum in each packed sequence: y_t = x_t + decay * y_{t-1} (reverse: y_{t+1}); Eq. 5, 8.
 
@@ -143,6 +147,7 @@ def segment_scan(
         x: (N,) float; fp32, bf16, fp16 (summed in fp32) or fp64.
         cu_seqlens: (B+1,) int32 sequence edges, from 0 to N; empty sequences are allowed.
         decay: factor per step, within -1 .. 1, beyond which long sequences overflow; discount * lam for GAE.
+            A number, or a 0-d CPU tensor, whose value no compiled graph holds.
         reverse: run from each sequence's end.
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 
@@ -150,7 +155,5 @@ def segment_scan(
     Raises: ValueError on a wrong shape, dtype, device, decay or impl, or if cu_seqlens does not rise to N.
     """
     x = checked_tokens("segment_scan", "x", x, cu_seqlens)
-    decay = checked_finite("segment_scan", "decay", decay)
-    if abs(decay) > 1:
-        raise ValueError(f"segment_scan: decay must be within -1 .. 1, got {decay}")
+    decay = checked_number("segment_scan", "decay", decay)
     return _segment_scan(x, cu_seqlens, decay, bool(reverse), backend.choose("segment_scan", IMPLS, impl, x))

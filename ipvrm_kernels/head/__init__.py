@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import refuse_forward_mode
+from ..inputs import check_tensors, checked_number
+from ..registration import Number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES_AND_FP32 = FLOATS[:3]
@@ -57,8 +58,8 @@ def select_ids(values: Tensor, ids: Tensor) -> Tensor:
 
 
 def times_log(p: Tensor, log_p: Tensor) -> Tensor:
-    """p * log_p with 0 * -inf = 0."""
-    return torch.where(p > 0, p * log_p, 0.0)
+    """p * log_p with 0 * -inf = 0; NaN stays NaN."""
+    return torch.where(p == 0, 0.0, p * log_p)
 
 
 def add_at_ids(da: Tensor, ids: Tensor, values: Tensor) -> None:
@@ -98,28 +99,24 @@ def check_workspace(op: str, max_workspace_bytes: int | None, N: int, V: int, dt
 
 def prepare(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    logit_scale: float, softcap: float | None, temperature: float, max_workspace_bytes: int | None = None,
-) -> Transform:  # fmt: skip
-    """Validate what every head op takes and return its transform.
+    logit_scale: float, softcap: float | None, temperature: float | Tensor,
+    max_workspace_bytes: int | None = None, may_be_empty: bool = False,
+) -> tuple[float, float | None, Number, torch.dtype]:  # fmt: skip
+    """Validate what every head op takes and return what its transform is made of, see `checked_transform`.
 
+    may_be_empty: weight may be the (0, D) of a shard without tokens.
     The matmul's dtype is autocast's where autocast is enabled for the device, else hidden's; fp64 stays fp64.
     """
-    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if x is not None and hasattr(x, "device_mesh"):
-            raise ValueError(
-                f"{op}: {name} must be a plain tensor, got a DTensor; pass {name}.full_tensor(), or "
-                f"{name}.to_local() of a vocabulary-parallel head to linear_logprobs_partial"
-            )
-    if weight.numel() == 0:
+    check_tensors(op, {"bias": bias}, hidden=hidden, weight=weight)
+    if weight.numel() == 0 and not (may_be_empty and weight.dim() == 2):
         raise ValueError(
             f"{op}: weight is empty, shape {tuple(weight.shape)}; gather a sharded parameter (ZeRO-3, FSDP) "
             "first, e.g. deepspeed.zero.GatheredParameters or FullyShardedDataParallel.summon_full_params"
         )
-    refuse_forward_mode(op, hidden, weight, bias)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{op}: hidden must be (N, D) and weight (V, D), got {tuple(hidden.shape)} and "
-            f"{tuple(weight.shape)}; flatten batch and time first"
+            f"{op}: hidden must be (N, D) or (B, T, D) and weight (V, D), got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias must be (V,) with V={weight.shape[0]}, got {tuple(bias.shape)}")
@@ -129,21 +126,28 @@ def prepare(
     kind = hidden.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     _check_dtypes(op, hidden, weight, bias, autocast)
-    numbers = {"logit_scale": logit_scale, "temperature": temperature}
-    if softcap is not None:
-        numbers["softcap"] = softcap
-    for name, number in numbers.items():
-        positive = name != "logit_scale"
-        # no math.isfinite: Dynamo cannot call it on a number that varies
-        if not (0 if positive else -math.inf) < number < math.inf:
-            raise ValueError(f"{op}: {name} must be finite{' and > 0' if positive else ''}, got {number}")
+    # no math.isfinite: Dynamo cannot call it on a number that varies
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be finite and > 0, got {softcap}")
     if max_workspace_bytes is not None and max_workspace_bytes <= 0:
         raise ValueError(f"{op}: max_workspace_bytes must be None or > 0, got {max_workspace_bytes}")
     rounds = autocast and hidden.dtype != torch.float64
-    return Transform(
-        float(logit_scale), None if softcap is None else float(softcap), float(temperature),
+    return (
+        float(logit_scale), None if softcap is None else float(softcap),
+        checked_number(op, "temperature", temperature),
         torch.get_autocast_dtype(kind) if rounds else hidden.dtype,
     )  # fmt: skip
+
+
+def checked_transform(
+    op: str, scale: float, softcap: float | None, temperature: float, dtype: torch.dtype
+) -> Transform:
+    """The transform of what `prepare` returned, as an op gets it. Raise ValueError, as `op`."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
+    return Transform(scale, softcap, temperature, dtype)
 
 
 def _check_dtypes(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
@@ -163,14 +167,35 @@ def _check_dtypes(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, 
 
 
 def check_row_ids(op: str, name: str, ids: Tensor, hidden: Tensor, dims: tuple[int, ...]) -> None:
-    """Raise ValueError unless ids are int64 or int32, (N,) or (N, K) as `dims` allows, on hidden's device."""
+    """Raise ValueError unless ids are int64 or int32, (N,) or (N, K) as `dims` allows, on hidden's device;
+    hidden's leading dimensions in place of N.
+    """
+    check_tensors(op, **{name: ids})
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: {name} must be int64 or int32, got {ids.dtype}")
-    if ids.dim() not in dims or ids.shape[0] != hidden.shape[0]:
-        shapes = " or ".join({1: "(N,)", 2: "(N, K)"}[d] for d in dims)
-        raise ValueError(f"{op}: {name} must be {shapes} with N={hidden.shape[0]}, got {tuple(ids.shape)}")
+    rows = hidden.shape[:-1]
+    if ids.dim() - len(rows) + 1 not in dims or ids.shape[: len(rows)] != rows:
+        N = "N" if len(rows) == 1 else "B, T" if len(rows) == 2 else "..."
+        shapes = " or ".join({1: f"({N},)" if N == "N" else f"({N})", 2: f"({N}, K)"}[d] for d in dims)
+        sizes = f"N={rows[0]}" if N == "N" else f"leading dimensions of hidden {tuple(rows)}"
+        raise ValueError(f"{op}: {name} must be {shapes} with {sizes}, got {tuple(ids.shape)}")
     if ids.device != hidden.device:
         raise ValueError(f"{op}: {name} is on {ids.device}, hidden on {hidden.device}")
+
+
+def flat_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """x (*rows, ...) as (N, ...)."""
+    return x if len(rows) == 1 else x.flatten(0, len(rows) - 1)
+
+
+def in_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """The way back: x (N, ...) as (*rows, ...)."""
+    return x if len(rows) == 1 else x.unflatten(0, rows)
+
+
+def matmul_flops(hidden: Sequence[int], weight: Sequence[int], count: int) -> int:
+    """What FlopCounterMode counts for `count` matmuls of hidden (N, D) and weight (V, D), given as shapes."""
+    return 2 * count * hidden[0] * hidden[1] * weight[0]
 
 
 def out_dtype(hidden: Tensor) -> torch.dtype:

@@ -86,7 +86,8 @@ def _head_dz_kernel(
         lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
         total = tl.load(total_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
         remainder = tl.load(remainder_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
-        log_p = tl.minimum(z - lse[:, None] - remainder[:, None], 0.0)  # (BLOCK_N, BLOCK_V)
+        log_p = z - lse[:, None] - remainder[:, None]  # (BLOCK_N, BLOCK_V)
+        log_p = tl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL)  # (BLOCK_N, BLOCK_V)
         p = tl.exp(log_p)  # (BLOCK_N, BLOCK_V)
         if ENTROPY:
             dentropy = tl.load(dentropy_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)

@@ -17,6 +17,7 @@ run to run at equal shapes, but its order of summation may change with N.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -225,8 +226,12 @@ class Stats(NamedTuple):
         return self.sumexp.log() - self.sum_z_exp / self.sumexp
 
     def logprobs(self, z: Tensor) -> Tensor:
-        """(N, K) natural log-probs <= 0 from z (N, K): differences first, so that they keep their digits."""
-        return (z - self.top[:, None] - self.sumexp.log()[:, None]).clamp(max=0)
+        """(N, K) natural log-probs <= 0 from z (N, K): differences first, so that they keep their digits.
+
+        -inf stays -inf: no token has no log-prob in a row of NaN either.
+        """
+        logprobs = (z - self.top[:, None] - self.sumexp.log()[:, None]).clamp(max=0)
+        return logprobs.masked_fill_(z == -math.inf, -math.inf)
 
 
 def partial_bytes(ops: Operands, entropy: bool) -> int:

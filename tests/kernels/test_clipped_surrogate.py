@@ -246,8 +246,8 @@ def test_double_backward_is_refused(impl, device):
 def test_opcheck(impl, device):
     new = torch.randn(6, 2, device=device, requires_grad=True)
     old, advantage = torch.randn(2, 6, 2, device=device)
-    for dual in (None, 3.0):
-        torch.library.opcheck(torch.ops.ipvrm.clipped_surrogate, (new, old, advantage, 0.2, 0.28, dual, impl))
+    for clips in ((0.2, None, 0.28, None, None, None), (0.2, None, 0.0, torch.tensor(0.28), 3.0, None)):
+        torch.library.opcheck(torch.ops.ipvrm.clipped_surrogate, (new, old, advantage, *clips, impl))
     torch.library.opcheck(
         torch.ops.ipvrm.clipped_surrogate_bwd, (old, new.detach(), impl, advantage, None, None)
     )

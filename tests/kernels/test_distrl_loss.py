@@ -334,7 +334,8 @@ def test_gradcheck():
 def test_opcheck(impl, device):
     of_tokens, of_candidates, *rest = arguments(device=device)
     columns = torch.cat([of_tokens[:, None], of_candidates], 1).detach().requires_grad_()
-    options = (0.3, list(CLIPS), 1.5, "sequence_mean", "old_prob_mean", impl)
+    numbers = [x for number in (0.3, *CLIPS, 1.5) for x in (number, None)]
+    options = (*numbers, "sequence_mean", "old_prob_mean", impl)
     torch.library.opcheck(torch.ops.ipvrm.distrl_loss.default, (columns, *rest, None, None, *options))
 
 

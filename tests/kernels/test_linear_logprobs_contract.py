@@ -16,8 +16,8 @@ H, W, I = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(hidden=torch.zeros(2, 2, 3)), r"hidden must be \(N, D\) and weight \(V, D\), got \(2, 2, 3\)"),
-        (dict(weight=torch.zeros(5, 2)), r"got \(4, 3\) and \(5, 2\); flatten batch and time"),
+        (dict(hidden=torch.zeros(2, 2, 3)), r"ids must be \(B, T\) or .* \(2, 2\), got \(4,\)"),
+        (dict(weight=torch.zeros(5, 2)), r"and weight \(V, D\), got \(4, 3\) and \(5, 2\)"),
         (dict(hidden=H.long()), "hidden must be fp32, bf16, fp16 or fp64, got torch.int64"),
         (dict(weight=W.double()), "weight must be of hidden's dtype torch.float32 or an fp32 master"),
         (dict(hidden=H.double()), "weight must be of hidden's dtype torch.float64"),
@@ -109,7 +109,7 @@ def test_opcheck(impl, device):
         (trained, TRAINED, saving),
         (frozen, FROZEN, None),
     ):
-        numbers = (1.0, 4.0, 0.7, torch.float32, True, follows, limit, False, True)
+        numbers = (1.0, 4.0, 0.7, None, torch.float32, True, follows, limit, False, True)
         arguments = (hidden, *head, ids, *numbers, impl)
         torch.library.opcheck(torch.ops.ipvrm.linear_logprobs, arguments)
     assert IMPLS["cpp"].saved(hidden, weight, ids, torch.float32, TRAINED, saving, True)[1] == (66,)

@@ -393,7 +393,7 @@ def test_outcome_dtypes(impl, device, dtype):
         (dict(log_ratio=torch.zeros(4).long()), "floating point, got .* torch.int64"),
         (dict(cu_seqlens=edges([1, 1])), r"must rise from 0 to N=4 without decreasing, got \[0, 1, 2\]"),
         (dict(outcome=torch.ones(3)), r"outcome must be \(2,\) on cpu, got \(3,\)"),
-        (dict(outcome=1.0), r"outcome must be a tensor of shape \(2,\), got float"),
+        (dict(outcome=1.0), r"outcome must be a torch.Tensor, got float"),
         (dict(outcome=torch.tensor([1, 2])), r"outcome must be 0 or 1, got \[2.0\]"),
         (dict(outcome=torch.tensor([0.5, 1.0]).half()), r"outcome must be 0 or 1, got \[0.5\]"),
         (dict(outcome=torch.tensor([float("nan"), 1.0])), "outcome must be 0 or 1"),
@@ -424,8 +424,11 @@ def test_opcheck(impl, device):
     x = torch.randn(7, device=device, requires_grad=True)
     outcome = torch.tensor([1.0, 0.0], device=device)
     ones = torch.ones(2, device=device)
-    for tensors, per_sequence in (((ones, ones, ones[0].clone()), True), ((None, None, None), False)):
-        arguments = (x, cu, outcome, *tensors, 1.0, 0.0, 2.0, "late", per_sequence, True, impl)
+    for tensors, beta, per_sequence in (
+        ((ones, ones, ones[0].clone()), (2.0, None), True),
+        ((None, None, None), (0.0, torch.tensor(2.0)), False),
+    ):
+        arguments = (x, cu, outcome, *tensors, 1.0, 0.0, *beta, "late", per_sequence, True, impl)
         torch.library.opcheck(torch.ops.ipvrm.prefix_value_loss, arguments)
 
 

@@ -165,7 +165,7 @@ def test_errors(change, message):
 def test_opcheck(impl, device):
     cu = edges([3, 4], device)
     x = torch.randn(7, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.ipvrm.prefix_values, (x, cu, 2.0, impl))
+    torch.library.opcheck(torch.ops.ipvrm.prefix_values, (x, cu, 0.0, torch.tensor(2.0), impl))
 
 
 def test_compile(impl, device):

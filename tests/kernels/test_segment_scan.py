@@ -224,7 +224,8 @@ def test_fp64_needs_the_reference():
 def test_opcheck(impl, device):
     cu = edges([3, 4], device)
     x = torch.randn(7, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.ipvrm.segment_scan, (x, cu, 0.9, False, impl))
+    for decay in ((0.9, None), (0.0, torch.tensor(0.9))):  # a number goes in as a float or as a tensor
+        torch.library.opcheck(torch.ops.ipvrm.segment_scan, (x, cu, *decay, False, impl))
 
 
 def test_compile(impl, device):

@@ -37,10 +37,10 @@ def gathered(own, rank):
     return [own if i == rank else Partial(*shard) for i, shard in enumerate(shards)]
 
 
-def worker(rank, rendezvous, folder):
+def worker(rank, rendezvous, folder, cut):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     hidden, weight, bias, ids = inputs()
-    rows = slice(0, CUT) if rank == 0 else slice(CUT, V)
+    rows = slice(0, cut) if rank == 0 else slice(cut, V)
     leaves = [x.clone().requires_grad_() for x in (hidden, weight[rows], bias[rows])]
     own = linear_logprobs_partial(
         leaves[0], leaves[1], ids, vocab_start=rows.start, bias=leaves[2], **OPTIONS
@@ -53,8 +53,9 @@ def worker(rank, rendezvous, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_the_whole_head(tmp_path):
-    mp.spawn(worker, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=WORLD)
+@pytest.mark.parametrize("cut", [CUT, 0, V], ids=["both", "rank 0 empty", "rank 1 empty"])
+def test_two_processes_equal_the_whole_head(tmp_path, cut):
+    mp.spawn(worker, (str(tmp_path / "rendezvous"), str(tmp_path), cut), nprocs=WORLD)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     hidden, weight, bias, ids = inputs()
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]

@@ -1,0 +1,251 @@
+"""What every public op refuses in the same words, and numbers that vary without another compilation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import ipvrm_kernels
+from ipvrm_kernels import (
+    clipped_surrogate,
+    distrl_loss,
+    linear_candidates,
+    linear_distrl_loss,
+    linear_logprobs,
+    linear_logprobs_partial,
+    prefix_value_loss,
+    prefix_values,
+    segment_scan,
+)
+
+N, K, D, V = 7, 2, 3, 5
+G = torch.Generator().manual_seed(0)
+CU, OUTCOME = torch.tensor([0, 3, N], dtype=torch.int32), torch.tensor([1.0, 0.0])
+WEIGHT, IDS = torch.randn(V, D, generator=G), torch.randint(0, V, (N,), generator=G)
+CANDIDATES, OLD = torch.randint(0, V, (N, K), generator=G), torch.full((N,), -1.5)
+OLD_CANDIDATES, A = torch.full((N, K), -1.5), torch.randn(N, generator=G)
+AC, X = torch.randn(N, K, generator=G), torch.linspace(-1, 1, N)
+HIDDEN = torch.randn(N, D, generator=G)
+LOSS = (OLD, OLD_CANDIDATES, A, AC, CU)
+# every op: {name: (its first input, a function of that input, of options, to a tensor)}
+OPS = {
+    "linear_logprobs": (HIDDEN, lambda h, **o: linear_logprobs(h, WEIGHT, IDS, **o).logprobs),
+    "linear_logprobs_partial": (
+        HIDDEN,
+        lambda h, **o: linear_logprobs_partial(h, WEIGHT, IDS, vocab_start=0, **o).sumexp,
+    ),
+    "linear_candidates": (HIDDEN, lambda h, **o: linear_candidates(h, WEIGHT, top_k=2, **o).logprobs),
+    "linear_distrl_loss": (
+        HIDDEN,
+        lambda h, **o: linear_distrl_loss(h, WEIGHT, IDS, CANDIDATES, *LOSS, **o).loss,
+    ),
+    "distrl_loss": (X, lambda x, **o: distrl_loss(x, OLD_CANDIDATES, *LOSS, **o).loss),
+    "clipped_surrogate": (X, lambda x, **o: clipped_surrogate(x, OLD, A, **o).loss),
+    "segment_scan": (X, lambda x, **o: segment_scan(x, CU, **o)),
+    "prefix_values": (X, lambda x, **o: prefix_values(x, CU, **o).prob),
+    "prefix_value_loss": (X, lambda x, **o: prefix_value_loss(x, CU, OUTCOME, **o)),
+}
+NUMBERS = {  # those that may vary: {op: {option: a value of v in 0.25 .. 0.95}}
+    "linear_logprobs": {"temperature": lambda v: v},
+    "linear_logprobs_partial": {"temperature": lambda v: v},
+    "linear_candidates": {"temperature": lambda v: v, "min_prob": lambda v: v / 2},
+    "linear_distrl_loss": {
+        "temperature": lambda v: v, "alpha": lambda v: v, "clip_low": lambda v: v, "clip_high": lambda v: v,
+        "candidate_clip_low": lambda v: v / 2, "candidate_clip_high": lambda v: 2 * v,
+        "dual_clip": lambda v: 1 + v, "token_denominator": lambda v: v,
+    },
+    "distrl_loss": {
+        "alpha": lambda v: v, "clip_low": lambda v: v, "clip_high": lambda v: v,
+        "candidate_clip_low": lambda v: v / 2, "candidate_clip_high": lambda v: 2 * v,
+        "dual_clip": lambda v: 1 + v, "candidate_denominator": lambda v: v,
+    },
+    "clipped_surrogate": {
+        "clip_low": lambda v: v, "clip_high": lambda v: v, "dual_clip": lambda v: 1 + v,
+    },
+    "segment_scan": {"decay": lambda v: v},
+    "prefix_values": {"beta": lambda v: v},
+    "prefix_value_loss": {"beta": lambda v: v, "margin": lambda v: v, "denominator": lambda v: v},
+}  # fmt: skip
+
+
+@pytest.fixture(params=OPS, ids=str)
+def op(request):
+    return request.param
+
+
+def test_the_tables_above_hold_every_op():
+    assert set(OPS) == set(NUMBERS) == set(ipvrm_kernels.OPS)
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "grad_and_value": lambda f, x: torch.func.grad_and_value(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vmap(grad)": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, x])),
+    "grad(vmap)": lambda f, x: torch.func.grad(lambda y: torch.func.vmap(f)(torch.stack([y, y])).sum())(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func_is_refused(op, transform):
+    x, function = OPS[op]
+    with pytest.raises(
+        RuntimeError, match=f"^{op}: torch.func transforms that differentiate .* use torch.auto"
+    ):
+        TRANSFORMS[transform](lambda x: function(x).sum(), x)
+
+
+def test_torch_func_elsewhere_is_none_of_its_business(op):
+    """An op inside of a transform that differentiates something else, or with vmap alone."""
+    x, function = OPS[op]
+    got = torch.func.grad(lambda s: (s * function(x).sum()).sum())(torch.tensor(1.0))
+    torch.testing.assert_close(got, function(x).sum())
+
+
+WRONG = {"ndarray": lambda x: x.numpy(), "list": lambda x: x.tolist(), "None": lambda x: None}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_tensor_is_refused(op, kind):
+    x, function = OPS[op]
+    words = f"^{op}: \\w+ must be a torch.Tensor, got {kind}; torch.as_tensor converts"
+    with pytest.raises(ValueError, match=words):
+        function(WRONG[kind](x))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("ids", lambda: linear_logprobs(HIDDEN, WEIGHT, IDS.tolist())),
+        ("weight", lambda: linear_logprobs(HIDDEN, WEIGHT.numpy(), IDS)),
+        ("bias", lambda: linear_logprobs(HIDDEN, WEIGHT, IDS, bias=[0.0] * V)),
+        ("sampled", lambda: linear_candidates(HIDDEN, WEIGHT, sampled=IDS.numpy())),
+        ("cu_seqlens", lambda: segment_scan(X, [0, 3, N])),
+        ("outcome", lambda: prefix_value_loss(X, CU, [1.0, 0.0])),
+        ("weight", lambda: prefix_value_loss(X, CU, OUTCOME, weight=[1.0, 1.0])),
+        ("advantages", lambda: clipped_surrogate(X, OLD, A.numpy())),
+        ("old_logprobs", lambda: distrl_loss(X, OLD_CANDIDATES, None, *LOSS[1:])),
+        ("cu_seqlens", lambda: linear_distrl_loss(HIDDEN, WEIGHT, IDS, CANDIDATES, *LOSS[:4], [0, N])),
+        ("candidate_advantages", lambda: linear_distrl_loss(
+            HIDDEN, WEIGHT, IDS, CANDIDATES, *LOSS[:3], AC.numpy(), CU
+        )),
+        ("padded", lambda: ipvrm_kernels.pack([[1.0]], torch.ones(1, 1))),
+        ("cu_seqlens", lambda: ipvrm_kernels.unpack(X, [0, N], N)),
+    ],
+)  # fmt: skip
+def test_every_input_is_looked_at(name, call):
+    with pytest.raises(ValueError, match=rf"^\w+: {name} must be a torch.Tensor, got \w+; torch.as_tensor"):
+        call()
+
+
+def test_a_dtensor_is_refused_with_both_cures(op):
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+        x, function = OPS[op]
+        words = (
+            rf"^{op}: (\w+) must be a plain tensor, got a DTensor; pass \1.full_tensor\(\), or "
+            r"\1.to_local\(\) of a vocabulary-parallel head to linear_logprobs_partial and merge_partials"
+        )
+        with pytest.raises(ValueError, match=words):
+            function(distribute_tensor(x, init_device_mesh("cpu", (1,))))
+    finally:
+        destroy_process_group()
+
+
+CASES = [(op, option) for op, options in NUMBERS.items() for option in options]
+NOT_TENSORS_BEFORE = [x for x in CASES if "denominator" not in x[1] and x[1] != "margin"]  # those took any
+
+
+@pytest.mark.parametrize(
+    ("op", "option"), [x for x in CASES if "denominator" not in x[1] and x[1] != "margin"]
+)
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (torch.tensor([0.5, 0.5]), r"0-d fp32 or fp64 tensor on the CPU without gradient, got shape \(2,\)"),
+        (torch.tensor(1), r"got shape \(\), torch.int64"),
+        (torch.tensor(0.5, requires_grad=True), "requires_grad=True"),
+        (torch.tensor(0.5, device="meta"), "torch.float32, meta"),
+        ("0.5", "a number, got str"),
+        (np.array([0.5]), "a number, got ndarray"),
+    ],
+    ids=["shape", "dtype", "gradient", "device", "str", "array"],
+)
+def test_numbers_of_the_wrong_kind(op, option, number, words):
+    x, function = OPS[op]
+    with pytest.raises(ValueError, match=f"^{op}: {option} must be .*{words}"):
+        function(x, **{option: number})
+
+
+@pytest.mark.parametrize(("op", "option"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tensor_means_its_number(op, option, dtype):
+    """In bits; np.float32 and int are numbers too. An out-of-range tensor is refused as a float is."""
+    x, function = OPS[op]
+    for v in (0.3, 0.9):
+        value = NUMBERS[op][option](torch.tensor(v, dtype=dtype))
+        want = function(x, **{option: value.item()})
+        assert torch.equal(function(x, **{option: value}), want)
+        assert torch.equal(function(x, **{option: value.numpy()[()]}), want)
+    words = []
+    for bad in (torch.tensor(math.nan, dtype=dtype), math.nan):
+        with pytest.raises(ValueError, match=f"^{op}: {option} must ") as caught:
+            function(x, **{option: bad})
+        words.append(str(caught.value).replace("[nan, nan]", "nan"))
+    assert words[0] == words[1] or option == "margin"
+
+
+def test_min_prob_decides_the_shape_without_top_k():
+    with pytest.raises(
+        ValueError, match="linear_candidates: min_prob must be a number where there is no top_k"
+    ):
+        linear_candidates(HIDDEN, WEIGHT, min_prob=torch.tensor(0.3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensor", "float"])
+def test_twelve_values_compile_at_most_twice(op, kind):
+    """Values, gradients; a Python float is a constant of the first graph and symbolic from the second on."""
+    x, function = OPS[op]
+    x = x.clone().requires_grad_()
+
+    def call(x, v):
+        return function(x, **{option: number(v) for option, number in NUMBERS[op].items()})
+
+    torch._dynamo.reset()  # other cases count for the same function
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for i in range(12):
+        v = 0.25 + i / 16
+        results = []
+        for f in (compiled, call):
+            out = f(x, torch.tensor(v, dtype=torch.float64) if kind == "tensor" else v)
+            gradient = torch.autograd.grad(out.sum(), x)[0] if out.requires_grad else None
+            results.append((out.detach(), gradient))
+        torch.testing.assert_close(*results)
+    assert 1 <= counter.frame_count <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensor", "float"])
+def test_inductor_too_and_a_bad_value_is_refused(kind):
+    def call(x, v):
+        return prefix_value_loss(x, CU, OUTCOME, beta=10 * v, margin=v)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled, x = torch.compile(call, fullgraph=True, backend=counter), X.clone().requires_grad_()
+    for i in range(12):
+        v = torch.tensor(i / 16) if kind == "tensor" else i / 16
+        mine, theirs = ([y.detach(), *torch.autograd.grad(y, x)] for y in (compiled(x, v), call(x, v)))
+        torch.testing.assert_close(mine, theirs)
+    assert 1 <= counter.frame_count <= 2
+    with pytest.raises(ValueError, match="prefix_value_loss: (beta|margin) must be finite"):
+        compiled(x, torch.tensor(math.inf) if kind == "tensor" else math.inf)
