@@ -64,6 +64,7 @@ def _head_dz_kernel(
 ):  # fmt: skip
     count = tl.load(count_ptr)
     row_blocks, column_blocks = tl.cdiv(count, BLOCK_N), C // BLOCK_V
+    tl.assume(D > 0)
     for item in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=FLATTEN):
         row_block, column_block = _tile_position(item, row_blocks, column_blocks, ROW_GROUP)
         row, column = row_block * BLOCK_N, start + column_block * BLOCK_V
@@ -86,18 +87,22 @@ def _head_dz_kernel(
         lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
         total = tl.load(total_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
         remainder = tl.load(remainder_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
-        log_p = tl.minimum(z - lse[:, None] - remainder[:, None], 0.0)  # (BLOCK_N, BLOCK_V)
-        p = tl.exp(log_p)  # (BLOCK_N, BLOCK_V)
+        above = z - lse[:, None]  # (BLOCK_N, BLOCK_V)
         if ENTROPY:
+            log_p = tl.minimum(above - remainder[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+            p = tl.exp2(log_p * 1.4426950408889634)  # (BLOCK_N, BLOCK_V)
             dentropy = tl.load(dentropy_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
             entropy = tl.load(entropy_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
             surprise = log_p + entropy[:, None]  # (BLOCK_N, BLOCK_V)
             surprise = tl.where(p > 0, surprise, 0.0)  # (BLOCK_N, BLOCK_V)
             dense = -p * (total[:, None] + dentropy[:, None] * surprise) * gain  # (BLOCK_N, BLOCK_V)
         else:
+            log2_p = tl.fma(above, 1.4426950408889634, (remainder * -1.4426950408889634)[:, None])
+            p = tl.exp2(tl.minimum(log2_p, 0.0, propagate_nan=tl.PropagateNan.ALL))  # (BLOCK_N, BLOCK_V)
             dense = p * (total * -gain)[:, None]  # (BLOCK_N, BLOCK_V)
         dense = dense * bend  # (BLOCK_N, BLOCK_V)
-        dense = tl.where((rows < count)[:, None], dense, 0.0)  # (BLOCK_N, BLOCK_V) whatever a row holds
+        if FLATTEN or row + BLOCK_N > count:  # see _head_stats_kernel on branches
+            dense = tl.where((rows < count)[:, None], dense, 0.0)  # (BLOCK_N, BLOCK_V) whatever a row holds
         if SCATTER:
             targets = tl.load(target_ptr + rows, mask=rows < count, other=0)  # (BLOCK_N,)
             where = targets[:, None] * C + (columns - start)[None, :]  # (BLOCK_N, BLOCK_V)

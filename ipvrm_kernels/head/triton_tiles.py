@@ -177,6 +177,11 @@ def transform_arguments(transform: Transform) -> tuple[float, float, float]:
     return transform.scale, transform.softcap, transform.softcap / transform.temperature
 
 
+def increases(transform: Transform) -> bool:
+    """Whether z is h.w + b times a factor > 0."""
+    return transform.softcap is None and transform.scale / transform.temperature > 0
+
+
 def num_splits(ops: Operands) -> int:
     """S, tiles of the vocabulary: a function of V and the table alone."""
     return -(-ops.weight.shape[0] // ops.config.BLOCK_V)
@@ -208,6 +213,6 @@ def tile_arguments(ops: Operands) -> dict[str, Any]:
     return dict(
         BLOCK_N=config.BLOCK_N, BLOCK_V=config.BLOCK_V, BLOCK_D=config.BLOCK_D, TMA=ops.tma,
         ROW_GROUP=triton.next_power_of_2(max(1, ROWS_IN_L2 // row_bytes)), UPCAST=backend.INTERPRETED,
-        FLATTEN=ops.tma,  # one pipeline across tiles; with pointers its addresses spill
+        FLATTEN=False,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
