@@ -34,6 +34,7 @@ from .triton_tiles import (
     _tile_position,
     _transform,
     described,
+    num_programs,
     refuse_workspace,
     scalar_bytes,
     tile_arguments,
@@ -236,11 +237,11 @@ def launch_dz(
     ops: Operands, rows: Rows, da: Tensor, start: int, gain: float, target: Tensor | None = None
 ) -> None:
     """Dense da (N, C) of columns start .. start + C, in row n, or in row target[n] of da."""
+    (N, D), V, C, config = ops.hidden.shape, ops.weight.shape[0], da.shape[1], ops.of_kernel("dz")
     if target is not None:
-        ops = ops._replace(config=scatter_config(ops.config))
-    (N, D), V, C, config = ops.hidden.shape, ops.weight.shape[0], da.shape[1], ops.config
+        config = scatter_config(config)
     items, transform = triton.cdiv(N, config.BLOCK_N) * (C // config.BLOCK_V), ops.transform
-    _head_dz_kernel[(min(ops.programs, items),)](
+    _head_dz_kernel[(num_programs(ops, config, items),)](
         described(ops.hidden, config.BLOCK_N, config.BLOCK_D, ops.tma),
         described(ops.weight, config.BLOCK_V, config.BLOCK_D, ops.tma),
         rows.lse if ops.bias is None else ops.bias, rows.lse, rows.remainder, rows.total,
@@ -250,7 +251,8 @@ def launch_dz(
         N, D, V, start, C, ops.hidden.stride(0), ops.weight.stride(0),
         *transform_arguments(transform), gain,
         HAS_BIAS=ops.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
-        ENTROPY=rows.dentropy is not None, SCATTER=target is not None, **tile_arguments(ops),
+        ENTROPY=rows.dentropy is not None, SCATTER=target is not None,
+        **tile_arguments(ops, config),
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from .triton_tiles import (
     _transform,
     described,
     increases,
+    num_programs,
     num_splits,
     operands,
     refuse_workspace,
@@ -318,10 +319,11 @@ def _partial_stats(
     ops: Operands, partial: Tensor, merged: Tensor, group_max: Tensor | None, saved: Saved | None
 ) -> None:
     """The same for rows whose partial statistics (2 or 3, S, >= rows) fit."""
-    (N, D), V, config, S = ops.hidden.shape, ops.weight.shape[0], ops.config, num_splits(ops)
+    (N, D), V, S = ops.hidden.shape, ops.weight.shape[0], num_splits(ops)
+    config = ops.of_kernel("groups" if group_max is not None else "forward" if saved is None else "saved")
     entropy = len(merged) == 3
     first, second, third = (partial[i].view(-1) for i in (0, 1, -1))  # third is not written without entropy
-    _head_stats_kernel[(min(ops.programs, triton.cdiv(N, config.BLOCK_N) * S),)](
+    _head_stats_kernel[(num_programs(ops, config, triton.cdiv(N, config.BLOCK_N) * S),)](
         described(ops.hidden, config.BLOCK_N, config.BLOCK_D, ops.tma),
         described(ops.weight, config.BLOCK_V, config.BLOCK_D, ops.tma),
         partial if ops.bias is None else ops.bias, first, second, third,
@@ -333,7 +335,7 @@ def _partial_stats(
         HAS_BIAS=ops.bias is not None, HAS_SOFTCAP=ops.transform.softcap is not None,
         RAW=increases(ops.transform), ENTROPY=entropy, GROUPS=group_max is not None,
         SAVE=saved is not None, MAX_LIFT=MAX_LIFT, GROUP=GROUP,
-        **tile_arguments(ops),
+        **tile_arguments(ops, config),
     )  # fmt: skip
     BLOCK_N = 128 if backend.INTERPRETED else 8
     _merge_stats_kernel[(triton.cdiv(N, BLOCK_N),)](
