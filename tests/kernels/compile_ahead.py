@@ -227,7 +227,7 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
     if "label" in types:
         logits = constexprs["BLOCK_N"] * constexprs["BLOCK_V"] // (32 * warps)
         cost = sass.tile_cost(code, logits)
-    return dict(
+    record = dict(
         kernel=kernel.__name__, constexprs={k: str(v) for k, v in constexprs.items()}, sm=capability,
         operands=types.get("kind"), label=types.get("label"), warps=warps, stages=options.get("num_stages"),
         shared=built.metadata.shared, wgmma=ptx.count("wgmma.mma_async"),
@@ -236,6 +236,9 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
         epilogue=cost and cost.epilogue, start=cost and cost.start,
         faults=sass.pipeline_faults(code) if capability == 90 else [],
     )  # fmt: skip
+    if "label" in types:
+        record["row"] = table_row(record)
+    return record
 
 
 FIELDS = (
@@ -275,8 +278,7 @@ def main():
         for kernel, constexprs, types, compiler_options, scalar in cases:
             record = compiled(kernel, constexprs, capability, types, compiler_options, scalar)
             print(json.dumps(record), flush=True)
-            if "label" in types:
-                rows.append(table_row(record))
+            rows += [record["row"]] if "row" in record else []
     if options.table:
         with options.table.open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
