@@ -161,10 +161,10 @@ def operands(
         architecture, tma, programs = "interpreter", True, 3  # several items for each program
     else:
         major = torch.cuda.get_device_capability(device)[0]
-        architecture, tma = tiles_of(major), major >= 9
+        tma = major >= 9 and _aligned(hidden) and _aligned(weight)
+        architecture = tiles_of(major if tma else 8)  # wider ones spill the addresses of pointers
         programs = torch.cuda.get_device_properties(device).multi_processor_count
     config = CONFIGS[architecture, kind].of(transform.softcap)
-    tma = tma and _aligned(hidden) and _aligned(weight)
     bias = None if bias is None else bias.contiguous()
     copied = sum(
         x.numel() * x.element_size() for x, y in zip((hidden, weight, bias), given, strict=True)

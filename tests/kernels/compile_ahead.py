@@ -119,8 +119,11 @@ def tile_types(config, own, wide, tma):
     )  # fmt: skip
 
 
-def tile_case(kernel, config, kind, tma, softcap=False, **constexprs):
-    """(kernel, constexprs, types, options) of one with tiles: forward, groups, saved or dz."""
+def tile_case(kernel, config, kind, tma, softcap=False, aligned=True, **constexprs):
+    """(kernel, constexprs, types, options) of one with tiles: forward, groups, saved or dz.
+
+    aligned: D and the strides are multiples of 16; a D that is no multiple of 8 comes through pointers.
+    """
     config = config.of(30.0 if softcap else None)
     own = "fp32" if kind == "fp32" else "bf16"
     types = tile_types(config, own, "bf16" if kind == "half" else "fp32", tma)
@@ -140,7 +143,7 @@ def tile_case(kernel, config, kind, tma, softcap=False, **constexprs):
         }  # fmt: skip
     function = triton_backward._head_dz_kernel if kernel == "dz" else triton_forward._head_stats_kernel
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-    return function, constexprs, types | dict(kind=kind, label=kernel), options
+    return function, constexprs, types | dict(kind=kind, label=kernel, aligned=aligned), options
 
 
 def tile_cases(capability):
@@ -164,6 +167,10 @@ def tile_cases(capability):
             yield tile_case("forward", forward, kind, tma, ENTROPY=True)
             yield tile_case("groups", groups, kind, tma, ENTROPY=True)
             yield tile_case("dz", dz, kind, tma, ENTROPY=True)
+        if every and kind == "half":
+            for kernel in triton_tiles.KERNELS:
+                config = triton_tiles.config_of("sm_80", kind, kernel)
+                yield tile_case(kernel, config, kind, False, aligned=False, ENTROPY=kernel != "dz")
         yield tile_case("dz", triton_backward.scatter_config(dz), kind, tma, SCATTER=True)
         if forward.softcap_V is not None:
             yield tile_case("saved", saved, kind, tma, softcap=True, ENTROPY=True)
@@ -217,7 +224,9 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
             signature[name] = "i32"
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-        if scalar == "i32" and (name in ALIGNED or signature[name].startswith("*"))
+        if scalar == "i32" and (
+            name in ALIGNED and types.get("aligned", True) or signature[name].startswith("*")
+        )
     }  # fmt: skip
     source = ASTSource(kernel, signature, constexprs, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -252,7 +261,9 @@ def table_row(record):
     """The record of a kernel with tiles as a row of FIELDS, all text."""
     constexprs = record["constexprs"]
     row = {name: record[name] for name in FIELDS if name in record} | dict(
-        kernel=record["label"], variant=" ".join(f.lower() for f in FLAGS if constexprs.get(f) == "True"),
+        kernel=record["label"], variant=" ".join(
+            [f.lower() for f in FLAGS if constexprs.get(f) == "True"] + ["pointers"] * (not record["tma"])
+        ),
         tile="x".join(constexprs[name] for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D")),
     )  # fmt: skip
     for name in ("epilogue", "start"):

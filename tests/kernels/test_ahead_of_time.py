@@ -87,8 +87,10 @@ def check(records):
     tiled = [r for r in records if r["kernel"] in ("_head_stats_kernel", "_head_dz_kernel")]
     kinds = ("half", "master", "fp32")
     assert {(r["sm"], r["operands"]) for r in tiled} == {(s, kind) for s in SHARED_LIMIT for kind in kinds}
+    for sm in SHARED_LIMIT:
+        assert any(r["sm"] == sm and r["tma"] for r in tiled) == (sm >= 90), "operands come through TMA"
     for record in tiled:
-        assert (record["tma"] > 0) == (record["sm"] >= 90), f"operands do not come through TMA: {record}"
+        assert (record["tma"] > 0) == (record["constexprs"]["TMA"] == "True"), f"TMA: {record}"
         if record["sm"] == 90 and record["operands"] != "fp32":
             assert record["wgmma"] > 0, f"no wgmma: {record}"
 
