@@ -34,6 +34,7 @@ from .triton_tiles import (
     _tile_position,
     _transform,
     described,
+    num_programs,
     refuse_workspace,
     scalar_bytes,
     tile_arguments,
@@ -64,6 +65,7 @@ def _head_dz_kernel(
 ):  # fmt: skip
     count = tl.load(count_ptr)
     row_blocks, column_blocks = tl.cdiv(count, BLOCK_N), C // BLOCK_V
+    tl.assume(D > 0)
     for item in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=FLATTEN):
         row_block, column_block = _tile_position(item, row_blocks, column_blocks, ROW_GROUP)
         row, column = row_block * BLOCK_N, start + column_block * BLOCK_V
@@ -86,19 +88,22 @@ def _head_dz_kernel(
         lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
         total = tl.load(total_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
         remainder = tl.load(remainder_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
-        log_p = z - lse[:, None] - remainder[:, None]  # (BLOCK_N, BLOCK_V)
-        log_p = tl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL)  # (BLOCK_N, BLOCK_V)
-        p = tl.exp(log_p)  # (BLOCK_N, BLOCK_V)
+        above = z - lse[:, None]  # (BLOCK_N, BLOCK_V)
         if ENTROPY:
+            log_p = tl.minimum(above - remainder[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+            p = tl.exp2(log_p * 1.4426950408889634)  # (BLOCK_N, BLOCK_V)
             dentropy = tl.load(dentropy_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
             entropy = tl.load(entropy_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
             surprise = log_p + entropy[:, None]  # (BLOCK_N, BLOCK_V)
             surprise = tl.where(p > 0, surprise, 0.0)  # (BLOCK_N, BLOCK_V)
             dense = -p * (total[:, None] + dentropy[:, None] * surprise) * gain  # (BLOCK_N, BLOCK_V)
         else:
+            log2_p = tl.fma(above, 1.4426950408889634, (remainder * -1.4426950408889634)[:, None])
+            p = tl.exp2(tl.minimum(log2_p, 0.0, propagate_nan=tl.PropagateNan.ALL))  # (BLOCK_N, BLOCK_V)
             dense = p * (total * -gain)[:, None]  # (BLOCK_N, BLOCK_V)
         dense = dense * bend  # (BLOCK_N, BLOCK_V)
-        dense = tl.where((rows < count)[:, None], dense, 0.0)  # (BLOCK_N, BLOCK_V) whatever a row holds
+        if FLATTEN or row + BLOCK_N > count:  # see _head_stats_kernel on branches
+            dense = tl.where((rows < count)[:, None], dense, 0.0)  # (BLOCK_N, BLOCK_V) whatever a row holds
         if SCATTER:
             targets = tl.load(target_ptr + rows, mask=rows < count, other=0)  # (BLOCK_N,)
             where = targets[:, None] * C + (columns - start)[None, :]  # (BLOCK_N, BLOCK_V)
@@ -232,11 +237,11 @@ def launch_dz(
     ops: Operands, rows: Rows, da: Tensor, start: int, gain: float, target: Tensor | None = None
 ) -> None:
     """Dense da (N, C) of columns start .. start + C, in row n, or in row target[n] of da."""
+    (N, D), V, C, config = ops.hidden.shape, ops.weight.shape[0], da.shape[1], ops.of_kernel("dz")
     if target is not None:
-        ops = ops._replace(config=scatter_config(ops.config))
-    (N, D), V, C, config = ops.hidden.shape, ops.weight.shape[0], da.shape[1], ops.config
+        config = scatter_config(config)
     items, transform = triton.cdiv(N, config.BLOCK_N) * (C // config.BLOCK_V), ops.transform
-    _head_dz_kernel[(min(ops.programs, items),)](
+    _head_dz_kernel[(num_programs(ops, config, items),)](
         described(ops.hidden, config.BLOCK_N, config.BLOCK_D, ops.tma),
         described(ops.weight, config.BLOCK_V, config.BLOCK_D, ops.tma),
         rows.lse if ops.bias is None else ops.bias, rows.lse, rows.remainder, rows.total,
@@ -246,7 +251,8 @@ def launch_dz(
         N, D, V, start, C, ops.hidden.stride(0), ops.weight.stride(0),
         *transform_arguments(transform), gain,
         HAS_BIAS=ops.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
-        ENTROPY=rows.dentropy is not None, SCATTER=target is not None, **tile_arguments(ops),
+        ENTROPY=rows.dentropy is not None, SCATTER=target is not None,
+        **tile_arguments(ops, config),
     )  # fmt: skip
 
 

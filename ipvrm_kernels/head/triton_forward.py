@@ -4,7 +4,9 @@ Every program computes tiles of z (BLOCK_N rows x BLOCK_V columns, fp32) and lea
 sum exp(z - max), sum (z - max) exp(z - max)) of its rows, merged in a fixed order by a second kernel: 8 or
 12 bytes for BLOCK_V logits, and no value carried from tile to tile (Triton 3.6 cannot flatten a loop that
 carries one). The difference is taken before the scale of exp2: scaling z first would save one
-multiplication and cost the digits of lse that p near 1 needs. Tiles depend on V alone, so a row's result
+multiplication and cost the digits of lse that p near 1 needs. Where z grows with h.w + b no logit is formed:
+maxima and differences are those of h.w + b, exp2 takes all scales as one factor, and a row's results are
+scaled. Columns beyond V are masked in the last tiles alone. Tiles depend on V alone, so a row's result
 depends neither on N nor on its position. Where candidates are wanted the maximum of every GROUP columns is
 saved as well; where gradients or an expectation follow, unnormalised probabilities (triton_saved.py).
 Logits of given ids come from a gather-dot: the diagonal of a small tile of gathered rows, wasteful but far
@@ -33,6 +35,8 @@ from .triton_tiles import (
     _tile_position,
     _transform,
     described,
+    increases,
+    num_programs,
     num_splits,
     operands,
     refuse_workspace,
@@ -51,6 +55,33 @@ MAX_LIFT = 30.0
 
 
 @triton.jit
+def _halves(x, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The left and the right half of x (BLOCK_N, BLOCK_V); a thread holds both, so nothing moves."""
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _row_sums(e, below, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PRODUCT: tl.constexpr):
+    """Sums over the rows of e (BLOCK_N, BLOCK_V) and, if PRODUCT, of e * below.
+
+    Four quarters first: products become multiply-adds whatever order a Triton version's reduction has, and
+    fewer registers are alive at once.
+    """
+    left, right = _halves(e, BLOCK_N, BLOCK_V)  # (BLOCK_N, BLOCK_V/2) each
+    e0, e1 = _halves(left, BLOCK_N, BLOCK_V // 2)  # (BLOCK_N, BLOCK_V/4) each
+    e2, e3 = _halves(right, BLOCK_N, BLOCK_V // 2)  # (BLOCK_N, BLOCK_V/4) each
+    total = tl.sum((e0 + e1) + (e2 + e3), 1)  # (BLOCK_N,)
+    product = total  # (BLOCK_N,) not used
+    if PRODUCT:
+        left, right = _halves(below, BLOCK_N, BLOCK_V)  # (BLOCK_N, BLOCK_V/2) each
+        b0, b1 = _halves(left, BLOCK_N, BLOCK_V // 2)  # (BLOCK_N, BLOCK_V/4) each
+        b2, b3 = _halves(right, BLOCK_N, BLOCK_V // 2)  # (BLOCK_N, BLOCK_V/4) each
+        products = tl.fma(b3, e3, tl.fma(b2, e2, tl.fma(b1, e1, b0 * e0)))  # (BLOCK_N, BLOCK_V/4)
+        product = tl.sum(products, 1)  # (BLOCK_N,)
+    return total, product
+
+
+@triton.jit
 def _head_stats_kernel(
     hidden,  # (N, D) descriptor or pointer
     weight,  # (V, D) descriptor or pointer
@@ -63,12 +94,18 @@ def _head_stats_kernel(
     saved,  # (N, C) descriptor or pointer, see `Saved`
     N, D, V, C, hidden_stride, weight_stride, num_groups,  # scalars
     scale, cap, factor,  # scalars, see _transform
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GROUPS: tl.constexpr,
-    SAVE: tl.constexpr, MAX_LIFT: tl.constexpr, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAW: tl.constexpr, ENTROPY: tl.constexpr,
+    GROUPS: tl.constexpr, SAVE: tl.constexpr, MAX_LIFT: tl.constexpr, GROUP: tl.constexpr,
+    ROW_GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
+    unit = 1.0  # scalar, z = a * unit below
+    if RAW:
+        unit = factor
+    steep = unit * 1.4426950408889634  # scalar, of exp2
+    tl.assume(D > 0)  # else a second epilogue is compiled, for tiles of zeros
     for item in tl.range(tl.program_id(0), row_blocks * splits, tl.num_programs(0), flatten=FLATTEN):
         row_block, split = _tile_position(item, row_blocks, splits, ROW_GROUP)
         row, column = row_block * BLOCK_N, split * BLOCK_V
@@ -86,31 +123,46 @@ def _head_stats_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)  # (BLOCK_V,)
             a += bias[None, :]
-        z, bend = _transform(a, scale, cap, factor, HAS_SOFTCAP)  # (BLOCK_N, BLOCK_V)
-        z = tl.where((columns < V)[None, :], z, -float("inf"))  # (BLOCK_N, BLOCK_V)
+        bend = 1.0  # like a if HAS_SOFTCAP
+        if not RAW:  # else maxima and differences are those of a, and each row's results are scaled
+            a, bend = _transform(a, scale, cap, factor, HAS_SOFTCAP)  # (BLOCK_N, BLOCK_V)
+        if FLATTEN:  # without a branch, in which the matmul would be waited for: that serialises every wgmma
+            a = tl.where((columns < V)[None, :], a, -float("inf"))  # (BLOCK_N, BLOCK_V)
+        elif column + BLOCK_V > V:
+            # compared group by group: offsets of BLOCK_V columns would wait in registers
+            left = V - column - GROUP * tl.arange(0, BLOCK_V // GROUP)  # (BLOCK_V/GROUP,) columns
+            present = tl.arange(0, GROUP)[None, :] < left[:, None]  # (BLOCK_V/GROUP, GROUP)
+            present = tl.reshape(present, (1, BLOCK_V))  # (1, BLOCK_V)
+            most = tl.max(tl.where(present, a, -float("inf")), 1)  # (BLOCK_N,)
+            # so far below that exp is 0, yet finite: 0 * -inf would spoil the entropy
+            padding = most - tl.maximum(tl.abs(most), 1e4 / unit)  # (BLOCK_N,)
+            a = tl.where(present, a, padding[:, None])  # (BLOCK_N, BLOCK_V)
         rows = row + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
         if GROUPS:
-            grouped = tl.reshape(z, (BLOCK_N, BLOCK_V // GROUP, GROUP))  # (BLOCK_N, BLOCK_V/GROUP, GROUP)
+            grouped = tl.reshape(a, (BLOCK_N, BLOCK_V // GROUP, GROUP))  # (BLOCK_N, BLOCK_V/GROUP, GROUP)
             group_max = tl.max(grouped, 2)  # (BLOCK_N, BLOCK_V/GROUP)
             groups = column // GROUP + tl.arange(0, BLOCK_V // GROUP)  # (BLOCK_V/GROUP,)
             inside = (rows < N)[:, None] & (groups < num_groups)[None, :]  # (BLOCK_N, BLOCK_V/GROUP)
             where = rows.to(tl.int64)[:, None] * num_groups + groups[None, :]  # (BLOCK_N, BLOCK_V/GROUP)
-            tl.store(group_max_ptr + where, group_max, mask=inside)
+            tl.store(group_max_ptr + where, group_max * unit, mask=inside)
             top = tl.max(group_max, 1)  # (BLOCK_N,)
         else:
-            top = tl.max(z, 1)  # (BLOCK_N,)
+            top = tl.max(a, 1)  # (BLOCK_N,)
         shift = tl.where(top == -float("inf"), 0.0, top)  # (BLOCK_N,) rows of -inf alone have sums of 0
-        # the floor keeps (z - top) e at 0 * finite where a token is masked, and lets NaN through
-        z = tl.maximum(z - shift[:, None], -1e4, propagate_nan=tl.PropagateNan.ALL)  # (BLOCK_N, BLOCK_V)
-        e = tl.exp(z)  # (BLOCK_N, BLOCK_V)
+        below = a - shift[:, None]  # (BLOCK_N, BLOCK_V) a difference first, then its scale
+        if HAS_BIAS or FLATTEN:
+            # -inf masks a token: 0 * finite in the entropy, and NaN passes
+            below = tl.maximum(below, -1e4 / unit, propagate_nan=tl.PropagateNan.ALL)  # (BLOCK_N, BLOCK_V)
+        e = tl.exp2(below * steep)  # (BLOCK_N, BLOCK_V)
+        sumexp, sum_below_exp = _row_sums(e, below, BLOCK_N, BLOCK_V, ENTROPY)  # (BLOCK_N,) each
         out = split.to(tl.int64) * N + rows  # (BLOCK_N,)
-        tl.store(top_ptr + out, top, mask=rows < N)
-        tl.store(sumexp_ptr + out, tl.sum(e, 1), mask=rows < N)
+        tl.store(top_ptr + out, top * unit, mask=rows < N)
+        tl.store(sumexp_ptr + out, sumexp, mask=rows < N)
         if ENTROPY:
-            tl.store(sum_z_exp_ptr + out, tl.sum(z * e, 1), mask=rows < N)
+            tl.store(sum_z_exp_ptr + out, sum_below_exp * unit, mask=rows < N)
         if SAVE:
             ref = tl.load(ref_ptr + rows, mask=rows < N, other=0.0)  # (BLOCK_N,)
-            lift = tl.exp(tl.minimum(shift - ref, MAX_LIFT))  # (BLOCK_N,) one exp for each element is enough
+            lift = tl.exp(tl.minimum(shift * unit - ref, MAX_LIFT))  # (BLOCK_N,) one exp for each is enough
             e = e * lift[:, None] * bend  # (BLOCK_N, BLOCK_V)
             if TMA:
                 saved.store([row, column], e.to(saved.dtype))
@@ -151,6 +203,7 @@ def _merge_stats_kernel(
         merged_sumexp += tl.sum(sumexp * factor, 0)
         if ENTROPY:
             sum_z_exp = tl.load(sum_z_exp_ptr + where, mask=inside, other=0.0)  # (BLOCK_S, BLOCK_N)
+            sum_z_exp = tl.where(sumexp == 0, 0.0, sum_z_exp)  # (BLOCK_S, BLOCK_N) -inf * 0 in rows of -inf
             merged_sum_z_exp += tl.sum((sum_z_exp + drop * sumexp) * factor, 0)
     tl.store(merged_top_ptr + rows, merged_top, mask=rows < N)
     tl.store(merged_sumexp_ptr + rows, merged_sumexp, mask=rows < N)
@@ -271,10 +324,11 @@ def _partial_stats(
     ops: Operands, partial: Tensor, merged: Tensor, group_max: Tensor | None, saved: Saved | None
 ) -> None:
     """The same for rows whose partial statistics (2 or 3, S, >= rows) fit."""
-    (N, D), V, config, S = ops.hidden.shape, ops.weight.shape[0], ops.config, num_splits(ops)
+    (N, D), V, S = ops.hidden.shape, ops.weight.shape[0], num_splits(ops)
+    config = ops.of_kernel("groups" if group_max is not None else "forward" if saved is None else "saved")
     entropy = len(merged) == 3
     first, second, third = (partial[i].view(-1) for i in (0, 1, -1))  # third is not written without entropy
-    _head_stats_kernel[(min(ops.programs, triton.cdiv(N, config.BLOCK_N) * S),)](
+    _head_stats_kernel[(num_programs(ops, config, triton.cdiv(N, config.BLOCK_N) * S),)](
         described(ops.hidden, config.BLOCK_N, config.BLOCK_D, ops.tma),
         described(ops.weight, config.BLOCK_V, config.BLOCK_D, ops.tma),
         partial if ops.bias is None else ops.bias, first, second, third,
@@ -283,9 +337,10 @@ def _partial_stats(
         partial if saved is None else described(saved.values, config.BLOCK_N, config.BLOCK_V, ops.tma),
         N, D, V, 0 if saved is None else saved.values.stride(0), ops.hidden.stride(0), ops.weight.stride(0),
         0 if group_max is None else group_max.shape[1], *transform_arguments(ops.transform),
-        HAS_BIAS=ops.bias is not None, HAS_SOFTCAP=ops.transform.softcap is not None, ENTROPY=entropy,
-        GROUPS=group_max is not None, SAVE=saved is not None, MAX_LIFT=MAX_LIFT, GROUP=GROUP,
-        **tile_arguments(ops),
+        HAS_BIAS=ops.bias is not None, HAS_SOFTCAP=ops.transform.softcap is not None,
+        RAW=increases(ops.transform), ENTROPY=entropy, GROUPS=group_max is not None,
+        SAVE=saved is not None, MAX_LIFT=MAX_LIFT, GROUP=GROUP,
+        **tile_arguments(ops, config),
     )  # fmt: skip
     BLOCK_N = 128 if backend.INTERPRETED else 8
     _merge_stats_kernel[(triton.cdiv(N, BLOCK_N),)](

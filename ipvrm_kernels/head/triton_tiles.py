@@ -30,6 +30,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_sm: int = 1
+    flatten: bool = False  # one pipeline across tiles, for several instructions more a logit
     softcap_V: int | None = None  # BLOCK_V with a softcap, whose tanh takes registers, if not the same
 
     def of(self, softcap: float | None) -> Config:
@@ -39,11 +40,12 @@ class Config(NamedTuple):
         return self._replace(BLOCK_V=self.softcap_V)
 
 
+KERNELS = ("forward", "groups", "saved", "dz")  # that multiply
 # (architecture, kind of operands): half, a half hidden state with an fp32 weight, fp32 without tensor cores.
 # Chosen from the compiler's report (no spills, within shared memory), not yet timed; what a sweep on a GPU
 # has measured stands in tuned.json. A plain table, so that no call ever autotunes.
 CONFIGS: dict[tuple[str, str], Config] = {
-    ("sm_90", "half"): Config(128, 256, 64, 8, 3, softcap_V=128),
+    ("sm_90", "half"): Config(128, 256, 64, 8, 4, softcap_V=128),
     ("sm_90", "master"): Config(128, 128, 64, 8, 3),
     ("sm_90", "fp32"): Config(64, 64, 32, 8, 3, 2),
     ("sm_100", "half"): Config(128, 128, 64, 8, 4),
@@ -55,7 +57,18 @@ CONFIGS: dict[tuple[str, str], Config] = {
     ("interpreter", "half"): Config(128, 128, 16, 4, 1),
     ("interpreter", "fp32"): Config(128, 128, 16, 4, 1),
 }
-tuned.overlay(CONFIGS)
+# (architecture, kind, kernel): fields in which a kernel departs from its row. Never BLOCK_V: forward, groups
+# and saved leave the same statistics, bit by bit, because their tiles are the same columns.
+DEPARTURES: dict[tuple[str, str, str], dict[str, Any]] = {
+    ("sm_90", "half", "saved"): dict(num_stages=3),  # their result passes through shared memory
+    ("sm_90", "half", "dz"): dict(num_stages=3),
+}
+tuned.overlay(CONFIGS, DEPARTURES)
+
+
+def config_of(architecture: str, kind: str, kernel: str) -> Config:
+    """The configuration of one of KERNELS, without a softcap."""
+    return CONFIGS[architecture, kind]._replace(**DEPARTURES.get((architecture, kind, kernel), {}))
 
 
 @triton.jit
@@ -113,14 +126,19 @@ class Operands(NamedTuple):
     weight: Tensor  # (V, D), of hidden's dtype or converted tile by tile
     bias: Tensor | None  # (V,)
     transform: Transform
-    config: Config
+    row: tuple[str, str]  # of CONFIGS
+    config: Config  # of this row, for the softcap
     tma: bool
-    programs: int
+    programs: int  # a kernel launches programs_per_sm times as many
     copied: int  # bytes that hidden, weight and bias take above the op's inputs
 
     def of_rows(self, hidden: Tensor) -> Operands:
         """The same head for other rows, of the operands' dtype."""
         return self._replace(hidden=hidden, tma=self.tma and _aligned(hidden))
+
+    def of_kernel(self, kernel: str) -> Config:
+        """The configuration of one of KERNELS."""
+        return self.config._replace(**DEPARTURES.get((*self.row, kernel), {}))
 
 
 def tiles_of(major: int) -> str:
@@ -143,16 +161,16 @@ def operands(
         architecture, tma, programs = "interpreter", True, 3  # several items for each program
     else:
         major = torch.cuda.get_device_capability(device)[0]
-        architecture, tma = tiles_of(major), major >= 9
+        tma = major >= 9 and _aligned(hidden) and _aligned(weight)
+        architecture = tiles_of(major if tma else 8)  # wider ones spill the addresses of pointers
         programs = torch.cuda.get_device_properties(device).multi_processor_count
     config = CONFIGS[architecture, kind].of(transform.softcap)
-    tma = tma and _aligned(hidden) and _aligned(weight)
     bias = None if bias is None else bias.contiguous()
     copied = sum(
         x.numel() * x.element_size() for x, y in zip((hidden, weight, bias), given, strict=True)
         if x is not None and x is not y
     )  # fmt: skip
-    return Operands(hidden, weight, bias, transform, config, tma, programs * config.programs_per_sm, copied)
+    return Operands(hidden, weight, bias, transform, (architecture, kind), config, tma, programs, copied)
 
 
 def _aligned(x: Tensor) -> bool:
@@ -175,6 +193,11 @@ def transform_arguments(transform: Transform) -> tuple[float, float, float]:
     if transform.softcap is None:
         return 1.0, 1.0, transform.scale / transform.temperature
     return transform.scale, transform.softcap, transform.softcap / transform.temperature
+
+
+def increases(transform: Transform) -> bool:
+    """Whether z is h.w + b times a factor > 0."""
+    return transform.softcap is None and transform.scale / transform.temperature > 0
 
 
 def num_splits(ops: Operands) -> int:
@@ -201,13 +224,17 @@ def refuse_workspace(op: str, least: int, limit: int) -> None:
         )
 
 
-def tile_arguments(ops: Operands) -> dict[str, Any]:
+def num_programs(ops: Operands, config: Config, tiles: int) -> int:
+    """Programs that work through this many tiles."""
+    return min(ops.programs * config.programs_per_sm, tiles)
+
+
+def tile_arguments(ops: Operands, config: Config) -> dict[str, Any]:
     """The keyword arguments that the kernels with tiles share."""
-    config = ops.config
     row_bytes = config.BLOCK_N * ops.hidden.shape[1] * ops.hidden.element_size()
     return dict(
         BLOCK_N=config.BLOCK_N, BLOCK_V=config.BLOCK_V, BLOCK_D=config.BLOCK_D, TMA=ops.tma,
         ROW_GROUP=triton.next_power_of_2(max(1, ROWS_IN_L2 // row_bytes)), UPCAST=backend.INTERPRETED,
-        FLATTEN=ops.tma,  # one pipeline across tiles; with pointers its addresses spill
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        FLATTEN=config.flatten and ops.tma,  # with pointers its addresses spill
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

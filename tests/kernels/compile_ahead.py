@@ -2,23 +2,24 @@
 print one JSON object for each.
 
 Run by test_ahead_of_time.py in its own process, since the interpreter and the compiler exclude each other, or
-by hand: python tests/kernels/compile_ahead.py [80] [90] [100] [120]
+by hand: python tests/kernels/compile_ahead.py [80] [90] [100] [120] [--heads] [--table F]
+
+--heads: the kernels with tiles alone. --table F: they as the table that the test compares with, in
+benchmarks/results/kernels, named by the version of Triton that stands before this torch on PYTHONPATH.
 """
 
+import argparse
+import csv
 import importlib
 import json
-import re
-import subprocess
-import sys
-import tempfile
 import warnings
 from pathlib import Path
 
+import sass
 import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 # modules, not the functions of the same names that the package exports
@@ -103,55 +104,89 @@ CASES = [
 ]
 
 
-def head_cases(capability):
-    """(kernel, constexprs, types, options) of the head in bf16, bf16 with an fp32 weight, and fp32."""
-    for (architecture, kind), config in triton_tiles.CONFIGS.items():
-        if architecture != triton_tiles.tiles_of(capability // 10):
-            continue
-        own, tma = "fp32" if kind == "fp32" else "bf16", capability >= 90
-        wide = "bf16" if kind == "half" else "fp32"  # the weight's dtype
+def operand(kind, rows, columns, tma):
+    return f"tensordesc<{kind}[{rows}, {columns}]>" if tma else f"*{kind}"
 
-        def operand(rows, columns, dtype=own, tma=tma):
-            return f"tensordesc<{dtype}[{rows}, {columns}]>" if tma else f"*{dtype}"
 
-        types = dict(
-            kind=kind, hidden=operand(config.BLOCK_N, config.BLOCK_D),
-            weight=operand(config.BLOCK_V, config.BLOCK_D, wide),
-            da=operand(config.BLOCK_N, config.BLOCK_V), saved=operand(config.BLOCK_N, config.BLOCK_V),
-            bias_ptr=f"*{wide}", hidden_ptr=f"*{own}", weight_ptr=f"*{wide}", da_ptr=f"*{own}",
-            x_ptr=f"*{own}", ids_ptr="*i64",
-        )  # fmt: skip
-        tiles = dict(HAS_BIAS=False, HAS_SOFTCAP=False, ENTROPY=True, ROW_GROUP=64, TMA=tma, UPCAST=False,
-                     FLATTEN=tma, BLOCK_N=config.BLOCK_N, BLOCK_V=config.BLOCK_V, BLOCK_D=config.BLOCK_D,
-                     )  # fmt: skip
-        options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-        split = dict(GROUP=triton_forward.GROUP, MAX_LIFT=triton_forward.MAX_LIFT)
-        plain, saving = ({**tiles, **split, "GROUPS": False, "SAVE": save} for save in (False, True))
-        dense = {**tiles, "ENTROPY": False, "SCATTER": False}
-        yield triton_forward._head_stats_kernel, saving, types, options
+def tile_types(config, own, wide, tma):
+    """Types of the arguments that depend on the tiles and on the dtypes of hidden and weight."""
+    result = operand(own, config.BLOCK_N, config.BLOCK_V, tma)
+    return dict(
+        hidden=operand(own, config.BLOCK_N, config.BLOCK_D, tma),
+        weight=operand(wide, config.BLOCK_V, config.BLOCK_D, tma), da=result, saved=result,
+        bias_ptr=f"*{wide}", hidden_ptr=f"*{own}", weight_ptr=f"*{wide}", da_ptr=f"*{own}",
+        x_ptr=f"*{own}", ids_ptr="*i64",
+    )  # fmt: skip
+
+
+def tile_case(kernel, config, kind, tma, softcap=False, aligned=True, **constexprs):
+    """(kernel, constexprs, types, options) of one with tiles: forward, groups, saved or dz.
+
+    aligned: D and the strides are multiples of 16; a D that is no multiple of 8 comes through pointers.
+    """
+    config = config.of(30.0 if softcap else None)
+    own = "fp32" if kind == "fp32" else "bf16"
+    types = tile_types(config, own, "bf16" if kind == "half" else "fp32", tma)
+    constexprs = dict(
+        HAS_BIAS=softcap, HAS_SOFTCAP=softcap, ROW_GROUP=64, TMA=tma, UPCAST=False,
+        FLATTEN=config.flatten and tma, BLOCK_N=config.BLOCK_N, BLOCK_V=config.BLOCK_V,
+        BLOCK_D=config.BLOCK_D, **constexprs,
+    )  # fmt: skip
+    if kernel == "dz":
+        constexprs = {"ENTROPY": False, "SCATTER": False, **constexprs}
+        if constexprs["SCATTER"]:
+            types["da"] = f"*{own}"
+    else:
+        constexprs = {
+            "RAW": not softcap, "ENTROPY": False, "GROUPS": kernel == "groups", "SAVE": kernel == "saved",
+            "GROUP": triton_forward.GROUP, "MAX_LIFT": triton_forward.MAX_LIFT, **constexprs,
+        }  # fmt: skip
+    function = triton_backward._head_dz_kernel if kernel == "dz" else triton_forward._head_stats_kernel
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+    return function, constexprs, types | dict(kind=kind, label=kernel, aligned=aligned), options
+
+
+def tile_cases(capability):
+    """The kernels with tiles, in bf16, bf16 with an fp32 weight, and fp32."""
+    architecture, tma = triton_tiles.tiles_of(capability // 10), capability >= 90
+    for kind in ("half", "master", "fp32"):
+        forward, groups, saved, dz = (
+            triton_tiles.config_of(architecture, kind, kernel) for kernel in triton_tiles.KERNELS
+        )
+        yield tile_case("saved", saved, kind, tma)
         if capability == 120:  # what needs most shared memory
             continue
         every = capability == 90  # of the variants, which take seconds each
         if kind != "master" or every:
-            yield triton_backward._head_dz_kernel, dense, types, options
+            yield tile_case("dz", dz, kind, tma)
         if kind == "master":  # the rest is as half's
             continue
-        yield triton_forward._head_stats_kernel, {**plain, "GROUPS": True}, types, options
+        yield tile_case("groups", groups, kind, tma)
         if every:
-            yield triton_forward._head_stats_kernel, plain, types, options
-            yield triton_backward._head_dz_kernel, {**dense, "ENTROPY": True}, types, options
-        narrow = triton_backward.scatter_config(config).BLOCK_V
-        scattered = {**types, "da": f"*{own}", "weight": operand(narrow, config.BLOCK_D)}
-        dense |= dict(SCATTER=True, BLOCK_V=narrow)
-        yield triton_backward._head_dz_kernel, dense, scattered, options
-        if config.softcap_V is not None:
-            softcap = dict(HAS_BIAS=True, HAS_SOFTCAP=True, BLOCK_V=config.softcap_V)
-            shape = operand(config.BLOCK_N, config.softcap_V)
-            capped = dict(weight=operand(config.softcap_V, config.BLOCK_D), saved=shape, da=shape)
-            yield triton_forward._head_stats_kernel, {**saving, **softcap}, {**types, **capped}, options
-            entropy = {**dense, **softcap, "ENTROPY": True, "SCATTER": False}
+            yield tile_case("forward", forward, kind, tma)
+            yield tile_case("forward", forward, kind, tma, ENTROPY=True)
+            yield tile_case("groups", groups, kind, tma, ENTROPY=True)
+            yield tile_case("dz", dz, kind, tma, ENTROPY=True)
+        if every and kind == "half":
+            for kernel in triton_tiles.KERNELS:
+                config = triton_tiles.config_of("sm_80", kind, kernel)
+                yield tile_case(kernel, config, kind, False, aligned=False, ENTROPY=kernel != "dz")
+        yield tile_case("dz", triton_backward.scatter_config(dz), kind, tma, SCATTER=True)
+        if forward.softcap_V is not None:
+            yield tile_case("saved", saved, kind, tma, softcap=True, ENTROPY=True)
             if every:
-                yield triton_backward._head_dz_kernel, entropy, {**types, **capped}, options
+                yield tile_case("dz", dz, kind, tma, softcap=True, ENTROPY=True)
+
+
+def head_cases(capability):
+    """(kernel, constexprs, types, options) of the head."""
+    yield from tile_cases(capability)
+    if capability == 120:
+        return
+    for kind in ("half", "fp32"):
+        config = triton_tiles.CONFIGS[triton_tiles.tiles_of(capability // 10), kind]
+        own = "fp32" if kind == "fp32" else "bf16"
+        types = tile_types(config, own, own, False) | dict(kind=kind)
         gather = dict(BLOCK_IDS=64, BLOCK_D=config.BLOCK_D, HAS_BIAS=False, HAS_SOFTCAP=False, UPCAST=False)
         warps = triton_forward.id_warps(torch.float32 if kind == "fp32" else torch.bfloat16)
         gather_options = dict(num_warps=warps, num_stages=3)
@@ -175,28 +210,6 @@ def head_cases(capability):
             yield kernel, best, ids, dict(num_warps=warps)
 
 
-def resources(ptx, capability):
-    """{"registers", "spill_stores", "spill_loads"}, the last two in bytes, from Triton's own ptxas."""
-    arch = re.search(r"\.target (sm_\w+)", ptx)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [
-            get_ptxas(capability).path,
-            "-v",
-            f"--gpu-name={arch}",
-            source,
-            "-o",
-            Path(folder) / "kernel.o",
-        ]
-        out = subprocess.run(command, capture_output=True, text=True, check=False)
-    if out.returncode:
-        raise RuntimeError(out.stderr)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", out.stderr)
-    registers = re.search(r"Used (\d+) registers", out.stderr)
-    return dict(registers=int(registers[1]), spill_stores=int(spills[1]), spill_loads=int(spills[2]))
-
-
 def compiled(kernel, constexprs, capability, types, options, scalar):
     """One JSON record: resources, and which of the architecture's instructions the code uses."""
     signature = {name: "constexpr" if name in constexprs else scalar for name in kernel.arg_names}
@@ -211,25 +224,77 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
             signature[name] = "i32"
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-        if scalar == "i32" and (name in ALIGNED or signature[name].startswith("*"))
+        if scalar == "i32" and (
+            name in ALIGNED and types.get("aligned", True) or signature[name].startswith("*")
+        )
     }  # fmt: skip
     source = ASTSource(kernel, signature, constexprs, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = built.asm["ptx"]
-    return dict(
+    ptx, code = built.asm["ptx"], sass.disassembled(built.asm["cubin"])
+    warps, registers = built.metadata.num_warps, sass.registers(built.asm["cubin"])
+    cost = None
+    if "label" in types:
+        logits = constexprs["BLOCK_N"] * constexprs["BLOCK_V"] // (32 * warps)
+        cost = sass.tile_cost(code, logits)
+    record = dict(
         kernel=kernel.__name__, constexprs={k: str(v) for k, v in constexprs.items()}, sm=capability,
-        operands=types.get("kind"), shared=built.metadata.shared,
-        wgmma=ptx.count("wgmma.mma_async"), tma=ptx.count("cp.async.bulk.tensor"),
-        **resources(ptx, capability),
+        operands=types.get("kind"), label=types.get("label"), warps=warps, stages=options.get("num_stages"),
+        shared=built.metadata.shared, wgmma=ptx.count("wgmma.mma_async"),
+        tma=ptx.count("cp.async.bulk.tensor"), registers=registers, spills=sass.spills(code),
+        programs=sass.programs_per_sm(registers, warps, built.metadata.shared, capability),
+        epilogue=cost and cost.epilogue, start=cost and cost.start,
+        faults=sass.pipeline_faults(code) if capability == 90 else [],
     )  # fmt: skip
+    if "label" in types:
+        record["row"] = table_row(record)
+    return record
+
+
+FIELDS = (
+    "sm", "kernel", "operands", "variant", "tile", "warps", "stages", "registers", "shared", "spills",
+    "programs", "epilogue", "start",
+)  # fmt: skip
+FLAGS = ("ENTROPY", "SCATTER", "HAS_SOFTCAP", "HAS_BIAS", "FLATTEN")
+
+
+def table_row(record):
+    """The record of a kernel with tiles as a row of FIELDS, all text."""
+    constexprs = record["constexprs"]
+    row = {name: record[name] for name in FIELDS if name in record} | dict(
+        kernel=record["label"], variant=" ".join(
+            [f.lower() for f in FLAGS if constexprs.get(f) == "True"] + ["pointers"] * (not record["tma"])
+        ),
+        tile="x".join(constexprs[name] for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D")),
+    )  # fmt: skip
+    for name in ("epilogue", "start"):
+        row[name] = "" if record[name] is None else f"{record[name]:.2f}"
+    return {name: str(row[name]) for name in FIELDS}
 
 
 def main():
-    for capability in [int(argument) for argument in sys.argv[1:]] or (80, 90, 100):
-        for kernel, constexprs in CASES if capability != 120 else ():
-            print(json.dumps(compiled(kernel, constexprs, capability, {}, {}, "fp32")), flush=True)
-        for kernel, constexprs, types, options in head_cases(capability):
-            print(json.dumps(compiled(kernel, constexprs, capability, types, options, "i32")), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("capability", nargs="*", type=int, default=[80, 90, 100])
+    parser.add_argument("--heads", action="store_true")
+    parser.add_argument("--table", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for capability in options.capability:
+        cases = []
+        if not options.heads and not options.table:
+            cases = [
+                (kernel, constexprs, {}, {}, "fp32") for kernel, constexprs in CASES if capability != 120
+            ]
+        found = tile_cases if options.heads or options.table else head_cases
+        cases += [(*case, "i32") for case in found(capability)]
+        for kernel, constexprs, types, compiler_options, scalar in cases:
+            record = compiled(kernel, constexprs, capability, types, compiler_options, scalar)
+            print(json.dumps(record), flush=True)
+            rows += [record["row"]] if "row" in record else []
+    if options.table:
+        with options.table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

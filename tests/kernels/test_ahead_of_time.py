@@ -2,12 +2,14 @@
 
 sm_120, which borrows sm_80's tiles, for the kernels that multiply."""
 
+import csv
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,21 @@ import pytest
 from ipvrm_kernels import backend
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TABLES = ROOT / "benchmarks/results/kernels"  # triton-VERSION.csv
+COMMAND = "PYTHONPATH=. python tests/kernels/compile_ahead.py 80 90 100 120 --table"
+PINNED = re.search(r"^triton==(\S+)$", (ROOT / ".ci/constraints.txt").read_text(), re.MULTILINE)[1]
+OTHERS = ("3.6.0", "3.7.1")
+RISE = 0.05  # of the instructions per logit, above which the test fails
+# instructions per logit of the epilogue on sm_90, in half precision, with the entropy
+MOST = dict(forward=7.0, groups=8.0)
 BUDGET = 120  # seconds, of the suite's twelve minutes; twice that fails
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes that one block can have
-CSRC = HERE.parents[1] / "csrc"
+CSRC = ROOT / "csrc"
 
 
 # what the test report (--junitxml F) keeps of each kernel; by hand: python tests/kernels/compile_ahead.py > F
-RESOURCES = ("registers", "shared", "spill_stores", "spill_loads", "wgmma", "tma")
+RESOURCES = ("registers", "shared", "spills", "wgmma", "tma", "programs", "epilogue", "start")
 
 
 def _name(record):
@@ -37,11 +47,11 @@ def nvcc():
     return found[0] if found else shutil.which("nvcc")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not backend.HAS_TRITON, reason="triton is not installed")
-def test_triton_kernels_compile_without_spills(tmp_path, record_property):
+def compile_all(folder, triton=None):
+    """The record of every kernel and architecture, by the Triton in this folder or the installed one."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)  # compile for real, whatever an earlier run left
+    env["TRITON_CACHE_DIR"] = str(folder)  # compile for real, whatever an earlier run left
+    env["PYTHONPATH"] = os.pathsep.join([*([str(triton)] if triton else []), str(ROOT)])
     command = [sys.executable, str(HERE / "compile_ahead.py")]
     runs = [
         subprocess.Popen(
@@ -58,25 +68,78 @@ def test_triton_kernels_compile_without_spills(tmp_path, record_property):
     finally:
         for run in runs:
             run.kill()
-    for record in records:
-        record_property(_name(record), {key: record[key] for key in RESOURCES})
+    return records
+
+
+def check(records):
+    """Every kernel is there, spills nothing, fits, and multiplies as it should."""
     written = {
-        name for path in (HERE.parents[1] / "ipvrm_kernels").rglob("*.py")
+        name for path in (ROOT / "ipvrm_kernels").rglob("*.py")
         for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())
     }  # fmt: skip
     compiled = {record["kernel"] for record in records}
     assert compiled == written, "compile_ahead.CASES and the kernels differ"
     for record in records:
-        assert record["spill_stores"] == 0 and record["spill_loads"] == 0, f"spills: {record}"
+        assert record["spills"] == 0, f"spills: {record}"
+        assert not record["faults"], record
         assert 0 < record["registers"] <= 255
         assert record["shared"] <= SHARED_LIMIT[record["sm"]], f"shared memory: {record}"
     tiled = [r for r in records if r["kernel"] in ("_head_stats_kernel", "_head_dz_kernel")]
     kinds = ("half", "master", "fp32")
     assert {(r["sm"], r["operands"]) for r in tiled} == {(s, kind) for s in SHARED_LIMIT for kind in kinds}
+    for sm in SHARED_LIMIT:
+        assert any(r["sm"] == sm and r["tma"] for r in tiled) == (sm >= 90), "operands come through TMA"
     for record in tiled:
-        assert (record["tma"] > 0) == (record["sm"] >= 90), f"operands do not come through TMA: {record}"
+        assert (record["tma"] > 0) == (record["constexprs"]["TMA"] == "True"), f"TMA: {record}"
         if record["sm"] == 90 and record["operands"] != "fp32":
             assert record["wgmma"] > 0, f"no wgmma: {record}"
+
+
+def check_cost(records, version):
+    """The epilogues are lean, and no dearer than in the table of this Triton version."""
+    rows = {row_key(record["row"]): record["row"] for record in records if "row" in record}
+    for kernel, most in MOST.items():
+        found = float(rows["90", kernel, "half", "entropy"]["epilogue"])
+        assert found <= most, f"{kernel}: {found} instructions a logit, at most {most}"
+    for key, row in committed(version).items():
+        assert key in rows, f"the table has {key}, which is not compiled: {COMMAND} {TABLES}/..."
+        for name in ("epilogue", "start"):
+            before, now = (float(x[name] or 0) for x in (row, rows[key]))
+            assert now <= before * (1 + RISE), f"{key}: {name} {before} -> {now} instructions a logit"
+    assert len(rows) == len(committed(version)), f"made anew by {COMMAND}"
+
+
+def row_key(row):
+    return row["sm"], row["kernel"], row["operands"], row["variant"]
+
+
+def committed(version):
+    with (TABLES / f"triton-{version}.csv").open() as file:
+        return {row_key(row): row for row in csv.DictReader(file)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="triton is not installed")
+def test_triton_kernels_compile_without_spills(tmp_path, record_property):
+    records = compile_all(tmp_path)
+    for record in records:
+        record_property(_name(record), {key: record[key] for key in RESOURCES})
+    check(records)
+    if metadata.version("triton") == PINNED:
+        check_cost(records, PINNED)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("version", OTHERS)
+def test_triton_kernels_compile_by_other_versions(version, tmp_path):
+    """In front of this torch: 3.6 is what today's GPU images have, beside torch 2.11."""
+    target = tmp_path / "triton"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
+    result = subprocess.run([*pip, f"triton=={version}"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    records = compile_all(tmp_path / "cache", target)
+    check(records)
+    check_cost(records, version)
 
 
 @pytest.mark.slow
