@@ -157,11 +157,12 @@ def operands(
     fits = device.type == "cpu" or weight.numel() * dtype.itemsize <= limit // 2
     weight = unit_rows(weight.to(dtype) if weight.dtype != dtype and fits else weight)
     kind = "fp32" if dtype == torch.float32 else "half" if weight.dtype == dtype else "master"
+    tma = _aligned(hidden) and _aligned(weight)
     if device.type == "cpu":
-        architecture, tma, programs = "interpreter", True, 3  # several items for each program
+        architecture, programs = "interpreter", 3  # several items for each program
     else:
         major = torch.cuda.get_device_capability(device)[0]
-        tma = major >= 9 and _aligned(hidden) and _aligned(weight)
+        tma = tma and major >= 9
         architecture = tiles_of(major if tma else 8)  # wider ones spill the addresses of pointers
         programs = torch.cuda.get_device_properties(device).multi_processor_count
     config = CONFIGS[architecture, kind].of(transform.softcap)
