@@ -74,7 +74,11 @@ def _heads(head: Head, device: str) -> Iterator[Result]:
             continue
         for op, impl in pairs:
             result = _judged(
-                op, impl, device, name, partial(heads.CHECKS[op], given=given, exact=exact, impl=impl)
+                op,
+                impl,
+                device,
+                name,
+                partial(heads.CHECKS[op], given=given, exact=exact.of(impl), impl=impl),
             )
             if result.right and impl != "torch" and not backend.INTERPRETED:  # the reference is no contender
                 calls = heads.timed(op, given, exact, impl)
