@@ -24,7 +24,8 @@ def given():
 
 def of_head(op, given, impl="cpp"):
     found = judge.Judge()
-    heads.CHECKS[op](found, *given, impl)
+    batch, exact = given
+    heads.CHECKS[op](found, batch, exact.of(impl), impl)
     return check.Result(op, impl, "cpu", "fp32", found.findings)
 
 
@@ -65,6 +66,13 @@ def test_the_expected_values_are_those_of_full_logits(given):
     torch.testing.assert_close(exact.gradients["logprobs"].weight, dweight[exact.tokens])
     assert exact.candidates.tolist() == (log_p.exp() >= heads.MIN_PROB).nonzero().tolist()
     assert exact.tokens.diff().max() <= heads.VOCABULARY_STEP  # no tile of 32 columns is left out
+
+
+def test_the_reference_alone_may_be_as_far_off_as_log_softmax(given):
+    exact = given[1]
+    assert exact.of("cpp") is exact and exact.reference_error > 0
+    assert exact.of("torch").allowed == exact.allowed + 2 * exact.reference_error
+    assert exact.of("torch").entropy_allowed > exact.entropy_allowed and exact.of("torch").lse is exact.lse
 
 
 @pytest.mark.parametrize("op", sequences.CHECKS)
