@@ -105,3 +105,11 @@ def adapter_entries(base: str | Path, base_hash: str, r: int, alpha: float | Non
     if not r:
         return None
     return {"folder": ADAPTER, "lora_r": r, "lora_alpha": alpha, "base": str(base), "base_hash": base_hash}
+
+
+def in_words(base: str, r: int) -> str:
+    """What is saved of a model with adapters on the weights of `base`, for the screen."""
+    return (
+        f"LoRA of rank {r} on {base}: saved are the merged weights, which every command reads, and the "
+        f"adapter alone in {ADAPTER}/"
+    )

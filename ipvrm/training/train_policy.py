@@ -37,7 +37,7 @@ from ipvrm.rollouts.engine import TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import VerifierPool
 from ipvrm.run_folder import settings_of
 from ipvrm.training import checkpoint
-from ipvrm.training.adapters import add_adapters, save_trained
+from ipvrm.training.adapters import add_adapters, in_words, save_trained
 from ipvrm.training.flags import filled
 from ipvrm.training.online_reward import FOLDER, OnlineReward, RewardInputs
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
@@ -136,6 +136,7 @@ class _Trainer:
         torch.manual_seed(config.seed)
         disable_dropout(model)
         if config.lora_r:
+            run.progress.note(in_words(config.model, config.lora_r))
             alpha, names = filled(config.lora_alpha), config.lora_target_modules
             model = add_adapters(model, config.lora_r, alpha=alpha, target_modules=names, saved=run.resumed)
         if config.gradient_checkpointing:

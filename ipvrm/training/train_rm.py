@@ -39,7 +39,7 @@ from ipvrm.models.reward_model import CONFIG_NAME, RewardModelInfo, reference_en
 from ipvrm.progress import peak_memory
 from ipvrm.run_folder import settings_of, versions
 from ipvrm.training import checkpoint
-from ipvrm.training.adapters import adapter_entries, add_adapters, save_trained
+from ipvrm.training.adapters import adapter_entries, add_adapters, in_words, save_trained
 from ipvrm.training.flags import filled
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.reward_config import RewardConfig, objective_of, resolve
@@ -160,6 +160,7 @@ class _Trainer:
         model = load_model(start, torch.float32)
         disable_dropout(model)
         if config.lora_r:
+            run.progress.note(in_words(config.model, config.lora_r))
             alpha, names = filled(config.lora_alpha), config.lora_target_modules
             model = add_adapters(model, config.lora_r, alpha=alpha, target_modules=names, saved=run.resumed)
         if config.gradient_checkpointing:

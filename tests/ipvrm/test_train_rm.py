@@ -368,6 +368,13 @@ def test_lora_scale_layers_and_checkpointing(config, tiny_folder):
     assert all(torch.allclose(got[n], want[n], rtol=1e-5, atol=1e-6) for n in want)
 
 
+def test_what_lora_saves_is_said(config, tiny_folder, capsys):
+    train_reward_model(config(lora_r=3, max_steps=1))
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert f"LoRA of rank 3 on {tiny_folder}: saved are the merged weights" in said
+    assert "the adapter alone in adapter/" in said
+
+
 def test_lora_settings_that_make_no_sense(config):
     for changes, reason in (
         ({"lora_alpha": 8.0}, "--lora_alpha belongs to --lora_r"),
