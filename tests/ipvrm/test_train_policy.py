@@ -895,7 +895,7 @@ def test_nan_in_the_reward_model_stops_the_run(config, toy, tmp_path, monkeypatc
 
 def test_class_means_have_their_counts_and_their_mean_over_beta_is_the_score_of_table_7(config):
     """Eq. 19: the mean over responses of V_T / (beta T); a step has few responses of a class at times."""
-    record = log_of(train(config(rm_update="frozen", rm_learning_rate=None)).output_dir)[-1]
+    record = log_of(train(config(rm_update="frozen")).output_dir)[-1]
     right, wrong = record["value_right_count"], record["value_wrong_count"]
     assert right + wrong == record["responses_trained"] and right > 0 < wrong
     pooled = (right * record["value_right"] + wrong * record["value_wrong"]) / (right + wrong)
@@ -942,14 +942,14 @@ def test_an_infinite_log_ratio_names_its_row(config, toy, monkeypatch, settings,
         sampled, *others = behaviour_of(model, batch, *rest)
         return ruled_out(sampled, batch, model), *others
 
-    forward, behaviour_of, load = (
+    forward, behaviour_of, made = (
         online_reward_module.ResponseLogprobs.forward,
         train_policy_module.behaviour,
-        online_reward_module.OnlineReward.load,
+        OnlineReward.__init__,
     )
 
-    def marked(self, *arguments):
-        load(self, *arguments)
+    def marked(self, *arguments, **more):
+        made(self, *arguments, **more)
         if self.reference is not None:
             self.reference.is_reference = True
 
@@ -958,7 +958,7 @@ def test_an_infinite_log_ratio_names_its_row(config, toy, monkeypatch, settings,
         monkeypatch.setattr(train_policy_module, "behaviour", behaviour)
     elif whose == "reward model":
         monkeypatch.setattr(online_reward_module.ResponseLogprobs, "forward", learnt_from)
-    monkeypatch.setattr(online_reward_module.OnlineReward, "load", marked)
+    monkeypatch.setattr(OnlineReward, "__init__", marked)
     with pytest.raises(IpvrmError, match=rf"step 1: {reason}.* \(under the {whose}, ") as error:
         train(config(**settings))
     prompt, sample, token = re.search(
