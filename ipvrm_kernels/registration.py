@@ -1,8 +1,9 @@
 """register: a torch.library op whose rules get its inputs by name, cheap to call.
 
 The sequence ops are small enough for dispatch to be most of their time. Forward and backward of a 64-token
-`prefix_value_loss` on the CPU, torch 2.13: 270 us by `torch.library.custom_op`, 174 us through
-`Library.define` with `torch.library.register_autograd`, 131 us like this. custom_op adds a check on every
+`segment_scan` on the CPU, torch 2.13, side by side: by `torch.library.custom_op` 1, through `Library.define`
+with `torch.library.register_autograd` 0.87, like this 0.59 (467, 408 and 278 us of a core of a busy machine,
+273, 238 and 146 at best). custom_op adds a check on every
 call that no output shares memory with an input or another output: functions registered here must see to it.
 `register_autograd` adds a generic autograd.Function; here it is written out.
 """

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import ipvrm_kernels
+
 README = Path(__file__).resolve().parents[2] / "ipvrm_kernels" / "README.md"
 
 
@@ -97,3 +99,19 @@ def test_temperature_per_row(ran):
     logits = ran["hidden"] @ ran["weight"].T / ran["T"][:, None]
     want = logits.log_softmax(-1).gather(1, ran["ids"][:, None])[:, 0]
     torch.testing.assert_close(ran["at_their_temperatures"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_leading_dimensions(ran):
+    want = ran["logprobs"].view(2, 6)
+    torch.testing.assert_close(ran["in_batches"].logprobs, want)
+    assert ran["in_batches"].lse.shape == want.shape
+
+
+def test_the_table_of_ops_fits_one_screen():
+    """Every public op in the top-level README, in at most 30 lines of at most 200 characters."""
+    text = (README.parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.split("## The ops, by the PyTorch they equal\n")[1].split("**No kernel of this release")[0]
+    lines = section.splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 200
+    table = [line for line in lines if line.startswith("| `")]
+    assert all(any(f"`{op}" in line.split("|")[1] for line in table) for op in ipvrm_kernels.OPS)
