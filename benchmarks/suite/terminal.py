@@ -19,7 +19,7 @@ from benchmarks.suite.tables import aims, cell, conditions, error, growth, milli
 
 COLOURS = dict(won="green", lost="bold red", level="yellow")
 AIM_COLOURS = dict(met="green", MISSED="bold red", unknown="yellow")
-PIPED_WIDTH = 150  # a file has no width of its own
+PIPED_WIDTH = 170  # a file has no width of its own
 BAR = 24  # characters of a ratio of one or more, at most
 
 
@@ -118,7 +118,7 @@ def case_table(rows: Sequence[Row]) -> Table:
     table.add_column("contender", no_wrap=True)
     columns = _columns(rows)
     judged = any(row.fp64_error is not None for row in rows)
-    accuracy = ["error against fp64"] if judged else []
+    accuracy = ["fp64 error"] if judged else []
     for name in ("ms", "p20", "p80", "ratio", *accuracy, *(name for name, _, _ in columns)):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True, width=BAR)
