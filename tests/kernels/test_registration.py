@@ -151,6 +151,30 @@ DOUBLE = {  # every op from x (7,), twice differentiable only where it says so
 
 
 @pytest.mark.parametrize("op", ipvrm_kernels.OPS)
+def test_no_op_goes_by_the_dispatcher_where_only_autograd_listens(op, monkeypatch):
+    """Head ops too, forward and backward; with a dispatch mode all of them do."""
+    kind, names = type(torch.ops.ipvrm.segment_scan.default), []
+    plain_call = kind.__call__
+
+    def call(self, *inputs, **options):
+        names.append(self.name())
+        return plain_call(self, *inputs, **options)
+
+    def forward_and_backward():
+        DOUBLE[op](X)
+        out = DOUBLE[op](X.clone().requires_grad_())
+        if out.requires_grad:
+            out.sum().backward()
+
+    monkeypatch.setattr(kind, "__call__", call)
+    forward_and_backward()
+    assert not [x for x in names if x.startswith("ipvrm::")]
+    with Seen() as seen:
+        forward_and_backward()
+    assert f"ipvrm::{op}" in seen.names and f"ipvrm::{op}" in names
+
+
+@pytest.mark.parametrize("op", ipvrm_kernels.OPS)
 def test_every_op_refuses_a_second_backward_in_the_same_words(op):
     x = X.clone().requires_grad_()
     out = DOUBLE[op](x)
