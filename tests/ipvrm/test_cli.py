@@ -31,6 +31,7 @@ def test_help_imports_nothing_heavy():
     assert all(name in done.stdout for name in COMMANDS)
 
 
+@pytest.mark.slow
 def test_import_ipvrm_is_cheap_and_lazy():
     done = run(
         "import sys, ipvrm\nprint('torch' in sys.modules)\nprint(ipvrm.RewardConfig.__name__)\nipvrm.nothing"

@@ -102,6 +102,7 @@ def again(demo, monkeypatch):
     return rerun
 
 
+@pytest.mark.slow
 def test_writes_everything_it_promises(demo):
     output, results = demo
     names = {path.name for path in output.iterdir()}
@@ -119,6 +120,7 @@ def test_writes_everything_it_promises(demo):
     assert len(rows) == 2 * 3 * 4 * 2  # models, formats, rules, protocols
 
 
+@pytest.mark.slow
 def test_training_data_holds_outcome_labels_only(demo):
     rows = pq.read_table(demo[0] / "rollouts" / "train.parquet").to_pylist()
     assert set(rows[0]) == {"prompt", "response", "label"}
@@ -132,6 +134,7 @@ def test_training_data_holds_outcome_labels_only(demo):
     assert not {row["prompt"] for row in rows} & set(held_out) and len(set(held_out)) == 48 + 64 + 8
 
 
+@pytest.mark.slow
 def test_table_follows_from_the_stored_scores(demo):
     """F1 again from test_scores.jsonl, labels from the verifier, thresholds from the validation traces."""
     output, results = demo
@@ -157,6 +160,7 @@ def test_table_follows_from_the_stored_scores(demo):
         assert by_format[0] != by_format[1] != by_format[2] != by_format[0]
 
 
+@pytest.mark.slow
 def test_best_of_n_holds_both_models_and_the_votes(demo):
     rows = demo[1]["best_of_n"]
     methods = {row["method"] for row in rows}
@@ -169,6 +173,7 @@ def test_best_of_n_holds_both_models_and_the_votes(demo):
         assert low <= accuracy[method, 4] <= high
 
 
+@pytest.mark.slow
 def test_finished_stages_are_reused(demo, again):
     output, results = demo
     before = (output / "evaluation" / "evaluation.json").stat().st_mtime_ns
@@ -179,6 +184,7 @@ def test_finished_stages_are_reused(demo, again):
     assert repeated["policies"] == results["policies"]
 
 
+@pytest.mark.slow
 def test_interrupted_stage_starts_afresh_and_gives_the_same_numbers(demo, again):
     output, results = demo
     (output / "reward-ipvrm" / "stage.json").unlink()  # as after a kill in the middle of the training
@@ -188,6 +194,7 @@ def test_interrupted_stage_starts_afresh_and_gives_the_same_numbers(demo, again)
     assert repeated["models"] == results["models"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["reward-ipvrm", "policy-grpo"])
 def test_an_interruption_says_what_the_same_command_will_do(demo, tmp_path, monkeypatch, stage):
     from ipvrm.training import train_rm
@@ -217,6 +224,7 @@ def test_another_choice_repeats_only_what_depends_on_it(demo, again):
     again()  # the module's other tests find the folder as it was
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_demo_says_how_to_get_the_picture(demo, again, monkeypatch):
     for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
@@ -228,6 +236,7 @@ def test_without_matplotlib_the_demo_says_how_to_get_the_picture(demo, again, mo
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_screen_shows_tables_and_conclusions(demo, again, capsys):
     run_demo(DemoConfig(str(demo[0])), progress=True, sizes=MINI)
     shown = capsys.readouterr()
@@ -333,6 +342,7 @@ def test_policies_are_called_better_only_where_the_numbers_say_so():
 # ------------------------------------------------------------------------------------------------- policies
 
 
+@pytest.mark.slow
 def test_policies_train_on_the_same_prompts_and_are_measured_on_others(demo):
     output, results = demo
     train, held_out = (
@@ -416,6 +426,7 @@ def test_picture_of_any_trace(tmp_path):
         assert path is not None and path.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_trace_of_the_picture_is_chosen_by_position(demo):
     trace = json.loads((demo[0] / "evaluation" / "trace.json").read_text())
     traces, lost = evaluation.read_traces(demo[0] / "rollouts" / "test.jsonl")

@@ -122,6 +122,7 @@ def test_a_response_that_never_ends_is_none(tokenizer):
     assert sample(model, tokenizer, [Problem(10, (10,))], per_problem=2, seed=0) == [[None, None]]
 
 
+@pytest.mark.slow
 def test_sampling_from_a_real_model_follows_its_distribution(tokenizer, model):
     """First tokens of the samples against the model's own probabilities; a second call repeats the first."""
     problem = Problem(47, (25, -13, 20))

@@ -57,6 +57,7 @@ def test_without_it_the_same_command_ends(tmp_path):
     assert not done.exists()
 
 
+@pytest.mark.slow
 def test_a_training_run_goes_on_without_its_output(tiny_folder, rollouts, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "ipvrm", "train-rm", "--model", str(tiny_folder)]
@@ -101,6 +102,7 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_a_handler_does_not_wait_for_a_reader():
     """A pipe that nobody reads is full; the text is lost."""
     code = """

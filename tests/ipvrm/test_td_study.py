@@ -151,6 +151,7 @@ def planted(td_of, prompts=40, seed=0):
     return records
 
 
+@pytest.mark.slow
 def test_a_planted_td_correlates_perfectly_and_a_shuffled_one_not():
     found = analyse(planted(lambda rate, rng: 5 * rate), resamples=300)["correlation"]["centred"]
     for kind in ("pearson", "spearman"):
@@ -347,6 +348,7 @@ def test_td_and_values_against_the_reward_model_by_hand(toy):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_batches_do_not_matter(toy, finished, tmp_path, monkeypatch):
     output, results = finished
     monkeypatch.setattr(td_study, "CHUNK_PROMPTS", 2)

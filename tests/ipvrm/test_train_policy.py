@@ -281,6 +281,7 @@ def test_the_other_ways_run(config, toy, changes):
 # ------------------------------------------------------------------------------- one update, by definition
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "sizes"),
     [
@@ -313,6 +314,7 @@ def test_the_split_does_not_matter(config, toy, changes, sizes):
             assert log_of(runs[size])[0][name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
 
+@pytest.mark.slow
 def test_without_alpha_distrl_is_grpo_prm(config):
     """The candidates are dropped before the op: the same bits in both models."""
     a = train(config("distrl", alpha=0.0, max_steps=2)).output_dir
@@ -1214,6 +1216,7 @@ def poison_an_advantage(patch, toy):
     patch.setattr(train_policy_module, "outcome_advantages", lambda *a, **k: advantages(*a, **k) / 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "expected", "reason"),
     [
@@ -1277,6 +1280,7 @@ def test_a_failure_that_cannot_be_saved_is_not_hidden(config, monkeypatch, targe
         train(settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 3])
 def test_an_evaluation_that_fails_loses_nothing(config, toy, monkeypatch, steps):
     """The step before it is in the log and saved; of the last step, the resumed run evaluates again."""

@@ -149,6 +149,7 @@ def test_the_released_command_takes_a_mean_per_sequence():
     assert objective_of(resolve(RewardConfig("m", "d", "o", preset="release"))).reduction == "sequence_mean"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["ipvrm", "implicit_prm"])
 @pytest.mark.parametrize("preset", ["paper", "release"])
 def test_the_split_does_not_matter(config, objective, preset):

@@ -25,12 +25,14 @@ def python(code, **env):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_import_needs_neither_transformers_nor_ipvrm():
     loaded = json.loads(python("import sys, json, ipvrm_kernels; print(json.dumps(list(sys.modules)))"))
     assert "torch" in loaded and "ipvrm_kernels.segment_scan" in loaded
     assert not {"transformers", "ipvrm", "accelerate", "numba"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_import_is_quick():
     """In CPU time, which other processes lengthen less, and with bytecode, as an installed package has it."""
     code = (
@@ -53,6 +55,7 @@ def test_table_names_every_op_and_reason():
     assert "segment_scan" in text and "triton: no, because" in text
 
 
+@pytest.mark.slow
 def test_unbuilt_tree_says_what_is_missing():
     """Everything runs in torch, and cpp says why not."""
     out = python(
@@ -74,6 +77,7 @@ def test_cpp_is_the_default_on_the_cpu():
     assert backend.choose("segment_scan", ipvrm_kernels.OPS["segment_scan"], None, x.double()) == "torch"
 
 
+@pytest.mark.slow
 def test_none_never_picks_triton_on_the_cpu():
     code = (
         "import torch, ipvrm_kernels as k; from ipvrm_kernels import backend;"

@@ -26,6 +26,7 @@ KERNELS = ("sequence_cuda.cu", "policy_cuda.cu", "faulty.cu")
 TIMEOUT = 60  # seconds of one case, the longest of which takes 2; all of this file: 60 on two idle cores
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
     pytest.mark.skipif(backend.INTERPRETED, reason="the parent process runs it"),
     pytest.mark.skipif(sys.platform != "linux", reason="fibers and linker sections as on Linux"),

@@ -83,6 +83,7 @@ def run_op(name, hidden, weight, ids, **options):
     return (logprobs, *torch.autograd.grad(logprobs.sum(), leaves))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["forward", "candidates", "trainable", "frozen", "distrl"])
 def test_scratch_memory_is_flat_in_rows(name, dtype, peak_bytes):

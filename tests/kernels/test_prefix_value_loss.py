@@ -258,6 +258,7 @@ def test_seeded_fault_dropped_carry_is_caught(edge):
             assert ((got - truth).abs().max() <= 1e-5 * truth.abs().max()) == passes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not backend.HAS_CPP, reason="the extension ipvrm_kernels._C is not built")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("weighting", ["uniform", "late", "early"])
