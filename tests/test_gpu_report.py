@@ -667,19 +667,36 @@ def test_a_dead_context_ends_the_process_at_once(tmp_path):
     [(17.0, False, 1.28, 1.07), (6.5, False, 1.107, 1.027), (6.5, True, 1.0, 1.0)],
 )
 def test_the_model_gives_the_studys_figures(monkeypatch, instructions, overlapped, small, large):
-    monkeypatch.setitem(roofline.INSTRUCTIONS, "stats", instructions)
+    monkeypatch.setitem(roofline.INSTRUCTIONS, "forward", instructions)
     gpu = roofline.rates("NVIDIA H200")
     for shape, wanted in zip(heads.shapes("cuda", False), (small, large), strict=True):
-        found = roofline.tile_ms("stats", shape, gpu, overlapped=overlapped) / roofline.matmul_ms(shape, gpu)
+        found = roofline.tile_ms("forward", shape, gpu, overlapped=overlapped) / roofline.matmul_ms(
+            shape, gpu
+        )
         assert found == pytest.approx(wanted, abs=0.01)
     shape = heads.shapes("cuda", False)[0]
     assert roofline.matmul_ms(shape, gpu) == pytest.approx(3.2, abs=0.05)  # of 8192 x 1024 x 151936
-    traffic = roofline.tile_ms("stats", shape._replace(D=16), gpu, writes=4e9)
+    traffic = roofline.tile_ms("forward", shape._replace(D=16), gpu, writes=4e9)
     assert traffic >= 4e9 / 4.3e9  # where bytes are the bound, they are
     assert roofline.rates("FAKE GPU") is None
 
 
+def test_instructions_come_from_the_table_of_the_machine_code(tmp_path):
+    assert roofline.counted(tmp_path, "3.6.0") == roofline.MOST
+    head = "sm,kernel,operands,variant,tile,warps,stages,registers,shared,spills,programs,epilogue,start\n"
+    rows = (
+        "90,forward,half,entropy,t,8,3,168,1,0,1,{},0.50\n90,forward,half,,t,8,3,168,1,0,1,4.00,0.50\n"
+        "90,forward,fp32,entropy,t,8,3,168,1,0,1,40.00,\n80,groups,half,entropy,t,8,3,168,1,0,1,9.00,\n"
+        "90,dz,half,,t,8,3,168,1,0,1,11.00,\n90,saved,half,,t,8,3,168,1,0,1,,\n"
+    )
+    (tmp_path / "triton-3.6.0.csv").write_text(head + rows.format("6.00"))
+    (tmp_path / "triton-3.7.1.csv").write_text(head + rows.format("7.00"))
+    assert roofline.counted(tmp_path, "3.6.0") == dict(forward=6.5, dz=11.0)
+    assert roofline.counted(tmp_path, "9.9.9") == dict(forward=7.5, dz=11.0)
+
+
 def test_ops_are_modelled_by_their_kernels(monkeypatch):
+    monkeypatch.setattr(roofline, "INSTRUCTIONS", dict(forward=17.0, groups=18.0))
     monkeypatch.setattr(roofline, "_device_name", lambda: "NVIDIA H200")
     shape = heads.shapes("cuda", False)[0]
     ms = {kind: roofline.expected(kind, shape, ["triton", "triton x", "cuda"], "cuda") for kind in
@@ -729,6 +746,7 @@ def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp
         event("aten::mm", 0, 6), event("sm90_xmma_gemm", 300, 3), event("elementwise", 30, 3),
     ]  # fmt: skip
     large = heads.shapes("cuda", False)[0]
+    monkeypatch.setattr(roofline, "INSTRUCTIONS", dict(forward=17.0))
     found = headline.kernel_rows("trainable", large, times, roofline.rates("NVIDIA H200"))
     assert [(one["kernel"], one["calls"]) for one in found] == [
         ("matmul", 3),

@@ -11,19 +11,42 @@ report prints both.
 
 from __future__ import annotations
 
+import csv
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.suite.heads import Shape
+from benchmarks.suite.machine import ROOT
 
-# thread instructions of a logit behind the matmul, counted in the SASS of sm_90; a kernel that is not here is
-# modelled without
-INSTRUCTIONS = dict(stats=17.0, groups=18.0)
+TABLES = ROOT / "benchmarks/results/kernels"  # triton-VERSION.csv, of tests/kernels/compile_ahead.py --table
+VARIANTS = dict(forward="entropy", groups="entropy", saved="", dz="")  # the rows of the table that are meant
+# without a table: the most that tests/kernels/test_ahead_of_time.py allows; other kernels are modelled
+# without
+MOST = dict(forward=7.0, groups=8.0)
 LAUNCH = 0.003  # ms of one small kernel
 LANES = 128  # instructions that an SM may issue a clock, of threads
 # of those, what a serial epilogue reaches: puts 17 instructions a logit at 0.28 of the matmul at D = 1024
 ISSUED = 0.7
 L2_ROWS = 16 << 20  # bytes of hidden that one sweep over the weight works on, as in triton_tiles.ROWS_IN_L2
 BLOCK_V = 256  # columns whose partial statistics are stored
+
+
+def counted(folder: Path, triton: str) -> dict[str, float]:
+    """{kernel with tiles: thread instructions of a logit behind the matmul, in the machine code of sm_90 and
+    half precision}, from the table of this Triton version or else the newest."""
+    files = sorted(folder.glob("triton-*.csv"))
+    if not files:
+        return dict(MOST)
+    own = folder / f"triton-{triton}.csv"
+    with (own if own in files else files[-1]).open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if (row["sm"], row["operands"]) == ("90", "half")]
+    return {
+        row["kernel"]: sum(float(row[name] or 0) for name in ("epilogue", "start"))
+        for row in rows
+        if row["epilogue"] and VARIANTS.get(row["kernel"]) == row["variant"]
+    }
 
 
 class Rates(NamedTuple):
@@ -39,6 +62,7 @@ class Rates(NamedTuple):
         return self.sms * LANES * ISSUED * self.ghz * 1e6
 
 
+INSTRUCTIONS = counted(TABLES, metadata.version("triton") if find_spec("triton") else "")
 RATES = {"H200": Rates(790, 4.3, 132, 1.98)}
 
 
@@ -85,12 +109,12 @@ def kernels(kind: str, shape: Shape, gpu: Rates, overlapped: bool = False) -> di
         return tile_ms(name, shape, gpu, writes=writes, overlapped=overlapped)
 
     if kind == "forward":
-        return {"_head_stats_kernel": tile("stats"), **common}
+        return {"_head_stats_kernel": tile("forward"), **common}
     if kind == "candidates":
         return {"_head_stats_kernel": tile("groups", 4 * N * V / 32), **common}
     if kind == "trainable":
         dz = tile("dz", logits)
-        return {"_head_stats_kernel": tile("stats"), "_head_dz_kernel": dz, "matmul": 2 * vendor, **common}
+        return {"_head_stats_kernel": tile("forward"), "_head_dz_kernel": dz, "matmul": 2 * vendor, **common}
     saved = tile("saved", logits)
     count = {"frozen": 1, "distrl_loss": 2}[kind]
     return {"_head_stats_kernel": saved, "matmul": count * vendor, **common}
