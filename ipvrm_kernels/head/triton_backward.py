@@ -68,7 +68,8 @@ def _head_dz_kernel(
     tl.assume(D > 0)
     for item in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=FLATTEN):
         row_block, column_block = _tile_position(item, row_blocks, column_blocks, ROW_GROUP)
-        row, column = row_block * BLOCK_N, start + column_block * BLOCK_V
+        row, at = row_block * BLOCK_N, column_block * BLOCK_V
+        column = start + at
         a = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)  # (BLOCK_N, BLOCK_V)
         for k in tl.range(0, D, BLOCK_D):
             h = _load_tile(hidden, row, k, N, D, hidden_stride, BLOCK_N, BLOCK_D, TMA)  # (BLOCK_N, BLOCK_D)
@@ -81,6 +82,7 @@ def _head_dz_kernel(
             a = tl.dot(h, w.T, a, input_precision="ieee")  # (BLOCK_N, BLOCK_V)
         rows = row + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
         columns = column + tl.arange(0, BLOCK_V)  # (BLOCK_V,)
+        local = at + tl.arange(0, BLOCK_V)  # (BLOCK_V,) in da, known to be aligned, which `start` is not
         if HAS_BIAS:
             bias = tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)  # (BLOCK_V,)
             a += bias[None, :]
@@ -106,12 +108,12 @@ def _head_dz_kernel(
             dense = tl.where((rows < count)[:, None], dense, 0.0)  # (BLOCK_N, BLOCK_V) whatever a row holds
         if SCATTER:
             targets = tl.load(target_ptr + rows, mask=rows < count, other=0)  # (BLOCK_N,)
-            where = targets[:, None] * C + (columns - start)[None, :]  # (BLOCK_N, BLOCK_V)
+            where = targets[:, None] * C + local[None, :]  # (BLOCK_N, BLOCK_V)
             tl.store(da + where, dense.to(da.dtype.element_ty), mask=(rows < count)[:, None])
         elif TMA:
-            da.store([row, column - start], dense.to(da.dtype))
+            da.store([row, at], dense.to(da.dtype))
         else:
-            where = rows.to(tl.int64)[:, None] * C + (columns - start)[None, :]  # (BLOCK_N, BLOCK_V)
+            where = rows.to(tl.int64)[:, None] * C + local[None, :]  # (BLOCK_N, BLOCK_V)
             tl.store(da + where, dense.to(da.dtype.element_ty), mask=(rows < N)[:, None])
 
 

@@ -55,7 +55,7 @@ FLOATS = (
     "inverse_divisor",
 )
 INTEGERS = ("count", "N", "B", "K", "num_halvings", "row0", "num_rows", "num_blocks")
-ALIGNED = ("D", "C", "hidden_stride", "weight_stride")  # multiples of 16, as in every model
+ALIGNED = ("C", "D", "hidden_stride", "weight_stride")  # multiples of 16, as in every model; C always
 # kernel, constexprs of its main configurations
 CASES = [
     (segment_scan._segment_scan_kernel, {"DECAYED": True, "REVERSE": True, "BLOCK_T": 1024}),
@@ -225,7 +225,7 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
         if scalar == "i32" and (
-            name in ALIGNED and types.get("aligned", True) or signature[name].startswith("*")
+            name in ALIGNED[: None if types.get("aligned", True) else 1] or signature[name].startswith("*")
         )
     }  # fmt: skip
     source = ASTSource(kernel, signature, constexprs, attributes)
