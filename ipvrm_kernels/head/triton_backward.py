@@ -133,6 +133,22 @@ def _zero_rows_kernel(
 
 
 @triton.jit
+def _gather_rows_kernel(
+    x_ptr,  # (N, D)
+    order_ptr,  # (N,)
+    count_ptr,  # () rows to copy, the first of N
+    out_ptr,  # (N, D)
+    D, stride,  # scalars; stride of x
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(count_ptr):
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+        values = tl.load(x_ptr + tl.load(order_ptr + row) * stride + columns, mask=columns < D)  # (BLOCK,)
+        tl.store(out_ptr + row * D + columns, values, mask=columns < D)
+
+
+@triton.jit
 def _column_sums_kernel(
     x_ptr,  # (N, C)
     factor_ptr,  # (N,)
@@ -159,6 +175,14 @@ def zero_rows(x: Tensor, flags: Tensor) -> None:
     """x (N, C) = 0 in rows whose flag (N,) is set; the others are not touched."""
     if len(x):
         _zero_rows_kernel[(len(x),)](x, flags, x.stride(0), BLOCK=4096)
+
+
+def gather_rows(x: Tensor, order: Tensor, count: Tensor, out: Tensor) -> None:
+    """out (N, D) [i] = x[order[i]] for i < count (); the other rows are neither read nor written."""
+    N, D = out.shape
+    if N:
+        BLOCK = 4096 if backend.INTERPRETED else 1024
+        _gather_rows_kernel[(N, triton.cdiv(D, BLOCK))](x, order, count, out, D, x.stride(0), BLOCK=BLOCK)
 
 
 def add_column_sums(out: Tensor, x: Tensor, factor: Tensor | None = None) -> None:

@@ -198,6 +198,8 @@ def head_cases(capability):
         yield triton_ids._id_gradients_kernel, sparse, types, {}
         yield triton_ids._patch_kernel, dict(ZERO=False, BLOCK=256), types, {}
         yield triton_backward._zero_rows_kernel, dict(BLOCK=4096), types, {}
+        copied = {**types, "order_ptr": "*i64", "out_ptr": f"*{own}"}
+        yield triton_backward._gather_rows_kernel, dict(BLOCK=1024), copied, {}
         sums = dict(HAS_FACTOR=True, BLOCK_N=32, BLOCK_C=128)
         yield triton_backward._column_sums_kernel, sums, types, {}
         rows = dict(ROUND=tl.bfloat16, BLOCK_N=8, BLOCK_D=256)
