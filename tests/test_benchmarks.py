@@ -764,7 +764,7 @@ key = ("interpreter", "half")
 trial = sweep.Trial(key, Shape(160, 40, 896, torch.bfloat16, 3), "cpu")
 config = sweep.config_of(*key, "forward")
 for kernel in sweep.KERNELS:
-    for tried in (config, config._replace(BLOCK_N=64, BLOCK_V=64)):
+    for tried in (config, config._replace(BLOCK_N=64, BLOCK_V=64), config._replace(flatten=True)):
         assert trial(kernel, tried) > 0, kernel
 partial_stats, launch_dz = triton_forward._partial_stats, triton_backward.launch_dz
 
