@@ -204,12 +204,14 @@ def _sweep(sweep: Mapping[str, Any]) -> str:
     lines = [
         f"Sweep of the Triton head's tiles, {sweep['architecture']} {sweep['kind']}, {sweep['shape']}: "
         f"{len(sweep['tried'])} configurations, {len(tried)} ran.", "",
-        "| configuration | ms |", "|---|--:|",
+        "| kernel | configuration | ms |", "|---|---|--:|",
     ]  # fmt: skip
     for one in sorted(tried, key=lambda one: one["ms"]):
-        marks = [name for name in ("start", "winner") if one["config"] == sweep[name]]
+        marks = [name for name in ("start", "winner") if one["config"] == sweep[name][one["kernel"]]]
         text = " ".join(f"{key}={value}" for key, value in one["config"].items())
-        lines.append(f"| {text}{' (' + ', '.join(marks) + ')' if marks else ''} | {one['ms']:.3f} |")
+        lines.append(
+            f"| {one['kernel']} | {text}{' (' + ', '.join(marks) + ')' if marks else ''} | {one['ms']:.3f} |"
+        )
     return "\n".join(lines)
 
 

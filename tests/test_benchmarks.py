@@ -7,6 +7,8 @@ import importlib
 import itertools
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 import types
@@ -37,8 +39,9 @@ from benchmarks import (  # noqa: E402
 from benchmarks.gpu import small, sweep  # noqa: E402
 from benchmarks.suite import exact, heads, machine, measure, models, peers, sequences, tables  # noqa: E402
 from benchmarks.suite.measure import Case, Row, Target  # noqa: E402
-from ipvrm_kernels.backend import HAS_CPP  # noqa: E402
+from ipvrm_kernels.backend import HAS_CPP, HAS_TRITON  # noqa: E402
 from ipvrm_kernels.head import tuned  # noqa: E402
+from ipvrm_kernels.head.triton_tiles import CONFIGS  # noqa: E402
 from ipvrm_kernels.linear_logprobs import LinearLogprobs  # noqa: E402
 
 
@@ -686,56 +689,51 @@ def test_no_implementation_to_watch_is_an_error(monkeypatch):
 
 # --------------------------------------------------------------------------------------------------- sweep
 
-HALF = sweep.CONFIGS["sm_90", "half"]
+SM_90 = ("sm_90", "half")
+HALF = sweep.config_of(*SM_90, "forward")
 
 
-def test_neighbours_differ_in_one_field_and_fit():
-    near = sweep.neighbours(HALF, "sm_90", "half")
-    assert near and all(sum(a != b for a, b in zip(HALF, other, strict=True)) == 1 for other in near)
-    assert all(sweep.fits(other, "sm_90", "half") for other in near)
-    assert not sweep.fits(HALF._replace(num_warps=4), "sm_90", "half")  # 256 accumulators a thread
-    assert not sweep.fits(HALF._replace(num_stages=5), "sm_90", "half")  # 240 KiB of shared memory
-    for (architecture, kind), config in sweep.CONFIGS.items():
-        assert architecture == "interpreter" or sweep.fits(config, architecture, kind), (architecture, kind)
+def test_two_programs_of_an_sm_fit_where_registers_and_shared_memory_allow():
+    two = sweep.Config(128, 128, 64, 4, 3, 2)  # the compiler's report: 239 registers, 98 KB
+    assert sweep.fits(two, *SM_90, "forward")
+    assert not sweep.fits(two._replace(num_stages=4), *SM_90, "forward")  # 2 x 128 KB
+    assert not sweep.fits(two, *SM_90, "dz")  # 2 x 128 KB with the result
+    assert sweep.fits(two._replace(num_stages=2), *SM_90, "dz")
+    assert not sweep.fits(two._replace(num_warps=8), *SM_90, "forward")  # 16 warps of more than 128 registers
+    assert not sweep.fits(two._replace(BLOCK_V=256, num_stages=2), *SM_90, "forward")  # 256 accumulators
+    assert not sweep.fits(HALF._replace(num_stages=5), *SM_90, "forward")  # 240 KiB
 
 
-def test_search_descends_within_its_time():
-    def cost(config):
-        return None if config.BLOCK_V == 64 else abs(config.BLOCK_D - 128) + 10 * config.num_stages
-
-    prepared, kept = [], []
-
-    def tried(rounds):
-        left = iter([1.0] * rounds)
-        return sweep.search(
-            HALF,
-            lambda c: sweep.neighbours(c, "sm_90", "half"),
-            lambda configs: prepared.append(configs) or configs,
-            cost,
-            lambda: next(left, 0.0),
-            lambda tried: kept.append(dict(tried)),
-        )
-
-    found = tried(1000)
-    assert cost(sweep.fastest(found)) == min(ms for ms in found.values() if ms is not None) < cost(HALF)
-    assert next(iter(found)) == HALF and prepared
-    assert list(tried(0)) == [HALF]
-    assert 1 < len(tried(3)) <= 4
-    assert sweep.fastest({HALF: None}) == HALF
-    assert prepared[0] == [HALF, *sweep.neighbours(HALF, "sm_90", "half")]  # side by side, the first one too
-    assert kept[0] == {HALF: cost(HALF)} and [len(x) for x in kept].count(1) == 3  # after each one tried
-    late = sweep.search(
-        HALF, lambda c: sweep.neighbours(c, "sm_90", "half"), lambda configs: configs[1:2], cost, lambda: 1.0,
-        lambda tried: None,
-    )  # fmt: skip
-    first = sweep.neighbours(HALF, "sm_90", "half")[0]
-    assert list(late)[:2] == [HALF, first]  # what was not compiled in time is not timed
+@pytest.mark.parametrize(("architecture", "kind"), [key for key in CONFIGS if key[0] != "interpreter"])
+def test_each_kernel_has_a_fixed_list_of_configurations(architecture, kind):
+    for kernel in sweep.KERNELS:
+        start, *others = sweep.choices(kernel, architecture, kind)
+        assert start == sweep.config_of(architecture, kind, kernel)
+        assert all(sweep.fits(config, architecture, kind, kernel) for config in (start, *others))
+        assert 4 <= len(others) < sweep.LENGTH and start not in others
+        # another BLOCK_V can win only if every kernel has it
+    shared = set.intersection(
+        *({c.BLOCK_V for c in sweep.choices(kernel, architecture, kind)} for kernel in sweep.KERNELS)
+    )
+    assert len(shared) >= 2
 
 
-def test_every_kind_of_every_architecture_can_be_swept():
-    for architecture, kind in sweep.CONFIGS:
-        if architecture != "interpreter":
-            assert sweep.neighbours(sweep.CONFIGS[architecture, kind], architecture, kind)
+def test_the_list_has_two_programs_and_one_pipeline_across_tiles():
+    forward = sweep.choices("forward", *SM_90)
+    assert any(c.programs_per_sm == 2 and c.BLOCK_V == 128 for c in forward)
+    assert any(c.flatten for c in forward)
+
+
+def test_winners_share_the_columns_of_a_tile():
+    wide, narrow = HALF, HALF._replace(BLOCK_V=128)
+    tried = {kernel: {wide: 10.0, narrow: 9.0} for kernel in sweep.KERNELS}
+    tried["dz"] = {wide: 10.0, narrow: 14.0, wide._replace(num_stages=2): 9.5}
+    assert sweep.winners(tried) == dict.fromkeys(sweep.KERNELS, wide) | {"dz": wide._replace(num_stages=2)}
+    tried["dz"][narrow] = 11.0
+    assert sweep.winners(tried) == dict.fromkeys(sweep.KERNELS, narrow)
+    tried["saved"][narrow] = None  # wrong there: none of it wins
+    assert sweep.winners(tried)["forward"] == wide
+    assert sweep.winners({"forward": {wide: None}}) == {"forward": wide}
 
 
 @pytest.mark.slow
@@ -745,128 +743,132 @@ def test_compiling_aside_ends_at_its_deadline(monkeypatch):
     processes = []
 
     def popen(command, **options):
+        assert command[-2] == "groups"
         processes.append(plain([sys.executable, "-c", code, command[-1]], **options))
         return processes[-1]
 
     monkeypatch.setattr(sweep.subprocess, "Popen", popen)
     start = time.monotonic()
     slow, quick = HALF._replace(num_stages=2), HALF._replace(num_stages=4)
-    assert sweep.compile_aside([slow, quick], "half", 8.0) == [quick] and time.monotonic() - start < 30
-    assert all(process.poll() is not None for process in processes)
+    assert sweep.compile_aside("groups", [slow, quick], "half", 8.0) == [quick]
+    assert time.monotonic() - start < 30 and all(process.poll() is not None for process in processes)
 
 
-@pytest.fixture
-def fake_trial(monkeypatch):
-    """A Trial on the CPU, whose ops are the reference and whose tiles are looked up as on sm_90."""
-    calls = []
+TRIAL = """
+import torch
+from benchmarks.gpu import sweep
+from benchmarks.suite.heads import Shape
+from ipvrm_kernels.head import triton_backward, triton_forward, triton_tiles
 
-    def on_cpu(name):
-        op = getattr(ipvrm_kernels, name)
+key = ("interpreter", "half")
+trial = sweep.Trial(key, Shape(160, 40, 896, torch.bfloat16, 3), "cpu")
+config = sweep.config_of(*key, "forward")
+for kernel in sweep.KERNELS:
+    for tried in (config, config._replace(BLOCK_N=64, BLOCK_V=64), config._replace(flatten=True)):
+        assert trial(kernel, tried) > 0, kernel
+partial_stats, launch_dz = triton_forward._partial_stats, triton_backward.launch_dz
 
-        def run(*given, impl, max_workspace_bytes=None, **options):
-            weight = given[1]
-            calls.append((name, weight.dtype, weight.requires_grad, options.get("softcap")))
-            return op(*given, impl="torch", **options)
+def left_out(run):  # the last program's tiles, unless each has one
+    def launch(ops, *rest):
+        run(ops, *rest)
+        if ops.programs < 4:
+            rest[1 if run is launch_dz else 2 if rest[2] is not None else 1].view(-1)[-1] = float("nan")
+    return launch
 
-        return run
-
-    for name in ("linear_logprobs", "linear_candidates", "linear_distrl_loss"):
-        monkeypatch.setattr(sweep, name, on_cpu(name))
-
-    def operands(hidden, weight, bias, transform, limit):
-        fits = weight.numel() * hidden.element_size() <= limit // 2
-        kind = "half" if weight.dtype == hidden.dtype or fits else "master"
-        return types.SimpleNamespace(config=sweep.CONFIGS["sm_90", kind])
-
-    monkeypatch.setattr(sweep.triton_tiles, "operands", operands)
-    for key in list(sweep.CONFIGS):
-        monkeypatch.setitem(sweep.CONFIGS, key, sweep.CONFIGS[key])
-    return calls
-
-
-@pytest.mark.parametrize("kind", ["half", "master"])
-def test_a_trial_runs_what_the_tiles_are_for(kind, fake_trial, capsys):
-    shape = heads.Shape(24, 16, 101, torch.bfloat16, 3)
-    trial = sweep.Trial(("sm_90", kind), shape, "cpu")
-    assert trial(sweep.CONFIGS["sm_90", kind]) > 0, capsys.readouterr().err
-    weight = torch.bfloat16 if kind == "half" else torch.float32
-    runs = set(fake_trial)
-    assert {("linear_logprobs", weight, trained, None) for trained in (True, False)} <= runs
-    assert ("linear_distrl_loss", weight, True, None) in runs
-    assert ("linear_logprobs", weight, True, sweep.SOFTCAP) in runs
-    assert any(run[0] == "linear_candidates" for run in runs) == (kind == "half")
-    assert trial(HALF._replace(num_stages=5)) is not None  # the table is read anew
+triton_forward._partial_stats, triton_backward.launch_dz = left_out(partial_stats), left_out(launch_dz)
+assert [trial(kernel, config) for kernel in sweep.KERNELS] == [None] * 4
+triton_forward._partial_stats, triton_backward.launch_dz = partial_stats, launch_dz
+for kernel in sweep.KERNELS:  # as wrong in both grids
+    trial.expected[kernel] = [x * 1.1 for x in trial.expected[kernel]]
+assert [trial(kernel, config) for kernel in sweep.KERNELS] == [None] * 4
+try:
+    sweep.Trial(("sm_90", "half"), Shape(160, 40, 896, torch.bfloat16, 3), "cpu")
+except RuntimeError as error:
+    assert "the ops use the tiles of" in str(error)
+else:
+    raise AssertionError("tiles that the ops do not use")
+"""
 
 
-def test_a_trial_of_tiles_that_the_ops_do_not_use_is_an_error(fake_trial):
-    trial = sweep.Trial(("sm_80", "half"), heads.Shape(24, 16, 101, torch.bfloat16, 3), "cpu")
-    with pytest.raises(RuntimeError, match="do not use the tiles"):
-        trial(HALF._replace(num_stages=5))
-
-
-def test_a_trial_that_is_wrong_is_not_timed(fake_trial, monkeypatch, capsys):
-    trial = sweep.Trial(("sm_90", "half"), heads.Shape(24, 16, 101, torch.bfloat16, 3), "cpu")
-    assert trial(HALF) is not None
-    right = trial.frozen
-    trial.frozen = lambda: tuple(part * 1.1 for part in right())  # the stored path alone
-    assert trial(HALF) is None and "AssertionError" in capsys.readouterr().err
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_a_trial_checks_bits_before_it_times():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", TRIAL], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_a_master_weight_is_not_copied_in_its_sweep():
     shape = heads.shapes("cuda", True)[0]
-    limit = sweep.workspace("master", shape)
     copy = shape.V * shape.D * shape.dtype.itemsize
-    assert limit // 2 < copy < limit and sweep.workspace("half", shape) is None
+    limit = sweep.workspace("master", shape)
+    assert limit // 2 < copy < limit and sweep.workspace("half", shape) // 2 >= copy
 
 
-def test_a_sweep_writes_as_it_goes_and_fails_without_a_time(monkeypatch, tmp_path, capsys):
+def test_a_sweep_writes_as_it_goes_and_fails_without_a_time(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "describe", lambda: dict(FAKE_MACHINE))
     monkeypatch.setattr(sweep, "architecture", lambda: "sm_90")
     monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sweep, "compile_aside", lambda configs, kind, seconds: configs)
-    written, found = tmp_path / "sweep.json", []
+    monkeypatch.setattr(sweep, "compile_aside", lambda kernel, configs, kind, seconds: configs[:-1])
+    written, found, seen = tmp_path / "sweep.json", [], []
     monkeypatch.setattr(sweep, "write_tuned", found.append)
 
     def trial(key, shape):
-        def evaluate(config):
-            if written.is_file():
-                found.append(len(json.loads(written.read_text())["tried"]))
-            return {HALF.num_stages: 10.0, 2: 8.0}.get(config.num_stages, 11.0)
+        def evaluate(kernel, config):
+            seen.append(len(json.loads(written.read_text())["tried"]) if written.is_file() else 0)
+            return 8.0 if config.num_stages == 2 else 10.0 if config.BLOCK_V == 256 else 11.0
 
         return evaluate
 
     monkeypatch.setattr(sweep, "Trial", trial)
     flags = ["--json", str(written), "--seconds", "60", "--write"]
-    assert sweep.main(flags) == 0 and found[0] == 1
-    assert any(isinstance(x, dict) and x["config"]["num_stages"] == 2 for x in found)
+    assert sweep.main(flags) == 0 and seen == list(range(len(seen)))
     content = json.loads(written.read_text())
-    assert content["winner"]["num_stages"] == 2 and content["winner_ms"] == 8.0
-    monkeypatch.setattr(sweep, "Trial", lambda key, shape: lambda config: None)
+    expected = {kernel: sweep.choices(kernel, *SM_90)[:-1] for kernel in sweep.KERNELS}  # compiled in time
+    assert [(one["kernel"], one["config"]) for one in content["tried"]] == [
+        (kernel, config._asdict()) for kernel, configs in expected.items() for config in configs
+    ]
+    assert content["start_ms"] == 40.0 and content["winner_ms"] < 40.0
+    assert len({config["BLOCK_V"] for config in content["winner"].values()}) == 1
+    assert {entry["kernel"] for entry in found[0]} == set(sweep.KERNELS)
+    monkeypatch.setattr(sweep, "Trial", lambda key, shape: lambda kernel, config: None)
     assert sweep.main(flags) == 1
 
 
-def test_the_winner_becomes_the_default_if_it_gains(monkeypatch, tmp_path):
+def swept(ms):
+    tried = {kernel: {HALF: 10.0, HALF._replace(num_stages=2): ms} for kernel in sweep.KERNELS}
+    return sweep.report(SM_90, heads.shapes("cuda", True)[0], tried)
+
+
+def test_the_winners_become_the_defaults_if_they_gain(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "describe", lambda: dict(FAKE_MACHINE))
     better = HALF._replace(num_stages=2)
-    shape = heads.shapes("cuda", True)[0]
-    new = sweep.entry(sweep.report(("sm_90", "half"), shape, {HALF: 10.0, better: 9.0}))
-    assert new["config"] == better._asdict() and new["device"] == "FAKE GPU"
-    assert sweep.entry(sweep.report(("sm_90", "half"), shape, {HALF: 10.0, better: 9.9})) is None
-    assert sweep.entry(sweep.report(("sm_90", "half"), shape, {HALF: None})) is None
+    new = sweep.entries(swept(9.0))
+    assert [entry["kernel"] for entry in new] == list(sweep.KERNELS)
+    assert new[0]["config"] == better._asdict() and new[0]["device"] == "FAKE GPU"
+    assert sweep.entries(swept(9.9)) == [] == sweep.entries(swept(None))
     file = tmp_path / "tuned.json"
     file.write_text('{"configs": []}')
-    for entry in (new | dict(config=HALF._asdict()), new):  # a later sweep takes the place of an earlier one
-        sweep.write_tuned(entry, file)
-    table = {("sm_90", "half"): HALF, ("sm_80", "half"): HALF}
-    tuned.overlay(table, file)
-    assert table == {("sm_90", "half"): better, ("sm_80", "half"): HALF}
-    file.write_text('{"configs": [{"architecture": "sm_90", "kind": "half", "config": {"BLOCK_Q": 1}}]}')
-    with pytest.raises(ValueError, match="BLOCK_Q"):
-        tuned.overlay(table, file)
+    earlier = [entry | dict(config=HALF._asdict()) for entry in new]
+    for entries in (earlier, new):  # a later sweep takes the place of an earlier one
+        sweep.write_tuned(entries, file)
+    table, departures = {SM_90: HALF, ("sm_80", "half"): HALF}, {(*SM_90, "dz"): dict(num_stages=3)}
+    tuned.overlay(table, departures, file)
+    assert table == {SM_90: better, ("sm_80", "half"): HALF} and departures[(*SM_90, "dz")] == {}
+    dz = dict(architecture="sm_90", kind="half", kernel="dz")
+    file.write_text(json.dumps(dict(configs=[dict(dz, config=dict(num_warps=4))])))
+    tuned.overlay(table, departures, file)
+    assert table[SM_90] == better and departures[(*SM_90, "dz")] == dict(num_warps=4)
+    for config, said in ((dict(BLOCK_Q=1), "BLOCK_Q"), (dict(BLOCK_V=64), "the forward's BLOCK_V")):
+        file.write_text(json.dumps(dict(configs=[dict(dz, config=config)])))
+        with pytest.raises(ValueError, match=said):
+            tuned.overlay(table, departures, file)
 
 
 def test_the_committed_tuning_names_known_entries_and_is_packaged():
-    tuned.overlay(dict(sweep.CONFIGS))  # raises otherwise
+    tuned.overlay(dict(CONFIGS), {})  # raises otherwise
     _, _, package_data = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")
     assert '"head/tuned.json"' in package_data
 
@@ -881,8 +883,12 @@ def test_the_results_page_quotes_the_files_and_their_losses():
     ]
     rows = [row("matmul", 2, base=2), row("cpp", 4, base=2), row("eager", 2.5, base=2), *curve]
     sweep_result = dict(
-        architecture="sm_90", kind="half", shape="FAKE", start=HALF._asdict(), winner=HALF._asdict(),
-        tried=[dict(config=HALF._asdict(), ms=1.5), dict(config={"BLOCK_N": 1}, ms=None)],
+        architecture="sm_90", kind="half", shape="FAKE", start=dict(dz=HALF._asdict()),
+        winner=dict(dz=HALF._asdict()),
+        tried=[
+            dict(kernel="dz", config=HALF._asdict(), ms=1.5),
+            dict(kernel="dz", config={"BLOCK_N": 1}, ms=None),
+        ],
     )  # fmt: skip
     parts = dict(
         sweep=dict(status="passed", seconds=3.0, sweep=sweep_result),

@@ -43,10 +43,11 @@ def configurations() -> list[Config]:
 
 
 def label(config: Config) -> str:
-    """triton 128x256x64 8 warps 3 stages, and the programs on an SM if there are several."""
+    """triton 128x256x64 8 warps 3 stages, then what is not the usual: programs on an SM, one pipeline."""
     tiles = "x".join(str(size) for size in config[:3])
     beside = f" {config.programs_per_sm} a SM" if config.programs_per_sm > 1 else ""
-    return f"triton {tiles} {config.num_warps} warps {config.num_stages} stages{beside}"
+    flattened = " flattened" if config.flatten else ""
+    return f"triton {tiles} {config.num_warps} warps {config.num_stages} stages{beside}{flattened}"
 
 
 def forward(hidden: Tensor, weight: Tensor, sampled: Tensor, config: Config) -> Any:

@@ -68,7 +68,8 @@ def _head_dz_kernel(
     tl.assume(D > 0)
     for item in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=FLATTEN):
         row_block, column_block = _tile_position(item, row_blocks, column_blocks, ROW_GROUP)
-        row, column = row_block * BLOCK_N, start + column_block * BLOCK_V
+        row, at = row_block * BLOCK_N, column_block * BLOCK_V
+        column = start + at
         a = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)  # (BLOCK_N, BLOCK_V)
         for k in tl.range(0, D, BLOCK_D):
             h = _load_tile(hidden, row, k, N, D, hidden_stride, BLOCK_N, BLOCK_D, TMA)  # (BLOCK_N, BLOCK_D)
@@ -81,6 +82,7 @@ def _head_dz_kernel(
             a = tl.dot(h, w.T, a, input_precision="ieee")  # (BLOCK_N, BLOCK_V)
         rows = row + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
         columns = column + tl.arange(0, BLOCK_V)  # (BLOCK_V,)
+        local = at + tl.arange(0, BLOCK_V)  # (BLOCK_V,) in da, known to be aligned, which `start` is not
         if HAS_BIAS:
             bias = tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)  # (BLOCK_V,)
             a += bias[None, :]
@@ -106,12 +108,12 @@ def _head_dz_kernel(
             dense = tl.where((rows < count)[:, None], dense, 0.0)  # (BLOCK_N, BLOCK_V) whatever a row holds
         if SCATTER:
             targets = tl.load(target_ptr + rows, mask=rows < count, other=0)  # (BLOCK_N,)
-            where = targets[:, None] * C + (columns - start)[None, :]  # (BLOCK_N, BLOCK_V)
+            where = targets[:, None] * C + local[None, :]  # (BLOCK_N, BLOCK_V)
             tl.store(da + where, dense.to(da.dtype.element_ty), mask=(rows < count)[:, None])
         elif TMA:
-            da.store([row, column - start], dense.to(da.dtype))
+            da.store([row, at], dense.to(da.dtype))
         else:
-            where = rows.to(tl.int64)[:, None] * C + (columns - start)[None, :]  # (BLOCK_N, BLOCK_V)
+            where = rows.to(tl.int64)[:, None] * C + local[None, :]  # (BLOCK_N, BLOCK_V)
             tl.store(da + where, dense.to(da.dtype.element_ty), mask=(rows < N)[:, None])
 
 
@@ -128,6 +130,22 @@ def _zero_rows_kernel(
             columns = first + tl.arange(0, BLOCK)  # (BLOCK,)
             zeros = tl.zeros((BLOCK,), x_ptr.dtype.element_ty)  # (BLOCK,)
             tl.store(x_ptr + row * C + columns, zeros, mask=columns < C)
+
+
+@triton.jit
+def _gather_rows_kernel(
+    x_ptr,  # (N, D)
+    order_ptr,  # (N,)
+    count_ptr,  # () rows to copy, the first of N
+    out_ptr,  # (N, D)
+    D, stride,  # scalars; stride of x
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(count_ptr):
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+        values = tl.load(x_ptr + tl.load(order_ptr + row) * stride + columns, mask=columns < D)  # (BLOCK,)
+        tl.store(out_ptr + row * D + columns, values, mask=columns < D)
 
 
 @triton.jit
@@ -157,6 +175,14 @@ def zero_rows(x: Tensor, flags: Tensor) -> None:
     """x (N, C) = 0 in rows whose flag (N,) is set; the others are not touched."""
     if len(x):
         _zero_rows_kernel[(len(x),)](x, flags, x.stride(0), BLOCK=4096)
+
+
+def gather_rows(x: Tensor, order: Tensor, count: Tensor, out: Tensor) -> None:
+    """out (N, D) [i] = x[order[i]] for i < count (); the other rows are neither read nor written."""
+    N, D = out.shape
+    if N:
+        BLOCK = 4096 if backend.INTERPRETED else 1024
+        _gather_rows_kernel[(N, triton.cdiv(D, BLOCK))](x, order, count, out, D, x.stride(0), BLOCK=BLOCK)
 
 
 def add_column_sums(out: Tensor, x: Tensor, factor: Tensor | None = None) -> None:

@@ -54,6 +54,7 @@ from .triton_backward import (
     add_column_sums,
     add_product,
     chunk_columns,
+    gather_rows,
     gradients,
     launch_dz,
     zero_rows,
@@ -130,9 +131,10 @@ def rewrite_far_rows(
         far &= wanted
     ref = torch.where(far, top, saved.ref)
     order = torch.sort((~far).to(torch.int8), stable=True)[1]
-    torch.index_select(ops.hidden, 0, order, out=scratch)
+    count = far.sum(dtype=torch.int32)
+    gather_rows(ops.hidden, order, count, scratch)  # moves nothing where no row is far
     zero, sorted_ref = torch.zeros_like(ref), ref[order]
-    rows = Rows(order, None, sorted_ref, zero, zero, zero - 1, None, far.sum(dtype=torch.int32))
+    rows = Rows(order, None, sorted_ref, zero, zero, zero - 1, None, count)
     launch_dz(ops.of_rows(scratch), rows, saved.values, 0, 1.0, order)
     return ref
 

@@ -47,13 +47,13 @@ KERNELS = ("forward", "groups", "saved", "dz")  # that multiply
 CONFIGS: dict[tuple[str, str], Config] = {
     ("sm_90", "half"): Config(128, 256, 64, 8, 4, softcap_V=128),
     ("sm_90", "master"): Config(128, 128, 64, 8, 3),
-    ("sm_90", "fp32"): Config(64, 64, 32, 8, 3, 2),
+    ("sm_90", "fp32"): Config(64, 64, 32, 8, 3),
     ("sm_100", "half"): Config(128, 128, 64, 8, 4),
     ("sm_100", "master"): Config(128, 128, 64, 8, 3),
-    ("sm_100", "fp32"): Config(64, 64, 32, 8, 3, 2),
+    ("sm_100", "fp32"): Config(64, 64, 32, 8, 3),
     ("sm_80", "half"): Config(128, 128, 32, 8, 4, softcap_V=64),
     ("sm_80", "master"): Config(128, 64, 32, 8, 3),
-    ("sm_80", "fp32"): Config(64, 64, 16, 8, 3, 2),
+    ("sm_80", "fp32"): Config(64, 64, 16, 8, 3),
     ("interpreter", "half"): Config(128, 128, 16, 4, 1),
     ("interpreter", "fp32"): Config(128, 128, 16, 4, 1),
 }

@@ -55,7 +55,7 @@ FLOATS = (
     "inverse_divisor",
 )
 INTEGERS = ("count", "N", "B", "K", "num_halvings", "row0", "num_rows", "num_blocks")
-ALIGNED = ("D", "C", "hidden_stride", "weight_stride")  # multiples of 16, as in every model
+ALIGNED = ("C", "D", "hidden_stride", "weight_stride")  # multiples of 16, as in every model; C always
 # kernel, constexprs of its main configurations
 CASES = [
     (segment_scan._segment_scan_kernel, {"DECAYED": True, "REVERSE": True, "BLOCK_T": 1024}),
@@ -198,6 +198,8 @@ def head_cases(capability):
         yield triton_ids._id_gradients_kernel, sparse, types, {}
         yield triton_ids._patch_kernel, dict(ZERO=False, BLOCK=256), types, {}
         yield triton_backward._zero_rows_kernel, dict(BLOCK=4096), types, {}
+        copied = {**types, "order_ptr": "*i64", "out_ptr": f"*{own}"}
+        yield triton_backward._gather_rows_kernel, dict(BLOCK=1024), copied, {}
         sums = dict(HAS_FACTOR=True, BLOCK_N=32, BLOCK_C=128)
         yield triton_backward._column_sums_kernel, sums, types, {}
         rows = dict(ROUND=tl.bfloat16, BLOCK_N=8, BLOCK_D=256)
@@ -225,7 +227,7 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
         if scalar == "i32" and (
-            name in ALIGNED and types.get("aligned", True) or signature[name].startswith("*")
+            name in ALIGNED[: None if types.get("aligned", True) else 1] or signature[name].startswith("*")
         )
     }  # fmt: skip
     source = ASTSource(kernel, signature, constexprs, attributes)

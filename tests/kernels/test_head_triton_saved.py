@@ -87,6 +87,21 @@ def test_hard_rows(impl, device, level):
     check(case(level=level), device)
 
 
+@pytest.mark.parametrize("far", [[], [3, 7]])
+def test_only_far_rows_are_moved(impl, device, far):
+    """Where no row is far nothing is: neither copies of rows nor values."""
+    hidden, weight = torch.randn(10, 24, device=device), torch.randn(200, 24, device=device)
+    ops = triton_forward.operands(hidden, weight, None, Transform(1.0, None, 1.0, torch.float32))
+    values = torch.empty(10, saved.padded_columns(ops), device=device)
+    s, kept = saved.saved_stats(ops, hidden.new_empty(10, 0), False, values)
+    kept.ref[far] -= 50.0
+    before, scratch = values.clone(), torch.full_like(hidden, 7.0)
+    ref = saved.rewrite_far_rows(ops, kept, s.top, None, scratch)
+    assert torch.equal(scratch[: len(far)], hidden[far]) and (scratch[len(far) :] == 7.0).all()
+    moved = (values != before).any(1).nonzero()[:, 0].tolist()
+    assert moved == far and torch.equal(ref[far], s.top[far])
+
+
 def far_case(jump, V=700):
     """Odd rows' best token is the last of the vocabulary, `jump` above the first tile and the ids."""
     hidden, weight, bias, ids, g = case(V=V)
