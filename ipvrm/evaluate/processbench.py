@@ -219,10 +219,8 @@ def _scores(
 
 def _model_key(config: EvalConfig, info: Any) -> dict[str, Any]:
     """What stored scores depend on, besides the data."""
-    from ipvrm.models.causal_lm import weights_hash
-
     return {
-        "model": weights_hash(config.model),
+        "model": info.weights_hash,
         "reference": info.reference_hash,
         "beta": info.beta,
         "template": info.template_hash,

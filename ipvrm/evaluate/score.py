@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from ipvrm.data.rows import BadRow, OnBadRow, report_bad_rows
 from ipvrm.errors import IpvrmError
-from ipvrm.models.causal_lm import weights_hash
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, Score
 from ipvrm.progress import Progress
 from ipvrm.run_folder import FREE, begin_or_go_on, publish, remove_leftovers, settings_of, write_text
@@ -186,7 +185,7 @@ def _settings(config: ScoreConfig, reward_model: RewardModel) -> dict[str, Any]:
     info = reward_model.info
     return settings_of(config) | {
         "input_hash": hashlib.sha256(Path(config.input).read_bytes()).hexdigest(),
-        "model_hash": weights_hash(config.model),
+        "model_hash": info.weights_hash,
         "reference_hash": info.reference_hash,
         "template_hash": info.template_hash,
         "objective": info.objective,

@@ -219,7 +219,7 @@ def _settings(config: TdConfig, reward_model: RewardModel) -> dict[str, Any]:
         "records": RECORDS,
         "data_hash": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
         "policy_hash": weights_hash(config.policy),
-        "reward_model_hash": weights_hash(config.reward_model),
+        "reward_model_hash": reward_model.info.weights_hash,
         "reference_hash": reward_model.info.reference_hash,
     }
 
