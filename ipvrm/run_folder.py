@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ipvrm.errors import IpvrmError
+from ipvrm.errors import IpvrmError, cause
 
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
@@ -89,8 +89,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise IpvrmError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise IpvrmError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise IpvrmError(f"{path} is not valid JSON: {cause(error)}") from error
 
 
 class JsonlLog:

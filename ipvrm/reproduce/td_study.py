@@ -28,7 +28,6 @@ kept as they are finished, a file each; the same command goes on behind them.
 """
 
 import functools
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -39,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ipvrm.data.files import file_hash
 from ipvrm.data.rows import OnBadRow, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import finite_or_none
@@ -217,7 +217,7 @@ def _settings(config: TdConfig, reward_model: RewardModel) -> dict[str, Any]:
     """What decides the numbers of a prompt."""
     return settings_of(config) | {
         "records": RECORDS,
-        "data_hash": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
+        "data_hash": file_hash(config.data),
         "policy_hash": weights_hash(config.policy),
         "reward_model_hash": reward_model.info.weights_hash,
         "reference_hash": reward_model.info.reference_hash,

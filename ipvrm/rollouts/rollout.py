@@ -13,6 +13,7 @@ import torch
 
 from ipvrm.data.batches import length_sorted_microbatches
 from ipvrm.data.chat import tokenizer_hash
+from ipvrm.data.files import file_hash
 from ipvrm.data.rows import OnBadRow, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, max_positions, weights_hash
@@ -252,7 +253,7 @@ def _made_from(config: RolloutConfig) -> dict[str, Any]:
         if (path := folder / name).is_file():
             digest.update(path.read_bytes())
     return settings_of(config) | {
-        "input_hash": hashlib.sha256(Path(config.input).read_bytes()).hexdigest(),
+        "input_hash": file_hash(config.input),
         "model_hash": weights_hash(config.model),
         "tokenizer_files_hash": digest.hexdigest(),
     }
