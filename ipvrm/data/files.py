@@ -26,12 +26,12 @@ AGAIN = "download or copy it again"
 
 
 class Record(NamedTuple):
-    """`file:row` is where it stands (a line of JSON lines, else a record, from 1); `index` counts over all
+    """`file:row` is where it stands (a line of JSON lines, else a record, from 1); `number` counts over all
     shards and is `row` in the first; `value` is the parsed record, or the ValueError in its place."""
 
     file: str
     row: int
-    index: int
+    number: int
     value: Any
 
 
@@ -164,7 +164,7 @@ def _json(file: Path, may_be_list: bool) -> Iterator[tuple[int, Any]]:
 
     compression = COMPRESSIONS.get(file.suffix)
     with reading(file, "cannot be read", AGAIN):
-        source = io.BufferedReader(pyarrow.input_stream(str(file), compression=compression))  # type: ignore[arg-type]
+        source = io.BufferedReader(pyarrow.input_stream(str(file), compression=compression))
         start = source.peek(4096)
     with source:
         if start.startswith((b"\xff\xfe", b"\xfe\xff")):

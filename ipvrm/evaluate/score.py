@@ -1,7 +1,6 @@
 """`ipvrm score`: JSONL of problem and steps in, JSONL of step scores out, in the same order."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from ipvrm.evaluate.scoring import one_by_one
 from ipvrm.lock import locked
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, Score
 from ipvrm.progress import Progress
-from ipvrm.run_folder import FREE, begin_or_go_on, publish, remove_leftovers, settings_of
+from ipvrm.run_folder import FREE, begin_or_go_on, finished_lines, publish, remove_leftovers, settings_of
 from ipvrm.steps import STEP_FORMAT, STEP_SEPARATOR, check_step_format
 
 WORDS = {
@@ -98,7 +97,7 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
     what = f"the unfinished work in {folder} (delete it to start afresh)"
     begin_or_go_on(folder / "settings.json", _settings(config, reward_model), what, WORDS)
     partial = folder / "scores.jsonl"
-    written, done = _finished(partial)
+    written, done = finished_lines(partial)
     if done:
         shown.note(f"going on behind line {done}")
     remaining = (item for item in _read(config.input) if isinstance(item, _Item) and item.line > done)
@@ -202,24 +201,6 @@ def _settings(config: ScoreConfig, reward_model: RewardModel) -> dict[str, Any]:
         "objective": info.objective,
         "beta": info.beta,
     }
-
-
-def _finished(partial: Path) -> tuple[int, int]:
-    """How many lines an interrupted run has written, and the number of the last; a torn one is cut off."""
-    count = last = whole = 0
-    if not partial.is_file():
-        return 0, 0
-    with open(partial, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                last = int(json.loads(line)["line"])
-            except (ValueError, KeyError, TypeError):
-                break  # blocks that a dead machine has not written; what is behind them is scored again
-            count, whole = count + 1, whole + len(line)
-    os.truncate(partial, whole)
-    return count, last
 
 
 def main(config: ScoreConfig) -> None:

@@ -25,7 +25,7 @@ class SolutionScores:
     by_rule: dict[str, list[float]]  # rule -> S scores
 
 
-def one_by_one(score: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R | str]:
+def one_by_one(score: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R | str]:
     """`score(items)`; where it raises IpvrmError, item by item, and for what it refuses the reason."""
     try:
         return [*score(items)]
