@@ -16,6 +16,7 @@ from ipvrm.data.chat import tokenizer_hash
 from ipvrm.data.files import file_hash
 from ipvrm.data.rows import OnBadRow, read_prompts
 from ipvrm.errors import IpvrmError
+from ipvrm.lock import locked
 from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, max_positions, weights_hash
 from ipvrm.progress import Progress
 from ipvrm.rollouts.answers import Job, as_questions, response_text, sample
@@ -92,8 +93,13 @@ def roll_out(config: RolloutConfig, progress: bool = True) -> dict[str, Any]:
         IpvrmError: settings out of range, unreadable input, a model that cannot be loaded, or bad rows under
             `on_bad_row="error"`.
     """
-    sampling, output = _check(config), Path(config.output)
-    shown = Progress(enabled=progress)
+    sampling, shown = _check(config), Progress(enabled=progress)
+    with locked(config.output):
+        return _roll_out(config, sampling, shown)
+
+
+def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dict[str, Any]:
+    output = Path(config.output)
     prompts, bad = read_prompts(config.input, config.on_bad_row, limit=config.limit)
     made_from = _made_from(config)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
