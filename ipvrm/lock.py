@@ -47,6 +47,9 @@ def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
             with suppress(OSError):
                 path.unlink()  # before the lock goes: whoever waits for the old file sees that it is gone
             os.close(descriptor)
+        if folder:
+            with suppress(OSError):
+                os.rmdir(output)  # where nothing was written: refused settings leave no empty folder
 
 
 def check_writable(output: str | Path, *, folder: bool = False) -> None:

@@ -1,5 +1,6 @@
 """What is written to disk, so that an interruption leaves either the old file or the new one, never half."""
 
+import hashlib
 import json
 import os
 import platform
@@ -291,6 +292,19 @@ def save_folder(path: str | Path) -> Iterator[Path]:
     else:
         os.rename(temporary, path)
     _sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder, which is renamed first: a killed process leaves no half of it under its name."""
+    removed = path.with_name(f".{path.name}.{os.getpid()}.removed.tmp")
+    os.rename(path, removed)
+    shutil.rmtree(removed)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def move_into(source: Path, folder: Path, *, last: str) -> None:
