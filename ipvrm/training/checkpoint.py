@@ -155,7 +155,7 @@ def find_checkpoint(output_dir: str | Path, resume_from: str, note: Callable[[st
         found = newest_whole(output_dir, note)
         if found is None and _all(output_dir):
             raise IpvrmError(
-                f"--resume_from_checkpoint auto: none of the checkpoints in {output_dir} is whole; delete them to "
+                f"--resume_from_checkpoint auto: no checkpoint in {output_dir} is whole; delete them to "
                 "start afresh, or name another --output_dir"
             )
         return found

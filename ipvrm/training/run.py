@@ -110,11 +110,13 @@ class Run:
                 raise IpvrmError(
                     f"--output_dir {self.output} is a model that the run starts from; it would be overwritten"
                 )
-        self.resumed = checkpoint.resumed_from(
-            self.output, config.resume_from_checkpoint, mark, self.progress.note
-        )
         finished = (self.output / mark).exists() and (self.output / RESULTS).exists()
         self.finished = finished and config.resume_from_checkpoint == checkpoint.AUTO
+        self.resumed: Path | None = None
+        if not self.finished:  # else its checkpoints do not matter
+            self.resumed = checkpoint.resumed_from(
+                self.output, config.resume_from_checkpoint, mark, self.progress.note
+            )
         self.state = None if self.resumed is None else checkpoint.load_state(self.resumed)
         self.start = 0 if self.state is None else int(self.state["step"])
         self.total = 0

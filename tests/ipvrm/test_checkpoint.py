@@ -36,7 +36,7 @@ def files_of(path):
 
 def found(output):
     said = []
-    return find_checkpoint(output, "latest", said.append), said
+    return find_checkpoint(output, "auto", said.append), said
 
 
 def test_whole_ones_are_whole(tmp_path):
@@ -94,8 +94,8 @@ def test_when_all_are_damaged_there_is_none(tmp_path):
     for step in (1, 2):
         flip(make(tmp_path, step) / "model.safetensors", step)
     said = []
-    with pytest.raises(IpvrmError, match="no complete checkpoint"):
-        find_checkpoint(tmp_path, "latest", said.append)
+    with pytest.raises(IpvrmError, match="no checkpoint in .* is whole; delete them"):
+        find_checkpoint(tmp_path, "auto", said.append)
     assert len(said) == 2
 
 
