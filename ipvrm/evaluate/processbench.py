@@ -31,7 +31,7 @@ from ipvrm.evaluate.thresholds import (
     sweep,
     trivial_baselines,
 )
-from ipvrm.lock import locked
+from ipvrm.output import locked
 from ipvrm.run_folder import (
     FREE,
     begin_or_go_on,

@@ -45,6 +45,7 @@ from ipvrm.evaluate.thresholds import finite_or_none
 from ipvrm.losses.metrics import auc
 from ipvrm.models.causal_lm import load_model, load_tokenizer, max_positions, weights_hash
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
+from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.reproduce.correlation import bootstrap, centred, less, partial, pearson, spearman
 from ipvrm.reproduce.td_branches import FRACTIONS, Brancher, BranchOptions
@@ -140,6 +141,11 @@ def study(config: TdConfig, progress: bool = True) -> dict[str, Any]:
             `on_bad_row="error"`, or an output folder with a study of other settings.
     """
     _check(config)
+    with locked(config.output_dir, folder=True):
+        return _study(config, progress)
+
+
+def _study(config: TdConfig, progress: bool) -> dict[str, Any]:
     shown, output = Progress(enabled=progress), Path(config.output_dir)
     tokenizer = load_tokenizer(config.policy)
     accelerator = None if config.use_cpu else torch.accelerator.current_accelerator()

@@ -28,7 +28,7 @@ from ipvrm.data.rows import (
     turns,
 )
 from ipvrm.errors import IpvrmError
-from ipvrm.lock import locked
+from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.rollouts.verify import MEMORY_GB, OUTCOMES, TIMEOUT_SECONDS, Outcome, Verdict, VerifierPool
 from ipvrm.run_folder import (

@@ -16,8 +16,8 @@ from ipvrm.data.chat import tokenizer_hash
 from ipvrm.data.files import file_hash
 from ipvrm.data.rows import OnBadRow, read_prompts
 from ipvrm.errors import IpvrmError
-from ipvrm.lock import locked
 from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, max_positions, weights_hash
+from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.rollouts.answers import Job, as_questions, response_text, sample
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids

@@ -17,8 +17,8 @@ import yaml
 
 from ipvrm.data.chat import preset_template_kwargs
 from ipvrm.errors import FailedAlike, IpvrmError
-from ipvrm.lock import locked
 from ipvrm.models.causal_lm import load_tokenizer
+from ipvrm.output import locked
 from ipvrm.progress import Interrupt, Progress
 from ipvrm.run_folder import (
     JsonlLog,

@@ -9,7 +9,7 @@ import ipvrm
 ROOT = Path(ipvrm.__file__).parent
 FLOORS = (  # from the bottom up; a name is a module of the package or one of its folders
     ("errors",),
-    ("run_folder", "steps", "progress", "output", "lock"),
+    ("run_folder", "steps", "progress", "output"),
     ("data", "losses"),
     ("models",),
     ("rollouts",),

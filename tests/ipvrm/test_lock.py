@@ -13,10 +13,10 @@ import pytest
 
 from ipvrm import IpvrmError
 from ipvrm.cli import main
-from ipvrm.lock import check_writable, lock_path, locked
+from ipvrm.output import check_writable, lock_path, locked
 
 HOLD = """import sys, time
-from ipvrm.lock import locked
+from ipvrm.output import locked
 with locked(sys.argv[1], folder=sys.argv[2] == "folder"):
     print("held", flush=True)
     time.sleep(100)
@@ -65,7 +65,7 @@ def test_of_many_at_once_one_wins_at_a_time(tmp_path):
     script = """import sys, time
 from pathlib import Path
 from ipvrm.errors import IpvrmError
-from ipvrm.lock import locked
+from ipvrm.output import locked
 number = Path(sys.argv[1])
 for _ in range(10):
     while True:

@@ -189,6 +189,20 @@ def test_an_adapter_is_called_one(tiny_folder, tmp_path):
                 read(folder)
 
 
+def test_a_pickled_adapter_is_not_loaded(tiny_folder, tmp_path):
+    from ipvrm.training.adapters import ADAPTER, add_adapters, save_trained
+
+    saved = tmp_path / "saved"
+    save_trained(add_adapters(load_model(tiny_folder), 2, alpha=2.0), saved)
+    add_adapters(load_model(tiny_folder), 2, alpha=2.0, saved=saved)
+    (saved / ADAPTER / "adapter_model.safetensors").unlink()
+    Evil.mark = tmp_path / "ran"
+    torch.save({"weight": Evil()}, saved / ADAPTER / "adapter_model.bin")
+    with pytest.raises(IpvrmError, match="adapter_model.safetensors: no such file"):
+        add_adapters(load_model(tiny_folder), 2, alpha=2.0, saved=saved)
+    assert not Evil.mark.exists()
+
+
 # ------------------------------------------------------------------------------------------ code and kernels
 
 CODE = """from pathlib import Path

@@ -502,7 +502,7 @@ def test_a_flipped_bit_costs_a_checkpoint_and_not_the_run(uninterrupted, tmp_pat
 
 
 def test_two_runs_do_not_share_a_folder(uninterrupted, tmp_path):
-    from ipvrm.lock import locked
+    from ipvrm.output import locked
 
     folder = tmp_path / "run"
     with locked(folder, folder=True), pytest.raises(IpvrmError, match=r"another run writes there \(pid \d+"):
