@@ -1,5 +1,5 @@
-"""What a command writes to: streams that never end its run (a closed pipe, a closed terminal, a full disk behind
-`>`), and outputs that it alone holds: what two runs write together belongs to neither.
+"""What a command writes to: streams that never end its run (a closed pipe, a closed terminal, a full disk
+behind `>`), and outputs that it alone holds: what two runs write together belongs to neither.
 
 A lock is `flock`'s: the kernel drops it when the process ends, however it ends, so none is ever left over.
 """
