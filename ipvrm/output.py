@@ -96,6 +96,7 @@ def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
     Raises:
         IpvrmError: it cannot be written, is of the other kind, or another run holds it (which one, is said).
     """
+    made = folder and not os.path.lexists(output)
     check_writable(output, folder=folder)
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -109,7 +110,7 @@ def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink()  # before the lock goes: whoever waits for the old file sees that it is gone
             os.close(descriptor)
-        if folder:
+        if made:
             with contextlib.suppress(OSError):
                 os.rmdir(output)  # where nothing was written: refused settings leave no empty folder
 

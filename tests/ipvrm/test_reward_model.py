@@ -133,7 +133,7 @@ def test_a_failed_save_leaves_what_was_there(reward_model, home, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("ipvrm.models.reward_model.write_info", fails)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(IpvrmError, match="cannot be written: no space left on device"):
         reward_model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
