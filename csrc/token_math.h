@@ -27,28 +27,41 @@ IPVRM_HD float exp_reduced(float r) {
   return p * r + 1.0f;
 }
 
+// x rounded to a whole number n, as a float and as the low bits of an integer. The conversion of a NaN, or of what no
+// integer holds, is undefined in C++; here they give some bits, and whoever multiplies by x gets its NaN.
+struct Whole {
+  float value;
+  uint32_t bits;
+};
+IPVRM_HD Whole whole(float x) {
+  const float shifted = x + 12582912.0f;  // 1.5 * 2^23: the lowest bits become n, for |x| < 2^22
+  uint32_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  return {shifted - 12582912.0f, bits - 0x4B400000u};
+}
+
+// 2^n as a float, n from -126 to 127; n = -127 gives 0. Unsigned: a negative number must not be shifted.
+IPVRM_HD float power_of_two(uint32_t n) {
+  const uint32_t bits = (n + 127u) << 23;
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
 // exp(x) for x in [-88, 0] to 1 ulp or so (a little above 0 is fine); 0 below -87.68, where it would be denormal.
 IPVRM_HD float exp_in_range(float x) {
-  const int32_t n = static_cast<int32_t>(x * 1.44269504f - 0.5f);  // truncation rounds to nearest for x <= 0
-  const float nf = static_cast<float>(n);
-  const float r = (x - nf * 0.693359375f) + nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
-  const int32_t bits = (n + 127) << 23;                           // n = -127 gives a scale of 0
-  float scale;
-  memcpy(&scale, &bits, sizeof scale);
-  return exp_reduced(r) * scale;
+  const Whole n = whole(x * 1.44269504f);
+  const float r = (x - n.value * 0.693359375f) + n.value * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
+  return exp_reduced(r) * power_of_two(n.bits);
 }
 
 // exp(-|z|) to 1 ulp; 1.6e-38 where |z| > 87 (no denormals). NaN stays NaN.
 IPVRM_HD float exp_negative_abs(float z) {
   const float a = fabsf(z);
   const float x = a > 87.0f ? 87.0f : a;
-  const int32_t n = static_cast<int32_t>(x * 1.44269504f + 0.5f);  // truncation rounds to nearest for x >= 0
-  const float nf = static_cast<float>(n);
-  const float r = (nf * 0.693359375f - x) - nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
-  const int32_t bits = (127 - n) << 23;
-  float scale;
-  memcpy(&scale, &bits, sizeof scale);
-  return exp_reduced(r) * scale;
+  const Whole n = whole(x * -1.44269504f);
+  const float r = (-x - n.value * 0.693359375f) + n.value * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
+  return exp_reduced(r) * power_of_two(n.bits);
 }
 
 // exp(x) for x <= 0 (a little above is fine), 0 below -87.68; NaN stays NaN.
@@ -58,18 +71,11 @@ IPVRM_HD float exp_nonpositive(float x) { return exp_in_range(x < -88.0f ? -88.0
 IPVRM_HD float exp_any(float x) {
   const float low = x < -104.0f ? -104.0f : x;
   const float c = low > 89.0f ? 89.0f : low;
-  const float shifted = c * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its lowest bits become round(c / ln 2)
-  const float nf = shifted - 12582912.0f;
-  const float r = (c - nf * 0.693359375f) + nf * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
-  uint32_t bits;
-  memcpy(&bits, &shifted, sizeof bits);
-  const int32_t n = static_cast<int32_t>(bits - 0x4B400000u);
-  const int32_t half = n >> 1;  // 2^n in two factors: n = 128 and n = -149 are no exponents of a float
-  const uint32_t first = static_cast<uint32_t>(half + 127) << 23, second = static_cast<uint32_t>(n - half + 127) << 23;
-  float a, b;
-  memcpy(&a, &first, sizeof a);
-  memcpy(&b, &second, sizeof b);
-  return exp_reduced(r) * a * b;
+  const Whole n = whole(c * 1.44269504f);
+  const float r = (c - n.value * 0.693359375f) + n.value * 2.12194440e-4f;  // Cody-Waite: ln 2 in two parts
+  // 2^n in two factors, floor(n / 2) and the rest: n = 128 and n = -149 are no exponents of a float
+  const uint32_t upper = ((n.bits + 256u) >> 1) - 128u;
+  return exp_reduced(r) * power_of_two(upper) * power_of_two(n.bits - upper);
 }
 
 // tanh to 3e-7, relative where |x| is small: Eigen's 13/6 rational approximation, free of branches.

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ipvrm.errors import IpvrmError
+from ipvrm.errors import IpvrmError, cause, reading
 from ipvrm.output import protect
 from ipvrm.run_folder import installed_version
 
@@ -115,6 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"ipvrm {name}: {error}", file=sys.stderr)
         return getattr(error, "exit_code", EXIT_ERROR)
+    except OSError as error:  # reading has a message of its own: this is a disk that is full, or read-only
+        place = error.filename or "a file"
+        again = "make room or name another output, and give the same command again"
+        print(f"ipvrm {name}: {place} cannot be written: {cause(error)}; {again}", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print(f"ipvrm {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -172,12 +177,22 @@ def _yaml_flags(config_class: type, path: Path) -> list[str]:
     """The file's entries as flags, so that both parse alike (`5e-7` is a text in YAML)."""
     import yaml
 
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise IpvrmError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise IpvrmError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that stands twice, of which YAML would keep the last without a word."""
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                line = node.value[index][0].start_mark.line + 1
+                raise IpvrmError(f"--config {path}: {key} stands twice, the second time in line {line}")
+        return dict(loader.construct_mapping(node, deep=True))
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    with reading(f"--config {path}", "cannot be read", "it must be a YAML file"):
+        text = path.read_text(encoding="utf-8-sig")
+    with reading(f"--config {path}", "not valid YAML", "it must hold `flag: value` lines"):
+        values = yaml.load(text, Loader)
     if not isinstance(values, dict):
         raise IpvrmError(
             f"--config {path}: must hold `flag: value` lines; it holds a {type(values).__name__}"

@@ -1,5 +1,6 @@
 """What is written to disk, so that an interruption leaves either the old file or the new one, never half."""
 
+import hashlib
 import json
 import os
 import platform
@@ -7,15 +8,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ipvrm.errors import IpvrmError
+from ipvrm.errors import IpvrmError, cause
 
+ROWS_AT_A_TIME = 4096
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
@@ -29,11 +32,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        publish(temporary, path)
+        with writing(path):
+            yield temporary
+            publish(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a disk that is full, gone or read-only makes of writing into one line. Raises IpvrmError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise IpvrmError(
+            f"{path}: cannot be written: {cause(error)}; make room, or name another output"
+        ) from error
 
 
 def publish(finished: Path, path: Path) -> None:
@@ -54,18 +72,59 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
 
 
-def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: Any = None) -> None:
-    """Replaces `path`, a `.parquet` or `.jsonl` file, by `rows`; `schema` is pyarrow's."""
+def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]], schema: Any = None) -> None:
+    """Replaces `path`, a `.parquet` or `.jsonl` file, by `rows`, of which a chunk is held at a time.
+
+    Args:
+        rows: without a schema a parquet file needs them twice, so an iterator will not do.
+        schema: pyarrow's; None for `table_schema(rows)`.
+
+    Raises:
+        IpvrmError: as in `table_schema`.
+        ValueError: NaN or an infinity in a JSON line.
+    """
     path = Path(path)
     if path.suffix == ".jsonl":
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         return
     import pyarrow
     import pyarrow.parquet
 
-    with replacing(path) as temporary:
-        table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=schema)
-        pyarrow.parquet.write_table(table, temporary)
+    schema = table_schema(rows) if schema is None else schema
+    with replacing(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+        for chunk in _chunks(rows):
+            writer.write_table(pyarrow.Table.from_pylist(chunk, schema=schema))
+
+
+def table_schema(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """The pyarrow schema of rows, columns in the order of their first appearance; keys may be missing.
+
+    Raises:
+        IpvrmError: a column whose values are of several types, which parquet does not have.
+    """
+    import pyarrow
+
+    schema = pyarrow.schema([])
+    try:
+        for chunk in _chunks(rows):
+            names = dict.fromkeys(name for row in chunk for name in row)
+            columns = {name: pyarrow.array([row.get(name) for row in chunk]).type for name in names}
+            schema = pyarrow.unify_schemas(
+                [schema, pyarrow.schema(columns.items())], promote_options="permissive"
+            )
+    except (pyarrow.ArrowException, OverflowError) as error:
+        raise IpvrmError(
+            f"a column has values of several types, which parquet cannot hold: {cause(error)}; "
+            "write .jsonl, or give the column one type"
+        ) from error
+    return schema
+
+
+def _chunks(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    rest = iter(rows)
+    while chunk := [dict(row) for row in islice(rest, ROWS_AT_A_TIME)]:
+        yield chunk
 
 
 def write_tensors(
@@ -89,8 +148,29 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise IpvrmError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise IpvrmError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise IpvrmError(f"{path} is not valid JSON: {cause(error)}") from error
+
+
+def finished_lines(partial: Path) -> tuple[int, int]:
+    """How many lines an interrupted run has written to `partial`, and the `line` of the last one.
+
+    What is torn, or was never written by a machine that died, is cut off.
+    """
+    count = last = whole = 0
+    if not partial.is_file():
+        return 0, 0
+    with open(partial, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                last = int(json.loads(line)["line"])
+            except (ValueError, KeyError, TypeError):
+                break  # blocks of zeros; what is behind them is made again
+            count, whole = count + 1, whole + len(line)
+    os.truncate(partial, whole)
+    return count, last
 
 
 class JsonlLog:
@@ -195,11 +275,12 @@ def save_folder(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
+        with writing(path):
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                _sync(file)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -211,6 +292,19 @@ def save_folder(path: str | Path) -> Iterator[Path]:
     else:
         os.rename(temporary, path)
     _sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder, which is renamed first: a killed process leaves no half of it under its name."""
+    removed = path.with_name(f".{path.name}.{os.getpid()}.removed.tmp")
+    os.rename(path, removed)
+    shutil.rmtree(removed)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def move_into(source: Path, folder: Path, *, last: str) -> None:

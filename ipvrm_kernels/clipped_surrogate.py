@@ -215,7 +215,12 @@ def _bwd_fake(logprobs: Tensor) -> Tensor:
     return torch.empty_like(logprobs, memory_format=torch.contiguous_format)
 
 
-@register(fake=_bwd_fake, gradient_of="clipped_surrogate", instead="torch.clamp and torch.maximum")
+TAKES_BWD = {"dloss": "float =", "logprobs": "float ="}
+
+
+@register(
+    fake=_bwd_fake, gradient_of="clipped_surrogate", instead="torch.clamp and torch.maximum", takes=TAKES_BWD
+)
 def _clipped_surrogate_bwd(dloss: Tensor, logprobs: Tensor, impl: str, saved: list[Tensor]) -> Tensor:
     """logprobs only tells autograd what the gradient depends on."""
     return IMPLS[impl].backward(dloss.contiguous(), *saved)
@@ -234,7 +239,10 @@ def _backward(dloss: Tensor, logprobs: Tensor, impl: str, saved: list[Tensor]) -
     return {"logprobs": _clipped_surrogate_bwd(dloss, logprobs, impl, saved)}
 
 
-@register(fake=_fake, returns=(*ClippedSurrogate._fields, "saved"), backward=_backward)
+TAKES = dict.fromkeys(("logprobs", "old_logprobs", "advantages"), "float =")
+
+
+@register(fake=_fake, returns=(*ClippedSurrogate._fields, "saved"), backward=_backward, takes=TAKES)
 def _clipped_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
     clip_low: Number, clip_high: Number, dual_clip: Number | None, impl: str,

@@ -557,7 +557,10 @@ def _saved(logprobs: Tensor) -> Sequence[tuple[int, ...]]:
 IMPLS = {impl: backend.Impl(_forward_of(impl), _scaled, _saved) for impl in EVALUATE}
 
 
-@register(fake=lambda saved: torch.empty_like(saved[0]), gradient_of=OP, instead=INSTEAD)
+TAKES_BWD = {"dloss": "float"}
+
+
+@register(fake=lambda saved: torch.empty_like(saved[0]), gradient_of=OP, instead=INSTEAD, takes=TAKES_BWD)
 def _distrl_loss_bwd(dloss: Tensor, impl: str, saved: list[Tensor]) -> Tensor:
     return IMPLS[impl].backward(dloss, saved)
 
@@ -572,7 +575,15 @@ def _backward(dloss: Tensor, impl: str, saved: list[Tensor]) -> dict[str, Tensor
     return {"logprobs": _distrl_loss_bwd(dloss, impl, saved)}
 
 
-@register(fake=_fake, returns=(*DistRLLoss._fields, "saved"), backward=_backward)
+TAKES = {
+    "logprobs": "float N K+1", "old_logprobs": "float N", "old_candidate_logprobs": "float N K",
+    "advantages": "float N",
+    "candidate_advantages": "float N K", "cu_seqlens": "edges B+1", "token_denominator": "float",
+    "candidate_denominator": "float",
+}  # fmt: skip
+
+
+@register(fake=_fake, returns=(*DistRLLoss._fields, "saved"), backward=_backward, takes=TAKES)
 def _distrl_loss(
     logprobs: Tensor, old_logprobs: Tensor, old_candidate_logprobs: Tensor, advantages: Tensor,
     candidate_advantages: Tensor, cu_seqlens: Tensor, token_denominator: Tensor | None,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import backend
 from .head import (
+    TAKES_HEAD,
     Transform,
     check_ids,
     check_row_ids,
@@ -269,7 +270,10 @@ def _flops(hidden: Sequence[int], weight: Sequence[int]) -> int:
     return matmul_flops(hidden, weight, 1)
 
 
-@register(fake=_fake, flops=_flops)
+TAKES = {**TAKES_HEAD, "sampled": "ids N"}
+
+
+@register(fake=_fake, flops=_flops, takes=TAKES)
 def _linear_candidates(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None,
     scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
@@ -293,13 +297,16 @@ def check_min_prob(op: str, min_prob: float | None) -> None:
         )
 
 
+MOST_TOP_K = 2**20  # more than any vocabulary has; beyond, K slots a row are a slip of the keyboard
+
+
 def num_slots(op: str, min_prob: float | Tensor | None, top_k: int | None) -> int:
     """K: top_k, else floor(1 / min_prob + 1e-4), which no row can exceed."""
     if min_prob is None and top_k is None:
         raise ValueError(f"{op}: give min_prob, top_k or both, got neither")
     if top_k is not None:
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"{op}: top_k must be an integer >= 1, got {top_k!r}")
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MOST_TOP_K:
+            raise ValueError(f"{op}: top_k must be an integer in 1 .. {MOST_TOP_K}, got {top_k!r}")
         return top_k
     if isinstance(min_prob, Tensor):
         raise ValueError(

@@ -41,6 +41,7 @@ from .distrl_loss import (
 )
 from .head import (
     INSTEAD,
+    TAKES_HEAD,
     TRAINABLE,
     Transform,
     cast_gradients,
@@ -161,7 +162,10 @@ def _bwd_fake(
     return fake_gradients(hidden, weight, bias, needs)
 
 
-@register(fake=_bwd_fake, gradient_of=OP, instead=INSTEAD)
+TAKES_BWD = {"dloss": "float", **TAKES_HEAD}
+
+
+@register(fake=_bwd_fake, gradient_of=OP, instead=INSTEAD, takes=TAKES_BWD)
 def _linear_distrl_loss_bwd(
     dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], impl: str,
     saved: list[Tensor],
@@ -202,7 +206,15 @@ def _flops(hidden: Sequence[int], weight: Sequence[int], form: Sequence[bool]) -
     return matmul_flops(hidden, weight, 1 + sum(form[:2]))
 
 
-@register(fake=_fake, returns=(*DistRLLoss._fields, "saved"), backward=_backward, flops=_flops)
+TAKES = {
+    **TAKES_HEAD, "token_ids": "ids N", "candidate_ids": "ids N K",
+    "old_logprobs": "float N", "old_candidate_logprobs": "float N K", "advantages": "float N",
+    "candidate_advantages": "float N K", "cu_seqlens": "edges B+1", "token_denominator": "float",
+    "candidate_denominator": "float",
+}  # fmt: skip
+
+
+@register(fake=_fake, returns=(*DistRLLoss._fields, "saved"), backward=_backward, flops=_flops, takes=TAKES)
 def _linear_distrl_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, candidate_ids: Tensor,
     old_logprobs: Tensor, old_candidate_logprobs: Tensor, advantages: Tensor, candidate_advantages: Tensor,

@@ -29,6 +29,7 @@ from torch import Tensor
 from . import backend
 from .head import (
     INSTEAD,
+    TAKES_HEAD,
     TRAINABLE,
     Transform,
     add_at_ids,
@@ -266,7 +267,13 @@ def _bwd_flops(
     return matmul_flops(hidden, weight, 1 + sum(needs[:2]))
 
 
-@register(fake=_bwd_fake, gradient_of="linear_logprobs", instead=INSTEAD, flops=_bwd_flops)
+TAKES_BWD = {
+    **TAKES_HEAD, "dlogprobs": "float N K", "dlse": "float N", "dentropy": "float N", "ids": "ids N K",
+    "logprobs": "float N K", "lse": "float N", "entropy": "float ...",
+}  # fmt: skip
+
+
+@register(fake=_bwd_fake, gradient_of="linear_logprobs", instead=INSTEAD, flops=_bwd_flops, takes=TAKES_BWD)
 def _linear_logprobs_bwd(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
@@ -312,7 +319,12 @@ def _flops(hidden: Sequence[int], weight: Sequence[int], follows: str) -> int:
     return matmul_flops(hidden, weight, 2 if follows == FROZEN else 1)
 
 
-@register(fake=_fake, returns=(*LinearLogprobs._fields, "saved"), backward=_backward, flops=_flops)
+TAKES = {**TAKES_HEAD, "ids": "ids N K"}
+
+
+@register(
+    fake=_fake, returns=(*LinearLogprobs._fields, "saved"), backward=_backward, flops=_flops, takes=TAKES
+)
 def _linear_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,

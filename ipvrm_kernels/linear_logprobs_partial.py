@@ -25,6 +25,7 @@ from torch import Tensor
 from . import backend
 from .head import (
     INSTEAD,
+    TAKES_HEAD,
     TRAINABLE,
     Transform,
     add_at_ids,
@@ -191,7 +192,13 @@ def _bwd_flops(hidden: Sequence[int], weight: Sequence[int], needs: Sequence[boo
     return matmul_flops(hidden, weight, 1 + sum(needs[:2]))
 
 
-@register(fake=_bwd_fake, gradient_of=OP, instead=INSTEAD, flops=_bwd_flops)
+TAKES_BWD = {
+    **TAKES_HEAD, "dsumexp": "float N", "dsum_z_exp": "float N", "did_logits": "float N K", "ids": "ids N K",
+    "top": "float N",
+}  # fmt: skip
+
+
+@register(fake=_bwd_fake, gradient_of=OP, instead=INSTEAD, flops=_bwd_flops, takes=TAKES_BWD)
 def _linear_logprobs_partial_bwd(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, top: Tensor,
@@ -232,7 +239,10 @@ def _flops(hidden: Sequence[int], weight: Sequence[int]) -> int:
     return matmul_flops(hidden, weight, 1)
 
 
-@register(fake=_fake, returns=Partial._fields, backward=_backward, flops=_flops)
+TAKES = {**TAKES_HEAD, "ids": "ids N K"}
+
+
+@register(fake=_fake, returns=Partial._fields, backward=_backward, flops=_flops, takes=TAKES)
 def _linear_logprobs_partial(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, impl: str,

@@ -364,7 +364,12 @@ def _bwd_fake(log_ratio: Tensor) -> Tensor:
     return torch.empty_like(log_ratio, memory_format=torch.contiguous_format)
 
 
-@register(fake=_bwd_fake, gradient_of=OP, instead="a loss built from segment_scan and softplus")
+TAKES_BWD = {"dloss": "float", "log_ratio": "float N", "cu_seqlens": "edges B+1"}
+
+
+@register(
+    fake=_bwd_fake, gradient_of=OP, instead="a loss built from segment_scan and softplus", takes=TAKES_BWD
+)
 def _prefix_value_loss_bwd(
     dloss: Tensor, log_ratio: Tensor, cu_seqlens: Tensor, beta: Number, impl: str, saved: list[Tensor]
 ) -> Tensor:  # log_ratio only tells autograd what the gradient depends on
@@ -394,7 +399,13 @@ def _backward(
     return {"log_ratio": _prefix_value_loss_bwd(dloss, log_ratio, cu_seqlens, beta, impl, saved)}
 
 
-@register(fake=_fake, returns=("loss", "saved"), backward=_backward)
+TAKES = {
+    "log_ratio": "float N", "cu_seqlens": "edges B+1", "outcome": "float B", "margin": "float B",
+    "weight": "float B", "denominator": "float",
+}  # fmt: skip
+
+
+@register(fake=_fake, returns=("loss", "saved"), backward=_backward, takes=TAKES)
 def _prefix_value_loss(
     log_ratio: Tensor, cu_seqlens: Tensor, outcome: Tensor, margin: Tensor | None, weight: Tensor | None,
     denominator: Tensor | None, margin_value: float, divisor: float, beta: Number, weighting: str,

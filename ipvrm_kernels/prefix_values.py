@@ -208,7 +208,14 @@ def _bwd_fake(prob: Tensor) -> Tensor:
     return torch.empty_like(prob)
 
 
-@register(fake=_bwd_fake, gradient_of="prefix_values", instead="values built from segment_scan")
+TAKES_BWD = dict.fromkeys(("dvalue", "dmean_value", "dprob", "dtd", "prob"), "float N") | {
+    "cu_seqlens": "edges B+1"
+}
+
+
+@register(
+    fake=_bwd_fake, gradient_of="prefix_values", instead="values built from segment_scan", takes=TAKES_BWD
+)
 def _prefix_values_bwd(
     dvalue: Tensor | None, dmean_value: Tensor | None, dprob: Tensor | None, dtd: Tensor | None,
     prob: Tensor, cu_seqlens: Tensor, beta: Number, impl: str,
@@ -229,7 +236,10 @@ def _backward(
     return {"log_ratio": _prefix_values_bwd(dvalue, dmean_value, dprob, dtd, prob, cu_seqlens, beta, impl)}
 
 
-@register(fake=_fake, returns=PrefixValues._fields, backward=_backward)
+TAKES = {"log_ratio": "float N", "cu_seqlens": "edges B+1"}
+
+
+@register(fake=_fake, returns=PrefixValues._fields, backward=_backward, takes=TAKES)
 def _prefix_values(
     log_ratio: Tensor, cu_seqlens: Tensor, beta: Number, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -56,6 +56,7 @@ def register(
     gradient_of: str = "",
     instead: str = "",
     flops: Callable[..., int] | None = None,
+    takes: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function becomes torch.ops.ipvrm.<its name without the underscore>, and what to call.
 
@@ -73,6 +74,9 @@ def register(
     gradient_of: the op whose gradient this function is; to differentiate it again raises RuntimeError, which
         names what to use `instead`.
     flops: what torch.utils.flop_counter counts, from inputs by name, tensors as their shapes.
+    takes: {tensor input: kind and shape}, as "float N K+1" (`KINDS`): what a native implementation reads.
+        The public function sees to it; torch.ops.ipvrm, which anybody can call, raises ValueError otherwise,
+        because an address with another dtype or size behind it is read past its end.
     Without backward and gradient_of, inputs have to be detached.
     """
 
@@ -88,8 +92,11 @@ def register(
         names = [*kinds]
         pick_asked = _picker([names.index(x) for x in _parameters(name, "fake", fake, names)])
 
+        check = _native_check(name, names, takes or {})
+
         def kernel(*flat: Any) -> Any:
             inputs = gather(flat)
+            check(inputs)
             for i in numbers:
                 if isinstance(inputs[i], Tensor):
                     inputs[i] = inputs[i].item()
@@ -121,6 +128,79 @@ def register(
         return call
 
     return decorate
+
+
+# What the kernels read, by the words of `takes`.
+KINDS = {
+    "float": (torch.float32,),
+    "head": (torch.float32, torch.bfloat16, torch.float16),
+    "edges": (torch.int32,),
+    "ids": (torch.int64,),
+}
+
+
+def _native_check(op: str, names: Sequence[str], takes: Mapping[str, str]) -> Callable[[Sequence[Any]], None]:
+    """A function that refuses inputs which the addresses of a native implementation must not point to."""
+    if not takes:
+        return lambda inputs: None
+    unknown = [name for name in takes if name not in names]
+    if unknown:
+        raise TypeError(f"{op}: takes names {', '.join(unknown)}; there is {', '.join(names)}")
+    parsed = [(names.index(name), name, *_spec(text)) for name, text in takes.items()]
+    where, saved = names.index("impl"), names.index("saved") if "saved" in names else None
+
+    def check(inputs: Sequence[Any]) -> None:
+        impl = inputs[where]
+        if impl == "torch":
+            return
+        sizes: dict[str, Any] = {}
+        for at, name, kind, shape in parsed:
+            if inputs[at] is not None:
+                _check_native(op, impl, name, inputs[at], kind, shape, sizes)
+        for x in () if saved is None else inputs[saved]:
+            _check_native(op, impl, "saved", x, "float", None, sizes)
+
+    return check
+
+
+def _spec(text: str) -> tuple[str, Any]:
+    """`float N K+1` as its kind and ((N, 0), (K, 1)); `float ...` (any shape) gives None, `float =`
+    (that of the other such inputs) "="."""
+    kind, *dims = text.split()
+    if dims in (["..."], ["="]):
+        return kind, None if dims == ["..."] else "="
+    return kind, tuple((d.partition("+")[0], int(d.partition("+")[2] or 0)) for d in dims)
+
+
+def _check_native(
+    op: str, impl: str, name: str, x: Tensor, kind: str, shape: Any, sizes: dict[str, Any]
+) -> None:
+    words = " or ".join(str(dtype).removeprefix("torch.") for dtype in KINDS[kind])
+    problem = None
+    if x.dtype not in KINDS[kind]:
+        problem = f"{words}, got {x.dtype}"
+    elif impl == "cpp" and x.device.type != "cpu":
+        problem = f"on the CPU, got {x.device}"
+    elif impl == "cuda" and x.device.type != "cuda":
+        problem = f"on a GPU, got {x.device}"
+    elif shape == "=":
+        if sizes.setdefault("=", x.shape) != x.shape:
+            problem = f"{tuple(sizes['='])} as the others, got {tuple(x.shape)}"
+    elif shape is not None:
+        fits = x.dim() == len(shape) and all(
+            sizes.setdefault(letter, x.shape[i] - more) == x.shape[i] - more
+            for i, (letter, more) in enumerate(shape)
+        )
+        if not fits:
+            dims = ", ".join(f"{letter}+{more}" if more else letter for letter, more in shape)
+            known = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
+            problem = f"({dims}) with {known or 'no size'}, got {tuple(x.shape)}"
+    if problem is not None:
+        public = op.removesuffix("_bwd")
+        raise ValueError(
+            f"torch.ops.ipvrm.{op}: {name} must be {problem} for impl={impl!r}; call ipvrm_kernels.{public}, "
+            "which checks and converts"
+        )
 
 
 def _count_flops(

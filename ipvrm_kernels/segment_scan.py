@@ -127,7 +127,10 @@ def _backward(dy: Tensor, cu_seqlens: Tensor, decay: Number, reverse: bool, impl
     return {"x": _segment_scan(dy, cu_seqlens, decay, not reverse, impl)}
 
 
-@register(fake=_fake, returns=("y",), backward=_backward)
+TAKES = {"x": "float N", "cu_seqlens": "edges B+1"}
+
+
+@register(fake=_fake, returns=("y",), backward=_backward, takes=TAKES)
 def _segment_scan(x: Tensor, cu_seqlens: Tensor, decay: Number, reverse: bool, impl: str) -> Tensor:
     check_finite("segment_scan", "decay", decay)
     if abs(decay) > 1:

@@ -15,6 +15,7 @@ from typing import Any
 from ipvrm.data.rows import Message, Prompt
 from ipvrm.errors import IpvrmError
 
+MOST_KEPT = 1024  # prompts, or shapes of conversations, whose result is kept
 OF_THE_PROTOCOL = {"role", "tool_call_id", "id", "type", "index"}  # not for the model to read
 
 
@@ -106,8 +107,31 @@ class Chat:
         # Templates write their own BOS. Plain text gets the one that the tokenizer would add.
         leading = [] if self.has_template else tokenizer("a", add_special_tokens=True)["input_ids"][:1]
         self._leading = tuple(leading) if leading == [tokenizer.bos_token_id] else ()
+        self._longest = 0
         self._prompts: dict[str, tuple[int, ...]] = {}  # rollouts of one prompt share its tokens
         self._shapes: dict[str, str | None] = {}
+
+    def most_characters(self, limit: int) -> int:
+        """A text of more characters has more than `limit` tokens, whatever it says: it need not be tokenised.
+
+        No token stands for more characters than the longest one has; four times as many, because a tokenizer
+        may compose characters first (NFC).
+        """
+        if not self._longest:
+            self._longest = max(map(len, self.tokenizer.get_vocab()))
+        return 4 * limit * self._longest
+
+    def check_length(
+        self, prompt: str | Sequence[Message], tools: Sequence[Any] | None, limit: int | None
+    ) -> None:
+        """Raises ValueError where the prompt's texts alone have more than `limit` tokens for certain."""
+        if limit is None:
+            return
+        size = sum(map(len, _leaves([prompt, tools]))) if not isinstance(prompt, str) else len(prompt)
+        if size > (most := self.most_characters(limit)):
+            raise ValueError(
+                f"its prompt of {size:,} characters is more than {limit} tokens can hold ({most:,})"
+            )
 
     def encode(self, texts: Sequence[str]) -> Any:
         """The tokenizer's encodings of `texts`, special tokens written out in them included, none added."""
@@ -130,16 +154,19 @@ class Chat:
         Raises:
             ValueError: the reason why there are none.
         """
-        key = json.dumps([prompt, tools], sort_keys=True, default=str)
+        key = _key(prompt, tools)
         if key not in self._prompts:
-            text = self._plain(prompt, tools) or self.render(prompt, tools)
-            ids = (*(self._leading if not self.has_template else ()), *self.encode([text])["input_ids"][0])
-            if not ids:
-                raise ValueError(
-                    "the prompt has no tokens; the first response token would have nothing that predicts it"
-                )
-            self._prompts[key] = ids
+            self._keep(key, self._plain(prompt, tools) or self.render(prompt, tools))
         return self._prompts[key]
+
+    def _keep(self, key: str, text: str) -> None:
+        """Keeps the ids of a prompt that is written as `text`."""
+        ids = (*(self._leading if not self.has_template else ()), *self.encode([text])["input_ids"][0])
+        if not ids:
+            raise ValueError(
+                "the prompt has no tokens; the first response token would have nothing that predicts it"
+            )
+        _bounded(self._prompts)[key] = ids
 
     def _plain(self, prompt: str | Sequence[Message], tools: Sequence[Any] | None) -> str | None:
         """The prompt of a base model; None where the template writes it."""
@@ -162,6 +189,7 @@ class Chat:
     ) -> str:
         """What the template writes behind the prompt for a whole message. Raises ValueError."""
         start = self.render(prompt, tools)
+        self._keep(_key(prompt, tools), start)  # `prompt_ids` need not render it again
         whole = self._apply([*_messages(prompt), answer], tools, add_generation_prompt=False)
         if not whole.startswith(start):
             raise ValueError(
@@ -182,7 +210,7 @@ class Chat:
         key = json.dumps([probes, tools, answered], sort_keys=True, default=str)
         if key not in self._shapes:
             text = self._apply(probes, tools, add_generation_prompt=not answered)
-            self._shapes[key] = missing_part(probes, None, text)
+            _bounded(self._shapes)[key] = missing_part(probes, None, text)
         return self._shapes[key]
 
     def _apply(self, messages: list[Message], tools: Any, add_generation_prompt: bool) -> str:
@@ -204,6 +232,18 @@ def encode_prompt(
     if isinstance(prompt, Prompt):
         return list(chat.prompt_ids(prompt.prompt, prompt.tools))
     return list(chat.prompt_ids(prompt))
+
+
+def _key(prompt: str | Sequence[Message], tools: Sequence[Any] | None) -> str:
+    text = json.dumps([prompt, tools], sort_keys=True, default=str)
+    return text if len(text) < 256 else hashlib.sha256(text.encode()).hexdigest()
+
+
+def _bounded(cache: dict[str, Any]) -> dict[str, Any]:
+    """The cache with room for one more: the oldest entry goes, so that it does not grow with the data."""
+    if len(cache) >= MOST_KEPT:
+        del cache[next(iter(cache))]
+    return cache
 
 
 def _messages(prompt: str | Sequence[Message]) -> list[Message]:

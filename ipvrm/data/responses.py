@@ -13,7 +13,8 @@ from ipvrm.data.rows import BadRow, OnBadRow, Row, Sampled, report_bad_rows
 from ipvrm.errors import IpvrmError
 
 OnLong = Literal["drop", "truncate"]
-TOKENIZER_CHUNK = 4096
+TOKENIZER_CHUNK = 4096  # rows
+TOKENIZER_CHARACTERS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def tokenize(
             f"{type(chat.tokenizer).__name__} gives no character offsets; "
             "a tokenizer.json (fast tokenizer) is needed"
         )
-    encoder = _Encoder(chat, with_offsets)
+    limit = min((n for n in (max_length, max_positions) if n is not None), default=None)
+    encoder = _Encoder(chat, with_offsets, limit, cut=on_long == "truncate" and max_length is not None)
     responses: list[Response] = []
     bad: list[BadRow] = []
     counts = {"rows": len(rows), "used": 0, "bad": 0, "too_long_dropped": 0, "truncated": 0}
@@ -96,10 +98,13 @@ def tokenize(
         file, _, number = row.source.rpartition(":")
         bad.append(BadRow(file, int(number) if number.isdigit() else 0, reason))
 
-    for start in range(0, len(rows), TOKENIZER_CHUNK):
-        for row, response in encoder(rows[start : start + TOKENIZER_CHUNK]):
-            if isinstance(response, str):
-                refused(row, response)
+    for chunk in _chunks(rows):
+        for row, response in encoder(chunk):
+            if isinstance(response, TooLong) and max_length is not None and limit == max_length:
+                counts["too_long_dropped"] += 1
+                continue
+            if isinstance(response, str | TooLong):
+                refused(row, str(response))
                 continue
             if max_length is not None and len(response.input_ids) > max_length:
                 if on_long == "drop" or response.prompt_length >= max_length:
@@ -127,16 +132,36 @@ def tokenize(
     return Tokenized(responses, counts, bad)
 
 
-class _Encoder:
-    """Encodes a chunk of rows; yields a Response, or the reason why there is none, for each."""
+class TooLong(ValueError):
+    """A row whose texts have more tokens than are allowed for certain, so that none are made of them."""
 
-    def __init__(self, chat: Chat, with_offsets: bool):
-        self.chat = chat
+
+def _chunks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Rows to be tokenised together: the tokenizer's own form of a text takes 100 times its size."""
+    start = size = 0
+    for index, row in enumerate(rows):
+        size += len(row.response)
+        if size > TOKENIZER_CHARACTERS or index - start >= TOKENIZER_CHUNK:
+            if index > start:
+                yield rows[start:index]
+            start, size = index, len(row.response)
+    if start < len(rows):
+        yield rows[start:]
+
+
+class _Encoder:
+    """Encodes a chunk of rows; yields a Response, or the reason why there is none, for each.
+
+    `limit` is the most tokens of a row; `cut`: a longer response is not dropped but cut there.
+    """
+
+    def __init__(self, chat: Chat, with_offsets: bool, limit: int | None, cut: bool):
+        self.chat, self.limit, self.cut = chat, limit, cut
         self.with_offsets = with_offsets
         self.hash: str | None = None
         self.counts = {"other_tokens_than_sampled": 0, "ids_of_another_tokenizer": 0}
 
-    def __call__(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Response | str]]:
+    def __call__(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Response | str | TooLong]]:
         texts = [self._answer(row) for row in rows]
         encodings = iter(self.chat.encodings([t for t in texts if not isinstance(t, ValueError)]))
         for row, text in zip(rows, texts, strict=True):
@@ -144,14 +169,29 @@ class _Encoder:
                 if isinstance(text, ValueError):
                     raise text
                 yield row, self._response(row, text, next(encodings))
+            except TooLong as error:
+                yield row, error
             except ValueError as error:
                 yield row, str(error)
 
     def _answer(self, row: Row) -> str | ValueError:
         """The text that becomes the response's tokens."""
-        if row.message is None:
-            return row.response
         try:
+            if self.limit is not None:
+                most = self.chat.most_characters(self.limit)
+                try:
+                    self.chat.check_length(row.prompt, row.tools, self.limit)
+                except ValueError as error:
+                    raise TooLong(str(error)) from error
+                if len(row.response) > most:
+                    if not self.cut or row.message is not None:
+                        raise TooLong(
+                            f"its response of {len(row.response):,} characters is more than {self.limit} "
+                            f"tokens can hold ({most:,})"
+                        )
+                    return row.response[:most]
+            if row.message is None:
+                return row.response
             if not self.chat.has_template:
                 raise ValueError("messages need a tokenizer with a chat template, and this one has none")
             return self.chat.render_answer(row.prompt, row.message, row.tools)
@@ -159,7 +199,7 @@ class _Encoder:
             return error
 
     def _response(self, row: Row, text: str, encoding: Any) -> Response:
-        ids, offsets = list(encoding.ids), list(encoding.offsets)
+        ids, offsets = list(encoding.ids), list(encoding.offsets) if self.with_offsets else []
         end = self.chat.end_of_turn
         if row.message is not None and end in ids:  # what templates write behind the end is nobody's
             ids = ids[: ids.index(end) + 1]

@@ -1,7 +1,7 @@
 """Prompts and rollouts as text: what a row is, which files hold them, which rows cannot be used and why."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
@@ -9,6 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
+from ipvrm.data.files import records
 from ipvrm.errors import IpvrmError
 
 Message = dict[str, Any]
@@ -73,7 +74,7 @@ class Turns:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. `row` counts from 1; `answer` is the ground truth, None where the file gives none."""
+    """One prompt. `row` counts from 1, over all shards; `answer` is the ground truth, None without one."""
 
     row: int
     prompt: str | tuple[Message, ...]
@@ -94,10 +95,27 @@ class BadRow:
         return f"{self.file}:{self.row}: {self.reason}"
 
 
+class BadRows:
+    """Counts the bad rows of a file that is read as a stream, and keeps the first of them to show."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[BadRow] = []
+
+    def add(self, row: BadRow) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN_BAD_ROWS:
+            self.first.append(row)
+
+    def report(self, on_bad_row: OnBadRow, *, total: int) -> None:
+        """As `report_bad_rows`."""
+        report_bad_rows(self.first, on_bad_row, total=total, count=self.count)
+
+
 def read_rows(
     path: str | Path, on_bad_row: OnBadRow = "error", *, require_label: bool = True
 ) -> tuple[list[Row], list[BadRow]]:
-    """Reads a `.parquet`, `.jsonl` or `.json` file of rollouts.
+    """Reads a `.parquet`, `.jsonl` or `.json` file of rollouts, or a folder of such shards.
 
     Args:
         path: rows with `conversation` (messages, assistant last), or `prompt` (text or messages) and
@@ -111,14 +129,14 @@ def read_rows(
     """
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for number, record in records(Path(path), COLUMNS, TURNS):
+    for file, number, _, record in records(path, COLUMNS, TURNS):
         try:
             found = turns(record)
             if not found.response.strip() and found.message is None:
                 raise ValueError("the response is empty")
             rows.append(
                 Row(
-                    f"{path}:{number}",
+                    f"{file}:{number}",
                     found.prompt,
                     found.response,
                     _label(record, require_label),
@@ -129,17 +147,19 @@ def read_rows(
                 )  # fmt: skip
             )
         except ValueError as error:
-            bad.append(BadRow(str(path), number, str(error)))
+            bad.append(BadRow(file, number, str(error)))
     report_bad_rows(bad, on_bad_row, total=len(rows) + len(bad))
     if not rows:
-        raise IpvrmError(f"{path}: no usable row ({len(bad)} bad); {_listing(bad) or 'the file is empty'}")
+        raise IpvrmError(
+            f"{path}: no usable row ({len(bad)} bad); {_listing(bad, len(bad)) or 'the file is empty'}"
+        )
     return rows, bad
 
 
 def read_prompts(
     path: str | Path, on_bad_row: OnBadRow = "error", *, limit: int | None = None
 ) -> tuple[list[Prompt], list[BadRow]]:
-    """Reads a `.parquet`, `.jsonl` or `.json` file of prompts.
+    """Reads a `.parquet`, `.jsonl` or `.json` file of prompts, or a folder of such shards.
 
     Args:
         path: rows with `prompt` (text or messages, the last not the assistant's); where known, the ground
@@ -152,88 +172,45 @@ def read_prompts(
     """
     prompts: list[Prompt] = []
     bad: list[BadRow] = []
-    for number, record in islice(records(Path(path), PROMPT_COLUMNS, (("prompt",),)), limit):
+    for file, number, index, record in islice(records(path, PROMPT_COLUMNS, (("prompt",),)), limit):
         try:
             _refuse_not_read(as_object(record))
             prompt = prompt_of(record)
             if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
                 raise ValueError("the prompt ends with an assistant's message; there is no turn to write")
             answer, source = ground_truth(record), data_source(record)
-            prompts.append(Prompt(number, prompt, answer, source, tools_of(record)))
+            prompts.append(Prompt(index, prompt, answer, source, tools_of(record)))
         except ValueError as error:
-            bad.append(BadRow(str(path), number, str(error)))
+            bad.append(BadRow(file, number, str(error)))
     report_bad_rows(bad, on_bad_row, total=len(prompts) + len(bad))
     if not prompts:
-        raise IpvrmError(f"{path}: no usable row ({len(bad)} bad); {_listing(bad) or 'the file is empty'}")
+        raise IpvrmError(
+            f"{path}: no usable row ({len(bad)} bad); {_listing(bad, len(bad)) or 'the file is empty'}"
+        )
     return prompts, bad
 
 
-def report_bad_rows(bad: Sequence[BadRow], on_bad_row: OnBadRow, *, total: int) -> None:
-    """Raises IpvrmError with file, row and reason of the first bad rows unless they are to be skipped."""
+def report_bad_rows(
+    bad: Sequence[BadRow], on_bad_row: OnBadRow, *, total: int, count: int | None = None
+) -> None:
+    """Raises IpvrmError with file, row and reason of the first bad rows unless they are to be skipped.
+
+    `count` is how many there are where `bad` holds only the first.
+    """
     if on_bad_row not in ("error", "skip"):
         raise IpvrmError(f"on_bad_row must be 'error' or 'skip'; got {on_bad_row!r}")
+    count = len(bad) if count is None else count
     if bad and on_bad_row == "error":
         raise IpvrmError(
-            f"{len(bad)} of {total} rows are bad (--on_bad_row skip leaves them out):\n{_listing(bad)}"
+            f"{count} of {total} rows are bad (--on_bad_row skip leaves them out):\n{_listing(bad, count)}"
         )
 
 
-def _listing(bad: Sequence[BadRow]) -> str:
+def _listing(bad: Sequence[BadRow], count: int) -> str:
     lines = [f"  {item}" for item in bad[:SHOWN_BAD_ROWS]]
-    if len(bad) > SHOWN_BAD_ROWS:
-        lines.append(f"  ... and {len(bad) - SHOWN_BAD_ROWS} more")
+    if count > len(lines):
+        lines.append(f"  ... and {count - len(lines)} more")
     return "\n".join(lines)
-
-
-def records(
-    path: Path, columns: Sequence[str], needs: Sequence[tuple[str, ...]]
-) -> Iterator[tuple[int, Any]]:
-    """(row counted from 1, record); a JSON line that does not parse comes as the ValueError it raised.
-
-    Of a parquet file only those of `columns` that it has are read; one of the sets in `needs` must be there.
-    """
-    if not path.is_file():
-        raise IpvrmError(f"{path}: no such file; a .parquet, .jsonl or .json file of rows is needed")
-    if path.suffix == ".parquet":
-        yield from enumerate(_parquet_records(path, columns, needs), 1)
-        return
-    if path.suffix not in (".jsonl", ".json"):
-        raise IpvrmError(f"{path}: must end in .parquet, .jsonl or .json")
-    with open(path, encoding="utf-8") as file:
-        try:
-            if path.suffix == ".json" and file.read(1) == "[":
-                file.seek(0)
-                yield from enumerate(json.load(file), 1)
-                return
-            file.seek(0)
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except ValueError as error:
-                        yield number, ValueError(f"not valid JSON: {error}")
-        except UnicodeDecodeError as error:
-            raise IpvrmError(f"{path}: not UTF-8 text: {error}") from error
-        except json.JSONDecodeError as error:
-            raise IpvrmError(f"{path}: not valid JSON: {error}") from error
-
-
-def _parquet_records(
-    path: Path, columns: Sequence[str], needs: Sequence[tuple[str, ...]]
-) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise IpvrmError(f"{path}: not a readable parquet file: {error}") from error
-    present = file.schema_arrow.names
-    if not any(set(needed) <= set(present) for needed in needs):
-        ways = ", or ".join(" and ".join(f"`{name}`" for name in needed) for needed in needs)
-        raise IpvrmError(f"{path}: needs a column {ways}; its columns are {', '.join(present)}")
-    for batch in file.iter_batches(columns=[name for name in columns if name in present]):
-        yield from batch.to_pylist()
 
 
 def as_object(record: Any) -> dict[str, Any]:

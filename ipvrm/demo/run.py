@@ -41,6 +41,7 @@ from ipvrm.demo.settings import (
     Sizes,
 )
 from ipvrm.errors import IpvrmError
+from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.run_folder import changes, manifest, read_json, save_folder, write_json
 from ipvrm.training.checkpoint import TrainingInterrupted
@@ -69,14 +70,19 @@ def run_demo(
         IpvrmError: no policy seed, or a task that this model cannot learn.
         TrainingInterrupted: SIGINT or SIGTERM while a reward model or a policy was trained.
     """
+    if config.policy_seeds < 1:
+        raise IpvrmError(f"demo: policy_seeds must be at least 1; got {config.policy_seeds}")
+    with locked(config.output_dir, folder=True):
+        return _run_demo(config, progress, sizes or (QUICK if config.quick else FULL), choices)
+
+
+def _run_demo(
+    config: DemoConfig, progress: bool, sizes: Sizes, choices: tuple[Choice, ...]
+) -> dict[str, Any]:
     from ipvrm.demo.evaluation import evaluate_models
     from ipvrm.demo.report import write_report
 
-    if config.policy_seeds < 1:
-        raise IpvrmError(f"demo: policy_seeds must be at least 1; got {config.policy_seeds}")
-    sizes = sizes or (QUICK if config.quick else FULL)
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     budgets = BUDGETS if sizes == FULL else {}
     stages = Stages(output, Progress(enabled=progress), budgets)
     prepare(stages, sizes, config.seed)

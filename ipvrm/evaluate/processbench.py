@@ -6,20 +6,23 @@ Every solution is scored once, with all four rules. Two threshold protocols are 
     oracle     the best threshold of each subset, chosen on its own labels: what the released script prints
 
 A solution of more than `max_length` tokens is not cut and not left out: it counts as missed under every
-threshold, and the number of such solutions is printed and stored. Scores are kept in the output folder part
-by part, so an interrupted run goes on where it stopped.
+threshold, and the number of such solutions is printed and stored. So does one that cannot be scored at all
+(the chat template rewrites it, or it is no Unicode); each is named with the reason. Scores are kept in the
+output folder part by part, so an interrupted run goes on where it stopped.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ipvrm.errors import IpvrmError
+from ipvrm.data.files import check_values, file_hash, records
+from ipvrm.data.rows import SHOWN_BAD_ROWS
+from ipvrm.errors import IpvrmError, reading
 from ipvrm.evaluate.thresholds import (
     f1_report,
     finite_or_none,
@@ -28,11 +31,11 @@ from ipvrm.evaluate.thresholds import (
     sweep,
     trivial_baselines,
 )
+from ipvrm.output import locked
 from ipvrm.run_folder import (
     FREE,
     begin_or_go_on,
     manifest,
-    read_json,
     remove_leftovers,
     settings_of,
     write_json,
@@ -57,7 +60,8 @@ class EvalConfig:
     model: str = field(metadata=FREE)
     """Run folder of the reward model."""
     data: tuple[str, ...] = field(metadata=FREE)
-    """ProcessBench files (JSON lists of problem, steps, label); the file name is the subset's name."""
+    """ProcessBench files (problem, steps, label in a JSON list, JSON lines or parquet); the file name is the
+    subset's name."""
     output_dir: str = field(metadata=FREE)
     """Folder for results.json, items-<subset>.parquet and the scores."""
     reference: str | None = field(default=None, metadata=FREE)
@@ -80,6 +84,11 @@ class EvalConfig:
     """Seed of the bootstrap."""
 
 
+def _subset(path: str) -> str:
+    """`gsm8k` of `gsm8k.json`, `gsm8k.jsonl.gz` or the folder `gsm8k`."""
+    return Path(path).name.partition(".")[0]
+
+
 @dataclass(frozen=True)
 class Item:
     """One ProcessBench solution; `label` is the index of its first wrong step, -1 for none."""
@@ -91,31 +100,31 @@ class Item:
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
-    """Reads a ProcessBench JSON file.
+    """Reads a ProcessBench file: a JSON list, or whatever `ipvrm.data.files` reads.
 
     Raises:
         IpvrmError: not such a file, or an item without problem, steps or a label that fits; with its number.
     """
-    records = read_json(path)
-    if not isinstance(records, list) or not records:
-        raise IpvrmError(
-            f"{path}: must be a JSON list of problem, steps, label; got {type(records).__name__}"
-        )
     items = []
-    for number, record in enumerate(records[:limit], 1):
+    columns = ("id", "problem", "steps", "label")
+    found = records(path, columns, (columns[1:],), check=False)
+    for _, number, index, record in islice(found, limit):
         if not isinstance(record, dict):
-            raise IpvrmError(f"{path}: item {number} must be an object; got {type(record).__name__}")
-        problem, steps, label = (record.get(key) for key in ("problem", "steps", "label"))
+            given = record if isinstance(record, ValueError) else f"got {type(record).__name__}"
+            raise IpvrmError(f"{path}: item {number} must be an object; {given}")
+        problem, steps, label = (record.get(key) for key in columns[1:])
         if not isinstance(problem, str) or not problem:
             raise IpvrmError(f"{path}: item {number}: `problem` must be text; got {problem!r:.40}")
         if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
             raise IpvrmError(f"{path}: item {number}: `steps` must be a list of texts; got {steps!r:.40}")
-        if not isinstance(label, int) or not -1 <= label < len(steps):
+        if not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < len(steps):
             raise IpvrmError(
                 f"{path}: item {number}: `label` must be -1 or one of its {len(steps)} steps, "
                 f"counted from 0; got {label!r}"
             )
-        items.append(Item(str(record.get("id", number)), problem, tuple(steps), label))
+        items.append(Item(str(record.get("id", index)), problem, tuple(steps), label))
+    if not items:
+        raise IpvrmError(f"{path}: must hold items of problem, steps, label; it holds none")
     return items
 
 
@@ -129,18 +138,26 @@ def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
         IpvrmError: unreadable data or model, a bad step format, or an output folder with scores made under
             other settings.
     """
-    from ipvrm.models.reward_model import RewardModel
     from ipvrm.progress import Progress
 
     check_step_format(config.step_format)
-    subsets = {Path(path).stem: read_items(path, config.limit) for path in config.data}
-    if len(subsets) != len(config.data) or not subsets:
-        raise IpvrmError(f"--data: every subset needs a file of its own name; got {', '.join(config.data)}")
     for name in ("max_length", "batch_tokens", "limit", "bootstrap_resamples"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise IpvrmError(f"--{name} must be at least 1; got {value}")
+    subsets = {_subset(path): read_items(path, config.limit) for path in config.data}
+    if len(subsets) != len(config.data) or not subsets:
+        raise IpvrmError(f"--data: every subset needs a file of its own name; got {', '.join(config.data)}")
     shown = Progress(enabled=progress)
+    with locked(config.output_dir, folder=True):
+        return _evaluate(config, subsets, shown, progress)
+
+
+def _evaluate(
+    config: EvalConfig, subsets: dict[str, list[Item]], shown: Any, progress: bool
+) -> dict[str, Any]:
+    from ipvrm.models.reward_model import RewardModel
+
     reward_model = RewardModel.from_pretrained(config.model, reference=config.reference)
     output = Path(config.output_dir)
     key = _model_key(config, reward_model.info)
@@ -180,49 +197,62 @@ def _scores(
     items: Sequence[Item],
     shown: Any,
 ) -> list[dict[str, Any]]:
-    """Per item: `num_tokens` and one list of scores per rule, all None where it is too long."""
-    from ipvrm.evaluate.scoring import score_solutions
-
-    folder = Path(config.output_dir) / "scores" / Path(path).stem
+    """Per item: `num_tokens` and one list of scores per rule, all None where it is too long, or where it is
+    `unusable` for the reason that stands there."""
+    name = _subset(path)
+    folder = Path(config.output_dir) / "scores" / name
     folder.mkdir(parents=True, exist_ok=True)
-    key = model_key | {"data": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-    begin_or_go_on(folder / "key.json", key, f"what is in {folder}", WORDS)
+    begin_or_go_on(folder / "key.json", model_key | {"data": file_hash(path)}, f"what is in {folder}", WORDS)
     remove_leftovers(folder)
     rows: list[dict[str, Any]] = []
     starts = range(0, len(items), PART_ITEMS)
-    for start in shown.track(starts, f"scoring {Path(path).stem}"):
+    for start in shown.track(starts, f"scoring {name}"):
         chunk = items[start : start + PART_ITEMS]
         part = folder / f"part-{start:06d}-{len(chunk)}.parquet"
-        if part.exists():
-            rows += _read_parquet(part)
+        if (stored := _read_part(part, len(chunk), shown)) is not None:
+            rows += stored
             continue
-        scores = score_solutions(
-            reward_model,
-            [(item.problem, item.steps) for item in chunk],
-            step_format=config.step_format,
-            step_separator=config.step_separator,
-            max_length=config.max_length,
-            batch_tokens=config.batch_tokens,
-        )
-        new: list[dict[str, Any]] = []
-        for item, found in zip(chunk, scores, strict=True):
-            if found is None:
-                new.append({"num_tokens": None} | dict.fromkeys(RULES))
-                continue
-            if not all(math.isfinite(score) for score in found.by_rule["prefix"]):
-                raise IpvrmError(f"{path}: {item.name}: the models' log-probabilities are not finite numbers")
-            new.append({"num_tokens": found.num_tokens} | found.by_rule)
+        new = _score_chunk(config, reward_model, path, chunk)
         _write_parquet(part, new)
         rows += new
     return rows
 
 
+def _score_chunk(
+    config: EvalConfig, reward_model: Any, path: str, chunk: Sequence[Item]
+) -> list[dict[str, Any]]:
+    from ipvrm.evaluate.scoring import one_by_one, score_solutions
+
+    def score(part: Sequence[Item]) -> list[Any]:
+        for item in part:
+            try:
+                check_values([item.problem, list(item.steps)])
+            except ValueError as error:
+                raise IpvrmError(str(error)) from error
+        return score_solutions(
+            reward_model,
+            [(item.problem, item.steps) for item in part],
+            step_format=config.step_format,
+            step_separator=config.step_separator,
+            max_length=config.max_length,
+            batch_tokens=config.batch_tokens,
+        )
+
+    new: list[dict[str, Any]] = []
+    for item, found in zip(chunk, one_by_one(score, chunk), strict=True):
+        if found is None or isinstance(found, str):
+            new.append({"num_tokens": None} | dict.fromkeys(RULES) | {"unusable": found})
+            continue
+        if not all(math.isfinite(score) for score in found.by_rule["prefix"]):
+            raise IpvrmError(f"{path}: {item.name}: the models' log-probabilities are not finite numbers")
+        new.append({"num_tokens": found.num_tokens} | found.by_rule | {"unusable": None})
+    return new
+
+
 def _model_key(config: EvalConfig, info: Any) -> dict[str, Any]:
     """What stored scores depend on, besides the data."""
-    from ipvrm.models.causal_lm import weights_hash
-
     return {
-        "model": weights_hash(config.model),
+        "model": info.weights_hash,
         "reference": info.reference_hash,
         "beta": info.beta,
         "template": info.template_hash,
@@ -235,15 +265,25 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow as pa
 
     types = {"index": pa.int64(), "label": pa.int64(), "num_steps": pa.int64(), "num_tokens": pa.int64()}
-    types |= {"id": pa.string()} | {rule: pa.list_(pa.float64()) for rule in RULES}
+    types |= {"id": pa.string(), "unusable": pa.string()} | {rule: pa.list_(pa.float64()) for rule in RULES}
     schema = pa.schema([(name, types.get(name, pa.int64())) for name in rows[0]])
     write_table(path, rows, schema)
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _read_part(path: Path, count: int, shown: Any) -> list[dict[str, Any]] | None:
+    """The rows of a finished part; None where there is none, or only half of one, which is said."""
     import pyarrow.parquet
 
-    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    if not path.exists():
+        return None
+    try:
+        with reading(path, "not a readable part", "it is made again"):
+            rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+        if len(rows) != count or set(rows[0]) != {"num_tokens", *RULES, "unusable"}:
+            raise IpvrmError(f"{path}: not {count} scored solutions; it is made again")
+    except IpvrmError as error:
+        shown.note(str(error))
+        return None
     return rows
 
 
@@ -291,7 +331,19 @@ def summarise(
         )
     results: dict[str, Any] = {}
     for name, items in subsets.items():
-        too_long = sum(scores["step"] is None for scores in scored[name])
+        refused = {
+            item.name: scores["unusable"]
+            for item, scores in zip(items, scored[name], strict=True)
+            if scores["unusable"] is not None
+        }
+        too_long = sum(scores["step"] is None for scores in scored[name]) - len(refused)
+        if refused:
+            listed = "".join(f"\n  {item}: {reason}" for item, reason in [*refused.items()][:SHOWN_BAD_ROWS])
+            more = len(refused) - SHOWN_BAD_ROWS
+            notes.append(
+                f"{name}: {len(refused)} of {len(items)} solutions cannot be scored; they count as missed:"
+                f"{listed}" + (f"\n  ... and {more} more" if more > 0 else "")
+            )
         if too_long:
             notes.append(
                 f"{name}: {too_long} of {len(items)} solutions have more than {config.max_length} tokens; "
@@ -317,6 +369,7 @@ def summarise(
             "erroneous": sum(k >= 0 for k in labels[name]),
             "correct": sum(k < 0 for k in labels[name]),
             "too_long": too_long,
+            "unusable": refused,
             "rules": rules,
             "baselines": {key: finite_or_none(value._asdict()) for key, value in baselines.items()},
         }

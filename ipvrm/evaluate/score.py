@@ -1,18 +1,20 @@
 """`ipvrm score`: JSONL of problem and steps in, JSONL of step scores out, in the same order."""
 
-import hashlib
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ipvrm.data.rows import BadRow, OnBadRow, report_bad_rows
+from ipvrm.data.files import chunked, file_hash, finite, records
+from ipvrm.data.rows import BadRow, BadRows, OnBadRow, as_object, report_bad_rows
 from ipvrm.errors import IpvrmError
-from ipvrm.models.causal_lm import weights_hash
+from ipvrm.evaluate.scoring import one_by_one
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, Score
+from ipvrm.output import locked
 from ipvrm.progress import Progress
-from ipvrm.run_folder import FREE, begin_or_go_on, publish, remove_leftovers, settings_of, write_text
+from ipvrm.run_folder import FREE, begin_or_go_on, finished_lines, publish, remove_leftovers, settings_of
 from ipvrm.steps import STEP_FORMAT, STEP_SEPARATOR, check_step_format
 
 WORDS = {
@@ -21,6 +23,7 @@ WORDS = {
     "reference_hash": "the reference",
     "template_hash": "the chat template",
 }
+COLUMNS = ("id", "problem", "steps")
 CHUNK = 64  # solutions scored, and written, at a time
 
 
@@ -36,7 +39,7 @@ class ScoreConfig:
     model: str = field(metadata=FREE)
     """Run folder of the reward model."""
     input: str = field(metadata=FREE)
-    """JSONL file of problems and steps."""
+    """.jsonl, .json or .parquet file of problems and steps."""
     output: str = field(metadata=FREE)
     """JSONL file to write; it appears when all lines are scored."""
     reference: str | None = field(default=None, metadata=FREE)
@@ -60,6 +63,8 @@ class ScoreConfig:
 @dataclass(frozen=True)
 class _Item:
     line: int
+    file: str
+    row: int
     id: Any
     problem: str
     steps: list[str]
@@ -76,57 +81,68 @@ def score_file(config: ScoreConfig, progress: bool = True) -> int:
     if not 0.0 <= config.threshold <= 1.0:
         raise IpvrmError(f"--threshold must lie in [0, 1]; got {config.threshold}")
     shown = Progress(enabled=progress)
-    source = Path(config.input)
-    items, bad = _read(source)
-    report_bad_rows(bad, config.on_bad_row, total=len(items) + len(bad))
-    for row in bad:
-        shown.note(f"skipped {row}")
+    with locked(config.output):
+        return _score_file(config, shown)
+
+
+def _score_file(config: ScoreConfig, shown: Progress) -> int:
+    total = _check_input(config, shown)
     reward_model = RewardModel.from_pretrained(
         config.model, config.reference, "cpu" if config.use_cpu else None
     )
-
     output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.with_name(f".{output.name}.partial")
     folder.mkdir(exist_ok=True)
     remove_leftovers(folder)
     what = f"the unfinished work in {folder} (delete it to start afresh)"
     begin_or_go_on(folder / "settings.json", _settings(config, reward_model), what, WORDS)
     partial = folder / "scores.jsonl"
-    written = _finished(partial)
-    done = written[-1] if written else 0
+    written, done = finished_lines(partial)
     if done:
         shown.note(f"going on behind line {done}")
-    remaining = [item for item in items if item.line > done]
-    with open(partial, "a", encoding="utf-8") as file:
-        chunks = [remaining[i : i + CHUNK] for i in range(0, len(remaining), CHUNK)]
-        for chunk in shown.track(chunks, "score"):
+    remaining = (item for item in _read(config.input) if isinstance(item, _Item) and item.line > done)
+    passed = written
+    with open(partial, "a", encoding="utf-8") as file, shown.bar("score", total, passed) as update:
+        for chunk in chunked(remaining, CHUNK):
             scores, refused = _score(config, reward_model, chunk)
-            report_bad_rows(refused, config.on_bad_row, total=len(items))
+            report_bad_rows(refused, config.on_bad_row, total=total)
             for row in refused:
                 shown.note(f"skipped {row}")
             for item, score in scores:
-                file.write(json.dumps(_record(item, score)) + "\n")
+                file.write(json.dumps(_record(item, score), allow_nan=False) + "\n")
             file.flush()
-            written += [item.line for item, _ in scores]
+            written += len(scores)
+            passed += len(chunk)
+            update(passed)
     publish(partial, output)
     shutil.rmtree(folder)
-    return len(written)
+    return written
 
 
-def _read(path: Path) -> tuple[list[_Item], list[BadRow]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut texts at U+2028 too
-    except (OSError, UnicodeDecodeError) as error:
-        raise IpvrmError(f"--input {path}: cannot be read: {error}") from error
-    items, bad = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+def _check_input(config: ScoreConfig, shown: Progress) -> int:
+    """Number of usable lines. All of them are read, and none is kept, before anything is loaded."""
+    usable, bad = 0, BadRows()
+    for item in _read(config.input):
+        if isinstance(item, _Item):
+            usable += 1
             continue
+        bad.add(item)
+        if config.on_bad_row == "skip":
+            shown.note(f"skipped {item}")
+    bad.report(config.on_bad_row, total=usable + bad.count)
+    if not usable:
+        raise IpvrmError(
+            f"--input {config.input}: no usable line ({bad.count} bad)"
+            + (f"; the first: {bad.first[0]}" if bad.count else "")
+        )
+    return usable
+
+
+def _read(path: str | Path) -> Iterator[_Item | BadRow]:
+    """Every line of the input, one at a time: what is to be scored, or why it cannot be."""
+    for file, row, index, value in records(path, COLUMNS, (("problem", "steps"),)):
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError(f"must be an object; got {type(record).__name__}")
+            record = as_object(value)
             problem, steps = record.get("problem"), record.get("steps")
             if not isinstance(problem, str) or not problem.strip():
                 raise ValueError(f"`problem` must be a text; got {problem!r:.40}")
@@ -136,15 +152,9 @@ def _read(path: Path) -> tuple[list[_Item], list[BadRow]]:
                 or not all(isinstance(s, str) and s.strip() for s in steps)
             ):
                 raise ValueError(f"`steps` must be a list of texts, none empty; got {steps!r:.40}")
-            items.append(_Item(number, record.get("id"), problem, steps))
+            yield _Item(index, file, row, finite(record.get("id"), "id"), problem, steps)
         except ValueError as error:
-            reason = f"not valid JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
-            bad.append(BadRow(str(path), number, reason))
-    if not items:
-        raise IpvrmError(
-            f"--input {path}: no usable line ({len(bad)} bad)" + (f"; the first: {bad[0]}" if bad else "")
-        )
-    return items, bad
+            yield BadRow(file, row, str(error))
 
 
 def _score(
@@ -155,18 +165,17 @@ def _score(
         name: getattr(config, name)
         for name in ("step_format", "step_separator", "rule", "threshold", "batch_tokens")
     }
-    try:
-        scores = reward_model.score_many([(item.problem, item.steps) for item in chunk], **options)
-        return list(zip(chunk, scores, strict=True)), []
-    except IpvrmError:
-        found, refused = [], []
-        for item in chunk:
-            try:
-                found.append((item, reward_model.score(item.problem, item.steps, **options)))
-            except IpvrmError as error:
-                reason = str(error).rpartition("item:1: ")[2]
-                refused.append(BadRow(config.input, item.line, reason))
-        return found, refused
+
+    def score(part: Sequence[_Item]) -> list[Score]:
+        return reward_model.score_many([(item.problem, item.steps) for item in part], **options)
+
+    found, refused = [], []
+    for item, scored in zip(chunk, one_by_one(score, chunk), strict=True):
+        if isinstance(scored, str):
+            refused.append(BadRow(item.file, item.row, scored))
+        else:
+            found.append((item, scored))
+    return found, refused
 
 
 def _record(item: _Item, score: Score) -> dict[str, Any]:
@@ -185,22 +194,13 @@ def _settings(config: ScoreConfig, reward_model: RewardModel) -> dict[str, Any]:
     """What decides the scores: an interrupted run goes on only with the same."""
     info = reward_model.info
     return settings_of(config) | {
-        "input_hash": hashlib.sha256(Path(config.input).read_bytes()).hexdigest(),
-        "model_hash": weights_hash(config.model),
+        "input_hash": file_hash(config.input),
+        "model_hash": info.weights_hash,
         "reference_hash": info.reference_hash,
         "template_hash": info.template_hash,
         "objective": info.objective,
         "beta": info.beta,
     }
-
-
-def _finished(partial: Path) -> list[int]:
-    """Line numbers that an interrupted run has written; a torn last line is cut off the file."""
-    if not partial.is_file():
-        return []
-    whole = partial.read_text(encoding="utf-8").split("\n")[:-1]
-    write_text(partial, "".join(line + "\n" for line in whole))
-    return [json.loads(line)["line"] for line in whole]
 
 
 def main(config: ScoreConfig) -> None:

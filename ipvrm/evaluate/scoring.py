@@ -1,13 +1,17 @@
 """Solutions to step scores with a reward model: one forward of each model, all four rules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ipvrm.errors import IpvrmError
 from ipvrm.models.reward_model import RewardModel
 from ipvrm.steps import RULES, step_scores
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,20 @@ class SolutionScores:
     num_steps: int
     num_tokens: int  # prompt and response
     by_rule: dict[str, list[float]]  # rule -> S scores
+
+
+def one_by_one(score: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R | str]:
+    """`score(items)`; where it raises IpvrmError, item by item, and for what it refuses the reason."""
+    try:
+        return [*score(items)]
+    except IpvrmError:
+        found: list[R | str] = []
+        for item in items:
+            try:
+                found += score([item])
+            except IpvrmError as error:
+                found.append(" ".join(str(error).rpartition("item:1: ")[2].split()))
+        return found
 
 
 def score_solutions(

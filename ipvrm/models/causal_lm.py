@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ipvrm.data.batches import Batch
-from ipvrm.errors import IpvrmError
+from ipvrm.errors import IpvrmError, reading
+from ipvrm.models.folder import AGAIN, WEIGHTS, local_folder, refuse_adapter, weight_files, weights_hash
 
 __all__ = [
     "Head",
@@ -28,6 +29,7 @@ __all__ = [
     "disable_dropout",
     "head",
     "hidden_states",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "local_folder",
@@ -44,6 +46,10 @@ __all__ = [
 # `logits_scaling` and HyperCLOVA X multiplies by it, so `check_head` compares with the model's own logits.
 LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1, "output_multiplier": 1, "lm_head_multiplier": 1}
 MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
+# A config may name code in its own folder or on the Hub. None of it is run, and nobody is asked on stdin.
+SAFE = {"trust_remote_code": False}
+NO_CODE = f"{AGAIN}; where it needs Python code of its own (auto_map), ipvrm does not run it"
+ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 VALUE_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "RewardModel")
 
 
@@ -61,30 +67,6 @@ class Head:
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
-def local_folder(name: str | Path) -> Path:
-    """The folder of model `name`: itself, or a Hub name's snapshot (downloaded unless HF_HUB_OFFLINE=1).
-
-    Raises:
-        IpvrmError: neither a folder with a config.json nor a Hub model that can be reached.
-    """
-    path = Path(name)
-    if (path / "config.json").is_file():
-        return path
-    if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise IpvrmError(f"{name}: not a model folder (no config.json in it)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise IpvrmError(
-            f"{name}: neither a model folder nor a model that the Hub gives: {reason}"
-        ) from error
-
-
 def load_model(
     name: str | Path,
     dtype: torch.dtype | str = torch.float32,
@@ -100,27 +82,22 @@ def load_model(
     Raises:
         IpvrmError: not a causal LM, no safetensors weights, or a head that `check_head` refuses.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder = local_folder(name)
-    stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    for architecture in stated:
+    config = load_config(folder)
+    for architecture in config.architectures or []:
         if architecture.endswith(VALUE_HEADS):
             raise IpvrmError(
                 f"{name}: {architecture} has a value head and no vocabulary head; the objectives ipvrm "
                 "and implicit_prm are defined on log-probabilities, so start from a causal LM"
             )
-    if not list(folder.glob("*.safetensors")):
-        raise IpvrmError(f"{name}: no *.safetensors file; pickled weights are not loaded, convert them first")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        with _no_progress_bars():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise IpvrmError(f"{name}: transformers cannot load it as a causal LM: {error}") from error
+    weight_files(folder)
+    options: dict[str, Any] = {**SAFE, "use_safetensors": True, "output_loading_info": True}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    with reading(name, "transformers cannot load it as a causal LM", AGAIN), _no_progress_bars():
+        model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise IpvrmError(
@@ -132,6 +109,38 @@ def load_model(
     model.eval()
     check_head(model)
     return cast(nn.Module, model)
+
+
+def load_config(name: str | Path) -> Any:
+    """The transformers config of a model folder or Hub name.
+
+    Raises:
+        IpvrmError: none that can be read, or one that wants code or weights from elsewhere.
+    """
+    from transformers import AutoConfig
+
+    folder = local_folder(name)
+    refuse_adapter(folder)
+    with reading(folder / "config.json", "not a readable model config", AGAIN):
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(stored, dict):
+        raise IpvrmError(f"{folder / 'config.json'}: must hold an object; {AGAIN}")
+    for entry, value in _entries(stored):
+        if entry == "transformers_weights" or (entry in ATTENTION and "/" in str(value)):
+            raise IpvrmError(
+                f"{folder / 'config.json'}: {entry} names {value!r}; weights are read from {WEIGHTS} or the "
+                "shards of its index alone, and kernels of the Hub are never run. Take the entry out"
+            )
+    with reading(folder / "config.json", "transformers cannot read the model config", NO_CODE):
+        return AutoConfig.from_pretrained(folder, **SAFE)
+
+
+def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every entry of a config, those of its parts too."""
+    for name, value in config.items():
+        yield name, value
+        if isinstance(value, dict):
+            yield from _entries(value)
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
@@ -160,14 +169,12 @@ def load_tokenizer(name: str | Path) -> Any:
     Raises:
         IpvrmError: there is none, or it has ids for which the model beside it has no embedding.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = local_folder(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
-    except (OSError, ValueError, KeyError) as error:
-        raise IpvrmError(f"{name}: no tokenizer can be loaded: {error}") from error
+    rows = load_config(folder).get_text_config().vocab_size
+    with reading(name, "no tokenizer can be loaded", NO_CODE):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **SAFE)
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= rows:
         raise IpvrmError(
@@ -181,9 +188,7 @@ def max_positions(model: nn.Module | str | Path) -> int | None:
     """How many positions a model has, as its config says (with YaRN, what it stretches them to); None where
     it names no limit."""
     if isinstance(model, str | Path):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(local_folder(model)).get_text_config()
+        config = load_config(model).get_text_config()
     else:
         config = cast(Any, model).config.get_text_config()
     stated = getattr(config, "max_position_embeddings", None)
@@ -331,11 +336,11 @@ def memory_estimate(
     `lora_r` on the linear layers), and the activations of a micro-batch of `rows` sequences of `length`
     tokens.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(local_folder(name))
+    config = load_config(name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, **SAFE)
     parameters = trained = sum(p.numel() for p in model.parameters())
     if lora_r:
         layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -357,27 +362,6 @@ def memory_estimate(
 
 
 # -------------------------------------------------------------------------------------------- fingerprints
-
-
-def weights_hash(folder: str | Path) -> str:
-    """sha256 over config.json and the safetensors files of a model (names and contents): which model this is.
-
-    Other tensors beside `model*.safetensors`, an optimizer's for example, are not the model's.
-
-    Raises:
-        IpvrmError: the folder holds no safetensors file.
-    """
-    folder = local_folder(folder)
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise IpvrmError(f"{folder}: no *.safetensors file to identify the model by")
-    digest = hashlib.sha256()
-    for path in [folder / "config.json", *files]:
-        digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def template_hash(tokenizer: Any) -> str:

@@ -34,6 +34,9 @@ from ipvrm.steps import step_ends as last_token_of_steps
 
 CONFIG_NAME = "ipvrm_config.json"
 BATCH_TOKENS = 8192
+TYPES = dict.fromkeys(
+    ("objective", "reference", "reference_given", "reference_hash", "template_hash", "weights_hash"), str
+) | {"chat_template_kwargs": dict}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class RewardModelInfo:
     what the user wrote. `temperature` is the one that the log-probs of model and reference were taken at.
     `adapter`, of a model trained with LoRA: the folder of the adapter alone beside the merged weights, its
     rank and scale, and the model it belongs on with that model's hash.
+    `weights_hash` is of the model beside the file; `write_info` fills it in.
     """
 
     objective: str
@@ -57,6 +61,7 @@ class RewardModelInfo:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
     adapter: dict[str, Any] | None = None
+    weights_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,10 +122,12 @@ class RewardModel:
             device: default is the first accelerator, else the CPU.
 
         Raises:
-            IpvrmError: no `ipvrm_config.json`, no reference with the recorded weights, or another template.
+            IpvrmError: no `ipvrm_config.json`, other weights than it records for model or reference, or
+                another template.
         """
         folder = local_folder(folder)
         info = read_info(folder)
+        check_own_weights(folder, info)
         reference_folder = find_reference(folder, info, reference)
         tokenizer = load_tokenizer(folder)
         found = template_hash(tokenizer)
@@ -277,8 +284,8 @@ def reference_entries(
 
 
 def write_info(folder: str | Path, info: RewardModelInfo) -> None:
-    """Writes `ipvrm_config.json` into `folder`."""
-    write_json(Path(folder) / CONFIG_NAME, asdict(info))
+    """Writes `ipvrm_config.json` into `folder`, whose weights it is for and which are there by now."""
+    write_json(Path(folder) / CONFIG_NAME, asdict(replace(info, weights_hash=weights_hash(folder))))
 
 
 def read_info(folder: str | Path) -> RewardModelInfo:
@@ -289,19 +296,37 @@ def read_info(folder: str | Path) -> RewardModelInfo:
             f"{folder}: no {CONFIG_NAME}; this is not a folder that `ipvrm train-rm` or save_pretrained wrote"
         )
     stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise IpvrmError(f"{path}: must hold an object; got {type(stored).__name__}")
     needed = [
         f.name for f in fields(RewardModelInfo) if f.default is MISSING and f.default_factory is MISSING
     ]
+    needed.append("weights_hash")
     names = [f.name for f in fields(RewardModelInfo) if f.name in stored or f.name in needed]
     missing = [name for name in names if name not in stored]
     if missing:
-        raise IpvrmError(f"{path}: entries are missing: {', '.join(missing)}")
+        raise IpvrmError(
+            f"{path}: entries are missing: {', '.join(missing)}; another version of ipvrm wrote it, or it is "
+            "damaged"
+        )
+    for name, kind in TYPES.items():
+        if not isinstance(stored.get(name, kind()), kind):
+            raise IpvrmError(f"{path}: {name} must be {kind.__name__}; got {stored[name]!r:.40}")
     info = RewardModelInfo(**{name: stored[name] for name in names})
     if not isinstance(info.beta, int | float) or not math.isfinite(info.beta) or info.beta <= 0:
         raise IpvrmError(f"{path}: beta must be a positive number; got {info.beta!r}")
     if not isinstance(info.temperature, int | float) or not 0 < info.temperature < math.inf:
         raise IpvrmError(f"{path}: temperature must be a positive number; got {info.temperature!r}")
     return info
+
+
+def check_own_weights(folder: str | Path, info: RewardModelInfo) -> None:
+    """Raises IpvrmError unless the model in `folder` is the one that `info` was written for."""
+    if (own := weights_hash(folder)) != info.weights_hash:
+        raise IpvrmError(
+            f"{folder}: its weights or config are not those that {CONFIG_NAME} was written for (sha256 "
+            f"{own[:12]}, recorded {info.weights_hash[:12]}); copy the folder again from where it was made"
+        )
 
 
 def find_reference(folder: Path, info: RewardModelInfo, given: str | Path | None = None) -> Path:

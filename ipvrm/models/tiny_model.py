@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipvrm.errors import IpvrmError
+from ipvrm.data.files import kind_of, records
+from ipvrm.errors import IpvrmError, reading
 from ipvrm.run_folder import save_folder
 
 END_OF_TURN = "<|im_end|>"
@@ -51,24 +52,15 @@ class TinyModelConfig:
 def texts_of(path: str | Path) -> Iterator[str]:
     """Every string of a .parquet, .jsonl or .json file, or the whole of a text file."""
     path = Path(path)
-    if not path.is_file():
-        raise IpvrmError(f"make-tiny-model: {path}: no such file")
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                yield from _strings(batch.to_pylist())
-        elif path.suffix == ".json":
-            yield from _strings(json.loads(path.read_text(encoding="utf-8")))
-        elif path.suffix == ".jsonl":
-            for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines cuts at U+2028 too
-                if line.strip():
-                    yield from _strings(json.loads(line))
-        else:
-            yield path.read_text(encoding="utf-8")
-    except (ValueError, OSError) as error:
-        raise IpvrmError(f"make-tiny-model: {path} cannot be read: {error}") from error
+    if path.is_file() and kind_of(path) is None:
+        with reading(path, "cannot be read", "texts must be UTF-8"):
+            text = path.read_text(encoding="utf-8-sig")
+        yield text
+        return
+    for file, row, _, value in records(path, None):
+        if isinstance(value, ValueError):
+            raise IpvrmError(f"{file}:{row}: {value}")
+        yield from _strings(value)
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -177,11 +169,6 @@ def make_tiny_model(config: TinyModelConfig) -> Path:
 def main(config: TinyModelConfig) -> None:
     """Console entry: makes the model and says what it is."""
     folder = make_tiny_model(config)
-    from transformers import AutoConfig
-
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     size = (folder / "model.safetensors").stat().st_size / 4 / 1e6
-    print(
-        f"{folder}: {AutoConfig.from_pretrained(folder).model_type}, {size:.2f} M parameters, "
-        f"{stored['vocab_size']} tokens"
-    )
+    print(f"{folder}: {stored['model_type']}, {size:.2f} M parameters, {stored['vocab_size']} tokens")

@@ -27,6 +27,7 @@ from ipvrm.demo.base_model import MAX_NEW_TOKENS
 from ipvrm.demo.run import STAGE_FILE, Stages, prepare, train_choice
 from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
 from ipvrm.errors import IpvrmError
+from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.run_folder import manifest, read_json, same_run, write_table
 
@@ -118,18 +119,21 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
             finished and is not one of the full size.
         TrainingInterrupted: SIGINT or SIGTERM during a run.
     """
-    from ipvrm.reproduce.fig6_report import write_report
-    from ipvrm.training.train_policy import train_policy
-
     if config.scale not in SCALES:
         raise IpvrmError(f"--scale {config.scale!r}: unknown; the scales are {', '.join(SCALES)}")
     if not config.seeds or min(config.seeds) < 0 or len(set(config.seeds)) < len(config.seeds):
         raise IpvrmError(f"--seeds must be different numbers from 0 on; got {config.seeds}")
-    sizes = scale or SCALES[config.scale]
+    with locked(config.output_dir, folder=True):
+        return _reproduce(config, progress, scale or SCALES[config.scale])
+
+
+def _reproduce(config: Fig6Config, progress: bool, sizes: Scale) -> dict[str, Any]:
+    from ipvrm.reproduce.fig6_report import write_report
+    from ipvrm.training.train_policy import train_policy
+
     shown = Progress(enabled=progress)
     demo, output = Path(config.demo), Path(config.output_dir)
     made_from = _demo(demo, shown)
-    output.mkdir(parents=True, exist_ok=True)
     stages = Stages(output, shown)
     inputs = {"demo": made_from["key"], "held_out": sizes.held_out, "held_out_seed": HELD_OUT_SEED}
     stages.folder(

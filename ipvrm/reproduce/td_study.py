@@ -28,7 +28,6 @@ kept as they are finished, a file each; the same command goes on behind them.
 """
 
 import functools
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -39,12 +38,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ipvrm.data.files import file_hash
 from ipvrm.data.rows import OnBadRow, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import finite_or_none
 from ipvrm.losses.metrics import auc
 from ipvrm.models.causal_lm import load_model, load_tokenizer, max_positions, weights_hash
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
+from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.reproduce.correlation import bootstrap, centred, less, partial, pearson, spearman
 from ipvrm.reproduce.td_branches import FRACTIONS, Brancher, BranchOptions
@@ -140,6 +141,11 @@ def study(config: TdConfig, progress: bool = True) -> dict[str, Any]:
             `on_bad_row="error"`, or an output folder with a study of other settings.
     """
     _check(config)
+    with locked(config.output_dir, folder=True):
+        return _study(config, progress)
+
+
+def _study(config: TdConfig, progress: bool) -> dict[str, Any]:
     shown, output = Progress(enabled=progress), Path(config.output_dir)
     tokenizer = load_tokenizer(config.policy)
     accelerator = None if config.use_cpu else torch.accelerator.current_accelerator()
@@ -217,9 +223,9 @@ def _settings(config: TdConfig, reward_model: RewardModel) -> dict[str, Any]:
     """What decides the numbers of a prompt."""
     return settings_of(config) | {
         "records": RECORDS,
-        "data_hash": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
+        "data_hash": file_hash(config.data),
         "policy_hash": weights_hash(config.policy),
-        "reward_model_hash": weights_hash(config.reward_model),
+        "reward_model_hash": reward_model.info.weights_hash,
         "reference_hash": reward_model.info.reference_hash,
     }
 

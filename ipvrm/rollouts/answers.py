@@ -72,6 +72,7 @@ def as_questions(
         try:
             if answers and prompt.answer is None:
                 raise ValueError("no ground truth; `answer` or `reward_model.ground_truth` is needed")
+            chat.check_length(prompt.prompt, prompt.tools, context)
             ids = chat.prompt_ids(prompt.prompt, prompt.tools)
             if context is not None and len(ids) + settings.max_new_tokens > context:
                 raise ValueError(

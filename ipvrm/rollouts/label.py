@@ -1,35 +1,53 @@
 """`ipvrm label`: outcome labels for rollouts, as the reward-model data that `ipvrm train-rm` reads."""
 
 import json
+import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+from ipvrm.data.files import chunked, file_hash, records
 from ipvrm.data.rows import COLUMNS as CONVERSATION_COLUMNS
 from ipvrm.data.rows import (
     TURNS,
     BadRow,
+    BadRows,
     OnBadRow,
     Sampled,
     Turns,
+    as_object,
     data_source,
     ground_truth,
-    records,
-    report_bad_rows,
     sampled,
     truncated,
     turns,
 )
 from ipvrm.errors import IpvrmError
+from ipvrm.output import locked
 from ipvrm.progress import Progress
-from ipvrm.rollouts.verify import OUTCOMES, TIMEOUT_SECONDS, Outcome, Verdict, VerifierPool
-from ipvrm.run_folder import manifest, summary_path, write_json, write_table
+from ipvrm.rollouts.verify import MEMORY_GB, OUTCOMES, TIMEOUT_SECONDS, Outcome, Verdict, VerifierPool
+from ipvrm.run_folder import (
+    FREE,
+    begin_or_go_on,
+    finished_lines,
+    manifest,
+    remove_leftovers,
+    settings_of,
+    summary_path,
+    table_schema,
+    write_json,
+    write_table,
+)
 
 COLUMNS = (*CONVERSATION_COLUMNS, "answer", "reward_model", "data_source", "sample")
+CHUNK = 1024  # answers verified, and kept, at a time
 LISTED_FAILURES = 20
+ANY_VERDICT = Verdict("right", "1")
 KEPT: tuple[Outcome, ...] = ("right", "wrong", "no_answer")
 # Why a row gets no label, besides the outcomes of a verifier.
 SKIPPED = ("missing_ground_truth", "truncated", "empty")
@@ -56,12 +74,12 @@ class LabelConfig:
     Out: `prompt`, `response`, `label` and more, for `ipvrm train-rm`; OUTPUT.summary.json
     counts what became of every row.
     Answers are checked in worker processes with a hard deadline. What times out or crashes is counted and
-    left out, never labelled 0.
+    left out, never labelled 0. An interrupted run goes on where it stopped.
     """
 
-    input: str
+    input: str = field(metadata=FREE)
     """.parquet, .jsonl or .json file of rollouts."""
-    output: str
+    output: str = field(metadata=FREE)
     """.parquet or .jsonl file to write; it appears when all rows are labelled."""
     verifier: str = "math"
     """math (math-verify's equivalence; plain numbers by value), string (the final answer, character by
@@ -71,11 +89,13 @@ class LabelConfig:
     are left out, counted and named, never labelled 0."""
     timeout_seconds: float = TIMEOUT_SECONDS
     """Hard deadline of one answer: the process is killed, and the row counted and left out."""
-    num_workers: int | None = None
+    memory_gb: float = field(default=MEMORY_GB, metadata=FREE)
+    """Most memory of a verifier's process (Linux); what needs more is counted as an error and left out."""
+    num_workers: int | None = field(default=None, metadata=FREE)
     """Verifier processes. Default: one per available core."""
     keep_truncated: bool = False
     """Label responses that were cut off like all others, in place of leaving them out."""
-    on_bad_row: OnBadRow = "error"
+    on_bad_row: OnBadRow = field(default="error", metadata=FREE)
     """Rows that cannot be used: stop and list them, or skip."""
 
 
@@ -90,16 +110,17 @@ class _Rollout:
     sampled: Sampled | None
 
 
-def _read(path: Path) -> tuple[list[_Rollout], list[BadRow]]:
-    rollouts, bad = [], []
-    for number, record in records(path, COLUMNS, TURNS):
+def _read(path: str | Path) -> Iterator[_Rollout | BadRow]:
+    for file, number, index, value in records(path, COLUMNS, TURNS):
         try:
+            record = as_object(value)
+            sample = record.get("sample")
+            if sample is not None and type(sample) is not int:
+                raise ValueError(f"sample must be a whole number; got {sample!r:.40}")
             answer, source, cut = ground_truth(record), data_source(record), truncated(record)
-            found, ids = turns(record), sampled(record)
-            rollouts.append(_Rollout(number, found, answer, source, record.get("sample"), cut, ids))
+            yield _Rollout(index, turns(record), answer, source, sample, cut, sampled(record))
         except ValueError as error:
-            bad.append(BadRow(str(path), number, str(error)))
-    return rollouts, bad
+            yield BadRow(file, number, str(error))
 
 
 def _skip_reason(rollout: _Rollout, keep_truncated: bool) -> str | None:
@@ -113,6 +134,10 @@ def _skip_reason(rollout: _Rollout, keep_truncated: bool) -> str | None:
 def label_file(config: LabelConfig, progress: bool = True) -> dict[str, Any]:
     """Labels `config.input` into `config.output`, in the input's order, and returns the summary.
 
+    The input is read as a stream, several times: to check it, to verify its answers, to write them with
+    their labels. What is kept meanwhile are the verdicts, in a folder beside the output, so that an
+    interrupted run goes on.
+
     Raises:
         IpvrmError: unreadable input, bad rows under `on_bad_row="error"`, a verifier that cannot be had, or
             not one row that gets a label.
@@ -121,72 +146,142 @@ def label_file(config: LabelConfig, progress: bool = True) -> dict[str, Any]:
     output = Path(config.output)
     if output.suffix not in (".parquet", ".jsonl"):
         raise IpvrmError(f"--output {output}: must end in .parquet or .jsonl")
-    with VerifierPool(config.verifier, config.num_workers, config.timeout_seconds) as pool:
-        rollouts, bad = _read(Path(config.input))
-        report_bad_rows(bad, config.on_bad_row, total=len(rollouts) + len(bad))
-        for row in bad:
-            shown.note(f"skipped {row}")
-        if not rollouts:
-            raise IpvrmError(f"--input {config.input}: no usable row ({len(bad)} bad)")
-        skipped = [_skip_reason(rollout, config.keep_truncated) for rollout in rollouts]
-        asked = [r for r, reason in zip(rollouts, skipped, strict=True) if reason is None]
-        started = time.monotonic()
-        with shown.bar("verify", len(asked)) as update:
-            verdicts = pool.judge([(r.turns.response, r.answer or "") for r in asked], update)
-        seconds = time.monotonic() - started
+    with (
+        VerifierPool(config.verifier, config.num_workers, config.timeout_seconds, config.memory_gb) as pool,
+        locked(output),
+    ):
+        return _label_file(config, output, pool, shown)
+
+
+def _label_file(config: LabelConfig, output: Path, pool: VerifierPool, shown: Progress) -> dict[str, Any]:
+    checked = _Checked(config, shown)
+    # What the writer cannot take must show before the work; a label of any kind stands in for the verdicts.
+    schema = table_schema(_rows(checked, repeat(ANY_VERDICT))) if output.suffix == ".parquet" else None
+    folder = output.with_name(f".{output.name}.partial")
+    folder.mkdir(exist_ok=True)
+    remove_leftovers(folder)
+    settings = settings_of(config) | {"input_hash": file_hash(config.input)}
+    what = f"the unfinished work in {folder} (delete it to start afresh)"
+    begin_or_go_on(folder / "settings.json", settings, what, {"input_hash": "the input"})
+    verdicts = folder / "verdicts.jsonl"
+    done, _ = finished_lines(verdicts)
+    if done:
+        shown.note(f"going on behind {done} of {checked.asked} answers")
+    started = time.monotonic()
+    with open(verdicts, "a", encoding="utf-8") as file, shown.bar("verify", checked.asked, done) as update:
+        for chunk in chunked(islice(checked.rollouts(), done, None), CHUNK):
+            pairs = [(rollout.turns.response, rollout.answer or "") for rollout in chunk]
+            found = pool.judge(pairs, partial(_moved, update, done))
+            for rollout, verdict in zip(chunk, found, strict=True):
+                file.write(json.dumps({"line": rollout.row} | asdict(verdict)) + "\n")
+            file.flush()
+            done += len(chunk)
+    seconds = time.monotonic() - started
+    counts = _Counts()
+    for rollout, verdict in zip(checked.rollouts(), _stored(verdicts), strict=True):
+        counts.add(rollout, verdict)
     summary = {
-        **_counts(asked, verdicts, Counter(reason for reason in skipped if reason), len(bad)),
+        **counts.summary(checked.skipped, checked.bad.count),
         "verifier": config.verifier,
         "timeout_seconds": config.timeout_seconds,
+        "memory_gb": config.memory_gb,
         "num_workers": pool.num_workers,
         "seconds": round(seconds, 2),
         "manifest": manifest(config=asdict(config)),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    rows = _rows(asked, verdicts)
     summary_path(output).unlink(missing_ok=True)  # it must never stand beside another run's rows
-    if rows:
-        write_table(output, rows)
+    if summary["labelled"]:
+        write_table(output, _rows(checked, _stored(verdicts)), schema)
     write_json(summary_path(output), summary)
-    if not rows:
-        found = ", ".join(f"{count} {name}" for name, count in summary["counts"].items() if count)
-        raise IpvrmError(f"{config.input}: no row gets a label ({found}); see {summary_path(output)}")
+    shutil.rmtree(folder)
+    if not summary["labelled"]:
+        found_counts = ", ".join(f"{count} {name}" for name, count in summary["counts"].items() if count)
+        raise IpvrmError(f"{config.input}: no row gets a label ({found_counts}); see {summary_path(output)}")
     return summary
 
 
-def _counts(
-    asked: Sequence[_Rollout], verdicts: Sequence[Verdict], skipped: Counter[str], bad: int
-) -> dict[str, Any]:
-    outcomes = Counter(verdict.outcome for verdict in verdicts)
-    counts = {name: outcomes[name] for name in OUTCOMES} | {name: skipped[name] for name in SKIPPED}
-    counts["bad"] = bad
-    by_prompt: dict[str, set[int]] = {}
-    by_source: dict[str, Counter[Outcome]] = {}
-    failures: list[dict[str, Any]] = []
-    for rollout, verdict in zip(asked, verdicts, strict=True):
-        by_source.setdefault(rollout.data_source or "", Counter())[verdict.outcome] += 1
+def _moved(update: Callable[[int], None], before: int, done: int) -> None:
+    update(before + done)
+
+
+class _Checked:
+    """The input, read once to its end: how many answers are asked, and what becomes of the other rows."""
+
+    def __init__(self, config: LabelConfig, shown: Progress):
+        self.config = config
+        self.asked = 0
+        self.chat = False  # whether a prompt is messages
+        self.skipped: Counter[str] = Counter()
+        self.bad = BadRows()
+        for rollout in _read(config.input):
+            if isinstance(rollout, BadRow):
+                self.bad.add(rollout)
+                if config.on_bad_row == "skip":
+                    shown.note(f"skipped {rollout}")
+            elif reason := _skip_reason(rollout, config.keep_truncated):
+                self.skipped[reason] += 1
+            else:
+                self.asked += 1
+                self.chat |= not isinstance(rollout.turns.prompt, str)
+        usable = self.asked + self.skipped.total()
+        self.bad.report(config.on_bad_row, total=usable + self.bad.count)
+        if not usable:
+            raise IpvrmError(f"--input {config.input}: no usable row ({self.bad.count} bad)")
+
+    def rollouts(self) -> Iterator[_Rollout]:
+        """Those whose answers are asked, in order, read anew."""
+        for rollout in _read(self.config.input):
+            if isinstance(rollout, _Rollout) and not _skip_reason(rollout, self.config.keep_truncated):
+                yield rollout
+
+
+def _stored(path: Path) -> Iterator[Verdict]:
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            stored = json.loads(line)
+            del stored["line"]
+            yield Verdict(**stored)
+
+
+class _Counts:
+    """What became of the answers; of a prompt only a hash is kept."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[Outcome] = Counter()
+        self.by_source: dict[str, Counter[Outcome]] = {}
+        self.by_prompt: dict[int, int] = {}  # hash -> bit 0: a wrong answer, bit 1: a right one
+        self.failures: list[dict[str, Any]] = []
+
+    def add(self, rollout: _Rollout, verdict: Verdict) -> None:
+        self.outcomes[verdict.outcome] += 1
+        self.by_source.setdefault(rollout.data_source or "", Counter())[verdict.outcome] += 1
         if verdict.label is not None:
-            by_prompt.setdefault(json.dumps(rollout.turns.prompt), set()).add(verdict.label)
-        elif len(failures) < LISTED_FAILURES:
-            failures.append({"row": rollout.row, "outcome": verdict.outcome, "detail": verdict.detail})
-    unanimous = Counter(next(iter(labels)) for labels in by_prompt.values() if len(labels) == 1)
-    return {
-        "rows": sum(counts.values()),
-        "labelled": sum(counts[name] for name in KEPT),
-        "accuracy": _accuracy(outcomes),
-        "counts": counts,
-        "prompts": {
-            "labelled": len(by_prompt),
-            "mixed": len(by_prompt) - unanimous.total(),
-            "all_right": unanimous[1],
-            "all_wrong": unanimous[0],
-        },
-        "by_data_source": {
-            name: {"labelled": sum(found[kept] for kept in KEPT), "accuracy": _accuracy(found)}
-            for name, found in sorted(by_source.items())
-        },
-        "failures": failures,
-    }
+            key = hash(json.dumps(rollout.turns.prompt))
+            self.by_prompt[key] = self.by_prompt.get(key, 0) | 1 << verdict.label
+        elif len(self.failures) < LISTED_FAILURES:
+            self.failures.append({"row": rollout.row, "outcome": verdict.outcome, "detail": verdict.detail})
+
+    def summary(self, skipped: Counter[str], bad: int) -> dict[str, Any]:
+        counts = {name: self.outcomes[name] for name in OUTCOMES} | {name: skipped[name] for name in SKIPPED}
+        counts["bad"] = bad
+        kinds = Counter(self.by_prompt.values())
+        return {
+            "rows": sum(counts.values()),
+            "labelled": sum(counts[name] for name in KEPT),
+            "accuracy": _accuracy(self.outcomes),
+            "counts": counts,
+            "prompts": {
+                "labelled": len(self.by_prompt),
+                "mixed": kinds[3],
+                "all_right": kinds[2],
+                "all_wrong": kinds[1],
+            },
+            "by_data_source": {
+                name: {"labelled": sum(found[kept] for kept in KEPT), "accuracy": _accuracy(found)}
+                for name, found in sorted(self.by_source.items())
+            },
+            "failures": self.failures,
+        }
 
 
 def _accuracy(outcomes: Counter[Outcome]) -> float | None:
@@ -194,18 +289,16 @@ def _accuracy(outcomes: Counter[Outcome]) -> float | None:
     return outcomes["right"] / labelled if labelled else None
 
 
-def _rows(asked: Sequence[_Rollout], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+def _rows(checked: _Checked, verdicts: Iterable[Verdict]) -> Iterator[dict[str, Any]]:
     """Rows with a label. Where any prompt is messages all are: a text is the user's message.
 
     An answer that has more than content (reasoning, tool calls) is kept whole, as a `conversation`.
     """
-    chat = any(not isinstance(rollout.turns.prompt, str) for rollout in asked)
-    rows = []
-    for rollout, verdict in zip(asked, verdicts, strict=True):
+    for rollout, verdict in zip(checked.rollouts(), verdicts, strict=False):
         if verdict.label is None:
             continue
         found, prompt = rollout.turns, rollout.turns.prompt
-        if chat and isinstance(prompt, str):
+        if checked.chat and isinstance(prompt, str):
             prompt = ({"role": "user", "content": prompt},)
         row: dict[str, Any] = {"row": rollout.row, "prompt": prompt if isinstance(prompt, str) else [*prompt]}
         row |= {name: getattr(rollout, name) for name in ("answer", "data_source", "sample", "truncated")}
@@ -216,8 +309,7 @@ def _rows(asked: Sequence[_Rollout], verdicts: Sequence[Verdict]) -> list[dict[s
             row["tools"] = json.dumps(found.tools)
         if rollout.sampled is not None:
             row |= asdict(rollout.sampled)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def main(config: LabelConfig) -> None:

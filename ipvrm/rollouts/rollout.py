@@ -13,9 +13,11 @@ import torch
 
 from ipvrm.data.batches import length_sorted_microbatches
 from ipvrm.data.chat import tokenizer_hash
+from ipvrm.data.files import file_hash
 from ipvrm.data.rows import OnBadRow, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, max_positions, weights_hash
+from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.rollouts.answers import Job, as_questions, response_text, sample
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
@@ -91,8 +93,13 @@ def roll_out(config: RolloutConfig, progress: bool = True) -> dict[str, Any]:
         IpvrmError: settings out of range, unreadable input, a model that cannot be loaded, or bad rows under
             `on_bad_row="error"`.
     """
-    sampling, output = _check(config), Path(config.output)
-    shown = Progress(enabled=progress)
+    sampling, shown = _check(config), Progress(enabled=progress)
+    with locked(config.output):
+        return _roll_out(config, sampling, shown)
+
+
+def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dict[str, Any]:
+    output = Path(config.output)
     prompts, bad = read_prompts(config.input, config.on_bad_row, limit=config.limit)
     made_from = _made_from(config)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
@@ -252,7 +259,7 @@ def _made_from(config: RolloutConfig) -> dict[str, Any]:
         if (path := folder / name).is_file():
             digest.update(path.read_bytes())
     return settings_of(config) | {
-        "input_hash": hashlib.sha256(Path(config.input).read_bytes()).hexdigest(),
+        "input_hash": file_hash(config.input),
         "model_hash": weights_hash(config.model),
         "tokenizer_files_hash": digest.hexdigest(),
     }

@@ -57,6 +57,7 @@ Outcome = Literal["right", "wrong", "no_answer", "timeout", "crash", "error", "u
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 LABELS = {"right": 1, "wrong": 0, "no_answer": 0}
 TIMEOUT_SECONDS = 10.0
+MEMORY_GB = 8.0  # of one worker: two to ten times what math-verify takes, less than what stops a machine
 START_SECONDS = 120.0  # a cold disk under many workers: importing sympy alone takes seconds
 ORPHAN_SECONDS = 30.0  # after its deadline a worker ends itself if its parent, itself killed, has not
 ARITHMETIC = re.compile(r"[-+*/^().,\d\s]+")
@@ -300,12 +301,15 @@ def load_verifier(name: str) -> Verifier:
 # -------------------------------------------------------------------------------------------------- workers
 
 
-def serve(name: str, watchdog_seconds: float) -> None:
+def serve(name: str, watchdog_seconds: float, memory_gb: float) -> None:
     """A worker: says whether it is ready, then answers each [response, answer] line with a verdict's line.
 
-    What the verifier reads or prints does not reach the two pipes.
+    What the verifier reads or prints does not reach the two pipes. Its memory is capped: an allocation beyond
+    raises MemoryError, in native code mostly a crash; both are counted, and the machine lives on.
     """
     import faulthandler
+
+    _cap_memory(memory_gb)
 
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
@@ -329,21 +333,39 @@ def serve(name: str, watchdog_seconds: float) -> None:
         print(json.dumps(asdict(verdict)), file=replies)
 
 
+def _cap_memory(gigabytes: float) -> None:
+    """RLIMIT_DATA counts what is written privately, not libraries or reserved addresses. Linux heeds it."""
+    if sys.platform == "linux":
+        import resource
+
+        limit = int(gigabytes * 1e9)
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if hard == resource.RLIM_INFINITY or limit < hard:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 # The working directory comes last on the path: a file in it must not stand in for a library.
 WORKER = """import sys
 sys.path = [path for path in sys.path if path]
 from ipvrm.rollouts.verify import serve
 sys.path.append("")
-serve(sys.argv[1], float(sys.argv[2]))
+serve(sys.argv[1], float(sys.argv[2]), float(sys.argv[3]))
 """
 
 
 class _Worker:
     """A process that runs `serve`; a thread puts (self, line) on `events`, and (self, None) at its end."""
 
-    def __init__(self, name: str, timeout_seconds: float, events: "queue.Queue[tuple[_Worker, str | None]]"):
+    def __init__(
+        self,
+        name: str,
+        timeout_seconds: float,
+        memory_gb: float,
+        events: "queue.Queue[tuple[_Worker, str | None]]",
+    ):
+        watchdog = str(timeout_seconds + ORPHAN_SECONDS)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, name, str(timeout_seconds + ORPHAN_SECONDS)],
+            [sys.executable, "-c", WORKER, name, watchdog, str(memory_gb)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -392,6 +414,7 @@ class VerifierPool:
         verifier: `math`, `string` or `module:function` (found on sys.path or in the working directory).
         num_workers: processes; None for one per available core.
         timeout_seconds: hard deadline of each question, measured from the moment a worker is given it.
+        memory_gb: most memory of each worker, in 1e9 bytes; heeded on Linux.
     """
 
     def __init__(
@@ -399,14 +422,17 @@ class VerifierPool:
         verifier: str = "math",
         num_workers: int | None = None,
         timeout_seconds: float = TIMEOUT_SECONDS,
+        memory_gb: float = MEMORY_GB,
     ):
         if num_workers is not None and num_workers < 1:
             raise IpvrmError(f"num_workers must be at least 1; got {num_workers}")
         if not 0 < timeout_seconds < 1e6:
             raise IpvrmError(f"timeout_seconds must lie between 0 and a million; got {timeout_seconds}")
+        if not 0 < memory_gb < 1e6:
+            raise IpvrmError(f"memory_gb must lie between 0 and a million; got {memory_gb}")
         if verifier in ("math", "string") or ":" not in verifier:
             load_verifier(verifier)  # what is missing shows here; users' modules load in workers alone
-        self.verifier, self.timeout_seconds = verifier, timeout_seconds
+        self.verifier, self.timeout_seconds, self.memory_gb = verifier, timeout_seconds, memory_gb
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.num_workers = num_workers or cores or 1
         self._workers: list[_Worker] = []
@@ -446,7 +472,9 @@ class VerifierPool:
         while len(verdicts) < len(pairs):
             open_questions = len(pairs) - len(verdicts)
             while len(self._workers) < min(self.num_workers, open_questions):
-                self._workers.append(_Worker(self.verifier, self.timeout_seconds, self._events))
+                self._workers.append(
+                    _Worker(self.verifier, self.timeout_seconds, self.memory_gb, self._events)
+                )
             for worker in self._workers:
                 if waiting and worker.ready and worker.question is None:
                     question = waiting.popleft()

@@ -36,11 +36,14 @@ def add_adapters(
         saved: what `save_trained` wrote of them, to go on with; the other settings are read there.
 
     Raises:
-        IpvrmError: no such layers, or an adapter on the head.
+        IpvrmError: no such layers, an adapter on the head, or none in `saved`.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if saved is not None:
+        weights = saved / ADAPTER / "adapter_model.safetensors"
+        if not weights.is_file():  # PEFT would look for a pickle
+            raise IpvrmError(f"{weights}: no such file; copy the checkpoint again")
         return cast(nn.Module, PeftModel.from_pretrained(model, saved / ADAPTER, is_trainable=True))
     names = tuple(target_modules)
     settings = LoraConfig(

@@ -25,6 +25,7 @@ from ipvrm.models.causal_lm import (
     disable_dropout,
     head,
     hidden_states,
+    load_config,
     load_model,
     load_tokenizer,
     local_folder,
@@ -33,6 +34,7 @@ from ipvrm.models.causal_lm import (
 )
 from ipvrm.models.reward_model import (
     RewardModelInfo,
+    check_own_weights,
     find_reference,
     read_info,
     reference_entries,
@@ -111,6 +113,7 @@ class RewardInputs:
         self.reference_folder: Path | None = None
         if reads_reference(config):
             self.reference_folder = find_reference(self.folder, self.info, config.reference)
+        check_own_weights(self.folder, self.info)
 
     def _check_vocabulary(self, policy_tokenizer: Any) -> None:
         if self.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
@@ -133,7 +136,7 @@ class RewardInputs:
 
     def fingerprint(self) -> dict[str, str]:
         """What decides the scores besides the settings."""
-        return {"reward_model_hash": weights_hash(self.folder), "reference_hash": self.info.reference_hash}
+        return {"reward_model_hash": self.info.weights_hash, "reference_hash": self.info.reference_hash}
 
 
 class OnlineReward:
@@ -342,6 +345,4 @@ class OnlineReward:
 
 
 def _head_size(model: str | Path) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(local_folder(model)).get_text_config().vocab_size)
+    return int(load_config(model).get_text_config().vocab_size)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,6 +18,7 @@ import yaml
 from ipvrm.data.chat import preset_template_kwargs
 from ipvrm.errors import FailedAlike, IpvrmError
 from ipvrm.models.causal_lm import load_tokenizer
+from ipvrm.output import locked
 from ipvrm.progress import Interrupt, Progress
 from ipvrm.run_folder import (
     JsonlLog,
@@ -50,6 +51,8 @@ class RunSettings(Protocol):
     def save_total_limit(self) -> int: ...
     @property
     def resume_from_checkpoint(self) -> str | None: ...
+    @property
+    def dry_run(self) -> bool: ...
 
 
 class Trained(Protocol):
@@ -70,6 +73,11 @@ class TrainResult:
     metrics: dict[str, Any]
     steps: int
     seconds: float
+
+
+def held(config: RunSettings) -> AbstractContextManager[None]:
+    """The lock of the output folder, for the whole of a run; a dry run writes nothing and needs none."""
+    return nullcontext() if config.dry_run else locked(config.output_dir, folder=True)
 
 
 class Run:
@@ -102,9 +110,13 @@ class Run:
                 raise IpvrmError(
                     f"--output_dir {self.output} is a model that the run starts from; it would be overwritten"
                 )
-        self.resumed = checkpoint.resumed_from(self.output, config.resume_from_checkpoint, mark)
         finished = (self.output / mark).exists() and (self.output / RESULTS).exists()
         self.finished = finished and config.resume_from_checkpoint == checkpoint.AUTO
+        self.resumed: Path | None = None
+        if not self.finished:  # else its checkpoints do not matter
+            self.resumed = checkpoint.resumed_from(
+                self.output, config.resume_from_checkpoint, mark, self.progress.note
+            )
         self.state = None if self.resumed is None else checkpoint.load_state(self.resumed)
         self.start = 0 if self.state is None else int(self.state["step"])
         self.total = 0

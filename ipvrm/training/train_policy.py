@@ -44,7 +44,7 @@ from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator
 from ipvrm.training.policy_config import Method, PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss, behaviour
 from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash
-from ipvrm.training.run import RESULTS, Run, TrainResult, report, with_template_kwargs
+from ipvrm.training.run import RESULTS, Run, TrainResult, held, report, with_template_kwargs
 from ipvrm_kernels import DISTRL_METRICS, prefix_values
 
 LOSSES = ("policy_loss", "token_loss", "candidate_loss")
@@ -66,15 +66,16 @@ def train_policy(config: PolicyConfig, progress: bool = True) -> TrainResult:
         "train-policy", use_cpu=config.use_cpu, mixed_precision=config.mixed_precision
     )
     models = [name for name in (config.model, config.reward_model) if name is not None]
-    run = Run("train-policy", config, accelerator, starts_from=models, mark=RESULTS, progress=progress)
-    inputs = _Inputs(config, method, run)
-    if config.dry_run:
-        return inputs.dry_run()
-    run.begin(config.max_steps, inputs.fingerprint())
-    if run.finished:
-        return run.result()
-    with VerifierPool(config.verifier, config.verifier_workers, config.verifier_timeout) as pool:
-        return _Trainer(inputs, pool).train()
+    with held(config):
+        run = Run("train-policy", config, accelerator, starts_from=models, mark=RESULTS, progress=progress)
+        inputs = _Inputs(config, method, run)
+        if config.dry_run:
+            return inputs.dry_run()
+        run.begin(config.max_steps, inputs.fingerprint())
+        if run.finished:
+            return run.result()
+        with VerifierPool(config.verifier, config.verifier_workers, config.verifier_timeout) as pool:
+            return _Trainer(inputs, pool).train()
 
 
 class _Inputs:

@@ -43,7 +43,7 @@ from ipvrm.training.adapters import adapter_entries, add_adapters, in_words, sav
 from ipvrm.training.flags import filled
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.reward_config import RewardConfig, objective_of, resolve
-from ipvrm.training.run import Run, TrainResult, report, with_template_kwargs
+from ipvrm.training.run import Run, TrainResult, held, report, with_template_kwargs
 
 
 def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResult:
@@ -64,12 +64,13 @@ def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResu
         rows = config.per_device_train_batch_size * accelerator.num_processes
         config = replace(config, global_batch_size=rows * config.gradient_accumulation_steps)
     models = [config.model, config.reference or config.model]
-    run = Run("train-rm", config, accelerator, starts_from=models, mark=CONFIG_NAME, progress=progress)
-    inputs = _Inputs(config, run)
-    if config.dry_run:
-        return inputs.dry_run()
-    run.begin(inputs.total_steps, inputs.fingerprint())
-    return run.result() if run.finished else _Trainer(inputs).train()
+    with held(config):
+        run = Run("train-rm", config, accelerator, starts_from=models, mark=CONFIG_NAME, progress=progress)
+        inputs = _Inputs(config, run)
+        if config.dry_run:
+            return inputs.dry_run()
+        run.begin(inputs.total_steps, inputs.fingerprint())
+        return run.result() if run.finished else _Trainer(inputs).train()
 
 
 class _Inputs:

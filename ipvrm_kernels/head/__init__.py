@@ -20,6 +20,10 @@ HALVES_AND_FP32 = FLOATS[:3]
 TRAINABLE = ("hidden", "weight", "bias")  # inputs with a gradient; `needs` lists them in this order
 
 
+MOST_WORKSPACE = 2**62  # bytes: what fits the ops' int64 with room for a factor of two
+TAKES_HEAD = {"hidden": "head N D", "weight": "head V D", "bias": "head V"}  # see `registration.register`
+
+
 class Transform(NamedTuple):
     """From h.w + b to z: * scale, softcap, / temperature; the matmul's operands are rounded to `dtype`."""
 
@@ -131,8 +135,10 @@ def prepare(
         raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be finite and > 0, got {softcap}")
-    if max_workspace_bytes is not None and max_workspace_bytes <= 0:
-        raise ValueError(f"{op}: max_workspace_bytes must be None or > 0, got {max_workspace_bytes}")
+    if max_workspace_bytes is not None and not 0 < max_workspace_bytes <= MOST_WORKSPACE:
+        raise ValueError(
+            f"{op}: max_workspace_bytes must be None or in 1 .. {MOST_WORKSPACE}, got {max_workspace_bytes}"
+        )
     rounds = autocast and hidden.dtype != torch.float64
     return (
         float(logit_scale), None if softcap is None else float(softcap),

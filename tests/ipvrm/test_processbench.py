@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -143,6 +144,87 @@ def test_long_solutions_count_as_missed_and_are_reported(config):
     entry = results["subsets"]["math"]["rules"]["step"]["oracle"]
     right = sum(row["step_oracle"] == -1 for row in rows if row["label"] == -1)
     assert entry["accuracy_correct"] == pytest.approx(right / results["subsets"]["math"]["correct"])
+
+
+def test_unusable_items_count_as_missed_and_are_named(config, capsys):
+    """Half a surrogate pair, and a solution that the template refuses: the others' scores do not change."""
+    path = Path(config.data[1])
+    plain = evaluate(dataclasses.replace(config, output_dir=config.output_dir + "-plain"), progress=False)
+    items = json.loads(path.read_text())
+    items[3]["steps"][0] += "\ud83d"
+    items[11]["problem"] = "\ud83d" + items[11]["problem"]
+    path.write_text(json.dumps(items))
+    results = evaluate(config, progress=True)
+    subset = results["subsets"]["math"]
+    assert subset["unusable"].keys() == {"math-3", "math-11"} and subset["too_long"] == 0
+    note = next(
+        note for note in results["notes"] if note.startswith("math: 2 of 24 solutions cannot be scored")
+    )
+    assert "\n  math-3: text that is not Unicode: half a surrogate pair (\\ud83d)" in note
+    assert "math-11: text that is not Unicode" in " ".join(capsys.readouterr().out.split())
+    rows = pq.read_table(Path(config.output_dir) / "items-math.parquet").to_pylist()
+    assert [row["id"] for row in rows if row["unusable"]] == ["math-3", "math-11"]
+    assert all(row["step"] is None and row["step_oracle"] is None for row in rows if row["unusable"])
+    before = pq.read_table(Path(config.output_dir + "-plain") / "items-math.parquet").to_pylist()
+    kept = [i for i, row in enumerate(rows) if not row["unusable"]]
+    assert all(rows[i]["prefix"] == pytest.approx(before[i]["prefix"], abs=1e-4) for i in kept)
+    entry = subset["rules"]["step"]["oracle"]
+    right = sum(row["step_oracle"] == -1 for row in rows if row["label"] == -1)
+    assert entry["accuracy_correct"] == pytest.approx(right / subset["correct"])
+    assert plain["subsets"]["math"]["unusable"] == {}
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "other"])
+def test_a_half_written_part_heals(config, monkeypatch, damage):
+    monkeypatch.setattr(processbench, "PART_ITEMS", 8)
+    first = evaluate(config, progress=False)
+    parts = sorted(Path(config.output_dir).glob("scores/math/part-*.parquet"))
+    whole = parts[1].read_bytes()
+    if damage == "other":
+        pq.write_table(pq.read_table(parts[1]).slice(0, 3), parts[1])
+    else:
+        parts[1].write_bytes(whole[: len(whole) // 2] if damage == "half" else b"")
+    from ipvrm.evaluate import scoring
+
+    original, calls = scoring.score_solutions, []
+    monkeypatch.setattr(
+        scoring, "score_solutions", lambda *a, **k: calls.append(len(a[1])) or original(*a, **k)
+    )
+    again = evaluate(config, progress=False)
+    assert calls == [8]
+    assert again["subsets"] == first["subsets"] and pq.read_table(parts[1]).num_rows == 8
+
+
+@pytest.mark.parametrize("form", ["lines", "gz", "folder", "parquet"])
+def test_every_form_of_the_benchmark_scores_alike(config, tmp_path, form):
+    import gzip
+
+    whole = evaluate(config, progress=False)
+    data = []
+    for path in map(Path, config.data):
+        items = json.loads(path.read_text())
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        folder = tmp_path / form
+        folder.mkdir(exist_ok=True)
+        if form == "lines":
+            target = folder / f"{path.stem}.jsonl"
+            target.write_text(lines)
+        elif form == "gz":
+            target = folder / f"{path.stem}.jsonl.gz"
+            target.write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines.encode()))
+        elif form == "parquet":
+            target = folder / f"{path.stem}.parquet"
+            pq.write_table(pyarrow.Table.from_pylist(items), target)
+        else:
+            target = folder / path.stem
+            target.mkdir()
+            (target / "a.json").write_text(json.dumps(items[:5]))
+            (target / "b.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items[5:]))
+        data.append(str(target))
+    found = evaluate(
+        dataclasses.replace(config, data=tuple(data), output_dir=config.output_dir + form), progress=False
+    )
+    assert found["subsets"] == whole["subsets"]
 
 
 def test_interrupted_run_keeps_its_scores(config, monkeypatch):

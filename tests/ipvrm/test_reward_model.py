@@ -12,6 +12,7 @@ from runs import write_jsonl
 from ipvrm import IpvrmError, RewardModel
 from ipvrm.cli import main
 from ipvrm.data.responses import Response
+from ipvrm.models.reward_model import read_info, write_info
 from ipvrm.training.reward_config import RewardConfig
 from ipvrm.training.train_rm import train_reward_model
 
@@ -132,7 +133,7 @@ def test_a_failed_save_leaves_what_was_there(reward_model, home, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("ipvrm.models.reward_model.write_info", fails)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(IpvrmError, match="cannot be written: no space left on device"):
         reward_model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -326,9 +327,14 @@ def test_score_command_refuses_to_go_on_otherwise(home, problems, tmp_path, monk
         score.score_file(replace(config, threshold=0.25), progress=False)
     weights = (tmp_path / "rm" / "model.safetensors").read_bytes()
     shutil.copy(home / "base" / "model.safetensors", tmp_path / "rm" / "model.safetensors")
+    with pytest.raises(IpvrmError, match="not those that ipvrm_config.json was written for"):
+        score.score_file(config, progress=False)
+    info = read_info(tmp_path / "rm")
+    write_info(tmp_path / "rm", info)
     with pytest.raises(IpvrmError, match="changed: the reward model"):
         score.score_file(config, progress=False)
     (tmp_path / "rm" / "model.safetensors").write_bytes(weights)
+    write_info(tmp_path / "rm", info)
     assert score.score_file(replace(config, batch_tokens=512), progress=False) == 70
     assert not list(tmp_path.glob(".out*"))
 

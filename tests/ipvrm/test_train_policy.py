@@ -38,6 +38,7 @@ from ipvrm.models.causal_lm import (
     template_hash,
     weights_hash,
 )
+from ipvrm.models.reward_model import read_info, write_info
 from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.verify import Verdict
@@ -860,6 +861,12 @@ def poison(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def poison_and_record(folder):
+    """As a run leaves it that has diverged: the record is of the poisoned weights."""
+    poison(folder)
+    write_info(folder, read_info(folder))
+
+
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
@@ -869,6 +876,7 @@ def poison(folder):
         (change_json("ipvrm_config.json", objective="q_rm"), "'q_rm' gives no log-ratio"),
         (change_json("ipvrm_config.json", objective="dpo", margin=None), "add --rm_update frozen"),
         (lambda folder: (folder / "ipvrm_config.json").unlink(), "no ipvrm_config.json"),
+        (poison, "not those that ipvrm_config.json was written for"),
     ],
 )
 def test_reward_models_that_do_not_fit(config, toy, tmp_path, edit, reason):
@@ -884,7 +892,7 @@ def test_switches_of_another_objective_are_refused(config, toy):
 
 def test_nan_in_the_reward_model_stops_the_run(config, toy, tmp_path, monkeypatch):
     with pytest.raises(IpvrmError, match="logits are not numbers; the weights are damaged"):
-        train(config(reward_model=edited(toy, tmp_path, poison)))
+        train(config(reward_model=edited(toy, tmp_path, poison_and_record)))
 
     def poisoned(*arguments):
         sampled, candidates = token_and_candidate_logprobs(*arguments)

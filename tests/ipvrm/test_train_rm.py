@@ -485,6 +485,34 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
         }
 
 
+def test_a_flipped_bit_costs_a_checkpoint_and_not_the_run(uninterrupted, tmp_path, capsys):
+    whole, folder = Path(uninterrupted.output_dir), tmp_path / "run"
+    shutil.copytree(whole, folder)
+    file = folder / "checkpoint-4" / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 4
+    file.write_bytes(data)
+    (folder / "results.json").unlink()
+    settings = copy_of(uninterrupted, folder, resume_from_checkpoint="auto")
+    train_reward_model(settings, progress=True)
+    said = "checkpoint-4 is passed over: optimizer.safetensors has changed since it was saved"
+    assert said in "".join(capsys.readouterr().err.split("\n"))
+    assert same_bits(whole, folder) and log_of(folder) == log_of(whole)
+    assert [p.name for p in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_two_runs_do_not_share_a_folder(uninterrupted, tmp_path):
+    from ipvrm.output import locked
+
+    folder = tmp_path / "run"
+    with locked(folder, folder=True), pytest.raises(IpvrmError, match=r"another run writes there \(pid \d+"):
+        train(copy_of(uninterrupted, folder))
+    assert not folder.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(IpvrmError, match="is a file; name a folder"):
+        train(copy_of(uninterrupted, tmp_path / "file"))
+
+
 def test_resume_refuses_another_run(uninterrupted, tmp_path, rollouts):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted.output_dir, folder)

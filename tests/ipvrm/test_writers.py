@@ -38,6 +38,8 @@ def _writes(call: ast.Call) -> bool:
     name, method = _name(call), isinstance(call.func, ast.Attribute)
     owner = _name(call.func.value) if isinstance(call.func, ast.Attribute) else ""
     if name == "open":
+        if call.args and ast.unparse(call.args[0]) == "os.devnull":
+            return False
         mode = [
             a.value for a in (*call.args, *(k.value for k in call.keywords)) if isinstance(a, ast.Constant)
         ]

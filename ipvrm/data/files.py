@@ -1,0 +1,238 @@
+"""Files of records: JSON lines, a JSON list or parquet; plain, gzip or zst; one file, or a folder of shards.
+
+Whatever is wrong with a file becomes one line with its name. Whatever is wrong with one record comes in its
+place, as the ValueError that says why.
+"""
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from ipvrm.errors import IpvrmError, cause, reading
+
+T = TypeVar("T")
+KINDS = (".parquet", ".jsonl", ".json")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+ENDINGS = "a .parquet, .jsonl or .json file (the two also with .gz or .zst behind), or a folder of them"
+BOM = b"\xef\xbb\xbf"  # Notepad, PowerShell and Excel begin UTF-8 with it
+WHITE = b" \t\r\n"
+DEEPEST = 64  # levels of a record: far more than chat and tools need, far less than Python's stack
+AGAIN = "download or copy it again"
+
+
+class Record(NamedTuple):
+    """`file:row` is where it stands (a line of JSON lines, else a record, from 1); `number` counts over all
+    shards and is `row` in the first; `value` is the parsed record, or the ValueError in its place."""
+
+    file: str
+    row: int
+    number: int
+    value: Any
+
+
+def shards(path: str | Path) -> list[Path]:
+    """The file at `path`, or the files of records in the folder `path` in the order of their names.
+
+    Raises:
+        IpvrmError: nothing there, or nothing that ends like a file of records.
+    """
+    path = Path(path)
+    with reading(path, "cannot be read", "check the name and the permissions"):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if not p.name.startswith((".", "_")) and p.is_file())
+            found = [p for p in inside if kind_of(p)]
+        else:
+            found = [path] if path.is_file() else []
+    if not found:
+        what = "a folder without files of records" if path.is_dir() else "no such file"
+        raise IpvrmError(f"{path}: {what}; needed is {ENDINGS}")
+    if not kind_of(found[0]):
+        raise IpvrmError(f"{path}: must end in .parquet, .jsonl or .json; needed is {ENDINGS}")
+    return found
+
+
+def kind_of(path: Path) -> str | None:
+    """`.parquet`, `.jsonl` or `.json`, compressed or not; None for a file of another kind."""
+    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    if name.suffix == ".parquet" and name != path:
+        return None  # parquet compresses by itself
+    return name.suffix if name.suffix in KINDS else None
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file, or of the names and contents of the shards in a folder."""
+    digest, path = hashlib.sha256(), Path(path)
+    for file in shards(path):
+        if path.is_dir():
+            digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
+        with reading(file, "cannot be read", AGAIN), open(file, "rb") as opened:
+            while chunk := opened.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def records(
+    path: str | Path,
+    columns: Sequence[str] | None,
+    needs: Sequence[tuple[str, ...]] = (),
+    *,
+    check: bool = True,
+) -> Iterator[Record]:
+    """Every record in `path`, one at a time (a JSON list is parsed whole).
+
+    Args:
+        columns: of a parquet file only those of them that it has are read; None for all.
+        needs: one of these sets of columns must be in a parquet file.
+        check: `check_values` of every record.
+
+    Raises:
+        IpvrmError: a file that cannot be read, with its name, also in the middle of it.
+    """
+    before = 0
+    for file in shards(path):
+        kind, last = kind_of(file), 0
+        found = _parquet(file, columns, needs) if kind == ".parquet" else _json(file, kind == ".json")
+        for last, value in found:
+            yield Record(str(file), last, before + last, _checked(value) if check else value)
+        before += last
+
+
+def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter; one list is held at a time."""
+    rest = iter(items)
+    while chunk := list(islice(rest, size)):
+        yield chunk
+
+
+def _checked(value: Any) -> Any:
+    if isinstance(value, ValueError):
+        return value
+    try:
+        check_values(value)
+    except ValueError as error:
+        return error
+    return value
+
+
+def check_values(value: Any) -> None:
+    """Raises ValueError where a record holds what nothing behind can use: text with half a surrogate pair
+    (a JSON escape cut in the middle of an emoji), or more than `DEEPEST` levels."""
+    waiting = [(value, 0)]
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, str):
+            if not item.isascii():
+                try:
+                    item.encode()
+                except UnicodeEncodeError as error:
+                    half = f"\\u{ord(item[error.start]):04x}"
+                    raise ValueError(f"text that is not Unicode: half a surrogate pair ({half})") from error
+        elif isinstance(item, dict | list):
+            if depth == DEEPEST:
+                raise ValueError(f"nested deeper than {DEEPEST} levels")
+            if isinstance(item, dict):
+                waiting += [(inner, depth + 1) for pair in item.items() for inner in pair]
+            elif not set(map(type, item)) <= {int, float, bool}:
+                waiting += [(inner, depth + 1) for inner in item]
+
+
+def finite(value: Any, name: str) -> Any:
+    """`value` where it can be written as JSON; None for NaN, which is how pandas writes that there is none.
+
+    Raises:
+        ValueError: an infinity, or either of them within it.
+    """
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"`{name}` holds NaN or an infinity, which JSON does not have") from error
+    return value
+
+
+# --------------------------------------------------------------------------------------------------- JSON
+
+
+def _json(file: Path, may_be_list: bool) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+
+    compression = COMPRESSIONS.get(file.suffix)
+    with reading(file, "cannot be read", AGAIN):
+        source = io.BufferedReader(pyarrow.input_stream(str(file), compression=compression))
+        start = source.peek(4096)
+    with source:
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise IpvrmError(f"{file}: UTF-16 text; save it as UTF-8")
+        if may_be_list and start.removeprefix(BOM).lstrip(WHITE).startswith(b"["):
+            with reading(file, "not valid JSON", "repair it, or write one record a line"):
+                found = json.loads(source.read().decode("utf-8-sig"))
+            yield from enumerate(found, 1)
+            return
+        number = 0
+        while True:
+            with reading(file, "cannot be read to its end", AGAIN):
+                line = source.readline()
+            if not line:
+                return
+            number += 1
+            line = line.removeprefix(BOM) if number == 1 else line
+            if line.strip():
+                yield number, _parsed(line)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1}")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not valid JSON: {cause(error)}")
+
+
+# ------------------------------------------------------------------------------------------------- parquet
+
+
+def _parquet(
+    file: Path, columns: Sequence[str] | None, needs: Sequence[tuple[str, ...]]
+) -> Iterator[tuple[int, Any]]:
+    import pyarrow.parquet
+
+    problem = "not a readable parquet file"
+    with reading(file, problem, AGAIN):
+        opened = pyarrow.parquet.ParquetFile(file)
+        present = opened.schema_arrow.names
+    if needs and not any(set(needed) <= set(present) for needed in needs):
+        ways = ", or ".join(" and ".join(f"`{name}`" for name in needed) for needed in needs)
+        raise IpvrmError(f"{file}: needs a column {ways}; its columns are {', '.join(present)}")
+    chosen = None if columns is None else [name for name in columns if name in present]
+    number = 0
+    with opened:
+        batches = opened.iter_batches(batch_size=1024, columns=chosen)
+        while True:
+            with reading(file, problem, AGAIN):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            for value in _rows(batch):
+                number += 1
+                yield number, value
+
+
+def _rows(batch: Any) -> list[Any]:
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError):  # a text that is no UTF-8, a date beyond Python's: find its row
+        return [_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+
+
+def _row(batch: Any) -> Any:
+    try:
+        return batch.to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        return ValueError(f"a value that cannot be read: {cause(error)}")

@@ -1,0 +1,163 @@
+"""One run at a time per output, whoever dies and wherever the file lies."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ipvrm import IpvrmError
+from ipvrm.cli import main
+from ipvrm.output import check_writable, lock_path, locked
+
+HOLD = """import sys, time
+from ipvrm.output import locked
+with locked(sys.argv[1], folder=sys.argv[2] == "folder"):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture
+def hold():
+    """A function that starts a process which holds an output."""
+    running = []
+
+    def start(output, kind):
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(output), kind], stdout=subprocess.PIPE, text=True
+        )
+        running.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_second_run_is_told_who_holds_it(tmp_path, hold, kind):
+    output = tmp_path / "new" / "out"
+    process = hold(output, kind)
+    held = rf"another run writes there \(pid {process.pid} on \S+, started 20"
+    with pytest.raises(IpvrmError, match=held), locked(output, folder=kind == "folder"):
+        pass
+    with locked(tmp_path / "new" / "other", folder=kind == "folder"):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    path = lock_path(output, folder=kind == "folder")
+    assert path.exists()  # left by the kill, and nobody's
+    with locked(output, folder=kind == "folder"):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert not path.exists()
+
+
+def test_of_many_at_once_one_wins_at_a_time(tmp_path):
+    """Eight processes add 1 to a number under the lock, retrying until they have it: none is lost."""
+    script = """import sys, time
+from pathlib import Path
+from ipvrm.errors import IpvrmError
+from ipvrm.output import locked
+number = Path(sys.argv[1])
+for _ in range(10):
+    while True:
+        try:
+            with locked(number):
+                value = int(number.read_text())
+                time.sleep(0.002)
+                number.write_text(str(value + 1))
+            break
+        except IpvrmError as error:
+            assert "another run writes there" in str(error), error
+            time.sleep(0.001)
+"""
+    number = tmp_path / "number"
+    number.write_text("0")
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(number)]) for _ in range(8)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 8
+    assert number.read_text() == "80"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_there_are_no_locks_one_warning_and_on(tmp_path, monkeypatch, code):
+    def refuses(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with pytest.warns(UserWarning, match="its file system has no locks") as caught, locked(tmp_path / "o"):
+        done = True
+    assert done and len(caught) == 1
+
+
+def test_ranks_behind_the_first_take_no_lock(tmp_path, monkeypatch, hold):
+    hold(tmp_path / "o", "file")
+    monkeypatch.setenv("RANK", "1")
+    with locked(tmp_path / "o"):
+        pass
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for output, folder, reason in (
+        (tmp_path / "file", True, "is a file; name a folder"),
+        (tmp_path, False, "is a folder; name a file"),
+        (tmp_path / "file" / "x", False, "cannot be written: (Not a directory|File exists)"),
+        (tmp_path / "file" / "x" / "y", True, "cannot be written: (Not a directory|File exists)"),
+        (tmp_path / ("x" * 300), True, "cannot be written: File name too long"),
+    ):
+        with pytest.raises(IpvrmError, match=reason):
+            check_writable(output, folder=folder)
+
+
+@pytest.mark.parametrize("command", ["label", "score", "rollout", "eval processbench"])
+def test_commands_refuse_an_output_that_is_held(tmp_path, tiny_folder, hold, capsys, command):
+    source, output = tmp_path / "in.jsonl", tmp_path / "o.jsonl"
+    row = {"prompt": "a", "response": "Answer: 1", "answer": "1", "problem": "a", "steps": ["b"], "label": 0}
+    source.write_text(json.dumps(row) + "\n")
+    hold(output, "folder" if command.startswith("eval") else "file")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    model = ["--model", str(tiny_folder)]
+    flags = {
+        "label": ["--input", source, "--output", output, "--verifier", "string"],
+        "score": [*model, "--input", source, "--output", output],
+        "rollout": [*model, "--input", source, "--output", output, "--use_cpu"],
+        "eval processbench": [*model, "--data", source, "--output_dir", output],
+    }[command]
+    assert main([*command.split(), *map(str, flags)]) == 2
+    error = capsys.readouterr().err
+    assert "another run writes there (pid " in error and len(error.splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_two_runs_at_once_end_as_one_whole_and_one_refused(tmp_path):
+    """The same command twice at the same time: one succeeds with all rows, the other says why it does not."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "o.jsonl"
+    rows = [{"prompt": "a", "response": f"Answer: {n}", "answer": str(n)} for n in range(2000)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "ipvrm", "label", "--input", str(source), "--output", str(output)]
+    command += ["--verifier", "slow_verifier:judge", "--num_workers", "1"]
+    (tmp_path / "slow_verifier.py").write_text(
+        "import time\n"
+        "def judge(response, answer):\n"
+        "    time.sleep(0.0005)\n"
+        "    return response.endswith(answer)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+    pair = []
+    for _ in range(2):
+        pair.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        deadline = time.monotonic() + 60
+        while not lock_path(output).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    errors = [process.communicate(timeout=120)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 2], errors
+    assert f"(pid {pair[0].pid} on" in errors[1]
+    assert len(output.read_text().splitlines()) == 2000

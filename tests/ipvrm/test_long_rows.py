@@ -1,0 +1,135 @@
+"""One row of 50 MB among others costs a message and not the machine; a template is rendered once a row."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ipvrm import IpvrmError
+from ipvrm.data import chat as chat_module
+from ipvrm.data.chat import Chat
+from ipvrm.data.responses import tokenize
+from ipvrm.data.rows import Row
+
+LONG = 50_000_000
+
+
+def test_texts_beyond_the_limit_are_not_tokenised(tokenizer, monkeypatch):
+    chat = Chat(tokenizer)
+    most = chat.most_characters(64)
+    monkeypatch.setattr(Chat, "encode", lambda self, texts: pytest.fail(f"{sum(map(len, texts))} characters"))
+    for row in (Row("f:1", "p", "ab " * most, 1), Row("f:1", "ab " * most, "a", 1)):
+        with pytest.raises(
+            IpvrmError, match=r"f:1: its (response|prompt) of [\d,]+ characters is more than 64 tokens"
+        ):
+            tokenize([row], chat, max_length=None, max_positions=64)
+        found = tokenize([row], chat, max_length=64, max_positions=128)
+        assert found.counts["too_long_dropped"] == 1 and not found.bad
+
+
+def test_a_cut_response_is_the_start_of_the_whole(tokenizer):
+    chat = Chat(tokenizer)
+    text = "12 + 7 is 19. " * chat.most_characters(64)
+    cut = tokenize([Row("f:1", "p", text, 1)], chat, max_length=64, on_long="truncate").responses[0]
+    whole = tokenize([Row("f:1", "p", text[:2000], 1)], chat, max_length=64, on_long="truncate").responses[0]
+    assert cut.input_ids == whole.input_ids and len(cut.input_ids) == 64
+
+
+def test_no_text_within_the_limit_is_refused(tokenizer):
+    """The longest token over and over has the most characters a token."""
+    chat = Chat(tokenizer)
+    longest = max(tokenizer.get_vocab(), key=len)
+    text = tokenizer.convert_tokens_to_string([longest]) * 50
+    count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert len(text) <= chat.most_characters(count)
+
+
+def test_long_rows_are_tokenised_apart_from_others(tokenizer, monkeypatch):
+    monkeypatch.setattr("ipvrm.data.responses.TOKENIZER_CHARACTERS", 100)
+    rows = [Row(f"f:{n}", "p", "a" * length, 1) for n, length in enumerate((30, 60, 20, 300, 5, 5))]
+    sizes, encode = [], Chat.encodings
+    monkeypatch.setattr(
+        Chat, "encodings", lambda self, texts: sizes.append([len(t) for t in texts]) or encode(self, texts)
+    )
+    found = tokenize(rows, tokenizer, max_length=None)
+    assert sizes == [[30, 60], [20], [300], [5, 5]]
+    assert [r.source for r in found.responses] == [r.source for r in rows]
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_a_template_is_rendered_once_a_row(tokenizer, monkeypatch, structured):
+    """Of a message with more than content also with its answer; the checks cost a render of each shape."""
+    calls, real = [], type(tokenizer).apply_chat_template
+
+    def counted(self, messages, **options):
+        calls.append(options.get("add_generation_prompt", True))
+        return real(self, messages, **options)
+
+    chat = Chat(tokenizer)
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", counted)
+    message = {"role": "assistant", "content": "It is 3."} if structured else None
+    rows = [Row(f"f:{n}", f"What is {n}?", "It is 3.", 1, message) for n in range(40)]
+    tokenize(rows, chat, max_length=None)
+    assert calls.count(True) == 40 + 1 and calls.count(False) == (40 + 1 if structured else 0)
+
+
+def test_caches_do_not_grow_with_the_data(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_module, "MOST_KEPT", 8)
+    chat = Chat(tokenizer)
+    ids = [chat.prompt_ids(f"question {n} " + "x" * n) for n in range(50)]
+    assert len(chat._prompts) == 8 and all(len(key) <= 256 for key in chat._prompts)
+    assert [chat.prompt_ids(f"question {n} " + "x" * n) for n in range(50)] == ids
+
+
+MEASURE = """import json, sys
+from ipvrm.cli import main
+code = main(json.loads(sys.argv[1]))
+print(code, *[1024 * int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line])
+"""
+
+
+def peak(arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps([*map(str, arguments)])], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    code, memory = done.stdout.split()[-2:]
+    return int(code), int(memory), done.stderr
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: ru_maxrss is inherited from the parent")
+@pytest.mark.parametrize("command", ["train-rm", "train-rm prompt", "rollout", "label"])
+def test_a_row_of_50_mb_costs_less_than_1_gb(tmp_path, tiny_folder, command):
+    rows = [
+        {"prompt": f"q{n}", "response": f"Answer: {n}", "label": n % 2, "answer": str(n)} for n in range(20)
+    ]
+    peaks = []
+    for name in ("short", "long"):
+        if name == "long":
+            column = "prompt" if command in ("rollout", "train-rm prompt") else "response"
+            rows.insert(7, {**rows[7], column: "word and é " * (LONG // 11)})
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        model = ["--model", tiny_folder, "--use_cpu", "--on_bad_row", "skip"]
+        output = tmp_path / f"{name}-out"
+        flags = {
+            "train-rm": ["train-rm", *model, "--train_data", path, "--output_dir", output, "--max_steps", 1],
+            "rollout": [
+                "rollout",
+                *model,
+                "--input",
+                path,
+                "--output",
+                f"{output}.jsonl",
+                "--max_new_tokens",
+                4,
+            ],
+            "label": ["label", "--input", path, "--output", f"{output}.jsonl", "--num_workers", 1],
+        }[command.split()[0]]
+        code, memory, said = peak(flags)
+        assert code == 0, said
+        peaks.append(memory)
+    print(f"{command}: {peaks[0] / 1e6:.0f} MB, with a row of 50 MB {peaks[1] / 1e6:.0f} MB")
+    assert peaks[1] - peaks[0] < 1e9
