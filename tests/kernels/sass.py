@@ -129,18 +129,22 @@ def shortest(graph: list[Block], start: int, goal: int) -> list[int] | None:
 
 
 def tile_cost(code: list[Instruction], logits: int) -> Cost | None:
-    """Cost of a kernel with tiles of `logits` for each thread; None without tensor cores.
+    """Cost of a kernel with tiles of `logits` for each thread; None without tensor cores, or where no loop
+    over D stands by itself (sm_100).
 
     Raises AssertionError where no way around the tile loop has an exp2 for each logit.
     """
     graph = blocks(code)
     steps = {n: shortest(graph, n, n) for n, block in enumerate(graph) if block.count(*MATMUL)}
+    steps = {
+        n: step for n, step in steps.items() if step and not any(graph[b].count("MUFU.EX2") for b in step)
+    }
     if not steps:
         return None
     ways = []
     for n, step in steps.items():
         for middle, block in enumerate(graph):
-            if step is None or block.count("MUFU.EX2") < logits / 8:
+            if block.count("MUFU.EX2") < logits / 8:
                 continue
             there, back = shortest(graph, n, middle), shortest(graph, middle, n)
             if there is None or back is None:
