@@ -143,21 +143,22 @@ def test_two_runs_at_once_end_as_one_whole_and_one_refused(tmp_path):
     rows = [{"prompt": "a", "response": f"Answer: {n}", "answer": str(n)} for n in range(2000)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "ipvrm", "label", "--input", str(source), "--output", str(output)]
-    command += ["--verifier", "slow_verifier:judge", "--num_workers", "1"]
-    (tmp_path / "slow_verifier.py").write_text(
-        "import time\n"
+    command += ["--verifier", "waiting_verifier:judge", "--num_workers", "1", "--timeout_seconds", "300"]
+    (tmp_path / "waiting_verifier.py").write_text(
+        "import time\nfrom pathlib import Path\n"
         "def judge(response, answer):\n"
-        "    time.sleep(0.0005)\n"
+        f"    while not Path({str(tmp_path / 'go')!r}).exists():\n"
+        "        time.sleep(0.01)\n"
         "    return response.endswith(answer)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
-    pair = []
-    for _ in range(2):
-        pair.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-        deadline = time.monotonic() + 60
-        while not lock_path(output).exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-    errors = [process.communicate(timeout=120)[1] for process in pair]
-    assert [process.returncode for process in pair] == [0, 2], errors
-    assert f"(pid {pair[0].pid} on" in errors[1]
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not lock_path(output).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    (tmp_path / "go").touch()  # the first is held up until the second has ended
+    error = first.communicate(timeout=200)[1]
+    assert (first.returncode, second.returncode) == (0, 2), error + second.stderr
+    assert f"(pid {first.pid} on" in second.stderr
     assert len(output.read_text().splitlines()) == 2000
