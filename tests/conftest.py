@@ -1,9 +1,13 @@
 """Seconds of each part of the suite against its budget, printed after the run (2 idle cores)."""
 
+import os
 from collections import defaultdict
 
 import pytest
 from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the processes that tests start:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other's cores spin
 
 settings.register_profile("repeatable", derandomize=True)  # the same examples in every run of a gate
 settings.load_profile("repeatable")
