@@ -209,6 +209,7 @@ LABEL = {
     "timeout_seconds": one(
         10.0, OURS + "a time-out is counted, and 1 s (released) is short on a busy machine"
     ),
+    "memory_gb": one(8.0, OURS + "a runaway verifier must not take the machine's memory; it is counted"),
     "num_workers": one(None, SPEED),
     "keep_truncated": one(False, OURS + "a response without an end has no outcome"),
     "on_bad_row": one("error", DATA_BAD),
