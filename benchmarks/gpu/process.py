@@ -86,7 +86,10 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
     if _gone(process, seconds - dump):
         return "passed" if process.returncode == 0 else _failed(process.returncode)
     _signal(process, signal.SIGABRT)
+    end = time.monotonic() + dump
     _gone(process, dump)
+    while _alive(process) and time.monotonic() < end:  # its children may still write theirs
+        time.sleep(0.01)
     _signal(process, signal.SIGKILL)
     stopped = f"stopped at its limit of {seconds:.0f} s"
     return stopped if _gone(process, GONE) else f"{stopped}, and it could not be killed"
@@ -101,6 +104,15 @@ def _gone(process: subprocess.Popen[bytes], seconds: float) -> bool:
         process.wait(seconds)
         return True
     return False
+
+
+def _alive(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process of the part's group is left."""
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
