@@ -80,10 +80,11 @@ def head_of(model: str) -> "Head":
     """
     from transformers import AutoConfig
 
+    from ipvrm.models.causal_lm import SAFE
     from ipvrm_kernels.check import Head
 
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        config = AutoConfig.from_pretrained(model, **SAFE).get_text_config()
         return Head(config.hidden_size, config.vocab_size, getattr(config, "final_logit_softcapping", None))
     except (OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]

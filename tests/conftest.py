@@ -1,6 +1,7 @@
 """Seconds of each part of the suite against its budget, printed after the run (2 idle cores)."""
 
 import os
+import signal
 from collections import defaultdict
 
 import pytest
@@ -8,6 +9,9 @@ from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the processes that tests start:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other's cores spin
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's, which commands leave alone
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("repeatable", derandomize=True)  # the same examples in every run of a gate
 settings.load_profile("repeatable")

@@ -12,6 +12,9 @@ import argparse
 import csv
 import importlib
 import json
+import re
+import subprocess
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 # modules, not the functions of the same names that the package exports
@@ -212,6 +216,19 @@ def head_cases(capability):
             yield kernel, best, ids, dict(num_warps=warps)
 
 
+def spilled_bytes(ptx, capability):
+    """Bytes of spills by the ptxas of Triton; local memory is also the stack of a slow path."""
+    arch = re.search(r"\.target (sm_\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source, built = Path(folder) / "kernel.ptx", Path(folder) / "kernel.o"
+        source.write_text(ptx)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", source, "-o", built]
+        out = subprocess.run(command, capture_output=True, text=True, check=False)
+    if out.returncode:
+        raise RuntimeError(out.stderr)
+    return sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", out.stderr).groups()))
+
+
 def compiled(kernel, constexprs, capability, types, options, scalar):
     """One JSON record: resources, and which of the architecture's instructions the code uses."""
     signature = {name: "constexpr" if name in constexprs else scalar for name in kernel.arg_names}
@@ -234,6 +251,9 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx, code = built.asm["ptx"], sass.disassembled(built.asm["cubin"])
     warps, registers = built.metadata.num_warps, sass.registers(built.asm["cubin"])
+    spills = sass.spills(code)
+    if spills and not spilled_bytes(ptx, capability):
+        spills = 0
     cost = None
     if "label" in types:
         logits = constexprs["BLOCK_N"] * constexprs["BLOCK_V"] // (32 * warps)
@@ -242,7 +262,7 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
         kernel=kernel.__name__, constexprs={k: str(v) for k, v in constexprs.items()}, sm=capability,
         operands=types.get("kind"), label=types.get("label"), warps=warps, stages=options.get("num_stages"),
         shared=built.metadata.shared, wgmma=ptx.count("wgmma.mma_async"),
-        tma=ptx.count("cp.async.bulk.tensor"), registers=registers, spills=sass.spills(code),
+        tma=ptx.count("cp.async.bulk.tensor"), registers=registers, spills=spills,
         programs=sass.programs_per_sm(registers, warps, built.metadata.shared, capability),
         epilogue=cost and cost.epilogue, start=cost and cost.start,
         faults=sass.pipeline_faults(code) if capability == 90 else [],

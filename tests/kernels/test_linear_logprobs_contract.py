@@ -34,7 +34,7 @@ H, W, I = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)
         (dict(logit_scale=math.nan), "logit_scale must be finite, got nan"),
         (dict(softcap=0.0), "softcap must be finite and > 0, got 0.0"),
         (dict(temperature=-1.0), "temperature must be finite and > 0, got -1.0"),
-        (dict(max_workspace_bytes=0), "max_workspace_bytes must be None or > 0, got 0"),
+        (dict(max_workspace_bytes=0), "max_workspace_bytes must be None or in 1 .. .*, got 0"),
         (dict(max_workspace_bytes=99, impl="torch"), "must be at least 320 for impl='torch'"),
         (dict(impl="blas"), "linear_logprobs: impl='blas' cannot run here: no such implementation"),
     ],
