@@ -276,7 +276,7 @@ TAKES = {**TAKES_HEAD, "sampled": "ids N"}
 @register(fake=_fake, flops=_flops, takes=TAKES)
 def _linear_candidates(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, sampled: Tensor | None,
-    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
+    scale: Number, softcap: float | None, temperature: Number, dtype: torch.dtype,
     min_prob: Number | None, K: int, return_entropy: bool, deterministic: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if sampled is not None and backend.checks_values(sampled):
@@ -327,7 +327,7 @@ def linear_candidates(
     sampled: Tensor | None = None,
     return_entropy: bool = False,
     bias: Tensor | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     deterministic: bool = False,

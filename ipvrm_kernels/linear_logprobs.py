@@ -278,7 +278,7 @@ def _linear_logprobs_bwd(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     logprobs: Tensor, lse: Tensor, entropy: Tensor,
-    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, follows: str,
+    scale: Number, softcap: float | None, temperature: Number, dtype: torch.dtype, follows: str,
     needs: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str, saved: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     transform = Transform(scale, softcap, temperature, dtype)
@@ -303,7 +303,7 @@ def _backward(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     logprobs: Tensor, lse: Tensor, entropy: Tensor, saved: list[Tensor],
-    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
+    scale: Number, softcap: float | None, temperature: Number, dtype: torch.dtype,
     return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, impl: str,
     needs: dict[str, bool],
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -327,7 +327,7 @@ TAKES = {**TAKES_HEAD, "ids": "ids N K"}
 )
 def _linear_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype,
+    scale: Number, softcap: float | None, temperature: Number, dtype: torch.dtype,
     return_entropy: bool, follows: str, max_workspace_bytes: int | None, deterministic: bool, may_save: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
@@ -349,7 +349,7 @@ def linear_logprobs(
     ids: Tensor,
     *,
     bias: Tensor | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     fill_value: float = -math.inf,

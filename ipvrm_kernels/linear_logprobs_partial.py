@@ -202,7 +202,7 @@ TAKES_BWD = {
 def _linear_logprobs_partial_bwd(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, top: Tensor,
-    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, needs: list[bool],
+    scale: Number, softcap: float | None, temperature: Number, dtype: torch.dtype, needs: list[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not len(weight):
@@ -225,7 +225,7 @@ def _fake(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _backward(
     dsumexp: Tensor | None, dsum_z_exp: Tensor | None, did_logits: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, max: Tensor,
-    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, needs: dict[str, bool],
+    scale: Number, softcap: float | None, temperature: Number, dtype: torch.dtype, needs: dict[str, bool],
     impl: str,
 ) -> dict[str, Tensor]:  # fmt: skip
     gradients = _linear_logprobs_partial_bwd(
@@ -245,7 +245,7 @@ TAKES = {**TAKES_HEAD, "ids": "ids N K"}
 @register(fake=_fake, returns=Partial._fields, backward=_backward, flops=_flops, takes=TAKES)
 def _linear_logprobs_partial(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
-    scale: float, softcap: float | None, temperature: Number, dtype: torch.dtype, impl: str,
+    scale: Number, softcap: float | None, temperature: Number, dtype: torch.dtype, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     transform = checked_transform(OP, scale, softcap, temperature, dtype)
     if not len(weight):
@@ -260,7 +260,7 @@ def linear_logprobs_partial(
     *,
     vocab_start: int,
     bias: Tensor | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     impl: str | None = None,

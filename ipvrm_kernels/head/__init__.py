@@ -103,9 +103,9 @@ def check_workspace(op: str, max_workspace_bytes: int | None, N: int, V: int, dt
 
 def prepare(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    logit_scale: float, softcap: float | None, temperature: float | Tensor,
+    logit_scale: float | Tensor, softcap: float | None, temperature: float | Tensor,
     max_workspace_bytes: int | None = None, may_be_empty: bool = False,
-) -> tuple[float, float | None, Number, torch.dtype]:  # fmt: skip
+) -> tuple[Number, float | None, Number, torch.dtype]:  # fmt: skip
     """Validate what every head op takes and return what its transform is made of, see `checked_transform`.
 
     may_be_empty: weight may be the (0, D) of a shard without tokens.
@@ -130,9 +130,6 @@ def prepare(
     kind = hidden.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     _check_dtypes(op, hidden, weight, bias, autocast)
-    # no math.isfinite: Dynamo cannot call it on a number that varies
-    if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be finite and > 0, got {softcap}")
     if max_workspace_bytes is not None and not 0 < max_workspace_bytes <= MOST_WORKSPACE:
@@ -141,7 +138,7 @@ def prepare(
         )
     rounds = autocast and hidden.dtype != torch.float64
     return (
-        float(logit_scale), None if softcap is None else float(softcap),
+        checked_number(op, "logit_scale", logit_scale), None if softcap is None else float(softcap),
         checked_number(op, "temperature", temperature),
         torch.get_autocast_dtype(kind) if rounds else hidden.dtype,
     )  # fmt: skip
@@ -151,6 +148,8 @@ def checked_transform(
     op: str, scale: float, softcap: float | None, temperature: float, dtype: torch.dtype
 ) -> Transform:
     """The transform of what `prepare` returned, as an op gets it. Raise ValueError, as `op`."""
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{op}: logit_scale must be finite, got {scale}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
     return Transform(scale, softcap, temperature, dtype)

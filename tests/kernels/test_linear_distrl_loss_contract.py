@@ -182,7 +182,7 @@ def test_opcheck(impl, device):
     inputs, variables = trained(device)
     bias = torch.randn(5, device=device, requires_grad=True)
     numbers = [x for number in (0.1, 0.2, 0.28, 0.2, 0.28, 3.0) for x in (number, None)]
-    tail = (1.0, 4.0, 0.0, torch.tensor(0.7), torch.float32, *numbers, "sequence_mean", "old_prob_mean")
+    tail = (1.0, None, 4.0, 0.0, torch.tensor(0.7), torch.float32, *numbers, "sequence_mean", "old_prob_mean")
     divisor = torch.tensor(2.0, device=device)
     for given_bias, divisors in ((bias, (None, None)), (None, (divisor, divisor))):
         needs = [True, True, given_bias is not None]

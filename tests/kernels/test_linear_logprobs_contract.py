@@ -109,7 +109,7 @@ def test_opcheck(impl, device):
         (trained, TRAINED, saving),
         (frozen, FROZEN, None),
     ):
-        numbers = (1.0, 4.0, 0.7, None, torch.float32, True, follows, limit, False, True)
+        numbers = (1.0, None, 4.0, 0.7, None, torch.float32, True, follows, limit, False, True)
         arguments = (hidden, *head, ids, *numbers, impl)
         torch.library.opcheck(torch.ops.ipvrm.linear_logprobs, arguments)
     assert IMPLS["cpp"].saved(hidden, weight, ids, torch.float32, TRAINED, saving, True)[1] == (66,)

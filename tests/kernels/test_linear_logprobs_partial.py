@@ -280,7 +280,7 @@ def test_an_empty_shard_adds_nothing(impl, device):
 def test_an_empty_shard_compiles_and_checks(impl, device):
     (hidden, weight, bias), ids = inputs(dtype=torch.float32, device=device)
     weight, bias = weight.detach()[:0].requires_grad_(), bias.detach()[:0].requires_grad_()
-    arguments = (hidden, weight, bias, ids, 1.0, 4.0, 0.7, None, torch.float32, impl)
+    arguments = (hidden, weight, bias, ids, 1.0, None, 4.0, 0.7, None, torch.float32, impl)
     torch.library.opcheck(torch.ops.ipvrm.linear_logprobs_partial, arguments)
 
 
@@ -296,7 +296,7 @@ def test_gradcheck():
 
 def test_opcheck(impl, device):
     (hidden, weight, bias), ids = inputs(dtype=torch.float32, device=device)
-    arguments = (hidden, weight, bias, ids, 1.0, 4.0, 0.7, None, torch.float32, impl)
+    arguments = (hidden, weight, bias, ids, 1.0, None, 4.0, 0.7, None, torch.float32, impl)
     torch.library.opcheck(torch.ops.ipvrm.linear_logprobs_partial, arguments)
 
 
