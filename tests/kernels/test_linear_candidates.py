@@ -295,8 +295,8 @@ def test_opcheck(impl, device):
     hidden, weight = (x.to(device) for x in case(N=6, V=20))
     sampled = torch.randint(-1, 20, (6,), device=device)
     for given_sampled, min_prob, K in ((sampled, 0.1, 10), (None, None, 30)):
-        arguments = (hidden, weight, None, given_sampled, 1.0, None, 4.0, 0.7, None, torch.float32, min_prob, None,
-                     K, given_sampled is not None, False, impl)  # fmt: skip
+        arguments = (hidden, weight, None, given_sampled, 1.0, None, 4.0, 0.7, None, torch.float32,
+                     min_prob, None, K, given_sampled is not None, False, impl)  # fmt: skip
         torch.library.opcheck(torch.ops.ipvrm.linear_candidates, arguments)
 
 
