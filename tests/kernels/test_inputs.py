@@ -56,7 +56,8 @@ NUMBERS = {  # those that may vary: {op: {option: a value of v in 0.25 .. 0.95}}
     "linear_distrl_loss": {
         "temperature": lambda v: v, "logit_scale": lambda v: 1 + v, "alpha": lambda v: v,
         "clip_low": lambda v: v, "clip_high": lambda v: v, "candidate_clip_low": lambda v: v / 2,
-        "candidate_clip_high": lambda v: 2 * v, "dual_clip": lambda v: 1 + v, "token_denominator": lambda v: v,
+        "candidate_clip_high": lambda v: 2 * v, "dual_clip": lambda v: 1 + v,
+        "token_denominator": lambda v: v,
     },
     "distrl_loss": {
         "alpha": lambda v: v, "clip_low": lambda v: v, "clip_high": lambda v: v,
