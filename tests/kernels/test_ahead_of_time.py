@@ -103,9 +103,11 @@ def check_cost(records, version):
         assert found <= most, f"{kernel}: {found} instructions a logit, at most {most}"
     table = committed(version)
     assert rows.keys() == table.keys(), f"make the table anew: {COMMAND} {TABLES}/triton-{version}.csv"
-    for key, row in table.items():
+    counted = [key for key, row in table.items() if row["epilogue"]]
+    assert {key for key in table if key[0] == "90" and key[2] == "half"} <= set(counted)
+    for key in counted:  # the loop over D is not found in the code of every architecture
         for name in ("epilogue", "start"):
-            before, now = (float(x[name] or 0) for x in (row, rows[key]))
+            before, now = (float(x[key][name]) for x in (table, rows))
             assert now <= before * (1 + RISE), f"{key}: {name} {before} -> {now} instructions a logit"
 
 
