@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import check_tensors, checked_number
+from ..packing import check_finite
 from ..registration import Number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -148,8 +149,7 @@ def checked_transform(
     op: str, scale: float, softcap: float | None, temperature: float, dtype: torch.dtype
 ) -> Transform:
     """The transform of what `prepare` returned, as an op gets it. Raise ValueError, as `op`."""
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"{op}: logit_scale must be finite, got {scale}")
+    check_finite(op, "logit_scale", scale)
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
     return Transform(scale, softcap, temperature, dtype)

@@ -166,9 +166,7 @@ CASES = [(op, option) for op, options in NUMBERS.items() for option in options]
 NOT_TENSORS_BEFORE = [x for x in CASES if "denominator" not in x[1] and x[1] != "margin"]  # those took any
 
 
-@pytest.mark.parametrize(
-    ("op", "option"), [x for x in CASES if "denominator" not in x[1] and x[1] != "margin"]
-)
+@pytest.mark.parametrize(("op", "option"), NOT_TENSORS_BEFORE)
 @pytest.mark.parametrize(
     ("number", "words"),
     [
