@@ -19,6 +19,7 @@ from torch import Tensor
 
 DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
 IMPL_NAMES = ("torch", "cpp", "triton", "cuda")
+NATIVE_DEVICE = {"cpp": "cpu", "cuda": "cuda"}  # where the tensors lie of what takes addresses
 
 WITHOUT = "IPVRM_WITHOUT"  # environment variable: what the defaults leave out
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as Triton itself read it, at import

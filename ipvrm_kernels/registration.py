@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .backend import NATIVE_DEVICE
+
 _LIBRARY = torch.library.Library("ipvrm", "FRAGMENT")
 _TENSORS = (Tensor, torch.nn.Parameter)  # plain ones; their subclasses have a say of their own
 MOST_LISTED = 3  # tensors in a list input
@@ -179,10 +181,8 @@ def _check_native(
     problem = None
     if x.dtype not in KINDS[kind]:
         problem = f"{words}, got {x.dtype}"
-    elif impl == "cpp" and x.device.type != "cpu":
-        problem = f"on the CPU, got {x.device}"
-    elif impl == "cuda" and x.device.type != "cuda":
-        problem = f"on a GPU, got {x.device}"
+    elif x.device.type != (device := NATIVE_DEVICE.get(impl, x.device.type)):
+        problem = f"on {device}, got {x.device}"
     elif shape == "=":
         if sizes.setdefault("=", x.shape) != x.shape:
             problem = f"{tuple(sizes['='])} as the others, got {tuple(x.shape)}"
