@@ -10,8 +10,12 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the processes that tests start:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other's cores spin
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's, which commands leave alone
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, usual in {  # ignored in a background job or under nohup, and commands leave it at that
+    signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL,
+}.items():  # fmt: skip
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 settings.register_profile("repeatable", derandomize=True)  # the same examples in every run of a gate
 settings.load_profile("repeatable")
