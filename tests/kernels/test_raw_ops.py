@@ -70,6 +70,10 @@ CASES = {
 }  # fmt: skip
 
 
+def test_the_cases_hold_every_op():
+    assert ipvrm_kernels.OPS.keys() <= CASES.keys()
+
+
 def call(op, impl="cpp", **changes):
     """By the schema's names; what the case does not name (a number's tensor, what was saved) is None."""
     function, given = getattr(OPS, op).default, {**CASES[op], **changes, "impl": impl}
