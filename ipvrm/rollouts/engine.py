@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ipvrm.data.batches import length_sorted_microbatches
 from ipvrm.data.chat import end_of_turn_id
-from ipvrm.errors import IpvrmError
+from ipvrm.errors import IpvrmError, reading
+from ipvrm.models.causal_lm import load_config, local_folder
+from ipvrm.models.folder import AGAIN
 
 
 @dataclass(frozen=True)
@@ -176,14 +178,29 @@ def cut(ids: Sequence[int], stops: Container[int]) -> list[int]:
     return list(ids[: stop + 1])
 
 
-def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+def stop_ids(model: nn.Module | str, tokenizer: Any) -> set[int]:
     """Tokens that end a response: the chat template's end of turn and what the model's generation config
-    and tokenizer name."""
+    and tokenizer name; `model` may be a folder or Hub name, of which no weights are loaded."""
     ids = {end_of_turn_id(tokenizer)}
-    for named in (getattr(model, "generation_config", None), tokenizer):
+    stored = (
+        _generation_config(model) if isinstance(model, str) else getattr(model, "generation_config", None)
+    )
+    for named in (stored, tokenizer):
         value = getattr(named, "eos_token_id", None)
         ids.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
     return {int(i) for i in ids}
+
+
+def _generation_config(name: str) -> Any:
+    """What a loaded model has as `generation_config`."""
+    from transformers import GenerationConfig
+
+    folder = local_folder(name)
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return GenerationConfig.from_model_config(load_config(folder))
+    with reading(path, "not a readable generation config", AGAIN):
+        return GenerationConfig.from_pretrained(folder)
 
 
 def response_seed(seed: int, row: int, sample: int) -> int:

@@ -17,10 +17,12 @@ from ipvrm.data.files import file_hash
 from ipvrm.data.rows import OnBadRow, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, max_positions, weights_hash
+from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, Server, check_engine, kind_of
 from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.rollouts.answers import Job, as_questions, response_text, sample
-from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
+from ipvrm.rollouts.engine import Engine, Sampling, TransformersEngine, stop_ids
+from ipvrm.rollouts.server_engine import ServerEngine
 from ipvrm.run_folder import (
     FREE,
     begin_or_go_on,
@@ -78,6 +80,11 @@ class RolloutConfig:
     """Only the first so many rows."""
     per_device_eval_batch_size: int = field(default=64, metadata=FREE)
     """Most responses generated at a time; changes memory and speed, the responses by rounding alone."""
+    engine: str = field(default=LOCAL, metadata=FREE)
+    """transformers, or the address of a server of `model`, such as vLLM's http://localhost:8000/v1, whose
+    random numbers are its own. Of `model` the tokenizer is then read, and its weights are hashed."""
+    engine_timeout: float = field(default=ENGINE_TIMEOUT, metadata=FREE)
+    """Most seconds to wait for one of its answers."""
     bf16: bool = False
     """Weights and cache in bf16, in place of fp32."""
     on_bad_row: OnBadRow = field(default="error", metadata=FREE)
@@ -109,15 +116,9 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
             shown.note(f"{output} is already there, from the same prompts, model and settings")
             return stored
     tokenizer = load_tokenizer(config.model)
-    accelerator = None if config.use_cpu else torch.accelerator.current_accelerator()
-    device = accelerator or torch.device("cpu")
-    model = load_model(config.model, torch.bfloat16 if config.bf16 else torch.float32, device)
-    stops = stop_ids(model, tokenizer)
-    engine = TransformersEngine(model, stops, config.per_device_eval_batch_size)
+    engine, stops, context, device = _engine(config, tokenizer)
     prompts_in = len(prompts) + len(bad)
-    questions, bad = as_questions(
-        prompts, bad, config.input, tokenizer, config, max_positions(model), answers=False
-    )
+    questions, bad = as_questions(prompts, bad, config.input, tokenizer, config, context, answers=False)
     for row in bad:
         shown.note(f"skipped {row}")
     jobs = [(q, q.prompt.row, number) for q in questions for number in range(config.num_generations)]
@@ -154,7 +155,7 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
         "prompts_in": prompts_in,
         "bad": len(bad),
         "stop_tokens": tokenizer.convert_ids_to_tokens(sorted(stops)),
-        "device": str(device),
+        "device": device,
         "key": key,
         "manifest": manifest(seeds={"seed": config.seed}, config=asdict(config)),
     }
@@ -163,6 +164,21 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
     write_json(summary_path(output), summary)
     shards.remove()
     return summary
+
+
+def _engine(config: RolloutConfig, tokenizer: Any) -> tuple[Engine, set[int], int | None, str]:
+    """What generates, the tokens that end a response, how many positions there are, and where it runs."""
+    if config.engine != LOCAL:
+        server = Server(config.engine, config.model, config.engine_timeout, config.per_device_eval_batch_size)
+        stops = stop_ids(config.model, tokenizer)
+        limits = [n for n in (max_positions(config.model), server.max_positions) if n is not None]
+        return ServerEngine(server, stops), stops, min(limits, default=None), f"{server.url} ({server.name})"
+    accelerator = None if config.use_cpu else torch.accelerator.current_accelerator()
+    device = accelerator or torch.device("cpu")
+    model = load_model(config.model, torch.bfloat16 if config.bf16 else torch.float32, device)
+    stops = stop_ids(model, tokenizer)
+    engine = TransformersEngine(model, stops, config.per_device_eval_batch_size)
+    return engine, stops, max_positions(model), str(device)
 
 
 def _check(config: RolloutConfig) -> Sampling:
@@ -177,6 +193,7 @@ def _check(config: RolloutConfig) -> Sampling:
             f"temperature 0 gives the same response every time; num_generations must be 1, "
             f"got {config.num_generations}"
         )
+    check_engine(config.engine, config.engine_timeout, bf16=config.bf16, use_cpu=config.use_cpu)
     if Path(config.output).suffix not in (".parquet", ".jsonl"):
         raise IpvrmError(f"--output {config.output}: must end in .parquet or .jsonl")
     return sampling
@@ -258,11 +275,15 @@ def _made_from(config: RolloutConfig) -> dict[str, Any]:
     for name in TOKENIZER_FILES:
         if (path := folder / name).is_file():
             digest.update(path.read_bytes())
-    return settings_of(config) | {
-        "input_hash": file_hash(config.input),
-        "model_hash": weights_hash(config.model),
-        "tokenizer_files_hash": digest.hexdigest(),
-    }
+    return (
+        settings_of(config)
+        | kind_of(config.engine)
+        | {
+            "input_hash": file_hash(config.input),
+            "model_hash": weights_hash(config.model),
+            "tokenizer_files_hash": digest.hexdigest(),
+        }
+    )
 
 
 def main(config: RolloutConfig) -> None:
