@@ -31,6 +31,7 @@ from ipvrm.evaluate.thresholds import (
     sweep,
     trivial_baselines,
 )
+from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, kind_of, served_pair
 from ipvrm.output import locked
 from ipvrm.run_folder import (
     FREE,
@@ -76,6 +77,13 @@ class EvalConfig:
     """Most tokens of prompt and solution; longer ones count as missed. None for no limit."""
     batch_tokens: int = field(default=8192, metadata=FREE)
     """Most tokens of a padded forward."""
+    engine: str = field(default=LOCAL, metadata=FREE)
+    """transformers, or the address of a server of `model` that gives prompt_logprobs, such as vLLM's
+    http://localhost:8000/v1."""
+    reference_engine: str = field(default=LOCAL, metadata=FREE)
+    """The same of a server of its reference; both are served, or neither."""
+    engine_timeout: float = field(default=ENGINE_TIMEOUT, metadata=FREE)
+    """Most seconds to wait for one of their answers."""
     limit: int | None = field(default=None, metadata=FREE)
     """Only the first so many solutions of each subset, for a quick look."""
     bootstrap_resamples: int = field(default=2000, metadata=FREE)
@@ -145,6 +153,7 @@ def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise IpvrmError(f"--{name} must be at least 1; got {value}")
+    served_pair(config.engine, config.reference_engine, config.engine_timeout)
     subsets = {_subset(path): read_items(path, config.limit) for path in config.data}
     if len(subsets) != len(config.data) or not subsets:
         raise IpvrmError(f"--data: every subset needs a file of its own name; got {', '.join(config.data)}")
@@ -158,7 +167,10 @@ def _evaluate(
 ) -> dict[str, Any]:
     from ipvrm.models.reward_model import RewardModel
 
-    reward_model = RewardModel.from_pretrained(config.model, reference=config.reference)
+    servers = served_pair(config.engine, config.reference_engine, config.engine_timeout)
+    reward_model = RewardModel.from_pretrained(
+        config.model, config.reference, servers=servers, timeout=config.engine_timeout
+    )
     output = Path(config.output_dir)
     key = _model_key(config, reward_model.info)
     scored = {
@@ -257,6 +269,7 @@ def _model_key(config: EvalConfig, info: Any) -> dict[str, Any]:
         "beta": info.beta,
         "template": info.template_hash,
         **settings_of(config),
+        **kind_of(config.engine),
     }
 
 

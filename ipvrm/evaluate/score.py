@@ -12,6 +12,7 @@ from ipvrm.data.rows import BadRow, BadRows, OnBadRow, as_object, report_bad_row
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.scoring import one_by_one
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, Score
+from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, kind_of, served_pair
 from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.run_folder import FREE, begin_or_go_on, finished_lines, publish, remove_leftovers, settings_of
@@ -54,6 +55,13 @@ class ScoreConfig:
     """What stands between two steps."""
     batch_tokens: int = field(default=BATCH_TOKENS, metadata=FREE)
     """Most tokens of a padded forward."""
+    engine: str = field(default=LOCAL, metadata=FREE)
+    """transformers, or the address of a server of `model` that gives prompt_logprobs, such as vLLM's
+    http://localhost:8000/v1."""
+    reference_engine: str = field(default=LOCAL, metadata=FREE)
+    """The same of a server of its reference; both are served, or neither."""
+    engine_timeout: float = field(default=ENGINE_TIMEOUT, metadata=FREE)
+    """Most seconds to wait for one of their answers."""
     on_bad_row: OnBadRow = field(default="error", metadata=FREE)
     """Lines that cannot be scored: stop and list them, or skip."""
     use_cpu: bool = field(default=False, metadata=FREE)
@@ -80,6 +88,7 @@ def score_file(config: ScoreConfig, progress: bool = True) -> int:
     check_step_format(config.step_format)
     if not 0.0 <= config.threshold <= 1.0:
         raise IpvrmError(f"--threshold must lie in [0, 1]; got {config.threshold}")
+    _servers(config)
     shown = Progress(enabled=progress)
     with locked(config.output):
         return _score_file(config, shown)
@@ -87,8 +96,10 @@ def score_file(config: ScoreConfig, progress: bool = True) -> int:
 
 def _score_file(config: ScoreConfig, shown: Progress) -> int:
     total = _check_input(config, shown)
+    servers = _servers(config)
+    device = "cpu" if config.use_cpu else None
     reward_model = RewardModel.from_pretrained(
-        config.model, config.reference, "cpu" if config.use_cpu else None
+        config.model, config.reference, device, servers=servers, timeout=config.engine_timeout
     )
     output = Path(config.output)
     folder = output.with_name(f".{output.name}.partial")
@@ -117,6 +128,10 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
     publish(partial, output)
     shutil.rmtree(folder)
     return written
+
+
+def _servers(config: ScoreConfig) -> tuple[str, ...]:
+    return served_pair(config.engine, config.reference_engine, config.engine_timeout, use_cpu=config.use_cpu)
 
 
 def _check_input(config: ScoreConfig, shown: Progress) -> int:
@@ -193,14 +208,18 @@ def _record(item: _Item, score: Score) -> dict[str, Any]:
 def _settings(config: ScoreConfig, reward_model: RewardModel) -> dict[str, Any]:
     """What decides the scores: an interrupted run goes on only with the same."""
     info = reward_model.info
-    return settings_of(config) | {
-        "input_hash": file_hash(config.input),
-        "model_hash": info.weights_hash,
-        "reference_hash": info.reference_hash,
-        "template_hash": info.template_hash,
-        "objective": info.objective,
-        "beta": info.beta,
-    }
+    return (
+        settings_of(config)
+        | kind_of(config.engine)
+        | {
+            "input_hash": file_hash(config.input),
+            "model_hash": info.weights_hash,
+            "reference_hash": info.reference_hash,
+            "template_hash": info.template_hash,
+            "objective": info.objective,
+            "beta": info.beta,
+        }
+    )
 
 
 def main(config: ScoreConfig) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ipvrm.errors import IpvrmError
 from ipvrm.models.reward_model import RewardModel
+from ipvrm.models.server import ServerError
 from ipvrm.steps import RULES, step_scores
 
 T = TypeVar("T")
@@ -26,14 +27,22 @@ class SolutionScores:
 
 
 def one_by_one(score: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R | str]:
-    """`score(items)`; where it raises IpvrmError, item by item, and for what it refuses the reason."""
+    """`score(items)`; where it raises IpvrmError, item by item, and for what it refuses the reason.
+
+    Raises:
+        ServerError: a server failed, which is no item's fault.
+    """
     try:
         return [*score(items)]
+    except ServerError:
+        raise
     except IpvrmError:
         found: list[R | str] = []
         for item in items:
             try:
                 found += score([item])
+            except ServerError:
+                raise
             except IpvrmError as error:
                 found.append(" ".join(str(error).rpartition("item:1: ")[2].split()))
         return found

@@ -28,6 +28,7 @@ from ipvrm.models.causal_lm import (
     template_hash,
     weights_hash,
 )
+from ipvrm.models.server import ENGINE_TIMEOUT, Server
 from ipvrm.run_folder import move_into, read_json, save_folder, versions, write_json
 from ipvrm.steps import STEP_FORMAT, STEP_SEPARATOR, first_error, render_steps, step_of_token, step_scores
 from ipvrm.steps import step_ends as last_token_of_steps
@@ -91,20 +92,38 @@ class Score:
 
 
 class RewardModel:
-    """A reward model with its reference; `model` and `reference` are causal LMs over the same vocabulary."""
+    """A reward model with its reference; `model` and `reference` are causal LMs over the same vocabulary,
+    both in memory or both served."""
 
-    def __init__(self, model: nn.Module, reference: nn.Module, tokenizer: Any, info: RewardModelInfo):
+    def __init__(
+        self, model: nn.Module | Server, reference: nn.Module | Server, tokenizer: Any, info: RewardModelInfo
+    ):
         self.model = model
         self.reference = reference
         self.tokenizer = tokenizer
         self.info = info
         self.chat = Chat(tokenizer, info.chat_template_kwargs)
+        self.max_positions: int | None = None
+        if isinstance(model, Server) or isinstance(reference, Server):
+            self._check_served(model, reference)
+            return
         self.max_positions = min((n for m in (model, reference) if (n := max_positions(m))), default=None)
         sizes = [cast(Any, m).get_input_embeddings().weight.shape[0] for m in (model, reference)]
         if sizes[0] != sizes[1]:
             raise IpvrmError(
                 f"model and reference must share one vocabulary; they have {sizes[0]} and {sizes[1]} tokens"
             )
+
+    def _check_served(self, model: nn.Module | Server, reference: nn.Module | Server) -> None:
+        if not isinstance(model, Server) or not isinstance(reference, Server):
+            raise IpvrmError("a reward model and its reference must both be served, or neither")
+        if self.info.temperature != 1:
+            raise IpvrmError(
+                f"{model.url}: the log-probs of a server's prompts are at temperature 1, and this reward "
+                f"model was trained at {self.info.temperature:g}; score it in memory (--engine transformers)"
+            )
+        limits = [m.max_positions - 1 for m in (model, reference) if m.max_positions]  # a token is generated
+        self.max_positions = min(limits, default=None)
 
     @classmethod
     def from_pretrained(
@@ -113,6 +132,8 @@ class RewardModel:
         reference: str | Path | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = torch.float32,
+        servers: Sequence[str] = (),
+        timeout: float = ENGINE_TIMEOUT,
     ) -> "RewardModel":
         """Loads a run folder and the reference that its `ipvrm_config.json` names.
 
@@ -120,10 +141,13 @@ class RewardModel:
             reference: where the reference is if it has moved (folder or Hub name); its weights must be the
                 recorded ones.
             device: default is the first accelerator, else the CPU.
+            servers: addresses of two servers that give `prompt_logprobs` (vLLM), of the model and of its
+                reference, which are then not loaded; `device` and `dtype` are theirs.
+            timeout: most seconds to wait for one of their answers.
 
         Raises:
-            IpvrmError: no `ipvrm_config.json`, other weights than it records for model or reference, or
-                another template.
+            IpvrmError: no `ipvrm_config.json`, other weights than it records for model or reference, another
+                template, or servers of other models.
         """
         folder = local_folder(folder)
         info = read_info(folder)
@@ -136,6 +160,12 @@ class RewardModel:
                 f"{folder}: the chat template is not the one this reward model was trained with "
                 f"(sha256 {found[:12]}, recorded {info.template_hash[:12]}); restore the tokenizer files"
             )
+        if servers:
+            served = (
+                Server(url, place, timeout)
+                for url, place in zip(servers, (folder, reference_folder), strict=True)
+            )
+            return cls(*served, tokenizer, info)
         if device is None:
             device = torch.accelerator.current_accelerator() or "cpu"
         return cls(
@@ -144,6 +174,8 @@ class RewardModel:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model, tokenizer and `ipvrm_config.json`; the reference is named, not copied."""
+        if isinstance(self.model, Server):
+            raise IpvrmError(f"{self.model.url}: a served reward model cannot be saved; copy its folder")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         info = replace(self.info, versions=versions(), adapter=None)  # the adapter alone is not loaded
@@ -168,6 +200,9 @@ class RewardModel:
         Args:
             batch_tokens: most tokens of a padded micro-batch (a longer response stands alone).
         """
+        if isinstance(self.model, Server) or isinstance(self.reference, Server):
+            of_both = [cast(Server, m).logprobs(responses) for m in (self.model, self.reference)]
+            return [a - b for a, b in zip(*of_both, strict=True)]
         device = next(self.model.parameters()).device
         result: list[Tensor] = [torch.empty(0)] * len(responses)
         lengths = [len(r.input_ids) for r in responses]

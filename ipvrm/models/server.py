@@ -40,6 +40,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class ServerError(IpvrmError):
+    """A server that is not there, is another one, or answers badly: no fault of what it was asked about."""
+
+
 def check_engine(engine: str, timeout: float, **local: bool) -> None:
     """Raises IpvrmError for an `--engine` that is neither LOCAL nor an address, for an `--engine_timeout`
     that nothing reads or that is no time, and for one of the `local` flags, which a server does not take."""
@@ -58,6 +62,20 @@ def check_engine(engine: str, timeout: float, **local: bool) -> None:
 def kind_of(engine: str) -> dict[str, str]:
     """What of `--engine` decides the results: that it is a server, which may move."""
     return {} if engine == LOCAL else {"engine": "a server"}
+
+
+def served_pair(engine: str, reference_engine: str, timeout: float, **local: bool) -> tuple[str, ...]:
+    """The addresses of a reward model's server and its reference's; empty where both are in memory.
+
+    Raises:
+        IpvrmError: one of them alone, or as `check_engine`.
+    """
+    pair = (engine, reference_engine)
+    if pair.count(LOCAL) == 1:
+        raise IpvrmError("--engine and --reference_engine: a server of both, or of neither")
+    for url in pair:
+        check_engine(url, timeout, **local)
+    return () if LOCAL in pair else pair
 
 
 def _parts(url: str) -> SplitResult:
@@ -88,7 +106,7 @@ class Server:
     def __init__(self, url: str, model: str | Path, timeout: float = ENGINE_TIMEOUT, concurrency: int = 64):
         parts = _parts(url)
         if not 0 < timeout < math.inf or concurrency < 1:
-            raise IpvrmError(
+            raise ServerError(
                 f"{url}: timeout must be positive and at least one request go at a time; got {timeout}, "
                 f"{concurrency}"
             )
@@ -109,7 +127,7 @@ class Server:
         if not isinstance(listed, list) or not all(
             isinstance(entry, dict) and isinstance(entry.get("id"), str) for entry in listed
         ):
-            raise IpvrmError(f"{self.url}/models: names no models{HALF}")
+            raise ServerError(f"{self.url}/models: names no models{HALF}")
         wanted = {model, Path(model).absolute().name}
         for entry in listed:
             names = [entry["id"], entry.get("root") or ""]
@@ -117,7 +135,7 @@ class Server:
                 return dict(entry)
         serves = ", ".join(entry["id"] for entry in listed) or "nothing"
         name = Path(model).absolute().name
-        raise IpvrmError(
+        raise ServerError(
             f"{self.url}: serves {serves}, not {model}; start it with that model (vllm serve {model}), or if "
             f"it has the same weights elsewhere, call them so (--served-model-name {name})"
         )
@@ -137,17 +155,19 @@ class Server:
         body = {"model": model, "prompt": list(prompt), "n": 1, "return_token_ids": True, **settings}
         answer = self._ask("POST", "/completions", body)
         if answer.get("model") != model:
-            raise IpvrmError(f"{self.url}: answers for {answer.get('model')!r}, asked for {model!r}; {AGAIN}")
+            raise ServerError(
+                f"{self.url}: answers for {answer.get('model')!r}, asked for {model!r}; {AGAIN}"
+            )
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise IpvrmError(f"{self.url}: half an answer: one choice was asked for; {AGAIN}")
+            raise ServerError(f"{self.url}: half an answer: one choice was asked for; {AGAIN}")
         choice = choices[0]
         for field in ("prompt_token_ids", "token_ids"):
             ids = choice.get(field)
             if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-                raise IpvrmError(f"{self.url}: its answer has no {field}{HALF}")
+                raise ServerError(f"{self.url}: its answer has no {field}{HALF}")
         if choice["prompt_token_ids"] != list(prompt):
-            raise IpvrmError(
+            raise ServerError(
                 f"{self.url}: it has changed the prompt, of {len(prompt)} tokens to "
                 f"{len(choice['prompt_token_ids'])}; tokens must be taken as they are"
             )
@@ -162,27 +182,27 @@ class Server:
             name: of an adapter, in place of the model's.
 
         Raises:
-            IpvrmError: a response that is too long, an answer without them, or one that is not finite.
+            ServerError: a response that is too long, an answer without them, or one that is not finite.
         """
 
         def of(response: Response) -> Tensor:
             ids = response.input_ids
             if self.max_positions is not None and len(ids) >= self.max_positions:
-                raise IpvrmError(  # vLLM makes a token behind the sequence
+                raise ServerError(  # vLLM makes a token behind the sequence
                     f"{self.url}: {len(ids)} tokens and one more are over its {self.max_positions} "
                     "(--max-model-len)"
                 )
             choice = self.completion(ids, name=name, max_tokens=1, temperature=0.0, prompt_logprobs=0)
             found = choice.get("prompt_logprobs")
             if not isinstance(found, list) or len(found) != len(ids):
-                raise IpvrmError(f"{self.url}: no prompt_logprobs of each of {len(ids)} tokens{HALF}")
+                raise ServerError(f"{self.url}: no prompt_logprobs of each of {len(ids)} tokens{HALF}")
             start = response.prompt_length
             values = [_logprob(entry, token) for entry, token in zip(found[start:], ids[start:], strict=True)]
             if any(value is None for value in values):
-                raise IpvrmError(f"{self.url}: a prompt_logprobs entry lacks its own token{HALF}")
+                raise ServerError(f"{self.url}: a prompt_logprobs entry lacks its own token{HALF}")
             result = torch.tensor(values, dtype=torch.float32)
             if not bool((result.isfinite() & (result > CLAMPED)).all()):
-                raise IpvrmError(f"{self.url}: a log-prob is not finite; a ratio of it means nothing")
+                raise ServerError(f"{self.url}: a log-prob is not finite; a ratio of it means nothing")
             return result
 
         return self.each(of, responses)
@@ -196,8 +216,8 @@ class Server:
         path = str(folder.absolute())
         try:
             self._ask("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": path}, text=True)
-        except IpvrmError as error:
-            raise IpvrmError(f"{error} (loading {path}: {advice})") from error
+        except ServerError as error:
+            raise ServerError(f"{error} (loading {path}: {advice})") from error
 
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; one that a restarted server does not know is forgotten already."""
@@ -241,29 +261,29 @@ class Server:
         self._open.add(connection)
         try:
             if self._hung_up.is_set():
-                raise IpvrmError(f"{self.url}: another request has failed")
+                raise ServerError(f"{self.url}: another request has failed")
             content = None if body is None else json.dumps(body)
             connection.request(method, f"{self._path}{path}", body=content, headers=headers)
             answer = connection.getresponse()
             raw = answer.read()
         except TimeoutError as error:
-            raise IpvrmError(
+            raise ServerError(
                 f"{self.url}{path}: no answer within {self.timeout:g} s (--engine_timeout); {AGAIN}"
             ) from error
         except (OSError, http.client.HTTPException) as error:
             reason = "half an answer" if isinstance(error, http.client.IncompleteRead) else cause(error)
-            raise IpvrmError(f"{self.url}{path}: {reason}; {AGAIN}") from error
+            raise ServerError(f"{self.url}{path}: {reason}; {AGAIN}") from error
         finally:
             self._open.discard(connection)
             connection.close()
         if answer.status != 200:
-            raise IpvrmError(f"{self.url}{path}: HTTP {answer.status}: {_said(raw)}")
+            raise ServerError(f"{self.url}{path}: HTTP {answer.status}: {_said(raw)}")
         if text:
             return None
         try:
             return json.loads(raw)
         except ValueError as error:
-            raise IpvrmError(f"{self.url}{path}: half an answer, no JSON; {AGAIN}") from error
+            raise ServerError(f"{self.url}{path}: half an answer, no JSON; {AGAIN}") from error
 
 
 def _logprob(entry: Any, token: int) -> float | None:

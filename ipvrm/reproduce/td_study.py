@@ -45,12 +45,14 @@ from ipvrm.evaluate.thresholds import finite_or_none
 from ipvrm.losses.metrics import auc
 from ipvrm.models.causal_lm import load_model, load_tokenizer, max_positions, weights_hash
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
+from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, Server, check_engine, kind_of
 from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.reproduce.correlation import bootstrap, centred, less, partial, pearson, spearman
 from ipvrm.reproduce.td_branches import FRACTIONS, Brancher, BranchOptions
 from ipvrm.rollouts.answers import as_questions
-from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
+from ipvrm.rollouts.engine import Engine, Sampling, TransformersEngine, stop_ids
+from ipvrm.rollouts.server_engine import ServerEngine
 from ipvrm.rollouts.verify import TIMEOUT_SECONDS, VerifierPool
 from ipvrm.run_folder import (
     FREE,
@@ -122,6 +124,10 @@ class TdConfig:
     """Processes. Default: one per available core."""
     per_device_eval_batch_size: int = field(default=64, metadata=FREE)
     """Most responses generated at a time."""
+    engine: str = field(default=LOCAL, metadata=FREE)
+    """transformers, or the address of a server of `policy`, such as vLLM's http://localhost:8000/v1."""
+    engine_timeout: float = field(default=ENGINE_TIMEOUT, metadata=FREE)
+    """Most seconds to wait for one of its answers."""
     batch_tokens: int = field(default=BATCH_TOKENS, metadata=FREE)
     """Most tokens of a padded forward."""
     bootstrap_resamples: int = field(default=2000, metadata=FREE)
@@ -157,7 +163,13 @@ def _study(config: TdConfig, progress: bool) -> dict[str, Any]:
         )
     policy = load_model(config.policy, torch.float32, device)
     prompts, bad = read_prompts(config.data, config.on_bad_row, limit=config.num_prompts)
-    questions, bad = as_questions(prompts, bad, config.data, tokenizer, config, max_positions(policy))
+    server = None
+    if config.engine != LOCAL:
+        size = config.per_device_eval_batch_size
+        server = Server(config.engine, config.policy, config.engine_timeout, size)
+    limits = (max_positions(policy), None if server is None else server.max_positions)
+    context = min((n for n in limits if n is not None), default=None)
+    questions, bad = as_questions(prompts, bad, config.data, tokenizer, config, context)
     for row in bad:
         shown.note(f"skipped {row}")
     folder = output / "prompts"
@@ -170,7 +182,9 @@ def _study(config: TdConfig, progress: bool) -> dict[str, Any]:
     if done:
         shown.note(f"going on behind {done} of {len(questions)} prompts")
     stops = stop_ids(policy, tokenizer)
-    engine = TransformersEngine(policy, stops, config.per_device_eval_batch_size)
+    engine: Engine = TransformersEngine(policy, stops, config.per_device_eval_batch_size)
+    if server is not None:
+        engine = ServerEngine(server, stops)
     try:
         with (
             VerifierPool(config.verifier, config.verifier_workers, config.verifier_timeout) as pool,
@@ -216,18 +230,23 @@ def _check(config: TdConfig) -> None:
         raise IpvrmError(f"--temperature must be positive; got {config.temperature}")
     if config.seed < 0:
         raise IpvrmError(f"--seed must not be negative; got {config.seed}")
+    check_engine(config.engine, config.engine_timeout)
     Sampling(config.max_new_tokens)
 
 
 def _settings(config: TdConfig, reward_model: RewardModel) -> dict[str, Any]:
     """What decides the numbers of a prompt."""
-    return settings_of(config) | {
-        "records": RECORDS,
-        "data_hash": file_hash(config.data),
-        "policy_hash": weights_hash(config.policy),
-        "reward_model_hash": reward_model.info.weights_hash,
-        "reference_hash": reward_model.info.reference_hash,
-    }
+    return (
+        settings_of(config)
+        | kind_of(config.engine)
+        | {
+            "records": RECORDS,
+            "data_hash": file_hash(config.data),
+            "policy_hash": weights_hash(config.policy),
+            "reward_model_hash": reward_model.info.weights_hash,
+            "reference_hash": reward_model.info.reference_hash,
+        }
+    )
 
 
 # ------------------------------------------------------------------------------------------------ analysis

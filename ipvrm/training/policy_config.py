@@ -9,6 +9,7 @@ from ipvrm.losses.advantages import AdvantageConfig
 from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
 from ipvrm.losses.presets import Preset, by_preset
+from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, check_engine
 from ipvrm.rollouts.verify import TIMEOUT_SECONDS
 from ipvrm.run_folder import FREE
 from ipvrm.training.adapters import ALL_LINEAR
@@ -256,6 +257,11 @@ class PolicyConfig:
     """Most responses per forward on one device; changes memory and speed, not the result."""
     per_device_eval_batch_size: int = field(default=64, metadata=FREE | AT_LEAST_ONE)
     """Most responses generated at a time on one device."""
+    engine: str = field(default=LOCAL, metadata=FREE)
+    """What samples: transformers (the policy in memory), or the address of a server of `model` that loads
+    LoRA adapters, such as vLLM's http://localhost:8000/v1; it gets the policy's before it samples."""
+    engine_timeout: float = field(default=ENGINE_TIMEOUT, metadata=FREE)
+    """Most seconds to wait for one of its answers."""
     learning_rate: float | None = field(default=None, metadata=POSITIVE | defaults(paper=3e-5, release=2e-5))
     """Default: 3e-5; release: 2e-5."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "constant"
@@ -353,6 +359,12 @@ def resolve(config: PolicyConfig) -> tuple[PolicyConfig, Method]:
     if config.eval_temperature == 0 and filled(config.eval_num_generations) > 1:
         raise IpvrmError(
             "eval_temperature 0 writes the same response every time; leave --eval_num_generations out"
+        )
+    check_engine(config.engine, config.engine_timeout)
+    if config.engine != LOCAL and not config.lora_r:
+        raise IpvrmError(
+            "--engine of a server needs --lora_r: adapters are what its protocol takes of a policy in "
+            "training, and without them it would go on sampling from the first one"
         )
     drawn = filled(config.rollout_prompts) * config.max_rounds
     if filled(config.train_prompts) > drawn:

@@ -7,7 +7,7 @@ in that order. So the state of the data is one number, the place of the next pro
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ipvrm.data.batches import Batch, collate, epoch_order, microbatches_for_rank
 from ipvrm.data.responses import Response
-from ipvrm.errors import FailedAlike
+from ipvrm.errors import FailedAlike, IpvrmError
 from ipvrm.models.reference import not_finite
 from ipvrm.rollouts.answers import Question, judge, sample
 from ipvrm.rollouts.engine import Engine, Sampling
@@ -163,7 +163,7 @@ class Collector:
     questions: list[Question]
     config: PolicyConfig
     engine: Engine
-    stop_ids: set[int]
+    stop_ids: Collection[int]
     tokenizer: Any
     pool: VerifierPool
     accelerator: Any
@@ -235,8 +235,12 @@ class Collector:
         own = asked[self.accelerator.process_index :: self.accelerator.num_processes]
         jobs = [(q, p, i) for p, q in own for i in range(num_generations)]
         started = time.perf_counter()
-        with self.accelerator.autocast():
-            generated = sample(self.engine, jobs, sampling, seed)
+        failed = None
+        try:
+            with self.accelerator.autocast():
+                generated = sample(self.engine, jobs, sampling, seed)
+        except IpvrmError as error:
+            failed, jobs, generated = str(error), [], []
         sampled = time.perf_counter()
         responses = [(ids, q) for ids, (q, *_) in zip(generated, jobs, strict=True)]
         verdicts = judge(responses, self.stop_ids, self.tokenizer, self.pool.judge)
@@ -257,15 +261,17 @@ class Collector:
                 )
                 verified.append(Verified(p, i, response))
         cut = {p for (_, p, _), verdict in zip(jobs, verdicts, strict=True) if verdict is None}
-        everyone = [(verified, mine, cut)]
+        everyone = [(verified, mine, cut, failed)]
         if self.accelerator.num_processes > 1:
             everyone = gather_object(everyone)
-        for _, numbers, _ in everyone:
+        if failures := [words for *_, words in everyone if words is not None]:
+            raise FailedAlike(failures[0])  # a server that fails does so on the rank that asks it
+        for _, numbers, *_ in everyone:
             counts.update(numbers)
         for name, spent in (("rollout", sampled - started), ("verify", time.perf_counter() - sampled)):
             seconds[f"seconds_{name}"] = seconds.get(f"seconds_{name}", 0.0) + spent
         found = sorted((v for found, *_ in everyone for v in found), key=lambda v: (v.place, v.sample))
-        return found, set().union(*(places for *_, places in everyone))
+        return found, set().union(*(places for *_, places, _ in everyone))
 
     def accuracy(self) -> dict[str, float]:
         """Share of right responses to all questions, avg@n, under the evaluation's sampling settings.

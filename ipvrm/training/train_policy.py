@@ -31,9 +31,10 @@ from ipvrm.models.causal_lm import (
     response_logprobs,
     weights_hash,
 )
+from ipvrm.models.server import LOCAL, Server, kind_of
 from ipvrm.progress import peak_memory
 from ipvrm.rollouts.answers import Question, as_questions
-from ipvrm.rollouts.engine import TransformersEngine, stop_ids
+from ipvrm.rollouts.engine import Engine, TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import VerifierPool
 from ipvrm.run_folder import settings_of
 from ipvrm.training import checkpoint
@@ -42,6 +43,7 @@ from ipvrm.training.flags import filled
 from ipvrm.training.online_reward import FOLDER, OnlineReward, RewardInputs
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.policy_config import Method, PolicyConfig, resolve
+from ipvrm.training.policy_engine import PolicyServer
 from ipvrm.training.policy_model import PolicyLoss, behaviour
 from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash
 from ipvrm.training.run import RESULTS, Run, TrainResult, held, report, with_template_kwargs
@@ -88,6 +90,12 @@ class _Inputs:
         if config.reward_model is not None:
             self.reward = RewardInputs(config, method.balance, self.tokenizer)
         self.context = max_positions(config.model)
+        self.server: Server | None = None
+        if config.engine != LOCAL and not (config.dry_run or run.finished):
+            size = config.per_device_eval_batch_size
+            self.server = Server(config.engine, config.model, config.engine_timeout, size)
+            limits = [n for n in (self.context, self.server.max_positions) if n is not None]
+            self.context = min(limits, default=None)
         self.questions, bad = self._read(config.train_data)
         self.eval_questions = None if config.eval_data is None else self._read(config.eval_data)[0]
         self.counts = {"prompts": len(self.questions), "bad": len(bad)}
@@ -100,7 +108,8 @@ class _Inputs:
     def fingerprint(self) -> dict[str, Any]:
         """What decides the weights of the run."""
         hashes = {"start_hash": weights_hash(self.config.model), "data_hash": questions_hash(self.questions)}
-        return settings_of(self.config) | hashes | ({} if self.reward is None else self.reward.fingerprint())
+        reward = {} if self.reward is None else self.reward.fingerprint()
+        return settings_of(self.config) | kind_of(self.config.engine) | hashes | reward
 
     def dry_run(self) -> TrainResult:
         """Prints the resolved config, the data counts and a memory estimate of each trained model."""
@@ -160,7 +169,10 @@ class _Trainer:
         if self.reward is not None and self.reward.trained:
             run.watch("the reward model", self.reward.optimizer)
         stops = stop_ids(self.policy, inputs.tokenizer)
-        engine = TransformersEngine(self.policy, stops, config.per_device_eval_batch_size)
+        engine: Engine = TransformersEngine(self.policy, stops, config.per_device_eval_batch_size)
+        self.server: PolicyServer | None = None
+        if inputs.server is not None:
+            engine = self.server = PolicyServer(inputs.server, self.policy, stops, run)
         parts = (engine, stops, inputs.tokenizer, pool, self.accelerator)
         self.collector = Collector(inputs.questions, config, *parts)
         self.evaluator: Collector | None = None
@@ -177,7 +189,7 @@ class _Trainer:
         with run.loop() as bar:
             # at the end too: there may be a checkpoint of the last step because its evaluation has failed
             if run.start in (0, config.max_steps) and self.evaluator is not None:
-                evaluated = self.evaluator.accuracy()
+                evaluated = self._evaluate(self.evaluator)
                 record = {"step": run.start, **evaluated}
                 run.record(record)
             for step in range(run.start, config.max_steps):
@@ -189,7 +201,7 @@ class _Trainer:
                     or (config.eval_steps is not None and done % config.eval_steps == 0)
                 ):
                     with run.kept_on_failure(done, self, record):
-                        evaluated = self.evaluator.accuracy()
+                        evaluated = self._evaluate(self.evaluator)
                     record |= evaluated
                 bar(
                     done,
@@ -200,7 +212,18 @@ class _Trainer:
                 )
                 run.record(record)
                 run.after_step(done, self)
+            if self.server is not None:
+                self.server.close()
             return self._finish(record, evaluated)
+
+    def _serve(self) -> None:
+        """A server that samples gets the policy of now."""
+        if self.server is not None:
+            self.server.refresh()
+
+    def _evaluate(self, evaluator: Collector) -> dict[str, float]:
+        self._serve()
+        return evaluator.accuracy()
 
     def _step(self, step: int) -> dict[str, Any]:
         """One rollout batch: collect, measure, score, learn. Returns its record."""
@@ -208,6 +231,7 @@ class _Trainer:
         self.seconds = {}
         factor = learning_rate_factor(step, config.max_steps, config)
         try:
+            self._serve()
             rollouts, place, collected = self.collector.collect(self.place)
         except Unanimous as error:
             self.place = error.place  # what resumes goes on behind these prompts
@@ -221,6 +245,8 @@ class _Trainer:
             **collected,
             "entropy": float(rollouts.entropy.mean()),
         }
+        if self.server is not None:
+            record["engine_gap"] = self.server.check(rollouts.responses)
         try:
             if rollouts.not_finite(rollouts.old_logprobs, rollouts.old_candidate_logprobs) is not None:
                 raise NotFinite("the policy's log-probs are not numbers")  # clipping would hide it
@@ -250,6 +276,8 @@ class _Trainer:
             ) from error
         self.place = place
         self.run.moved.clear()
+        if self.server is not None:
+            self.server.current = False
         seconds = time.perf_counter() - before
         record |= self.seconds | {"seconds": seconds, "tokens_per_second": collected["tokens"] / seconds}
         return record | {"peak_memory_bytes": peak_memory(self.run.device)}

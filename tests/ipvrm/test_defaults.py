@@ -48,6 +48,10 @@ VERL = "released code: verl's default, which distrl_config.yaml leaves"
 EVAL = "released eval_policy/run_policy_eval.sh"
 APP_C = "paper, Appendix C"
 SPEED = OURS + "memory and speed alone"
+SERVED = OURS + "nothing else needs to run"
+PATIENCE = OURS + "the longest responses take minutes on a busy server"
+ENGINE = {"engine": one("transformers", SERVED), "engine_timeout": one(600.0, PATIENCE)}
+SCORING_ENGINES = ENGINE | {"reference_engine": one("transformers", SERVED)}
 LENGTH = RL + ", max_response_length; the paper names none"
 KEEP = OURS + "two checkpoints are enough to go on from"
 
@@ -98,6 +102,7 @@ TRAIN_RM = {
 
 ONLINE_RM = "paper, Section 3.3: the online reward model learns with both"
 TRAIN_POLICY = {
+    **ENGINE,
     "model": one(REQUIRED, ""),
     "train_data": one(REQUIRED, ""),
     "output_dir": one(REQUIRED, ""),
@@ -186,6 +191,7 @@ TRAIN_POLICY = {
 
 STEPS = "ProcessBench's rendering in the released process_bench/process_eval.py"
 ROLLOUT = {
+    **ENGINE,
     "model": one(REQUIRED, ""),
     "input": one(REQUIRED, ""),
     "output": one(REQUIRED, ""),
@@ -215,6 +221,7 @@ LABEL = {
     "on_bad_row": one("error", DATA_BAD),
 }
 SCORE = {
+    **SCORING_ENGINES,
     "model": one(REQUIRED, ""),
     "input": one(REQUIRED, ""),
     "output": one(REQUIRED, ""),
@@ -230,6 +237,7 @@ SCORE = {
     "use_cpu": one(False, SPEED),
 }
 PROCESSBENCH = {
+    **SCORING_ENGINES,
     "model": one(REQUIRED, ""),
     "data": one(REQUIRED, ""),
     "output_dir": one(REQUIRED, ""),
@@ -244,6 +252,7 @@ PROCESSBENCH = {
     "seed": one(0, OURS + "of the bootstrap"),
 }
 TD = {
+    **ENGINE,
     "policy": one(REQUIRED, ""),
     "reward_model": one(REQUIRED, ""),
     "data": one(REQUIRED, ""),

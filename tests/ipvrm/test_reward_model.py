@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from runs import write_jsonl
+from served import FakeServer
 
 from ipvrm import IpvrmError, RewardModel
 from ipvrm.cli import main
 from ipvrm.data.responses import Response
 from ipvrm.models.reward_model import read_info, write_info
+from ipvrm.models.server import Server
 from ipvrm.training.reward_config import RewardConfig
 from ipvrm.training.train_rm import train_reward_model
 
@@ -211,6 +213,65 @@ def test_models_over_different_vocabularies_are_refused(reward_model):
     other = Qwen3ForCausalLM(Qwen3Config(vocab_size=77, num_key_value_heads=1, head_dim=8, **sizes))
     with pytest.raises(IpvrmError, match=r"share one vocabulary; they have \d+ and 77"):
         RewardModel(reward_model.model, other, reward_model.tokenizer, reward_model.info)
+
+
+# -------------------------------------------------------------------------------------------------- servers
+
+
+@pytest.fixture
+def served(home, tokenizer):
+    """The reward model and its reference behind two servers, and the flags that name them."""
+    with FakeServer(home / "runs" / "rm", tokenizer) as own, FakeServer(home / "base", tokenizer) as base:
+        yield own, base, ["--engine", own.url, "--reference_engine", base.url]
+
+
+def test_two_servers_give_the_log_ratios_of_the_models_in_memory(home, served, reward_model):
+    own, base, _ = served
+    servers = RewardModel.from_pretrained(home / "runs" / "rm", servers=(own.url, base.url))
+    items = [(PROBLEM, STEPS), ("What is 9?", STEPS[:1])]
+    for got, want in zip(servers.score_many(items), reward_model.score_many(items), strict=True):
+        torch.testing.assert_close(got.td, want.td, rtol=0, atol=1e-5)
+        assert torch.equal(got.step_ends, want.step_ends) and want.td.abs().max() > 1e-3
+    assert {body["prompt_logprobs"] for _, body in own.asked if body} == {0}
+    assert servers.max_positions == own.max_model_len - 1  # the server makes one token behind the sequence
+    with pytest.raises(IpvrmError, match="cannot be saved; copy its folder"):
+        servers.save_pretrained(home / "copy")
+
+
+def test_servers_in_the_wrong_order_or_at_another_temperature_are_refused(home, served, reward_model):
+    own, base, _ = served
+    with pytest.raises(IpvrmError, match=r"serves .*base, not .*rm"):
+        RewardModel.from_pretrained(home / "runs" / "rm", servers=(base.url, own.url))
+    info = replace(reward_model.info, temperature=0.7)
+    one = Server(own.url, home / "runs" / "rm")
+    with pytest.raises(IpvrmError, match="at temperature 1, and this reward model was trained at 0.7"):
+        RewardModel(one, one, reward_model.tokenizer, info)
+    with pytest.raises(IpvrmError, match="must both be served, or neither"):
+        RewardModel(one, reward_model.reference, reward_model.tokenizer, reward_model.info)
+
+
+def test_score_command_with_servers_that_die(home, served, problems, tmp_path, capsys, monkeypatch):
+    """A failed server is no bad row, not even under `skip`; the same command goes on."""
+    monkeypatch.setattr("ipvrm.evaluate.score.CHUNK", 3)
+    problems.write_text("\n".join(problems.read_text().splitlines()[:7]))
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert score_command(home, problems, whole) == 0
+    own, _, flags = served
+    flags = ["score", "--model", home / "runs" / "rm", "--input", problems, "--output", output, *flags]
+    flags = [*map(str, flags), "--on_bad_row", "skip"]
+    own.fault = lambda path, body: 503 if len(own.asked) > 5 else None
+    assert main(flags) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        f"ipvrm score: {own.url}/completions: HTTP 503: status 503 it is"
+    )
+    own.fault = None
+    assert main(flags) == 0
+    for got, want in zip(*(p.read_text().splitlines() for p in (output, whole)), strict=True):
+        got, want = json.loads(got), json.loads(want)
+        assert got["step_scores"] == pytest.approx(want["step_scores"], abs=1e-4)
+        assert got["line"] == want["line"]
+    assert main([*flags[:-4], "--on_bad_row", "skip"]) == 2
+    assert "a server of both, or of neither" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------- ipvrm score

@@ -19,6 +19,7 @@ import torch
 import yaml
 from runs import flags, log_of, run_cli, same_bits, weights, write_jsonl
 from safetensors.torch import save_file
+from served import FakeServer, scaled
 
 import ipvrm.training.online_reward as online_reward_module
 import ipvrm.training.train_policy as train_policy_module
@@ -1428,3 +1429,73 @@ def test_two_gloo_processes_give_the_update_of_one(config, toy):
     assert_close_weights(Path(two.output_dir) / "reward_model", one / "reward_model", toy / "ipvrm")
     got, want = log_of(two.output_dir)[-1], log_of(one)[-1]
     assert {name: got[name] for name in want} == pytest.approx(want, rel=2e-3, abs=2e-4)
+
+
+# ------------------------------------------------------------------------------------------------- a server
+
+
+def served_config(config, name, server=None, **changes):
+    settings = {"algorithm": "grpo", "lora_r": 4, "max_steps": 3, "save_steps": 0, "rollout_prompts": 6}
+    if server is not None:
+        settings["engine"] = server.url
+    return config(name, **(settings | {"learning_rate": 1e-2} | changes))
+
+
+def without_gap(log):
+    return [{k: v for k, v in record.items() if k != "engine_gap"} for record in log]
+
+
+@pytest.mark.slow
+def test_a_server_samples_from_the_policy_of_now(config, toy):
+    """Base and adapters behind a server: the run of the policy in memory, evaluation included."""
+    evaluation = {"eval_data": str(toy / "prompts.jsonl"), "eval_steps": 2}
+    local = served_config(config, "local", **evaluation)
+    train(local)
+    with FakeServer(toy / "sft", load_tokenizer(toy / "sft")) as server:
+        over = served_config(config, "served", server, **evaluation)
+        train(over)
+        assert server.adapters == {} and not (Path(over.output_dir) / "engine").exists()
+    want, got = log_of(local.output_dir), log_of(over.output_dir)
+    assert without_gap(got) == [pytest.approx(record, rel=1e-4, abs=1e-6) for record in want]
+    gaps = [record["engine_gap"] for record in got if "engine_gap" in record]
+    assert len(gaps) == 3 and max(gaps) < 1e-5
+    loaded = [body["lora_name"] for path, body in server.asked if path.endswith("/load_lora_adapter")]
+    asked = {body["model"] for path, body in server.asked if path.endswith("/completions")}
+    assert len(loaded) == 4 and asked == set(loaded)  # before each step and after the last
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_costs_no_step(config, toy):
+    tokenizer = load_tokenizer(toy / "sft")
+    with FakeServer(toy / "sft", tokenizer) as server:
+        whole = served_config(config, "whole", server)
+        train(whole)
+    with FakeServer(toy / "sft", tokenizer) as server:
+        broken = served_config(config, "broken", server)
+        server.fault = lambda path, body: "die" if len(server.adapters) and len(loads(server)) > 2 else None
+        with pytest.raises(IpvrmError, match=r"same command again.*The run so far: .*checkpoint-2") as caught:
+            train(broken)
+        assert "\n" not in str(caught.value)
+    with FakeServer(toy / "sft", tokenizer) as server:  # on another port
+        train(replace(broken, engine=server.url, resume_from_checkpoint="auto"))
+        assert len(loads(server)) == 1
+    assert log_of(broken.output_dir) == [
+        pytest.approx(record, rel=1e-4, abs=1e-6) for record in log_of(whole.output_dir)
+    ]
+    assert_close_weights(broken.output_dir, whole.output_dir, toy / "sft")
+
+
+def loads(server):
+    return [path for path, _ in server.asked if path.endswith("/load_lora_adapter")]
+
+
+def test_a_server_of_other_weights_is_found_out(config, toy, tmp_path):
+    save_model(scaled(toy / "sft", 1.5), tmp_path / "sft")
+    with FakeServer(tmp_path / "sft", load_tokenizer(toy / "sft")) as server:
+        with pytest.raises(IpvrmError, match=r"nats a token from the policy's, of which at most 0.2"):
+            train(served_config(config, "run", server, max_steps=1))
+        server.fault = lambda path, body: 404 if path.endswith("adapter") else None
+        with pytest.raises(IpvrmError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora"):
+            train(served_config(config, "run2", server, max_steps=1))
+    with pytest.raises(IpvrmError, match="--engine of a server needs --lora_r"):
+        train(served_config(config, "run3", server, lora_r=0))
