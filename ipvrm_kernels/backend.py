@@ -29,8 +29,13 @@ _C: ModuleType | None = None
 _EXTENSION_ERROR = ""
 try:
     _C = importlib.import_module("ipvrm_kernels._C")
-except ImportError as error:  # not built, or built for another Python
+except ImportError as error:  # not built, built for another Python, or its OpenMP runtime is not there
     _EXTENSION_ERROR = str(error)
+    if "libgomp" in _EXTENSION_ERROR:
+        _EXTENSION_ERROR += (
+            "; torch's Linux wheels bring this OpenMP runtime, and with another torch the system must "
+            "(apt-get install libgomp1, dnf install libgomp)"
+        )
 
 HAS_CPP = _C is not None
 HAS_CUDA = _C is not None and bool(_C.has_cuda)
