@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.suite.machine import describe
+from ipvrm.data.steps import RULES
 from ipvrm.demo.arithmetic import answer_of
 from ipvrm.demo.evaluation import FORMATS, TRAINING_FORMAT, _pick_scores, read_traces, score_traces
 from ipvrm.demo.policies import read_outcomes
@@ -46,7 +47,6 @@ from ipvrm.evaluate.thresholds import (
 from ipvrm.models.reward_model import RewardModel
 from ipvrm.progress import Progress
 from ipvrm.run_folder import manifest, read_json, write_json, write_text
-from ipvrm.steps import RULES
 
 RESULTS = Path(__file__).parent.parent / "results" / "demo_spread"
 COMMAND = "python -m benchmarks.studies.demo_spread"

@@ -36,12 +36,12 @@ from benchmarks.suite import machine
 from ipvrm.data.chat import Chat
 from ipvrm.data.responses import Response, tokenize
 from ipvrm.data.rows import Row, read_rows
+from ipvrm.data.steps import render_steps, step_ends, step_of_token
 from ipvrm.evaluate.processbench import read_items
 from ipvrm.evaluate.thresholds import sweep
 from ipvrm.losses.objectives import ipvrm_loss
 from ipvrm.rollouts.verify import load_verifier
 from ipvrm.run_folder import write_json
-from ipvrm.steps import render_steps, step_ends, step_of_token
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "release_differences.json"

@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ipvrm.data.steps import RULES
 from ipvrm.demo.evaluation import read_traces, score_traces
 from ipvrm.demo.run import Stages, prepare, train_choice
 from ipvrm.demo.settings import CHOICES, FULL, Choice
@@ -24,7 +25,6 @@ from ipvrm.evaluate.thresholds import f1_report, sweep
 from ipvrm.models.reward_model import RewardModel
 from ipvrm.progress import Progress
 from ipvrm.run_folder import manifest, write_json
-from ipvrm.steps import RULES
 
 RESULTS = Path(__file__).parent.parent / "results" / "demo_selection.json"
 SEED = 1  # the demo's default is 0

@@ -214,7 +214,7 @@ class _Encoder:
             if list(sampled.response_ids) != ids:
                 self.counts["other_tokens_than_sampled"] += 1
                 ids = list(sampled.response_ids)
-                offsets = _offsets(self.chat.tokenizer, ids) if self.with_offsets else []
+                offsets = offsets_of(self.chat.tokenizer, ids) if self.with_offsets else []
         if not ids or (row.ended and len(ids) == 1 and not text):
             raise ValueError("the response has no tokens")
         relative = None
@@ -250,7 +250,7 @@ class _Encoder:
             raise ValueError(f"ids that the tokenizer does not have: {error}") from error
 
 
-def _offsets(tokenizer: Any, ids: Sequence[int]) -> list[tuple[int, int]]:
+def offsets_of(tokenizer: Any, ids: Sequence[int]) -> list[tuple[int, int]]:
     """Character range of each token within the text of all of them; one that only starts or continues a
     character lies in that character's range."""
     ends = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ipvrm.data.steps import RULES
 from ipvrm.demo.arithmetic import (
     SHIFTED_FORMATS,
     STEP_SEPARATOR,
@@ -34,7 +35,6 @@ from ipvrm.evaluate.thresholds import (
 from ipvrm.models.reward_model import RewardModel
 from ipvrm.progress import Progress
 from ipvrm.run_folder import write_json, write_text
-from ipvrm.steps import RULES
 
 FORMATS = (TRAINING_FORMAT, *SHIFTED_FORMATS)
 

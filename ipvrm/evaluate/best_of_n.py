@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ipvrm.data.steps import step_scores
 from ipvrm.evaluate.thresholds import Interval, percentile_interval
-from ipvrm.steps import step_scores
 
 PICKS = ("final", "sum", "mean", "min")
 MAX_SUBSETS = 2000

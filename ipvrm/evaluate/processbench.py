@@ -22,6 +22,7 @@ import numpy as np
 
 from ipvrm.data.files import check_values, file_hash, records
 from ipvrm.data.rows import SHOWN_BAD_ROWS
+from ipvrm.data.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
 from ipvrm.errors import IpvrmError, reading
 from ipvrm.evaluate.thresholds import (
     f1_report,
@@ -42,7 +43,6 @@ from ipvrm.run_folder import (
     write_json,
     write_table,
 )
-from ipvrm.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
 
 WORDS = {
     "model": "the model",

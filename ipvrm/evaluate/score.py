@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ipvrm.data.files import chunked, file_hash, finite, records
 from ipvrm.data.rows import BadRow, BadRows, OnBadRow, as_object, report_bad_rows
+from ipvrm.data.steps import STEP_FORMAT, STEP_SEPARATOR, check_step_format
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.scoring import one_by_one
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, Score
@@ -16,7 +17,6 @@ from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, kind_of, served_pair
 from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.run_folder import FREE, begin_or_go_on, finished_lines, publish, remove_leftovers, settings_of
-from ipvrm.steps import STEP_FORMAT, STEP_SEPARATOR, check_step_format
 
 WORDS = {
     "input_hash": "the input",

@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ipvrm.data.steps import RULES, step_scores
 from ipvrm.errors import IpvrmError
 from ipvrm.models.reward_model import RewardModel
 from ipvrm.models.server import ServerError
-from ipvrm.steps import RULES, step_scores
 
 T = TypeVar("T")
 R = TypeVar("R")

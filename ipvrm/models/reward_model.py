@@ -16,6 +16,15 @@ from ipvrm.data.batches import collate, length_sorted_microbatches
 from ipvrm.data.chat import Chat
 from ipvrm.data.responses import Response, tokenize
 from ipvrm.data.rows import Row
+from ipvrm.data.steps import (
+    STEP_FORMAT,
+    STEP_SEPARATOR,
+    first_error,
+    render_steps,
+    step_of_token,
+    step_scores,
+)
+from ipvrm.data.steps import step_ends as last_token_of_steps
 from ipvrm.errors import IpvrmError
 from ipvrm.models.causal_lm import (
     load_model,
@@ -30,8 +39,6 @@ from ipvrm.models.causal_lm import (
 )
 from ipvrm.models.server import ENGINE_TIMEOUT, Server
 from ipvrm.run_folder import move_into, read_json, save_folder, versions, write_json
-from ipvrm.steps import STEP_FORMAT, STEP_SEPARATOR, first_error, render_steps, step_of_token, step_scores
-from ipvrm.steps import step_ends as last_token_of_steps
 
 CONFIG_NAME = "ipvrm_config.json"
 BATCH_TOKENS = 8192

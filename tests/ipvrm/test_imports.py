@@ -9,11 +9,12 @@ import ipvrm
 ROOT = Path(ipvrm.__file__).parent
 FLOORS = (  # from the bottom up; a name is a module of the package or one of its folders
     ("errors",),
-    ("run_folder", "steps", "progress", "output"),
+    ("run_folder", "progress", "output"),
     ("data", "losses"),
     ("models",),
     ("rollouts",),
     ("training", "evaluate"),
+    ("integrations",),
     ("demo",),
     ("reproduce",),
     ("environment", "cli"),

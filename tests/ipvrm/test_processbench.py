@@ -13,6 +13,7 @@ import torch
 from ipvrm import IpvrmError
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import Row
+from ipvrm.data.steps import RULES
 from ipvrm.demo.base_model import make_model, make_tokenizer
 from ipvrm.evaluate import processbench
 from ipvrm.evaluate.processbench import EvalConfig, evaluate, read_items, results_tables
@@ -20,7 +21,6 @@ from ipvrm.evaluate.scoring import score_solutions
 from ipvrm.evaluate.thresholds import f1_of_hits, hits, sweep
 from ipvrm.models.causal_lm import save_model, template_hash, weights_hash
 from ipvrm.models.reward_model import RewardModel, RewardModelInfo, write_info
-from ipvrm.steps import RULES
 
 DATA = Path(os.environ.get("IPVRM_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ipvrm import IpvrmError
-from ipvrm.steps import RULES, first_error, logit, render_steps, step_ends, step_of_token, step_scores
+from ipvrm.data.steps import RULES, first_error, logit, render_steps, step_ends, step_of_token, step_scores
 
 
 def test_render_numbers_steps_from_one_and_counts_the_separator_in():

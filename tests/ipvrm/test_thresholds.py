@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from oracles import GOLDEN, PROCESSBENCH
 from runs import released_scores
 
+from ipvrm.data.steps import first_error
 from ipvrm.evaluate.thresholds import (
     Interval,
     Threshold,
@@ -24,7 +25,6 @@ from ipvrm.evaluate.thresholds import (
     sweep,
     trivial_baselines,
 )
-from ipvrm.steps import first_error
 
 
 def f1_at(scores, labels, threshold_score):
