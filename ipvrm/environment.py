@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipvrm.errors import IpvrmError
+from ipvrm.integrations.verl import plugin_state
 from ipvrm.run_folder import installed_version, versions
 
 if TYPE_CHECKING:
     from ipvrm_kernels.check import Head
 
-MORE_PACKAGES = ("triton", "pyarrow", "tyro", "rich", "peft", "trl", "math-verify", "matplotlib")
+MORE_PACKAGES = ("triton", "pyarrow", "tyro", "rich", "peft", "trl", "verl", "math-verify", "matplotlib")
 OPENMP = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/ ]*)$")
 
 
@@ -47,6 +48,8 @@ def report() -> str:
     lines.append("versions    " + ", ".join(f"{name} {version}" for name, version in found.items()))
     lines += ["", str(ipvrm_kernels.backends()), ""]
     lines.append(f"CPU matmuls {ipvrm_kernels.describe_cpu_matmul()}")
+    if installed_version("verl") != "absent":  # which hides why it does not load a plugin
+        lines.append(f"verl        {plugin_state()}")
     runtimes = openmp_runtimes()
     lines.append("OpenMP      " + (", ".join(runtimes) or "no runtime found"))
     if len(runtimes) > 1:

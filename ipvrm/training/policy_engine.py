@@ -88,11 +88,11 @@ class PolicyServer:
         mean = float(accelerator.reduce(gap, "mean"))
         if mean <= MOST_APART:
             return mean
+        url = self.engine.server.url
         raise FailedAlike(
             failed
-            or f"{self.engine.server.url}: its log-probs are {mean:.3g} nats a token from the policy's, "
-            f"of which at most {MOST_APART} can be rounding: it serves other weights than --model, or samples "
-            "without its adapters"
+            or f"{url}: its log-probs are {mean:.3g} nats a token from the policy's, of which at most "
+            f"{MOST_APART} can be rounding: it serves other weights than --model, or not its adapters"
         )
 
     def close(self) -> None:
