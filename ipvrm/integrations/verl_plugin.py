@@ -65,7 +65,7 @@ def policy_loss(
 
 
 @register(ours.NAME)
-class DenseRewardManager(RewardManagerBase):  # type: ignore[misc]
+class DenseRewardManager(RewardManagerBase):
     """Per token beta * (log pi_phi - log pi_ref) of a served reward model; at the last token the outcome."""
 
     def __init__(
