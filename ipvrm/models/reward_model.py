@@ -156,7 +156,7 @@ class RewardModel:
             IpvrmError: no `ipvrm_config.json`, other weights than it records for model or reference, another
                 template, or servers of other models.
         """
-        folder = local_folder(folder)
+        given, folder = folder, local_folder(folder)
         info = read_info(folder)
         check_own_weights(folder, info)
         reference_folder = find_reference(folder, info, reference)
@@ -168,11 +168,14 @@ class RewardModel:
                 f"(sha256 {found[:12]}, recorded {info.template_hash[:12]}); restore the tokenizer files"
             )
         if servers:
-            served = (
-                Server(url, place, timeout)
-                for url, place in zip(servers, (folder, reference_folder), strict=True)
+            of_model, of_reference = servers
+            names = [str(place) for place in (reference, info.reference, info.reference_given) if place]
+            return cls(
+                Server(of_model, folder, timeout, also=[str(given)]),
+                Server(of_reference, reference_folder, timeout, also=names),
+                tokenizer,
+                info,
             )
-            return cls(*served, tokenizer, info)
         if device is None:
             device = torch.accelerator.current_accelerator() or "cpu"
         return cls(

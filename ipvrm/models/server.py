@@ -96,6 +96,7 @@ class Server:
             by the path it was started with: that or its last part must be `model` or the last part of it.
         timeout: most seconds to wait for one answer.
         concurrency: most requests at a time.
+        also: other names of the same model.
 
     The environment's OPENAI_API_KEY, where there is one, goes along.
 
@@ -103,7 +104,14 @@ class Server:
         IpvrmError: a url that is none, no server there, or one that serves another model.
     """
 
-    def __init__(self, url: str, model: str | Path, timeout: float = ENGINE_TIMEOUT, concurrency: int = 64):
+    def __init__(
+        self,
+        url: str,
+        model: str | Path,
+        timeout: float = ENGINE_TIMEOUT,
+        concurrency: int = 64,
+        also: Sequence[str] = (),
+    ):
         parts = _parts(url)
         if not 0 < timeout < math.inf or concurrency < 1:
             raise ServerError(
@@ -115,12 +123,12 @@ class Server:
         self._address = (parts.hostname, parts.port)
         self._open: set[http.client.HTTPConnection] = set()
         self._hung_up = threading.Event()
-        entry = self._entry(str(model))
+        entry = self._entry(str(model), also)
         self.name: str = entry["id"]
         limit = entry.get("max_model_len")
         self.max_positions: int | None = limit if isinstance(limit, int) else None
 
-    def _entry(self, model: str) -> dict[str, Any]:
+    def _entry(self, model: str, also: Sequence[str]) -> dict[str, Any]:
         """What /models says of `model`."""
         found = self._ask("GET", "/models")
         listed = found.get("data") if isinstance(found, dict) else None
@@ -128,7 +136,7 @@ class Server:
             isinstance(entry, dict) and isinstance(entry.get("id"), str) for entry in listed
         ):
             raise ServerError(f"{self.url}/models: names no models{HALF}")
-        wanted = {model, Path(model).absolute().name}
+        wanted = {name for given in (model, *also) for name in (given, Path(given).absolute().name)}
         for entry in listed:
             names = [entry["id"], entry.get("root") or ""]
             if not entry.get("parent") and wanted & {*names, *(Path(name).name for name in names)}:

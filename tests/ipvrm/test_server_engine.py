@@ -176,7 +176,7 @@ def changed(**values):
     [
         (500, "HTTP 500: status 500 it is"),
         (("sleep", 1.0), r"no answer within 0.3 s \(--engine_timeout\)"),
-        ("die", "RemoteDisconnected|reset by peer"),
+        ("die", "Remote end closed connection|reset by peer"),
         ("half", "half an answer"),
         ("words", "half an answer, no JSON"),
         (without("token_ids"), "no token_ids; it must be a server that answers with token ids"),
@@ -196,7 +196,8 @@ def test_a_bad_answer_is_one_line(server, sharp, stops, encoded, fault, reason):
         engine(encoded, Sampling(16), [1, 2, 3, 4])
     assert "\n" not in str(caught.value) and server.url in str(caught.value)
     server.fault = None
-    assert len(engine(encoded, Sampling(16), [1, 2, 3, 4])) == 4  # it goes on
+    patient = engine_of(server, sharp, stops)
+    assert len(patient(encoded, Sampling(16), [1, 2, 3, 4])) == 4  # the server has not been hurt
 
 
 def test_a_stop_token_in_the_middle_is_refused(server, sharp, stops, encoded):
@@ -231,12 +232,12 @@ def test_log_probs_that_are_not_there(server, sharp, encoded, fault, reason):
 
 def test_the_first_failure_ends_the_others(server, sharp, stops, encoded):
     """A failed request does not wait for a slow one: its connection is cut."""
-    server.fault = lambda path, body: 500 if body["seed"] == 4 else ("sleep", 3.0)
+    server.fault = lambda path, body: 500 if body["seed"] == 4 else ("sleep", 60.0)
     engine = engine_of(server, sharp, stops)
     started = time.monotonic()
     with pytest.raises(IpvrmError, match="HTTP 500"):
         engine(encoded, Sampling(4), [1, 2, 3, 4])
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 30
 
 
 def test_at_most_so_many_requests_at_a_time(server, sharp, stops, encoded):
