@@ -103,7 +103,7 @@ class ServerEngine:
         """The ids of each response, with the server's answer."""
         if any(not prompt for prompt in prompts) or len(prompts) != len(seeds):
             raise IpvrmError("rollout: every prompt needs at least one token, and a seed")
-        settings = {
+        settings: dict[str, Any] = {
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

@@ -52,7 +52,8 @@ class PolicyServer:
 
         if self.current:
             return
-        before, name, failed = self.engine.adapter, f"ipvrm-{uuid.uuid4().hex[:12]}", None
+        before, name = self.engine.adapter, f"ipvrm-{uuid.uuid4().hex[:12]}"
+        failed: str | None = None
         if self.run.main:
             if before is None:
                 shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
@@ -78,7 +79,8 @@ class PolicyServer:
         Raises:
             FailedAlike: it is so large that the server samples from something else.
         """
-        accelerator, failed = self.run.accelerator, None
+        accelerator = self.run.accelerator
+        failed: str | None = None
         gap = torch.zeros((), device=accelerator.device)
         try:
             with accelerator.autocast():

@@ -235,7 +235,7 @@ class Collector:
         own = asked[self.accelerator.process_index :: self.accelerator.num_processes]
         jobs = [(q, p, i) for p, q in own for i in range(num_generations)]
         started = time.perf_counter()
-        failed = None
+        failed: str | None = None
         try:
             with self.accelerator.autocast():
                 generated = sample(self.engine, jobs, sampling, seed)
