@@ -4,10 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from ipvrm.errors import IpvrmError
-from ipvrm.models.reward_model import RewardModel
+from ipvrm.models.reward_model import RewardModel, SolutionTokens
 from ipvrm.steps import RULES, step_scores
 
 T = TypeVar("T")
@@ -15,13 +13,9 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class SolutionScores:
-    """One solution of T response tokens (end of turn included) and S steps."""
+class SolutionScores(SolutionTokens):
+    """One solution of T response tokens (end of turn included) and S steps, scored."""
 
-    log_ratio: Tensor  # (T,) fp32
-    steps_of_token: Tensor  # (T,) int64, -1 outside every step
-    num_steps: int
-    num_tokens: int  # prompt and response
     by_rule: dict[str, list[float]]  # rule -> S scores
 
 
@@ -46,7 +40,7 @@ def score_solutions(
 
     Args:
         items: (problem, steps) pairs.
-        options: step_format, step_separator, max_length, batch_tokens of `RewardModel.solution_log_ratios`.
+        options: those of `RewardModel.solution_log_ratios`.
 
     Raises:
         IpvrmError: from `RewardModel.solution_log_ratios`.

@@ -12,12 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ipvrm.data.batches import collate, length_sorted_microbatches
+from ipvrm.data.batches import Batch, collate, length_sorted_microbatches
 from ipvrm.data.chat import Chat
 from ipvrm.data.responses import Response, tokenize
 from ipvrm.data.rows import Row
 from ipvrm.errors import IpvrmError
 from ipvrm.models.causal_lm import (
+    candidate_logprobs,
     load_model,
     load_tokenizer,
     local_folder,
@@ -29,7 +30,15 @@ from ipvrm.models.causal_lm import (
     weights_hash,
 )
 from ipvrm.run_folder import move_into, read_json, save_folder, versions, write_json
-from ipvrm.steps import STEP_FORMAT, STEP_SEPARATOR, first_error, render_steps, step_of_token, step_scores
+from ipvrm.steps import (
+    STEP_FORMAT,
+    STEP_SEPARATOR,
+    first_error,
+    render_steps,
+    step_of_token,
+    step_scores,
+    token_pieces,
+)
 from ipvrm.steps import step_ends as last_token_of_steps
 
 CONFIG_NAME = "ipvrm_config.json"
@@ -65,6 +74,28 @@ class RewardModelInfo:
 
 
 @dataclass(frozen=True)
+class TokenCandidates:
+    """K tokens in the place of each of T response tokens; unused slots hold id -1, log-probs -inf."""
+
+    ids: Tensor  # (T, K) int64
+    logprobs: Tensor  # (T, K) fp32, under the model
+    ref_logprobs: Tensor  # (T, K) fp32, under the reference
+
+    def td(self, beta: float) -> Tensor:
+        """(T, K) beta * (log pi_phi - log pi_ref); 0 at an unused slot."""
+        return beta * (self.logprobs - self.ref_logprobs).masked_fill(self.ids < 0, 0.0)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Of the T tokens of a response, on the CPU."""
+
+    logprobs: Tensor  # (T,) fp32, log pi_phi
+    ref_logprobs: Tensor  # (T,) fp32, log pi_ref
+    candidates: TokenCandidates | None = None
+
+
+@dataclass(frozen=True)
 class SolutionTokens:
     """One solution of T response tokens (end of turn included) and S steps."""
 
@@ -72,14 +103,19 @@ class SolutionTokens:
     steps_of_token: Tensor  # (T,) int64, -1 outside every step
     num_steps: int
     num_tokens: int  # prompt and response
+    token_ids: tuple[int, ...]  # T
+    tokens: tuple[str, ...]  # T, `token_pieces`
+    of_tokens: TokenLogprobs
+    response: Response
 
 
 @dataclass(frozen=True)
 class Score:
-    """One solution, T response tokens, S steps; tensors fp32 on the CPU.
+    """One solution, T response tokens (end of turn included), S steps; tensors fp32 on the CPU.
 
-    `step_ends` (S,) int64 is the position of each step's last token within the response. `first_error` is
-    the first step whose sigmoid(score) is below the threshold, -1 for none.
+    `step_ends` (S,) int64 is the position of each step's last token within the response, `steps_of_token`
+    (T,) int64 the step in which each token ends, -1 outside every step; `tokens` are their `token_pieces`.
+    `first_error` is the first step whose sigmoid(score) is below the threshold, -1 for none.
     """
 
     prefix_values: Tensor  # (T,) V_t, after token t
@@ -88,6 +124,32 @@ class Score:
     step_scores: Tensor  # (S,)
     step_ends: Tensor  # (S,)
     first_error: int
+    token_ids: tuple[int, ...]  # T
+    tokens: tuple[str, ...]  # T
+    steps_of_token: Tensor  # (T,)
+    logprobs: Tensor  # (T,) log pi_phi of each token
+    ref_logprobs: Tensor  # (T,) log pi_ref
+    candidates: TokenCandidates | None  # where they are asked for
+    candidate_td: Tensor | None  # (T, K), 0 at an unused slot
+
+    def by_token(self) -> dict[str, list[Any]]:
+        """What is known of each token, as columns of T plain values; `candidates` only where asked for."""
+        columns: dict[str, list[Any]] = {
+            "tokens": list(self.tokens),
+            "token_ids": list(self.token_ids),
+            "steps": self.steps_of_token.tolist(),
+            "td": self.td.tolist(),
+            "logprobs": self.logprobs.tolist(),
+            "ref_logprobs": self.ref_logprobs.tolist(),
+        }
+        if self.candidates is not None and self.candidate_td is not None:
+            found = (self.candidates.ids, self.candidates.ref_logprobs, self.candidate_td)
+            names = ("id", "ref_logprob", "td")
+            columns["candidates"] = [
+                [dict(zip(names, slot, strict=True)) for slot in zip(*token, strict=True) if slot[0] >= 0]
+                for token in zip(*(column.tolist() for column in found), strict=True)
+            ]
+        return columns
 
 
 class RewardModel:
@@ -159,7 +221,6 @@ class RewardModel:
             write_info(temporary, info)
         move_into(whole, folder, last=CONFIG_NAME)
 
-    @torch.no_grad()
     def token_log_ratios(
         self, responses: Sequence[Response], batch_tokens: int = BATCH_TOKENS
     ) -> list[Tensor]:
@@ -168,20 +229,52 @@ class RewardModel:
         Args:
             batch_tokens: most tokens of a padded micro-batch (a longer response stands alone).
         """
+        return [p.logprobs - p.ref_logprobs for p in self.token_logprobs(responses, batch_tokens)]
+
+    @torch.no_grad()
+    def token_logprobs(
+        self,
+        responses: Sequence[Response],
+        batch_tokens: int = BATCH_TOKENS,
+        candidates: float | Sequence[Tensor] | None = None,
+    ) -> list[TokenLogprobs]:
+        """Log-probs of every response's tokens under model and reference, one forward of each, in the order
+        given.
+
+        Args:
+            batch_tokens: as in `token_log_ratios`.
+            candidates: also those of other tokens in the place of each, from the same two forwards: all with
+                p >= this under the reference, best first; or their ids, a (T_b, K) int64 for each response.
+        """
         device = next(self.model.parameters()).device
-        result: list[Tensor] = [torch.empty(0)] * len(responses)
+        found: dict[int, TokenLogprobs] = {}
         lengths = [len(r.input_ids) for r in responses]
         for indices in length_sorted_microbatches(lengths, max_tokens=batch_tokens):
             batch = collate([responses[i] for i in indices]).to(device)
-            of_model, of_reference = (
-                response_logprobs(m, batch, self.info.temperature) for m in (self.model, self.reference)
-            )
-            log_ratio = (of_model - of_reference).cpu()
-            for index, part in zip(
-                indices, log_ratio.split([responses[i].length for i in indices]), strict=True
-            ):
-                result[index] = part.clone()
-        return result
+            if candidates is None:
+                columns = self._logprobs(batch)
+            elif isinstance(candidates, float):
+                columns = self._candidates(batch, candidates)
+            else:
+                columns = self._candidates(batch, torch.cat([candidates[i] for i in indices]).to(device))
+            sizes = [responses[i].length for i in indices]
+            parts = (column.cpu().split(sizes) for column in columns)
+            for index, own, ref, *others in zip(indices, *parts, strict=True):
+                of_others = TokenCandidates(*(part.clone() for part in others)) if others else None
+                found[index] = TokenLogprobs(own.clone(), ref.clone(), of_others)
+        return [found[i] for i in range(len(responses))]
+
+    def _logprobs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """(N,) of the response tokens under model and reference."""
+        temperature = self.info.temperature
+        own, ref = (response_logprobs(m, batch, temperature) for m in (self.model, self.reference))
+        return own, ref
+
+    def _candidates(self, batch: Batch, wanted: float | Tensor) -> tuple[Tensor, ...]:
+        """`_logprobs`, and (N, K) of the candidates: ids and their log-probs under model and reference."""
+        ref = candidate_logprobs(self.reference, batch, wanted, self.info.temperature)
+        own = candidate_logprobs(self.model, batch, ref.ids, self.info.temperature)
+        return own.logprobs, ref.logprobs, ref.ids, own.candidate_logprobs, ref.candidate_logprobs
 
     def solution_log_ratios(
         self,
@@ -191,6 +284,7 @@ class RewardModel:
         step_separator: str = STEP_SEPARATOR,
         max_length: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
+        min_prob: float | None = None,
     ) -> list[SolutionTokens | None]:
         """l_t and step of every token of many solutions, in the order given; one forward of each model.
 
@@ -199,6 +293,7 @@ class RewardModel:
             step_format, step_separator: how the steps are written as the assistant's turn (`render_steps`).
             max_length: most tokens of prompt and response; None stands for a longer solution, never cut.
             batch_tokens: most tokens of a padded micro-batch.
+            min_prob: with the candidates of each token, all with p >= this under the reference.
 
         Raises:
             IpvrmError: a bad `step_format`, or a solution without steps, that the chat template refuses or
@@ -213,13 +308,22 @@ class RewardModel:
         responses = tokenize(
             rows, self.chat, max_length=max_length, max_positions=self.max_positions, with_offsets=True
         ).responses
-        log_ratios = self.token_log_ratios(responses, batch_tokens)
+        logprobs = self.token_logprobs(responses, batch_tokens, min_prob)
         found: list[SolutionTokens | None] = [None] * len(items)
-        for response, log_ratio in zip(responses, log_ratios, strict=True):
+        for response, of_tokens in zip(responses, logprobs, strict=True):
             index = int(response.source.rpartition(":")[2]) - 1
-            ends = rendered[index][1]
-            of_token = step_of_token(response.offsets or (), ends)
-            found[index] = SolutionTokens(log_ratio, of_token, len(ends), len(response.input_ids))
+            text, ends = rendered[index]
+            offsets, ids = response.offsets or (), response.input_ids[response.prompt_length :]
+            found[index] = SolutionTokens(
+                log_ratio=of_tokens.logprobs - of_tokens.ref_logprobs,
+                steps_of_token=step_of_token(offsets, ends),
+                num_steps=len(ends),
+                num_tokens=len(response.input_ids),
+                token_ids=ids,
+                tokens=token_pieces(text, offsets, self.tokenizer.convert_ids_to_tokens(ids)),
+                of_tokens=of_tokens,
+                response=response,
+            )
         return found
 
     def score(self, problem: str, steps: Sequence[str], **options: Any) -> Score:
@@ -235,11 +339,12 @@ class RewardModel:
         rule: str = "step",
         threshold: float = 0.5,
         batch_tokens: int = BATCH_TOKENS,
+        min_prob: float | None = None,
     ) -> list[Score]:
         """Scores the steps of many solutions, one forward of each model per micro-batch.
 
         Args:
-            items, step_format, step_separator, batch_tokens: as in `solution_log_ratios`.
+            items, step_format, step_separator, batch_tokens, min_prob: as in `solution_log_ratios`.
             rule: step | prefix | mean | mean_diff (`step_scores`).
             threshold: on sigmoid(score), for `first_error`.
 
@@ -248,7 +353,11 @@ class RewardModel:
             ValueError: an unknown rule, or a threshold outside [0, 1].
         """
         solutions = self.solution_log_ratios(
-            items, step_format=step_format, step_separator=step_separator, batch_tokens=batch_tokens
+            items,
+            step_format=step_format,
+            step_separator=step_separator,
+            batch_tokens=batch_tokens,
+            min_prob=min_prob,
         )
         return [self._score(s, rule, threshold) for s in solutions if s is not None]  # no length limit: all
 
@@ -265,6 +374,13 @@ class RewardModel:
             step_scores=scores,
             step_ends=last_token_of_steps(solution.steps_of_token, solution.num_steps),
             first_error=first_error(scores, threshold),
+            token_ids=solution.token_ids,
+            tokens=solution.tokens,
+            steps_of_token=solution.steps_of_token,
+            logprobs=solution.of_tokens.logprobs,
+            ref_logprobs=solution.of_tokens.ref_logprobs,
+            candidates=(candidates := solution.of_tokens.candidates),
+            candidate_td=None if candidates is None else candidates.td(beta),
         )
 
 

@@ -225,6 +225,8 @@ SCORE = {
     ),
     "step_format": one("Step {i}: {step}", STEPS),
     "step_separator": one("\n\n", STEPS),
+    "per_token": one(False, OURS + "asked for: ten times the output"),
+    "min_prob": one(None, OURS + "candidates are asked for"),
     "batch_tokens": one(8192, SPEED),
     "on_bad_row": one("error", DATA_BAD),
     "use_cpu": one(False, SPEED),
