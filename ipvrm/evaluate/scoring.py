@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from ipvrm.errors import IpvrmError
-from ipvrm.models.reward_model import RewardModel, SolutionTokens
+from ipvrm.models.reward_model import RewardModel
 from ipvrm.steps import RULES, step_scores
 
 T = TypeVar("T")
@@ -13,9 +15,13 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class SolutionScores(SolutionTokens):
-    """One solution of T response tokens (end of turn included) and S steps, scored."""
+class SolutionScores:
+    """One solution of T response tokens (end of turn included) and S steps."""
 
+    log_ratio: Tensor  # (T,) fp32
+    steps_of_token: Tensor  # (T,) int64, -1 outside every step
+    num_steps: int
+    num_tokens: int  # prompt and response
     by_rule: dict[str, list[float]]  # rule -> S scores
 
 
@@ -56,5 +62,7 @@ def score_solutions(
             rule: step_scores(log_ratio, found.steps_of_token, beta, rule, found.num_steps).tolist()
             for rule in RULES
         }
-        result.append(SolutionScores(**vars(found), by_rule=by_rule))
+        result.append(
+            SolutionScores(found.log_ratio, found.steps_of_token, found.num_steps, found.num_tokens, by_rule)
+        )
     return result

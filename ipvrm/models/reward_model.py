@@ -96,17 +96,30 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
+class Solution:
+    """One solution of T response tokens (end of turn included) and S steps, as tokens."""
+
+    response: Response
+    tokens: tuple[str, ...]  # T, `token_pieces`
+    steps_of_token: Tensor  # (T,) int64, -1 outside every step
+    num_steps: int
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Those of the response."""
+        return self.response.input_ids[self.response.prompt_length :]
+
+
+@dataclass(frozen=True)
 class SolutionTokens:
-    """One solution of T response tokens (end of turn included) and S steps."""
+    """One solution of T response tokens (end of turn included) and S steps, with log-probs."""
 
     log_ratio: Tensor  # (T,) fp32, l_t
     steps_of_token: Tensor  # (T,) int64, -1 outside every step
     num_steps: int
     num_tokens: int  # prompt and response
-    token_ids: tuple[int, ...]  # T
-    tokens: tuple[str, ...]  # T, `token_pieces`
+    solution: Solution
     of_tokens: TokenLogprobs
-    response: Response
 
 
 @dataclass(frozen=True)
@@ -276,24 +289,20 @@ class RewardModel:
         own = candidate_logprobs(self.model, batch, ref.ids, self.info.temperature)
         return own.logprobs, ref.logprobs, ref.ids, own.candidate_logprobs, ref.candidate_logprobs
 
-    def solution_log_ratios(
+    def solutions(
         self,
         items: Sequence[tuple[str, Sequence[str]]],
         *,
         step_format: str = STEP_FORMAT,
         step_separator: str = STEP_SEPARATOR,
         max_length: int | None = None,
-        batch_tokens: int = BATCH_TOKENS,
-        min_prob: float | None = None,
-    ) -> list[SolutionTokens | None]:
-        """l_t and step of every token of many solutions, in the order given; one forward of each model.
+    ) -> list[Solution | None]:
+        """Solutions as tokens, in the order given.
 
         Args:
             items: (problem, steps) pairs.
             step_format, step_separator: how the steps are written as the assistant's turn (`render_steps`).
             max_length: most tokens of prompt and response; None stands for a longer solution, never cut.
-            batch_tokens: most tokens of a padded micro-batch.
-            min_prob: with the candidates of each token, all with p >= this under the reference.
 
         Raises:
             IpvrmError: a bad `step_format`, or a solution without steps, that the chat template refuses or
@@ -308,21 +317,51 @@ class RewardModel:
         responses = tokenize(
             rows, self.chat, max_length=max_length, max_positions=self.max_positions, with_offsets=True
         ).responses
-        logprobs = self.token_logprobs(responses, batch_tokens, min_prob)
-        found: list[SolutionTokens | None] = [None] * len(items)
-        for response, of_tokens in zip(responses, logprobs, strict=True):
+        found: list[Solution | None] = [None] * len(items)
+        for response in responses:
             index = int(response.source.rpartition(":")[2]) - 1
             text, ends = rendered[index]
             offsets, ids = response.offsets or (), response.input_ids[response.prompt_length :]
-            found[index] = SolutionTokens(
-                log_ratio=of_tokens.logprobs - of_tokens.ref_logprobs,
-                steps_of_token=step_of_token(offsets, ends),
-                num_steps=len(ends),
-                num_tokens=len(response.input_ids),
-                token_ids=ids,
-                tokens=token_pieces(text, offsets, self.tokenizer.convert_ids_to_tokens(ids)),
-                of_tokens=of_tokens,
-                response=response,
+            pieces = token_pieces(text, offsets, self.tokenizer.convert_ids_to_tokens(ids))
+            found[index] = Solution(response, pieces, step_of_token(offsets, ends), len(ends))
+        return found
+
+    def solution_log_ratios(
+        self,
+        items: Sequence[tuple[str, Sequence[str]]],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        min_prob: float | None = None,
+        **options: Any,
+    ) -> list[SolutionTokens | None]:
+        """l_t and step of every token of many solutions, in the order given; one forward of each model.
+
+        Args:
+            items, options: as in `solutions`.
+            batch_tokens: most tokens of a padded micro-batch.
+            min_prob: with the candidates of each token, all with p >= this under the reference.
+
+        Raises:
+            IpvrmError: from `solutions`.
+        """
+        solutions = self.solutions(items, **options)
+        whole = [s for s in solutions if s is not None]
+        logprobs = iter(self.token_logprobs([s.response for s in whole], batch_tokens, min_prob))
+        found: list[SolutionTokens | None] = []
+        for solution in solutions:
+            if solution is None:
+                found.append(None)
+                continue
+            of_tokens = next(logprobs)
+            found.append(
+                SolutionTokens(
+                    log_ratio=of_tokens.logprobs - of_tokens.ref_logprobs,
+                    steps_of_token=solution.steps_of_token,
+                    num_steps=solution.num_steps,
+                    num_tokens=len(solution.response.input_ids),
+                    solution=solution,
+                    of_tokens=of_tokens,
+                )
             )
         return found
 
@@ -374,8 +413,8 @@ class RewardModel:
             step_scores=scores,
             step_ends=last_token_of_steps(solution.steps_of_token, solution.num_steps),
             first_error=first_error(scores, threshold),
-            token_ids=solution.token_ids,
-            tokens=solution.tokens,
+            token_ids=solution.solution.token_ids,
+            tokens=solution.solution.tokens,
             steps_of_token=solution.steps_of_token,
             logprobs=solution.of_tokens.logprobs,
             ref_logprobs=solution.of_tokens.ref_logprobs,
