@@ -4,7 +4,7 @@ l_t = log pi_phi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t),   V_t = beta * sum_
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from ipvrm.data.chat import Chat
 from ipvrm.data.responses import Response, tokenize
 from ipvrm.data.rows import Row
 from ipvrm.errors import IpvrmError
+from ipvrm.models.card import REWARD_TAGS, write_card
 from ipvrm.models.causal_lm import (
     candidate_logprobs,
     load_model,
@@ -438,9 +439,37 @@ def reference_entries(
     }
 
 
-def write_info(folder: str | Path, info: RewardModelInfo) -> None:
-    """Writes `ipvrm_config.json` into `folder`, whose weights it is for and which are there by now."""
+def write_info(
+    folder: str | Path,
+    info: RewardModelInfo,
+    data: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `ipvrm_config.json` into `folder`, whose weights it is for and which are there by now, and the
+    model card; `data` and `metrics` of the training stand in that."""
     write_json(Path(folder) / CONFIG_NAME, asdict(replace(info, weights_hash=weights_hash(folder))))
+    write_card(
+        Path(folder),
+        name="Implicit reward model",
+        summary="A reward model that judges every prefix of a response by its log-ratio to a reference: "
+        "V_t = beta * sum of (log pi - log pi_ref) over the tokens up to t. It needs that reference.",
+        usage='from ipvrm import RewardModel\n\nrm = RewardModel.from_pretrained("this folder")\n'
+        "score = rm.score(problem, steps)  # .step_scores, .td, .prefix_values, .first_error",
+        tags=REWARD_TAGS,
+        base=info.reference_given,
+        settings={
+            "objective": info.objective,
+            "beta": info.beta,
+            "margin": info.margin,
+            "temperature": info.temperature,
+            "LoRA rank": (info.adapter or {}).get("lora_r"),
+            "reference, sha256": info.reference_hash[:16],
+            "chat template, sha256": info.template_hash[:16],
+            **{f"version of {name}": version for name, version in info.versions.items()},
+        },
+        data=data,
+        metrics=metrics,
+    )
 
 
 def read_info(folder: str | Path) -> RewardModelInfo:

@@ -25,7 +25,7 @@ from ipvrm.view.page import rounded
 SCHEMA = "ipvrm-report/1"
 LOG, CONFIG, RESULTS, DEMO = "metrics.jsonl", "config.yaml", "results.json", "evaluation.json"
 DEEPEST = 3  # folders below a given one in which runs are looked for
-X = ("step", "seconds")
+X = ("step", "seconds_total")
 # What a reader looks at first; everything else follows in the order of the logs.
 FIRST = (
     "loss", "prefix_accuracy", "outcome_accuracy",
@@ -185,7 +185,7 @@ def _seconds(run: Run) -> list[float | None]:
     found: list[float | None] = []
     before = last = 0.0
     for record in run.records:
-        value = _number(record.get("seconds"))
+        value = _number(record.get("seconds_total"))
         if value is None:
             found.append(None)
             continue

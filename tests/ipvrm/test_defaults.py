@@ -91,6 +91,7 @@ TRAIN_RM = {
     "eval_steps": one(None, OURS + "at the start and the end"),
     "save_steps": one(500, OURS + "TrainingArguments' default"),
     "save_total_limit": one(2, KEEP),
+    "report_to": one(None, OURS + "metrics.jsonl holds the same numbers"),
     "resume_from_checkpoint": one(None, OURS + "a run starts afresh unless asked"),
     "use_cpu": one(False, SPEED),
     "dry_run": one(False, OURS + "a run runs"),
@@ -178,6 +179,7 @@ TRAIN_POLICY = {
     "seed": one(42, APP_C),
     "save_steps": one(20, OURS + "every 20 steps of minutes"),
     "save_total_limit": one(2, KEEP),
+    "report_to": one(None, OURS + "metrics.jsonl holds the same numbers"),
     "resume_from_checkpoint": one(None, OURS + "a run starts afresh unless asked"),
     "on_bad_row": one("error", DATA_BAD),
     "use_cpu": one(False, SPEED),
@@ -231,6 +233,29 @@ SCORE = {
     "on_bad_row": one("error", DATA_BAD),
     "use_cpu": one(False, SPEED),
 }
+INSPECT = {
+    "input": one(REQUIRED, ""),
+    "output": one(REQUIRED, ""),
+    "model": one((), OURS + "a logging board has its numbers, and no model"),
+    "reference": one(None, A_PLACE),
+    "policy": one(None, "paper, Appendix B: the candidates of the policy that the TD is taken against"),
+    "pick": one("mistakes", OURS + "what a reader learns most from"),
+    "k": one(20, OURS + "a page that is read through"),
+    "limit": one(None, OURS + "all rows"),
+    "rule": one(None, OURS + "the evaluation's, else step (Eq. 31)"),
+    "threshold_from": one((), OURS + "the run's own evaluation is looked for"),
+    "step_format": one("Step {i}: {step}", STEPS),
+    "step_separator": one("\n\n", STEPS),
+    "max_size": one(5.0, OURS + "a page that opens at once"),
+    "json": one(False, OURS + "asked for"),
+    "batch_tokens": one(8192, SPEED),
+    "on_bad_row": one("error", DATA_BAD),
+    "use_cpu": one(False, SPEED),
+}
+REPORT = {
+    "dirs": one(REQUIRED, ""),
+    "output": one("report", OURS + "files of the working folder"),
+}
 PROCESSBENCH = {
     "model": one(REQUIRED, ""),
     "data": one(REQUIRED, ""),
@@ -278,6 +303,8 @@ TABLES = {
     "rollout": ROLLOUT,
     "label": LABEL,
     "score": SCORE,
+    "inspect": INSPECT,
+    "report": REPORT,
     "eval processbench": PROCESSBENCH,
     "eval td": TD,
 }
