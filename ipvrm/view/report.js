@@ -119,7 +119,6 @@ const rest = data.metrics.length - shownFirst;
 $("more").hidden = rest <= 0;
 $("more").firstElementChild.textContent = `${rest} more metrics`;
 $("more").addEventListener("toggle", draw);
-$("others").style.cssText = getComputedStyle($("charts")).display === "grid" ? "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:14px 28px" : "";
 $("x").disabled = !data.metrics.some(metric => metric.lines.some(line => line.seconds.some(v => v != null)));
 $("x").addEventListener("click", () => { x = x === "step" ? "seconds" : "step"; $("x").ariaPressed = String(x === "seconds"); draw(); });
 let drawn = innerWidth;

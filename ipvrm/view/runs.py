@@ -133,7 +133,7 @@ def data_block(runs: Sequence[Run], evaluations: Sequence[Path], **about: Any) -
         "schema": SCHEMA,
         **about,
         "runs": [
-            {"name": run.name, "state": run.state, "steps": _last(run, "step"), "seconds": _seconds(run)[-1:]}
+            {"name": run.name, "state": run.state, "steps": _last(run, "step"), "seconds": _elapsed(run)}
             for run in runs
         ],
         "groups": groups(runs),
@@ -196,6 +196,12 @@ def _seconds(run: Run) -> list[float | None]:
     return found
 
 
+def _elapsed(run: Run) -> float | None:
+    """Seconds of the whole run, as far as it has come."""
+    known = [value for value in _seconds(run) if value is not None]
+    return known[-1] if known else _number((run.results or {}).get("seconds"))
+
+
 def _last(run: Run, name: str) -> Any:
     return next((record[name] for record in reversed(run.records) if name in record), None)
 
@@ -218,8 +224,7 @@ def _runs_table(runs: Sequence[Run]) -> dict[str, Any]:
     names = [name for name in FIRST if any(name in record for run in runs for record in run.records)]
     rows = []
     for run in runs:
-        seconds = (run.results or {}).get("seconds") or next(iter(_seconds(run)[-1:]), None)
-        own = [run.name, run.state, _last(run, "step"), None if seconds is None else round(float(seconds), 1)]
+        own = [run.name, run.state, _last(run, "step"), _elapsed(run)]
         rows.append([_cell(x) for x in own + [_last(run, name) for name in names]])
     head = ["run", "state", "steps", "seconds", *names]
     return {"name": "runs", "title": "Runs, last logged values", "head": head, "rows": rows, "note": ""}

@@ -42,11 +42,12 @@ function colour(td, k) {
 function prepared(t) {
   const texts = t.texts.map(text => {
     const pieces = text.ids.map(id => data.vocabulary[id]), starts = [0], steps = [];
-    for (const piece of pieces) starts.push(starts[starts.length - 1] + [...piece].length);
     let step = 0;
     for (let i = 0; i < pieces.length; i++) {
       while (step < text.ends.length && i > text.ends[step]) step++;
-      steps.push(step < text.ends.length ? step : -1);
+      const inside = step < text.ends.length;
+      steps.push(inside ? step : -1);
+      starts.push(starts[i] + (inside ? [...pieces[i]].length : 1)); // an end of turn is no text: one place on the axis
     }
     return { ...text, pieces, starts, steps };
   });
@@ -129,8 +130,8 @@ function rows() {
     if (last && !trace.texts.some(text => text.steps.includes(-1))) break;
     const gutter = h("div", { className: "gutter" }, h("b", {}, last ? "outside steps" : "Step " + (step + 1)));
     if (!last) {
-      trace.shown.forEach((m, k) => gutter.append(h("span", {}, letters[k] + " " + number(m.scores[step]))));
-      if (step === trace.label) gutter.append(h("em", {}, "◆ first error (label)"));
+      gutter.append(h("span", {}, trace.shown.map((m, k) => letters[k] + " " + number(m.scores[step])).join(" · ")));
+      if (step === trace.label) gutter.append(h("em", {}, "◆ labelled error"));
       trace.shown.forEach((m, k) => { if (m.first_error === step) gutter.append(h("span", { className: "flag" }, "⚑ flagged by " + letters[k])); });
     }
     const row = h("div", { className: "row" + (step === trace.label ? " labelled" : "") }, gutter);
@@ -200,8 +201,8 @@ function draw() {
     if (m.first_error >= 0) {
       const at = edge(m.first_error - 1), behind = at > width - 90;
       svg.append(s("line", { x1: at, x2: at, y1: y0, y2: y1 + 9, stroke: "var(--flag)", "stroke-width": 2, "stroke-dasharray": "4 3" }));
-      // where the curve leaves room: under it, or over it where it is low there
-      const middle = values[Math.min(values.length - 1, text.ends[m.first_error])], over = y(middle) > (y0 + y1) / 2;
+      const near = values.filter((_, t) => Math.abs(x(text.starts[t + 1]) - at - (behind ? -42 : 42)) < 48).map(y); // the curve beside the words
+      const over = y1 - Math.max(...near) < 18 && Math.min(...near) - y0 > 18;
       svg.append(s("text", { x: at + (behind ? -6 : 6), y: over ? y0 + 13 : y1 - 4, "text-anchor": behind ? "end" : "start", class: "flag" }, `⚑ ${letters[k]} flags ${m.first_error + 1}`));
     }
     const line = s("line", { y1: y0, y2: y1 + 9, stroke: "var(--ink)" }), dot = s("circle", { r: 4, fill: "var(--ink)" });
@@ -261,7 +262,7 @@ function candidates(k) {
   const [ids, prob, ...td] = trace.candidates[t], body = h("table", {});
   ids.forEach((id, j) => body.append(h("tr", {}, h("td", {}, id === text.ids[t] ? "▸" : ""),
     h("td", { className: "left" }, h("code", {}, visible(data.vocabulary[id]))), h("td", {}, "p " + digits(prob[j])),
-    h("td", {}, "TD ", h("span", { className: "chip " + colour(td[k][j], k) }, number(td[k][j]))))));
+    h("td", {}, "TD"), h("td", {}, h("span", { className: "chip " + colour(td[k][j], k) }, number(td[k][j]))))));
   return body;
 }
 

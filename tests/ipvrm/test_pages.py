@@ -98,7 +98,7 @@ def pages(tmp_path_factory):
     many = data_block(
         [(0, "")], [Item("long", "p", ("a",) * 30, 4)], [[r] for r in long], judges, min_prob=0.1
     )
-    runs = [{"name": f"run {n} <b>", "state": "finished", "steps": 9, "seconds": [1]} for n in range(3)]
+    runs = [{"name": f"run {n} <b>", "state": "finished", "steps": 9, "seconds": 1} for n in range(3)]
     line = {"step": [1, 2, 3], "seconds": [1, 2, None], "value": [1.0, None, 3.0]}
     report = {
         "runs": runs,
@@ -213,7 +213,7 @@ def test_every_key_and_what_the_read_out_says(opened, pages):
     assert at(tab)[0] == 20
     tab.keyboard.press("]")
     assert tab.url.endswith("#2") and "No label" in tab.inner_text("#sentence")
-    assert "1 value unknown" in tab.inner_text("#legend")
+    assert "2 values unknown" in tab.inner_text("#legend")
     tab.keyboard.press("[")
     tab.keyboard.press("[")
     assert tab.url.endswith("#3")
