@@ -108,10 +108,11 @@ function sentence() {
 function legend() {
   const ramp = h("span", { className: "ramp", ariaHidden: "true" });
   for (const name of ["n4", "n3", "n2", "n1", "", "p1", "p2", "p3", "p4"]) ramp.append(h("i", { className: name }));
-  const full = models.map((m, k) => `${letters[k]} ${digits(scale(k))} (${digits(scale(k) / m.beta)} nats)`);
+  const which = models.map((m, k) => [m, k]).filter(([, k]) => !narrow.matches || k === active);
+  const full = which.map(([m, k]) => `${letters[k]} ${digits(scale(k))} (${digits(scale(k) / m.beta)} nats)`);
   const flat = models.filter(m => !m.scale).map(m => m.name + " changes nowhere: no colour");
   const unknown = trace.shown.reduce((n, m) => n + m.td.filter(x => x == null).length, 0);
-  const at = models.map((m, k) => `${letters[k]} ${number(m.threshold)}`);
+  const at = which.map(([m, k]) => `${letters[k]} ${number(m.threshold)}`);
   $("legend").replaceChildren(
     h("span", {}, "TD − ", ramp, " + full colour from " + full.join(" · "),
       h("span", { className: "wide" }, inNats ? " — one scale for all" : " — the 98th percentile of each")),
@@ -307,7 +308,7 @@ const actions = {
   "[": () => open(index - 1), "]": () => open(index + 1), d: drop,
   e: () => { if (trace.label != null && trace.label >= 0) move(lowest(trace.label), true); },
   f: () => { const p = trace.shown[active].first_error; if (p >= 0) move(lowest(p), true); },
-  m: () => { const t = tokenOf((active + 1) % models.length); active = (active + 1) % models.length; one(); draw(); move(t, true); },
+  m: () => { const t = tokenOf((active + 1) % models.length); active = (active + 1) % models.length; one(); legend(); draw(); move(t, true); },
   u: () => { inNats = !inNats; $("units").ariaPressed = String(inNats); repaint(); },
   v: () => { asMean = !asMean; $("mean").ariaPressed = String(asMean); draw(); move(cursor); },
   t: tabular, p: () => $("problem").classList.toggle("open"), "?": () => $("keys").showModal(),
