@@ -114,7 +114,7 @@ function legend() {
   const unknown = trace.shown.reduce((n, m) => n + m.td.filter(x => x == null).length, 0);
   const at = which.map(([m, k]) => `${letters[k]} ${number(m.threshold)}`);
   $("legend").replaceChildren(
-    h("span", {}, "TD − ", ramp, " + full colour from " + full.join(" · "),
+    h("span", {}, "TD − ", ramp, (narrow.matches ? " + full from " : " + full colour from ") + full.join(" · "),
       h("span", { className: "wide" }, inNats ? " — one scale for all" : " — the 98th percentile of each")),
     h("span", {}, h("i", { className: "cell" }), " step below the threshold (logit " + at.join(", ") + ")"),
     ...[...flat, ...(unknown ? [plural(unknown, "value") + " unknown, drawn neutral"] : [])].map(x => h("span", {}, x)));
