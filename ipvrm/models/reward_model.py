@@ -258,7 +258,7 @@ class RewardModel:
         Args:
             batch_tokens: as in `token_log_ratios`.
             candidates: also those of other tokens in the place of each, from the same two forwards: all with
-                p >= this under the reference, best first; or their ids, a (T_b, K) int64 for each response.
+                p >= this under the reference, best first; or their ids, a (T_b, K_b) int64 for each response.
         """
         device = next(self.model.parameters()).device
         found: dict[int, TokenLogprobs] = {}
@@ -270,7 +270,12 @@ class RewardModel:
             elif isinstance(candidates, float):
                 columns = self._candidates(batch, candidates)
             else:
-                columns = self._candidates(batch, torch.cat([candidates[i] for i in indices]).to(device))
+                widest = max(candidates[i].shape[1] for i in indices)
+                wanted = [
+                    nn.functional.pad(ids, (0, widest - ids.shape[1]), value=-1)
+                    for ids in (candidates[i] for i in indices)
+                ]
+                columns = self._candidates(batch, torch.cat(wanted).to(device))
             sizes = [responses[i].length for i in indices]
             parts = (column.cpu().split(sizes) for column in columns)
             for index, own, ref, *others in zip(indices, *parts, strict=True):

@@ -1,6 +1,6 @@
 "use strict";
 // The data block is described in ipvrm/view/runs.py. Texts are set as text, never as HTML.
-const data = JSON.parse(document.getElementById("data").textContent), shownFirst = 8;
+const data = JSON.parse(document.getElementById("data").textContent), shownFirst = 8, shortTable = 12;
 const $ = id => document.getElementById(id);
 const hidden = new Set();
 let x = "step";
@@ -111,7 +111,11 @@ data.runs.forEach((run, i) => {
   });
   $("runs").append(button);
 });
-for (const table of data.tables) $("tables").append(h("h2", {}, table.title), tableOf(table.head, table.rows), h("p", { className: "note" }, table.note));
+for (const table of data.tables) { // the curves stand behind what is short and read first
+  const parts = [h("h2", {}, table.title), tableOf(table.head, table.rows), h("p", { className: "note" }, table.note)];
+  if (table.rows.length <= shortTable) $("above").append(...parts);
+  else $("below").append(parts[0], h("details", { open: table.name !== "settings" }, h("summary", {}, `${table.rows.length} rows`), ...parts.slice(1)));
+}
 $("bands").textContent = data.groups.map(group => `band: lowest to highest of ${group.length} seeds (${group.map(i => data.runs[i].name).join(", ")})`).join(" · ");
 $("curves").hidden = $("x").hidden = !data.metrics.length;
 data.metrics.forEach((metric, i) => $(i < shownFirst ? "charts" : "others").append(chart(metric)));

@@ -235,8 +235,8 @@ def _settings_table(runs: Sequence[Run]) -> dict[str, Any]:
     names = dict.fromkeys(name for run in runs for name in run.settings if name != "output_dir")
     rows = []
     for name in names:
-        values = [json.dumps(run.settings.get(name, "-"), default=str).strip('"') for run in runs]
-        if len(set(values)) > 1:
+        values = [_setting(run.settings[name]) if name in run.settings else "" for run in runs]
+        if len(set(values) - {""}) > 1:  # a run of another command does not have it
             rows.append([name, *values])
     return {
         "name": "settings",
@@ -245,6 +245,15 @@ def _settings_table(runs: Sequence[Run]) -> dict[str, Any]:
         "rows": rows,
         "note": "",
     }
+
+
+def _setting(value: Any) -> str:
+    """A setting in words; of a path its last two parts."""
+    if value is None:
+        return "none"
+    if isinstance(value, str) and value.startswith("/"):
+        return "/".join(Path(value).parts[-2:])
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _is_evaluation(stored: Any) -> bool:

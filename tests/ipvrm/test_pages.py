@@ -282,4 +282,4 @@ def test_the_report_shows_values_and_hides_runs(opened):
     assert tab.count("figure tbody tr") == 2
     tab.click(*tab.place("document.querySelector('#more > summary')"))
     assert tab.count("figure") == 10
-    assert "<i>" in tab.text("#tables")
+    assert "<i>" in tab.text("#above")

@@ -129,8 +129,10 @@ def test_candidates_against_dense_logits(reward_model):
     assert {len(column) for column in columns.values()} == {len(score.td)}
     assert len(columns["candidates"][0]) == int((score.candidates.ids[0] >= 0).sum())
     response = Response((*prompt, *score.token_ids), len(prompt))
-    again, _ = reward_model.token_logprobs([response, response], 1, [score.candidates.ids] * 2)
-    torch.testing.assert_close(again.candidates.td(2.0), score.candidate_td)  # the same ids, given
+    ids = score.candidates.ids  # given, and fewer for another response of the same batch
+    again, fewer = reward_model.token_logprobs([response, response], 1000, [ids, ids[:, :1]])
+    torch.testing.assert_close(again.candidates.td(2.0), score.candidate_td)
+    torch.testing.assert_close(fewer.candidates.td(2.0)[:, :1], score.candidate_td[:, :1])
 
 
 def test_rules_and_threshold(reward_model):
