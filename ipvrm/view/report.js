@@ -26,13 +26,14 @@ const paint = run => `var(--r${run % 8})`;
 const dash = run => ["", "6 3", "2 3"][Math.floor(run / 8) % 3];
 
 function tableOf(head, rows) {
-  return h("div", { className: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ...head.map(c => h("th", {}, c)))),
-    h("tbody", {}, ...rows.map(row => h("tr", {}, ...row.map(c => h("td", {}, String(c))))))));
+  const words = head.map((_, i) => rows.every(row => !/^[−-]?(\d|$)/.test(row[i]))), place = i => ({ className: words[i] ? "left" : "" });
+  return h("div", { className: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ...head.map((c, i) => h("th", place(i), c)))),
+    h("tbody", {}, ...rows.map(row => h("tr", {}, ...row.map((c, i) => h("td", place(i), String(c))))))));
 }
 
 // Round numbers between low and high, about `count` of them.
-function ticks(low, high, count) {
-  const raw = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(raw));
+function ticks(low, high, count, least = 0) {
+  const raw = Math.max((high - low) / count || 1, least), power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find(m => m * power >= raw), found = [];
   for (let v = Math.ceil(low / step) * step; v <= high + step * 1e-9; v += step) found.push(Math.abs(v) < step * 1e-9 ? 0 : v);
   return found;
@@ -52,7 +53,7 @@ function chart(metric) {
     if (low === high) { low -= Math.abs(low) * 0.1 || 1; high += Math.abs(high) * 0.1 || 1; }
     const x0 = Math.min(...xs), x1 = Math.max(...xs), px = v => left + (right - left) * (x1 > x0 ? (v - x0) / (x1 - x0) : 0.5), py = v => bottom - (bottom - top) * (v - low) / (high - low);
     for (const v of ticks(low, high, 3)) svg.append(s("line", { x1: left, x2: right, y1: py(v), y2: py(v), stroke: "var(--line)" }), s("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, digits(v)));
-    const marks = ticks(x0, x1, Math.max(2, Math.floor(width / 90)));
+    const marks = ticks(x0, x1, Math.max(2, Math.floor(width / 90)), x === "step" ? 1 : 0);
     for (const v of x1 > x0 ? marks : [x0]) svg.append(s("text", { x: px(v), y: height - 6, "text-anchor": v > x1 - (x1 - x0) * 0.02 ? "end" : "middle" }, v.toLocaleString("en") + (x === "seconds" ? " s" : "")));
     for (const group of data.groups) band(svg, group, lines, px, py);
     for (const line of lines) {
@@ -76,7 +77,7 @@ function chart(metric) {
     const show = wanted => values.replaceChildren(...lines.map(line => {
       let best = -1;
       line[x].forEach((v, i) => { if (v != null && (best < 0 || Math.abs(v - wanted) < Math.abs(line[x][best] - wanted))) best = i; });
-      return h("span", {}, h("i", { className: "key", style: `height:3px;width:14px;vertical-align:4px;background:${paint(line.run)}` }), `${digits(line.value[best])} at ${digits(line[x][best])}  `);
+      return h("span", {}, h("i", { className: "key", style: `height:3px;width:14px;vertical-align:4px;background:${paint(line.run)}` }), `${digits(line.value[best])} at ${line[x][best].toLocaleString("en")}  `);
     }));
     show(x1);
   };
