@@ -99,7 +99,7 @@ function rowsOf(metric) {
   const places = [...new Set(metric.lines.flatMap(line => line[x]).filter(v => v != null))].sort((a, b) => a - b);
   return tableOf([x, ...metric.lines.map(line => data.runs[line.run].name)], places.map(v => [v, ...at.map(map => (map.has(v) ? digits(map.get(v)) : ""))]));
 }
-function draw() { for (const figure of document.querySelectorAll("figure")) if (figure.offsetParent) figure.draw(); }
+function draw() { for (const figure of document.querySelectorAll("figure")) if (figure.checkVisibility()) figure.draw(); }
 
 $("title").textContent = `${data.runs.length} run${data.runs.length === 1 ? "" : "s"}`;
 data.runs.forEach((run, i) => {

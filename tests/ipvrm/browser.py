@@ -112,7 +112,7 @@ class Tab:
     def count(self, selector):
         """How many match and are shown."""
         found = f"[...document.querySelectorAll({json.dumps(selector)})]"
-        return self(f"{found}.filter(e => e.getClientRects().length).length")
+        return self(f"{found}.filter(e => e.checkVisibility()).length")
 
     def press(self, key, modifiers=0):
         more = {"windowsVirtualKeyCode": KEY_CODES[key]} if key in KEY_CODES else {}

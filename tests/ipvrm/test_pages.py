@@ -210,7 +210,10 @@ def test_every_key_and_what_the_read_out_says(opened, pages):
     assert tab("location.hash") == "#3"
     tab("location.hash = '#2'")
     assert tab("new Promise(done => setTimeout(() => done(index), 50))") == 1
-    assert tab("new Promise(done => setTimeout(() => done($('live').textContent), 400))").startswith("x, TD ")
+    assert (
+        tab("new Promise(done => setTimeout(() => done($('live').textContent), 400))")
+        == "y, TD −1.00, V −1.00"
+    )
 
 
 def word(tab, text):
