@@ -30,7 +30,7 @@ COMMANDS = {
     ),
     "env": Command(
         "versions, device, backends and why one is missing; --check: are the ops right here",
-        "ipvrm.environment",
+        "ipvrm.view.environment",
         None,
         "main",
     ),
@@ -55,6 +55,12 @@ COMMANDS = {
     ),
     "score": Command(
         "JSONL of problem and steps in, step scores out", "ipvrm.evaluate.score", "ScoreConfig", "main"
+    ),
+    "inspect": Command(
+        "scored solutions as one HTML page, token by token", "ipvrm.view.inspect", "InspectConfig", "main"
+    ),
+    "report": Command(
+        "runs as one page with their curves and tables", "ipvrm.view.report", "ReportConfig", "main"
     ),
     "eval processbench": Command(
         "first-error F1 on ProcessBench", "ipvrm.evaluate.processbench", "EvalConfig", "evaluate"

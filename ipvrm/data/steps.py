@@ -93,6 +93,24 @@ def step_of_token(offsets: Sequence[tuple[int, int]], ends: Sequence[int]) -> Te
     return torch.where(outside, -1, step)
 
 
+def token_pieces(text: str, offsets: Sequence[tuple[int, int]], outside: Sequence[str]) -> tuple[str, ...]:
+    """What each token stands for; those of the text joined are the text.
+
+    A character that is split over tokens belongs to the last of them: the others have the piece "".
+
+    Args:
+        text: of `render_steps`.
+        offsets: as in `step_of_token`.
+        outside: T texts, read where a token is outside the text.
+    """
+    inside = [t for t, (_, end) in enumerate(offsets) if end >= 0]
+    pieces, at = list(outside), 0
+    for t, behind in zip(inside, [*inside[1:], None], strict=True):
+        end = len(text) if behind is None else min(offsets[t][1], max(at, offsets[behind][0]))
+        pieces[t], at = text[at:end], max(at, end)
+    return tuple(pieces)
+
+
 def step_ends(steps_of_token: Tensor, num_steps: int) -> Tensor:
     """Token position of the last token of every step.
 

@@ -33,7 +33,8 @@ class ScoreConfig:
     """Step scores of solutions.
 
     In: one {"problem": text, "steps": [text, ...]} a line, `id` optional.
-    Out: one {"line", "id", "step_scores", "step_ends", "value", "mean_value", "first_error"} a line.
+    Out: one {"line", "id", "step_scores", "step_ends", "value", "mean_value", "first_error"} a line; with
+    --per_token also "tokens", "token_ids", "steps", "td", "logprobs" and "ref_logprobs", a value a token.
     An interrupted run goes on where it stopped.
     """
 
@@ -53,6 +54,10 @@ class ScoreConfig:
     """How a step is written; {i} is its number from 1, {step} its text."""
     step_separator: str = STEP_SEPARATOR
     """What stands between two steps."""
+    per_token: bool = False
+    """Also what is known of every response token: its text, id, step (from 0, -1 outside), TD, log-probs."""
+    min_prob: float | None = None
+    """With --per_token: the candidates of each token too, all with p >= this under the reference, with TD."""
     batch_tokens: int = field(default=BATCH_TOKENS, metadata=FREE)
     """Most tokens of a padded forward."""
     engine: str = field(default=LOCAL, metadata=FREE)
@@ -88,7 +93,10 @@ def score_file(config: ScoreConfig, progress: bool = True) -> int:
     check_step_format(config.step_format)
     if not 0.0 <= config.threshold <= 1.0:
         raise IpvrmError(f"--threshold must lie in [0, 1]; got {config.threshold}")
-    _servers(config)
+    if _servers(config) and config.min_prob is not None:
+        raise IpvrmError("--min_prob needs both models in memory; leave it out with --engine")
+    if config.min_prob is not None and not (config.per_token and 1 / 128 <= config.min_prob <= 1.0):
+        raise IpvrmError(f"--min_prob needs --per_token and must lie in [1/128, 1]; got {config.min_prob}")
     shown = Progress(enabled=progress)
     with locked(config.output):
         return _score_file(config, shown)
@@ -120,7 +128,7 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
             for row in refused:
                 shown.note(f"skipped {row}")
             for item, score in scores:
-                file.write(json.dumps(_record(item, score), allow_nan=False) + "\n")
+                file.write(json.dumps(_record(item, score, config.per_token), allow_nan=False) + "\n")
             file.flush()
             written += len(scores)
             passed += len(chunk)
@@ -178,7 +186,7 @@ def _score(
     """Scores of a chunk; one that the model's template refuses is found by scoring them one by one."""
     options: dict[str, Any] = {
         name: getattr(config, name)
-        for name in ("step_format", "step_separator", "rule", "threshold", "batch_tokens")
+        for name in ("step_format", "step_separator", "rule", "threshold", "batch_tokens", "min_prob")
     }
 
     def score(part: Sequence[_Item]) -> list[Score]:
@@ -193,7 +201,7 @@ def _score(
     return found, refused
 
 
-def _record(item: _Item, score: Score) -> dict[str, Any]:
+def _record(item: _Item, score: Score, per_token: bool) -> dict[str, Any]:
     return {
         "line": item.line,
         "id": item.id,
@@ -202,6 +210,7 @@ def _record(item: _Item, score: Score) -> dict[str, Any]:
         "value": float(score.prefix_values[-1]),
         "mean_value": float(score.mean_values[-1]),
         "first_error": score.first_error,
+        **(score.by_token() if per_token else {}),
     }
 
 

@@ -55,7 +55,7 @@ def score_solutions(
 
     Args:
         items: (problem, steps) pairs.
-        options: step_format, step_separator, max_length, batch_tokens of `RewardModel.solution_log_ratios`.
+        options: those of `RewardModel.solution_log_ratios`.
 
     Raises:
         IpvrmError: from `RewardModel.solution_log_ratios`.
@@ -71,5 +71,7 @@ def score_solutions(
             rule: step_scores(log_ratio, found.steps_of_token, beta, rule, found.num_steps).tolist()
             for rule in RULES
         }
-        result.append(SolutionScores(**vars(found), by_rule=by_rule))
+        result.append(
+            SolutionScores(found.log_ratio, found.steps_of_token, found.num_steps, found.num_tokens, by_rule)
+        )
     return result

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from ipvrm.errors import IpvrmError, reading
 from ipvrm.models.folder import AGAIN, WEIGHTS, local_folder, refuse_adapter, weight_files, weights_hash
 
 __all__ = [
+    "CandidateLogprobs",
     "Head",
     "ResponseLogprobs",
+    "candidate_logprobs",
     "check_head",
     "disable_dropout",
     "head",
@@ -300,6 +302,36 @@ def response_logprobs(model: nn.Module, batch: Batch, temperature: float = 1.0) 
         **parts.transform(),
     )
     return result.logprobs
+
+
+class CandidateLogprobs(NamedTuple):
+    """Of N response tokens, and of K others in the place of each; fp32."""
+
+    logprobs: Tensor  # (N,)
+    ids: Tensor  # (N, K) int64, -1 at an unused slot
+    candidate_logprobs: Tensor  # (N, K), -inf there
+
+
+def candidate_logprobs(
+    model: nn.Module, batch: Batch, wanted: float | Tensor, temperature: float = 1.0
+) -> CandidateLogprobs:
+    """`response_logprobs`, and from the same forward those of other tokens in the place of each.
+
+    Args:
+        wanted: either all with p >= this under the model, best first; or their ids (N, K) int64, -1 for none.
+    """
+    from ipvrm_kernels import linear_candidates, linear_logprobs
+
+    parts = head(model)
+    states = hidden_states(model, batch)
+    options = {"temperature": temperature, **parts.transform()}
+    if isinstance(wanted, Tensor):
+        ids = torch.cat([batch.token_ids[:, None], wanted], 1)  # (N, 1 + K)
+        logprobs = linear_logprobs(states, parts.weight, ids, **options).logprobs  # (N, 1 + K)
+        return CandidateLogprobs(logprobs[:, 0], wanted, logprobs[:, 1:])
+    found = linear_candidates(states, parts.weight, min_prob=wanted, sampled=batch.token_ids, **options)
+    assert found.sampled_logprobs is not None
+    return CandidateLogprobs(found.sampled_logprobs, found.ids, found.logprobs)
 
 
 class ResponseLogprobs(nn.Module):

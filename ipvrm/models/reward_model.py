@@ -4,7 +4,7 @@ l_t = log pi_phi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t),   V_t = beta * sum_
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ipvrm.data.batches import collate, length_sorted_microbatches
+from ipvrm.data.batches import Batch, collate, length_sorted_microbatches
 from ipvrm.data.chat import Chat
 from ipvrm.data.responses import Response, tokenize
 from ipvrm.data.rows import Row
@@ -23,10 +23,13 @@ from ipvrm.data.steps import (
     render_steps,
     step_of_token,
     step_scores,
+    token_pieces,
 )
 from ipvrm.data.steps import step_ends as last_token_of_steps
 from ipvrm.errors import IpvrmError
+from ipvrm.models.card import REWARD_TAGS, write_card
 from ipvrm.models.causal_lm import (
+    candidate_logprobs,
     load_model,
     load_tokenizer,
     local_folder,
@@ -73,21 +76,61 @@ class RewardModelInfo:
 
 
 @dataclass(frozen=True)
+class TokenCandidates:
+    """K tokens in the place of each of T response tokens; unused slots hold id -1, log-probs -inf."""
+
+    ids: Tensor  # (T, K) int64
+    logprobs: Tensor  # (T, K) fp32, under the model
+    ref_logprobs: Tensor  # (T, K) fp32, under the reference
+
+    def td(self, beta: float) -> Tensor:
+        """(T, K) beta * (log pi_phi - log pi_ref); 0 at an unused slot."""
+        return beta * (self.logprobs - self.ref_logprobs).masked_fill(self.ids < 0, 0.0)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Of the T tokens of a response, on the CPU."""
+
+    logprobs: Tensor  # (T,) fp32, log pi_phi
+    ref_logprobs: Tensor  # (T,) fp32, log pi_ref
+    candidates: TokenCandidates | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One solution of T response tokens (end of turn included) and S steps, as tokens."""
+
+    response: Response
+    tokens: tuple[str, ...]  # T, `token_pieces`
+    steps_of_token: Tensor  # (T,) int64, -1 outside every step
+    num_steps: int
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Those of the response."""
+        return self.response.input_ids[self.response.prompt_length :]
+
+
+@dataclass(frozen=True)
 class SolutionTokens:
-    """One solution of T response tokens (end of turn included) and S steps."""
+    """One solution of T response tokens (end of turn included) and S steps, with log-probs."""
 
     log_ratio: Tensor  # (T,) fp32, l_t
     steps_of_token: Tensor  # (T,) int64, -1 outside every step
     num_steps: int
     num_tokens: int  # prompt and response
+    solution: Solution
+    of_tokens: TokenLogprobs
 
 
 @dataclass(frozen=True)
 class Score:
-    """One solution, T response tokens, S steps; tensors fp32 on the CPU.
+    """One solution, T response tokens (end of turn included), S steps; tensors fp32 on the CPU.
 
-    `step_ends` (S,) int64 is the position of each step's last token within the response. `first_error` is
-    the first step whose sigmoid(score) is below the threshold, -1 for none.
+    `step_ends` (S,) int64 is the position of each step's last token within the response, `steps_of_token`
+    (T,) int64 the step in which each token ends, -1 outside every step; `tokens` are their `token_pieces`.
+    `first_error` is the first step whose sigmoid(score) is below the threshold, -1 for none.
     """
 
     prefix_values: Tensor  # (T,) V_t, after token t
@@ -96,6 +139,32 @@ class Score:
     step_scores: Tensor  # (S,)
     step_ends: Tensor  # (S,)
     first_error: int
+    token_ids: tuple[int, ...]  # T
+    tokens: tuple[str, ...]  # T
+    steps_of_token: Tensor  # (T,)
+    logprobs: Tensor  # (T,) log pi_phi of each token
+    ref_logprobs: Tensor  # (T,) log pi_ref
+    candidates: TokenCandidates | None  # where they are asked for
+    candidate_td: Tensor | None  # (T, K), 0 at an unused slot
+
+    def by_token(self) -> dict[str, list[Any]]:
+        """What is known of each token, as columns of T plain values; `candidates` only where asked for."""
+        columns: dict[str, list[Any]] = {
+            "tokens": list(self.tokens),
+            "token_ids": list(self.token_ids),
+            "steps": self.steps_of_token.tolist(),
+            "td": self.td.tolist(),
+            "logprobs": self.logprobs.tolist(),
+            "ref_logprobs": self.ref_logprobs.tolist(),
+        }
+        if self.candidates is not None and self.candidate_td is not None:
+            found = (self.candidates.ids, self.candidates.ref_logprobs, self.candidate_td)
+            names = ("id", "ref_logprob", "td")
+            columns["candidates"] = [
+                [dict(zip(names, slot, strict=True)) for slot in zip(*token, strict=True) if slot[0] >= 0]
+                for token in zip(*(column.tolist() for column in found), strict=True)
+            ]
+        return columns
 
 
 class RewardModel:
@@ -201,7 +270,6 @@ class RewardModel:
             write_info(temporary, info)
         move_into(whole, folder, last=CONFIG_NAME)
 
-    @torch.no_grad()
     def token_log_ratios(
         self, responses: Sequence[Response], batch_tokens: int = BATCH_TOKENS
     ) -> list[Tensor]:
@@ -210,40 +278,79 @@ class RewardModel:
         Args:
             batch_tokens: most tokens of a padded micro-batch (a longer response stands alone).
         """
+        return [p.logprobs - p.ref_logprobs for p in self.token_logprobs(responses, batch_tokens)]
+
+    @torch.no_grad()
+    def token_logprobs(
+        self,
+        responses: Sequence[Response],
+        batch_tokens: int = BATCH_TOKENS,
+        candidates: float | Sequence[Tensor] | None = None,
+    ) -> list[TokenLogprobs]:
+        """Log-probs of every response's tokens under model and reference, one forward of each, in the order
+        given.
+
+        Args:
+            batch_tokens: as in `token_log_ratios`.
+            candidates: also those of other tokens in the place of each, from the same two forwards: all with
+                p >= this under the reference, best first; or their ids, a (T_b, K_b) int64 for each response.
+        """
         if isinstance(self.model, Server) or isinstance(self.reference, Server):
+            if candidates is not None:
+                raise IpvrmError(
+                    "candidates need the reward model in memory: a server gives those of its own choice"
+                )
             of_both = [cast(Server, m).logprobs(responses) for m in (self.model, self.reference)]
-            return [a - b for a, b in zip(*of_both, strict=True)]
+            return [TokenLogprobs(a, b, None) for a, b in zip(*of_both, strict=True)]
         device = next(self.model.parameters()).device
-        result: list[Tensor] = [torch.empty(0)] * len(responses)
+        found: dict[int, TokenLogprobs] = {}
         lengths = [len(r.input_ids) for r in responses]
         for indices in length_sorted_microbatches(lengths, max_tokens=batch_tokens):
             batch = collate([responses[i] for i in indices]).to(device)
-            of_model, of_reference = (
-                response_logprobs(m, batch, self.info.temperature) for m in (self.model, self.reference)
-            )
-            log_ratio = (of_model - of_reference).cpu()
-            for index, part in zip(
-                indices, log_ratio.split([responses[i].length for i in indices]), strict=True
-            ):
-                result[index] = part.clone()
-        return result
+            if candidates is None:
+                columns = self._logprobs(batch)
+            elif isinstance(candidates, float):
+                columns = self._candidates(batch, candidates)
+            else:
+                widest = max(candidates[i].shape[1] for i in indices)
+                wanted = [
+                    nn.functional.pad(ids, (0, widest - ids.shape[1]), value=-1)
+                    for ids in (candidates[i] for i in indices)
+                ]
+                columns = self._candidates(batch, torch.cat(wanted).to(device))
+            sizes = [responses[i].length for i in indices]
+            parts = (column.cpu().split(sizes) for column in columns)
+            for index, own, ref, *others in zip(indices, *parts, strict=True):
+                of_others = TokenCandidates(*(part.clone() for part in others)) if others else None
+                found[index] = TokenLogprobs(own.clone(), ref.clone(), of_others)
+        return [found[i] for i in range(len(responses))]
 
-    def solution_log_ratios(
+    def _logprobs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """(N,) of the response tokens under model and reference."""
+        temperature = self.info.temperature
+        own, ref = (response_logprobs(m, batch, temperature) for m in (self.model, self.reference))
+        return own, ref
+
+    def _candidates(self, batch: Batch, wanted: float | Tensor) -> tuple[Tensor, ...]:
+        """`_logprobs`, and (N, K) of the candidates: ids and their log-probs under model and reference."""
+        ref = candidate_logprobs(self.reference, batch, wanted, self.info.temperature)
+        own = candidate_logprobs(self.model, batch, ref.ids, self.info.temperature)
+        return own.logprobs, ref.logprobs, ref.ids, own.candidate_logprobs, ref.candidate_logprobs
+
+    def solutions(
         self,
         items: Sequence[tuple[str, Sequence[str]]],
         *,
         step_format: str = STEP_FORMAT,
         step_separator: str = STEP_SEPARATOR,
         max_length: int | None = None,
-        batch_tokens: int = BATCH_TOKENS,
-    ) -> list[SolutionTokens | None]:
-        """l_t and step of every token of many solutions, in the order given; one forward of each model.
+    ) -> list[Solution | None]:
+        """Solutions as tokens, in the order given.
 
         Args:
             items: (problem, steps) pairs.
             step_format, step_separator: how the steps are written as the assistant's turn (`render_steps`).
             max_length: most tokens of prompt and response; None stands for a longer solution, never cut.
-            batch_tokens: most tokens of a padded micro-batch.
 
         Raises:
             IpvrmError: a bad `step_format`, or a solution without steps, that the chat template refuses or
@@ -258,13 +365,52 @@ class RewardModel:
         responses = tokenize(
             rows, self.chat, max_length=max_length, max_positions=self.max_positions, with_offsets=True
         ).responses
-        log_ratios = self.token_log_ratios(responses, batch_tokens)
-        found: list[SolutionTokens | None] = [None] * len(items)
-        for response, log_ratio in zip(responses, log_ratios, strict=True):
+        found: list[Solution | None] = [None] * len(items)
+        for response in responses:
             index = int(response.source.rpartition(":")[2]) - 1
-            ends = rendered[index][1]
-            of_token = step_of_token(response.offsets or (), ends)
-            found[index] = SolutionTokens(log_ratio, of_token, len(ends), len(response.input_ids))
+            text, ends = rendered[index]
+            offsets, ids = response.offsets or (), response.input_ids[response.prompt_length :]
+            pieces = token_pieces(text, offsets, self.tokenizer.convert_ids_to_tokens(ids))
+            found[index] = Solution(response, pieces, step_of_token(offsets, ends), len(ends))
+        return found
+
+    def solution_log_ratios(
+        self,
+        items: Sequence[tuple[str, Sequence[str]]],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        min_prob: float | None = None,
+        **options: Any,
+    ) -> list[SolutionTokens | None]:
+        """l_t and step of every token of many solutions, in the order given; one forward of each model.
+
+        Args:
+            items, options: as in `solutions`.
+            batch_tokens: most tokens of a padded micro-batch.
+            min_prob: with the candidates of each token, all with p >= this under the reference.
+
+        Raises:
+            IpvrmError: from `solutions`.
+        """
+        solutions = self.solutions(items, **options)
+        whole = [s for s in solutions if s is not None]
+        logprobs = iter(self.token_logprobs([s.response for s in whole], batch_tokens, min_prob))
+        found: list[SolutionTokens | None] = []
+        for solution in solutions:
+            if solution is None:
+                found.append(None)
+                continue
+            of_tokens = next(logprobs)
+            found.append(
+                SolutionTokens(
+                    log_ratio=of_tokens.logprobs - of_tokens.ref_logprobs,
+                    steps_of_token=solution.steps_of_token,
+                    num_steps=solution.num_steps,
+                    num_tokens=len(solution.response.input_ids),
+                    solution=solution,
+                    of_tokens=of_tokens,
+                )
+            )
         return found
 
     def score(self, problem: str, steps: Sequence[str], **options: Any) -> Score:
@@ -280,11 +426,12 @@ class RewardModel:
         rule: str = "step",
         threshold: float = 0.5,
         batch_tokens: int = BATCH_TOKENS,
+        min_prob: float | None = None,
     ) -> list[Score]:
         """Scores the steps of many solutions, one forward of each model per micro-batch.
 
         Args:
-            items, step_format, step_separator, batch_tokens: as in `solution_log_ratios`.
+            items, step_format, step_separator, batch_tokens, min_prob: as in `solution_log_ratios`.
             rule: step | prefix | mean | mean_diff (`step_scores`).
             threshold: on sigmoid(score), for `first_error`.
 
@@ -293,7 +440,11 @@ class RewardModel:
             ValueError: an unknown rule, or a threshold outside [0, 1].
         """
         solutions = self.solution_log_ratios(
-            items, step_format=step_format, step_separator=step_separator, batch_tokens=batch_tokens
+            items,
+            step_format=step_format,
+            step_separator=step_separator,
+            batch_tokens=batch_tokens,
+            min_prob=min_prob,
         )
         return [self._score(s, rule, threshold) for s in solutions if s is not None]  # no length limit: all
 
@@ -310,6 +461,13 @@ class RewardModel:
             step_scores=scores,
             step_ends=last_token_of_steps(solution.steps_of_token, solution.num_steps),
             first_error=first_error(scores, threshold),
+            token_ids=solution.solution.token_ids,
+            tokens=solution.solution.tokens,
+            steps_of_token=solution.steps_of_token,
+            logprobs=solution.of_tokens.logprobs,
+            ref_logprobs=solution.of_tokens.ref_logprobs,
+            candidates=(candidates := solution.of_tokens.candidates),
+            candidate_td=None if candidates is None else candidates.td(beta),
         )
 
 
@@ -328,9 +486,37 @@ def reference_entries(
     }
 
 
-def write_info(folder: str | Path, info: RewardModelInfo) -> None:
-    """Writes `ipvrm_config.json` into `folder`, whose weights it is for and which are there by now."""
+def write_info(
+    folder: str | Path,
+    info: RewardModelInfo,
+    data: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `ipvrm_config.json` into `folder`, whose weights it is for and which are there by now, and the
+    model card; `data` and `metrics` of the training stand in that."""
     write_json(Path(folder) / CONFIG_NAME, asdict(replace(info, weights_hash=weights_hash(folder))))
+    write_card(
+        Path(folder),
+        name="Implicit reward model",
+        summary="A reward model that judges every prefix of a response by its log-ratio to a reference: "
+        "V_t = beta * sum of (log pi - log pi_ref) over the tokens up to t. It needs that reference.",
+        usage='from ipvrm import RewardModel\n\nrm = RewardModel.from_pretrained("this folder")\n'
+        "score = rm.score(problem, steps)  # .step_scores, .td, .prefix_values, .first_error",
+        tags=REWARD_TAGS,
+        base=info.reference_given,
+        settings={
+            "objective": info.objective,
+            "beta": info.beta,
+            "margin": info.margin,
+            "temperature": info.temperature,
+            "LoRA rank": (info.adapter or {}).get("lora_r"),
+            "reference, sha256": info.reference_hash[:16],
+            "chat template, sha256": info.template_hash[:16],
+            **{f"version of {name}": version for name, version in info.versions.items()},
+        },
+        data=data,
+        metrics=metrics,
+    )
 
 
 def read_info(folder: str | Path) -> RewardModelInfo:

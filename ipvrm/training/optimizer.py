@@ -40,13 +40,34 @@ class NotFinite(FailedAlike):
     """Loss or gradient of an update are not numbers; the weights are those from before it."""
 
 
-def data_parallel_accelerator(command: str, *, use_cpu: bool, mixed_precision: str) -> Any:
-    """The Accelerator of a training script. Raises IpvrmError where it would shard the model."""
+def data_parallel_accelerator(
+    command: str,
+    *,
+    use_cpu: bool,
+    mixed_precision: str,
+    report_to: str | None = None,
+    output_dir: str | None = None,
+) -> Any:
+    """The Accelerator of a training script.
+
+    Args:
+        report_to: a tracker of accelerate's. output_dir: where one that writes files does so.
+
+    Raises:
+        IpvrmError: it would shard the model, or the tracker's package is not installed.
+    """
     from accelerate import Accelerator, DistributedType
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # an earlier run of this process may have used another precision
-    accelerator = Accelerator(cpu=use_cpu, mixed_precision=mixed_precision)
+    accelerator = Accelerator(
+        cpu=use_cpu, mixed_precision=mixed_precision, log_with=report_to, project_dir=output_dir
+    )
+    if report_to is not None and not accelerator.log_with:
+        raise IpvrmError(
+            f"--report_to {report_to}: the package {report_to} is not installed here; "
+            f"pip install {report_to}, or leave the flag out (metrics.jsonl holds the same numbers)"
+        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise IpvrmError(
             f"{command} runs under data parallelism; {accelerator.distributed_type} is not supported yet"

@@ -312,6 +312,8 @@ class PolicyConfig:
     """Write a checkpoint every so many steps; 0 for none but on interruption."""
     save_total_limit: int = field(default=2, metadata=FREE | AT_LEAST_ONE)
     """Newest checkpoints that are kept."""
+    report_to: Literal["tensorboard", "wandb", "trackio"] | None = field(default=None, metadata=FREE)
+    """Also send the log to this tracker, through accelerate; its package must be installed."""
     resume_from_checkpoint: str | None = field(default=None, metadata=FREE)
     """A checkpoint folder, or `auto`: go on from the newest in output_dir, start where there is none, and do
     nothing where the run is finished."""

@@ -53,6 +53,8 @@ class RunSettings(Protocol):
     def resume_from_checkpoint(self) -> str | None: ...
     @property
     def dry_run(self) -> bool: ...
+    @property
+    def report_to(self) -> str | None: ...
 
 
 class Trained(Protocol):
@@ -118,6 +120,7 @@ class Run:
                 self.output, config.resume_from_checkpoint, mark, self.progress.note
             )
         self.state = None if self.resumed is None else checkpoint.load_state(self.resumed)
+        self.last: dict[str, Any] = {}  # the newest record of the log
         self.start = 0 if self.state is None else int(self.state["step"])
         self.total = 0
         self.moved: set[str] = set()  # the models that have learnt from a step that is not finished
@@ -187,8 +190,16 @@ class Run:
         if self.main:
             self._log = checkpoint.open_log(self.output, self.start, resumed=self.resumed is not None)
         self._started = time.perf_counter()
-        with self._interrupt, self.progress.bar(self.command, self.total, self.start) as bar:
-            yield bar
+        tracked = bool(self.accelerator.log_with)
+        if tracked:
+            settings = asdict(self.config)  # type: ignore[call-overload]
+            self.accelerator.init_trackers("ipvrm", {k: _plain(v) for k, v in settings.items()})
+        try:
+            with self._interrupt, self.progress.bar(self.command, self.total, self.start) as bar:
+                yield bar
+        finally:
+            if tracked:
+                self.accelerator.end_training()
 
     def seconds(self) -> float:
         """Since the loop was entered."""
@@ -200,8 +211,12 @@ class Run:
 
     def record(self, record: dict[str, Any]) -> None:
         """A line of the log."""
+        self.last = record
         if self._log is not None:
-            self._log.write(record)
+            self._log.write(record | {"seconds_total": round(self.seconds(), 3)})
+            if self.accelerator.log_with:
+                numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+                self.accelerator.log(numbers, step=record["step"])
             evaluated = [f"{name} {value:.4g}" for name, value in record.items() if name.startswith("eval_")]
             if evaluated:
                 self.progress.note(f"update {record['step']}: " + "  ".join(evaluated))
@@ -286,6 +301,11 @@ class Run:
             move_into(finished, self.output, last=self.mark)
         self.accelerator.wait_for_everyone()
         return TrainResult(self.output, metrics, self.total, metrics["seconds"])
+
+
+def _plain(value: Any) -> bool | str | float | int:
+    """What every tracker takes as a setting."""
+    return value if isinstance(value, bool | str | float | int) else str(value)
 
 
 def with_template_kwargs(config: Config) -> Config:

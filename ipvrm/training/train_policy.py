@@ -22,6 +22,7 @@ from ipvrm.data.rows import BadRow, read_prompts
 from ipvrm.losses.advantages import distrl_advantages, outcome_advantages, temporal_difference
 from ipvrm.losses.baselines import per_token, prime_advantages, spro_advantages
 from ipvrm.losses.metrics import MetricSums, auc, paired, stacked
+from ipvrm.models.card import write_card
 from ipvrm.models.causal_lm import (
     disable_dropout,
     load_model,
@@ -65,7 +66,11 @@ def train_policy(config: PolicyConfig, progress: bool = True) -> TrainResult:
     config, method = resolve(config)
     config = with_template_kwargs(config)
     accelerator = data_parallel_accelerator(
-        "train-policy", use_cpu=config.use_cpu, mixed_precision=config.mixed_precision
+        "train-policy",
+        use_cpu=config.use_cpu,
+        mixed_precision=config.mixed_precision,
+        report_to=config.report_to,
+        output_dir=config.output_dir,
     )
     models = [name for name in (config.model, config.reward_model) if name is not None]
     with held(config):
@@ -454,9 +459,46 @@ class _Trainer:
         """The policy, under LoRA the merged weights with the adapters in a folder, and the reward model."""
         save_trained(self.policy, folder)
         self.inputs.tokenizer.save_pretrained(folder)
+        self._write_card(folder)
         if self.reward is not None:
             (folder / FOLDER).mkdir()
             self.reward.write(folder / FOLDER, self.policy, place / FOLDER)
+
+    def _write_card(self, folder: Path) -> None:
+        config = self.config
+        names = (
+            "preset",
+            "reward_model",
+            "lora_r",
+            "learning_rate",
+            "num_generations",
+            "temperature",
+            "alpha",
+        )
+        info = None if self.reward is None else self.reward.info
+        write_card(
+            folder,
+            name=f"Policy trained by {config.algorithm}",
+            summary="A causal language model trained on its own verified answers"
+            + (
+                ", with the implicit reward model that it was trained against in `reward_model`."
+                if info
+                else "."
+            ),
+            usage="from transformers import AutoModelForCausalLM\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("this folder")',
+            tags=("reinforcement-learning", config.algorithm),
+            base=config.model,
+            settings={"algorithm": config.algorithm}
+            | {name: getattr(config, name) for name in names}
+            | (
+                {}
+                if info is None
+                else {"objective": info.objective, "beta": info.beta, "margin": info.margin}
+            ),
+            data={"train data": config.train_data, **self.inputs.counts},
+            metrics={k: v for k, v in self.run.last.items() if k != "algorithm"},
+        )
 
     def write_state(self, folder: Path) -> dict[str, Any]:
         """The optimizers, and the place in the prompts."""

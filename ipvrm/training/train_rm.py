@@ -58,7 +58,11 @@ def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResu
     """
     config = with_template_kwargs(resolve(config))
     accelerator = data_parallel_accelerator(
-        "train-rm", use_cpu=config.use_cpu, mixed_precision=filled(config.mixed_precision)
+        "train-rm",
+        use_cpu=config.use_cpu,
+        mixed_precision=filled(config.mixed_precision),
+        report_to=config.report_to,
+        output_dir=config.output_dir,
     )
     if config.gradient_accumulation_steps is not None:
         rows = config.per_device_train_batch_size * accelerator.num_processes
@@ -338,7 +342,8 @@ class _Trainer:
             chat_template_kwargs=self.inputs.chat.kwargs,
             adapter=adapter_entries(config.model, self.inputs.start_hash, config.lora_r, config.lora_alpha),
         )
-        write_info(folder, info)
+        data = {"train data": config.train_data, **self.data.counts}
+        write_info(folder, info, data, self.run.last)
 
     def write_state(self, folder: Path) -> dict[str, Any]:
         """The optimizer and the unlogged metrics."""

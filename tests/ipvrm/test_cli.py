@@ -11,10 +11,10 @@ import pytest
 
 from ipvrm import IpvrmError, cli
 from ipvrm.cli import COMMANDS, main, parse
-from ipvrm.environment import openmp_runtimes
 from ipvrm.models.tiny_model import TinyModelConfig, make_tiny_model
 from ipvrm.run_folder import JsonlLog, manifest, save_folder, write_json, write_text
 from ipvrm.training.reward_config import RewardConfig
+from ipvrm.view.environment import openmp_runtimes
 
 REQUIRED = ["--model", "m", "--train_data", "d", "--output_dir", "o"]
 

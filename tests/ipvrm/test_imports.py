@@ -15,9 +15,10 @@ FLOORS = (  # from the bottom up; a name is a module of the package or one of it
     ("rollouts",),
     ("training", "evaluate"),
     ("integrations",),
+    ("view",),
     ("demo",),
     ("reproduce",),
-    ("environment", "cli"),
+    ("cli",),
     ("__main__", ""),  # "" is the package's face, ipvrm/__init__.py
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

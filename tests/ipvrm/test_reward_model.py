@@ -13,6 +13,7 @@ from served import FakeServer
 from ipvrm import IpvrmError, RewardModel
 from ipvrm.cli import main
 from ipvrm.data.responses import Response
+from ipvrm.data.steps import render_steps
 from ipvrm.models.reward_model import read_info, write_info
 from ipvrm.models.server import Server
 from ipvrm.training.reward_config import RewardConfig
@@ -83,6 +84,57 @@ def test_score_against_full_logits(reward_model):
     assert score.step_ends.tolist() == lasts
     below = [i for i, s in enumerate(sums) if s < 0]
     assert score.first_error == (below[0] if below else -1)
+
+
+SPLIT = ["漢字 and 😀😀.", "Ünï\r\ncode\tmore <b>.", "שלום"]  # over a byte-level BPE of 320 tokens
+
+
+def test_score_says_what_each_token_is(reward_model):
+    score = reward_model.score(PROBLEM, SPLIT)
+    rendered, ends = render_steps(SPLIT)
+    assert "".join(score.tokens[:-1]) == rendered and score.tokens[-1] == "<|im_end|>"
+    assert score.tokens.count("") > 10  # characters that are split over tokens
+    assert reward_model.tokenizer.decode(score.token_ids[:-1]) == rendered
+    at, steps = 0, []
+    for piece, step in zip(score.tokens[:-1], score.steps_of_token.tolist(), strict=False):
+        at += len(piece)
+        steps.append(step)
+        if piece:
+            assert step == next(k for k, end in enumerate(ends) if at <= end)
+    assert steps == sorted(steps) and score.steps_of_token[-1] == -1
+    torch.testing.assert_close(score.td, 2.0 * (score.logprobs - score.ref_logprobs))
+    assert score.candidates is None and score.candidate_td is None
+
+
+def test_candidates_against_dense_logits(reward_model):
+    """The set {p >= 0.02} of the reference and its TD, from the models' own logits."""
+    plain, score = (reward_model.score(PROBLEM, STEPS, min_prob=m) for m in (None, 0.02))
+    torch.testing.assert_close(score.td, plain.td)
+    prompt = reward_model.chat.prompt_ids(PROBLEM)
+    ids = torch.tensor([[*prompt, *score.token_ids]])
+    with torch.no_grad():
+        model, reference = (
+            m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            for m in (reward_model.model, reward_model.reference)
+        )
+    several = 0
+    for t in range(len(score.td)):
+        kept = score.candidates.ids[t] >= 0
+        found, want = score.candidates.ids[t][kept], (reference[t].exp() >= 0.02).nonzero()[:, 0]
+        assert sorted(found.tolist()) == want.tolist()
+        td = 2.0 * (model[t] - reference[t])[found]
+        torch.testing.assert_close(score.candidate_td[t][kept], td, rtol=1e-3, atol=1e-4)
+        assert not score.candidate_td[t][~kept].any()
+        several += len(found) > 1
+    assert several
+    columns = score.by_token()
+    assert {len(column) for column in columns.values()} == {len(score.td)}
+    assert len(columns["candidates"][0]) == int((score.candidates.ids[0] >= 0).sum())
+    response = Response((*prompt, *score.token_ids), len(prompt))
+    ids = score.candidates.ids  # given, and fewer for another response of the same batch
+    again, fewer = reward_model.token_logprobs([response, response], 1000, [ids, ids[:, :1]])
+    torch.testing.assert_close(again.candidates.td(2.0), score.candidate_td)
+    torch.testing.assert_close(fewer.candidates.td(2.0)[:, :1], score.candidate_td[:, :1])
 
 
 def test_rules_and_threshold(reward_model):
@@ -299,6 +351,12 @@ def test_score_command(home, problems, tmp_path, reward_model):
     assert records[2]["step_scores"] == pytest.approx(want.step_scores.tolist(), rel=1e-4, abs=1e-5)
     assert records[2]["first_error"] == want.first_error
     assert [p.name for p in output.parent.iterdir()] == ["scores.jsonl"]
+    assert "td" not in records[2]
+    assert score_command(home, problems, tmp_path / "t.jsonl", "--per_token", "--min_prob", "0.02") == 0
+    record = json.loads((tmp_path / "t.jsonl").read_text().splitlines()[2])
+    assert record["td"] == pytest.approx(want.td.tolist(), rel=1e-3, abs=1e-5)
+    assert record["tokens"] == list(want.tokens) and record["steps"] == want.steps_of_token.tolist()
+    assert set(record["candidates"][0][0]) == {"id", "ref_logprob", "td"}
 
 
 @pytest.mark.parametrize(
@@ -307,6 +365,7 @@ def test_score_command(home, problems, tmp_path, reward_model):
         (["--threshold", "2"], "--threshold must lie in"),
         (["--step_format", "{step"], "is not a format string"),
         (["--step_format", "Step {i}"], "step_format must contain {step}"),
+        (["--min_prob", "0.1"], "--min_prob needs --per_token"),
     ],
 )
 def test_score_command_refuses_settings_before_it_starts(home, problems, tmp_path, capsys, flags, reason):

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from ipvrm import IpvrmError
-from ipvrm.data.steps import RULES, first_error, logit, render_steps, step_ends, step_of_token, step_scores
+from ipvrm.data.steps import (
+    RULES,
+    first_error,
+    logit,
+    render_steps,
+    step_ends,
+    step_of_token,
+    step_scores,
+    token_pieces,
+)
 
 
 def test_render_numbers_steps_from_one_and_counts_the_separator_in():
@@ -112,3 +121,23 @@ def test_logit_inverts_the_sigmoid():
     assert logit(1 / (1 + math.exp(-1.25))) == pytest.approx(1.25)
     with pytest.raises(ValueError, match="lie in"):
         logit(1.5)
+
+
+def test_token_pieces_join_to_the_text_and_a_split_character_belongs_to_the_last():
+    text, end = "né 漢\r\n.", (-1, -1)
+    offsets = [
+        (0, 2),
+        (1, 2),
+        (2, 4),
+        (3, 4),
+        (3, 4),
+        (4, 6),
+        (6, 6),
+        (6, 7),
+        end,
+    ]  # é and 漢 in 2 and 3 parts
+    pieces = token_pieces(text, offsets, ["?"] * 8 + ["<end>"])
+    assert pieces == ("n", "é", " ", "", "漢", "\r\n", "", ".", "<end>")
+    trimmed = [(0, 1), (2, 3), (5, 6)]  # a tokenizer whose offsets leave blanks out
+    assert token_pieces("a b  c ", trimmed, [""] * 3) == ("a", " b", "  c ")
+    assert token_pieces("a", [end, (0, 1)], ["<s>", "?"]) == ("<s>", "a")

@@ -244,7 +244,7 @@ def test_a_failed_import_is_loud(stand_in, monkeypatch):
 
 
 def test_env_says_it(monkeypatch):
-    import ipvrm.environment as environment
+    import ipvrm.view.environment as environment
 
     monkeypatch.setattr(environment, "plugin_state", lambda: "the plugin cannot be imported: because")
     known = environment.installed_version
