@@ -9,6 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+sys.path.append(str(Path(__file__).parents[2]))  # behind the installed packages
+
+from benchmarks.faults import memory
+from benchmarks.faults.toy import make_toy
 from ipvrm import IpvrmError
 from ipvrm.rollouts import label
 from ipvrm.rollouts.label import LabelConfig, label_file
@@ -173,3 +177,22 @@ def test_memory_does_not_grow_with_the_file(tmp_path, ending):
         f"{os.path.getsize(source) / 1e6:.0f} MB)"
     )
     assert peaks[1] - peaks[0] < 60e6
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: ru_maxrss is inherited from the parent")
+def test_memory_of_score_does_not_grow_with_the_file(tmp_path):
+    """1,000 and 20,000 solutions; benchmarks/results/faults has 10,000 and 100,000."""
+    model = make_toy(tmp_path, ("ipvrm",)) / "ipvrm"
+    small, large = (memory.measure(tmp_path, model, "score", count)["peak_mb"] for count in (1000, 20_000))
+    assert large - small < 60
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: ru_maxrss is inherited from the parent")
+@pytest.mark.parametrize("verifier", ["string", "math"])
+def test_a_row_of_50_mb_costs_less_than_1_gb_in_the_verifier_too(tmp_path, verifier):
+    given = ("label", 8, "--verifier", verifier)
+    short, long = (memory.measure(tmp_path, tmp_path, *given, long=x) for x in (False, True))
+    for name in ("peak_mb", "child_peak_mb"):
+        assert long[name] - short[name] < 1000, name
