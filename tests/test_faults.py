@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # behind the installed packages
 
 from benchmarks.faults import files, ops, runs, sanitized  # noqa: E402
+from benchmarks.faults.__main__ import KINDS, page  # noqa: E402
 from benchmarks.faults.process import Ended  # noqa: E402
 
 WIRED = """
@@ -116,6 +117,14 @@ def test_random_calls_return_or_raise():
     assert done["returned"] > 30 and done["refused"] > 30
 
 
+def test_the_committed_page_is_that_of_its_counts():
+    folder = ROOT / "benchmarks" / "results" / "faults"
+    report = json.loads((folder / "faults.json").read_text())
+    assert (folder / "README.md").read_text() == page(report)
+    assert report["lost"] == 0 == sum(counts["lost"] for counts in report["kinds"].values())
+    assert set(report["kinds"]) == set(KINDS) and not report["machine"]["modified"]
+
+
 PLANTED = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -140,10 +149,10 @@ def test_a_writer_in_place_is_noticed(tmp_path, planted):
     arguments = ["--trials", "12", "--seed", "5", "--only", "kill -9", "disks", "--commands", "rollout"]
     code = [sys.executable, "-c", PLANTED.format(root=str(ROOT)), "planted" if planted else "as it is"]
     done = subprocess.run(
-        [*code, *arguments, "--json", str(tmp_path / "f.json")], capture_output=True, text=True, check=False,
+        [*code, *arguments, "--results", str(tmp_path)], capture_output=True, text=True, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    report = json.loads((tmp_path / "f.json").read_text())
+    report = json.loads((tmp_path / "faults.json").read_text())
     assert report["trials"] == 24
     assert (done.returncode, report["lost"] > 0) == ((1, True) if planted else (0, False)), done.stdout
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import os
 
-os.environ |= {
+os.environ |= {  # before torch is imported
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-}  # before torch
+}
 
 import argparse
 import random
@@ -27,7 +27,7 @@ import torch
 from benchmarks.faults import answers, files, runs, sanitized
 from benchmarks.faults.process import small_disk
 from benchmarks.suite import machine
-from ipvrm.run_folder import write_json
+from ipvrm.run_folder import write_json, write_text
 
 CALLS = 300  # of ops in one trial
 LISTED = 50  # losses that the file names
@@ -39,7 +39,7 @@ class Faults:
     """The kinds of trials, their world in a folder, and what they have come to."""
 
     def __init__(self, folder: Path, seed: int, kinds: Sequence[str], commands: Sequence[str]):
-        self.folder, self.seed = folder, seed
+        self.folder, self.seed, self.machine = folder, seed, machine.describe()
         self.counts = {kind: {"trials": 0, "lost": 0, "seconds": 0.0, "of": {}} for kind in kinds}
         self.lost: list[dict[str, Any]] = []
         needs_world = set(kinds) & {*runs.TRIALS, *files.TRIALS}
@@ -106,7 +106,7 @@ class Faults:
         """What the results file holds."""
         trials = sum(c["trials"] for c in self.counts.values())
         return {
-            "machine": machine.describe(),
+            "machine": self.machine,
             "seed": self.seed,
             "sanitizers": self.sanitized is not None,
             "calls_per_trial": CALLS,
@@ -129,14 +129,34 @@ def mounts(folder: Path) -> bool:
         return remount is not None
 
 
-def table(report: dict[str, Any]) -> str:
-    """The counts as Markdown."""
-    lines = ["| tried | trials | lost |", "|---|--:|--:|"]
+def page(report: dict[str, Any]) -> str:
+    """README.md of the results: the counts, and what they were made with."""
+    header, lines = report["machine"], ["| tried | trials | lost |", "|---|--:|--:|"]
     for kind, counts in report["kinds"].items():
         trials = counts["trials"]
-        what = f"{trials:,}" + (f" x {report['calls_per_trial']}" if kind == OPS else "")
+        what = f"{trials:,}" + (f" of {report['calls_per_trial']} calls" if kind == OPS else "")
         lines.append(f"| {kind} | {what} | {counts['lost']} |")
-    return "\n".join(lines)
+    sanitized = "under AddressSanitizer and UBSan" if report["sanitizers"] else "without sanitizers"
+    mounted = (
+        "tmpfs mounts" if report["mounts"] else "no mounts were allowed: limits and injected errors alone"
+    )
+    changed = ", with uncommitted changes" if header["modified"] else ""
+    minutes = sum(counts["seconds"] for counts in report["kinds"].values()) / 60
+    return "\n".join(
+        [
+            "# What was tried on the commands, and what was lost",
+            "",
+            "Written by `benchmarks.faults`; do not edit. What the kinds are, "
+            "`benchmarks/faults/__init__.py` says; counts by command are in [faults.json](faults.json).",
+            "",
+            *lines,
+            "",
+            f"`{header['command']}`, commit {header['commit']}{changed}, {header['cpu']}, "
+            f"{header['cores']} cores, {header['date']}, {minutes:.0f} minutes. Small disks: {mounted}; "
+            f"op calls {sanitized}. Another seed makes other trials, as many as the minutes allow.",
+            "",
+        ]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed: other trials")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of trials")
     parser.add_argument("--commands", nargs="+", default=[], help="of ipvrm; default: all that write")
-    parser.add_argument("--json", type=Path, help="where the counts go, written after every round")
+    parser.add_argument(
+        "--results", type=Path, help="folder for faults.json and README.md, after every round"
+    )
     given = parser.parse_args(arguments)
     if (given.minutes is None) == (given.trials is None):
         parser.error("give --minutes or --trials")
@@ -164,9 +186,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 faults.trial(kind)
             rounds += 1
             report = faults.report() | {"mounts": can_mount}
-            if given.json is not None:
-                write_json(given.json, report)
-        print(table(report))
+            if given.results is not None:
+                given.results.mkdir(parents=True, exist_ok=True)
+                write_json(given.results / "faults.json", report)
+                write_text(given.results / "README.md", page(report))
+        print(page(report))
     return int(bool(faults.lost))
 
 

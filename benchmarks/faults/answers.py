@@ -36,9 +36,6 @@ def judge(response, answer):
         print("{}" * 100000); print('{"outcome": "right"}', flush=True)
         os.write(1, b'{"outcome": "right"}\\n'); sys.stderr.write("x" * 100000)
         return rest == answer
-    if kind == "close":
-        os.close(1); os.close(0)
-        return rest == answer
     if kind == "junk":
         return {"nan": float("nan"), "text": "True", "two": 2, "list": [True]}[rest]
     if kind == "recurse":
@@ -69,7 +66,7 @@ def faulty(folder: Path, rng: random.Random, count: int = 40) -> tuple[str, str 
             injected += 1
         else:
             n, right = rng.randrange(100), rng.random() < 0.5
-            kind = rng.choice(("plain", "plain", "plain", "print", "close"))
+            kind = rng.choice(("plain", "plain", "plain", "print"))
             response, outcome = f"{kind}:{n if right else n + 1}", "right" if right else "wrong"
             pairs.append((response, str(n)))
             wanted.append(outcome)

@@ -76,7 +76,7 @@ class Wire:
                 path = self.root  # of shutil.rmtree: a name in a folder that is open
         else:
             return
-        if isinstance(path, int) or not os.fsdecode(path).startswith(self.root):
+        if not isinstance(path, str | bytes | os.PathLike) or not os.fsdecode(path).startswith(self.root):
             return
         count = self.count + 1
         self.shared[:8] = struct.pack("q", count)
@@ -173,6 +173,9 @@ def _child(
     status = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's parent ignores it
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
         os.chdir(folder)
         if outputs is None:
             both = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -302,6 +302,7 @@ def unread(world: World, command: Command, rng: random.Random) -> Found:
     """Output that nobody reads, or that cannot be written: the run goes on to its end."""
     trial, kind = world.trial(command), rng.choice(("closed", "no reader", "reader leaves", "/dev/full"))
     opened, outputs = [], (None, None)
+    before: Callable[[], None] = lambda: None  # noqa: E731
     if kind in ("no reader", "reader leaves"):
         read, write = os.pipe()
         opened, outputs = [write], (write, write)
@@ -309,11 +310,12 @@ def unread(world: World, command: Command, rng: random.Random) -> Found:
             os.close(read)
         else:
             after = rng.uniform(0, command.seconds)
+            before = lambda: os.close(read)  # noqa: E731 (the command must not be its own reader)
             threading.Thread(target=lambda: (time.sleep(after), os.close(read)), daemon=True).start()
     elif kind == "/dev/full":
         opened = [os.open("/dev/full", os.O_WRONLY)]
         outputs = (opened[0], opened[0])
-    running = start(command.arguments(trial), trial, tune=smaller, outputs=outputs)
+    running = start(command.arguments(trial), trial, tune=smaller, outputs=outputs, before=before)
     for descriptor in opened:
         os.close(descriptor)
     ended = running.wait()
@@ -330,7 +332,7 @@ def disk(world: World, command: Command, rng: random.Random) -> Found:
         ended = run(command.arguments(trial), trial, tune=smaller, wire=wire)
         return f"{os.strerror(number)} at change {at}", _one_line(ended) or world.judge(command, trial)
     if way == "file size":
-        most = int(10 ** rng.uniform(1, 5.3))
+        most = int(10 ** rng.uniform(4.3, 5.3))  # its own log has room
         ended = run(command.arguments(trial), trial, tune=smaller, before=limited_files(most))
         return f"files of at most {most} bytes", _one_line(ended) or world.judge(command, trial)
     size = int(10 ** rng.uniform(4, 6)) if way == "tmpfs" else 1 << 26
