@@ -115,6 +115,37 @@ def test_a_full_disk_keeps_the_verdicts(tmp_path, monkeypatch):
     assert label_file(config, progress=False)["rows"] == 20
 
 
+def test_half_deleted_work_is_not_taken_for_that_of_the_next_run(tmp_path, monkeypatch):
+    """A kill while the verdicts are deleted; then another input for the same output."""
+    source = write(tmp_path / "in.jsonl", rows(9))
+    config = LabelConfig(source, str(tmp_path / "o.jsonl"), "string", num_workers=1)
+
+    def dies(folder, **options):
+        (Path(folder) / "settings.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            label_file(config, progress=False)
+    write(tmp_path / "in.jsonl", rows(9, wrong_every=1))
+    assert label_file(config, progress=False)["accuracy"] == 0.0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "o.jsonl", "o.jsonl.summary.json"]
+
+
+def test_what_a_killed_run_has_left_is_deleted_and_what_another_one_writes_is_not(tmp_path):
+    left = (".o.jsonl.12.tmp", ".o.jsonl.summary.json.7.tmp", ".o.jsonl.partial.9.removed.tmp")
+    others = (".o.jsonl2.12.tmp", ".p.o.jsonl.1.tmp", ".o.jsonl.x.12.tmp", ".o.jsonl.tmp", "o.jsonl.12.tmp")
+    for name in (*left[:2], *others):
+        (tmp_path / name).touch()
+    (tmp_path / left[2]).mkdir()
+    (tmp_path / left[2] / "verdicts.jsonl").touch()
+    config = LabelConfig(write(tmp_path / "in.jsonl", rows(4)), str(tmp_path / "o.jsonl"), "string")
+    label_file(config, progress=False)
+    found = {p.name for p in tmp_path.iterdir()} - {"in.jsonl", "o.jsonl", "o.jsonl.summary.json"}
+    assert found == set(others)
+
+
 # ------------------------------------------------------------------------------------------- the table writer
 
 

@@ -14,7 +14,7 @@ import ipvrm_kernels  # noqa: E402
 from benchmarks.faults.ops import raw_call, raw_calls  # noqa: E402
 from ipvrm_kernels import backend  # noqa: E402
 from ipvrm_kernels.linear_candidates import MOST_TOP_K  # noqa: E402
-from ipvrm_kernels.registration import _check_saved, register  # noqa: E402
+from ipvrm_kernels.registration import MOST_LISTED, _check_saved, register  # noqa: E402
 
 N, K, V, D, B = 6, 2, 11, 4, 2
 EDGES = torch.tensor([0, 4, 6], dtype=torch.int32)
@@ -95,7 +95,7 @@ def test_every_op_is_tried():
 def test_what_was_saved_is_what_the_forward_saves(op, impl):
     right = [f(*shape) for shape in SAVED_BY_TORCH[op]] if impl == "torch" else CASES[op]["saved"]
     call(op, impl=impl, saved=right)
-    wrong = [[], [*right, f(N)], [x.double() for x in right], [x.half() for x in right]]
+    wrong = [[], [*right, f(N)][:MOST_LISTED], [x.double() for x in right], [x.half() for x in right]]
     wrong += [[x[None] for x in right]]
     sizes_matter = op != "distrl_loss_bwd"  # whose gradient has the size of what was saved
     for at, x in enumerate(right):
@@ -103,7 +103,9 @@ def test_what_was_saved_is_what_the_forward_saves(op, impl):
             other = (x[:-1], torch.cat([x, x[:1]]), x.flatten()[:1])
             wrong += [[*right[:at], y, *right[at + 1 :]] for y in other if y.shape != x.shape]
     for saved in wrong:
-        if not saved and not right:
+        if [x.shape for x in saved] == [x.shape for x in right] and all(
+            x.dtype == torch.float32 for x in saved
+        ):
             continue
         with pytest.raises(ValueError, match="saved must be what the forward has saved"):
             call(op, impl=impl, saved=saved)
