@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.faults.process import FULL, Ended, Wire, die, failing, limited_files, run, small_disk, start
 from benchmarks.faults.toy import make_toy, write_jsonl
 
-VARYING = ("seconds", "tokens_per_second", "peak_memory")  # beginnings of names that differ run by run
+VARYING = ("seconds", "tokens_per_second", "peak_memory", "commit")  # beginnings of names
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 OTHER = "another run writes there"
 
