@@ -19,7 +19,11 @@ python3 -m venv "$scratch/venv"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PIP_DISABLE_PIP_VERSION_CHECK=1
 
 checks() {
-  part "install and build" 180 pip install -q -c .ci/constraints.txt '.[test,dev]'
+  part "source distribution" 30 bash -c "pip install -q -c .ci/constraints.txt 'setuptools>=77' 'pybind11>=2.13' &&
+    python -c 'import setuptools.build_meta as b; b.build_sdist(\"$scratch/sdist\")' > $scratch/sdist.log"
+  # the wheel is built from it: what a checkout has and the sdist lacks is missing here as it is for users
+  part "wheel" 120 pip wheel -q --no-deps -w "$scratch/wheel" "$scratch"/sdist/*.tar.gz
+  part "install" 120 pip install -q -c .ci/constraints.txt "$(echo "$scratch"/wheel/*.whl)[test,dev]"
   part "the installed wheel" 60 pytest -q tests/kernels/test_backend.py tests/kernels/test_segment_scan.py \
     tests/ipvrm/test_steps.py tests/ipvrm/test_objectives.py
   (cd / && python -c 'import ipvrm_kernels; print(ipvrm_kernels.__file__); print(ipvrm_kernels.backends())')
@@ -28,4 +32,23 @@ checks() {
   part "mypy" 90 mypy
   part "editable install" 90 pip install -q -c .ci/constraints.txt -e '.[test]'
   part "the regression gate" 60 python -m benchmarks.gate
+}
+
+sanitized() { # sanitized SECONDS ARGUMENTS...: pytest under AddressSanitizer and UndefinedBehaviorSanitizer
+  local budget=$1
+  shift
+  part "native tests under sanitizers" "$budget" \
+    python -m benchmarks.faults.sanitized "$scratch/sanitized" -m pytest -q -p no:cacheprovider "$@"
+}
+
+faults() { # faults SECONDS ARGUMENTS...: kills, disks, hostile files and the rest, the same ones every time
+  local budget=$1
+  shift
+  part "faults" "$budget" python -m benchmarks.faults --seed 16 "$@"
+}
+
+lowest() { # lowest SECONDS: the tests that are not slow with the oldest pure-Python dependencies
+  python3 -m venv "$scratch/lowest"
+  part "lowest versions" "$1" bash -c "'$scratch/lowest/bin/pip' install -q -c .ci/lowest.txt '$(echo "$scratch"/wheel/*.whl)[test]' &&
+    '$scratch/lowest/bin/python' -m pytest -q -m 'not slow' -p no:cacheprovider tests/ipvrm"
 }

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -323,10 +324,37 @@ def move_into(source: Path, folder: Path, *, last: str) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Deletes the temporary files and folders that a killed process left in `folder`."""
     for path in folder.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def partial_folder(output: Path) -> Path:
+    """The folder beside an output file that holds its unfinished work, made where it is missing.
+
+    What killed runs have left of the same output is deleted; who calls this holds its lock.
+    """
+    folder = output.with_name(f".{output.name}.partial")
+    name = re.escape(output.name)
+    left = re.compile(rf"\.{name}(\.summary\.json)?\.\d+\.tmp|\.{name}\.partial\.\d+\.removed\.tmp")
+    with writing(output):
+        for path in output.parent.iterdir():
+            if left.fullmatch(path.name):
+                _delete(path)
+        folder.mkdir(exist_ok=True)
+        remove_leftovers(folder)
+    return folder
+
+
+def remove_partial_folder(output: Path) -> None:
+    """Deletes the folder of a finished output, whole or not at all: half of it would be taken for the
+    unfinished work of the next run."""
+    remove_folder(partial_folder(output))
 
 
 def installed_version(package: str) -> str:

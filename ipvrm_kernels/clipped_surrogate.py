@@ -218,9 +218,14 @@ def _bwd_fake(logprobs: Tensor) -> Tensor:
 TAKES_BWD = {"dloss": "float =", "logprobs": "float ="}
 
 
+def _bwd_saved(logprobs: Tensor, impl: str) -> list[Sequence[tuple[int, ...]]]:
+    return [IMPLS[impl].saved(logprobs.shape)]
+
+
 @register(
-    fake=_bwd_fake, gradient_of="clipped_surrogate", instead="torch.clamp and torch.maximum", takes=TAKES_BWD
-)
+    fake=_bwd_fake, gradient_of="clipped_surrogate", instead="torch.clamp and torch.maximum",
+    takes=TAKES_BWD, saved=_bwd_saved,
+)  # fmt: skip
 def _clipped_surrogate_bwd(dloss: Tensor, logprobs: Tensor, impl: str, saved: list[Tensor]) -> Tensor:
     """logprobs only tells autograd what the gradient depends on."""
     return IMPLS[impl].backward(dloss.contiguous(), *saved)

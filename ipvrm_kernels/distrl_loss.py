@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -560,7 +560,15 @@ IMPLS = {impl: backend.Impl(_forward_of(impl), _scaled, _saved) for impl in EVAL
 TAKES_BWD = {"dloss": "float"}
 
 
-@register(fake=lambda saved: torch.empty_like(saved[0]), gradient_of=OP, instead=INSTEAD, takes=TAKES_BWD)
+def _bwd_saved(saved: list[Tensor]) -> list[Any]:
+    """One matrix of any size: its own is the gradient's."""
+    return [[tuple(x.shape)] if len(saved) == 1 and x.dim() == 2 else [("N", "1+K")] for x in saved[:1]]
+
+
+@register(
+    fake=lambda saved: torch.empty_like(saved[0]), gradient_of=OP, instead=INSTEAD, takes=TAKES_BWD,
+    saved=_bwd_saved,
+)  # fmt: skip
 def _distrl_loss_bwd(dloss: Tensor, impl: str, saved: list[Tensor]) -> Tensor:
     return IMPLS[impl].backward(dloss, saved)
 

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .torch_private import (
+    forward_level,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    transform_level,
+)
+
 _NO_TENSORS: Mapping[str, Any] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
-_functorch = torch._C._functorch
 
 
 def check_tensors(op: str, optional: Mapping[str, Any] = _NO_TENSORS, /, **required: Any) -> None:
@@ -29,13 +36,13 @@ def check_tensors(op: str, optional: Mapping[str, Any] = _NO_TENSORS, /, **requi
             _refuse_type(op, name, x)
     if torch.compiler.is_compiling():
         return
-    if _functorch.maybe_current_level() is not None and any(_is_tracked(x) for x in given.values()):
+    if transform_level() is not None and any(_is_tracked(x) for x in given.values()):
         raise RuntimeError(
             f"{op}: torch.func transforms that differentiate (grad, vjp, jacrev, vmap of grad) are not "
             "supported; use torch.autograd.grad or .backward(), is_grads_batched=True for many upstream "
             "gradients"
         )
-    if forward_ad._current_level >= 0:
+    if forward_level() >= 0:
         for x in given.values():
             if forward_ad.unpack_dual(x).tangent is not None:
                 raise RuntimeError(
@@ -59,10 +66,10 @@ def _refuse_type(op: str, name: str, x: Any) -> None:
 
 def _is_tracked(x: Tensor) -> bool:
     """Whether a transform of torch.func differentiates with respect to x, at any level."""
-    while _functorch.is_functorch_wrapped_tensor(x):
-        if _functorch.is_gradtrackingtensor(x) and x.requires_grad:
+    while is_functorch_wrapped_tensor(x):
+        if is_gradtrackingtensor(x) and x.requires_grad:
             return True
-        x = _functorch.get_unwrapped(x)
+        x = get_unwrapped(x)
     return False
 
 

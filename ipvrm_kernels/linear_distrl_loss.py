@@ -18,6 +18,7 @@ Shapes: hidden (N, D), weight (V, D), token_ids (N,), candidate_ids (N, K), cu_s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -165,7 +166,15 @@ def _bwd_fake(
 TAKES_BWD = {"dloss": "float", **TAKES_HEAD}
 
 
-@register(fake=_bwd_fake, gradient_of=OP, instead=INSTEAD, takes=TAKES_BWD)
+def _bwd_saved(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> list[Sequence[tuple[int, ...]]]:
+    """What is not needed now may have been formed all the same."""
+    ways = itertools.product(*((True,) if need else (False, True) for need in needs))
+    return [_saved(hidden, weight, bias, formed) for formed in ways]
+
+
+@register(fake=_bwd_fake, gradient_of=OP, instead=INSTEAD, takes=TAKES_BWD, saved=_bwd_saved)
 def _linear_distrl_loss_bwd(
     dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], impl: str,
     saved: list[Tensor],

@@ -269,11 +269,22 @@ def _bwd_flops(
 
 TAKES_BWD = {
     **TAKES_HEAD, "dlogprobs": "float N K", "dlse": "float N", "dentropy": "float N", "ids": "ids N K",
-    "logprobs": "float N K", "lse": "float N", "entropy": "float ...",
+    "logprobs": "float N K", "lse": "float N", "entropy": "float N if dentropy",
 }  # fmt: skip
 
 
-@register(fake=_bwd_fake, gradient_of="linear_logprobs", instead=INSTEAD, flops=_bwd_flops, takes=TAKES_BWD)
+def _bwd_saved(
+    hidden: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, follows: str,
+    max_workspace_bytes: int | None, impl: str,
+) -> list[Sequence[tuple[int, ...]]]:  # fmt: skip
+    given = (hidden, weight, ids, dtype, follows, max_workspace_bytes)
+    return [IMPLS[impl].saved(*given, may_save) for may_save in (False, True)]
+
+
+@register(
+    fake=_bwd_fake, gradient_of="linear_logprobs", instead=INSTEAD, flops=_bwd_flops, takes=TAKES_BWD,
+    saved=_bwd_saved,
+)  # fmt: skip
 def _linear_logprobs_bwd(
     dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,

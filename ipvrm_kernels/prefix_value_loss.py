@@ -367,9 +367,14 @@ def _bwd_fake(log_ratio: Tensor) -> Tensor:
 TAKES_BWD = {"dloss": "float", "log_ratio": "float N", "cu_seqlens": "edges B+1"}
 
 
+def _bwd_saved(log_ratio: Tensor, impl: str) -> list[Sequence[tuple[int, ...]]]:
+    return [IMPLS[impl].saved(log_ratio.shape[0], count, True) for count in (False, True)]
+
+
 @register(
-    fake=_bwd_fake, gradient_of=OP, instead="a loss built from segment_scan and softplus", takes=TAKES_BWD
-)
+    fake=_bwd_fake, gradient_of=OP, instead="a loss built from segment_scan and softplus", takes=TAKES_BWD,
+    saved=_bwd_saved,
+)  # fmt: skip
 def _prefix_value_loss_bwd(
     dloss: Tensor, log_ratio: Tensor, cu_seqlens: Tensor, beta: Number, impl: str, saved: list[Tensor]
 ) -> Tensor:  # log_ratio only tells autograd what the gradient depends on

@@ -20,25 +20,31 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .backend import NATIVE_DEVICE
+from .torch_private import (
+    BelowAutograd,
+    DispatchKey,
+    DispatchKeySet,
+    dispatch_keys,
+    is_batchedtensor,
+    is_legacy_batchedtensor,
+    num_dispatch_modes,
+    num_function_modes,
+    retains_graph,
+    tracing_state,
+    transform_level,
+)
 
 _LIBRARY = torch.library.Library("ipvrm", "FRAGMENT")
 _TENSORS = (Tensor, torch.nn.Parameter)  # plain ones; their subclasses have a say of their own
 MOST_LISTED = 3  # tensors in a list input
 Number = Annotated[float, "or a 0-d tensor on the CPU: a value that varies, and that no graph holds"]
 _NUMBERS = (Number, Number | None)
-_tracing_state = torch._C._get_tracing_state
-_transform_level = torch._C._functorch.maybe_current_level
-_num_dispatch_modes = torch._C._len_torch_dispatch_stack
-_num_function_modes = torch._C._len_torch_function_stack
-_dispatch_keys = torch._C._dispatch_keys
-_retains_graph = torch._C._autograd._get_current_graph_task_keep_graph
-_below_autograd = torch._C._AutoDispatchBelowAutograd  # what torch.library's own formula enters
 
 
 def _plain_keys() -> set[int]:
     """Key sets of tensors that nothing but autograd and autocast takes an interest in: not batched, lazily
     negated, zero, functional or meta. The second of a device is of tensors made in inference mode."""
-    of, keys = torch._C.DispatchKeySet, torch._C.DispatchKey
+    of, keys = DispatchKeySet, DispatchKey
     found = set()
     for device in ("CPU", "CUDA"):
         inference = of(getattr(keys, device)) | of(getattr(keys, f"Autocast{device}"))
@@ -59,6 +65,7 @@ def register(
     instead: str = "",
     flops: Callable[..., int] | None = None,
     takes: Mapping[str, str] | None = None,
+    saved: Callable[..., Sequence[Sequence[tuple[int, ...]]]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function becomes torch.ops.ipvrm.<its name without the underscore>, and what to call.
 
@@ -76,9 +83,12 @@ def register(
     gradient_of: the op whose gradient this function is; to differentiate it again raises RuntimeError, which
         names what to use `instead`.
     flops: what torch.utils.flop_counter counts, from inputs by name, tensors as their shapes.
-    takes: {tensor input: kind and shape}, as "float N K+1" (`KINDS`): what a native implementation reads.
-        The public function sees to it; torch.ops.ipvrm, which anybody can call, raises ValueError otherwise,
-        because an address with another dtype or size behind it is read past its end.
+    takes: {tensor input: kind and shape}, as "float N K+1" (`KINDS`): what a native implementation reads;
+        "float N if x": 0 elements do where x is None. The public function sees to it; torch.ops.ipvrm, which
+        anybody can call, raises ValueError otherwise, because an address with another dtype or size behind it
+        is read past its end.
+    saved: from inputs by name the shapes that the tensors in the input `saved` may have, one list of shapes
+        for each way in which the forward can have saved; other ones are refused as in `takes`, whatever impl.
     Without backward and gradient_of, inputs have to be detached.
     """
 
@@ -94,7 +104,7 @@ def register(
         names = [*kinds]
         pick_asked = _picker([names.index(x) for x in _parameters(name, "fake", fake, names)])
 
-        check = _native_check(name, names, takes or {})
+        check = _input_check(name, names, takes or {}, saved)
 
         def kernel(*flat: Any) -> Any:
             inputs = gather(flat)
@@ -123,7 +133,7 @@ def register(
             tensors = (x for x in flat if isinstance(x, Tensor))
             if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
                 return formula(*gather(flat))
-            with _below_autograd():
+            with BelowAutograd():
                 return op(*flat)
 
         _LIBRARY.impl(name, autograd_kernel, "Autograd")
@@ -141,37 +151,81 @@ KINDS = {
 }
 
 
-def _native_check(op: str, names: Sequence[str], takes: Mapping[str, str]) -> Callable[[Sequence[Any]], None]:
-    """A function that refuses inputs which the addresses of a native implementation must not point to."""
+def _input_check(
+    op: str,
+    names: Sequence[str],
+    takes: Mapping[str, str],
+    saved: Callable[..., Sequence[Sequence[tuple[int, ...]]]] | None,
+) -> Callable[[list[Any]], None]:
+    """A function that refuses inputs which the addresses of a native implementation must not point to, and
+    makes the others contiguous, in place, but for the operands of matmuls."""
     if not takes:
         return lambda inputs: None
     unknown = [name for name in takes if name not in names]
     if unknown:
         raise TypeError(f"{op}: takes names {', '.join(unknown)}; there is {', '.join(names)}")
+    if (saved is None) == ("saved" in names):
+        raise TypeError(f"{op}: an input called saved needs the shapes it may have, and nothing else does")
     parsed = [(names.index(name), name, *_spec(text)) for name, text in takes.items()]
-    where, saved = names.index("impl"), names.index("saved") if "saved" in names else None
+    where, gradient = names.index("impl"), op.endswith("_bwd")
+    pick_asked = _picker([names.index(x) for x in _parameters(op, "saved", saved, names)] if saved else [])
 
-    def check(inputs: Sequence[Any]) -> None:
+    def check(inputs: list[Any]) -> None:
         impl = inputs[where]
-        if impl == "torch":
-            return
-        sizes: dict[str, Any] = {}
-        for at, name, kind, shape in parsed:
-            if inputs[at] is not None:
-                _check_native(op, impl, name, inputs[at], kind, shape, sizes)
-        for x in () if saved is None else inputs[saved]:
-            _check_native(op, impl, "saved", x, "float", None, sizes)
+        if impl != "torch":
+            sizes: dict[str, Any] = {}
+            for at, name, kind, shape, condition in parsed:
+                x = inputs[at]
+                if x is None or (condition and inputs[names.index(condition)] is None and not x.numel()):
+                    continue
+                _check_native(op, impl, name, x, kind, shape, sizes)
+                if kind != "head":
+                    inputs[at] = x.contiguous()
+            for at, name, kind, *_ in parsed:
+                if kind == "edges" and gradient and impl == "cpp" and "N" in sizes:
+                    _check_edges(op, name, inputs[at], sizes["N"])
+        if saved is not None:
+            at = names.index("saved")
+            like = next(inputs[i] for i, _, kind, *_ in parsed if kind == "float" and inputs[i] is not None)
+            _check_saved(op, inputs[at], like, saved(*pick_asked(inputs)))
+            inputs[at] = [x.contiguous() for x in inputs[at]]
 
     return check
 
 
-def _spec(text: str) -> tuple[str, Any]:
-    """`float N K+1` as its kind and ((N, 0), (K, 1)); `float ...` (any shape) gives None, `float =`
-    (that of the other such inputs) "="."""
+def _check_saved(
+    op: str, given: Sequence[Tensor], like: Tensor, allowed: Sequence[Sequence[tuple[int, ...]]]
+) -> None:
+    found = [tuple(x.shape) for x in given]
+    alike = all(x.dtype == like.dtype and x.device == like.device for x in given)
+    if alike and any(found == [*map(tuple, shapes)] for shapes in allowed):
+        return
+    ways = " or ".join(str([*map(tuple, shapes)]) for shapes in dict.fromkeys(map(tuple, allowed)))
+    raise ValueError(
+        f"torch.ops.ipvrm.{op}: saved must be what the forward has saved, {like.dtype} on {like.device} of "
+        f"shapes {ways}, got {[(str(x.dtype), str(x.device), tuple(x.shape)) for x in given]}; call "
+        f"ipvrm_kernels.{op.removesuffix('_bwd')} and let autograd keep them"
+    )
+
+
+def _check_edges(op: str, name: str, edges: Tensor, N: int) -> None:
+    """A forward checks the values of its edges itself; a gradient, called from there, has no need to."""
+    values = edges.tolist()
+    if not values or values[0] != 0 or values[-1] != N or values != sorted(values):
+        raise ValueError(
+            f"torch.ops.ipvrm.{op}: {name} must rise from 0 to N={N}, got {values[:8]}; call "
+            f"ipvrm_kernels.{op.removesuffix('_bwd')}, which checks and converts"
+        )
+
+
+def _spec(text: str) -> tuple[str, Any, str]:
+    """`float N K+1 if x` as its kind, ((N, 0), (K, 1)) and "x"; `float =` (the shape of the other such
+    inputs) gives "=" for the shape."""
+    text, _, condition = text.partition(" if ")
     kind, *dims = text.split()
-    if dims in (["..."], ["="]):
-        return kind, None if dims == ["..."] else "="
-    return kind, tuple((d.partition("+")[0], int(d.partition("+")[2] or 0)) for d in dims)
+    if dims == ["="]:
+        return kind, "=", condition
+    return kind, tuple((d.partition("+")[0], int(d.partition("+")[2] or 0)) for d in dims), condition
 
 
 def _check_native(
@@ -186,7 +240,7 @@ def _check_native(
     elif shape == "=":
         if sizes.setdefault("=", x.shape) != x.shape:
             problem = f"{tuple(sizes['='])} as the others, got {tuple(x.shape)}"
-    elif shape is not None:
+    else:
         fits = x.dim() == len(shape) and all(
             sizes.setdefault(letter, x.shape[i] - more) == x.shape[i] - more
             for i, (letter, more) in enumerate(shape)
@@ -386,7 +440,7 @@ def _differentiable(
         return Differentiable
 
     def below_autograd(*inputs: Any) -> Any:
-        with _below_autograd():
+        with BelowAutograd():
             return dispatch(*inputs)
 
     # of Function.apply what is left without torch.func's transforms, and `call` has seen that there are none
@@ -401,7 +455,7 @@ def _differentiable(
         requires_grad = False
         for x in inputs:
             if isinstance(x, Tensor):
-                if type(x) not in _TENSORS or _dispatch_keys(x).raw_repr() not in _PLAIN_KEYS:  # _is_plain(x)
+                if type(x) not in _TENSORS or dispatch_keys(x).raw_repr() not in _PLAIN_KEYS:  # _is_plain(x)
                     return dispatch(*inputs)
                 requires_grad |= x.requires_grad
         return direct(*inputs) if requires_grad and torch.is_grad_enabled() else function(*inputs)
@@ -411,17 +465,17 @@ def _differentiable(
 
 def _is_plain(x: Tensor) -> bool:
     """Whether nothing but autograd and autocast takes an interest in x."""
-    return type(x) in _TENSORS and _dispatch_keys(x).raw_repr() in _PLAIN_KEYS
+    return type(x) in _TENSORS and dispatch_keys(x).raw_repr() in _PLAIN_KEYS
 
 
 def _only_autograd() -> bool:
     """Whether nothing but autograd comes between a plain tensor and an op: no tracing, mode or transform."""
     return not (
         torch.compiler.is_compiling()
-        or _tracing_state() is not None
-        or _transform_level() is not None
-        or _num_dispatch_modes()
-        or _num_function_modes()
+        or tracing_state() is not None
+        or transform_level() is not None
+        or num_dispatch_modes()
+        or num_function_modes()
     )
 
 
@@ -429,11 +483,11 @@ def is_last_backward(*tensors: Tensor) -> bool:
     """Whether this backward call's graph is freed after it, with nothing tracing or differentiating it."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():  # the latter: create_graph
         return False
-    if _retains_graph() or _transform_level() is not None:  # retain_graph; torch.func may come back here
+    if retains_graph() or transform_level() is not None:  # retain_graph; torch.func may come back here
         return False
     return all(type(x) is Tensor for x in tensors)  # not fake or functional
 
 
 def is_batched(x: Tensor) -> bool:
     """Whether x stands for several: under torch.func.vmap, or in the older form behind is_grads_batched."""
-    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+    return is_batchedtensor(x) or is_legacy_batchedtensor(x)

@@ -21,6 +21,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ENDINGS = "a .parquet, .jsonl or .json file (the two also with .gz or .zst behind), or a folder of them"
 BOM = b"\xef\xbb\xbf"  # Notepad, PowerShell and Excel begin UTF-8 with it
 WHITE = b" \t\r\n"
+LONGEST = 1 << 28  # bytes of a line, and 4 times as many of a JSON list: a few MB can unpack to any size
 DEEPEST = 64  # levels of a record: far more than chat and tools need, far less than Python's stack
 AGAIN = "download or copy it again"
 
@@ -171,16 +172,28 @@ def _json(file: Path, may_be_list: bool) -> Iterator[tuple[int, Any]]:
             raise IpvrmError(f"{file}: UTF-16 text; save it as UTF-8")
         if may_be_list and start.removeprefix(BOM).lstrip(WHITE).startswith(b"["):
             with reading(file, "not valid JSON", "repair it, or write one record a line"):
-                found = json.loads(source.read().decode("utf-8-sig"))
+                pieces, size = [], 0
+                while piece := source.read(1 << 22):
+                    pieces.append(piece)
+                    size += len(piece)
+                    if size > 4 * LONGEST:
+                        raise ValueError(f"a JSON list of more than {4 * LONGEST:,} bytes")
+                found = json.loads(b"".join(pieces).decode("utf-8-sig"))
             yield from enumerate(found, 1)
             return
         number = 0
         while True:
             with reading(file, "cannot be read to its end", AGAIN):
-                line = source.readline()
+                line = source.readline(LONGEST)
+                endless = len(line) == LONGEST and not line.endswith(b"\n")
+                while endless and (rest := source.readline(1 << 22)) and not rest.endswith(b"\n"):
+                    pass
             if not line:
                 return
             number += 1
+            if endless:
+                yield number, ValueError(f"more than {LONGEST:,} bytes")
+                continue
             line = line.removeprefix(BOM) if number == 1 else line
             if line.strip():
                 yield number, _parsed(line)

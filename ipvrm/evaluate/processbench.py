@@ -172,6 +172,7 @@ def _evaluate(
         config.model, config.reference, servers=servers, timeout=config.engine_timeout
     )
     output = Path(config.output_dir)
+    remove_leftovers(output)
     key = _model_key(config, reward_model.info)
     scored = {
         name: _scores(config, reward_model, key, path, items, shown)

@@ -1,7 +1,6 @@
 """`ipvrm score`: JSONL of problem and steps in, JSONL of step scores out, in the same order."""
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,15 @@ from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, Score
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, kind_of, served_pair
 from ipvrm.output import locked
 from ipvrm.progress import Progress
-from ipvrm.run_folder import FREE, begin_or_go_on, finished_lines, publish, remove_leftovers, settings_of
+from ipvrm.run_folder import (
+    FREE,
+    begin_or_go_on,
+    finished_lines,
+    partial_folder,
+    publish,
+    remove_partial_folder,
+    settings_of,
+)
 
 WORDS = {
     "input_hash": "the input",
@@ -110,9 +117,7 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
         config.model, config.reference, device, servers=servers, timeout=config.engine_timeout
     )
     output = Path(config.output)
-    folder = output.with_name(f".{output.name}.partial")
-    folder.mkdir(exist_ok=True)
-    remove_leftovers(folder)
+    folder = partial_folder(output)
     what = f"the unfinished work in {folder} (delete it to start afresh)"
     begin_or_go_on(folder / "settings.json", _settings(config, reward_model), what, WORDS)
     partial = folder / "scores.jsonl"
@@ -134,7 +139,7 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
             passed += len(chunk)
             update(passed)
     publish(partial, output)
-    shutil.rmtree(folder)
+    remove_partial_folder(output)
     return written
 
 

@@ -4,6 +4,8 @@ For trying a pipeline end to end without downloading anything. The same texts an
 """
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from ipvrm.data.files import kind_of, records
 from ipvrm.errors import IpvrmError, reading
+from ipvrm.output import locked
 from ipvrm.run_folder import save_folder
 
 END_OF_TURN = "<|im_end|>"
@@ -150,6 +153,11 @@ def make_tiny_model(config: TinyModelConfig) -> Path:
         IpvrmError: the folder is in use, a text file cannot be read, or sizes that do not fit together.
     """
     folder = Path(config.output_dir)
+    with locked(folder.with_name(f"{folder.name}.model")):
+        return _make_tiny_model(config, folder)
+
+
+def _make_tiny_model(config: TinyModelConfig, folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise IpvrmError(
             f"make-tiny-model: {folder} exists and is not an empty folder; name another --output_dir"
@@ -160,6 +168,10 @@ def make_tiny_model(config: TinyModelConfig) -> Path:
 
     tokenizer = train_tokenizer((text for path in config.texts for text in texts_of(path)), config.vocab_size)
     model = random_qwen3(tokenizer, config)
+    left = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.tmp")
+    for path in folder.absolute().parent.iterdir():
+        if left.fullmatch(path.name):  # of a run that was killed
+            shutil.rmtree(path, ignore_errors=True)
     with save_folder(folder) as temporary:
         save_model(model, temporary)
         tokenizer.save_pretrained(temporary)

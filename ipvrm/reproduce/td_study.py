@@ -175,6 +175,7 @@ def _study(config: TdConfig, progress: bool) -> dict[str, Any]:
     folder = output / "prompts"
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+    remove_leftovers(output)
     begin_or_go_on(output / "settings.json", _settings(config, reward_model), f"the study in {output}", WORDS)
     paths = {q.prompt.row: folder / f"{q.prompt.row:08d}.json" for q in questions}
     remaining = [q for q in questions if not paths[q.prompt.row].exists()]

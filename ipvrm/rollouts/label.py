@@ -1,7 +1,6 @@
 """`ipvrm label`: outcome labels for rollouts, as the reward-model data that `ipvrm train-rm` reads."""
 
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +35,8 @@ from ipvrm.run_folder import (
     begin_or_go_on,
     finished_lines,
     manifest,
-    remove_leftovers,
+    partial_folder,
+    remove_partial_folder,
     settings_of,
     summary_path,
     table_schema,
@@ -157,9 +157,7 @@ def _label_file(config: LabelConfig, output: Path, pool: VerifierPool, shown: Pr
     checked = _Checked(config, shown)
     # What the writer cannot take must show before the work; a label of any kind stands in for the verdicts.
     schema = table_schema(_rows(checked, repeat(ANY_VERDICT))) if output.suffix == ".parquet" else None
-    folder = output.with_name(f".{output.name}.partial")
-    folder.mkdir(exist_ok=True)
-    remove_leftovers(folder)
+    folder = partial_folder(output)
     settings = settings_of(config) | {"input_hash": file_hash(config.input)}
     what = f"the unfinished work in {folder} (delete it to start afresh)"
     begin_or_go_on(folder / "settings.json", settings, what, {"input_hash": "the input"})
@@ -193,7 +191,7 @@ def _label_file(config: LabelConfig, output: Path, pool: VerifierPool, shown: Pr
     if summary["labelled"]:
         write_table(output, _rows(checked, _stored(verdicts)), schema)
     write_json(summary_path(output), summary)
-    shutil.rmtree(folder)
+    remove_partial_folder(output)
     if not summary["labelled"]:
         found_counts = ", ".join(f"{count} {name}" for name, count in summary["counts"].items() if count)
         raise IpvrmError(f"{config.input}: no row gets a label ({found_counts}); see {summary_path(output)}")

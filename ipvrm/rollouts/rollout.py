@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,8 +26,9 @@ from ipvrm.run_folder import (
     FREE,
     begin_or_go_on,
     manifest,
+    partial_folder,
     read_json,
-    remove_leftovers,
+    remove_partial_folder,
     settings_of,
     summary_path,
     write_json,
@@ -113,6 +113,7 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
     if output.is_file() and summary_path(output).is_file():
         stored = cast(dict[str, Any], read_json(summary_path(output)))
         if stored.get("key") == key:
+            remove_partial_folder(output)  # its run may have been killed just before
             shown.note(f"{output} is already there, from the same prompts, model and settings")
             return stored
     tokenizer = load_tokenizer(config.model)
@@ -123,8 +124,7 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
         shown.note(f"skipped {row}")
     jobs = [(q, q.prompt.row, number) for q in questions for number in range(config.num_generations)]
 
-    folder = output.with_name(f".{output.name}.partial")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = partial_folder(output)
     what = f"the unfinished work in {folder} (delete it to start afresh)"
     begin_or_go_on(folder / "settings.json", made_from, what, WORDS)
     shards = _Shards(folder)
@@ -162,7 +162,7 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
     summary_path(output).unlink(missing_ok=True)  # it must never stand beside another run's rows
     write_table(output, rows)
     write_json(summary_path(output), summary)
-    shards.remove()
+    remove_partial_folder(output)
     return summary
 
 
@@ -219,7 +219,6 @@ class _Shards:
         self.folder = folder
         self.rows: dict[tuple[int, int], dict[str, Any]] = {}
         self.seconds = 0.0
-        remove_leftovers(folder)
         paths = sorted(folder.glob("[0-9]*.json"))
         for path in paths:
             self._keep(read_json(path))
@@ -234,9 +233,6 @@ class _Shards:
         write_json(self.folder / f"{self._next:08d}.json", shard)
         self._next += 1
         self._keep(shard)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
 
 
 def _row(job: Job, response: dict[str, Any], chat: bool, digest: str) -> dict[str, Any]:

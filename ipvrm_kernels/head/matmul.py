@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..torch_private import has_onednn, linear_onednn
 
 NAMES = ("blas", "onednn")
 VARIABLE = "IPVRM_CPU_MATMUL"  # one of NAMES, to overrule the choice
@@ -37,7 +38,7 @@ def why_not(name: str) -> str | None:
         return None
     if name not in NAMES:
         return f"no such library; the names are {', '.join(NAMES)}"
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not torch.backends.mkldnn.is_available() or not has_onednn():
         return "this build of PyTorch has no oneDNN for dense matrices"
     capability = torch.backends.cpu.get_cpu_capability()
     return None if capability == "AVX512" else f"its gain is AVX-512; PyTorch uses {capability} here"
@@ -119,7 +120,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, rows: int, add: bool = False)
         else:
             torch.mm(a, b, out=out)
         return
-    product = torch.ops.mkldnn._linear_pointwise.default(a, b.T, None, "none", [], "")
+    product = linear_onednn(a, b.T)
     if add:
         out.add_(product)
     else:

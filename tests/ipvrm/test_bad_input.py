@@ -11,6 +11,7 @@ import pytest
 
 from ipvrm import IpvrmError
 from ipvrm.cli import main, parse
+from ipvrm.data import files
 from ipvrm.data.files import DEEPEST, chunked, file_hash, records
 from ipvrm.data.rows import read_prompts, read_rows
 from ipvrm.evaluate.processbench import read_items
@@ -264,3 +265,25 @@ def test_a_stream_holds_one_record_at_a_time(tmp_path):
     found = records(path, None)
     assert next(found).value == ROWS[0]
     assert [len(chunk) for chunk in chunked(found, 3)] == [3, 3, 1]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json"])
+def test_a_line_without_an_end_is_one_bad_row_and_never_in_memory(tmp_path, monkeypatch, name):
+    """What a few MB of gzip unpack to."""
+    monkeypatch.setattr(files, "LONGEST", 2000)
+    good = [json.dumps(row) + "\n" for row in ROWS]
+    long = [json.dumps(ROWS[0] | {"response": "a" * size}) + "\n" for size in (1800, 2200, 50_000)]
+    data = "".join([good[0], *long, *good[1:], "b" * 9000]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    usable, bad = read_rows(tmp_path / name, "skip")
+    assert [row.row for row in bad] == [3, 4, 12] and all("more than 2,000 bytes" in str(row) for row in bad)
+    assert len(usable) == 9 and usable[1].response == "a" * 1800 and usable[-1].prompt == ROWS[-1]["prompt"]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.json.gz"])
+def test_a_list_without_an_end_is_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files, "LONGEST", 100)
+    data = json.dumps(ROWS * 20).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(IpvrmError, match=rf"{name}: not valid JSON: a JSON list of more than 400 bytes; "):
+        read_rows(tmp_path / name)

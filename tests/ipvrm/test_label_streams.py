@@ -9,6 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+sys.path.append(str(Path(__file__).parents[2]))  # behind the installed packages
+
+from benchmarks.faults import memory
+from benchmarks.faults.toy import make_toy
 from ipvrm import IpvrmError
 from ipvrm.rollouts import label
 from ipvrm.rollouts.label import LabelConfig, label_file
@@ -111,6 +115,37 @@ def test_a_full_disk_keeps_the_verdicts(tmp_path, monkeypatch):
     assert label_file(config, progress=False)["rows"] == 20
 
 
+def test_half_deleted_work_is_not_taken_for_that_of_the_next_run(tmp_path, monkeypatch):
+    """A kill while the verdicts are deleted; then another input for the same output."""
+    source = write(tmp_path / "in.jsonl", rows(9))
+    config = LabelConfig(source, str(tmp_path / "o.jsonl"), "string", num_workers=1)
+
+    def dies(folder, **options):
+        (Path(folder) / "settings.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            label_file(config, progress=False)
+    write(tmp_path / "in.jsonl", rows(9, wrong_every=1))
+    assert label_file(config, progress=False)["accuracy"] == 0.0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "o.jsonl", "o.jsonl.summary.json"]
+
+
+def test_what_a_killed_run_has_left_is_deleted_and_what_another_one_writes_is_not(tmp_path):
+    left = (".o.jsonl.12.tmp", ".o.jsonl.summary.json.7.tmp", ".o.jsonl.partial.9.removed.tmp")
+    others = (".o.jsonl2.12.tmp", ".p.o.jsonl.1.tmp", ".o.jsonl.x.12.tmp", ".o.jsonl.tmp", "o.jsonl.12.tmp")
+    for name in (*left[:2], *others):
+        (tmp_path / name).touch()
+    (tmp_path / left[2]).mkdir()
+    (tmp_path / left[2] / "verdicts.jsonl").touch()
+    config = LabelConfig(write(tmp_path / "in.jsonl", rows(4)), str(tmp_path / "o.jsonl"), "string")
+    label_file(config, progress=False)
+    found = {p.name for p in tmp_path.iterdir()} - {"in.jsonl", "o.jsonl", "o.jsonl.summary.json"}
+    assert found == set(others)
+
+
 # ------------------------------------------------------------------------------------------- the table writer
 
 
@@ -173,3 +208,22 @@ def test_memory_does_not_grow_with_the_file(tmp_path, ending):
         f"{os.path.getsize(source) / 1e6:.0f} MB)"
     )
     assert peaks[1] - peaks[0] < 60e6
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: ru_maxrss is inherited from the parent")
+def test_memory_of_score_does_not_grow_with_the_file(tmp_path):
+    """1,000 and 20,000 solutions; benchmarks/results/faults has 10,000 and 100,000."""
+    model = make_toy(tmp_path, ("ipvrm",)) / "ipvrm"
+    small, large = (memory.measure(tmp_path, model, "score", count)["peak_mb"] for count in (1000, 20_000))
+    assert large - small < 60
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: ru_maxrss is inherited from the parent")
+@pytest.mark.parametrize("verifier", ["string", "math"])
+def test_a_row_of_50_mb_costs_less_than_1_gb_in_the_verifier_too(tmp_path, verifier):
+    given = ("label", 8, "--verifier", verifier)
+    short, long = (memory.measure(tmp_path, tmp_path, *given, long=x) for x in (False, True))
+    for name in ("peak_mb", "child_peak_mb"):
+        assert long[name] - short[name] < 1000, name

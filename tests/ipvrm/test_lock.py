@@ -13,6 +13,7 @@ import pytest
 
 from ipvrm import IpvrmError
 from ipvrm.cli import main
+from ipvrm.models.tiny_model import TinyModelConfig, make_tiny_model
 from ipvrm.output import check_writable, lock_path, locked
 
 HOLD = """import sys, time
@@ -162,3 +163,16 @@ def test_two_runs_at_once_end_as_one_whole_and_one_refused(tmp_path):
     assert (first.returncode, second.returncode) == (0, 2), error + second.stderr
     assert f"(pid {first.pid} on" in second.stderr
     assert len(output.read_text().splitlines()) == 2000
+
+
+def test_a_model_is_made_by_one_run_and_nothing_is_left(tmp_path, rollouts, hold):
+    left = tmp_path / ".tiny.7.tmp"
+    left.mkdir()
+    config = TinyModelConfig(str(tmp_path / "tiny"), (str(rollouts),), vocab_size=300, hidden_size=32)
+    process = hold(tmp_path / "tiny.model", "file")
+    with pytest.raises(IpvrmError, match=rf"another run writes there \(pid {process.pid} on "):
+        make_tiny_model(config)
+    process.kill()
+    process.wait()
+    make_tiny_model(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

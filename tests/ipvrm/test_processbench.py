@@ -307,3 +307,11 @@ def test_real_files_are_read_whole():
     assert {name: len(found) for name, found in items.items()} == {"gsm8k": 400, "math": 1000}
     assert sum(item.label == -1 for item in items["gsm8k"]) == 193
     assert sum(item.label == -1 for item in items["math"]) == 406
+
+
+def test_what_a_killed_run_has_left_is_deleted(config):
+    for name in (".items-gsm8k.parquet.9.tmp", ".results.json.9.tmp"):
+        (Path(config.output_dir)).mkdir(exist_ok=True)
+        (Path(config.output_dir) / name).touch()
+    evaluate(config, progress=False)
+    assert not list(Path(config.output_dir).rglob(".*"))

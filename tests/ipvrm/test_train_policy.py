@@ -21,11 +21,14 @@ from runs import flags, log_of, run_cli, same_bits, weights, write_jsonl
 from safetensors.torch import save_file
 from served import FakeServer, scaled
 
+sys.path.append(str(Path(__file__).parents[2]))  # behind the installed packages
+
 import ipvrm.training.online_reward as online_reward_module
 import ipvrm.training.train_policy as train_policy_module
+from benchmarks.faults.toy import make_toy
 from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
 from ipvrm.data.rows import Prompt
-from ipvrm.demo.base_model import make_model, make_tokenizer
+from ipvrm.demo.base_model import make_tokenizer
 from ipvrm.evaluate.score import ScoreConfig, score_file
 from ipvrm.losses.advantages import AdvantageConfig
 from ipvrm.losses.metrics import auc
@@ -35,7 +38,6 @@ from ipvrm.models.causal_lm import (
     load_model,
     load_tokenizer,
     response_logprobs,
-    save_model,
     template_hash,
     weights_hash,
 )
@@ -52,82 +54,12 @@ from ipvrm.training.policy_rollouts import Collector, Targets, Unanimous, Verifi
 from ipvrm.training.train_policy import train_policy
 from ipvrm_kernels import prefix_values
 
-VERIFIERS = """
-import os
-import time
-from pathlib import Path
-
-BROKEN = Path(__file__).with_name("broken")
-if BROKEN.exists():
-    raise RuntimeError("no longer to be imported")
-
-def first(response, answer):
-    if BROKEN.exists():
-        os._exit(1)
-    return response.split(";")[0] == answer
-
-def never(response, answer):
-    return False
-
-def breaks(response, answer):
-    if response.startswith("2"):
-        raise RuntimeError("no idea")
-    return response.startswith("3")
-
-def hangs_or_dies(response, answer):
-    if response.startswith("2"):
-        time.sleep(60)
-    if response.startswith("1"):
-        os._exit(3)
-    return response.startswith("3")
-"""
-
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A folder with the policy `sft`, its reward model `rm`, `prompts.jsonl` and the verifiers."""
-    folder = tmp_path_factory.mktemp("toy")
-    (folder / "toy_verifiers.py").write_text(VERIFIERS)
+    folder = make_toy(tmp_path_factory.mktemp("toy"))
     sys.path.insert(0, str(folder))
-    rng, tokenizer = random.Random(0), make_tokenizer()
-    model = make_model(tokenizer, 32, 2, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    answers = []
-    for _ in range(60):
-        pairs = [
-            (f"<|user|>{rng.randint(10, 99)}<|assistant|>", f"{rng.randint(0, 3)};{rng.randint(0, 9)}<|end|>")
-            for _ in range(32)
-        ]
-        ids = torch.tensor(tokenizer([a + b for a, b in pairs], add_special_tokens=False).input_ids)
-        labels = ids.clone()
-        labels[:, :4] = -100
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        answers += [(a[8:10], b.removesuffix("<|end|>")) for a, b in pairs]
-    save_model(model, folder / "sft")
-    tokenizer.save_pretrained(folder / "sft")
-    with open(folder / "prompts.jsonl", "w") as file:
-        file.writelines(json.dumps({"prompt": str(n), "answer": "3"}) + "\n" for n in range(10, 58))
-    with open(folder / "labelled.jsonl", "w") as file:
-        for prompt, response in answers[:128]:
-            row = {"prompt": prompt, "response": response, "label": int(response[0] == "3")}
-            file.write(json.dumps(row) + "\n")
-    for objective in ("ipvrm", "implicit_prm"):
-        train_reward_model(
-            RewardConfig(
-                str(folder / "sft"),
-                str(folder / "labelled.jsonl"),
-                str(folder / objective),
-                objective=objective,
-                margin=1.0 if objective == "ipvrm" else None,
-                learning_rate=3e-3,
-                num_train_epochs=2,
-                per_device_train_batch_size=64,
-                use_cpu=True,
-            ),
-            progress=False,
-        )
     yield folder
     sys.path.remove(str(folder))
 

@@ -1,17 +1,22 @@
 """torch.ops.ipvrm.*, which anybody can call: what the native code cannot read is refused, never read."""
 
 import math
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-import ipvrm_kernels
-from ipvrm_kernels import backend
-from ipvrm_kernels.linear_candidates import MOST_TOP_K
-from ipvrm_kernels.registration import register
+sys.path.append(str(Path(__file__).parents[2]))  # behind the installed packages
+
+import ipvrm_kernels  # noqa: E402
+from benchmarks.faults.ops import raw_call, raw_calls  # noqa: E402
+from ipvrm_kernels import backend  # noqa: E402
+from ipvrm_kernels.linear_candidates import MOST_TOP_K  # noqa: E402
+from ipvrm_kernels.registration import MOST_LISTED, _check_saved, register  # noqa: E402
 
 N, K, V, D, B = 6, 2, 11, 4, 2
-OPS = torch.ops.ipvrm
 EDGES = torch.tensor([0, 4, 6], dtype=torch.int32)
 pytestmark = pytest.mark.skipif(not backend.HAS_CPP, reason="the extension is not built")
 
@@ -20,54 +25,9 @@ def f(*shape):
     return torch.full(shape, -0.5)
 
 
-HEAD = {"hidden": f(N, D), "weight": f(V, D), "bias": f(V)}
-LOGITS = {"scale": 1.0, "softcap": None, "temperature": 1.0, "dtype": torch.float32}
+HEAD = ("hidden", "weight", "bias")
 IDS = torch.ones(N, K, dtype=torch.int64)
-OBJECTIVE = {
-    "alpha": 1.0, "clip_low": 0.2, "clip_high": 0.28, "candidate_clip_low": 0.2, "candidate_clip_high": 0.28,
-    "dual_clip": None, "reduction": "sequence_mean",
-    "candidate_reduction": "sequence_mean",
-}  # fmt: skip
-BATCH = {
-    "old_logprobs": f(N), "old_candidate_logprobs": f(N, K), "advantages": f(N),
-    "candidate_advantages": f(N, K), "cu_seqlens": EDGES, "token_denominator": torch.tensor(6.0),
-    "candidate_denominator": torch.tensor(12.0),
-}  # fmt: skip
-CASES = {
-    "segment_scan": {"x": f(N), "cu_seqlens": EDGES, "decay": 1.0, "reverse": False},
-    "prefix_values": {"log_ratio": f(N), "cu_seqlens": EDGES, "beta": 10.0},
-    "prefix_values_bwd": {
-        "dvalue": f(N), "dmean_value": f(N), "dprob": f(N), "dtd": f(N), "prob": f(N) + 1,
-        "cu_seqlens": EDGES, "beta": 10.0,
-    },
-    "prefix_value_loss": {
-        "log_ratio": f(N), "cu_seqlens": EDGES, "outcome": torch.ones(B), "margin": f(B), "weight": f(B) + 2,
-        "denominator": torch.tensor(2.0), "margin_value": 0.0, "divisor": 0.0, "beta": 10.0,
-        "weighting": "uniform", "per_sequence": True, "needs_gradient": True,
-    },
-    "clipped_surrogate": {
-        "logprobs": f(N), "old_logprobs": f(N), "advantages": f(N), "clip_low": 0.2, "clip_high": 0.28,
-        "dual_clip": None,
-    },
-    "distrl_loss": {"logprobs": f(N, 1 + K), **BATCH, **OBJECTIVE},
-    "linear_candidates": {
-        **HEAD, "sampled": IDS[:, 0], **LOGITS, "min_prob": None, "K": K, "return_entropy": True,
-        "deterministic": False,
-    },
-    "linear_logprobs": {
-        **HEAD, "ids": IDS, **LOGITS, "return_entropy": True, "follows": "nothing",
-        "max_workspace_bytes": None, "deterministic": False, "may_save": False,
-    },
-    "linear_logprobs_partial": {**HEAD, "ids": IDS, **LOGITS},
-    "linear_logprobs_partial_bwd": {
-        "dsumexp": f(N), "dsum_z_exp": f(N), "did_logits": f(N, K), **HEAD, "ids": IDS, "top": f(N), **LOGITS,
-        "needs": [True, True, True],
-    },
-    "linear_distrl_loss": {
-        **HEAD, "token_ids": IDS[:, 0], "candidate_ids": IDS, **BATCH, **LOGITS, **OBJECTIVE,
-        "form": [True, True, True], "max_workspace_bytes": None, "deterministic": False,
-    },
-}  # fmt: skip
+CASES = raw_calls(N, K, V, D, EDGES.tolist(), f)
 
 
 def test_the_cases_hold_every_op():
@@ -75,9 +35,7 @@ def test_the_cases_hold_every_op():
 
 
 def call(op, impl="cpp", **changes):
-    """By the schema's names; what the case does not name (a number's tensor, what was saved) is None."""
-    function, given = getattr(OPS, op).default, {**CASES[op], **changes, "impl": impl}
-    return function(*(given.get(argument.name) for argument in function._schema.arguments))
+    return raw_call(op, {**CASES[op], **changes}, impl)
 
 
 def tensors(op):
@@ -119,8 +77,83 @@ def test_other_sizes_are_refused(op):
                 with pytest.raises(ValueError):
                     call(op, **{name: x})
                 continue
-            with pytest.raises(ValueError, match=rf"ipvrm.{op}: \w+ must be \(.*, got"):
+            with pytest.raises(ValueError, match=rf"ipvrm.{op}: (\w+ must be \(|saved must).*, got"):
                 call(op, **{name: x})
+
+
+WITH_SAVED = [op for op in CASES if "saved" in CASES[op]]
+
+
+def test_every_op_is_tried():
+    texts = [path.read_text() for path in Path(ipvrm_kernels.__file__).parent.glob("*.py")]
+    names = {name for text in texts for name in re.findall(r"^def _(\w+)\(", text, re.M)}
+    assert {name for name in names if hasattr(torch.ops.ipvrm, name)} == set(CASES)
+
+
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+@pytest.mark.parametrize("op", WITH_SAVED)
+def test_what_was_saved_is_what_the_forward_saves(op, impl):
+    right = [f(*shape) for shape in SAVED_BY_TORCH[op]] if impl == "torch" else CASES[op]["saved"]
+    call(op, impl=impl, saved=right)
+    wrong = [[], [*right, f(N)][:MOST_LISTED], [x.double() for x in right], [x.half() for x in right]]
+    wrong += [[x[None] for x in right]]
+    sizes_matter = op != "distrl_loss_bwd"  # whose gradient has the size of what was saved
+    for at, x in enumerate(right):
+        if x.numel() and sizes_matter:
+            other = (x[:-1], torch.cat([x, x[:1]]), x.flatten()[:1])
+            wrong += [[*right[:at], y, *right[at + 1 :]] for y in other if y.shape != x.shape]
+    for saved in wrong:
+        if [x.shape for x in saved] == [x.shape for x in right] and all(
+            x.dtype == torch.float32 for x in saved
+        ):
+            continue
+        with pytest.raises(ValueError, match="saved must be what the forward has saved"):
+            call(op, impl=impl, saved=saved)
+
+
+def test_what_was_saved_is_on_the_device_of_the_rest():
+    _check_saved("x_bwd", [f(N)], f(1), [[(N,)]])
+    with pytest.raises(ValueError, match=r"ipvrm.x_bwd: saved must .* on cpu of .*'meta'"):
+        _check_saved("x_bwd", [f(N).to("meta")], f(1), [[(N,)]])
+
+
+SAVED_BY_TORCH = {
+    "prefix_value_loss_bwd": [(N,)], "clipped_surrogate_bwd": [(N,)], "distrl_loss_bwd": [(N, 1 + K)],
+    "linear_logprobs_bwd": [], "linear_distrl_loss_bwd": [(N, D), (V, D), (V,)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_what_does_not_lie_in_a_row_is_read_as_what_it_is(op):
+    """An address alone would read past the end of a tensor that repeats one number."""
+    plain, strided = {}, {}
+    for name in [*tensors(op), *(["saved"] if "saved" in CASES[op] else [])]:
+        given = CASES[op][name]
+        if name == "saved":
+            plain[name] = [torch.full_like(x, -0.25) for x in given]
+            strided[name] = [torch.full((), -0.25).expand(x.shape) for x in given]
+        elif given.is_floating_point():
+            value = given.flatten()[0]
+            plain[name], strided[name] = torch.full_like(given, value), value.clone().expand(given.shape)
+    found, want = call(op, **strided), call(op, **plain)
+    single = isinstance(found, torch.Tensor)
+    flat = [([a], [b]) if single else (a, b) for a, b in [(found, want)]][0]
+    for a, b in zip(*flat, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["prefix_values_bwd", "prefix_value_loss_bwd"])
+@pytest.mark.parametrize("edges", [[0, 4, 7], [0, 5, 4, 6], [1, 6], [0, 4], [-1, 6], [0, 2**31 - 1, 6], []])
+def test_edges_of_a_gradient_are_those_of_its_tokens(op, edges):
+    with pytest.raises(ValueError, match=rf"ipvrm.{op}: cu_seqlens must (rise from 0 to N=6|be \()"):
+        call(op, cu_seqlens=torch.tensor(edges, dtype=torch.int32))
+
+
+def test_an_entropy_that_was_not_computed_is_not_read():
+    nothing = torch.empty(0)
+    call("linear_logprobs_bwd", dentropy=None, entropy=nothing)
+    with pytest.raises(ValueError, match="entropy must be"):
+        call("linear_logprobs_bwd", entropy=nothing)
 
 
 def test_the_reference_takes_fp64():

@@ -1,0 +1,170 @@
+"""The instrument that tries faults: it does what it says, and it notices what is lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # behind the installed packages
+
+from benchmarks.faults import files, ops, runs, sanitized  # noqa: E402
+from benchmarks.faults.__main__ import KINDS, page  # noqa: E402
+from benchmarks.faults.process import Ended  # noqa: E402
+
+WIRED = """
+import os, shutil, signal, sys
+from pathlib import Path
+sys.path.append({root!r})
+from benchmarks.faults.process import Wire, die, failing
+
+folder = Path(sys.argv[1])
+wire = Wire(folder, int(sys.argv[2]), {{"die": die, "fail": failing(28)}}[sys.argv[3]])
+sys.addaudithook(wire)
+(folder / "a").write_text("1")
+os.replace(folder / "a", folder / "b")
+(folder / "b").read_text()
+open(os.devnull, "w").close()
+(folder / "c").mkdir()
+(folder / "c" / "d").touch()
+shutil.rmtree(folder / "c")
+print(wire.count)
+"""
+
+
+def wired(folder, at, act):
+    code = WIRED.format(root=str(ROOT))
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(at), act], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_a_wire_counts_changes_and_acts_before_one(tmp_path):
+    found = {}
+    for at in (1, 2, 3, 99):
+        (tmp_path / str(at)).mkdir()
+        done = wired(tmp_path / str(at), at, "die")
+        found[at] = (done.returncode, sorted(path.name for path in (tmp_path / str(at)).iterdir()))
+    assert found[1] == (-signal.SIGKILL, []) and found[2] == (-signal.SIGKILL, ["a"])
+    assert found[3] == (-signal.SIGKILL, ["b"]) and found[99] == (0, ["b"])
+    assert done.stdout == "6\n"  # written, renamed, a folder, a file, both removed
+    (tmp_path / "full").mkdir()
+    done = wired(tmp_path / "full", 2, "fail")
+    assert done.returncode == 1 and "No space left on device" in done.stderr
+
+
+def test_ends_that_no_command_may_have():
+    line = "ipvrm label: x: cannot be read; download it again"
+    assert Ended(0, "", 0).wrong((0, 2)) is None and Ended(2, line, 0).wrong((0, 2)) is None
+    for ended, words in (
+        (Ended(None, line, 0), "hung"),
+        (Ended(2, f"Traceback (most recent call last):\n{line}", 0), "a traceback"),
+        (Ended(-signal.SIGSEGV, "", 0), "ended with -11"),
+        (Ended(1, line, 0), "ended with 1"),
+        (Ended(2, "no such thing", 0), "2 without a line of its own"),
+    ):
+        assert ended.wrong((0, 2)).startswith(words)
+
+
+def test_what_is_lost_is_seen(tmp_path):
+    (tmp_path / "out.jsonl").write_text(json.dumps({"path": str(tmp_path), "seconds": 1.0, "n": 1}) + "\n")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = runs.contents(tmp_path)
+    (tmp_path / "out.jsonl").write_text(json.dumps({"path": str(tmp_path), "seconds": 9.0, "n": 1}) + "\n")
+    assert runs.differ(before, runs.contents(tmp_path)) is None
+    for name, text, words in (
+        ("out.jsonl", json.dumps({"path": str(tmp_path), "n": 2}), "other: out.jsonl"),
+        ("model.safetensors", "Weights", "other: model.safetensors"),
+        (".out.jsonl.7.tmp", "", "left over: .out.jsonl.7.tmp"),
+    ):
+        kept = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
+        (tmp_path / name).write_text(text)
+        assert runs.differ(before, runs.contents(tmp_path)) == words
+        (tmp_path / name).write_bytes(kept) if kept is not None else (tmp_path / name).unlink()
+    (tmp_path / "out.jsonl").unlink()
+    assert runs.differ(before, runs.contents(tmp_path)) == "missing: out.jsonl"
+
+
+def test_damage_is_damage_and_repeats(tmp_path):
+    path, data = tmp_path / "x", bytes(range(1, 256)) * 20
+    said, same = [], 0
+    for _ in (0, 1):
+        for seed in range(60):
+            path.write_bytes(data)
+            said.append(
+                (files.damage(path, random.Random(seed)), path.read_bytes() if path.exists() else b"")
+            )
+            same += said[-1][1] == data
+    assert said[:60] == said[60:] and same == 0
+
+
+def test_random_calls_return_or_raise():
+    """The same ones that the sanitizers see."""
+    done = {"returned": 0, "refused": 0}
+    for number in range(150):
+        op, given, impl = ops.random_call(random.Random(f"0 {number}"))
+        try:
+            ops.raw_call(op, given, impl)
+            done["returned"] += 1
+        except ops.REFUSALS:
+            done["refused"] += 1
+    assert done["returned"] > 30 and done["refused"] > 30
+
+
+def test_the_committed_page_is_that_of_its_counts():
+    folder = ROOT / "benchmarks" / "results" / "faults"
+    report = json.loads((folder / "faults.json").read_text())
+    assert (folder / "README.md").read_text() == page(report)
+    assert report["lost"] == 0 == sum(counts["lost"] for counts in report["kinds"].values())
+    assert set(report["kinds"]) == set(KINDS) and not report["machine"]["modified"]
+
+
+PLANTED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import runpy
+from contextlib import contextmanager
+from pathlib import Path
+import ipvrm.run_folder as run_folder
+
+@contextmanager
+def in_place(path):
+    yield Path(path)
+
+if sys.argv.pop(1) == "planted":  # files are written under their own names
+    run_folder.replacing = in_place
+runpy.run_module("benchmarks.faults", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("planted", [True, False])
+def test_a_writer_in_place_is_noticed(tmp_path, planted):
+    arguments = ["--trials", "12", "--seed", "5", "--only", "kill -9", "disks", "--commands", "rollout"]
+    code = [sys.executable, "-c", PLANTED.format(root=str(ROOT)), "planted" if planted else "as it is"]
+    done = subprocess.run(
+        [*code, *arguments, "--results", str(tmp_path)], capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    report = json.loads((tmp_path / "faults.json").read_text())
+    assert report["trials"] == 24
+    assert (done.returncode, report["lost"] > 0) == ((1, True) if planted else (0, False)), done.stdout
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sanitized.why_not() is not None, reason="no sanitizers")
+def test_the_sanitizers_see_a_read_out_of_bounds(tmp_path):
+    sanitized.build(tmp_path)
+    code = (
+        "import torch, ipvrm_kernels\nfrom ipvrm_kernels import backend\n"
+        "x, y = torch.ones(6), torch.empty(6)\ncu = torch.tensor([0, 6000], dtype=torch.int32)\n"
+        "backend.native_call('segment_scan_cpu', x, cu, y, 1, 6, 1.0, False)\n"
+    )
+    done = sanitized.run(tmp_path, ["-c", code], capture_output=True)
+    assert done.returncode != 0 and "AddressSanitizer" in done.stderr

@@ -1,0 +1,36 @@
+"""What .ci/run and .ci/full are made of fits pyproject.toml, and the scripts parse."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PURE = {"transformers", "accelerate", "rich", "tyro", "jinja2", "peft", "math-verify"}
+
+
+def test_lowest_versions_are_those_of_pyproject():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    allowed = dict(re.fullmatch(r"([\w-]+)>=([\d.]+).*", text).groups() for text in needed)
+    lines = (ROOT / ".ci" / "lowest.txt").read_text().splitlines()
+    pinned = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+
+    def numbers(version):
+        return [int(part) for part in version.split(".")] + [0] * (3 - version.count(".") - 1)
+
+    wrong = {n: (pinned[n], allowed[n]) for n in PURE if numbers(pinned[n]) != numbers(allowed[n])}
+    assert not wrong
+    newest = (ROOT / ".ci" / "constraints.txt").read_text().lower()
+    compiled = {"torch", "triton", "numpy", "pyarrow", "safetensors", "pyyaml"}
+    assert all(f"{name}=={pinned[name]}\n" in newest for name in compiled)
+    assert {*PURE, *compiled} == {name.lower() for name in allowed}
+
+
+@pytest.mark.parametrize("name", ["parts.sh", "run", "full"])
+def test_scripts_parse(name):
+    done = subprocess.run(
+        ["bash", "-n", str(ROOT / ".ci" / name)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
