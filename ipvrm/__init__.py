@@ -9,6 +9,7 @@ from typing import Any
 
 _NAMES = {
     "ipvrm.errors": ("IpvrmError",),
+    "ipvrm.evaluate.bon": ("rerank",),
     "ipvrm.losses.advantages": (
         "AdvantageConfig", "Advantages", "distrl_advantages", "gae", "outcome_advantages",
         "temporal_difference", "whiten",

@@ -65,6 +65,12 @@ COMMANDS = {
     "eval processbench": Command(
         "first-error F1 on ProcessBench", "ipvrm.evaluate.processbench", "EvalConfig", "evaluate"
     ),
+    "eval bon": Command(
+        "Best-of-N of labelled rollouts, beside majority vote and pass@N",
+        "ipvrm.evaluate.bon",
+        "BonConfig",
+        "main",
+    ),
     "eval td": Command(
         "one-step TD against Monte-Carlo outcomes of branches, AUC of the value",
         "ipvrm.reproduce.td_study",

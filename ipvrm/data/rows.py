@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ipvrm.data.files import records
+from ipvrm.data.preference import PAIR_COLUMNS, split_preference
 from ipvrm.errors import IpvrmError
 
 Message = dict[str, Any]
@@ -32,6 +33,7 @@ COLUMNS = (
 PROMPT_COLUMNS = ("prompt", "system", "tools", "answer", "reward_model", "data_source", *NOT_READ)
 SAMPLED = ("prompt_ids", "response_ids", "tokenizer_hash")
 TURNS = (("conversation",), ("prompt", "response"))  # one of these sets of columns holds a rollout
+LABELLED = (*TURNS, PAIR_COLUMNS)  # ... or two of them
 SHOWN_BAD_ROWS = 10
 
 
@@ -119,7 +121,8 @@ def read_rows(
 
     Args:
         path: rows with `conversation` (messages, assistant last), or `prompt` (text or messages) and
-            `response`; `label` (0 or 1); where known `system` (a system message's text), `tools`,
+            `response`; `label` (0 or 1); or pairs of `prompt`, `chosen`, `rejected`, each of which becomes
+            two rows of one `source`; where known `system` (a system message's text), `tools`,
             `truncated`, and what `ipvrm rollout` stored (`prompt_ids`, `response_ids`, `tokenizer_hash`).
         on_bad_row: `error` raises with the first bad rows; `skip` leaves them out and returns them.
         require_label: False accepts rows without a label.
@@ -129,23 +132,10 @@ def read_rows(
     """
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for file, number, _, record in records(path, COLUMNS, TURNS):
+    for file, number, _, record in records(path, (*COLUMNS, *PAIR_COLUMNS), LABELLED):
         try:
-            found = turns(record)
-            if not found.response.strip() and found.message is None:
-                raise ValueError("the response is empty")
-            rows.append(
-                Row(
-                    f"{file}:{number}",
-                    found.prompt,
-                    found.response,
-                    _label(record, require_label),
-                    found.message,
-                    found.tools,
-                    not truncated(record),
-                    sampled(record),
-                )  # fmt: skip
-            )
+            source = f"{file}:{number}"
+            rows += [row_of(source, part, require_label) for part in split_preference(as_object(record))]
         except ValueError as error:
             bad.append(BadRow(file, number, str(error)))
     report_bad_rows(bad, on_bad_row, total=len(rows) + len(bad))
@@ -154,6 +144,17 @@ def read_rows(
             f"{path}: no usable row ({len(bad)} bad); {_listing(bad, len(bad)) or 'the file is empty'}"
         )
     return rows, bad
+
+
+def row_of(source: str, record: dict[str, Any], require_label: bool = True) -> Row:
+    """The row of one record (`read_rows`). Raises ValueError with the reason."""
+    found = turns(record)
+    if not found.response.strip() and found.message is None:
+        raise ValueError("the response is empty")
+    label, ended = _label(record, require_label), not truncated(record)
+    return Row(
+        source, found.prompt, found.response, label, found.message, found.tools, ended, sampled(record)
+    )
 
 
 def read_prompts(

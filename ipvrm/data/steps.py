@@ -130,7 +130,12 @@ def step_ends(steps_of_token: Tensor, num_steps: int) -> Tensor:
 
 
 def step_scores(
-    log_ratio: Tensor, steps_of_token: Tensor, beta: float, rule: str = "step", num_steps: int | None = None
+    log_ratio: Tensor,
+    steps_of_token: Tensor,
+    beta: float,
+    rule: str = "step",
+    num_steps: int | None = None,
+    discount: float = 1.0,
 ) -> Tensor:
     """Score of every step under one of the four `RULES` (see the module docstring).
 
@@ -140,6 +145,8 @@ def step_scores(
         beta: scale of the value.
         rule: step | prefix | mean | mean_diff.
         num_steps: S; None takes the highest step that has a token.
+        discount: of a token for each one before it, within its step (step, mean_diff) or within the response
+            (prefix, mean).
 
     Returns:
         (S,) of `log_ratio`'s dtype, on the CPU; summed in fp64.
@@ -158,8 +165,10 @@ def step_scores(
     if num_steps is None:
         num_steps = int(steps_of_token.max()) + 1 if len(steps_of_token) else 0
     td = beta * log_ratio.detach().cpu().double()  # (T,)
+    inside = steps_of_token >= 0  # (T,)
+    if discount != 1:
+        td = td * discount ** _tokens_before(steps_of_token, within_step=rule in ("step", "mean_diff"))
     if rule in ("step", "mean_diff"):
-        inside = steps_of_token >= 0
         scores = torch.zeros(num_steps, dtype=torch.float64)  # (S,)
         scores.index_add_(0, steps_of_token[inside], td[inside])
         if rule == "mean_diff":
@@ -171,6 +180,16 @@ def step_scores(
     if rule == "mean":
         scores = scores / (ends + 1).clamp_min(1)
     return scores.to(log_ratio.dtype)
+
+
+def _tokens_before(steps_of_token: Tensor, within_step: bool) -> Tensor:
+    """(T,) int64: how many tokens of the response, or of the token's own step, are before each."""
+    positions = torch.arange(len(steps_of_token))
+    if not within_step:
+        return positions
+    step = steps_of_token + 1  # (T,), tokens outside every step together
+    first = torch.full((int(step.max()) + 1,), len(step)).scatter_reduce_(0, step, positions, reduce="amin")
+    return positions - first[step]
 
 
 def logit(threshold: float) -> float:

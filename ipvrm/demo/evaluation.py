@@ -184,7 +184,11 @@ def _pick_scores(reward_model: RewardModel, path: Path) -> list[dict[str, list[f
                 dict.fromkeys(PICKS, -math.inf)
                 if scored is None
                 else response_scores(
-                    scored.log_ratio, scored.steps_of_token, reward_model.info.beta, scored.num_steps
+                    scored.log_ratio,
+                    scored.steps_of_token,
+                    reward_model.info.beta,
+                    scored.num_steps,
+                    reward_model.info.discount,
                 )
             )
             for pick in PICKS:

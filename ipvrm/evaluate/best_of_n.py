@@ -22,6 +22,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -53,15 +54,16 @@ class BestOfN:
 
 
 def response_scores(
-    log_ratio: Tensor, steps_of_token: Tensor, beta: float, num_steps: int
+    log_ratio: Tensor, steps_of_token: Tensor, beta: float, num_steps: int, discount: float = 1.0
 ) -> dict[str, float]:
     """The four scores of one response.
 
     Args:
         log_ratio: (T,) floating, log pi_phi - log pi_ref of its tokens, the end-of-turn token included.
-        steps_of_token: (T,) int64 from `evaluate.steps.step_of_token`.
+        steps_of_token: (T,) int64 from `ipvrm.data.steps.step_of_token`.
         beta: scale of the value.
         num_steps: S >= 1.
+        discount: as in `ipvrm.data.steps.step_scores`.
 
     Raises:
         ValueError: no token or no step.
@@ -70,8 +72,9 @@ def response_scores(
         raise ValueError(
             f"response_scores: needs tokens and steps; got {len(log_ratio)} tokens and {num_steps} steps"
         )
-    value = beta * float(log_ratio.double().sum())
-    steps = step_scores(log_ratio.double(), steps_of_token, beta, "step", num_steps)  # (S,)
+    weights = discount ** torch.arange(len(log_ratio), dtype=torch.float64)  # (T,)
+    value = beta * float((log_ratio.double() * weights).sum())
+    steps = step_scores(log_ratio.double(), steps_of_token, beta, "step", num_steps, discount)  # (S,)
     return {
         "final": value / len(log_ratio),
         "sum": value,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -65,6 +65,8 @@ class EvalConfig:
     subset's name."""
     output_dir: str = field(metadata=FREE)
     """Folder for results.json, items-<subset>.parquet and the scores."""
+    objective: Literal["endo_rm"] | None = None
+    """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
     reference: str | None = field(default=None, metadata=FREE)
     """Where the reference model is now, if it has moved."""
     transfer_from: str = field(default="gsm8k", metadata=FREE)
@@ -169,7 +171,11 @@ def _evaluate(
 
     servers = served_pair(config.engine, config.reference_engine, config.engine_timeout)
     reward_model = RewardModel.from_pretrained(
-        config.model, config.reference, servers=servers, timeout=config.engine_timeout
+        config.model,
+        config.reference,
+        servers=servers,
+        timeout=config.engine_timeout,
+        objective=config.objective,
     )
     output = Path(config.output_dir)
     remove_leftovers(output)

@@ -51,6 +51,8 @@ class ScoreConfig:
     """.jsonl, .json or .parquet file of problems and steps."""
     output: str = field(metadata=FREE)
     """JSONL file to write; it appears when all lines are scored."""
+    objective: Literal["endo_rm"] | None = None
+    """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
     reference: str | None = field(default=None, metadata=FREE)
     """Where the reference model is now, if it has moved."""
     rule: Literal["step", "prefix", "mean", "mean_diff"] = "step"
@@ -114,7 +116,12 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
     servers = _servers(config)
     device = "cpu" if config.use_cpu else None
     reward_model = RewardModel.from_pretrained(
-        config.model, config.reference, device, servers=servers, timeout=config.engine_timeout
+        config.model,
+        config.reference,
+        device,
+        servers=servers,
+        timeout=config.engine_timeout,
+        objective=config.objective,
     )
     output = Path(config.output)
     folder = partial_folder(output)

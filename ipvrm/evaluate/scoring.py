@@ -60,7 +60,7 @@ def score_solutions(
     Raises:
         IpvrmError: from `RewardModel.solution_log_ratios`.
     """
-    beta = reward_model.info.beta
+    beta, discount = reward_model.info.beta, reward_model.info.discount
     result: list[SolutionScores | None] = []
     for found in reward_model.solution_log_ratios(items, **options):
         if found is None:
@@ -68,7 +68,7 @@ def score_solutions(
             continue
         log_ratio = found.log_ratio.double()
         by_rule = {
-            rule: step_scores(log_ratio, found.steps_of_token, beta, rule, found.num_steps).tolist()
+            rule: step_scores(log_ratio, found.steps_of_token, beta, rule, found.num_steps, discount).tolist()
             for rule in RULES
         }
         result.append(

@@ -4,6 +4,8 @@
     Eq. 9          mean_b w_b * sum_t omega_t * softplus(margin_b - s * mean_value_t) / sum_t omega_t
     implicit_prm   mean_b BCE(sigmoid(V_T), r)
     dpo            mean over pairs of -log sigmoid(V_T of the chosen - V_T of the rejected)
+    q_rm           mean over pairs of -log sigmoid(V_T / T of the chosen - V_T / T of the rejected - margin),
+                   with Z_t of a value head on the state after token t in the place of l_t
     online         weight and margin of Eq. 9 from the outcomes of a prompt's rollouts (DLW; ADB, Eq. 15)
 
 Metrics are (sum, count) pairs of 0-d fp32 tensors under fixed keys, so that micro-batches and ranks add up.
@@ -25,22 +27,23 @@ from ipvrm_kernels import checks_values, prefix_value_loss, prefix_values, prefi
 PrefixWeighting = Literal["uniform", "late", "early"]
 Reduction = Literal["sequence_mean", "token_mean"]
 METRICS = ("loss", "prefix_accuracy", "outcome_accuracy", "value_right", "value_wrong")
-DPO_METRICS = ("loss", "pair_accuracy", "value_chosen", "value_rejected")
+PAIR_METRICS = ("loss", "pair_accuracy", "value_chosen", "value_rejected")
 
-BETA = {"ipvrm": 10.0, "implicit_prm": 0.05}
+BETA = {"ipvrm": 10.0, "implicit_prm": 0.05, "dpo": 0.05, "q_rm": 0.2}
+MARGIN = {"ipvrm": 5.0, "q_rm": 2.0}
+PAIRWISE = ("dpo", "q_rm")  # they compare a right with a wrong response to one prompt
 SHARE_FLOOR = 1e-6  # mu lies in [1e-6, 1 - 1e-6]
-NOT_TRAINED_HERE = {
-    "dpo": "it compares a right with a wrong response of one prompt, and these rows are single responses",
-    "q_rm": "it needs a scalar head on the hidden state; the model here is read through its vocabulary head",
-    "endo_rm": "it has nothing to train: its reward is read off the starting model",
+NOT_TRAINED = {
+    "endo_rm": "it has nothing to train: its reward is read off the logits of a language model as it is. "
+    "Give any causal LM to `ipvrm score` or `ipvrm eval` with --objective endo_rm",
 }
 
 
 def check_objective(objective: str) -> None:
-    """Raises IpvrmError, with the reason, for an objective that single labelled responses cannot train."""
+    """Raises IpvrmError, with the reason, for an objective that nothing trains."""
     if objective in BETA:
         return
-    reason = NOT_TRAINED_HERE.get(objective, "it is unknown")
+    reason = NOT_TRAINED.get(objective, "it is unknown")
     raise IpvrmError(f"objective {objective!r}: {reason}; train-rm offers {', '.join(BETA)}")
 
 
@@ -168,24 +171,57 @@ def dpo_loss(
         denominator: of the whole optimizer batch; None takes P, 1 gives the sum over pairs.
 
     Returns:
-        0-d loss, 0 with a gradient of 0 where P = 0, and metrics under the keys `DPO_METRICS`.
+        0-d loss, 0 with a gradient of 0 where P = 0, and metrics under the keys `PAIR_METRICS`.
 
     Raises:
         ValueError: pairs of another shape or dtype, or outside [0, B); or from `ipvrm_kernels.prefix_values`.
     """
+    _check_pairs("dpo_loss", pairs, cu_seqlens)
+    values = prefix_values(log_ratio, cu_seqlens, beta=beta).value
+    return _pair_loss(_final(values, cu_seqlens), pairs, 0.0, _zero_if_finite(log_ratio), denominator)
+
+
+def q_rm_loss(
+    token_values: Tensor,
+    cu_seqlens: Tensor,
+    pairs: Tensor,
+    *,
+    beta: float = 0.2,
+    margin: float = 2.0,
+    denominator: float | None = None,
+) -> tuple[Tensor, Metrics]:
+    """-log sigmoid(beta * (mean Z of the chosen - mean Z of the rejected) - margin), mean over pairs (Q-RM).
+
+    Args:
+        token_values: (N,) fp32, Z_t of the value head on the state after each token.
+        cu_seqlens, pairs, denominator: as in `dpo_loss`; an empty sequence has the mean 0.
+
+    Returns, raises: as `dpo_loss`; a value in the metrics is beta * mean Z.
+    """
+    _check_pairs("q_rm_loss", pairs, cu_seqlens)
+    means = prefix_values(token_values, cu_seqlens, beta=beta).mean_value
+    return _pair_loss(_final(means, cu_seqlens), pairs, margin, _zero_if_finite(token_values), denominator)
+
+
+def _check_pairs(op: str, pairs: Tensor, cu_seqlens: Tensor) -> None:
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
-        raise ValueError(f"dpo_loss: pairs must be (P, 2) int64, got {tuple(pairs.shape)} {pairs.dtype}")
+        raise ValueError(f"{op}: pairs must be (P, 2) int64, got {tuple(pairs.shape)} {pairs.dtype}")
     B = cu_seqlens.shape[0] - 1
     if checks_values(pairs) and bool(((pairs < 0) | (pairs >= B)).any()):
-        raise ValueError(f"dpo_loss: pairs must lie in [0, B = {B}), got {pairs.tolist()[:4]}")
-    values = prefix_values(log_ratio, cu_seqlens, beta=beta).value
-    chosen, rejected = _final(values, cu_seqlens)[pairs].unbind(1)  # (P,) each
-    total = torch.nn.functional.softplus(rejected - chosen).sum() + _zero_if_finite(log_ratio)
+        raise ValueError(f"{op}: pairs must lie in [0, B = {B}), got {pairs.tolist()[:4]}")
+
+
+def _pair_loss(
+    of_sequence: Tensor, pairs: Tensor, margin: float, zero: Tensor, denominator: float | None
+) -> tuple[Tensor, Metrics]:
+    """`of_sequence` (B,) is what is compared; `zero` is added to the sum."""
+    chosen, rejected = of_sequence[pairs].unbind(1)  # (P,) each
+    total = torch.nn.functional.softplus(margin - (chosen - rejected)).sum() + zero
     count = total.new_full((), pairs.shape[0])
     loss = total / (max(pairs.shape[0], 1) if denominator is None else denominator)
     with torch.no_grad():
-        pair_metrics = (total, _agreement(chosen - rejected), chosen.sum(), rejected.sum())
-        return loss, {name: (x.detach(), count) for name, x in zip(DPO_METRICS, pair_metrics, strict=True)}
+        found = (total, _agreement(chosen - rejected), chosen.sum(), rejected.sum())
+        return loss, {name: (x.detach(), count) for name, x in zip(PAIR_METRICS, found, strict=True)}
 
 
 def _zero_if_finite(log_ratio: Tensor) -> Tensor:
@@ -318,7 +354,7 @@ def online_balance(
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss with its settings; `margin` and what follows belong to `ipvrm` alone."""
+    """A loss with its settings; `prefix_weighting` and what follows belong to `ipvrm` alone."""
 
     name: str
     beta: float
@@ -326,8 +362,20 @@ class Objective:
     prefix_weighting: PrefixWeighting = "uniform"
     reduction: Reduction = "sequence_mean"
 
+    @property
+    def pairwise(self) -> bool:
+        """Whether it compares responses; then every second one is the rejected of the one before it."""
+        return self.name in PAIRWISE
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The keys of its metrics, the loss first."""
+        return PAIR_METRICS if self.pairwise else METRICS
+
     def denominator(self, lengths: Sequence[int]) -> float:
-        """`loss_denominator` of an optimizer batch whose responses have these lengths."""
+        """`loss_denominator` of an optimizer batch whose responses have these lengths; of pairs, how many."""
+        if self.pairwise:
+            return len(lengths) / 2
         return loss_denominator(lengths, self.reduction, self.prefix_weighting)
 
     def __call__(
@@ -341,8 +389,16 @@ class Objective:
         """This micro-batch's share of the loss of its optimizer batch, and its metrics.
 
         Args:
+            log_ratio: (N,) of B responses; for q_rm the values of its head. See `pairwise`.
             balance: weight and margin (B,) of an online update of ipvrm, in place of 1 and `margin`.
         """
+        if self.pairwise:
+            pairs = torch.arange(len(outcome), device=outcome.device).reshape(-1, 2)
+            if self.name == "dpo":
+                return dpo_loss(log_ratio, cu_seqlens, pairs, beta=self.beta, denominator=denominator)
+            return q_rm_loss(
+                log_ratio, cu_seqlens, pairs, beta=self.beta, margin=self.margin, denominator=denominator
+            )
         if self.name == "implicit_prm":
             return implicit_prm_loss(log_ratio, cu_seqlens, outcome, beta=self.beta, denominator=denominator)
         return ipvrm_loss(

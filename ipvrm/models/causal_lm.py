@@ -91,8 +91,9 @@ def load_model(
     for architecture in config.architectures or []:
         if architecture.endswith(VALUE_HEADS):
             raise IpvrmError(
-                f"{name}: {architecture} has a value head and no vocabulary head; the objectives ipvrm "
-                "and implicit_prm are defined on log-probabilities, so start from a causal LM"
+                f"{name}: {architecture} has a value head and no vocabulary head; the objectives ipvrm, "
+                "implicit_prm and dpo are defined on log-probabilities, and q_rm makes a head of its own, so "
+                "start from a causal LM"
             )
     weight_files(folder)
     options: dict[str, Any] = {**SAFE, "use_safetensors": True, "output_loading_info": True}
@@ -210,10 +211,14 @@ def _body(model: Any) -> Callable[..., Any]:
     return cast(Callable[..., Any], body)
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """(N, D): the final hidden state that predicts each response token of `batch`. The head is not called."""
+def hidden_states(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Tensor:
+    """(N, D): the final hidden state that predicts each response token of `batch`. The head is not called.
+
+    Args:
+        positions: int64, other places in the flattened (B * T).
+    """
     states = _body(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, D)
-    return states.flatten(0, 1).index_select(0, batch.positions)
+    return states.flatten(0, 1).index_select(0, batch.positions if positions is None else positions)
 
 
 def head(model: nn.Module) -> Head:

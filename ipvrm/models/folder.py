@@ -15,6 +15,7 @@ from ipvrm.errors import IpvrmError, reading
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+VALUE_HEAD = "value_head.safetensors"  # of a Q-RM, beside its body
 LFS_POINTER = b"version https://git-lfs"
 AGAIN = "download or copy it again"
 
@@ -118,7 +119,7 @@ def _check(file: Path) -> None:
 
 def weights_hash(folder: str | Path) -> str:
     """sha256 over config.json, the index where there is one, and exactly the weight files (names, sizes,
-    contents): which model this is.
+    contents), a value head among them: which model this is.
 
     Raises:
         IpvrmError: as in `local_folder` and `weight_files`.
@@ -127,7 +128,8 @@ def weights_hash(folder: str | Path) -> str:
     weights = weight_files(folder)
     index = [] if weights == [folder / WEIGHTS] else [folder / INDEX]
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *index, *weights]:
+    value_head = [path for path in [folder / VALUE_HEAD] if path.is_file()]
+    for path in [folder / "config.json", *index, *weights, *value_head]:
         with reading(path, "cannot be read", AGAIN):
             digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
             with open(path, "rb") as file:

@@ -1,11 +1,14 @@
-"""A trained implicit reward model: the model, its reference, and what turns log-ratios into scores.
+"""A reward model: the model, its reference where it has one, and what turns its tokens' rewards into scores.
 
 l_t = log pi_phi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t),   V_t = beta * sum_{i<=t} l_i   (Eq. 5)
+
+A Q-RM has Z_t in the place of l_t, and EndoRM r_t, discounted from token to token; see `token_rewards`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,10 +44,13 @@ from ipvrm.models.causal_lm import (
     weights_hash,
 )
 from ipvrm.models.server import ENGINE_TIMEOUT, Server
+from ipvrm.models.token_rewards import TokenValues, endo_rewards, load_value_head, save_value_head
 from ipvrm.run_folder import move_into, read_json, save_folder, versions, write_json
 
 CONFIG_NAME = "ipvrm_config.json"
 BATCH_TOKENS = 8192
+ENDO_RM = "endo_rm"
+ENDO_DISCOUNT = 0.95
 TYPES = dict.fromkeys(
     ("objective", "reference", "reference_given", "reference_hash", "template_hash", "weights_hash"), str
 ) | {"chat_template_kwargs": dict}
@@ -59,6 +65,7 @@ class RewardModelInfo:
     `adapter`, of a model trained with LoRA: the folder of the adapter alone beside the merged weights, its
     rank and scale, and the model it belongs on with that model's hash.
     `weights_hash` is of the model beside the file; `write_info` fills it in.
+    A Q-RM has no reference: its three entries are empty. `discount` is EndoRM's, 1 for every other.
     """
 
     objective: str
@@ -73,6 +80,7 @@ class RewardModelInfo:
     temperature: float = 1.0
     adapter: dict[str, Any] | None = None
     weights_hash: str = ""
+    discount: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -116,12 +124,12 @@ class Solution:
 class SolutionTokens:
     """One solution of T response tokens (end of turn included) and S steps, with log-probs."""
 
-    log_ratio: Tensor  # (T,) fp32, l_t
+    log_ratio: Tensor  # (T,) fp32, l_t, or what stands in its place
     steps_of_token: Tensor  # (T,) int64, -1 outside every step
     num_steps: int
     num_tokens: int  # prompt and response
     solution: Solution
-    of_tokens: TokenLogprobs
+    of_tokens: TokenLogprobs | None  # of a reward model with a reference
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ class Score:
     """
 
     prefix_values: Tensor  # (T,) V_t, after token t
-    td: Tensor  # (T,) beta * l_t
+    td: Tensor  # (T,) beta * l_t, V_t - V_{t-1}
     mean_values: Tensor  # (T,) V_t / t
     step_scores: Tensor  # (S,)
     step_ends: Tensor  # (S,)
@@ -142,8 +150,8 @@ class Score:
     token_ids: tuple[int, ...]  # T
     tokens: tuple[str, ...]  # T
     steps_of_token: Tensor  # (T,)
-    logprobs: Tensor  # (T,) log pi_phi of each token
-    ref_logprobs: Tensor  # (T,) log pi_ref
+    logprobs: Tensor | None  # (T,) log pi_phi of each token; None without a reference
+    ref_logprobs: Tensor | None  # (T,) log pi_ref
     candidates: TokenCandidates | None  # where they are asked for
     candidate_td: Tensor | None  # (T, K), 0 at an unused slot
 
@@ -154,9 +162,9 @@ class Score:
             "token_ids": list(self.token_ids),
             "steps": self.steps_of_token.tolist(),
             "td": self.td.tolist(),
-            "logprobs": self.logprobs.tolist(),
-            "ref_logprobs": self.ref_logprobs.tolist(),
         }
+        if self.logprobs is not None and self.ref_logprobs is not None:
+            columns |= {"logprobs": self.logprobs.tolist(), "ref_logprobs": self.ref_logprobs.tolist()}
         if self.candidates is not None and self.candidate_td is not None:
             found = (self.candidates.ids, self.candidates.ref_logprobs, self.candidate_td)
             names = ("id", "ref_logprob", "td")
@@ -168,29 +176,40 @@ class Score:
 
 
 class RewardModel:
-    """A reward model with its reference; `model` and `reference` are causal LMs over the same vocabulary,
-    both in memory or both served."""
+    """A reward model with its reference; both are causal LMs over the same vocabulary, both in memory or both
+    served.
+
+    Args:
+        reference: None for a Q-RM, which has `value_head`, and for EndoRM.
+    """
 
     def __init__(
-        self, model: nn.Module | Server, reference: nn.Module | Server, tokenizer: Any, info: RewardModelInfo
+        self,
+        model: nn.Module | Server,
+        reference: nn.Module | Server | None,
+        tokenizer: Any,
+        info: RewardModelInfo,
+        value_head: nn.Linear | None = None,
     ):
         self.model = model
         self.reference = reference
         self.tokenizer = tokenizer
         self.info = info
+        self.value_head = value_head
         self.chat = Chat(tokenizer, info.chat_template_kwargs)
         self.max_positions: int | None = None
         if isinstance(model, Server) or isinstance(reference, Server):
             self._check_served(model, reference)
             return
-        self.max_positions = min((n for m in (model, reference) if (n := max_positions(m))), default=None)
-        sizes = [cast(Any, m).get_input_embeddings().weight.shape[0] for m in (model, reference)]
-        if sizes[0] != sizes[1]:
+        models = [m for m in (model, reference) if m is not None]
+        self.max_positions = min((n for m in models if (n := max_positions(m))), default=None)
+        sizes = [cast(Any, m).get_input_embeddings().weight.shape[0] for m in models]
+        if len({*sizes}) > 1:
             raise IpvrmError(
                 f"model and reference must share one vocabulary; they have {sizes[0]} and {sizes[1]} tokens"
             )
 
-    def _check_served(self, model: nn.Module | Server, reference: nn.Module | Server) -> None:
+    def _check_served(self, model: nn.Module | Server, reference: nn.Module | Server | None) -> None:
         if not isinstance(model, Server) or not isinstance(reference, Server):
             raise IpvrmError("a reward model and its reference must both be served, or neither")
         if self.info.temperature != 1:
@@ -210,10 +229,12 @@ class RewardModel:
         dtype: torch.dtype | str = torch.float32,
         servers: Sequence[str] = (),
         timeout: float = ENGINE_TIMEOUT,
+        objective: str | None = None,
     ) -> "RewardModel":
         """Loads a run folder and the reference that its `ipvrm_config.json` names.
 
         Args:
+            objective: endo_rm takes any causal LM as it is, `from_causal_lm`; None is what the folder says.
             reference: where the reference is if it has moved (folder or Hub name); its weights must be the
                 recorded ones.
             device: default is the first accelerator, else the CPU.
@@ -225,10 +246,20 @@ class RewardModel:
             IpvrmError: no `ipvrm_config.json`, other weights than it records for model or reference, another
                 template, or servers of other models.
         """
+        if objective is not None:
+            if objective != ENDO_RM or reference is not None or servers:
+                raise IpvrmError(
+                    f"objective {objective!r}: a reward model's own is in its folder; here it can be endo_rm "
+                    "alone, which has no reference and is in memory"
+                )
+            return cls.from_causal_lm(folder, device=device, dtype=dtype)
         given, folder = folder, local_folder(folder)
         info = read_info(folder)
         check_own_weights(folder, info)
-        reference_folder = find_reference(folder, info, reference)
+        has_reference = info.objective != "q_rm"
+        if reference is not None and not has_reference:
+            raise IpvrmError(f"{folder}: a q_rm reward model has no reference; leave it out")
+        reference_folder = find_reference(folder, info, reference) if has_reference else None
         tokenizer = load_tokenizer(folder)
         found = template_hash(tokenizer)
         if found != info.template_hash:
@@ -237,6 +268,8 @@ class RewardModel:
                 f"(sha256 {found[:12]}, recorded {info.template_hash[:12]}); restore the tokenizer files"
             )
         if servers:
+            if reference_folder is None:
+                raise IpvrmError(f"{folder}: a server has no value head; score a q_rm reward model in memory")
             of_model, of_reference = servers
             names = [str(place) for place in (reference, info.reference, info.reference_given) if place]
             return cls(
@@ -247,38 +280,104 @@ class RewardModel:
             )
         if device is None:
             device = torch.accelerator.current_accelerator() or "cpu"
-        return cls(
-            load_model(folder, dtype, device), load_model(reference_folder, dtype, device), tokenizer, info
+        model = load_model(folder, dtype, device)
+        if reference_folder is None:
+            return cls(model, None, tokenizer, info, load_value_head(folder, model))
+        return cls(model, load_model(reference_folder, dtype, device), tokenizer, info)
+
+    @classmethod
+    def from_causal_lm(
+        cls,
+        name: str | Path,
+        *,
+        scale: float = 1.0,
+        discount: float = ENDO_DISCOUNT,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+    ) -> "RewardModel":
+        """EndoRM: the reward that any causal LM has without training (`endo_rewards`).
+
+        Args:
+            name: a folder or Hub name. scale: a > 0 of its formula. discount: in [0, 1], of a token for each
+                one before it.
+
+        Raises:
+            IpvrmError: a number out of range, or no causal LM.
+        """
+        if not 0 < scale < math.inf or not 0 <= discount <= 1:
+            raise IpvrmError(
+                f"endo_rm: scale must be positive and discount in [0, 1]; got {scale} and {discount}"
+            )
+        folder = local_folder(name)
+        tokenizer = load_tokenizer(folder)
+        info = RewardModelInfo(
+            objective=ENDO_RM,
+            beta=1.0,
+            margin=None,
+            reference="",
+            reference_given="",
+            reference_hash="",
+            template_hash=template_hash(tokenizer),
+            versions=versions(),
+            temperature=scale,
+            weights_hash=weights_hash(folder),
+            discount=discount,
         )
+        if device is None:
+            device = torch.accelerator.current_accelerator() or "cpu"
+        return cls(load_model(folder, dtype, device), None, tokenizer, info)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model, tokenizer and `ipvrm_config.json`; the reference is named, not copied."""
         if isinstance(self.model, Server):
             raise IpvrmError(f"{self.model.url}: a served reward model cannot be saved; copy its folder")
+        if self.info.objective == ENDO_RM:
+            raise IpvrmError("endo_rm is a causal LM as it is: there is nothing of its own to save")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         info = replace(self.info, versions=versions(), adapter=None)  # the adapter alone is not loaded
         # The two entries are the same for a Hub name, which stays; a path is seen from the new folder.
-        if info.reference != info.reference_given or Path(info.reference).is_dir():
+        known = self.reference is not None
+        if known and (info.reference != info.reference_given or Path(info.reference).is_dir()):
             loaded_from = getattr(getattr(self.reference, "config", None), "_name_or_path", "")
             entries: dict[str, Any] = {**reference_entries(loaded_from or info.reference_given, folder)}
             info = replace(info, **entries)
         whole = folder / ".saving"
         with save_folder(whole) as temporary:
             save_model(self.model, temporary)
+            if self.value_head is not None:
+                save_value_head(self.value_head, temporary)
             self.tokenizer.save_pretrained(temporary)
             write_info(temporary, info)
         move_into(whole, folder, last=CONFIG_NAME)
 
     def token_log_ratios(
-        self, responses: Sequence[Response], batch_tokens: int = BATCH_TOKENS
+        self, responses: Sequence[Response], batch_tokens: int = BATCH_TOKENS, *, ended: bool = True
     ) -> list[Tensor]:
-        """l_t of every response: a list of (T_b,) fp32 tensors on the CPU, in the order given.
+        """l_t of every response, of a Q-RM Z_t and of EndoRM r_t without its discount: a list of (T_b,) fp32
+        tensors on the CPU, in the order given.
 
         Args:
             batch_tokens: most tokens of a padded micro-batch (a longer response stands alone).
+            ended: as in `endo_rewards`.
         """
-        return [p.logprobs - p.ref_logprobs for p in self.token_logprobs(responses, batch_tokens)]
+        if self.reference is not None:
+            return [p.logprobs - p.ref_logprobs for p in self.token_logprobs(responses, batch_tokens)]
+        model = cast(nn.Module, self.model)
+        device, result = next(model.parameters()).device, [torch.empty(0)] * len(responses)
+        lengths = [len(r.input_ids) for r in responses]
+        for indices in length_sorted_microbatches(lengths, max_tokens=batch_tokens):
+            batch = collate([responses[i] for i in indices]).to(device)
+            with torch.no_grad():
+                if self.value_head is not None:
+                    rewards = TokenValues(model, self.value_head)(batch)
+                else:
+                    rewards = endo_rewards(model, batch, self.info.temperature, ended)
+            for index, part in zip(
+                indices, rewards.cpu().split([responses[i].length for i in indices]), strict=True
+            ):
+                result[index] = part.clone()
+        return result
 
     @torch.no_grad()
     def token_logprobs(
@@ -294,7 +393,15 @@ class RewardModel:
             batch_tokens: as in `token_log_ratios`.
             candidates: also those of other tokens in the place of each, from the same two forwards: all with
                 p >= this under the reference, best first; or their ids, a (T_b, K_b) int64 for each response.
+
+        Raises:
+            IpvrmError: a reward model without a reference, or candidates of a served one.
         """
+        if self.reference is None:
+            raise IpvrmError(
+                f"objective {self.info.objective!r} has token rewards, and no log-probs of a model and its "
+                "reference"
+            )
         if isinstance(self.model, Server) or isinstance(self.reference, Server):
             if candidates is not None:
                 raise IpvrmError(
@@ -393,22 +500,27 @@ class RewardModel:
             IpvrmError: from `solutions`.
         """
         solutions = self.solutions(items, **options)
-        whole = [s for s in solutions if s is not None]
-        logprobs = iter(self.token_logprobs([s.response for s in whole], batch_tokens, min_prob))
+        responses = [s.response for s in solutions if s is not None]
+        rewards: Iterator[Tensor]
+        logprobs: Iterator[TokenLogprobs | None] = repeat(None)
+        if self.reference is None and min_prob is None:
+            rewards = iter(self.token_log_ratios(responses, batch_tokens))
+        else:
+            of_both = self.token_logprobs(responses, batch_tokens, min_prob)
+            rewards, logprobs = iter([p.logprobs - p.ref_logprobs for p in of_both]), iter(of_both)
         found: list[SolutionTokens | None] = []
         for solution in solutions:
             if solution is None:
                 found.append(None)
                 continue
-            of_tokens = next(logprobs)
             found.append(
                 SolutionTokens(
-                    log_ratio=of_tokens.logprobs - of_tokens.ref_logprobs,
+                    log_ratio=next(rewards),
                     steps_of_token=solution.steps_of_token,
                     num_steps=solution.num_steps,
                     num_tokens=len(solution.response.input_ids),
                     solution=solution,
-                    of_tokens=of_tokens,
+                    of_tokens=next(logprobs),
                 )
             )
         return found
@@ -451,8 +563,10 @@ class RewardModel:
     def _score(self, solution: SolutionTokens, rule: str, threshold: float) -> Score:
         from ipvrm_kernels import prefix_values
 
-        log_ratio, beta = solution.log_ratio, self.info.beta
-        scores = step_scores(log_ratio, solution.steps_of_token, beta, rule, solution.num_steps)
+        log_ratio, known = solution.log_ratio, solution.of_tokens
+        beta, discount = self.info.beta, self.info.discount
+        scores = step_scores(log_ratio, solution.steps_of_token, beta, rule, solution.num_steps, discount)
+        log_ratio = log_ratio * discount ** torch.arange(len(log_ratio))
         values = prefix_values(log_ratio, torch.tensor([0, len(log_ratio)], dtype=torch.int32), beta=beta)
         return Score(
             prefix_values=values.value,
@@ -464,9 +578,9 @@ class RewardModel:
             token_ids=solution.solution.token_ids,
             tokens=solution.solution.tokens,
             steps_of_token=solution.steps_of_token,
-            logprobs=solution.of_tokens.logprobs,
-            ref_logprobs=solution.of_tokens.ref_logprobs,
-            candidates=(candidates := solution.of_tokens.candidates),
+            logprobs=None if known is None else known.logprobs,
+            ref_logprobs=None if known is None else known.ref_logprobs,
+            candidates=(candidates := None if known is None else known.candidates),
             candidate_td=None if candidates is None else candidates.td(beta),
         )
 

@@ -133,7 +133,9 @@ class Brancher:
             [a.response for a in answers], self.options.batch_tokens
         )
         for answer, log_ratio in zip(answers, log_ratios, strict=True):
-            answer.value = self.reward_model.info.beta * log_ratio.double().cumsum(0)
+            info = self.reward_model.info
+            weights = info.beta * info.discount ** torch.arange(len(log_ratio))  # (T,)
+            answer.value = (weights * log_ratio.double()).cumsum(0)
 
     def _choose(self, answers: list[Answer]) -> None:
         """Draws the prefixes of every answer, and gives each its candidates as branches."""
@@ -170,10 +172,14 @@ class Brancher:
             answer.prefixes.append((position, Branch(prefix, (*key, 0)), branches))
 
     def _td(self, branches: list[Branch]) -> None:
-        responses = [Response(b.ids, len(b.ids) - 1) for b in branches]
-        log_ratios = self.reward_model.token_log_ratios(responses, self.options.batch_tokens)
-        for branch, log_ratio in zip(branches, log_ratios, strict=True):
-            branch.td = self.reward_model.info.beta * float(log_ratio)
+        info = self.reward_model.info
+        for ended in (False, True):
+            of_kind = [b for b in branches if (b.token in self.stops) == ended]
+            responses = [Response(b.ids, len(b.ids) - 1) for b in of_kind]
+            found = self.reward_model.token_log_ratios(responses, self.options.batch_tokens, ended=ended)
+            for branch, log_ratio in zip(of_kind, found, strict=True):
+                position = branch.key[2]
+                branch.td = info.beta * info.discount**position * float(log_ratio)
 
     def _complete(self, branches: list[Branch], questions: dict[int, Question]) -> None:
         """Fills `outcomes`: `completions` of each. A branch that is at its end has but one ending, counted

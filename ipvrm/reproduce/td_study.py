@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -96,6 +96,9 @@ class TdConfig:
     """.parquet, .jsonl or .json of `prompt` and `answer` (or `reward_model.ground_truth`)."""
     output_dir: str = field(metadata=FREE)
     """Folder for results.json and prompts/, one file of branches per prompt."""
+    objective: Literal["endo_rm"] | None = None
+    """endo_rm: --reward_model is any causal LM, whose own logits are the reward. Default: what its folder
+    says."""
     reference: str | None = field(default=None, metadata=FREE)
     """Where the reward model's reference is, if it has moved."""
     num_prompts: int = field(default=128, metadata=FREE)
@@ -156,7 +159,9 @@ def _study(config: TdConfig, progress: bool) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.policy)
     accelerator = None if config.use_cpu else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
-    reward_model = RewardModel.from_pretrained(config.reward_model, config.reference, device)
+    reward_model = RewardModel.from_pretrained(
+        config.reward_model, config.reference, device, objective=config.objective
+    )
     if reward_model.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise IpvrmError(
             f"{config.reward_model}: its tokenizer is not the policy's, so the policy's tokens have no value"

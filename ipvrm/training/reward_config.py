@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from ipvrm.data.preference import Pairs
 from ipvrm.data.responses import OnLong
 from ipvrm.data.rows import OnBadRow
-from ipvrm.losses.objectives import BETA, Objective, check_objective
-from ipvrm.losses.presets import Preset
+from ipvrm.losses.objectives import BETA, MARGIN, PAIRWISE, Objective, check_objective
+from ipvrm.losses.presets import Preset, by_preset
 from ipvrm.run_folder import FREE
 from ipvrm.training.adapters import ALL_LINEAR
 from ipvrm.training.flags import (
@@ -26,7 +27,15 @@ from ipvrm.training.flags import (
 
 PREFIXES = Reader(
     lambda c: c.objective == "ipvrm",
-    "objective {objective!r} judges the whole response: it has no margin and no prefix weighting",
+    "objective {objective!r} judges the whole response: it has no prefix weighting",
+)
+WITH_MARGIN = Reader(lambda c: c.objective in MARGIN, "objective {objective!r} has no margin")
+COMPARES = Reader(
+    lambda c: c.objective in PAIRWISE, "objective {objective!r} takes responses one by one, not in pairs"
+)
+WITH_REFERENCE = Reader(
+    lambda c: c.objective != "q_rm",
+    "objective 'q_rm' has no reference: it has a value head",
 )
 LORA = Reader(lambda c: c.lora_r != 0, "--{flag} belongs to --lora_r")
 
@@ -43,26 +52,34 @@ class RewardConfig:
     model: str = field(metadata=FREE)
     """Starting model, which is also the reference: a folder or a Hub name."""
     train_data: str = field(metadata=FREE)
-    """.parquet, .jsonl or .json of `conversation`, `label`, or `prompt`, `response`, `label`."""
+    """.parquet, .jsonl or .json of `conversation`, `label`, or `prompt`, `response`, `label`, or pairs of
+    `prompt`, `chosen`, `rejected`; or the name of a data set of the Hub, org/name or org/name:split."""
     output_dir: str = field(metadata=FREE)
     """Run folder: a Hugging Face model folder with ipvrm_config.json, metrics.jsonl, results.json."""
     objective: str = "ipvrm"
-    """ipvrm (every prefix, Eq. 9) or implicit_prm (the whole response)."""
+    """ipvrm (every prefix, Eq. 9), implicit_prm (the whole response), dpo (pairs of responses), q_rm (pairs,
+    by a value head of its own)."""
     preset: Preset = field(
         default="paper", metadata=must("be 'paper' or 'release'", lambda x: x in get_args(Preset))
     )
     """paper, or release: the released command. Flags whose default differs name both."""
     beta: float | None = field(default=None, metadata=POSITIVE | default(lambda c: BETA[c.objective]))
-    """Scale of the value. Default: 10 (ipvrm), 0.05 (implicit_prm)."""
+    """Scale of the value. Default: 10 (ipvrm), 0.05 (implicit_prm, dpo), 0.2 (q_rm)."""
     margin: float | None = field(
-        default=None, metadata=FINITE | read_by(PREFIXES) | defaults(paper=5.0, release=0.0)
+        default=None,
+        metadata=FINITE
+        | read_by(WITH_MARGIN)
+        | default(lambda c: by_preset(c.preset, paper=MARGIN[c.objective], release=0.0)),
     )
-    """Margin of ipvrm. Default: 5; release: 0."""
+    """Margin of ipvrm and q_rm. Default: 5 (ipvrm), 2 (q_rm); release: 0."""
+    pairs: Pairs | None = field(default=None, metadata=read_by(COMPARES) | default(lambda c: "one"))
+    """Pairs of dpo and q_rm from labelled responses: one of every prompt with both outcomes (default), drawn
+    with the seed, or all, each right response with each wrong one. A file of pairs keeps its own."""
     prefix_weighting: Literal["uniform", "late", "early"] = field(
         default="uniform", metadata=read_by(PREFIXES)
     )
     """Weights of the prefixes in ipvrm (Eq. 9, 17, 18)."""
-    reference: str | None = field(default=None, metadata=FREE)
+    reference: str | None = field(default=None, metadata=FREE | read_by(WITH_REFERENCE))
     """Another reference than the starting model: a folder or a Hub name."""
     eval_data: str | None = field(default=None, metadata=FREE)
     """Rollouts to validate on, same columns."""
@@ -88,9 +105,10 @@ class RewardConfig:
     max_steps: int | None = field(default=None, metadata=AT_LEAST_ONE)
     """Number of optimizer updates, in place of num_train_epochs."""
     global_batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
-    """Responses per optimizer update, over all devices and micro-batches."""
+    """Responses per optimizer update, or pairs of them, over all devices and micro-batches."""
     per_device_train_batch_size: int = field(default=8, metadata=FREE | AT_LEAST_ONE)
-    """Most responses per forward on one device; changes memory and speed, not the result."""
+    """Most responses per forward on one device, of pairs at least two; changes memory and speed, not the
+    result."""
     gradient_accumulation_steps: int | None = field(default=None, metadata=FREE | AT_LEAST_ONE)
     """Micro-batches per update and device, in place of global_batch_size."""
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)

@@ -1,34 +1,35 @@
 """`ipvrm train-rm`: a reward model from outcome labels (stage A). Read it top to bottom.
 
 The starting model is the reference; its log-probabilities are computed once, stored in the run folder, and
-the model is trained in its place, so one model is in memory. One update: the optimizer batch is split into
-micro-batches of similar length over all ranks, each loss is divided by the denominator of the whole
-optimizer batch, gradients add up, and the learning rate takes one step. The order of the data is a pure
-function of (seed, epoch).
+the model is trained in its place, so one model is in memory (a Q-RM has no reference, and a value head). One
+update: the optimizer batch, of responses or of pairs, is split into micro-batches of similar length over all
+ranks, each loss is divided by the denominator of the whole optimizer batch, gradients add up, and the
+learning rate takes one step. The order of the data is a pure function of (seed, epoch).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipvrm.data.batches import collate, epoch_order, microbatches_for_rank
 from ipvrm.data.chat import Chat, parse_template_kwargs
+from ipvrm.data.preference import pairs_of
 from ipvrm.data.responses import Response, tokenize
 from ipvrm.data.rows import read_rows
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.metrics import Metrics, MetricSums, paired, stacked
-from ipvrm.losses.objectives import METRICS
 from ipvrm.models.causal_lm import (
     ResponseLogprobs,
     disable_dropout,
     load_model,
     load_tokenizer,
+    local_folder,
     max_positions,
     memory_estimate,
     template_hash,
@@ -36,6 +37,13 @@ from ipvrm.models.causal_lm import (
 )
 from ipvrm.models.reference import REFERENCE_FILE, data_hash, not_finite, reference_logprobs, split_packed
 from ipvrm.models.reward_model import CONFIG_NAME, RewardModelInfo, reference_entries, write_info
+from ipvrm.models.token_rewards import (
+    TokenValues,
+    has_value_head,
+    load_value_head,
+    new_value_head,
+    save_value_head,
+)
 from ipvrm.progress import peak_memory
 from ipvrm.run_folder import settings_of, versions
 from ipvrm.training import checkpoint
@@ -65,7 +73,7 @@ def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResu
         output_dir=config.output_dir,
     )
     if config.gradient_accumulation_steps is not None:
-        rows = config.per_device_train_batch_size * accelerator.num_processes
+        rows = _items_per_forward(config) * accelerator.num_processes
         config = replace(config, global_batch_size=rows * config.gradient_accumulation_steps)
     models = [config.model, config.reference or config.model]
     with held(config):
@@ -77,17 +85,30 @@ def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResu
         return run.result() if run.finished else _Trainer(inputs).train()
 
 
+def _items_per_forward(config: RewardConfig) -> int:
+    """Most responses of a micro-batch, or pairs of them."""
+    rows = config.per_device_train_batch_size
+    return max(1, rows // 2) if objective_of(config).pairwise else rows
+
+
 class _Inputs:
     """What a run is about: rows as tokens, read and checked before any weights are."""
 
     def __init__(self, config: RewardConfig, run: Run):
         self.config, self.run = config, run
+        self.objective = objective_of(config)
         self.reference_name = config.reference or config.model
+        if has_value_head(local_folder(config.model)) and config.objective != "q_rm":
+            raise IpvrmError(
+                f"{config.model}: it has a value head, and {config.objective} has no place for one: its "
+                "value is a sum of log-ratios of the vocabulary head (Eq. 5), so the value head would be "
+                "dropped. Start from a causal LM, or take --objective q_rm"
+            )
         self.tokenizer = load_tokenizer(config.model)
         self.chat = Chat(self.tokenizer, parse_template_kwargs(config.chat_template_kwargs))
         self.data = self._read(config.train_data)
         self.eval_data = None if config.eval_data is None else self._read(config.eval_data)
-        self.updates_per_epoch = -(-len(self.data.responses) // config.global_batch_size)
+        self.updates_per_epoch = -(-len(self.data.items) // config.global_batch_size)
         epochs = filled(config.num_train_epochs)
         self.total_steps = config.max_steps or max(1, round(epochs * self.updates_per_epoch))
 
@@ -112,11 +133,31 @@ class _Inputs:
             raise IpvrmError(
                 f"{path}: no row is left ({data.counts}); raise --max_length or look at the data"
             )
+        if self.objective.pairwise:
+            paired = len({row.source for row in rows}) < len(rows)
+            return self._pairs(path, data.responses, data.counts, paired)
         if not data.counts["right"] or not data.counts["wrong"]:
             self.run.progress.note(
                 f"{path}: all outcomes are the same; such a reward model learns only a constant"
             )
-        return _Rows(data.responses, data.counts, [len(r.input_ids) for r in data.responses])
+        return _Rows(data.responses, data.counts, [(i,) for i in range(len(data.responses))])
+
+    def _pairs(self, path: str, responses: list[Response], counts: dict[str, int], paired: bool) -> "_Rows":
+        """Pairs of responses to a prompt, known by its tokens; `paired`: the two of a record."""
+        config = self.config
+        groups = [r.source if paired else r.input_ids[: r.prompt_length] for r in responses]
+        how = "all" if paired else filled(config.pairs)
+        pairs, of_groups = pairs_of(groups, [r.label == 1 for r in responses], how, filled(config.seed))
+        self.run.progress.note(f"{path}: " + ", ".join(f"{n:,} {name}" for name, n in of_groups.items()))
+        if not pairs:
+            raise IpvrmError(
+                f"{path}: no prompt has both a right and a wrong response ({of_groups}), so there is nothing "
+                f"that {config.objective} can compare; sample more responses per prompt"
+            )
+        used = sorted({i for pair in pairs for i in pair})
+        place = {i: k for k, i in enumerate(used)}
+        items = [(place[chosen], place[rejected]) for chosen, rejected in pairs]
+        return _Rows([responses[i] for i in used], counts | of_groups, items)
 
     @cached_property
     def reference_hash(self) -> str:
@@ -131,7 +172,7 @@ class _Inputs:
         return settings_of(self.config) | {
             "start_hash": self.start_hash,
             "reference_hash": self.reference_hash,
-            "data_hash": data_hash(self.data.responses),
+            "data_hash": data_hash(self.data.of(range(len(self.data.items)))),
         }
 
     def dry_run(self) -> TrainResult:
@@ -158,7 +199,7 @@ class _Trainer:
         config, run = self.config, self.run
         self.accelerator, self.device = run.accelerator, run.device
         self.data, self.eval_data = inputs.data, inputs.eval_data
-        self.objective = objective_of(config)
+        self.objective = inputs.objective
         torch.manual_seed(filled(config.seed))
         # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
         start = config.model if config.lora_r else run.resumed or config.model
@@ -171,7 +212,11 @@ class _Trainer:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         model.train()
-        module = ResponseLogprobs(model)
+        module: nn.Module = ResponseLogprobs(model)
+        if config.objective == "q_rm":
+            folder = run.resumed or local_folder(config.model)
+            head = load_value_head(folder, model) if has_value_head(folder) else new_value_head(model)
+            module = TokenValues(model, head)
         optimizer = adamw(module, config.learning_rate, config, self.device)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         self._prepare_reference()
@@ -185,6 +230,8 @@ class _Trainer:
 
     def _prepare_reference(self) -> None:
         """Reference log-probabilities of all response tokens, computed before anything has been trained."""
+        if self.config.objective == "q_rm":  # its values are compared with none
+            return
         sets = [self.data] if self.eval_data is None else [self.data, self.eval_data]
         packed = reference_logprobs(
             [rows.responses for rows in sets],
@@ -218,12 +265,8 @@ class _Trainer:
                 run.moved.clear()
                 self.pending.add(sums)
                 means, speed = self.pending.means(), self.tokens / run.seconds()
-                bar(
-                    done,
-                    loss=means["loss"],
-                    prefix_accuracy=means["prefix_accuracy"],
-                    tokens_per_second=speed,
-                )
+                shown = {name: means[name] for name in self.objective.metrics[:2]}
+                bar(done, **shown, tokens_per_second=speed)
                 validate = done == total or (config.eval_steps is not None and done % config.eval_steps == 0)
                 if validate or done % config.logging_steps == 0:
                     record = {
@@ -249,13 +292,13 @@ class _Trainer:
         config, data, total = self.config, self.data, self.inputs.total_steps
         epoch, position = divmod(step, self.inputs.updates_per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, epoch_order(len(data.responses), filled(config.seed), epoch)
+            self.epoch, self.order = epoch, epoch_order(len(data.items), filled(config.seed), epoch)
         indices = self.order[position * config.global_batch_size : (position + 1) * config.global_batch_size]
-        denominator = self.objective.denominator([data.responses[i].length for i in indices])
+        denominator = self.objective.denominator([r.length for r in data.of(indices)])
 
         def loss_and_sums(micro: list[int]) -> tuple[Tensor, Tensor]:
             loss, metrics = self._loss(data, micro or indices[:1], denominator)
-            return loss, stacked(metrics, METRICS)
+            return loss, stacked(metrics, self.objective.metrics)
 
         share = self._microbatches(indices, data)
         try:
@@ -276,20 +319,22 @@ class _Trainer:
                 "Lower --learning_rate or --max_grad_norm, or look at the rows of this batch"
             ) from error
         self.tokens += sum(data.lengths[i] for i in indices)
-        return paired(values, METRICS), grad_norm
+        return paired(values, self.objective.metrics), grad_norm
 
     def _microbatches(self, indices: Sequence[int], data: "_Rows") -> list[list[int]]:
         return microbatches_for_rank(
             indices,
             data.lengths,
-            max_rows=self.config.per_device_train_batch_size,
+            max_rows=_items_per_forward(self.config),
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
 
     def _loss(self, data: "_Rows", indices: list[int], denominator: float) -> tuple[Tensor, Metrics]:
-        batch = collate([data.responses[i] for i in indices]).to(self.device)
-        log_ratio = self.module(batch) - torch.cat([data.reference[i] for i in indices]).to(self.device)
+        batch = collate(data.of(indices)).to(self.device)
+        log_ratio = self.module(batch)
+        if data.reference:
+            log_ratio = log_ratio - torch.cat([data.reference[i] for i in data.rows(indices)]).to(self.device)
         return self.objective(log_ratio, batch.cu_seqlens, batch.outcome, denominator)
 
     @torch.no_grad()
@@ -299,7 +344,7 @@ class _Trainer:
 
         found = []
         for micro in share:
-            chosen = [data.responses[i] for i in micro or indices[:1]]  # all ranks take part in it
+            chosen = data.of(micro or indices[:1])  # all ranks take part in it
             logprobs = self.module(collate(chosen).to(self.device))
             found.append(not_finite(logprobs, chosen) if micro else None)
         return next((place for place in gather_object(found) if place is not None), None)
@@ -310,15 +355,15 @@ class _Trainer:
         data = self.eval_data
         if data is None:
             return {}
-        sums = torch.zeros(2 * len(METRICS), dtype=torch.float64)
-        share = self._microbatches(range(len(data.responses)), data)
+        sums = torch.zeros(2 * len(self.objective.metrics), dtype=torch.float64)
+        share = self._microbatches(range(len(data.items)), data)
         for micro in share:
             _, metrics = self._loss(data, micro or [0], 1.0)
             if micro:
-                sums += stacked(metrics, METRICS).double().cpu()
+                sums += stacked(metrics, self.objective.metrics).double().cpu()
         total = MetricSums()
         values = self.accelerator.reduce(sums.to(self.device, torch.float32), "sum").tolist()
-        total.add(paired(values, METRICS))
+        total.add(paired(values, self.objective.metrics))
         if not math.isfinite(values[0]):
             place = self._not_finite(share, [0], data)
             raise NotFinite(f"validation loss {values[0]}" + (f": {place}" if place else ""))
@@ -330,13 +375,19 @@ class _Trainer:
         """The model folder that `RewardModel.from_pretrained` reads."""
         config = self.config
         assert config.beta is not None
-        save_trained(self.accelerator.unwrap_model(self.module).model, folder)
+        module = self.accelerator.unwrap_model(self.module)
+        save_trained(module.model, folder)
+        reference = dict.fromkeys(("reference", "reference_given", "reference_hash"), "")
+        if config.objective == "q_rm":
+            save_value_head(module.value_head, folder)
+        else:
+            reference = reference_entries(self.inputs.reference_name, place, self.inputs.reference_hash)
         self.inputs.tokenizer.save_pretrained(folder)
         info = RewardModelInfo(
             objective=config.objective,
             beta=config.beta,
             margin=config.margin,
-            **reference_entries(self.inputs.reference_name, place, self.inputs.reference_hash),
+            **reference,
             template_hash=template_hash(self.inputs.tokenizer),
             versions=versions(),
             chat_template_kwargs=self.inputs.chat.kwargs,
@@ -372,12 +423,23 @@ class _Trainer:
 
 @dataclass
 class _Rows:
-    """A data set as the loop needs it."""
+    """A data set as the loop needs it: items of one response each, or of two that are compared."""
 
     responses: list[Response]
     counts: dict[str, int]
-    lengths: list[int]  # tokens of prompt and response
-    reference: list[Tensor] = field(default_factory=list)  # (T_b,) fp32 on the CPU
+    items: list[tuple[int, ...]]  # places in `responses`; of a pair first the chosen
+    reference: list[Tensor] = field(default_factory=list)  # (T_b,) fp32 on the CPU; of a Q-RM none
+
+    def __post_init__(self) -> None:
+        self.lengths = [sum(len(self.responses[i].input_ids) for i in item) for item in self.items]
+
+    def rows(self, indices: Iterable[int]) -> list[int]:
+        """The places of the responses of these items, in turn."""
+        return [i for index in indices for i in self.items[index]]
+
+    def of(self, indices: Iterable[int]) -> list[Response]:
+        """The responses of these items, in turn."""
+        return [self.responses[i] for i in self.rows(indices)]
 
 
 def main(config: RewardConfig) -> None:

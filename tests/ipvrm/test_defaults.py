@@ -63,6 +63,11 @@ TRAIN_RM = {
     "preset": one("paper", OURS + "the paper is the method"),
     "beta": one(10.0, f"paper, Appendix C; {RM}"),
     "margin": both(5.0, APP_C, 0.0, f"{RM}: it never passes --gamma, whose default is 0"),
+    "pairs": one(
+        "one",
+        "released step2_rm_training/build_preference_datasets.py, max-pairs-per-prompt",
+        objective="dpo",
+    ),
     "prefix_weighting": one("uniform", "paper, Eq. 9"),
     "reference": one(None, "paper, Appendix C: the model it starts from"),
     "eval_data": one(None, OURS + "validation is asked for"),
@@ -225,6 +230,7 @@ LABEL = {
 SCORE = {
     **SCORING_ENGINES,
     "model": one(REQUIRED, ""),
+    "objective": one(None, OURS + "the reward model's own"),
     "input": one(REQUIRED, ""),
     "output": one(REQUIRED, ""),
     "reference": one(None, A_PLACE),
@@ -266,6 +272,7 @@ REPORT = {
 PROCESSBENCH = {
     **SCORING_ENGINES,
     "model": one(REQUIRED, ""),
+    "objective": one(None, OURS + "the reward model's own"),
     "data": one(REQUIRED, ""),
     "output_dir": one(REQUIRED, ""),
     "reference": one(None, A_PLACE),
@@ -278,10 +285,26 @@ PROCESSBENCH = {
     "bootstrap_resamples": one(2000, OURS + "intervals steady to a tenth of a point"),
     "seed": one(0, OURS + "of the bootstrap"),
 }
+BON = {
+    "model": one(REQUIRED, ""),
+    "data": one(REQUIRED, ""),
+    "output_dir": one(REQUIRED, ""),
+    "objective": one(None, OURS + "the reward model's own"),
+    "reference": one(None, A_PLACE),
+    "n": one((4, 16, 64), "paper, Table 1"),
+    "step_separator": one("\n\n", STEPS),
+    "max_length": one(8192, OURS + "as eval processbench; a longer response is picked last, never cut"),
+    "batch_tokens": one(8192, SPEED),
+    "bootstrap_resamples": one(2000, OURS + "intervals steady to a tenth of a point"),
+    "seed": one(0, OURS + "of the bootstrap and of the drawn subsets of the majority vote"),
+    "on_bad_row": one("error", DATA_BAD),
+    "use_cpu": one(False, SPEED),
+}
 TD = {
     **ENGINE,
     "policy": one(REQUIRED, ""),
     "reward_model": one(REQUIRED, ""),
+    "objective": one(None, OURS + "the reward model's own"),
     "data": one(REQUIRED, ""),
     "output_dir": one(REQUIRED, ""),
     "reference": one(None, A_PLACE),
@@ -315,6 +338,7 @@ TABLES = {
     "inspect": INSPECT,
     "report": REPORT,
     "eval processbench": PROCESSBENCH,
+    "eval bon": BON,
     "eval td": TD,
 }
 

@@ -9,8 +9,8 @@ from oracles import edges
 
 from ipvrm import IpvrmError
 from ipvrm.losses.objectives import (
-    DPO_METRICS,
     METRICS,
+    PAIR_METRICS,
     BalanceConfig,
     check_objective,
     dpo_loss,
@@ -19,6 +19,7 @@ from ipvrm.losses.objectives import (
     ipvrm_loss,
     loss_denominator,
     online_balance,
+    q_rm_loss,
 )
 from ipvrm_kernels.prefix_value_loss import prefix_weight_sums
 
@@ -138,14 +139,12 @@ def test_denominator_by_hand(weighting, expected):
 @pytest.mark.parametrize(
     ("objective", "reason"),
     [
-        ("dpo", "compares a right with a wrong"),
-        ("q_rm", "scalar head"),
-        ("endo_rm", "nothing to train"),
+        ("endo_rm", "nothing to train.*--objective endo_rm"),
         ("ppo", "unknown"),
     ],
 )
 def test_objectives_that_make_no_sense_here(objective, reason):
-    with pytest.raises(IpvrmError, match=f"{reason}.*ipvrm, implicit_prm"):
+    with pytest.raises(IpvrmError, match=f"{reason}.*ipvrm, implicit_prm, dpo, q_rm"):
         check_objective(objective)
 
 
@@ -156,7 +155,7 @@ def test_dpo_by_hand():
     loss, metrics = dpo_loss(LOG_RATIO, CU_SEQLENS, torch.tensor([[0, 1], [1, 0]]), beta=0.5)
     # V = 0.5 * 0.4 and 0.5 * -0.2; -log sigmoid(0.3) and -log sigmoid(-0.3)
     assert float(loss) == pytest.approx((softplus(-0.3) + softplus(0.3)) / 2, rel=1e-6)
-    assert tuple(metrics) == DPO_METRICS
+    assert tuple(metrics) == PAIR_METRICS
     means = {name: float(total / count) for name, (total, count) in metrics.items()}
     assert means == pytest.approx(
         {"loss": float(loss), "pair_accuracy": 0.5, "value_chosen": 0.05, "value_rejected": 0.05}
@@ -190,6 +189,34 @@ def test_dpo_without_pairs_or_tokens():
     empty = torch.zeros(3, dtype=torch.int32)
     loss, _ = dpo_loss(torch.empty(0), empty, torch.tensor([[0, 1]]))
     assert float(loss) == pytest.approx(math.log(2))  # two empty sequences: V = 0
+
+
+def test_q_rm_by_hand():
+    loss, metrics = q_rm_loss(LOG_RATIO, CU_SEQLENS, torch.tensor([[0, 1], [1, 0]]), beta=0.5, margin=2.0)
+    # beta * mean Z = 0.5 * 0.2 and 0.5 * -0.2; -log sigmoid(0.2 - 2) and -log sigmoid(-0.2 - 2)
+    assert float(loss) == pytest.approx((softplus(1.8) + softplus(2.2)) / 2, rel=1e-6)
+    means = {name: float(total / count) for name, (total, count) in metrics.items()}
+    assert means == pytest.approx(
+        {"loss": float(loss), "pair_accuracy": 0.5, "value_chosen": 0.0, "value_rejected": 0.0}
+    )
+
+
+def test_q_rm_gradient_is_the_formulas_in_fp64():
+    torch.manual_seed(0)
+    values, cu_seqlens = (
+        torch.randn(12, requires_grad=True),
+        torch.tensor([0, 4, 5, 9, 12], dtype=torch.int32),
+    )
+    pairs = torch.tensor([[0, 1], [2, 3], [0, 3]])
+    loss, _ = q_rm_loss(values, cu_seqlens, pairs)
+    (gradient,) = torch.autograd.grad(loss, values)
+    z = values.detach().double().requires_grad_()
+    means = torch.stack([part.mean() for part in z.split([4, 1, 4, 3])])
+    exact = -torch.nn.functional.logsigmoid(0.2 * (means[pairs[:, 0]] - means[pairs[:, 1]]) - 2.0).mean()
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(exact, z)[0], rtol=1e-5, atol=1e-9)
+    parts = sum(q_rm_loss(values, cu_seqlens, part, denominator=3)[0] for part in (pairs[:1], pairs[1:]))
+    torch.testing.assert_close(parts, loss)
 
 
 def test_pairs():

@@ -392,9 +392,13 @@ def test_lora_settings_that_make_no_sense(config):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"objective": "dpo"}, "single responses"),
+        ({"objective": "endo_rm"}, "nothing to train"),
         ({"objective": "implicit_prm", "margin": 5.0}, "no margin"),
-        ({"objective": "implicit_prm", "prefix_weighting": "late"}, "no margin and no prefix weighting"),
+        ({"objective": "dpo", "margin": 5.0}, "no margin"),
+        ({"objective": "implicit_prm", "prefix_weighting": "late"}, "no prefix weighting"),
+        ({"objective": "q_rm", "reference": "base"}, "no reference"),
+        ({"pairs": "all"}, "one by one, not in pairs"),
+        ({"objective": "dpo"}, "no prompt has both a right and a wrong response"),
         ({"beta": 0.0}, "beta must be positive"),
         ({"margin": float("nan")}, "margin must be finite"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),

@@ -1,0 +1,373 @@
+"""`ipvrm eval bon`: Best-of-N of labelled rollouts with a reward model; and `rerank`, the same for new ones.
+
+Of each problem all M responses are scored once. What is reported for every N is exact over all subsets of N
+them (`ipvrm.evaluate.best_of_n`), with intervals over problems; a problem with fewer than N responses is left
+out at that N and counted. A response that is longer than allowed, or that cannot be scored, is picked last.
+Answers vote by what `ipvrm label` extracted: numbers by value, everything else by its text.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ipvrm.data.files import chunked, file_hash, records
+from ipvrm.data.responses import tokenize
+from ipvrm.data.rows import (
+    COLUMNS,
+    TURNS,
+    BadRow,
+    Message,
+    OnBadRow,
+    Row,
+    as_object,
+    data_source,
+    report_bad_rows,
+    row_of,
+)
+from ipvrm.errors import IpvrmError
+from ipvrm.evaluate.best_of_n import PICKS, Samples, best_of_n, response_scores
+from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
+from ipvrm.output import locked
+from ipvrm.progress import Progress
+from ipvrm.rollouts.final_answer import as_number
+from ipvrm.run_folder import (
+    FREE,
+    begin_or_go_on,
+    finished_lines,
+    manifest,
+    remove_leftovers,
+    settings_of,
+    write_json,
+)
+from ipvrm.steps import STEP_SEPARATOR, step_of_token
+
+CHUNK = 64  # responses scored, and kept, at a time
+WORDS = {"data_hash": "the data", "model_hash": "the reward model", "reference_hash": "the reference"}
+OWN_COLUMNS = ("row", "data_source", "extracted")
+
+
+@dataclass(frozen=True)
+class BonConfig:
+    """Best-of-N accuracy of labelled rollouts, what `ipvrm label` writes; one response to a problem a row.
+
+    Beside it: one sample, majority vote and pass@N. The same command goes on where it stopped.
+    """
+
+    model: str = field(metadata=FREE)
+    """Run folder of the reward model."""
+    data: str = field(metadata=FREE)
+    """.parquet, .jsonl or .json of rollouts with `label`; `row` (else the prompt) says which are of one problem,
+    `extracted` what they vote for, `data_source` which problems are reported together."""
+    output_dir: str = field(metadata=FREE)
+    """Folder for results.json and scores.jsonl."""
+    objective: Literal["endo_rm"] | None = None
+    """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
+    reference: str | None = field(default=None, metadata=FREE)
+    """Where the reference model is now, if it has moved."""
+    n: tuple[int, ...] = field(default=(4, 16, 64), metadata=FREE)
+    """How many responses there are to pick from."""
+    step_separator: str = STEP_SEPARATOR
+    """What stands between two steps of a response, for `mean` and `min`."""
+    max_length: int | None = 8192
+    """Most tokens of prompt and response; a longer one is picked last. None for no limit."""
+    batch_tokens: int = field(default=BATCH_TOKENS, metadata=FREE)
+    """Most tokens of a padded forward."""
+    bootstrap_resamples: int = field(default=2000, metadata=FREE)
+    """Resamples of the problems for the intervals."""
+    seed: int = field(default=0, metadata=FREE)
+    """Of the bootstrap and of the subsets of the majority vote where there are too many to take them all."""
+    on_bad_row: OnBadRow = field(default="error", metadata=FREE)
+    """Rows that cannot be used: stop and list them, or skip."""
+    use_cpu: bool = field(default=False, metadata=FREE)
+    """Score on the CPU although there is an accelerator."""
+
+
+class Ranked(NamedTuple):
+    """`index` of a sample in the list that was given, and its score."""
+
+    index: int
+    score: float
+
+
+def rerank(
+    reward_model: RewardModel,
+    prompt: str | Sequence[Message],
+    samples: Sequence[str],
+    *,
+    by: str = "final",
+    step_separator: str = STEP_SEPARATOR,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[Ranked]:
+    """The responses to one prompt, the best first; equal scores in the order given.
+
+    Args:
+        prompt: text or messages. samples: their texts, each ended.
+        by: final (V_T / T) | sum (V_T) | mean | min (of the step scores), see `ipvrm.evaluate.best_of_n`.
+
+    Raises:
+        IpvrmError: an unknown `by`, or a sample that cannot be scored; the message holds its number from 1.
+    """
+    if by not in PICKS:
+        raise IpvrmError(f"rerank: by must be one of {', '.join(PICKS)}; got {by!r}")
+    asked = prompt if isinstance(prompt, str) else tuple(prompt)
+    rows = [Row(f"sample:{number}", asked, text) for number, text in enumerate(samples, 1)]
+    scores = _scores(reward_model, rows, step_separator, None, batch_tokens)
+    ranked = [Ranked(i, s[by]) for i, s in enumerate(scores) if s is not None]  # no limit: all
+    return sorted(ranked, key=lambda r: -r.score)
+
+
+def _scores(
+    reward_model: RewardModel,
+    rows: Sequence[Row],
+    step_separator: str,
+    max_length: int | None,
+    batch_tokens: int,
+    skipped: list[BadRow] | None = None,
+) -> list[dict[str, float] | None]:
+    """Of every row the scores by `PICKS`; None for one that is too long, or is put into `skipped`."""
+    found = tokenize(
+        rows,
+        reward_model.chat,
+        max_length=max_length,
+        max_positions=reward_model.max_positions,
+        on_bad_row="error" if skipped is None else "skip",
+        with_offsets=True,
+    )
+    if skipped is not None:
+        skipped += found.bad
+    place = {row.source: i for i, row in enumerate(rows)}
+    rewards = reward_model.token_log_ratios(found.responses, batch_tokens)
+    result: list[dict[str, float] | None] = [None] * len(rows)
+    info = reward_model.info
+    for response, log_ratio in zip(found.responses, rewards, strict=True):
+        if not bool(log_ratio.isfinite().all()):
+            raise IpvrmError(f"{response.source}: the models' log-probabilities are not finite numbers")
+        index = place[response.source]
+        ends = _step_ends(rows[index].response, step_separator)
+        of_token = step_of_token(response.offsets or (), ends)
+        result[index] = response_scores(log_ratio, of_token, info.beta, len(ends), info.discount)
+    return result
+
+
+def _step_ends(text: str, separator: str) -> list[int]:
+    """Exclusive character ends of the steps, the separator behind each included; at least one step."""
+    ends, start = [], 0
+    while separator and (at := text.find(separator, start)) >= 0:
+        start = at + len(separator)
+        if start < len(text):
+            ends.append(start)
+    return [*ends, len(text)]
+
+
+# ------------------------------------------------------------------------------------------------- command
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    number: int  # over all shards, from 1
+    row: Row
+    problem: str
+    source: str
+    extracted: str | None
+
+
+def evaluate(config: BonConfig, progress: bool = True) -> dict[str, Any]:
+    """Scores what is not scored yet, prints the tables and writes results.json, which it returns.
+
+    Raises:
+        IpvrmError: settings out of range, unreadable data or model, bad rows under `on_bad_row="error"`, no
+            problem with enough responses, or an output folder with scores made under other settings.
+    """
+    given = {name: getattr(config, name) for name in ("max_length", "batch_tokens", "bootstrap_resamples")}
+    for name, value in [*given.items(), *(("n", n) for n in config.n)]:
+        if value is not None and value < 1:
+            raise IpvrmError(f"--{name} must be at least 1; got {value}")
+    with locked(config.output_dir, folder=True):
+        return _evaluate(config, progress)
+
+
+def _evaluate(config: BonConfig, progress: bool) -> dict[str, Any]:
+    shown, output = Progress(enabled=progress), Path(config.output_dir)
+    rollouts, bad = _read(config)
+    for row in bad:
+        shown.note(f"skipped {row}")
+    device = "cpu" if config.use_cpu else None
+    reward_model = RewardModel.from_pretrained(
+        config.model, config.reference, device, objective=config.objective
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
+    begin_or_go_on(output / "settings.json", _settings(config, reward_model), f"what is in {output}", WORDS)
+    file = output / "scores.jsonl"
+    _score(config, reward_model, rollouts, file, shown)
+    scored = {line["line"]: line for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+    results = {
+        **summarise(config, rollouts, scored),
+        "bad": len(bad),
+        "reward_model": asdict(reward_model.info),
+        "manifest": manifest(seeds={"seed": config.seed}, config=asdict(config)),
+    }
+    write_json(output / "results.json", results)
+    if progress:
+        _print(results)
+    return results
+
+
+def _read(config: BonConfig) -> tuple[list[_Rollout], list[BadRow]]:
+    rollouts, bad = [], []
+    for file, number, index, value in records(config.data, (*COLUMNS, *OWN_COLUMNS), TURNS):
+        try:
+            record = as_object(value)
+            row = row_of(f"{file}:{number}", record)
+            of_problem = record.get("row")
+            problem = json.dumps(row.prompt if of_problem is None else of_problem, sort_keys=True)
+            extracted = record.get("extracted")
+            if extracted is not None and not isinstance(extracted, str):
+                raise ValueError(f"extracted must be a text; got {extracted!r:.40}")
+            rollouts.append(_Rollout(index, row, problem, data_source(record) or "", extracted))
+        except ValueError as error:
+            bad.append(BadRow(file, number, str(error)))
+    report_bad_rows(bad, config.on_bad_row, total=len(rollouts) + len(bad))
+    if not rollouts:
+        raise IpvrmError(f"--data {config.data}: no usable row ({len(bad)} bad)")
+    return rollouts, bad
+
+
+def _settings(config: BonConfig, reward_model: RewardModel) -> dict[str, Any]:
+    """What decides the scores."""
+    info = reward_model.info
+    return settings_of(config) | {
+        "data_hash": file_hash(config.data),
+        "model_hash": info.weights_hash,
+        "reference_hash": info.reference_hash,
+        "beta": info.beta,
+    }
+
+
+def _score(
+    config: BonConfig, reward_model: RewardModel, rollouts: list[_Rollout], file: Path, shown: Progress
+) -> None:
+    """Appends a line per rollout to `file`: its scores, or why it has none."""
+    done, last = finished_lines(file)
+    if done:
+        shown.note(f"going on behind {done} of {len(rollouts)} responses")
+    remaining: Iterator[_Rollout] = (r for r in rollouts if r.number > last)
+    with open(file, "a", encoding="utf-8") as opened, shown.bar("score", len(rollouts), done) as update:
+        for chunk in chunked(remaining, CHUNK):
+            skipped: list[BadRow] = []
+            rows = [r.row for r in chunk]
+            found = _scores(
+                reward_model, rows, config.step_separator, config.max_length, config.batch_tokens, skipped
+            )
+            reasons = {f"{row.file}:{row.row}": row.reason for row in skipped}
+            for rollout, scores in zip(chunk, found, strict=True):
+                line = {"line": rollout.number, "unusable": reasons.get(rollout.row.source)}
+                opened.write(json.dumps(line | (scores or dict.fromkeys(PICKS)), allow_nan=False) + "\n")
+            opened.flush()
+            update(done := done + len(chunk))
+
+
+def summarise(
+    config: BonConfig, rollouts: Sequence[_Rollout], scored: dict[int, dict[str, Any]]
+) -> dict[str, Any]:
+    """Accuracy by source, method and N, with counts of what is missing; `scored` by the rollout's number."""
+    by_source: dict[str, dict[str, list[_Rollout]]] = {}
+    for rollout in rollouts:
+        by_source.setdefault(rollout.source, {}).setdefault(rollout.problem, []).append(rollout)
+    notes: list[str] = []
+    sources: dict[str, Any] = {}
+    for source, problems in by_source.items():
+        samples = [_samples(members, scored) for members in problems.values()]
+        votes = any(r.extracted is not None for members in problems.values() for r in members)
+        rows = []
+        for n in config.n:
+            enough = [s for s in samples if len(s.correct) >= n]
+            if len(enough) < len(samples):
+                notes.append(
+                    f"{source or 'N'} = {n}: {len(samples) - len(enough)} of {len(samples)} problems have fewer "
+                    "responses and are left out"
+                )
+            if enough:
+                rows += best_of_n(enough, [n], config.bootstrap_resamples, config.seed)
+        if not votes:
+            notes.append(f"{source or 'data'}: no `extracted`, so there is no majority vote")
+        sources[source] = {
+            "problems": len(problems),
+            "responses": sum(map(len, problems.values())),
+            "rows": [
+                asdict(row) | {"interval": list(row.interval)}
+                for row in rows
+                if votes or row.method != "majority_vote"
+            ],
+        }
+    if not any(entry["rows"] for entry in sources.values()):
+        most = max(len(m) for problems in by_source.values() for m in problems.values())
+        raise IpvrmError(
+            f"--n {' '.join(map(str, config.n))}: no problem has so many responses (at most {most}); sample "
+            "more, or name a smaller N"
+        )
+    unscored = [line for line in scored.values() if line["final"] is None]
+    refused = [line for line in unscored if line["unusable"] is not None]
+    return {
+        "sources": sources,
+        "too_long": len(unscored) - len(refused),
+        "unusable": {str(line["line"]): line["unusable"] for line in refused},
+        "notes": notes,
+    }
+
+
+def _samples(members: Sequence[_Rollout], scored: dict[int, dict[str, Any]]) -> Samples:
+    lines = [scored[r.number] for r in members]
+    scores = {pick: [-math.inf if line[pick] is None else line[pick] for line in lines] for pick in PICKS}
+    return Samples([_vote(r.extracted) for r in members], [r.row.label == 1 for r in members], scores)
+
+
+def _vote(extracted: str | None) -> Any:
+    """What an answer votes for: its value where it is a number, else its text; None does not vote."""
+    if extracted is None:
+        return None
+    number = as_number(extracted)
+    return "".join(extracted.split()) if number is None else number
+
+
+def _print(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for source, found in results["sources"].items():
+        title = (
+            f"{source + ': ' if source else ''}{found['problems']} problems, {found['responses']} responses"
+        )
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table.add_column("picked by", no_wrap=True)
+        sizes = list(dict.fromkeys(row["n"] for row in found["rows"]))
+        for n in sizes:
+            table.add_column(f"N = {n}", justify="right", no_wrap=True)
+        cells: dict[str, dict[int, str]] = {}
+        for row in found["rows"]:
+            low, high = (100 * end for end in row["interval"])
+            cells.setdefault(row["method"], {})[row["n"]] = (
+                f"{100 * row['accuracy']:.1f} ({low:.1f}-{high:.1f})"
+            )
+        for method, of_n in cells.items():
+            table.add_row(method.replace("_", " "), *(of_n.get(n, "-") for n in sizes))
+        table.caption = "Right answers in %, 95 % interval over problems."
+        table.caption_justify = "left"
+        console.print(table)
+    lost = results["too_long"] + len(results["unusable"])
+    if lost:
+        console.print(
+            f"{lost} responses without a score, picked last: {results['too_long']} too long", markup=False
+        )
+    for note in results["notes"]:
+        console.print(note, markup=False)
+
+
+def main(config: BonConfig) -> None:
+    """Console entry."""
+    evaluate(config)
+    print(f"everything is in {config.output_dir}")

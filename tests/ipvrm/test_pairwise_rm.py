@@ -1,0 +1,271 @@
+"""Reward models that compare responses (dpo, q_rm), pairs and where they come from, and EndoRM."""
+
+import itertools
+import json
+import random
+from collections import Counter
+
+import pytest
+import torch
+from runs import log_of, same_bits, weights, write_jsonl
+from safetensors.torch import load_file, save_file
+
+from ipvrm import IpvrmError, RewardModel
+from ipvrm.data.preference import pairs_of, split_preference
+from ipvrm.data.responses import Response
+from ipvrm.data.rows import read_rows
+from ipvrm.models.causal_lm import load_model
+from ipvrm.training.reward_config import RewardConfig
+from ipvrm.training.train_rm import train_reward_model
+
+PROBLEM, STEPS = "What is 1 + 2?", ["carry 0.", "carry 1 and more.", "Answer: 3"]
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """12 prompts of four responses; the first word says which are right; two prompts are all of one kind."""
+    rng, rows = random.Random(0), []
+    for number, sample in itertools.product(range(12), range(4)):
+        label = int(number == 0 or (number > 1 and sample % 2))
+        word = "carry" if label else "Answer"
+        rows.append(
+            {"prompt": f"What is {number}?", "response": f"I {word} {rng.randint(0, 99)}", "label": label}
+        )
+    return write_jsonl(tmp_path_factory.mktemp("groups") / "rows.jsonl", rows)
+
+
+@pytest.fixture
+def config(tiny_folder, groups, tmp_path):
+    def make(name="run", **changes):
+        settings = {
+            "model": str(tiny_folder),
+            "train_data": str(groups),
+            "output_dir": str(tmp_path / name),
+            "global_batch_size": 8,
+            "learning_rate": 1e-2,
+            "use_cpu": True,
+        }
+        return RewardConfig(**(settings | changes))
+
+    return make
+
+
+def train(config):
+    return train_reward_model(config, progress=False)
+
+
+# ------------------------------------------------------------------------------------------------- pairs
+
+
+def test_pairs_by_hand():
+    groups, right = list("aaabbcaa"), [1, 0, 0, 1, 1, 0, 1, 0]
+    pairs, counts = pairs_of(groups, right, "all", 0)
+    assert sorted(pairs) == sorted(itertools.product((0, 6), (1, 2, 7)))
+    assert counts == {"pairs": 6, "mixed_prompts": 1, "only_right_prompts": 1, "only_wrong_prompts": 1}
+    drawn = [pairs_of(groups, right, "one", seed)[0] for seed in range(200)]
+    assert all(len(found) == 1 for found in drawn) and pairs_of(groups, right, "one", 3)[0] == drawn[3]
+    seen = Counter(found[0] for found in drawn)
+    assert set(seen) == set(pairs) and min(seen.values()) > 15  # 200 / 6 each
+
+
+CHAT = [{"role": "user", "content": "q"}]
+RIGHT, WRONG = {"role": "assistant", "content": "r"}, {"role": "assistant", "content": "w"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "chosen": "r", "rejected": "w"},
+        {"prompt": CHAT, "chosen": [RIGHT], "rejected": [WRONG]},
+        {"prompt": "q", "chosen": [*CHAT, RIGHT], "rejected": [*CHAT, WRONG]},
+        {"prompt": None, "chosen": [*CHAT, RIGHT], "rejected": [*CHAT, WRONG]},
+        {"prompt": CHAT, "chosen": "r", "rejected": "w"},
+    ],
+)
+def test_preference_formats(record, tmp_path):
+    rows, _ = read_rows(write_jsonl(tmp_path / "pairs.jsonl", [record]))
+    assert [(row.response, row.label) for row in rows] == [("r", 1), ("w", 0)]
+    assert rows[0].source == rows[1].source and rows[0].prompt in ("q", tuple(CHAT))
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"chosen": "r", "rejected": "w"}, "chosen: a text needs a `prompt`"),
+        ({"prompt": "q", "chosen": "r", "rejected": 3}, "rejected: must be text or messages; got 3"),
+        ({"prompt": "p", "chosen": [*CHAT, RIGHT], "rejected": [*CHAT, WRONG]}, "not those of `prompt`"),
+        (
+            {"chosen": [*CHAT, RIGHT], "rejected": [{"role": "user", "content": "p"}, WRONG]},
+            "answer different prompts",
+        ),
+        ({"prompt": "q", "chosen": "r", "rejected": "w", "label": 1}, "stand beside `label`"),
+    ],
+)
+def test_preferences_that_cannot_be_used(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        split_preference(record)
+
+
+def test_a_pair_is_dropped_whole(config, tmp_path):
+    """One of its responses is too long; the counts say so, and the other pair is trained on."""
+    rows = [
+        {"prompt": "q", "chosen": "carry " * 200, "rejected": "Answer"},
+        {"prompt": "q", "chosen": "carry", "rejected": "Answer"},
+    ]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    result = train(config(train_data=str(data), objective="dpo", max_length=64))
+    counts = result.metrics["data"]
+    assert (counts["pairs"], counts["only_wrong_prompts"], counts["too_long_dropped"]) == (1, 1, 1)
+    assert (counts["right"], counts["wrong"]) == (1, 2)
+    with pytest.raises(IpvrmError, match="nothing that dpo can compare"):
+        train(config("none", train_data=str(data), objective="dpo", max_length=12))
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize(("objective", "pairs"), [("dpo", "one"), ("q_rm", "all")])
+def test_it_learns(config, groups, objective, pairs):
+    result = train(config(objective=objective, pairs=pairs, eval_data=str(groups), num_train_epochs=6))
+    assert result.metrics["data"]["pairs"] == {"one": 10, "all": 40}[pairs]
+    assert result.metrics["eval"]["eval_pair_accuracy"] == 1.0
+    assert result.metrics["eval"]["eval_loss"] < 0.6 * log_of(result.output_dir)[0]["eval_loss"]
+    model = RewardModel.from_pretrained(result.output_dir, device="cpu")
+    right, wrong = (
+        model.score("What is 5?", [f"I {word} 7"], step_format="{step}") for word in ("carry", "Answer")
+    )
+    assert right.mean_values[-1] > wrong.mean_values[-1]
+
+
+def test_the_step_of_a_q_rm_by_hand(config, tiny_folder, groups):
+    """One update against plain PyTorch: the state after each token, its mean, one pair at a time."""
+    start = train(config("start", objective="q_rm", max_steps=1, learning_rate=1e-9)).output_dir
+    settings = {"pairs": "all", "global_batch_size": 40, "max_steps": 1, "max_grad_norm": 0.0}
+    result = train(config(model=str(start), objective="q_rm", learning_rate=1e-3, **settings))
+
+    model = RewardModel.from_pretrained(start, device="cpu")
+    body, head = model.model, model.value_head
+    optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.0)
+    means = []
+    for line in groups.read_text().splitlines():
+        row = json.loads(line)
+        prompt = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        ids = model.tokenizer(prompt + row["response"] + "<|im_end|>").input_ids
+        states = body(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+        means.append((states[len(model.tokenizer(prompt).input_ids) :] @ head.weight[0]).mean())
+    losses = [
+        torch.nn.functional.softplus(2.0 - 0.2 * (means[4 * prompt + right] - means[4 * prompt + wrong]))
+        for prompt in range(2, 12)
+        for right, wrong in itertools.product((1, 3), (0, 2))
+    ]
+    torch.stack(losses).mean().backward()
+    optimizer.step()
+    got = RewardModel.from_pretrained(result.output_dir, device="cpu")
+    torch.testing.assert_close(got.value_head.weight, head.weight, rtol=1e-4, atol=1e-5)
+    for name, parameter in body.named_parameters():
+        if name != "lm_head.weight":
+            torch.testing.assert_close(got.model.get_parameter(name), parameter, rtol=1e-3, atol=2e-5)
+
+
+def test_a_pair_file_gives_what_its_rows_give(config, groups, tmp_path):
+    """`--pairs all` of two responses a prompt, and the same as a file of pairs: the same weights."""
+    rows = [json.loads(line) for line in groups.read_text().splitlines()]
+    two = [rows[4 * k + i] for k in range(2, 12) for i in (1, 0)]
+    pairs = [
+        {"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]}
+        for a, b in zip(two[::2], two[1::2], strict=True)
+    ]
+    one = train(config("rows", train_data=str(write_jsonl(tmp_path / "two.jsonl", two)), objective="dpo"))
+    data = str(write_jsonl(tmp_path / "pairs.jsonl", pairs))
+    other = train(config("pairs", train_data=data, objective="dpo", per_device_train_batch_size=64))
+    for name, value in weights(one.output_dir).items():
+        torch.testing.assert_close(value, weights(other.output_dir)[name], rtol=1e-4, atol=1e-5)
+    assert train(config("single", train_data=data)).metrics["data"]["used"] == 20  # each a row of its own
+
+
+def test_a_q_rm_resumes_to_the_same_bits(config):
+    whole = train(config("whole", objective="q_rm", max_steps=4))
+    stopped = config("stopped", objective="q_rm", max_steps=4, save_steps=2)
+    first = train(stopped).output_dir
+    (first / "ipvrm_config.json").unlink()
+    resumed = train(config("stopped", objective="q_rm", max_steps=4, resume_from_checkpoint="auto"))
+    assert same_bits(whole.output_dir, resumed.output_dir)
+    heads = [load_file(r.output_dir / "value_head.safetensors")["weight"] for r in (whole, resumed)]
+    assert torch.equal(*heads)
+
+
+def test_the_folder_of_a_q_rm(config, tmp_path):
+    folder = train(config(objective="q_rm", max_steps=1)).output_dir
+    info = json.loads((folder / "ipvrm_config.json").read_text())
+    assert (info["objective"], info["beta"], info["margin"], info["reference"]) == ("q_rm", 0.2, 2.0, "")
+    model = RewardModel.from_pretrained(folder, device="cpu")
+    model.save_pretrained(tmp_path / "copy")
+    again = RewardModel.from_pretrained(tmp_path / "copy", device="cpu")
+    assert torch.equal(model.score(PROBLEM, STEPS).td, again.score(PROBLEM, STEPS).td)
+    with pytest.raises(IpvrmError, match="a q_rm reward model has no reference"):
+        RewardModel.from_pretrained(folder, reference=folder)
+    for objective in ("ipvrm", "implicit_prm", "dpo"):
+        with pytest.raises(IpvrmError, match=rf"it has a value head, and {objective} has no place.*Eq. 5"):
+            train(config("refused", model=str(folder), objective=objective))
+    head = folder / "value_head.safetensors"
+    save_file({"weight": 2 * load_file(head)["weight"]}, head)
+    with pytest.raises(IpvrmError, match="weights or config are not those"):
+        RewardModel.from_pretrained(folder)
+    head.unlink()
+    with pytest.raises(IpvrmError, match="weights or config are not those"):
+        RewardModel.from_pretrained(folder)
+
+
+def test_lora_of_a_q_rm(config):
+    folder = train(config(objective="q_rm", max_steps=2, lora_r=2)).output_dir
+    assert (folder / "adapter").is_dir()
+    assert RewardModel.from_pretrained(folder, device="cpu").score(PROBLEM, STEPS).td.abs().max() > 0
+
+
+# ------------------------------------------------------------------------------------------------- endo_rm
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_endo_rm_by_hand(tiny_folder, scale):
+    model = RewardModel.from_causal_lm(tiny_folder, scale=scale, device="cpu")
+    responses = [Response(tuple(range(5, 5 + n)), 3) for n in (4, 30, 11)]
+    lm = load_model(tiny_folder).double()
+    for ended in (True, False):
+        found = model.token_log_ratios(responses, batch_tokens=40, ended=ended)
+        for response, got in zip(responses, found, strict=True):
+            ids = torch.tensor([response.input_ids])
+            with torch.no_grad():
+                z = lm(ids).logits[0]  # (T, V)
+            value = (
+                scale * torch.logsumexp(z / scale, -1)[2:]
+            )  # before each response token, and after the last
+            if ended:
+                value[-1] = 0.0
+            logp = (z / scale).log_softmax(-1)[2:-1].gather(1, ids[0, 3:, None])[:, 0]
+            want = scale * logp + value[:-1] - value[1:]
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
+
+
+def test_endo_rm_is_discounted(tiny_folder):
+    model = RewardModel.from_pretrained(tiny_folder, device="cpu", objective="endo_rm")
+    (solution,) = model.solution_log_ratios([(PROBLEM, STEPS)])
+    r, steps = solution.log_ratio, solution.steps_of_token
+    decayed = [0.95**t * float(x) for t, x in enumerate(r)]
+    score, prefix = (model.score(PROBLEM, STEPS, rule=rule) for rule in ("step", "prefix"))
+    assert score.td.tolist() == pytest.approx(decayed, rel=1e-4)
+    assert float(score.prefix_values[-1]) == pytest.approx(sum(decayed), rel=1e-4)
+    assert float(prefix.step_scores[0]) == pytest.approx(
+        sum(decayed[: int(prefix.step_ends[0]) + 1]), rel=1e-4
+    )
+    second = r[steps == 1]  # of a step on its own the discount begins with the step
+    want = sum(0.95**t * float(x) for t, x in enumerate(second))
+    assert float(score.step_scores[1]) == pytest.approx(want, rel=1e-4)
+
+
+def test_endo_rm_has_nothing_to_save_or_to_refer_to(tiny_folder, tmp_path):
+    with pytest.raises(IpvrmError, match="nothing of its own to save"):
+        RewardModel.from_causal_lm(tiny_folder, device="cpu").save_pretrained(tmp_path / "x")
+    with pytest.raises(IpvrmError, match="no reference"):
+        RewardModel.from_pretrained(tiny_folder, tiny_folder, objective="endo_rm")
+    with pytest.raises(IpvrmError, match="scale must be positive"):
+        RewardModel.from_causal_lm(tiny_folder, scale=0.0)
