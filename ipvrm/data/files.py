@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ ENDINGS = "a .parquet, .jsonl or .json file (the two also with .gz or .zst behin
 BOM = b"\xef\xbb\xbf"  # Notepad, PowerShell and Excel begin UTF-8 with it
 WHITE = b" \t\r\n"
 LONGEST = 1 << 28  # bytes of a line, and 4 times as many of a JSON list: a few MB can unpack to any size
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEEPEST = 64  # levels of a record: far more than chat and tools need, far less than Python's stack
 AGAIN = "download or copy it again"
 
@@ -37,11 +39,14 @@ class Record(NamedTuple):
 
 
 def shards(path: str | Path) -> list[Path]:
-    """The file at `path`, or the files of records in the folder `path` in the order of their names.
+    """The file at `path`, the files of records in the folder `path` in the order of their names, or those of
+    a split of a data set of the Hub (`org/name`, which is its split train, or `org/name:split`).
 
     Raises:
         IpvrmError: nothing there, or nothing that ends like a file of records.
     """
+    if found := _of_hub(str(path)):
+        return found
     path = Path(path)
     with reading(path, "cannot be read", "check the name and the permissions"):
         if path.is_dir():
@@ -57,6 +62,38 @@ def shards(path: str | Path) -> list[Path]:
     return found
 
 
+def _of_hub(name: str) -> list[Path]:
+    """The files of `org/name[:split]`, downloaded unless HF_HUB_OFFLINE=1; none where `name` is no such name.
+
+    A split's files are those with its name in theirs, or in their folder's, as the Hub itself takes them.
+    """
+    repository, _, split = name.partition(":")
+    if not HUB_NAME.fullmatch(repository) or kind_of(Path(repository)) or Path(name).exists():
+        return []
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    split = split or "train"
+    patterns = [f"*{split}*{kind}{end}" for kind in KINDS for end in ("", *COMPRESSIONS)]
+    try:
+        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise IpvrmError(
+            f"{name}: neither a file or folder nor a data set that the Hub gives: {reason}"
+        ) from error
+    found = sorted(p for p in folder.rglob(f"*{split}*") if p.is_file() and kind_of(p))
+    found = found or sorted(p for p in folder.glob(f"**/*{split}*/**/*") if p.is_file() and kind_of(p))
+    folders = {p.parent for p in found}
+    if not found or len(folders) > 1:
+        listed = ", ".join(sorted(str(p.relative_to(folder)) for p in folders)) or "none"
+        raise IpvrmError(
+            f"{name}: its split {split} must be in one folder; with files of that name: {listed}. "
+            "Name the split (org/name:split), or download the files and give their folder"
+        )
+    return found
+
+
 def kind_of(path: Path) -> str | None:
     """`.parquet`, `.jsonl` or `.json`, compressed or not; None for a file of another kind."""
     name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
@@ -67,9 +104,9 @@ def kind_of(path: Path) -> str | None:
 
 def file_hash(path: str | Path) -> str:
     """sha256 of a file, or of the names and contents of the shards in a folder."""
-    digest, path = hashlib.sha256(), Path(path)
-    for file in shards(path):
-        if path.is_dir():
+    digest, files = hashlib.sha256(), shards(path)
+    for file in files:
+        if files != [Path(path)]:
             digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
         with reading(file, "cannot be read", AGAIN), open(file, "rb") as opened:
             while chunk := opened.read(1 << 22):

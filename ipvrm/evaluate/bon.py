@@ -27,6 +27,7 @@ from ipvrm.data.rows import (
     report_bad_rows,
     row_of,
 )
+from ipvrm.data.steps import STEP_SEPARATOR, step_of_token
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.best_of_n import PICKS, Samples, best_of_n, response_scores
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
@@ -42,7 +43,6 @@ from ipvrm.run_folder import (
     settings_of,
     write_json,
 )
-from ipvrm.steps import STEP_SEPARATOR, step_of_token
 
 CHUNK = 64  # responses scored, and kept, at a time
 WORDS = {"data_hash": "the data", "model_hash": "the reward model", "reference_hash": "the reference"}
@@ -59,8 +59,8 @@ class BonConfig:
     model: str = field(metadata=FREE)
     """Run folder of the reward model."""
     data: str = field(metadata=FREE)
-    """.parquet, .jsonl or .json of rollouts with `label`; `row` (else the prompt) says which are of one problem,
-    `extracted` what they vote for, `data_source` which problems are reported together."""
+    """.parquet, .jsonl or .json of rollouts with `label`; `row` (else the prompt) says which are of one
+    problem, `extracted` what they vote for, `data_source` which problems are reported together."""
     output_dir: str = field(metadata=FREE)
     """Folder for results.json and scores.jsonl."""
     objective: Literal["endo_rm"] | None = None
@@ -287,8 +287,9 @@ def summarise(
             enough = [s for s in samples if len(s.correct) >= n]
             if len(enough) < len(samples):
                 notes.append(
-                    f"{source or 'N'} = {n}: {len(samples) - len(enough)} of {len(samples)} problems have fewer "
-                    "responses and are left out"
+                    f"{source} N = {n}: ".lstrip()
+                    + f"{len(samples) - len(enough)} of {len(samples)} problems "
+                    "have fewer responses and are left out"
                 )
             if enough:
                 rows += best_of_n(enough, [n], config.bootstrap_resamples, config.seed)

@@ -4,6 +4,10 @@ Every solution is scored once, with all four rules. Two threshold protocols are 
 
     transfer   chosen on one subset (gsm8k) and reused on every subset: the benchmark's own protocol
     oracle     the best threshold of each subset, chosen on its own labels: what the released script prints
+    release    the same on that script's own grid of thresholds and with its scales, to stand beside it
+
+Besides, the calibration of sigmoid(mean_value) at the end of a solution against its outcome (whether its
+final answer is right where the item says so, else whether all steps are), and F1 by what wrote the solutions.
 
 A solution of more than `max_length` tokens is not cut and not left out: it counts as missed under every
 threshold, and the number of such solutions is printed and stored. So does one that cannot be scored at all
@@ -20,14 +24,25 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ipvrm.data.files import check_values, file_hash, records
+from ipvrm.data.files import check_values, file_hash, records, shards
 from ipvrm.data.rows import SHOWN_BAD_ROWS
 from ipvrm.data.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
 from ipvrm.errors import IpvrmError, reading
+from ipvrm.evaluate.calibration import calibration
+from ipvrm.evaluate.processbench_tables import (
+    PROTOCOLS,
+    calibration_table,
+    f1_tables,
+    generator_table,
+    release_table,
+)
 from ipvrm.evaluate.thresholds import (
+    f1_of_hits,
     f1_report,
     finite_or_none,
+    hits,
     predict,
+    released_grid,
     score_threshold,
     sweep,
     trivial_baselines,
@@ -50,7 +65,7 @@ WORDS = {
     "template": "the chat template",
     "data": "the data",
 }
-PROTOCOLS = ("transfer", "oracle")
+STEPWISE = ("prompt", "completions", "labels")
 PART_ITEMS = 50  # solutions per part file: what an interruption can lose
 
 
@@ -61,8 +76,8 @@ class EvalConfig:
     model: str = field(metadata=FREE)
     """Run folder of the reward model."""
     data: tuple[str, ...] = field(metadata=FREE)
-    """ProcessBench files (problem, steps, label in a JSON list, JSON lines or parquet); the file name is the
-    subset's name."""
+    """ProcessBench files (problem, steps, label in a JSON list, JSON lines or parquet), or a folder of them;
+    the file name is the subset's name. TRL's stepwise format is read too (prompt, completions, labels)."""
     output_dir: str = field(metadata=FREE)
     """Folder for results.json, items-<subset>.parquet and the scores."""
     objective: Literal["endo_rm"] | None = None
@@ -94,19 +109,29 @@ class EvalConfig:
     """Seed of the bootstrap."""
 
 
+def _files(data: Sequence[str]) -> list[str]:
+    """The files in `data`, those of a folder in the order of their names."""
+    return [str(file) for path in data for file in (shards(path) if Path(path).is_dir() else [path])]
+
+
 def _subset(path: str) -> str:
-    """`gsm8k` of `gsm8k.json`, `gsm8k.jsonl.gz` or the folder `gsm8k`."""
+    """`gsm8k` of `gsm8k.json` or `gsm8k.jsonl.gz`."""
     return Path(path).name.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One ProcessBench solution; `label` is the index of its first wrong step, -1 for none."""
+    """One ProcessBench solution; `label` is the index of its first wrong step, -1 for none.
+
+    `right` says whether its outcome is right, `generator` what wrote it, None where nothing says so.
+    """
 
     name: str
     problem: str
     steps: tuple[str, ...]
     label: int
+    right: bool
+    generator: str | None = None
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
@@ -117,11 +142,14 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
     """
     items = []
     columns = ("id", "problem", "steps", "label")
-    found = records(path, columns, (columns[1:],), check=False)
+    needs = (columns[1:], STEPWISE)
+    found = records(path, (*columns, *STEPWISE, "generator", "final_answer_correct"), needs, check=False)
     for _, number, index, record in islice(found, limit):
         if not isinstance(record, dict):
             given = record if isinstance(record, ValueError) else f"got {type(record).__name__}"
             raise IpvrmError(f"{path}: item {number} must be an object; {given}")
+        if all(record.get(key) is not None for key in STEPWISE) and record.get("steps") is None:
+            record = _of_stepwise(path, number, record)
         problem, steps, label = (record.get(key) for key in columns[1:])
         if not isinstance(problem, str) or not problem:
             raise IpvrmError(f"{path}: item {number}: `problem` must be text; got {problem!r:.40}")
@@ -132,10 +160,31 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
                 f"{path}: item {number}: `label` must be -1 or one of its {len(steps)} steps, "
                 f"counted from 0; got {label!r}"
             )
-        items.append(Item(str(record.get("id", index)), problem, tuple(steps), label))
+        right, generator = record.get("final_answer_correct"), record.get("generator")
+        if right is not None and not isinstance(right, bool):
+            raise IpvrmError(
+                f"{path}: item {number}: final_answer_correct must be true or false; got {right!r}"
+            )
+        if generator is not None and not isinstance(generator, str):
+            raise IpvrmError(f"{path}: item {number}: `generator` must be text; got {generator!r:.40}")
+        name, right = str(record.get("id", index)), label == -1 if right is None else right
+        items.append(Item(name, problem, tuple(steps), label, right, generator))
     if not items:
         raise IpvrmError(f"{path}: must hold items of problem, steps, label; it holds none")
     return items
+
+
+def _of_stepwise(path: str | Path, number: int, record: dict[str, Any]) -> dict[str, Any]:
+    """TRL's stepwise format: a step each in `completions`, whether it is right in `labels`."""
+    labels, steps = record["labels"], record["completions"]
+    sound = isinstance(labels, list) and isinstance(steps, list) and len(labels) == len(steps)
+    if not sound or not all(isinstance(right, bool) for right in labels):
+        raise IpvrmError(
+            f"{path}: item {number}: `labels` must hold true or false for each of `completions`; "
+            f"got {labels!r:.40}"
+        )
+    first = labels.index(False) if False in labels else -1
+    return {**record, "problem": record["prompt"], "steps": steps, "label": first}
 
 
 def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
@@ -156,9 +205,10 @@ def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
         if value is not None and value < 1:
             raise IpvrmError(f"--{name} must be at least 1; got {value}")
     served_pair(config.engine, config.reference_engine, config.engine_timeout)
-    subsets = {_subset(path): read_items(path, config.limit) for path in config.data}
-    if len(subsets) != len(config.data) or not subsets:
-        raise IpvrmError(f"--data: every subset needs a file of its own name; got {', '.join(config.data)}")
+    files = _files(config.data)
+    subsets = {_subset(path): read_items(path, config.limit) for path in files}
+    if len(subsets) != len(files) or not subsets:
+        raise IpvrmError(f"--data: every subset needs a file of its own name; got {', '.join(files)}")
     shown = Progress(enabled=progress)
     with locked(config.output_dir, folder=True):
         return _evaluate(config, subsets, shown, progress)
@@ -182,9 +232,9 @@ def _evaluate(
     key = _model_key(config, reward_model.info)
     scored = {
         name: _scores(config, reward_model, key, path, items, shown)
-        for path, (name, items) in zip(config.data, subsets.items(), strict=True)
+        for path, (name, items) in zip(_files(config.data), subsets.items(), strict=True)
     }
-    results = summarise(config, subsets, scored)
+    results = summarise(config, subsets, scored, reward_model.info.beta)
     for name, items in subsets.items():
         _write_items(output / f"items-{name}.parquet", items, scored[name], results["subsets"][name]["rules"])
     results = {
@@ -197,8 +247,10 @@ def _evaluate(
     if progress:
         from rich.console import Console
 
-        for table in results_tables(results):
-            Console().print(table)
+        others = (release_table(results), calibration_table(results), generator_table(results))
+        for table in (*f1_tables(results), *others):
+            if table is not None:
+                Console().print(table)
         for note in results["notes"]:
             Console().print(note, markup=False)
         Console().print(f"written to {output}", markup=False)
@@ -333,7 +385,10 @@ def _write_items(
 
 
 def summarise(
-    config: EvalConfig, subsets: dict[str, list[Item]], scored: dict[str, list[dict[str, Any]]]
+    config: EvalConfig,
+    subsets: dict[str, list[Item]],
+    scored: dict[str, list[dict[str, Any]]],
+    beta: float,
 ) -> dict[str, Any]:
     """F1 of every subset, rule and protocol, the trivial baselines, and notes on what is missing."""
     labels = {name: [item.label for item in items] for name, items in subsets.items()}
@@ -372,12 +427,13 @@ def summarise(
         rules: dict[str, Any] = {}
         for rule in RULES:
             values = [scores[rule] for scores in scored[name]]
-            rules[rule] = dict.fromkeys(PROTOCOLS)
+            rules[rule] = dict.fromkeys((*PROTOCOLS, "release"))
             if both[name]:
                 threshold, _ = sweep(values, labels[name])
                 rules[rule]["oracle"] = f1_report(
                     values, labels[name], threshold, config.bootstrap_resamples, config.seed
                 )
+                rules[rule]["release"] = _on_released_grid(rule, values, labels[name], beta)
             if both[name] and chooser is not None:
                 threshold, _ = sweep([scores[rule] for scores in scored[chooser]], labels[chooser])
                 rules[rule]["transfer"] = f1_report(
@@ -391,6 +447,8 @@ def summarise(
             "too_long": too_long,
             "unusable": refused,
             "rules": rules,
+            "calibration": _calibration(items, scored[name]),
+            "generators": _by_generator(items, scored[name], rules),
             "baselines": {key: finite_or_none(value._asdict()) for key, value in baselines.items()},
         }
     mean: dict[str, Any] = {}
@@ -404,47 +462,41 @@ def summarise(
     return {"transfer_from": chooser, "subsets": results, "mean_f1": mean, "notes": notes}
 
 
-def results_tables(results: dict[str, Any]) -> list[Any]:
-    """The rich tables of `evaluate`'s results, one per subset and their mean; F1 in percent."""
-    from rich.table import Table
+def _on_released_grid(rule: str, values: Sequence[Any], labels: Sequence[int], beta: float) -> dict[str, Any]:
+    """The script divides the two length-normalised scores by sqrt(beta) before their sigmoid."""
+    scale = math.sqrt(beta) if rule in ("mean", "mean_diff") else 1.0
+    tau, f1 = released_grid([v and [x / scale for x in v] for v in values], labels)
+    return finite_or_none({"tau": tau} | f1._asdict())
 
-    chooser = results["transfer_from"]
 
-    def table(title: str) -> Any:
-        made = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-        made.add_column("score", no_wrap=True)
-        for protocol in PROTOCOLS:
-            made.add_column(f"F1 {protocol}", justify="right", no_wrap=True)
-            made.add_column("wrong/right", justify="right", no_wrap=True)
-        return made
+def _calibration(items: Sequence[Item], scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    pairs = [
+        (0.5 * (1 + math.tanh(scores["mean"][-1] / 2)), int(item.right))  # the sigmoid, without overflow
+        for item, scores in zip(items, scored, strict=True)
+        if scores["mean"] is not None
+    ]
+    return calibration([p for p, _ in pairs], [r for _, r in pairs])
 
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}"
 
-    def cells(entry: dict[str, Any] | None) -> list[str]:
-        if entry is None:
-            return ["-", "-"]
-        low, high = (percent(end) for end in entry["f1_interval"])
-        return [f"{percent(entry['f1'])} ({low}-{high})", halves(entry)]
-
-    def halves(entry: dict[str, Any]) -> str:
-        return f"{percent(entry['accuracy_erroneous'])}/{percent(entry['accuracy_correct'])}"
-
-    tables = []
-    for name, subset in results["subsets"].items():
-        counts = f"{subset['items']} solutions, {subset['erroneous']} wrong, {subset['correct']} right"
-        tables.append(table(f"{name}: {counts}"))
-        for rule, entries in subset["rules"].items():
-            tables[-1].add_row(rule, *cells(entries["transfer"]), *cells(entries["oracle"]))
-        for baseline, value in subset["baselines"].items():
-            tables[-1].add_row(baseline, percent(value["f1"]), halves(value), "", "", style="dim")
-    if results["mean_f1"]:
-        tables.append(table("mean of the subsets"))
-        for rule, means in results["mean_f1"].items():
-            tables[-1].add_row(rule, percent(means["transfer"]), "", percent(means["oracle"]), "")
-    tables[-1].caption = (
-        "First-error F1 in %, 95 % interval over solutions; wrong/right: share of each found.\n"
-        f"transfer: threshold chosen on {chooser or '-'}; oracle: best threshold of each subset."
-    )
-    tables[-1].caption_justify = "left"
-    return tables
+def _by_generator(
+    items: Sequence[Item], scored: Sequence[dict[str, Any]], rules: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Of each generator its counts and F1 by rule and protocol, at the thresholds of the subset."""
+    found: dict[str, Any] = {}
+    for generator in sorted({item.generator for item in items if item.generator is not None}):
+        chosen = [i for i, item in enumerate(items) if item.generator == generator]
+        labels = [items[i].label for i in chosen]
+        entry: dict[str, Any] = {
+            "erroneous": sum(k >= 0 for k in labels),
+            "correct": sum(k < 0 for k in labels),
+        }
+        for rule in RULES:
+            scores = [scored[i][rule] for i in chosen]
+            at = {p: rules[rule][p] for p in PROTOCOLS}
+            f1 = {
+                p: None if e is None else f1_of_hits(hits(scores, labels, score_threshold(e)), labels).f1
+                for p, e in at.items()
+            }
+            entry[rule] = finite_or_none(f1)
+        found[generator] = entry
+    return found

@@ -155,6 +155,30 @@ def sweep(scores: Scores, labels: Sequence[int]) -> tuple[Threshold, FirstErrorF
     return Threshold.at(score), FirstErrorF1(float(f1[gap]), float(erroneous[gap]), float(correct[gap]))
 
 
+RELEASED_GRID = np.linspace(-1, 1, 1000)  # of the released script; half of it no probability reaches
+
+
+def released_grid(scores: Scores, labels: Sequence[int]) -> tuple[float, FirstErrorF1]:
+    """The best of the released script's thresholds, the lowest of several, and its F1.
+
+    Args:
+        scores, labels: as in `hits`; with the script's own scales of the scores.
+    """
+    checked, label_array = _checked(scores, labels)
+    with np.errstate(divide="ignore"):
+        grid = np.where(
+            RELEASED_GRID > 0, np.log(RELEASED_GRID.clip(0)) - np.log1p(-RELEASED_GRID), -math.inf
+        )
+    never = (math.inf, -math.inf)
+    low, high = np.array(
+        [never if s is None else hit_interval(s, int(k)) for s, k in zip(checked, label_array, strict=True)]
+    ).T[..., None]  # (items, 1) each
+    hit = (low < grid) & (grid <= high)  # (items, grid)
+    found = [f1_of_hits(column, labels) for column in hit.T]
+    best = int(np.argmax([f1.f1 for f1 in found]))
+    return float(RELEASED_GRID[best]), found[best]
+
+
 def bootstrap_f1(
     hit: NDArray[np.bool_], labels: Sequence[int], resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:

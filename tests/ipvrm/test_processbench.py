@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +18,8 @@ from ipvrm.data.rows import Row
 from ipvrm.data.steps import RULES
 from ipvrm.demo.base_model import make_model, make_tokenizer
 from ipvrm.evaluate import processbench
-from ipvrm.evaluate.processbench import EvalConfig, evaluate, read_items, results_tables
+from ipvrm.evaluate.processbench import EvalConfig, evaluate, read_items
+from ipvrm.evaluate.processbench_tables import f1_tables
 from ipvrm.evaluate.scoring import score_solutions
 from ipvrm.evaluate.thresholds import f1_of_hits, hits, sweep
 from ipvrm.models.causal_lm import save_model, template_hash, weights_hash
@@ -272,14 +275,79 @@ def test_without_the_transfer_subset_the_table_says_so(config):
     assert results["subsets"]["math"]["rules"]["step"]["transfer"] is None
     assert results["subsets"]["math"]["rules"]["step"]["oracle"]["f1"] > 0
     assert any("no usable subset 'gsm8k'" in note for note in results["notes"])
-    assert [table.row_count for table in results_tables(results)] == [7]
+    assert [table.row_count for table in f1_tables(results)] == [7]
+
+
+def test_a_folder_is_all_its_subsets(config, tmp_path):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    for path in map(Path, config.data):
+        path.rename(folder / path.name)
+    results = evaluate(dataclasses.replace(config, data=(str(folder),)), progress=False)
+    assert list(results["subsets"]) == ["gsm8k", "math"] and results["transfer_from"] == "gsm8k"
+
+
+def test_generators_calibration_and_the_released_grid(config, run_folder, capsys):
+    """Each against its definition, from the scores in the parquet file."""
+    path = Path(config.data[0])
+    items = json.loads(path.read_text())
+    for i, item in enumerate(items):
+        item |= {"generator": "ab"[i % 2], "final_answer_correct": i % 3 == 0}
+    path.write_text(json.dumps(items))
+    results = evaluate(config)
+    shown = capsys.readouterr().out
+    assert "Calibration of sigmoid" in shown and "By generator" in shown and "release: the best of" in shown
+    rows = pq.read_table(Path(config.output_dir) / "items-gsm8k.parquet").to_pylist()
+    subset, labels = results["subsets"]["gsm8k"], [row["label"] for row in rows]
+
+    odd = subset["generators"]["b"]
+    assert odd["erroneous"] + odd["correct"] == 15 and results["subsets"]["math"]["generators"] == {}
+    for protocol in ("transfer", "oracle"):
+        hit = [row[f"mean_{protocol}"] == row["label"] for row in rows]
+        of_odd = f1_of_hits(np.array(hit[1::2]), labels[1::2]).f1
+        assert odd["mean"][protocol] == pytest.approx(of_odd)
+
+    p = [1 / (1 + math.exp(-row["mean"][-1])) for row in rows]
+    brier = np.mean([(x - (i % 3 == 0)) ** 2 for i, x in enumerate(p)])
+    assert subset["calibration"]["brier"] == pytest.approx(brier) and subset["calibration"]["count"] == 30
+    assert subset["calibration"]["outcome"] == pytest.approx(1 / 3)
+    of_math = results["subsets"]["math"]["calibration"]["outcome"]  # without the field: all steps right
+    assert of_math == pytest.approx(results["subsets"]["math"]["correct"] / 24)
+
+    for rule, scale in (("step", 1.0), ("mean", math.sqrt(10.0))):
+        best = (-1.0, None)
+        for tau in np.linspace(-1, 1, 1000):  # the script's own loop
+            found = [
+                next((k for k, x in enumerate(row[rule]) if 1 / (1 + math.exp(-x / scale)) < tau), -1)
+                for row in rows
+            ]
+            f1 = f1_of_hits(np.array(found) == labels, labels).f1
+            best = max(best, (f1, -tau))
+        assert subset["rules"][rule]["release"]["f1"] == pytest.approx(best[0])
+        assert subset["rules"][rule]["release"]["tau"] == pytest.approx(-best[1])
+
+
+def test_trls_stepwise_format(tmp_path):
+    """`prompt`, `completions` (a step each), `labels` (whether it is right)."""
+    rows = [
+        {"prompt": "p", "completions": ["a", "b", "c"], "labels": [True, False, True]},
+        {"prompt": "p", "completions": ["a"], "labels": [True]},
+    ]
+    path = tmp_path / "stepwise.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(i.problem, i.steps, i.label, i.right) for i in read_items(path)] == [
+        ("p", ("a", "b", "c"), 1, False), ("p", ("a",), -1, True),
+    ]  # fmt: skip
+    path.write_text(json.dumps(rows[0] | {"labels": [True]}) + "\n")
+    with pytest.raises(IpvrmError, match="item 1: `labels` must hold true or false for each"):
+        read_items(path)
 
 
 def test_a_subset_of_one_kind_has_no_f1(config, tmp_path):
     items = [item | {"label": -1} for item in json.loads((tmp_path / "math.json").read_text())]
     (tmp_path / "math.json").write_text(json.dumps(items))
     results = evaluate(dataclasses.replace(config, limit=5), progress=False)
-    assert results["subsets"]["math"]["rules"]["prefix"] == {"transfer": None, "oracle": None}
+    assert results["subsets"]["math"]["rules"]["prefix"] == dict.fromkeys(("transfer", "oracle", "release"))
     assert results["subsets"]["math"]["baselines"]["random_step"]["f1"] is None
     assert results["subsets"]["gsm8k"]["items"] == 5
     assert any("math: all of its solutions are of one kind" in note for note in results["notes"])

@@ -1,0 +1,168 @@
+"""`ipvrm eval bon` and `rerank`: scores by hand, every subset by enumeration, resuming, what is left out."""
+
+import itertools
+import json
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import write_jsonl
+
+import ipvrm
+from ipvrm import IpvrmError, RewardModel
+from ipvrm.data.responses import tokenize
+from ipvrm.data.rows import Row
+from ipvrm.evaluate import bon
+from ipvrm.evaluate.bon import BonConfig, evaluate
+
+TEXTS = ["carry 1.\n\nAnswer: 3", "Answer: 4", "carry 0.\n\n\n\nAnswer: 3.0", "no"]
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny_folder):
+    return RewardModel.from_causal_lm(tiny_folder, device="cpu")
+
+
+@pytest.fixture
+def config(tiny_folder, tmp_path):
+    """Three problems of four responses, one of two; EndoRM, which needs no training."""
+    rows = [
+        {"row": k, "prompt": f"What is {k} + 2?", "response": text, "label": label, "extracted": extracted}
+        for k in range(4)
+        for text, label, extracted in zip(TEXTS, (k != 1, 0, k == 0, 0), ("3", "4", "3.0", None), strict=True)
+    ][:-2]
+    data = write_jsonl(tmp_path / "labelled.jsonl", rows)
+    return BonConfig(
+        model=str(tiny_folder),
+        data=str(data),
+        output_dir=str(tmp_path / "out"),
+        objective="endo_rm",
+        n=(1, 2, 3),
+        bootstrap_resamples=50,
+        use_cpu=True,
+    )
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_step_ends():
+    assert bon._step_ends("ab\n\ncd", "\n\n") == [4, 6]
+    assert bon._step_ends("ab", "\n\n") == [2]
+    assert bon._step_ends("ab\n\n", "\n\n") == [4]  # nothing behind it: no step of its own
+    assert bon._step_ends("ab", "") == [2]
+
+
+def test_scores_by_hand(reward_model):
+    row = Row("a:1", "What is 1 + 2?", TEXTS[0])
+    (scores,) = bon._scores(reward_model, [row], "\n\n", None, 8192)
+    (response,) = tokenize([row], reward_model.chat, max_length=None, with_offsets=True).responses
+    r = reward_model.token_log_ratios([response])[0].double().numpy()
+    boundary = len("carry 1.\n\n")
+    step = np.array([-1 if end < 0 else int(end > boundary) for _, end in response.offsets])
+    value = float((r * 0.95 ** np.arange(len(r))).sum())
+    of_step = [float((r[step == k] * 0.95 ** np.arange((step == k).sum())).sum()) for k in (0, 1)]
+    want = {"final": value / len(r), "sum": value, "mean": np.mean(of_step), "min": min(of_step)}
+    assert scores == pytest.approx(want, rel=1e-6)
+
+
+def test_rerank(reward_model):
+    ranked = ipvrm.rerank(reward_model, "What is 1 + 2?", TEXTS, by="sum")
+    rows = [Row(f"a:{i}", "What is 1 + 2?", text) for i, text in enumerate(TEXTS)]
+    scores = [s["sum"] for s in bon._scores(reward_model, rows, "\n\n", None, 8192)]
+    assert [r.index for r in ranked] == sorted(range(4), key=lambda i: -scores[i])
+    assert [r.score for r in ranked] == pytest.approx(sorted(scores, reverse=True))
+    twice = ipvrm.rerank(reward_model, "q", ["same", "same"])
+    assert [r.index for r in twice] == [0, 1]
+    with pytest.raises(IpvrmError, match="by must be one of final, sum, mean, min; got 'best'"):
+        ipvrm.rerank(reward_model, "q", TEXTS, by="best")
+
+
+def test_every_subset(config, capsys):
+    """Accuracies against drawing every subset of the stored scores; votes for 3 and 3.0 are one."""
+    results = evaluate(config)
+    shown = capsys.readouterr().out
+    assert "majority vote" in shown and "N = 3: 1 of 4 problems have fewer responses" in shown
+    lines = read_jsonl(f"{config.output_dir}/scores.jsonl")
+    rows = read_jsonl(config.data)
+    problems = [[i for i, row in enumerate(rows) if row["row"] == k] for k in range(4)]
+    for found in results["sources"][""]["rows"]:
+        per_problem = []
+        for members in (m for m in problems if len(m) >= found["n"]):
+            outcomes = []
+            for subset in itertools.combinations(members, found["n"]):
+                right = [rows[i]["label"] for i in subset]
+                if found["method"] == "pass_at_n":
+                    outcomes.append(max(right))
+                elif found["method"] == "one_sample":
+                    outcomes.append(np.mean([rows[i]["label"] for i in members]))
+                elif found["method"] == "majority_vote":
+                    votes = [Decimal(rows[i]["extracted"]) for i in subset if rows[i]["extracted"]]
+                    most = max((votes.count(v) for v in votes), default=0)
+                    winners = {v for v in votes if votes.count(v) == most}
+                    truths = {Decimal(rows[i]["extracted"]) for i in members if rows[i]["label"]}
+                    outcomes.append(np.mean([v in truths for v in winners]) if winners else 0.0)
+                else:
+                    best = max(subset, key=lambda i: lines[i][found["method"]])
+                    outcomes.append(rows[best]["label"])
+            per_problem.append(np.mean(outcomes))
+        assert found["num_problems"] == len(per_problem)
+        assert found["accuracy"] == pytest.approx(np.mean(per_problem)), found
+
+
+def test_it_goes_on(config, monkeypatch):
+    whole = evaluate(replace(config, output_dir=config.output_dir + "-whole"), progress=False)
+    monkeypatch.setattr(bon, "CHUNK", 4)
+    scored, real = [], bon._scores
+
+    def interrupted(model, rows, *rest):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(len(rows))
+        return real(model, rows, *rest)
+
+    monkeypatch.setattr(bon, "_scores", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config, progress=False)
+    scored.clear()
+    monkeypatch.setattr(bon, "_scores", lambda *a: scored.append(len(a[1])) or real(*a))
+    assert evaluate(config, progress=False)["sources"] == whole["sources"]
+    assert sum(scored) == 6  # of 14, 8 were there
+    with pytest.raises(IpvrmError, match="changed: step_separator"):
+        evaluate(replace(config, step_separator=" "), progress=False)
+
+
+def test_what_is_too_long_is_picked_last(config, reward_model):
+    short = replace(config, max_length=32)
+    results = evaluate(short, progress=False)
+    lines = read_jsonl(f"{config.output_dir}/scores.jsonl")
+    lost = [line for line in lines if line["final"] is None]
+    assert 0 < results["too_long"] == len(lost) < len(lines) and not results["unusable"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"n": (64,)}, "no problem has so many responses .at most 4."),
+        ({"n": (0,)}, "--n must be at least 1; got 0"),
+        ({"objective": None}, "no ipvrm_config.json"),
+        ({"reference": "x"}, "no reference"),
+    ],
+)
+def test_refusals(config, changes, reason):
+    with pytest.raises(IpvrmError, match=reason):
+        evaluate(replace(config, **changes), progress=False)
+
+
+def test_sources_and_no_votes(config, tmp_path):
+    rows = read_jsonl(config.data)
+    for row in rows:
+        row |= {"data_source": "ab"[row["row"] % 2], "extracted": None}
+    write_jsonl(tmp_path / "labelled.jsonl", rows)
+    results = evaluate(replace(config, n=(2,)), progress=False)
+    assert {name: found["problems"] for name, found in results["sources"].items()} == {"a": 2, "b": 2}
+    assert "majority_vote" not in {row["method"] for row in results["sources"]["a"]["rows"]}
+    assert any("no majority vote" in note for note in results["notes"])
