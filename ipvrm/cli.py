@@ -71,6 +71,9 @@ COMMANDS = {
         "BonConfig",
         "main",
     ),
+    "eval policy": Command(
+        "avg@k and pass@k of a policy by source", "ipvrm.evaluate.policy", "PolicyEvalConfig", "main"
+    ),
     "eval td": Command(
         "one-step TD against Monte-Carlo outcomes of branches, AUC of the value",
         "ipvrm.reproduce.td_study",

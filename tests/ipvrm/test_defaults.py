@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from ipvrm.cli import COMMANDS
+from ipvrm.evaluate.policy import PolicyEvalConfig, sampling_of
 from ipvrm.training import policy_config, reward_config
 from ipvrm.training.policy_config import PolicyConfig
 from ipvrm.training.reward_config import RewardConfig
@@ -300,6 +301,31 @@ BON = {
     "on_bad_row": one("error", DATA_BAD),
     "use_cpu": one(False, SPEED),
 }
+POLICY = {
+    "model": one(REQUIRED, ""),
+    "data": one(REQUIRED, ""),
+    "output_dir": one(REQUIRED, ""),
+    "preset": one("paper", OURS + "the paper is the method"),
+    "num_generations": one(8, "paper, Section 4.1: avg@8"),
+    "k": one((1, 4, 8), OURS + "up to the eight that avg@8 samples"),
+    "temperature": both(0.6, "paper, Section 4.1", 0.7, EVAL),
+    "top_p": both(0.95, "paper, Section 4.1", 0.8, EVAL),
+    "top_k": both(0, "paper, Section 4.1 names none", 20, EVAL),
+    "chat_template_kwargs": one(None, OURS + "as the model's template; release: test_chat.py"),
+    "max_new_tokens": one(2048, LENGTH),
+    "seed": one(42, APP_C),
+    "limit": one(None, OURS + "all rows"),
+    "verifier": one("math", "paper, Appendix C: rule-based outcome labels"),
+    "verifier_timeout": one(
+        10.0, OURS + "a time-out is counted, and 1 s (released) is short on a busy machine"
+    ),
+    "verifier_workers": one(None, SPEED),
+    "per_device_eval_batch_size": one(64, SPEED),
+    "bf16": one(False, OURS + "the same responses on every machine"),
+    "bootstrap_resamples": one(2000, OURS + "intervals steady to a tenth of a point"),
+    "on_bad_row": one("error", DATA_BAD),
+    "use_cpu": one(False, SPEED),
+}
 TD = {
     **ENGINE,
     "policy": one(REQUIRED, ""),
@@ -339,6 +365,7 @@ TABLES = {
     "report": REPORT,
     "eval processbench": PROCESSBENCH,
     "eval bon": BON,
+    "eval policy": POLICY,
     "eval td": TD,
 }
 
@@ -359,6 +386,9 @@ def resolved(command, preset, when):
     if command == "train-policy":
         given = {"reward_model": "r", "preset": preset} | when
         return policy_config.resolve(PolicyConfig("m", "d", "o", **given))[0]
+    if command == "eval policy":
+        config = PolicyEvalConfig("m", "d", "o", preset=preset)
+        return replace(config, **sampling_of(config))
     return None
 
 
@@ -404,7 +434,7 @@ def test_every_value_names_its_source(command):
             assert source.startswith(known) and source.strip() != OURS.strip(), (flag, source)
 
 
-@pytest.mark.parametrize("command", ["train-rm", "train-policy"])
+@pytest.mark.parametrize("command", ["train-rm", "train-policy", "eval policy"])
 def test_the_help_of_a_flag_names_both_presets(command, capsys):
     """Where the defaults differ; as --help prints them, read to the next flag."""
     from ipvrm.cli import parse

@@ -1,0 +1,103 @@
+"""`ipvrm eval policy`: avg@k and pass@k by hand, end to end, presets."""
+
+import itertools
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from runs import write_jsonl
+
+from ipvrm import IpvrmError
+from ipvrm.evaluate import policy
+from ipvrm.evaluate.policy import Judged, PolicyEvalConfig, evaluate, sampling_of, summarise
+
+CONFIG = PolicyEvalConfig("m", "d", "o", num_generations=4, k=(1, 2, 4), bootstrap_resamples=50)
+
+
+def test_metrics_by_hand():
+    """Against drawing every subset: problems of 4 and 3 judged responses, one without any."""
+    problems = {"a": {1: Judged(4, 1), 2: Judged(3, 3), 3: Judged(0, 0)}, "b": {4: Judged(4, 0)}}
+    counts = {name: Counter(responses=1, truncated=0, failed=0) for name in problems}
+    found = summarise(CONFIG, problems, counts)
+    a = found["sources"]["a"]["metrics"]
+    assert (a["avg@4"]["value"], a["avg@4"]["problems"]) == (pytest.approx((1 / 4 + 1) / 2), 2)
+    one_of_four = [max(s) for s in itertools.combinations([1, 0, 0, 0], 2)]
+    assert a["pass@2"]["value"] == pytest.approx((np.mean(one_of_four) + 1) / 2)
+    assert a["pass@1"]["value"] == a["avg@4"]["value"]
+    assert (a["pass@4"]["value"], a["pass@4"]["problems"]) == (1.0, 1)  # only one has four verdicts
+    assert found["sources"]["b"]["metrics"]["pass@4"]["value"] == 0.0
+    assert found["mean"]["pass@4"] == 0.5 and found["mean"]["avg@4"] == pytest.approx(0.3125)
+    assert 0 <= a["avg@4"]["low"] <= a["avg@4"]["value"] <= a["avg@4"]["high"] <= 1
+
+
+def test_a_source_without_verdicts_has_no_value():
+    found = summarise(CONFIG, {"a": {1: Judged(0, 0)}}, {"a": Counter()})
+    assert found["sources"]["a"]["metrics"]["avg@4"] == {
+        "problems": 0,
+        "value": None,
+        "low": None,
+        "high": None,
+    }
+    assert found["mean"]["avg@4"] is None
+
+
+def test_what_became_of_the_responses(tmp_path):
+    """Failed: no label although there is text. Without text: wrong."""
+    rollouts = write_jsonl(
+        tmp_path / "rollouts.jsonl",
+        [
+            {"row": 1, "sample": i, "data_source": "a", "truncated": i == 2, "response": text}
+            for i, text in enumerate(["1", " ", "3", "4"])
+        ],
+    )
+    labelled = write_jsonl(
+        tmp_path / "labelled.jsonl",
+        [{"row": 1, "sample": 0, "label": 1}, {"row": 1, "sample": 2, "label": 0}],
+    )
+    found, counts = policy._judged(str(rollouts), str(labelled))
+    assert found == {"a": {1: Judged(3, 1)}}
+    assert counts == {"a": {"responses": 4, "truncated": 1, "failed": 1}}
+
+
+def test_presets():
+    paper, release = (sampling_of(replace(CONFIG, preset=name)) for name in ("paper", "release"))
+    assert paper == {"temperature": 0.6, "top_p": 0.95, "top_k": 0}
+    assert release == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    assert sampling_of(replace(CONFIG, preset="release", top_k=3))["top_k"] == 3
+
+
+@pytest.mark.parametrize("k", [(), (0,), (5,)])
+def test_k_must_be_drawable(k):
+    with pytest.raises(IpvrmError, match="--k must lie between 1 and --num_generations 4"):
+        evaluate(replace(CONFIG, k=k))
+
+
+@pytest.mark.slow
+def test_end_to_end(tiny_folder, tmp_path, capsys):
+    """Sampled, judged and counted; the same command again samples nothing."""
+    rows = [{"prompt": f"{i} + 1?", "answer": str(i + 1), "data_source": "ab"[i % 2]} for i in range(3)]
+    config = PolicyEvalConfig(
+        str(tiny_folder),
+        str(write_jsonl(tmp_path / "p.jsonl", rows)),
+        str(tmp_path / "out"),
+        num_generations=2,
+        k=(1, 2),
+        max_new_tokens=4,
+        verifier="string",
+        verifier_workers=1,
+        bootstrap_resamples=20,
+        use_cpu=True,
+    )
+    results = evaluate(config)
+    assert "mean of the sources" in capsys.readouterr().out
+    assert {name: (s["problems"], s["responses"]) for name, s in results["sources"].items()} == {
+        "a": (2, 4), "b": (1, 2),
+    }  # fmt: skip
+    assert results["sources"]["a"]["metrics"]["pass@2"]["value"] is not None
+    written = tmp_path / "out" / "rollouts.parquet"
+    before = written.stat().st_mtime_ns
+    again = evaluate(config, progress=False)
+    assert again["sources"] == results["sources"] and written.stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["mean"] == results["mean"]
