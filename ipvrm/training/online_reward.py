@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ipvrm.data.batches import Batch
+from ipvrm.data.batches import Batch, microbatches_for_rank
 from ipvrm.data.chat import parse_template_kwargs
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.metrics import paired, stacked
-from ipvrm.losses.objectives import BETA, METRICS, Balance, BalanceConfig, Objective, online_balance
+from ipvrm.losses.objectives import Balance, BalanceConfig, Objective, online_balance
 from ipvrm.models.causal_lm import (
     ResponseLogprobs,
     disable_dropout,
@@ -58,6 +58,7 @@ from ipvrm_kernels import linear_logprobs, prefix_values
 
 FOLDER = "reward_model"
 REFERENCE = "reference"
+LOG_RATIOS = ("ipvrm", "implicit_prm", "dpo")  # objectives whose value is a sum of them
 RELEASE_MARGIN = 5.0  # of the released code's online update; offline it has none
 
 
@@ -91,14 +92,10 @@ class RewardInputs:
         self.tokenizer = load_tokenizer(self.folder)
         self.trained = config.rm_update != "frozen"
         objective = self.info.objective
-        if objective not in (*BETA, "dpo"):
+        if objective not in LOG_RATIOS:
             raise IpvrmError(
                 f"{self.folder}: objective {objective!r} gives no log-ratio of a model and its reference; "
-                f"algorithm {config.algorithm!r} needs one ({', '.join(BETA)}, dpo)"
-            )
-        if self.trained and objective not in BETA:
-            raise IpvrmError(
-                f"{self.folder}: objective {objective!r} has no online update here; add --rm_update frozen"
+                f"algorithm {config.algorithm!r} needs one ({', '.join(LOG_RATIOS)})"
             )
         if objective != "ipvrm" and (config.dlw or config.adb or config.rm_margin is not None):
             raise IpvrmError(
@@ -227,6 +224,7 @@ class OnlineReward:
         """Learns from the labels of `rollouts`, one update per minibatch.
 
         Args:
+            minibatches: of responses; where the objective compares them, of pairs end to end, first the right.
             reference: (N,) log-probs of the sampled tokens under the reference.
             factor: of the schedule, on the learning rate.
 
@@ -252,11 +250,16 @@ class OnlineReward:
         grad_norm = 0.0
         for minibatch in minibatches:
             denominator = self.objective.denominator([rollouts.lengths[i] for i in minibatch])
+            width = 2 if self.objective.pairwise else 1
+            items = [minibatch[i : i + width] for i in range(0, len(minibatch), width)]
 
             def loss_and_sums(
-                micro: list[int], minibatch: list[int] = minibatch, denominator: float = denominator
+                micro: list[int],
+                minibatch: list[int] = minibatch,
+                items: list[list[int]] = items,
+                denominator: float = denominator,
             ) -> tuple[Tensor, Tensor]:
-                chosen = micro or minibatch[:1]
+                chosen = [i for item in micro or [0] for i in items[item]]
                 batch, tokens = rollouts.batch(chosen), rollouts.tokens_of(chosen)
                 log_ratio = self.module(batch, self.config.temperature) - reference[tokens]
                 rows = torch.tensor(chosen, device=tokens.device)
@@ -267,18 +270,24 @@ class OnlineReward:
                 if micro and minibatch is first:
                     values = prefix_values(log_ratio.detach(), batch.cu_seqlens, beta=self.info.beta)
                     finals[rows] = values.mean_value[batch.cu_seqlens[1:].long() - 1]
-                return loss, stacked(metrics, METRICS)
+                return loss, stacked(metrics, self.objective.metrics)
 
             values, grad_norm = update(
                 self.accelerator,
                 self.module,
                 self.optimizer,
-                rollouts.microbatches(minibatch, self.config.per_device_train_batch_size, self.accelerator),
+                microbatches_for_rank(
+                    range(len(items)),
+                    [sum(len(rollouts.responses[i].input_ids) for i in item) for item in items],
+                    max_rows=max(1, self.config.per_device_train_batch_size // width),
+                    rank=self.accelerator.process_index,
+                    world_size=self.accelerator.num_processes,
+                ),
                 loss_and_sums,
                 learning_rate=filled(self.config.rm_learning_rate) * factor,
                 max_grad_norm=filled(self.config.rm_max_grad_norm),
             )
-            for name, (total, count) in paired(values, METRICS).items():
+            for name, (total, count) in paired(values, self.objective.metrics).items():
                 old = totals.get(name, (0.0, 0.0))
                 totals[name] = (old[0] + total, old[1] + count)
         return totals, grad_norm, self.accelerator.reduce(finals, "sum")[first]

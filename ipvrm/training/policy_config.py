@@ -92,7 +92,7 @@ class PolicyConfig:
     algorithm: str = "distrl"
     """distrl (Eq. 11 to 14), grpo (outcome), grpo_prm (Eq. 13: distrl without candidates), prime, spro."""
     reward_model: str | None = field(default=None, metadata=FREE)
-    """A folder that train-rm wrote; for distrl, grpo_prm and prime."""
+    """A folder that train-rm wrote (ipvrm, implicit_prm or dpo); for distrl, grpo_prm and prime."""
     preset: Preset = "paper"
     """paper, or release: what the released code does. Flags whose default differs name both."""
 
@@ -127,7 +127,8 @@ class PolicyConfig:
     rm_minibatch_size: int | None = field(
         default=None, metadata=AT_LEAST_ONE | read_by(REWARD, ONLINE) | defaults(paper=128, release=128)
     )
-    """Most responses per update of the reward model, over all devices. Default: 128."""
+    """Most responses per update of the reward model, over all devices; of dpo in pairs of a right and a wrong
+    one to a prompt. Default: 128."""
     rm_max_grad_norm: float | None = field(
         default=None, metadata=NOT_NEGATIVE | read_by(REWARD, ONLINE) | defaults(paper=1.0, release=10.0)
     )

@@ -22,6 +22,7 @@ from ipvrm.data.rows import BadRow, read_prompts
 from ipvrm.losses.advantages import distrl_advantages, outcome_advantages, temporal_difference
 from ipvrm.losses.baselines import per_token, prime_advantages, spro_advantages
 from ipvrm.losses.metrics import MetricSums, auc, paired, stacked
+from ipvrm.losses.objectives import dpo_pairs
 from ipvrm.models.card import write_card
 from ipvrm.models.causal_lm import (
     disable_dropout,
@@ -330,7 +331,12 @@ class _Trainer:
         config, record = self.config, dict[str, Any]()
         reference, candidate_reference = reward.reference_logprobs(rollouts)
         size = config.rm_minibatch_size or len(rollouts.responses)
-        batches = self._minibatches(len(rollouts.responses), size, step, 0)
+        if reward.objective.pairwise:
+            pairs = dpo_pairs(rollouts.outcome.tolist(), rollouts.group.tolist()).tolist()
+            halves = self._minibatches(len(pairs), max(1, size // 2), step, 0)
+            batches = [[i for pair in half for i in pairs[pair]] for half in halves]
+        else:
+            batches = self._minibatches(len(rollouts.responses), size, step, 0)
 
         def learn() -> Tensor:
             sums, grad_norm, finals = reward.update(rollouts, reference, batches, factor)

@@ -45,11 +45,12 @@ def measured(tiny_folder, reward_folder, tokenizer, tmp_path, monkeypatch):
         response = Response((*prompt, *ids), len(prompt), int(number % 4 < 2))
         verified.append(Verified(number // 4, number % 4, response))
 
-    def measure(rm_update, minibatch_size):
+    def measure(rm_update, minibatch_size, reward_model=reward_folder, rows=8):
         seen.clear()
         config = PolicyConfig(
             model=str(tiny_folder),
-            reward_model=str(reward_folder),
+            reward_model=str(reward_model),
+            per_device_train_batch_size=rows,
             train_data=str(prompts),
             output_dir=str(tmp_path / "run"),
             rm_update=rm_update,
@@ -64,7 +65,11 @@ def measured(tiny_folder, reward_folder, tokenizer, tmp_path, monkeypatch):
         trainer = train_policy_module._Trainer(train_policy_module._Inputs(config, method, run), None)
         batch = rollouts_of(verified, torch.device("cpu"))
         trainer._behaviour(batch)
-        return trainer._reward(trainer.reward, batch, 0, 1.0), list(seen)
+        frozen, reference = trainer.reward.score(batch)[0], batch.old_logprobs
+        measure.before = (frozen - reference, batch.cu_seqlens)
+        record = trainer._reward(trainer.reward, batch, 0, 1.0)
+        measure.after = trainer.reward.score(batch)[0] - reference
+        return record, list(seen)
 
     return measure
 
@@ -90,6 +95,29 @@ def test_with_several_minibatches_it_is_that_of_the_first_before_any_update(meas
     after, ((pooled, _), _) = measured("after", 8)
     assert after["rm_auc_responses"] == 24
     torch.testing.assert_close(pooled, frozen, rtol=1e-4, atol=1e-6)
+
+
+def test_a_dpo_model_learns_from_pairs_of_the_rollouts(measured, reward_folder, tmp_path):
+    """One update from all 12 pairs, whatever the micro-batches: loss and accuracy by hand, and it has learnt."""
+    folder = tmp_path / "dpo"
+    shutil.copytree(reward_folder, folder)
+    stored = json.loads((folder / "ipvrm_config.json").read_text())
+    (folder / "ipvrm_config.json").write_text(
+        json.dumps(stored | {"objective": "dpo", "margin": None, "beta": 2.0})
+    )
+    records = [measured("before", 24, folder, rows)[0] for rows in (1, 3, 64)]
+    log_ratio, edges = measured.before
+    sums = torch.stack([part.sum() for part in log_ratio.double().split(edges.diff().tolist())])
+    chosen = torch.tensor([4 * prompt + k for prompt in range(6) for k in (0, 1)])
+    difference = 2.0 * (sums[chosen] - sums[chosen + 2])
+    for record in records:
+        assert record["rm_loss"] == pytest.approx(
+            float(-torch.nn.functional.logsigmoid(difference).mean()), rel=1e-4
+        )
+        assert record["rm_pair_accuracy"] == pytest.approx(float((difference > 0).float().mean()))
+        assert record["rm_grad_norm"] == pytest.approx(records[0]["rm_grad_norm"], rel=1e-3)
+    after = torch.stack([part.sum() for part in measured.after.double().split(edges.diff().tolist())])
+    assert (2.0 * (after[chosen] - after[chosen + 2])).mean() > difference.mean()
 
 
 def test_a_lost_reference_matters_only_where_it_is_read(tiny_folder, reward_folder, tokenizer, tmp_path):

@@ -807,7 +807,6 @@ def poison_and_record(folder):
         (change_json("ipvrm_config.json", template_hash="0" * 64), "another chat template"),
         (change_json("config.json", vocab_size=99), "its head has 99 tokens, the policy's 20"),
         (change_json("ipvrm_config.json", objective="q_rm"), "'q_rm' gives no log-ratio"),
-        (change_json("ipvrm_config.json", objective="dpo", margin=None), "add --rm_update frozen"),
         (lambda folder: (folder / "ipvrm_config.json").unlink(), "no ipvrm_config.json"),
         (poison, "not those that ipvrm_config.json was written for"),
     ],
