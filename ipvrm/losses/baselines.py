@@ -8,7 +8,7 @@ others, is `outcome_advantages`; Eq. 13, of `grpo_prm` and `distrl`, is `distrl_
 import torch
 from torch import Tensor
 
-from ipvrm.losses.advantages import StdFloor, gae, outcome_advantages, whiten
+from ipvrm.losses.advantages import EPS, StdFloor, gae, outcome_advantages, whiten
 from ipvrm.losses.prompt_groups import PromptGroups, segment_sums
 from ipvrm_kernels import segment_scan
 
@@ -58,6 +58,17 @@ def prime_advantages(
     last = outcome * n / others - groups.spread(groups.sums(outcome)) / others
     process[last_token] += last
     return whiten(gae(process, cu_seqlens, lam=1.0))
+
+
+@torch.no_grad()
+def reinforce_qrm_advantages(token_values: Tensor) -> Tensor:
+    """REINFORCE with Q-RM: Z_t / (std of Z over all tokens of the rollout batch + eps), not centred, as in
+    Q-RM's released code (Chen et al., ICML 2025).
+
+    Args:
+        token_values: (N,) of the value head, see `ipvrm.models.token_rewards`.
+    """
+    return token_values / (token_values.std(correction=0) + EPS)
 
 
 @torch.no_grad()

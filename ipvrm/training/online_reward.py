@@ -224,7 +224,7 @@ class OnlineReward:
         """Learns from the labels of `rollouts`, one update per minibatch.
 
         Args:
-            minibatches: of responses; where the objective compares them, of pairs end to end, first the right.
+            minibatches: of responses; of an objective that compares, pairs end to end, first the right.
             reference: (N,) log-probs of the sampled tokens under the reference.
             factor: of the schedule, on the learning rate.
 

@@ -31,12 +31,11 @@ from ipvrm.training.flags import (
     read_by,
 )
 
-ALGORITHMS = ("distrl", "grpo", "grpo_prm", "prime", "spro")
+ALGORITHMS = ("distrl", "grpo", "grpo_prm", "prime", "spro", "reinforce_qrm")
 NO_REWARD_MODEL = {
     "grpo": "its advantage is the outcome alone",
     "spro": "its process reward comes from the policy itself",
 }
-NOT_HERE = {"reinforce_qrm": "it needs the token scores of a Q-RM, and train-rm does not train one"}
 
 
 def _algorithms(*names: str) -> Reader:
@@ -49,7 +48,8 @@ def reads_reference(config: "PolicyConfig") -> bool:
     return config.td_reference == "sft" or config.rm_update == "frozen"
 
 
-REWARD = _algorithms(*(name for name in ALGORITHMS if name not in NO_REWARD_MODEL))
+REWARD = _algorithms("distrl", "grpo_prm", "prime")
+RATIO = _algorithms(*(name for name in ALGORITHMS if name != "reinforce_qrm"))
 REFERENCE = Reader(
     reads_reference,
     "--td_reference {td_reference}: nothing reads --{flag}; leave it out, or add --td_reference sft",
@@ -90,9 +90,11 @@ class PolicyConfig:
     """Run folder: the policy, a Hugging Face model folder; in `reward_model` the reward model with the policy
     that it was trained against so that `ipvrm score` gives what trained; metrics.jsonl, results.json."""
     algorithm: str = "distrl"
-    """distrl (Eq. 11 to 14), grpo (outcome), grpo_prm (Eq. 13: distrl without candidates), prime, spro."""
+    """distrl (Eq. 11 to 14), grpo (outcome), grpo_prm (Eq. 13: distrl without candidates), prime, spro,
+    reinforce_qrm (token scores of a Q-RM; no ratio, no clip)."""
     reward_model: str | None = field(default=None, metadata=FREE)
-    """A folder that train-rm wrote (ipvrm, implicit_prm or dpo); for distrl, grpo_prm and prime."""
+    """A folder that train-rm wrote (ipvrm, implicit_prm or dpo), for distrl, grpo_prm and prime; q_rm for
+    reinforce_qrm."""
     preset: Preset = "paper"
     """paper, or release: what the released code does. Flags whose default differs name both."""
 
@@ -173,9 +175,13 @@ class PolicyConfig:
         | default(lambda c: CandidateConfig.preset("release").top_k),
     )
     """Of candidate_mode top_k; default 5."""
-    clip_low: float | None = field(default=None, metadata=FRACTION | defaults_of(PolicyLossConfig))
+    clip_low: float | None = field(
+        default=None, metadata=FRACTION | read_by(RATIO) | defaults_of(PolicyLossConfig)
+    )
     """The ratio of a token counts down to 1 - clip_low; default 0.2."""
-    clip_high: float | None = field(default=None, metadata=NOT_NEGATIVE | defaults_of(PolicyLossConfig))
+    clip_high: float | None = field(
+        default=None, metadata=NOT_NEGATIVE | read_by(RATIO) | defaults_of(PolicyLossConfig)
+    )
     """... and up to 1 + clip_high; default 0.28."""
     candidate_clip_low: float | None = field(
         default=None, metadata=FRACTION | read_by(CANDIDATES, ALPHA_NOT_0) | defaults_of(PolicyLossConfig)
@@ -186,7 +192,8 @@ class PolicyConfig:
     )
     """Default: 0.28; release: 0.2."""
     dual_clip: float | None = field(
-        default=None, metadata=must("be above 1", lambda x: x > 1) | defaults_of(PolicyLossConfig)
+        default=None,
+        metadata=must("be above 1", lambda x: x > 1) | read_by(RATIO) | defaults_of(PolicyLossConfig),
     )
     """Bound on the loss where the advantage is negative. Default: none; release: 3."""
     spro_beta: float | None = field(
@@ -349,8 +356,7 @@ def resolve(config: PolicyConfig) -> tuple[PolicyConfig, Method]:
     """
     name = config.algorithm
     if name not in ALGORITHMS:
-        reason = NOT_HERE.get(name, "it is unknown")
-        raise IpvrmError(f"algorithm {name!r}: {reason}; train-policy offers {', '.join(ALGORITHMS)}")
+        raise IpvrmError(f"algorithm {name!r}: it is unknown; train-policy offers {', '.join(ALGORITHMS)}")
     if name in NO_REWARD_MODEL and config.reward_model is not None:
         raise IpvrmError(f"algorithm {name!r} takes no reward model: {NO_REWARD_MODEL[name]}")
     if name not in NO_REWARD_MODEL and config.reward_model is None:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ipvrm.data.batches import Batch
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig, select_candidates
-from ipvrm.models.causal_lm import head, hidden_states
+from ipvrm.models.causal_lm import head, hidden_states, response_logprobs
 from ipvrm.training.policy_rollouts import Targets
-from ipvrm_kernels import DistRLLoss, linear_distrl_loss, linear_logprobs
+from ipvrm_kernels import DistRLLoss, distrl_loss, linear_distrl_loss, linear_logprobs
 
 
 class Behaviour(NamedTuple):
@@ -42,13 +42,19 @@ def behaviour(
 
 
 class PolicyLoss(nn.Module):
-    """`linear_distrl_loss` of a micro-batch: a distributed wrapper sees body and head in one forward."""
+    """`linear_distrl_loss` of a micro-batch: a distributed wrapper sees body and head in one forward.
 
-    def __init__(self, model: nn.Module, config: PolicyLossConfig, temperature: float):
+    Args:
+        ratio: False for REINFORCE: the policy is compared with itself, so that the ratio is 1 whatever the
+            policy that sampled, nothing is clipped, and the gradient is that of - A log pi. No candidates.
+    """
+
+    def __init__(self, model: nn.Module, config: PolicyLossConfig, temperature: float, ratio: bool = True):
         super().__init__()
         self.model = model
         self.config = config
         self.temperature = temperature
+        self.ratio = ratio
 
     def forward(
         self,
@@ -58,6 +64,20 @@ class PolicyLoss(nn.Module):
         candidate_denominator: float | Tensor,
     ) -> DistRLLoss:
         """The share of this micro-batch in the loss of a minibatch with these denominators."""
+        if not self.ratio:
+            logprobs = response_logprobs(self.model, batch, self.temperature)
+            return distrl_loss(
+                logprobs,
+                targets.old_candidate_logprobs,
+                logprobs.detach(),
+                targets.old_candidate_logprobs,
+                targets.advantages,
+                targets.candidate_advantages,
+                batch.cu_seqlens,
+                token_denominator=token_denominator,
+                candidate_denominator=candidate_denominator,
+                **self.config.options(),
+            )
         parts = head(self.model)
         return linear_distrl_loss(
             hidden_states(self.model, batch),

@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from ipvrm.data.batches import Batch, epoch_order
 from ipvrm.data.rows import BadRow, read_prompts
 from ipvrm.losses.advantages import distrl_advantages, outcome_advantages, temporal_difference
-from ipvrm.losses.baselines import per_token, prime_advantages, spro_advantages
+from ipvrm.losses.baselines import (
+    per_token,
+    prime_advantages,
+    reinforce_qrm_advantages,
+    spro_advantages,
+)
 from ipvrm.losses.metrics import MetricSums, auc, paired, stacked
 from ipvrm.losses.objectives import dpo_pairs
 from ipvrm.models.card import write_card
@@ -48,6 +53,7 @@ from ipvrm.training.policy_config import Method, PolicyConfig, resolve
 from ipvrm.training.policy_engine import PolicyServer
 from ipvrm.training.policy_model import PolicyLoss, behaviour
 from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash
+from ipvrm.training.q_values import QValues
 from ipvrm.training.run import RESULTS, Run, TrainResult, held, report, with_template_kwargs
 from ipvrm_kernels import DISTRL_METRICS, prefix_values
 
@@ -92,8 +98,11 @@ class _Inputs:
     def __init__(self, config: PolicyConfig, method: Method, run: Run):
         self.config, self.method, self.run = config, method, run
         self.tokenizer = load_tokenizer(config.model)
-        self.reward = None
-        if config.reward_model is not None:
+        self.reward: RewardInputs | None = None
+        self.q_values: QValues | None = None
+        if config.algorithm == "reinforce_qrm":
+            self.q_values = QValues(config, self.tokenizer)
+        elif config.reward_model is not None:
             self.reward = RewardInputs(config, method.balance, self.tokenizer)
         self.context = max_positions(config.model)
         self.server: Server | None = None
@@ -114,7 +123,8 @@ class _Inputs:
     def fingerprint(self) -> dict[str, Any]:
         """What decides the weights of the run."""
         hashes = {"start_hash": weights_hash(self.config.model), "data_hash": questions_hash(self.questions)}
-        reward = {} if self.reward is None else self.reward.fingerprint()
+        scores = self.reward or self.q_values
+        reward = {} if scores is None else scores.fingerprint()
         return settings_of(self.config) | kind_of(self.config.engine) | hashes | reward
 
     def dry_run(self) -> TrainResult:
@@ -159,7 +169,8 @@ class _Trainer:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         model.train()
         assert config.learning_rate is not None and config.temperature is not None
-        module = PolicyLoss(model, self.method.loss, config.temperature)
+        ratio = config.algorithm != "reinforce_qrm"
+        module = PolicyLoss(model, self.method.loss, config.temperature, ratio)
         optimizer = adamw(module, config.learning_rate, config, run.device)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.policy = self.accelerator.unwrap_model(self.module).model
@@ -261,6 +272,9 @@ class _Trainer:
                     record |= self._reward(reward, rollouts, step, factor)
             elif config.algorithm == "spro":
                 self._spro(rollouts)
+            elif self.inputs.q_values is not None:
+                with self._timed("reward"):
+                    record |= self._q_values(self.inputs.q_values, rollouts)
             else:
                 floor = self.method.advantages.std_floor
                 of_response = outcome_advantages(
@@ -390,6 +404,18 @@ class _Trainer:
         rollouts.advantages, rollouts.candidate_advantages = found.advantages, found.candidate_advantages
         record |= {"value_std": float(found.value_std), "gae_std": float(found.gae.std(correction=0))}
         return record
+
+    def _q_values(self, q_values: QValues, rollouts: Rollouts) -> dict[str, Any]:
+        """The advantages of `reinforce_qrm`, and how its scores tell the outcomes apart."""
+        scores = q_values.score(rollouts, self.accelerator)
+        rollouts.advantages = reinforce_qrm_advantages(scores)
+        means = prefix_values(scores, rollouts.cu_seqlens, beta=q_values.info.beta).mean_value
+        final = means[rollouts.cu_seqlens[1:].long() - 1]
+        return {
+            "rm_auc": auc(final.cpu(), rollouts.outcome.cpu()),
+            "q_mean": float(scores.mean()),
+            "q_std": float(scores.std(correction=0)),
+        }
 
     def _spro(self, rollouts: Rollouts) -> None:
         start, config = cast(nn.Module, self.start_policy), self.config

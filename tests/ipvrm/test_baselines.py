@@ -4,7 +4,12 @@ import pytest
 import torch
 from oracles import edges
 
-from ipvrm.losses.baselines import per_token, prime_advantages, spro_advantages
+from ipvrm.losses.baselines import (
+    per_token,
+    prime_advantages,
+    reinforce_qrm_advantages,
+    spro_advantages,
+)
 
 
 def batch(lengths, seed=0):
@@ -15,6 +20,13 @@ def batch(lengths, seed=0):
 OUTCOME = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
 GROUP = torch.tensor([1, 0, 1, 0, 1])  # in any order
 LENGTHS = [3, 5, 1, 2, 4]
+
+
+def test_reinforce_with_q_rm_by_hand():
+    """1, 2, 6: mean 3, population std sqrt(14 / 3); divided, not centred."""
+    found = reinforce_qrm_advantages(torch.tensor([1.0, 2.0, 6.0]))
+    assert found.tolist() == pytest.approx([x / (14 / 3) ** 0.5 for x in (1, 2, 6)], rel=1e-5)
+    assert reinforce_qrm_advantages(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])

@@ -98,7 +98,7 @@ def test_with_several_minibatches_it_is_that_of_the_first_before_any_update(meas
 
 
 def test_a_dpo_model_learns_from_pairs_of_the_rollouts(measured, reward_folder, tmp_path):
-    """One update from all 12 pairs, whatever the micro-batches: loss and accuracy by hand, and it has learnt."""
+    """One update from all 12 pairs, whatever the micro-batches: loss and accuracy by hand; it has learnt."""
     folder = tmp_path / "dpo"
     shutil.copytree(reward_folder, folder)
     stored = json.loads((folder / "ipvrm_config.json").read_text())
@@ -110,10 +110,9 @@ def test_a_dpo_model_learns_from_pairs_of_the_rollouts(measured, reward_folder, 
     sums = torch.stack([part.sum() for part in log_ratio.double().split(edges.diff().tolist())])
     chosen = torch.tensor([4 * prompt + k for prompt in range(6) for k in (0, 1)])
     difference = 2.0 * (sums[chosen] - sums[chosen + 2])
+    loss = float(-torch.nn.functional.logsigmoid(difference).mean())
     for record in records:
-        assert record["rm_loss"] == pytest.approx(
-            float(-torch.nn.functional.logsigmoid(difference).mean()), rel=1e-4
-        )
+        assert record["rm_loss"] == pytest.approx(loss, rel=1e-4)
         assert record["rm_pair_accuracy"] == pytest.approx(float((difference > 0).float().mean()))
         assert record["rm_grad_norm"] == pytest.approx(records[0]["rm_grad_norm"], rel=1e-3)
     after = torch.stack([part.sum() for part in measured.after.double().split(edges.diff().tolist())])

@@ -11,10 +11,14 @@ from runs import log_of, same_bits, weights, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from ipvrm import IpvrmError, RewardModel
+from ipvrm.data.batches import collate
 from ipvrm.data.preference import pairs_of, split_preference
 from ipvrm.data.responses import Response
 from ipvrm.data.rows import read_rows
-from ipvrm.models.causal_lm import load_model
+from ipvrm.losses.policy_loss import PolicyLossConfig
+from ipvrm.models.causal_lm import load_model, response_logprobs
+from ipvrm.training.policy_model import PolicyLoss
+from ipvrm.training.policy_rollouts import Targets
 from ipvrm.training.reward_config import RewardConfig
 from ipvrm.training.train_rm import train_reward_model
 
@@ -269,3 +273,26 @@ def test_endo_rm_has_nothing_to_save_or_to_refer_to(tiny_folder, tmp_path):
         RewardModel.from_pretrained(tiny_folder, tiny_folder, objective="endo_rm")
     with pytest.raises(IpvrmError, match="scale must be positive"):
         RewardModel.from_causal_lm(tiny_folder, scale=0.0)
+
+
+# ------------------------------------------------------------------------------- REINFORCE with token scores
+
+
+def test_the_gradient_of_reinforce_is_the_formulas_in_fp64(tiny_folder):
+    """- mean_b 1/T_b sum_t A_t grad log pi, and not that of a clipped ratio: the old log-probs are not read."""
+    responses = [Response(tuple(range(5, 5 + n)), 3, 1) for n in (6, 9)]
+    batch = collate(responses)
+    advantages = torch.linspace(-3, 3, 9)
+    none = torch.empty(9, 0)
+    targets = Targets(none.long(), torch.full((9,), -20.0), none, advantages, none)
+    loss = PolicyLoss(load_model(tiny_folder), PolicyLossConfig(alpha=0.0), 1.0, ratio=False)
+    loss(batch, targets, 2.0, 2.0).loss.backward()
+
+    exact = load_model(tiny_folder).double()
+    logprobs = response_logprobs(exact, batch)
+    products = (advantages * logprobs).split([3, 6])
+    (-sum(part.mean() for part in products) / 2).backward()
+    for name, parameter in exact.named_parameters():
+        torch.testing.assert_close(
+            loss.model.get_parameter(name).grad.double(), parameter.grad, rtol=1e-3, atol=1e-6
+        )

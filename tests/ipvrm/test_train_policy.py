@@ -100,7 +100,8 @@ def toy_config(toy, output, **changes):
         settings.setdefault("reward_model", str(toy / objective))
     settings.setdefault("rm_max_grad_norm", settings.get("max_grad_norm"))
     for name in ("rm_learning_rate", "rm_minibatch_size", "rm_lora_r", "rm_max_grad_norm"):
-        if "reward_model" not in settings or (settings.get("rm_update") == "frozen" and name not in changes):
+        frozen = settings.get("rm_update") == "frozen" or settings["algorithm"] == "reinforce_qrm"
+        if "reward_model" not in settings or (frozen and name not in changes):
             settings.pop(name)
     return PolicyConfig(**settings)
 
@@ -739,7 +740,9 @@ def test_the_resolved_config_is_a_config_file(tmp_path, changes):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"algorithm": "reinforce_qrm"}, "needs the token scores of a Q-RM"),
+        ({"algorithm": "reinforce_qrm"}, "needs --reward_model"),
+        ({"algorithm": "reinforce_qrm", "reward_model": "x", "clip_low": 0.1}, "has no --clip_low"),
+        ({"algorithm": "reinforce_qrm", "reward_model": "x", "dlw": True}, "has no --dlw"),
         ({"algorithm": "ppo"}, "it is unknown; train-policy offers distrl, grpo"),
         ({"algorithm": "grpo", "reward_model": "x"}, "takes no reward model: its advantage is the outcome"),
         ({"algorithm": "spro", "reward_model": "x"}, "takes no reward model"),
@@ -814,6 +817,47 @@ def poison_and_record(folder):
 def test_reward_models_that_do_not_fit(config, toy, tmp_path, edit, reason):
     with pytest.raises(IpvrmError, match=reason):
         train(config(reward_model=edited(toy, tmp_path, edit)))
+
+
+@pytest.mark.slow
+def test_reinforce_with_a_q_rm(config, toy, tmp_path):
+    """It learns what the Q-RM has learnt, which stays as it was; a model without token scores is refused."""
+    with pytest.raises(IpvrmError, match="'ipvrm' gives no token scores.*needs a q_rm reward model"):
+        train(config("refused", algorithm="reinforce_qrm", reward_model=str(toy / "ipvrm")))
+    rows = [json.loads(line) for line in (toy / "labelled.jsonl").read_text().splitlines()]
+    data = write_jsonl(tmp_path / "one_prompt.jsonl", [row | {"prompt": "10"} for row in rows])
+    folder = str(tmp_path / "q_rm")
+    reward = RewardConfig(
+        str(toy / "sft"),
+        str(data),
+        folder,
+        "q_rm",
+        learning_rate=3e-3,
+        pairs="all",
+        max_steps=6,
+        use_cpu=True,
+    )
+    train_reward_model(reward, progress=False)
+    before = weights(folder)
+    result = train(
+        config(algorithm="reinforce_qrm", reward_model=folder, max_steps=6, learning_rate=3e-3, save_steps=3)
+    )
+    records = log_of(result.output_dir)
+    assert records[0]["rm_auc"] > 0.9 and records[0]["q_std"] > 0
+    assert records[-1]["rollout_accuracy"] > records[0]["rollout_accuracy"] + 0.1
+    assert all(torch.equal(before[name], x) for name, x in weights(folder).items())
+    (result.output_dir / "results.json").unlink()
+    again = train(
+        config(
+            algorithm="reinforce_qrm",
+            reward_model=folder,
+            max_steps=6,
+            learning_rate=3e-3,
+            save_steps=3,
+            resume_from_checkpoint="auto",
+        )
+    )
+    assert log_of(again.output_dir)[-1] == records[-1]
 
 
 def test_switches_of_another_objective_are_refused(config, toy):
