@@ -111,6 +111,7 @@ def in_words(numbers: Mapping[str, float]) -> str:
 LONGEST_SILENCE = 60.0  # seconds
 NAMES = {
     "policy_loss": "loss",
+    "pair_accuracy": "pair acc",
     "prefix_accuracy": "prefix acc",
     "rollout_accuracy": "accuracy",
     "tokens_per_second": "tok/s",
@@ -118,6 +119,7 @@ NAMES = {
 FORMATS = {
     "loss": ".4f",
     "policy_loss": ".4f",
+    "pair_accuracy": ".3f",
     "prefix_accuracy": ".3f",
     "rollout_accuracy": ".3f",
     "tokens_per_second": ",.0f",

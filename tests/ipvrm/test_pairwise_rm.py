@@ -279,7 +279,7 @@ def test_endo_rm_has_nothing_to_save_or_to_refer_to(tiny_folder, tmp_path):
 
 
 def test_the_gradient_of_reinforce_is_the_formulas_in_fp64(tiny_folder):
-    """- mean_b 1/T_b sum_t A_t grad log pi, and not that of a clipped ratio: the old log-probs are not read."""
+    """- mean_b 1/T_b sum_t A_t grad log pi: there is no ratio to the old log-probs, and no clip."""
     responses = [Response(tuple(range(5, 5 + n)), 3, 1) for n in (6, 9)]
     batch = collate(responses)
     advantages = torch.linspace(-3, 3, 9)

@@ -27,14 +27,14 @@ PAPER = [  # where, command, {field: value}
     ("Eq. 18: early weighting", f"{RM} --prefix_weighting early", {"prefix_weighting": "early"}),
     ("Table 10: margins 0 and 10", f"{RM} --margin 0", {"margin": 0.0}),
     ("Table 10: margins 0 and 10", f"{RM} --margin 10", {"margin": 10.0}),
-    ("Appendix C: all reward models", RM, {"learning_rate": 5e-7, "global_batch_size": 64, "reference": None}),
+    ("Appendix C: all reward models", RM, {"learning_rate": 5e-7, "global_batch_size": 64}),
     ("Appendix C: Implicit PRM", f"{RM} --objective implicit_prm", {"beta": 0.05, "margin": None}),
     ("Appendix C: DPO-RM", f"{RM} --objective dpo", {"beta": 0.05, "margin": None, "pairs": "one"}),
     ("Appendix C: Q-RM", f"{RM} --objective q_rm", {"beta": 0.2, "margin": 2.0, "pairs": "one"}),
     ("Section 4.1: five responses a prompt", f"{ROLLOUT} --num_generations 5", {"num_generations": 5}),
     ("Section 4.1: temperature of reward-model data", ROLLOUT, {"temperature": 1.0}),
     ("Appendix C: LoRA of RL", RL, {"lora_r": 128, "rm_lora_r": 128, "learning_rate": 3e-5}),
-    ("Appendix C: n and oversampling", RL, {"num_generations": 4, "rollout_prompts": 512, "train_prompts": 256}),
+    ("Appendix C: n, oversampling", RL, {"num_generations": 4, "rollout_prompts": 512, "train_prompts": 256}),
     ("Appendix C: online reward models", RL, {"rm_learning_rate": 1e-4, "algorithm": "distrl"}),
     ("Appendix C: candidates", RL, {"min_prob": 0.1, "alpha": 0.1, "candidate_mode": "min_prob"}),
     *[
@@ -58,7 +58,7 @@ PAPER = [  # where, command, {field: value}
         for name in ("distrl", "grpo_prm", "prime", "reinforce_qrm")
     ],
     *[
-        ("Table 5: policies", f"{RL.replace(' --reward_model rm', '')} --algorithm {name}", {"algorithm": name})
+        ("Table 5: policies", f"{RL[: RL.index(' --reward')]} --algorithm {name}", {"algorithm": name})
         for name in ("grpo", "spro")
     ],
     ("Section 4.1: avg@8", POLICY, {"num_generations": 8, "temperature": 0.6, "top_p": 0.95}),
