@@ -153,13 +153,22 @@ def _scores(
 
 
 def _step_ends(text: str, separator: str) -> list[int]:
-    """Exclusive character ends of the steps, the separator behind each included; at least one step."""
-    ends, start = [], 0
-    while separator and (at := text.find(separator, start)) >= 0:
-        start = at + len(separator)
-        if start < len(text):
-            ends.append(start)
-    return [*ends, len(text)]
+    """Exclusive character ends of the steps, the separator behind each included; at least one step.
+
+    What is blank between two separators is no step but part of the one before it, at the beginning of the next.
+    """
+    ends: list[int] = []
+    at, blank = 0, False
+    parts = text.split(separator) if separator else [text]
+    for number, part in enumerate(parts, 1):
+        at += len(part) + (len(separator) if number < len(parts) else 0)
+        if ends and (blank or not part.strip()):
+            ends[-1] = at
+            blank = blank and not part.strip()
+        else:
+            ends.append(at)
+            blank = not part.strip()
+    return ends
 
 
 # ------------------------------------------------------------------------------------------------- command

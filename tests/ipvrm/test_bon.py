@@ -54,6 +54,7 @@ def test_step_ends():
     assert bon._step_ends("ab", "\n\n") == [2]
     assert bon._step_ends("ab\n\n", "\n\n") == [4]  # nothing behind it: no step of its own
     assert bon._step_ends("ab", "") == [2]
+    assert bon._step_ends("\n\nab\n\n \n\ncd\n\n", "\n\n") == [9, 13]  # blank ones are no steps
 
 
 def test_scores_by_hand(reward_model):

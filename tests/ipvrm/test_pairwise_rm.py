@@ -4,6 +4,9 @@ import itertools
 import json
 import random
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -12,11 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from ipvrm import IpvrmError, RewardModel
 from ipvrm.data.batches import collate
+from ipvrm.data.files import records
 from ipvrm.data.preference import pairs_of, split_preference
 from ipvrm.data.responses import Response
 from ipvrm.data.rows import read_rows
+from ipvrm.evaluate.score import ScoreConfig, score_file
 from ipvrm.losses.policy_loss import PolicyLossConfig
 from ipvrm.models.causal_lm import load_model, response_logprobs
+from ipvrm.reproduce.td_branches import Answer, Branch, Brancher, BranchOptions
+from ipvrm.rollouts.answers import Question
+from ipvrm.rollouts.verify import Verdict
 from ipvrm.training.policy_model import PolicyLoss
 from ipvrm.training.policy_rollouts import Targets
 from ipvrm.training.reward_config import RewardConfig
@@ -108,6 +116,35 @@ def test_preference_formats(record, tmp_path):
 def test_preferences_that_cannot_be_used(record, reason):
     with pytest.raises(ValueError, match=reason):
         split_preference(record)
+
+
+def test_data_sets_of_the_hub(tmp_path, monkeypatch):
+    """`org/name` is its split train; offline it ends in one line."""
+    record = [{"prompt": "q", "response": "r", "label": 1}]
+    for name in ("train-00000.jsonl", "train-00001.jsonl", "test.jsonl"):
+        (tmp_path / "snapshot" / "data").mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / "snapshot" / "data" / name, record)
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options["repo_type"], "*train*.jsonl" in options["allow_patterns"]))
+        return str(tmp_path / "snapshot")
+
+    with pytest.raises(
+        IpvrmError, match=r"^someone/data: neither a file or folder nor a data set .*"
+    ) as error:
+        read_rows("someone/data")
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert len(list(records("someone/data", None))) == 2 and asked == [("someone/data", "dataset", True)]
+    assert [Path(r.file).name for r in records("someone/data:test", None)] == ["test.jsonl"]
+    with pytest.raises(IpvrmError, match="its split validation must be in one folder.*none"):
+        read_rows("someone/data:validation")
+    write_jsonl(tmp_path / "snapshot" / "train.jsonl", record)
+    with pytest.raises(IpvrmError, match="must be in one folder; .*Name the split"):
+        read_rows("someone/data")
+    with pytest.raises(IpvrmError, match="no such file"):
+        read_rows("some/where/else.jsonl")
 
 
 def test_a_pair_is_dropped_whole(config, tmp_path):
@@ -273,6 +310,35 @@ def test_endo_rm_has_nothing_to_save_or_to_refer_to(tiny_folder, tmp_path):
         RewardModel.from_pretrained(tiny_folder, tiny_folder, objective="endo_rm")
     with pytest.raises(IpvrmError, match="scale must be positive"):
         RewardModel.from_causal_lm(tiny_folder, scale=0.0)
+
+
+def test_score_takes_endo_rm_and_gives_td_per_token(tiny_folder, tmp_path):
+    data = write_jsonl(tmp_path / "in.jsonl", [{"problem": PROBLEM, "steps": STEPS}])
+    config = ScoreConfig(str(tiny_folder), str(data), str(tmp_path / "out.jsonl"), "endo_rm", use_cpu=True)
+    assert score_file(config, progress=False) == 1
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert "td" not in record
+    config = replace(config, output=str(tmp_path / "tokens.jsonl"), per_token=True)
+    assert score_file(config, progress=False) == 1
+    tokens = json.loads((tmp_path / "tokens.jsonl").read_text())
+    assert sum(tokens.pop("td")) == pytest.approx(record["value"], rel=1e-4) and tokens == record
+    with pytest.raises(IpvrmError, match="no ipvrm_config.json"):
+        score_file(replace(config, objective=None, output=str(tmp_path / "x.jsonl")), progress=False)
+
+
+def test_the_branches_of_eval_td_agree_with_the_values(tiny_folder):
+    """The td of the sampled token is the step from the value before it to that behind it, also under EndoRM,
+    whose reward looks one state ahead; at the end of the turn that state has the value 0."""
+    model = RewardModel.from_causal_lm(tiny_folder, device="cpu")
+    ids = tuple(range(5, 14))
+    answer = Answer(cast(Question, None), 0, Response(ids, 3, 1), cast(Verdict, None))
+    options = BranchOptions(1, 1, 1, 0.1, None, 8, 1.0, 8, 8192, 0)
+    brancher = Brancher(options, model.model, model, None, None, {ids[-1]}, None)
+    brancher._values([answer])
+    before = [0.0, *answer.value.tolist()]
+    branches = [Branch(ids[: 4 + t], (0, 0, t, 1), ids[3 + t], 0.0, before[t]) for t in range(6)]
+    brancher._td(branches)
+    assert [b.value + b.td for b in branches] == pytest.approx(answer.value.tolist(), rel=1e-4, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------- REINFORCE with token scores
