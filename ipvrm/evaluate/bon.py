@@ -155,7 +155,7 @@ def _scores(
 def _step_ends(text: str, separator: str) -> list[int]:
     """Exclusive character ends of the steps, the separator behind each included; at least one step.
 
-    What is blank between two separators is no step but part of the one before it, at the beginning of the next.
+    What is blank between two separators is no step but part of the one before it, or of the first.
     """
     ends: list[int] = []
     at, blank = 0, False

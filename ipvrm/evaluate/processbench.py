@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ipvrm.data.files import check_values, file_hash, records, shards
+from ipvrm.data.files import check_values, file_hash, kind_of, records
 from ipvrm.data.rows import SHOWN_BAD_ROWS
 from ipvrm.data.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
 from ipvrm.errors import IpvrmError, reading
@@ -76,8 +76,8 @@ class EvalConfig:
     model: str = field(metadata=FREE)
     """Run folder of the reward model."""
     data: tuple[str, ...] = field(metadata=FREE)
-    """ProcessBench files (problem, steps, label in a JSON list, JSON lines or parquet), or a folder of them;
-    the file name is the subset's name. TRL's stepwise format is read too (prompt, completions, labels)."""
+    """ProcessBench files (problem, steps, label in a JSON list, JSON lines or parquet), or one folder of all;
+    a file's name is the subset's. TRL's stepwise format is read too (prompt, completions, labels)."""
     output_dir: str = field(metadata=FREE)
     """Folder for results.json, items-<subset>.parquet and the scores."""
     objective: Literal["endo_rm"] | None = None
@@ -110,12 +110,15 @@ class EvalConfig:
 
 
 def _files(data: Sequence[str]) -> list[str]:
-    """The files in `data`, those of a folder in the order of their names."""
-    return [str(file) for path in data for file in (shards(path) if Path(path).is_dir() else [path])]
+    """A file, or folder of shards, per subset; of one folder alone what is in it, in order of the names."""
+    if len(data) != 1 or not Path(data[0]).is_dir():
+        return list(data)
+    inside = sorted(p for p in Path(data[0]).iterdir() if not p.name.startswith((".", "_")))
+    return [str(path) for path in inside if path.is_dir() or kind_of(path)]
 
 
 def _subset(path: str) -> str:
-    """`gsm8k` of `gsm8k.json` or `gsm8k.jsonl.gz`."""
+    """`gsm8k` of `gsm8k.json`, `gsm8k.jsonl.gz` or the folder `gsm8k`."""
     return Path(path).name.partition(".")[0]
 
 

@@ -13,7 +13,7 @@ from runs import write_jsonl
 import ipvrm
 from ipvrm import IpvrmError, RewardModel
 from ipvrm.data.responses import tokenize
-from ipvrm.data.rows import Row
+from ipvrm.data.rows import Row, read_rows
 from ipvrm.evaluate import bon
 from ipvrm.evaluate.bon import BonConfig, evaluate
 
@@ -137,11 +137,13 @@ def test_it_goes_on(config, monkeypatch):
 
 
 def test_what_is_too_long_is_picked_last(config, reward_model):
-    short = replace(config, max_length=32)
-    results = evaluate(short, progress=False)
+    rows, _ = read_rows(config.data)
+    lengths = [len(r.input_ids) for r in tokenize(rows, reward_model.chat, max_length=None).responses]
+    most = sorted(lengths)[len(lengths) // 2]
+    results = evaluate(replace(config, max_length=most), progress=False)
     lines = read_jsonl(f"{config.output_dir}/scores.jsonl")
-    lost = [line for line in lines if line["final"] is None]
-    assert 0 < results["too_long"] == len(lost) < len(lines) and not results["unusable"]
+    assert [line["final"] is None for line in lines] == [length > most for length in lengths]
+    assert results["too_long"] == sum(length > most for length in lengths) > 0 and not results["unusable"]
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ PAPER = [  # where, command, {field: value}
     ("Appendix B: reference of the TD", RL, {"td_reference": "behaviour"}),
     ("Table 9: the other reference", f"{RL} --td_reference sft", {"td_reference": "sft"}),
     ("Table 8: frozen", f"{RL} --rm_update frozen", {"rm_update": "frozen"}),
-    ("Table 8: naive", f"{RL} --no_dlw --no_adb", {"dlw": False, "adb": False}),
-    ("Table 8: DLW alone", f"{RL} --no_adb", {"adb": False}),
-    ("Table 8: ADB alone", f"{RL} --no_dlw", {"dlw": False}),
+    ("Table 8: naive", f"{RL} --dlw False --adb False", {"dlw": False, "adb": False}),
+    ("Table 8: DLW alone", f"{RL} --adb False", {"adb": False}),
+    ("Table 8: ADB alone", f"{RL} --dlw False", {"dlw": False}),
     *[
         ("Table 5: policies", f"{RL} --algorithm {name}", {"algorithm": name})
         for name in ("distrl", "grpo_prm", "prime", "reinforce_qrm")
