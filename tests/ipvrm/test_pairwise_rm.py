@@ -159,7 +159,7 @@ def test_a_pair_is_dropped_whole(config, tmp_path):
     assert (counts["pairs"], counts["only_wrong_prompts"], counts["too_long_dropped"]) == (1, 1, 1)
     assert (counts["right"], counts["wrong"]) == (1, 2)
     with pytest.raises(IpvrmError, match="nothing that dpo can compare"):
-        train(config("none", train_data=str(data), objective="dpo", max_length=12))
+        train(config("none", train_data=str(write_jsonl(data, rows[:1])), objective="dpo", max_length=64))
 
 
 # ------------------------------------------------------------------------------------------------ training
