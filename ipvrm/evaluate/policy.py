@@ -28,6 +28,7 @@ from ipvrm.evaluate.best_of_n import pass_at_n
 from ipvrm.evaluate.thresholds import finite_or_none, percentile_interval
 from ipvrm.losses.presets import Preset, by_preset
 from ipvrm.models.causal_lm import load_tokenizer
+from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL
 from ipvrm.output import locked
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
@@ -80,6 +81,10 @@ class PolicyEvalConfig:
     """Processes. Default: one per available core."""
     per_device_eval_batch_size: int = field(default=64, metadata=FREE)
     """Most responses generated at a time."""
+    engine: str = field(default=LOCAL, metadata=FREE)
+    """transformers, or the address of a server of `model`, as in `ipvrm rollout`."""
+    engine_timeout: float = field(default=ENGINE_TIMEOUT, metadata=FREE)
+    """Most seconds to wait for one of its answers."""
     bf16: bool = False
     """Weights and cache in bf16, in place of fp32."""
     bootstrap_resamples: int = field(default=2000, metadata=FREE)
@@ -140,6 +145,8 @@ def _evaluate(config: PolicyEvalConfig, progress: bool) -> dict[str, Any]:
         seed=config.seed,
         limit=config.limit,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
+        engine=config.engine,
+        engine_timeout=config.engine_timeout,
         bf16=config.bf16,
         on_bad_row=config.on_bad_row,
         use_cpu=config.use_cpu,

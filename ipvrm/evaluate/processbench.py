@@ -24,7 +24,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ipvrm.data.files import check_values, file_hash, kind_of, records
+from ipvrm.data.files import check_values, file_hash, records
+from ipvrm.data.files import kind_of as kind_of_file
 from ipvrm.data.rows import SHOWN_BAD_ROWS
 from ipvrm.data.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
 from ipvrm.errors import IpvrmError, reading
@@ -114,7 +115,7 @@ def _files(data: Sequence[str]) -> list[str]:
     if len(data) != 1 or not Path(data[0]).is_dir():
         return list(data)
     inside = sorted(p for p in Path(data[0]).iterdir() if not p.name.startswith((".", "_")))
-    return [str(path) for path in inside if path.is_dir() or kind_of(path)]
+    return [str(path) for path in inside if path.is_dir() or kind_of_file(path)]
 
 
 def _subset(path: str) -> str:

@@ -302,6 +302,7 @@ BON = {
     "use_cpu": one(False, SPEED),
 }
 POLICY = {
+    **ENGINE,
     "model": one(REQUIRED, ""),
     "data": one(REQUIRED, ""),
     "output_dir": one(REQUIRED, ""),
