@@ -43,6 +43,7 @@ from ipvrm.models.causal_lm import (
     template_hash,
     weights_hash,
 )
+from ipvrm.models.folder import VALUE_HEAD
 from ipvrm.models.server import ENGINE_TIMEOUT, Server
 from ipvrm.models.token_rewards import TokenValues, endo_rewards, load_value_head, save_value_head
 from ipvrm.run_folder import move_into, read_json, save_folder, versions, write_json
@@ -609,15 +610,23 @@ def write_info(
     """Writes `ipvrm_config.json` into `folder`, whose weights it is for and which are there by now, and the
     model card; `data` and `metrics` of the training stand in that."""
     write_json(Path(folder) / CONFIG_NAME, asdict(replace(info, weights_hash=weights_hash(folder))))
+    of_head = info.objective == "q_rm"
+    implicit = (
+        "A reward model that judges every prefix of a response by its log-ratio to a reference: "
+        "V_t = beta * sum of (log pi - log pi_ref) over the tokens up to t. It needs that reference."
+    )
+    explicit = (
+        "A reward model that judges every prefix of a response by a value head on the body's states: "
+        f"V_t = beta * sum of Z over the tokens up to t. The head is in {VALUE_HEAD}."
+    )
     write_card(
         Path(folder),
-        name="Implicit reward model",
-        summary="A reward model that judges every prefix of a response by its log-ratio to a reference: "
-        "V_t = beta * sum of (log pi - log pi_ref) over the tokens up to t. It needs that reference.",
+        name="Q-RM" if of_head else "Implicit reward model",
+        summary=explicit if of_head else implicit,
         usage='from ipvrm import RewardModel\n\nrm = RewardModel.from_pretrained("this folder")\n'
         "score = rm.score(problem, steps)  # .step_scores, .td, .prefix_values, .first_error",
         tags=REWARD_TAGS,
-        base=info.reference_given,
+        base=info.reference_given or None,
         settings={
             "objective": info.objective,
             "beta": info.beta,

@@ -239,7 +239,12 @@ def test_the_folder_of_a_q_rm(config, tmp_path):
     folder = train(config(objective="q_rm", max_steps=1)).output_dir
     info = json.loads((folder / "ipvrm_config.json").read_text())
     assert (info["objective"], info["beta"], info["margin"], info["reference"]) == ("q_rm", 0.2, 2.0, "")
+    card = (folder / "README.md").read_text()
+    assert "# Q-RM" in card and "value head" in card and "log-ratio" not in card
     model = RewardModel.from_pretrained(folder, device="cpu")
+    with pytest.raises(IpvrmError, match="'q_rm' has token rewards, and no log-probs"):
+        model.score(PROBLEM, STEPS, min_prob=0.1)
+    assert "logprobs" not in model.score(PROBLEM, STEPS).by_token()
     model.save_pretrained(tmp_path / "copy")
     again = RewardModel.from_pretrained(tmp_path / "copy", device="cpu")
     assert torch.equal(model.score(PROBLEM, STEPS).td, again.score(PROBLEM, STEPS).td)
