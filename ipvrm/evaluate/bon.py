@@ -46,7 +46,7 @@ from ipvrm.run_folder import (
 
 CHUNK = 64  # responses scored, and kept, at a time
 WORDS = {"data_hash": "the data", "model_hash": "the reward model", "reference_hash": "the reference"}
-OWN_COLUMNS = ("row", "data_source", "extracted")
+OWN_COLUMNS = ("data_source", "extracted")
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class BonConfig:
     model: str = field(metadata=FREE)
     """Run folder of the reward model."""
     data: str = field(metadata=FREE)
-    """.parquet, .jsonl or .json of rollouts with `label`; `row` (else the prompt) says which are of one
-    problem, `extracted` what they vote for, `data_source` which problems are reported together."""
+    """.parquet, .jsonl or .json of rollouts with `label`; those to one prompt are of one problem,
+    `extracted` is what they vote for, `data_source` says which problems are reported together."""
     output_dir: str = field(metadata=FREE)
     """Folder for results.json and scores.jsonl."""
     objective: Literal["endo_rm"] | None = None
@@ -231,8 +231,7 @@ def _read(config: BonConfig) -> tuple[list[_Rollout], list[BadRow]]:
         try:
             record = as_object(value)
             row = row_of(f"{file}:{number}", record)
-            of_problem = record.get("row")
-            problem = json.dumps(row.prompt if of_problem is None else of_problem, sort_keys=True)
+            problem = json.dumps(row.prompt, sort_keys=True)
             extracted = record.get("extracted")
             if extracted is not None and not isinstance(extracted, str):
                 raise ValueError(f"extracted must be a text; got {extracted!r:.40}")

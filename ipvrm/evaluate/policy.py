@@ -176,13 +176,13 @@ def _evaluate(config: PolicyEvalConfig, progress: bool) -> dict[str, Any]:
 
 def _judged(rollouts: str, labelled: str) -> tuple[dict[str, dict[int, Judged]], dict[str, Counter[str]]]:
     """By source, the problems and what became of the responses."""
-    columns = ("row", "sample", "data_source", "truncated", "response", "label")
-    labels = {(r["row"], r["sample"]): r["label"] for *_, r in records(labelled, columns)}
+    labels = {r["row"]: r["label"] for *_, r in records(labelled, ("row", "label"))}  # row: of the rollouts
+    columns = ("row", "data_source", "truncated", "response")
     found: dict[str, dict[int, Judged]] = {}
     counts: dict[str, Counter[str]] = {}
-    for *_, record in records(rollouts, columns):
+    for _, _, number, record in records(rollouts, columns):
         source = record["data_source"] or ""
-        label = labels.get((record["row"], record["sample"]))
+        label = labels.get(number)
         if label is None and not record["response"].strip():
             label = 0
         became = counts.setdefault(source, Counter(responses=0, truncated=0, failed=0))

@@ -29,10 +29,11 @@ def reward_model(tiny_folder):
 def config(tiny_folder, tmp_path):
     """Three problems of four responses, one of two; EndoRM, which needs no training."""
     rows = [
-        {"row": k, "prompt": f"What is {k} + 2?", "response": text, "label": label, "extracted": extracted}
+        {"prompt": f"What is {k} + 2?", "response": text, "label": label, "extracted": vote}
         for k in range(4)
-        for text, label, extracted in zip(TEXTS, (k != 1, 0, k == 0, 0), ("3", "4", "3.0", None), strict=True)
+        for text, label, vote in zip(TEXTS, (k != 1, 0, k == 0, 0), ("3", "4", "3.0", None), strict=True)
     ][:-2]
+    rows = [row | {"row": number} for number, row in enumerate(rows, 1)]  # as label numbers them
     data = write_jsonl(tmp_path / "labelled.jsonl", rows)
     return BonConfig(
         model=str(tiny_folder),
@@ -89,7 +90,7 @@ def test_every_subset(config, capsys):
     assert "majority vote" in shown and "N = 3: 1 of 4 problems have fewer responses" in shown
     lines = read_jsonl(f"{config.output_dir}/scores.jsonl")
     rows = read_jsonl(config.data)
-    problems = [[i for i, row in enumerate(rows) if row["row"] == k] for k in range(4)]
+    problems = [[i for i, row in enumerate(rows) if row["prompt"] == f"What is {k} + 2?"] for k in range(4)]
     for found in results["sources"][""]["rows"]:
         per_problem = []
         for members in (m for m in problems if len(m) >= found["n"]):
@@ -163,7 +164,7 @@ def test_refusals(config, changes, reason):
 def test_sources_and_no_votes(config, tmp_path):
     rows = read_jsonl(config.data)
     for row in rows:
-        row |= {"data_source": "ab"[row["row"] % 2], "extracted": None}
+        row |= {"data_source": "ab"[int(row["prompt"][8]) % 2], "extracted": None}
     write_jsonl(tmp_path / "labelled.jsonl", rows)
     results = evaluate(replace(config, n=(2,)), progress=False)
     assert {name: found["problems"] for name, found in results["sources"].items()} == {"a": 2, "b": 2}

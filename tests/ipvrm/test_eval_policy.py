@@ -48,16 +48,16 @@ def test_what_became_of_the_responses(tmp_path):
     rollouts = write_jsonl(
         tmp_path / "rollouts.jsonl",
         [
-            {"row": 1, "sample": i, "data_source": "a", "truncated": i == 2, "response": text}
+            {"row": 7, "sample": i, "data_source": "a", "truncated": i == 2, "response": text}
             for i, text in enumerate(["1", " ", "3", "4"])
         ],
     )
     labelled = write_jsonl(
         tmp_path / "labelled.jsonl",
-        [{"row": 1, "sample": 0, "label": 1}, {"row": 1, "sample": 2, "label": 0}],
+        [{"row": 1, "label": 1}, {"row": 3, "label": 0}],
     )
     found, counts = policy._judged(str(rollouts), str(labelled))
-    assert found == {"a": {1: Judged(3, 1)}}
+    assert found == {"a": {7: Judged(3, 1)}}
     assert counts == {"a": {"responses": 4, "truncated": 1, "failed": 1}}
 
 
@@ -95,7 +95,8 @@ def test_end_to_end(tiny_folder, tmp_path, capsys):
     assert {name: (s["problems"], s["responses"]) for name, s in results["sources"].items()} == {
         "a": (2, 4), "b": (1, 2),
     }  # fmt: skip
-    assert results["sources"]["a"]["metrics"]["pass@2"]["value"] is not None
+    assert [s["failed"] for s in results["sources"].values()] == [0, 0]
+    assert results["sources"]["a"]["metrics"]["pass@2"]["problems"] == 2
     written = tmp_path / "out" / "rollouts.parquet"
     before = written.stat().st_mtime_ns
     again = evaluate(config, progress=False)
