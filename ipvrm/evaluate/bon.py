@@ -63,10 +63,10 @@ class BonConfig:
     `extracted` is what they vote for, `data_source` says which problems are reported together."""
     output_dir: str = field(metadata=FREE)
     """Folder for results.json and scores.jsonl."""
-    objective: Literal["endo_rm"] | None = None
-    """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
     reference: str | None = field(default=None, metadata=FREE)
     """Where the reference model is now, if it has moved."""
+    objective: Literal["endo_rm"] | None = None
+    """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
     n: tuple[int, ...] = field(default=(4, 16, 64), metadata=FREE)
     """How many responses there are to pick from."""
     step_separator: str = STEP_SEPARATOR

@@ -81,10 +81,10 @@ class EvalConfig:
     a file's name is the subset's. TRL's stepwise format is read too (prompt, completions, labels)."""
     output_dir: str = field(metadata=FREE)
     """Folder for results.json, items-<subset>.parquet and the scores."""
-    objective: Literal["endo_rm"] | None = None
-    """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
     reference: str | None = field(default=None, metadata=FREE)
     """Where the reference model is now, if it has moved."""
+    objective: Literal["endo_rm"] | None = None
+    """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
     transfer_from: str = field(default="gsm8k", metadata=FREE)
     """Subset whose best threshold the `transfer` protocol uses everywhere."""
     step_format: str = STEP_FORMAT

@@ -51,10 +51,10 @@ class ScoreConfig:
     """.jsonl, .json or .parquet file of problems and steps."""
     output: str = field(metadata=FREE)
     """JSONL file to write; it appears when all lines are scored."""
-    objective: Literal["endo_rm"] | None = None
-    """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
     reference: str | None = field(default=None, metadata=FREE)
     """Where the reference model is now, if it has moved."""
+    objective: Literal["endo_rm"] | None = None
+    """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
     rule: Literal["step", "prefix", "mean", "mean_diff"] = "step"
     """What the score of a step is (Eq. 31, Eq. 30, mean_value at its end, its mean TD)."""
     threshold: float = 0.5

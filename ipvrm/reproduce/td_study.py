@@ -96,11 +96,11 @@ class TdConfig:
     """.parquet, .jsonl or .json of `prompt` and `answer` (or `reward_model.ground_truth`)."""
     output_dir: str = field(metadata=FREE)
     """Folder for results.json and prompts/, one file of branches per prompt."""
+    reference: str | None = field(default=None, metadata=FREE)
+    """Where the reward model's reference is, if it has moved."""
     objective: Literal["endo_rm"] | None = None
     """endo_rm: --reward_model is any causal LM, whose own logits are the reward. Default: what its folder
     says."""
-    reference: str | None = field(default=None, metadata=FREE)
-    """Where the reward model's reference is, if it has moved."""
     num_prompts: int = field(default=128, metadata=FREE)
     """The first so many rows. A later run with more goes on."""
     num_responses: int = 4

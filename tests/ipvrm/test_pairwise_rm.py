@@ -319,7 +319,9 @@ def test_endo_rm_has_nothing_to_save_or_to_refer_to(tiny_folder, tmp_path):
 
 def test_score_takes_endo_rm_and_gives_td_per_token(tiny_folder, tmp_path):
     data = write_jsonl(tmp_path / "in.jsonl", [{"problem": PROBLEM, "steps": STEPS}])
-    config = ScoreConfig(str(tiny_folder), str(data), str(tmp_path / "out.jsonl"), "endo_rm", use_cpu=True)
+    config = ScoreConfig(
+        str(tiny_folder), str(data), str(tmp_path / "out.jsonl"), objective="endo_rm", use_cpu=True
+    )
     assert score_file(config, progress=False) == 1
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert "td" not in record
