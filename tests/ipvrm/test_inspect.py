@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import write_jsonl
+from runs import sharp, write_jsonl
 
 from ipvrm import IpvrmError, RewardModel
 from ipvrm.cli import main
 from ipvrm.data.steps import render_steps
-from ipvrm.models.causal_lm import load_model, load_tokenizer, template_hash
+from ipvrm.models.causal_lm import load_model, load_tokenizer, save_model, template_hash
 from ipvrm.models.reward_model import RewardModelInfo, read_info, reference_entries
 from ipvrm.run_folder import versions
 from ipvrm.view import traces
@@ -56,10 +56,14 @@ def save_reward_model(folder, base, *, seed, beta=2.0):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, tiny_folder):
-    """Two reward models over one base."""
+    """Two reward models over one base, whose distributions have peaks."""
     home = tmp_path_factory.mktemp("pair")
+    base = sharp(load_model(tiny_folder))
+    save_model(base, home / "base")
+    load_tokenizer(tiny_folder).save_pretrained(home / "base")
     return [
-        str(save_reward_model(home / name, tiny_folder, seed=n)) for n, name in enumerate(("first", "second"))
+        str(save_reward_model(home / name, home / "base", seed=n))
+        for n, name in enumerate(("first", "second"))
     ]
 
 
