@@ -417,7 +417,7 @@ class RewardModel:
             batch = collate([responses[i] for i in indices]).to(device)
             if candidates is None:
                 columns = self._logprobs(batch)
-            elif isinstance(candidates, float):
+            elif isinstance(candidates, float | int):
                 columns = self._candidates(batch, candidates)
             else:
                 widest = max(candidates[i].shape[1] for i in indices)

@@ -144,7 +144,9 @@ def _read(
     for folder, judge in zip(config.model, judges, strict=True):
         model = RewardModel.from_pretrained(folder, config.reference, device)
         if config.policy is not None and policy is None:
-            policy = ask_policy(config.policy, model, items, device, config.batch_tokens, **written)
+            policy = ask_policy(
+                config.policy, model, items, device, batch_tokens=config.batch_tokens, **written
+            )
         readings: list[Reading | str] = []
         with shown.bar(judge.name, len(items)) as update:
             for reading in read_all(model, judge, items, policy, batch_tokens=config.batch_tokens, **written):

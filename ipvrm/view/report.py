@@ -150,8 +150,5 @@ def main(config: ReportConfig) -> None:
         console.print(shown)
         if table["note"]:
             console.print(table["note"], markup=False)
-    count = len(data["runs"])
-    console.print(
-        f"{config.output.removesuffix('.html')}.html: {count} runs, {len(data['metrics'])} metrics",
-        markup=False,
-    )
+    stem = config.output.removesuffix(".html")
+    print(f"{stem}.html: {len(data['runs'])} runs, {len(data['metrics'])} metrics")

@@ -118,7 +118,6 @@ function legend() {
       h("span", { className: "wide" }, inNats ? " — one scale for all" : " — the 98th percentile of each")),
     h("span", {}, h("i", { className: "cell" }), " step below the threshold (logit " + at.join(", ") + ")"),
     ...[...flat, ...(unknown ? [plural(unknown, "value") + " unknown, drawn neutral"] : [])].map(x => h("span", {}, x)));
-  $("legend").title = models.map((m, k) => `${letters[k]}: ${m.objective}, beta ${m.beta}, rule ${m.rule}, threshold from ${m.threshold_from}`).join("\n");
 }
 function rows() {
   const count = trace.shown[0].scores.length, made = [];
@@ -344,5 +343,8 @@ addEventListener("resize", () => { if (innerWidth !== drawn) { drawn = innerWidt
 addEventListener("hashchange", () => { const i = +location.hash.slice(1) - 1; if (i !== index && data.traces[i]) open(i); });
 data.traces.forEach((t, i) => $("pick").append(h("option", {},
   `${i + 1}/${data.traces.length} ${t.id} · ${t.label == null ? "no label" : t.label < 0 ? "all right" : "error at " + (t.label + 1)}${t.picked_for ? " · " + t.picked_for : ""}`)));
+$("about").textContent = [...models.map((m, k) => `${letters[k]} ${m.name}: ${m.objective}, beta ${m.beta}, rule ${m.rule}, threshold ${number(m.threshold)} from ${m.threshold_from}`),
+  ...(data.dropped_candidates ? [plural(data.dropped_candidates, "token") + " lost their candidates to --max_size"] : []),
+  `ipvrm ${data.ipvrm}, ${data.date}`].join(" · ");
 const asked = +location.hash.slice(1) - 1;
 open(data.traces[asked] ? asked : 0);

@@ -273,7 +273,14 @@ def _dense(choices: dict[int, Choice], length: int) -> Tensor:
 
 @torch.no_grad()
 def ask_policy(
-    folder: str, model: RewardModel, items: Sequence[Item], device: Any, batch_tokens: int, **written: str
+    folder: str,
+    model: RewardModel,
+    items: Sequence[Item],
+    device: Any,
+    *,
+    step_format: str,
+    step_separator: str,
+    batch_tokens: int,
 ) -> Policy:
     """Candidates of another policy than the reference; it reads the tokens that `model` reads.
 
@@ -293,7 +300,8 @@ def ask_policy(
     choices: list[dict[int, Choice]] = [{} for _ in items]
 
     def tokens(part: Sequence[tuple[str, list[str]]]) -> list[Solution]:
-        return [s for s in model.solutions(part, **written) if s is not None]  # no length limit: all
+        found = model.solutions(part, step_format=step_format, step_separator=step_separator)
+        return [s for s in found if s is not None]  # no length limit: all
 
     solutions = {i: s for i, s in enumerate(one_by_one(tokens, pairs)) if not isinstance(s, str)}
     numbers = [*solutions]

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import write_jsonl
+from runs import sharp, write_jsonl
 
 from ipvrm import IpvrmError, RewardModel
 from ipvrm.cli import main
-from ipvrm.data.steps import render_steps
-from ipvrm.models.causal_lm import load_model, load_tokenizer, template_hash
+from ipvrm.data.steps import render_steps, token_pieces
+from ipvrm.models.causal_lm import load_model, load_tokenizer, save_model, template_hash
 from ipvrm.models.reward_model import RewardModelInfo, read_info, reference_entries
 from ipvrm.run_folder import versions
 from ipvrm.view import traces
@@ -56,10 +56,14 @@ def save_reward_model(folder, base, *, seed, beta=2.0):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, tiny_folder):
-    """Two reward models over one base."""
+    """Two reward models over one base, whose distributions have peaks."""
     home = tmp_path_factory.mktemp("pair")
+    base = sharp(load_model(tiny_folder))
+    save_model(base, home / "base")
+    load_tokenizer(tiny_folder).save_pretrained(home / "base")
     return [
-        str(save_reward_model(home / name, tiny_folder, seed=n)) for n, name in enumerate(("first", "second"))
+        str(save_reward_model(home / name, home / "base", seed=n))
+        for n, name in enumerate(("first", "second"))
     ]
 
 
@@ -287,14 +291,15 @@ def test_bytes_per_token_on_real_text(data_dir):
     """At most 60 a token for two models and 45 for one, all of Qwen3's tokens of 40 real solutions."""
     if "IPVRM_TOKENIZERS" not in os.environ:
         pytest.skip("IPVRM_TOKENIZERS names no folder of tokenizers")
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(os.environ["IPVRM_TOKENIZERS"]) / "qwen3")
+    tokenizer = Tokenizer.from_file(str(Path(os.environ["IPVRM_TOKENIZERS"]) / "qwen3" / "tokenizer.json"))
     rng, readings, solutions = np.random.default_rng(0), [[], []], []
     for record in json.loads((data_dir / "processbench" / "math.json").read_text())[:40]:
         text, ends = render_steps(record["steps"])
-        offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-        pieces = tuple(text[a:b] for a, b in offsets)
+        offsets = tokenizer.encode(text, add_special_tokens=False).offsets
+        pieces = token_pieces(text, offsets, [""] * len(offsets))
+        assert "".join(pieces) == text
         solutions.append(Item(record["id"], record["problem"], tuple(record["steps"]), record["label"]))
         for of_model in readings:
             td = rng.standard_t(2, len(pieces))

@@ -84,7 +84,16 @@ def pages(tmp_path_factory):
     items, first = sample()
     judges = [judge("A <script>", 10.0), judge("B", 0.05)]
     picked = [(i, "") for i in range(len(items))]
-    same = data_block(picked, items, [first, scaled(first, 0.005)], judges, min_prob=0.1)
+    same = data_block(
+        picked,
+        items,
+        [first, scaled(first, 0.005)],
+        judges,
+        min_prob=0.1,
+        ipvrm="0",
+        date="d",
+        dropped_candidates=3,
+    )
     halves = reading(["one tw", "o th", "ree"], [1.0, -2.0, 3.0], [1])
     other = reading(["one", " two", " three"], [1.0, 1.0, -1.0], [1])
     two = data_block([(0, "")], [Item("v", "p", ("a",), 0)], [[halves], [other]], judges, min_prob=0.1)
@@ -161,6 +170,7 @@ def test_every_key_and_what_the_read_out_says(opened, pages):
         assert words in read
     assert "Labelled first error: step 3 of 4" in tab.text("#sentence")
     assert tab("$('problem').textContent").startswith("<img")
+    assert "threshold 0 from logit 0" in tab.text("#about") and "3 tokens lost" in tab.text("#about")
     for key, want in (
         ("ArrowRight", 21),
         ("ArrowLeft", 20),

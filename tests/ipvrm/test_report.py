@@ -51,7 +51,8 @@ def runs(tmp_path):
     return home
 
 
-def test_report_of_several_runs(runs, tmp_path, capsys):
+def test_report_of_several_runs(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     stem = tmp_path / "out" / "r"
     assert main(["report", str(runs), "--output", str(stem)]) == 0
     page = (tmp_path / "out" / "r.html").read_text(encoding="utf-8")
@@ -71,7 +72,7 @@ def test_report_of_several_runs(runs, tmp_path, capsys):
     (row,) = tables["evaluations"]["rows"]
     assert row == ["pb", "gsm8k", "step", "-", "-", "50.0 (40.0-60.0)", "45.0/56.2"]
     rows = list(csv.reader((tmp_path / "out" / "r-metrics.csv").open()))
-    assert ["loss", "b", "2", "4", ""] in rows and len(rows) == 1 + 7 + 1
+    assert ["loss", "b", "2", "4.0", ""] in rows and len(rows) == 1 + 7 + 1
     assert next(csv.reader((tmp_path / "out" / "r-runs.csv").open()))[:4] == [
         "run",
         "state",
