@@ -121,7 +121,7 @@ def candidates_of(model, prompt, ids, temperature, min_prob):
 
 @pytest.mark.parametrize(
     ("mode", "temperature", "min_prob"),
-    [("raw_logprobs", 1.0, 0.1), ("processed_logprobs", 1.5, 0.1), ("processed_logprobs", 0.7, 0.05)],
+    [("raw_logprobs", 1.0, 0.1), ("processed_logprobs", 0.5, 0.1), ("processed_logprobs", 0.7, 0.05)],
 )
 def test_candidates_are_linear_candidates(
     sharp, tokenizer, stops, model, encoded, mode, temperature, min_prob
