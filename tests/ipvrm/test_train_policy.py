@@ -38,6 +38,7 @@ from ipvrm.models.causal_lm import (
     load_model,
     load_tokenizer,
     response_logprobs,
+    save_model,
     template_hash,
     weights_hash,
 )
