@@ -1,6 +1,7 @@
 """A server that speaks vLLM's completions protocol in a thread and answers with a model's real numbers."""
 
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +28,7 @@ class FakeServer:
         self.fault, self.max_model_len = None, 4096
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"served": self})
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self.http = _Http(("127.0.0.1", port), handler)
         self.port = self.http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02})
@@ -97,6 +98,13 @@ class FakeServer:
             tops.append({name.format(i): max(float(row[i]), -9999.0) for i in best})
         own = [float(row[token]) for row, token in zip(values, ids, strict=True)]
         return {"tokens": [name.format(i) for i in ids], "token_logprobs": own, "top_logprobs": tops}
+
+
+class _Http(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Silence for a client that has hung up."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

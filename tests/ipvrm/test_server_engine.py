@@ -121,7 +121,7 @@ def candidates_of(model, prompt, ids, temperature, min_prob):
 
 @pytest.mark.parametrize(
     ("mode", "temperature", "min_prob"),
-    [("raw_logprobs", 1.0, 0.1), ("processed_logprobs", 3.0, 0.1), ("processed_logprobs", 0.7, 0.05)],
+    [("raw_logprobs", 1.0, 0.1), ("processed_logprobs", 0.5, 0.1), ("processed_logprobs", 0.7, 0.05)],
 )
 def test_candidates_are_linear_candidates(
     sharp, tokenizer, stops, model, encoded, mode, temperature, min_prob
@@ -190,7 +190,7 @@ def changed(**values):
     ids=str,
 )
 def test_a_bad_answer_is_one_line(server, sharp, stops, encoded, fault, reason):
-    engine = engine_of(server, sharp, stops, timeout=0.3 if isinstance(fault, tuple) else 10.0)
+    engine = engine_of(server, sharp, stops, timeout=0.3 if isinstance(fault, tuple) else 600.0)
     server.fault = lambda path, body: fault if body.get("seed") == 2 else None
     with pytest.raises(IpvrmError, match=reason) as caught:
         engine(encoded, Sampling(16), [1, 2, 3, 4])
@@ -241,13 +241,13 @@ def test_the_first_failure_ends_the_others(server, sharp, stops, encoded):
 
 
 def test_at_most_so_many_requests_at_a_time(server, sharp, stops, encoded):
-    running, most, lock = [0], [0], threading.Lock()
+    running, most, lock, pair = [0], [0], threading.Lock(), threading.Barrier(2, timeout=120)
 
     def fault(path, body):
         with lock:
             running[0] += 1
             most[0] = max(most[0], running[0])
-        time.sleep(0.05)
+        pair.wait()
         with lock:
             running[0] -= 1
 
