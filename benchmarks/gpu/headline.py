@@ -8,8 +8,6 @@ every kernel of the head's ops, with what the model of benchmarks/suite/roofline
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +31,6 @@ from ipvrm_kernels.head.triton_tiles import CONFIGS, Config
 
 SECONDS = 6.0  # of rounds a shape, for all configurations
 PROFILED = 3  # calls
-GLUON = "benchmarks.gpu.gluon_study"
 KIND = "half"
 
 
@@ -60,6 +57,17 @@ def forward(hidden: Tensor, weight: Tensor, sampled: Tensor, config: Config) -> 
         CONFIGS[key] = before
 
 
+def gluon_forward() -> tuple[Callable[[Tensor, Tensor, Tensor], Any] | None, str]:
+    """The study's forward, or None and why it cannot run here."""
+    if sweep.architecture() != "sm_90":
+        return None, "the Gluon study is for compute capability 9.0 alone"
+    try:
+        from benchmarks.gpu import gluon_study
+    except ImportError as error:
+        return None, f"this version of Triton has another Gluon: {error}"
+    return gluon_study.forward, ""
+
+
 def case(shape: Shape, device: str, configs: list[Config]) -> Case:
     hidden, weight, ids = inputs(shape, device)
     sampled = ids[:, 0].contiguous()
@@ -70,11 +78,11 @@ def case(shape: Shape, device: str, configs: list[Config]) -> Case:
     contenders: dict[str, Callable[[], Any]] = {"matmul": lambda: hidden @ weight.T}
     contenders |= {label(config): ours(config) for config in configs}
     absent = {}
-    if importlib.util.find_spec(GLUON) is None:
-        absent["gluon"] = f"{GLUON} is not written"
+    gluon, reason = gluon_forward()
+    if gluon is None:
+        absent["gluon"] = reason
     else:
-        gluon = importlib.import_module(GLUON)
-        contenders["gluon"] = lambda: gluon.forward(hidden, weight, sampled)
+        contenders["gluon"] = lambda: gluon(hidden, weight, sampled)
 
     def check(results: Mapping[str, Any]) -> None:
         exact = Exact(hidden, weight)

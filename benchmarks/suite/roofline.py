@@ -121,13 +121,17 @@ def kernels(kind: str, shape: Shape, gpu: Rates, overlapped: bool = False) -> di
 
 
 def expected(kind: str, shape: Shape, names: list[str], device: str) -> dict[str, float]:
-    """{contender: ms} of an op's contenders `names` that are Triton's, and of the bare matmul; {} without a
-    model of the GPU at hand."""
+    """{contender: ms} of an op's contenders `names` that are Triton's, of "gluon" (the forward of
+    benchmarks/gpu/gluon_study.py), and of the bare matmul; {} without a model of the GPU at hand."""
     gpu = rates(_device_name()) if device == "cuda" else None
     if gpu is None:
         return {}
     total = sum(kernels(kind, shape, gpu).values())
-    return {"matmul": matmul_ms(shape, gpu), **{name: total for name in names if name.startswith("triton")}}
+    overlapped = sum(kernels(kind, shape, gpu, overlapped=True).values())
+    modelled = {name: total for name in names if name.startswith("triton")}
+    return {"matmul": matmul_ms(shape, gpu), **modelled} | {
+        name: overlapped for name in names if name == "gluon"
+    }
 
 
 def expected_stream(num_bytes: float) -> float | None:

@@ -44,7 +44,7 @@ from .triton_tiles import (
 PRODUCT_ROWS = 4096  # of a product that is added where addmm cannot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _head_dz_kernel(
     hidden,  # (N, D) descriptor or pointer
     weight,  # (V, D) descriptor or pointer
