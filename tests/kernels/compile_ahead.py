@@ -4,9 +4,10 @@ print one JSON object for each.
 Run by test_ahead_of_time.py in its own process, since the interpreter and the compiler exclude each other, or
 by hand: python tests/kernels/compile_ahead.py [80] [90] [100] [120] [--heads] [--table F]
 
---heads: the kernels with tiles alone. --gluon: the study of benchmarks/gpu alone. --table F: both as the
-table that the tests compare with, in benchmarks/results/kernels, named by the version of Triton that stands
-before this torch on PYTHONPATH. --ones: no machine code, but every kernel with integers that are 1.
+--heads: the kernels with tiles alone. --few: on other architectures than sm_90 only what needs most of each
+kind. --gluon: the study of benchmarks/gpu alone. --table F: kernels with tiles and the study as the table that
+the tests compare with, in benchmarks/results/kernels, named by the version of Triton that stands before this
+torch on PYTHONPATH. --ones: no machine code, but every kernel with integers that are 1.
 """
 
 import argparse
@@ -155,7 +156,13 @@ def tile_case(kernel, config, kind, tma, softcap=False, aligned=True, **constexp
     return function, constexprs, types | dict(kind=kind, label=kernel, aligned=aligned), options
 
 
-def tile_cases(capability):
+def most_alone(capability, few):
+    """Whether of an architecture only the kernel of each kind that needs most registers and shared memory is
+    compiled: sm_120 borrows sm_80's tiles, and `few` spares what .ci/full compiles."""
+    return capability == 120 or (few and capability != 90)
+
+
+def tile_cases(capability, few=False):
     """The kernels with tiles, in bf16, bf16 with an fp32 weight, and fp32."""
     architecture, tma = triton_tiles.tiles_of(capability // 10), capability >= 90
     for kind in ("half", "master", "fp32"):
@@ -163,7 +170,7 @@ def tile_cases(capability):
             triton_tiles.config_of(architecture, kind, kernel) for kernel in triton_tiles.KERNELS
         )
         yield tile_case("saved", saved, kind, tma)
-        if capability == 120:  # what needs most shared memory
+        if most_alone(capability, few):
             continue
         every = capability == 90  # of the variants, which take seconds each
         if kind != "master" or every:
@@ -187,10 +194,10 @@ def tile_cases(capability):
                 yield tile_case("dz", dz, kind, tma, softcap=True, ENTROPY=True)
 
 
-def head_cases(capability):
+def head_cases(capability, few=False):
     """(kernel, constexprs, types, options) of the head."""
-    yield from tile_cases(capability)
-    if capability == 120:
+    yield from tile_cases(capability, few)
+    if most_alone(capability, few):
         return
     for kind in ("half", "fp32"):
         config = triton_tiles.CONFIGS[triton_tiles.tiles_of(capability // 10), kind]
@@ -345,6 +352,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("capability", nargs="*", type=int, default=[80, 90, 100])
     parser.add_argument("--heads", action="store_true")
+    parser.add_argument("--few", action="store_true")
     parser.add_argument("--ones", action="store_true")
     parser.add_argument("--gluon", action="store_true")
     parser.add_argument("--table", type=Path)
@@ -354,10 +362,12 @@ def main():
         cases = []
         if not options.heads and not options.table:
             cases = [
-                (kernel, constexprs, {}, {}, "fp32") for kernel, constexprs in CASES if capability != 120
+                (kernel, constexprs, {}, {}, "fp32")
+                for kernel, constexprs in CASES
+                if not most_alone(capability, options.few)
             ]
         found = tile_cases if options.heads or options.table else head_cases
-        cases += [(*case, "i32") for case in found(capability)]
+        cases += [(*case, "i32") for case in found(capability, options.few)]
         if options.gluon:
             cases = []
         if capability == 90 and (options.gluon or options.table):

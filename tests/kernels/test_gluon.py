@@ -69,16 +69,19 @@ def inputs():
     return (random.standard_normal(shape).astype(np.float32) for shape in ((N, D), (V, D)))
 
 
-def is_right(partial, exact):
-    return bool(np.allclose(partial, exact, rtol=1e-5, atol=1e-5))  # NaN is not
+def is_right(partial, hidden, weight, unit, BLOCK_V):
+    """Whether they differ from fp64 by no more than logits of fp32, summed in another order, may."""
+    off = unit * 2.0**-20 * float((np.abs(hidden) @ np.abs(weight).T).max())
+    exact = expected(hidden, weight, unit, BLOCK_V)
+    sumexp, sum_z_exp = exact[1:]
+    allowed = off * np.stack([np.ones_like(sumexp), 2 * sumexp, 2 * (sumexp + np.abs(sum_z_exp))])
+    return bool((np.abs(partial - exact) <= allowed).all())  # NaN is not
 
 
 def test_gluon_partitions_are_right_in_every_order(study):
     hidden, weight = inputs()
-    exact = expected(hidden, weight, 0.7, SMALL["BLOCK_V"])
     results = [emulated(study, hidden, weight, 0.7, seed, SMALL) for seed in range(SEEDS)]
-    assert all(is_right(result, exact) for result in results)
-    assert all(np.array_equal(result, results[0]) for result in results)
+    assert all(is_right(result, hidden, weight, 0.7, SMALL["BLOCK_V"]) for result in results)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -90,7 +93,7 @@ def test_gluon_partitions_with_fewer_stages(study, stages):
             emulated(study, hidden, weight, 1.0, 0, constexprs)
         return
     result = emulated(study, hidden, weight, 1.0, 0, constexprs)
-    assert is_right(result, expected(hidden, weight, 1.0, SMALL["BLOCK_V"]))
+    assert is_right(result, hidden, weight, 1.0, SMALL["BLOCK_V"])
 
 
 def test_gluon_with_its_own_tiles(study):
@@ -98,7 +101,7 @@ def test_gluon_with_its_own_tiles(study):
     hidden, weight = (random.standard_normal(shape).astype(np.float32) for shape in ((150, 72), (300, 72)))
     hidden[3], weight[280:] = 0.0, -8.0  # ties, and a last tile that is mostly padding
     result = emulated(study, hidden, weight, 1.0, 0, study.constexprs(64), programs=3)
-    assert is_right(result, expected(hidden, weight, 1.0, study.CONFIG.BLOCK_V))
+    assert is_right(result, hidden, weight, 1.0, study.CONFIG.BLOCK_V)
 
 
 FAULTS = {
@@ -130,10 +133,10 @@ FAULTS = {
 def test_gluon_emulation_catches(study, fault):
     """In some order at least; without a fault every order is right."""
     hidden, weight = inputs()
-    exact = expected(hidden, weight, 1.0, SMALL["BLOCK_V"])
     for seed in range(SEEDS):
         try:
-            if not is_right(emulated(study, hidden, weight, 1.0, seed, SMALL, edits=FAULTS[fault]), exact):
+            found = emulated(study, hidden, weight, 1.0, seed, SMALL, edits=FAULTS[fault])
+            if not is_right(found, hidden, weight, 1.0, SMALL["BLOCK_V"]):
                 return
         except (emulation.Deadlock, emulation.Misuse):
             return
