@@ -743,6 +743,12 @@ def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp
     )
     assert list(rows)[0] == "matmul" and list(rows)[-1] == "gluon" and not rows["gluon"].error
     assert not measure.is_ours("gluon")  # one that is wrong fails alone
+    assert headline.num_compiled() == len(configs) + 1
+    given = []
+    monkeypatch.setattr(gluon_study, "forward", lambda hidden, weight, sampled: given.append(sampled))
+    monkeypatch.setattr(headline, "inputs", lambda shape, device: heads.inputs(shape._replace(V=9), "cpu"))
+    monkeypatch.setattr(headline.torch.cuda, "synchronize", lambda: None)
+    assert headline.compile_one(len(configs)) == 0 and given[0].shape == (sweep.COMPILE_ROWS,)
     monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_100")
     assert "9.0 alone" in headline.case(shape, "cpu", []).absent["gluon"]
     monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_90")

@@ -57,9 +57,9 @@ HEAD = """# Kernels with tiles
 multiprocessor, and instructions a logit behind the matmul (epilogue) and before it (start; where the tile
 lies, its first loads). Empty: no tensor cores, or no loop over D that stands by itself in the machine code.
 
-On sm_80 and sm_120 a thread has 64 logits of a tile and not 128, 16 of a row and not 64: what it pays for a row
-(reductions through lanes and shared memory) and for a tile (addresses, the first copies) is paid for fewer
-logits.
+On sm_80 and sm_120 a thread has 64 logits of a tile and not 128, 16 of a row and not 64: what it pays for a
+row (reductions through lanes and shared memory) and for a tile (addresses, the first copies) is paid for
+fewer logits.
 
 Below: ms by the **model** of benchmarks/suite/roofline.py, and how many times the matmul that is. No GPU has
 been timed. {device}: {tflops:.0f} TFLOP/s and {tb_per_s} TB/s sustained; N=8192, V=151936, bf16.

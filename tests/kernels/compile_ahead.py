@@ -5,9 +5,9 @@ Run by test_ahead_of_time.py in its own process, since the interpreter and the c
 by hand: python tests/kernels/compile_ahead.py [80] [90] [100] [120] [--heads] [--table F]
 
 --heads: the kernels with tiles alone. --few: on other architectures than sm_90 only what needs most of each
-kind. --gluon: the study of benchmarks/gpu alone. --table F: kernels with tiles and the study as the table that
-the tests compare with, in benchmarks/results/kernels, named by the version of Triton that stands before this
-torch on PYTHONPATH. --ones: no machine code, but every kernel with integers that are 1.
+kind. --gluon: the study of benchmarks/gpu alone. --table F: kernels with tiles and the study as the table
+that the tests compare with, in benchmarks/results/kernels, named by the version of Triton that stands before
+this torch on PYTHONPATH. --ones: no machine code, but every kernel with integers that are 1.
 """
 
 import argparse
