@@ -148,7 +148,7 @@ def _gather_rows_kernel(
         tl.store(out_ptr + row * D + columns, values, mask=columns < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _column_sums_kernel(
     x_ptr,  # (N, C)
     factor_ptr,  # (N,)
