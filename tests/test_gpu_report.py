@@ -714,6 +714,12 @@ def test_ops_are_modelled_by_their_kernels(monkeypatch):
     )
 
 
+def test_the_page_of_modelled_times_is_that_of_the_tables(monkeypatch):
+    monkeypatch.setattr(roofline, "INSTRUCTIONS", roofline.counted(roofline.TABLES, ""))  # of the newest
+    written = (roofline.TABLES / "README.md").read_text()
+    assert written == roofline.page(), "python -m benchmarks.suite.roofline"
+
+
 @pytest.mark.skipif(not HAS_CPP, reason="the C++ op stands for Triton's")
 def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp_path, capsys):
     """With the C++ op in the place of Triton's, whose tiles it does not have."""

@@ -59,11 +59,12 @@ lies, its first loads). Empty: no tensor cores, or no loop over D that stands by
 
 On sm_80 and sm_120 a thread has 64 logits of a tile and not 128, 16 of a row and not 64: what it pays for a
 row (reductions through lanes and shared memory) and for a tile (addresses, the first copies) is paid for
-fewer logits.
+fewer logits. Tiles of 128x128x32 by four warps (8.2 groups, 8.0 dz, 10.2 saved on sm_80, no spills, two
+programs) would be cheaper, but operands that no descriptor addresses take the same row on sm_90 and spill
+there with them; the sweep tries them on an sm_80.
 
 Below: ms by the **model** of benchmarks/suite/roofline.py, and how many times the matmul that is. No GPU has
 been timed. {device}: {tflops:.0f} TFLOP/s and {tb_per_s} TB/s sustained; N=8192, V=151936, bf16.
-
 """
 
 
