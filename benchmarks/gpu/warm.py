@@ -1,7 +1,7 @@
 """Compile before anything is timed: `python -m benchmarks.gpu.warm [--seconds S]`.
 
-The headline's configurations and the Gluon study, a process for each, beside every op once at a small shape in
-this one. What is not compiled in time is compiled where it is used.
+The headline's configurations and the Gluon study, a process for each, beside every op once at a small shape
+in this one. What is not compiled in time is compiled where it is used.
 """
 
 from __future__ import annotations
