@@ -343,7 +343,7 @@ if backend.HAS_TRITON:
     ):
         return tl.sum(tl.where(tl.arange(0, 16) == i, x, 0.0), 0)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["B", "num_halvings", "row0", "num_rows"])
     def _distrl_objective_kernel(
         logprobs_ptr,  # (n, 1 + K)
         old_logprobs_ptr,  # (n,)
@@ -435,7 +435,7 @@ if backend.HAS_TRITON:
         tl.store(sums_ptr + 9, tl.sum(used_candidate.to(tl.float32), 0))
         tl.store(sums_ptr + 10, tl.sum(tl.where(used_candidate, prob, 0.0), 0))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_blocks", "num_rows"])
     def _finish_objective_kernel(
         partial_ptr,  # (num_blocks, 16)
         loss_ptr,  # ()

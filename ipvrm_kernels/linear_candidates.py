@@ -103,7 +103,7 @@ if backend.HAS_TRITON:
     MAX_COLUMNS = 16384  # of the groups that one row's best tokens are picked from; 32768 spill
     MAX_TOP_K = MAX_COLUMNS // triton_forward.GROUP
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _select_groups_kernel(
         group_max_ptr,  # (N, num_groups) maximum of z over every GROUP columns
         least_ptr,  # (N,) the z below which nothing is a candidate
@@ -131,7 +131,7 @@ if backend.HAS_TRITON:
             found = (best >= least) & (best > -float("inf"))  # (BLOCK_N,)
             slot += 1
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _best_candidates_kernel(
         ids_ptr,  # (N, M) columns of the selected groups, -1 if unused
         logprobs_ptr,  # (N, M)

@@ -21,7 +21,7 @@ sys.path.append(str(ROOT))  # behind the installed packages, which stay the ones
 
 import ipvrm_kernels  # noqa: E402
 from benchmarks import gpu_report, render, run  # noqa: E402
-from benchmarks.gpu import evidence, headline, model_heads, probe, process, sweep, warm, wheels  # noqa: E402
+from benchmarks.gpu import evidence, gluon_study, headline, model_heads, probe, process, sweep, warm, wheels  # noqa: E402
 from benchmarks.gpu.process import Part, run_part  # noqa: E402
 from benchmarks.suite import heads, machine, measure, roofline, session  # noqa: E402
 from benchmarks.suite.measure import Case, DeadContext, Row  # noqa: E402
@@ -702,6 +702,8 @@ def test_ops_are_modelled_by_their_kernels(monkeypatch):
     ms = {kind: roofline.expected(kind, shape, ["triton", "triton x", "cuda"], "cuda") for kind in
           ("forward", "candidates", "frozen", "distrl_loss", "trainable")}  # fmt: skip
     assert all(set(found) == {"matmul", "triton", "triton x"} for found in ms.values())
+    gluon = roofline.expected("forward", shape, ["gluon"], "cuda")  # its reductions beside its matmuls
+    assert 1.0 < gluon["gluon"] / gluon["matmul"] < 1.05
     totals = [found["triton"] / found["matmul"] for found in ms.values()]
     assert totals == sorted(totals) and 1.2 < totals[0] < 1.4 and 4 < totals[-1] < 5
     assert roofline.expected("forward", shape, ["triton"], "cpu") == {}
@@ -710,6 +712,12 @@ def test_ops_are_modelled_by_their_kernels(monkeypatch):
     assert (
         roofline.expected("forward", shape, ["triton"], "cuda") == {} and roofline.expected_stream(1) is None
     )
+
+
+def test_the_page_of_modelled_times_is_that_of_the_tables(monkeypatch):
+    monkeypatch.setattr(roofline, "INSTRUCTIONS", roofline.counted(roofline.TABLES, ""))  # of the newest
+    written = (roofline.TABLES / "README.md").read_text()
+    assert written == roofline.page(), "python -m benchmarks.suite.roofline"
 
 
 @pytest.mark.skipif(not HAS_CPP, reason="the C++ op stands for Triton's")
@@ -725,6 +733,9 @@ def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp
 
     monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_90")
     monkeypatch.setattr(headline, "linear_logprobs", forward)
+    monkeypatch.setattr(gluon_study, "forward", lambda hidden, weight, sampled: ipvrm_kernels.linear_logprobs(
+        hidden, weight, sampled, return_entropy=True, impl="cpp"
+    ))  # fmt: skip
     configs = headline.configurations()
     before = headline.CONFIGS["sm_90", "half"]
     assert configs[0] == before and len({headline.label(config) for config in configs}) == len(configs)
@@ -736,7 +747,21 @@ def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp
         not rows[headline.label(config)].error and measure.is_ours(headline.label(config))
         for config in configs
     )
-    assert list(rows)[0] == "matmul" and "gluon" in rows
+    assert list(rows)[0] == "matmul" and list(rows)[-1] == "gluon" and not rows["gluon"].error
+    assert not measure.is_ours("gluon")  # one that is wrong fails alone
+    assert headline.num_compiled() == len(configs) + 1
+    given = []
+    monkeypatch.setattr(gluon_study, "forward", lambda hidden, weight, sampled: given.append(sampled))
+    monkeypatch.setattr(headline, "inputs", lambda shape, device: heads.inputs(shape._replace(V=9), "cpu"))
+    monkeypatch.setattr(headline.torch.cuda, "synchronize", lambda: None)
+    assert headline.compile_one(len(configs)) == 0 and given[0].shape == (sweep.COMPILE_ROWS,)
+    monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_100")
+    assert "9.0 alone" in headline.case(shape, "cpu", []).absent["gluon"]
+    monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_90")
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)  # an older Triton
+    monkeypatch.delitem(sys.modules, "benchmarks.gpu.gluon_study")
+    monkeypatch.delattr("benchmarks.gpu.gluon_study")
+    assert "another Gluon" in headline.case(shape, "cpu", []).absent["gluon"]
 
     def event(key, us, count):
         return types.SimpleNamespace(key=key, self_device_time_total=us, count=count)

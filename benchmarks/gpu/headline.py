@@ -8,8 +8,6 @@ every kernel of the head's ops, with what the model of benchmarks/suite/roofline
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +31,6 @@ from ipvrm_kernels.head.triton_tiles import CONFIGS, Config
 
 SECONDS = 6.0  # of rounds a shape, for all configurations
 PROFILED = 3  # calls
-GLUON = "benchmarks.gpu.gluon_study"
 KIND = "half"
 
 
@@ -60,6 +57,17 @@ def forward(hidden: Tensor, weight: Tensor, sampled: Tensor, config: Config) -> 
         CONFIGS[key] = before
 
 
+def gluon_forward() -> tuple[Callable[[Tensor, Tensor, Tensor], Any] | None, str]:
+    """The study's forward, or None and why it cannot run here."""
+    if sweep.architecture() != "sm_90":
+        return None, "the Gluon study is for compute capability 9.0 alone"
+    try:
+        from benchmarks.gpu import gluon_study
+    except ImportError as error:
+        return None, f"this version of Triton has another Gluon: {error}"
+    return gluon_study.forward, ""
+
+
 def case(shape: Shape, device: str, configs: list[Config]) -> Case:
     hidden, weight, ids = inputs(shape, device)
     sampled = ids[:, 0].contiguous()
@@ -70,11 +78,11 @@ def case(shape: Shape, device: str, configs: list[Config]) -> Case:
     contenders: dict[str, Callable[[], Any]] = {"matmul": lambda: hidden @ weight.T}
     contenders |= {label(config): ours(config) for config in configs}
     absent = {}
-    if importlib.util.find_spec(GLUON) is None:
-        absent["gluon"] = f"{GLUON} is not written"
+    gluon, reason = gluon_forward()
+    if gluon is None:
+        absent["gluon"] = reason
     else:
-        gluon = importlib.import_module(GLUON)
-        contenders["gluon"] = lambda: gluon.forward(hidden, weight, sampled)
+        contenders["gluon"] = lambda: gluon(hidden, weight, sampled)
 
     def check(results: Mapping[str, Any]) -> None:
         exact = Exact(hidden, weight)
@@ -160,12 +168,21 @@ def is_matmul(kernel: str) -> bool:
     return any(word in kernel.lower() for word in ("gemm", "nvjet", "cutlass", "cublas", "xmma"))
 
 
+def num_compiled() -> int:
+    """How many forwards `compile_one` knows: one of each configuration, and the study's where it runs."""
+    return len(configurations()) + (gluon_forward()[0] is not None)
+
+
 def compile_one(index: int) -> int:
-    """Fill Triton's cache for one configuration: rows and columns as divisible as the timed ones."""
-    config = configurations()[index]
+    """Fill Triton's cache for one of them: rows and columns as divisible as the timed ones."""
+    configs, (gluon, _) = configurations(), gluon_forward()
     shape = shapes("cuda", quick=True)[0]._replace(N=sweep.COMPILE_ROWS)
     hidden, weight, ids = inputs(shape, "cuda")
-    forward(hidden, weight, ids[:, 0].contiguous(), config)
+    sampled = ids[:, 0].contiguous()
+    if index < len(configs):
+        forward(hidden, weight, sampled, configs[index])
+    elif gluon is not None:
+        gluon(hidden, weight, sampled)
     torch.cuda.synchronize()
     return 0
 

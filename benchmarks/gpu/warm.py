@@ -1,7 +1,7 @@
 """Compile before anything is timed: `python -m benchmarks.gpu.warm [--seconds S]`.
 
-The headline's configurations, a process for each, beside every op once at a small shape in this one. What
-is not compiled in time is compiled where it is used.
+The headline's configurations and the Gluon study, a process for each, beside every op once at a small shape
+in this one. What is not compiled in time is compiled where it is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="until what still compiles is left")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.seconds
-    count = len(headline.configurations())
+    count = headline.num_compiled()
     command = [sys.executable, "-m", "benchmarks.gpu.headline", "--compile"]
     compiling = [subprocess.Popen([*command, str(i)], cwd=ROOT) for i in range(count)]
     code = 1

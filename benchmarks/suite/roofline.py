@@ -1,4 +1,5 @@
 """What a kernel of the head, and what an op made of them, should take on a GPU: a model, not a measurement.
+`python -m benchmarks.suite.roofline` writes its page, benchmarks/results/kernels/README.md.
 
 A tile kernel multiplies, then works on its logits (an epilogue), and moves bytes:
 
@@ -47,6 +48,24 @@ def counted(folder: Path, triton: str) -> dict[str, float]:
         for row in rows
         if row["epilogue"] and VARIANTS.get(row["kernel"]) == row["variant"]
     }
+
+
+HEAD = """# Kernels with tiles
+
+`triton-VERSION.csv`: what Triton makes of each for sm_90, sm_80, sm_100 and sm_120, made by
+`tests/kernels/compile_ahead.py --table`: registers, bytes of shared memory and spills, programs that fit on a
+multiprocessor, and instructions a logit behind the matmul (epilogue) and before it (start; where the tile
+lies, its first loads). Empty: no tensor cores, or no loop over D that stands by itself in the machine code.
+
+On sm_80 and sm_120 a thread has 64 logits of a tile and not 128, 16 of a row and not 64: what it pays for a
+row (reductions through lanes and shared memory) and for a tile (addresses, the first copies) is paid for
+fewer logits. Tiles of 128x128x32 by four warps (8.2 groups, 8.0 dz, 10.2 saved on sm_80, no spills, two
+programs) would be cheaper, but operands that no descriptor addresses take the same row on sm_90 and spill
+there with them; the sweep tries them on an sm_80.
+
+Below: ms by the **model** of benchmarks/suite/roofline.py, and how many times the matmul that is. No GPU has
+been timed. {device}: {tflops:.0f} TFLOP/s and {tb_per_s} TB/s sustained; N=8192, V=151936, bf16.
+"""
 
 
 class Rates(NamedTuple):
@@ -121,13 +140,42 @@ def kernels(kind: str, shape: Shape, gpu: Rates, overlapped: bool = False) -> di
 
 
 def expected(kind: str, shape: Shape, names: list[str], device: str) -> dict[str, float]:
-    """{contender: ms} of an op's contenders `names` that are Triton's, and of the bare matmul; {} without a
-    model of the GPU at hand."""
+    """{contender: ms} of an op's contenders `names` that are Triton's, of "gluon" (the forward of
+    benchmarks/gpu/gluon_study.py), and of the bare matmul; {} without a model of the GPU at hand."""
     gpu = rates(_device_name()) if device == "cuda" else None
     if gpu is None:
         return {}
     total = sum(kernels(kind, shape, gpu).values())
-    return {"matmul": matmul_ms(shape, gpu), **{name: total for name in names if name.startswith("triton")}}
+    overlapped = sum(kernels(kind, shape, gpu, overlapped=True).values())
+    modelled = {name: total for name in names if name.startswith("triton")}
+    return {"matmul": matmul_ms(shape, gpu), **modelled} | {
+        name: overlapped for name in names if name == "gluon"
+    }
+
+
+def page(device: str = "H200") -> str:
+    """What the model says of the kernels with tiles and of the ops, at the shapes that a GPU times first."""
+    from benchmarks.suite.heads import shapes
+
+    gpu, both = RATES[device], shapes("cuda", False)
+    lines = [HEAD.format(device=device, tflops=gpu.tflops, tb_per_s=gpu.tb_per_s)]
+    lines += [f"| | instructions a logit | {' | '.join(f'D={shape.D}, x matmul' for shape in both)} |"]
+    lines += ["|---|--:|" + "--:|" * len(both)]
+
+    def row(name: str, count: float | None, ms: list[float]) -> str:
+        cells = [f"{one:.2f}, {one / matmul_ms(shape, gpu):.2f}" for one, shape in zip(ms, both, strict=True)]
+        return f"| {name} | {'' if count is None else f'{count:.2f}'} | {' | '.join(cells)} |"
+
+    lines += [row("`hidden @ weight.T`", None, [matmul_ms(shape, gpu) for shape in both])]
+    for kind, writes in (("forward", 0), ("groups", 4 / 32), ("saved", 2), ("dz", 2)):
+        for overlapped in (False, True):
+            ms = [
+                tile_ms(kind, one, gpu, writes=writes * one.N * one.V, overlapped=overlapped) for one in both
+            ]
+            lines += [row(kind + ", overlapped" * overlapped, INSTRUCTIONS[kind], ms)]
+    for kind in ("forward", "candidates", "trainable", "frozen", "distrl_loss"):
+        lines += [row(f"op: {kind}", None, [sum(kernels(kind, one, gpu).values()) for one in both])]
+    return "\n".join(lines) + "\n"
 
 
 def expected_stream(num_bytes: float) -> float | None:
@@ -140,3 +188,7 @@ def _device_name() -> str:
     import torch
 
     return torch.cuda.get_device_name()
+
+
+if __name__ == "__main__":
+    (TABLES / "README.md").write_text(page(), encoding="utf-8")

@@ -44,7 +44,7 @@ from .triton_tiles import (
 PRODUCT_ROWS = 4096  # of a product that is added where addmm cannot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _head_dz_kernel(
     hidden,  # (N, D) descriptor or pointer
     weight,  # (V, D) descriptor or pointer
@@ -148,7 +148,7 @@ def _gather_rows_kernel(
         tl.store(out_ptr + row * D + columns, values, mask=columns < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _column_sums_kernel(
     x_ptr,  # (N, C)
     factor_ptr,  # (N,)

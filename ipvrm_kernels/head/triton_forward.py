@@ -81,7 +81,7 @@ def _row_sums(e, below, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PRODUCT: t
     return total, product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # else compiled for seconds again at N = 1, and at multiples of 16
 def _head_stats_kernel(
     hidden,  # (N, D) descriptor or pointer
     weight,  # (V, D) descriptor or pointer
@@ -211,7 +211,7 @@ def _merge_stats_kernel(
         tl.store(merged_sum_z_exp_ptr + rows, merged_sum_z_exp, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids"])
 def _id_logits_kernel(
     hidden_ptr,  # (N, D)
     weight_ptr,  # (V, D)
@@ -342,10 +342,17 @@ def _partial_stats(
         SAVE=saved is not None, MAX_LIFT=MAX_LIFT, GROUP=GROUP,
         **tile_arguments(ops, config),
     )  # fmt: skip
+    merge_stats(partial, merged)
+
+
+def merge_stats(partial: Tensor, merged: Tensor) -> None:
+    """Partial statistics (2 or 3, S, >= N), those of N rows side by side in each, into merged (2 or 3, N)."""
+    S, N = partial.shape[1], merged.shape[1]
+    first, second, third = (partial[i].view(-1) for i in (0, 1, -1))  # third is not read without entropy
     BLOCK_N = 128 if backend.INTERPRETED else 8
     _merge_stats_kernel[(triton.cdiv(N, BLOCK_N),)](
         first, second, third, merged[0], merged[1], merged[-1], N, S,
-        ENTROPY=entropy, BLOCK_S=min(256, triton.next_power_of_2(S)), BLOCK_N=BLOCK_N,
+        ENTROPY=len(merged) == 3, BLOCK_S=min(256, triton.next_power_of_2(S)), BLOCK_N=BLOCK_N,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from .. import backend
 from .triton_tiles import Operands
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _id_gradients_kernel(
     ids_ptr,  # (N, K)
     logprobs_ptr,  # (N, K)
@@ -89,7 +89,7 @@ def _patch_kernel(
     tl.store(da_ptr + where, values.to(da_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _id_rows_kernel(
     expectation_ptr,  # (N, D)
     total_ptr,  # (N,) G

@@ -4,8 +4,10 @@ print one JSON object for each.
 Run by test_ahead_of_time.py in its own process, since the interpreter and the compiler exclude each other, or
 by hand: python tests/kernels/compile_ahead.py [80] [90] [100] [120] [--heads] [--table F]
 
---heads: the kernels with tiles alone. --table F: they as the table that the test compares with, in
-benchmarks/results/kernels, named by the version of Triton that stands before this torch on PYTHONPATH.
+--heads: the kernels with tiles alone. --few: on other architectures than sm_90 only what needs most of each
+kind. --gluon: the study of benchmarks/gpu alone. --table F: kernels with tiles and the study as the table
+that the tests compare with, in benchmarks/results/kernels, named by the version of Triton that stands before
+this torch on PYTHONPATH. --ones: no machine code, but every kernel with integers that are 1.
 """
 
 import argparse
@@ -22,9 +24,12 @@ import sass
 import torch
 import triton
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 
 # modules, not the functions of the same names that the package exports
 segment_scan = importlib.import_module("ipvrm_kernels.segment_scan")
@@ -57,6 +62,7 @@ FLOATS = (
     "low",
     "margin_value",
     "inverse_divisor",
+    "unit",
 )
 INTEGERS = ("count", "N", "B", "K", "num_halvings", "row0", "num_rows", "num_blocks")
 ALIGNED = ("C", "D", "hidden_stride", "weight_stride")  # multiples of 16, as in every model; C always
@@ -150,7 +156,13 @@ def tile_case(kernel, config, kind, tma, softcap=False, aligned=True, **constexp
     return function, constexprs, types | dict(kind=kind, label=kernel, aligned=aligned), options
 
 
-def tile_cases(capability):
+def most_alone(capability, few):
+    """Whether of an architecture only the kernel of each kind that needs most registers and shared memory is
+    compiled: sm_120 borrows sm_80's tiles, and `few` spares what .ci/full compiles."""
+    return capability == 120 or (few and capability != 90)
+
+
+def tile_cases(capability, few=False):
     """The kernels with tiles, in bf16, bf16 with an fp32 weight, and fp32."""
     architecture, tma = triton_tiles.tiles_of(capability // 10), capability >= 90
     for kind in ("half", "master", "fp32"):
@@ -158,7 +170,7 @@ def tile_cases(capability):
             triton_tiles.config_of(architecture, kind, kernel) for kernel in triton_tiles.KERNELS
         )
         yield tile_case("saved", saved, kind, tma)
-        if capability == 120:  # what needs most shared memory
+        if most_alone(capability, few):
             continue
         every = capability == 90  # of the variants, which take seconds each
         if kind != "master" or every:
@@ -182,10 +194,10 @@ def tile_cases(capability):
                 yield tile_case("dz", dz, kind, tma, softcap=True, ENTROPY=True)
 
 
-def head_cases(capability):
+def head_cases(capability, few=False):
     """(kernel, constexprs, types, options) of the head."""
-    yield from tile_cases(capability)
-    if capability == 120:
+    yield from tile_cases(capability, few)
+    if most_alone(capability, few):
         return
     for kind in ("half", "fp32"):
         config = triton_tiles.CONFIGS[triton_tiles.tiles_of(capability // 10), kind]
@@ -216,6 +228,21 @@ def head_cases(capability):
             yield kernel, best, ids, dict(num_warps=warps)
 
 
+def gluon_case():
+    """(kernel, constexprs, types, options) of benchmarks/gpu/gluon_study.py; eight warps share its logits."""
+    study = importlib.import_module("benchmarks.gpu.gluon_study")
+    constexprs = study.constexprs(64)
+
+    def descriptor(rows):
+        return f"tensordesc<bf16[{rows}, {constexprs['BLOCK_D']}],{study.shared_layout(rows)!r}>"
+
+    types = dict(
+        hidden=descriptor(constexprs["BLOCK_N"] // 2), weight=descriptor(constexprs["BLOCK_V"]), kind="half",
+        label="gluon", multiplying=8,
+    )  # fmt: skip
+    return study._gluon_stats_kernel, constexprs, types, study.options()
+
+
 def spilled_bytes(ptx, capability):
     """Bytes of spills by the ptxas of Triton; local memory is also the stack of a slow path."""
     arch = re.search(r"\.target (sm_\w+)", ptx)[1]
@@ -229,8 +256,8 @@ def spilled_bytes(ptx, capability):
     return sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", out.stderr).groups()))
 
 
-def compiled(kernel, constexprs, capability, types, options, scalar):
-    """One JSON record: resources, and which of the architecture's instructions the code uses."""
+def signature_of(kernel, constexprs, types, scalar):
+    """The types of a kernel's arguments."""
     signature = {name: "constexpr" if name in constexprs else scalar for name in kernel.arg_names}
     for name in kernel.arg_names:
         if name in constexprs:
@@ -241,13 +268,19 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
             signature[name] = "fp32"
         elif name in INTEGERS:
             signature[name] = "i32"
+    return signature
+
+
+def compiled(kernel, constexprs, capability, types, options, scalar):
+    """One JSON record: resources, and which of the architecture's instructions the code uses."""
+    signature = signature_of(kernel, constexprs, types, scalar)
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
         if scalar == "i32" and (
             name in ALIGNED[: None if types.get("aligned", True) else 1] or signature[name].startswith("*")
         )
     }  # fmt: skip
-    source = ASTSource(kernel, signature, constexprs, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx, code = built.asm["ptx"], sass.disassembled(built.asm["cubin"])
     warps, registers = built.metadata.num_warps, sass.registers(built.asm["cubin"])
@@ -256,11 +289,13 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
         spills = 0
     cost = None
     if "label" in types:
-        logits = constexprs["BLOCK_N"] * constexprs["BLOCK_V"] // (32 * warps)
+        threads = 32 * types.get("multiplying", warps)
+        logits = constexprs["BLOCK_N"] * constexprs["BLOCK_V"] // threads
         cost = sass.tile_cost(code, logits)
     record = dict(
         kernel=kernel.__name__, constexprs={k: str(v) for k, v in constexprs.items()}, sm=capability,
-        operands=types.get("kind"), label=types.get("label"), warps=warps, stages=options.get("num_stages"),
+        operands=types.get("kind"), label=types.get("label"), warps=warps,
+        stages=options.get("num_stages") or constexprs.get("STAGES"),
         shared=built.metadata.shared, wgmma=ptx.count("wgmma.mma_async"),
         tma=ptx.count("cp.async.bulk.tensor"), registers=registers, spills=spills,
         programs=sass.programs_per_sm(registers, warps, built.metadata.shared, capability),
@@ -293,10 +328,33 @@ def table_row(record):
     return {name: str(row[name]) for name in FIELDS}
 
 
+def lowered_with_ones(kernel, constexprs, capability, types, options, scalar):
+    """One JSON record: the integers that Triton makes constants where they are 1, each of them alone and all
+    together such, lowered by the front end, where a constant that has no `.to` fails."""
+    signature = signature_of(kernel, constexprs, types, scalar)
+    fixed = {param.name for param in kernel.params if param.do_not_specialize}
+    ones = [name for name, kind in signature.items() if kind == "i32" and name not in fixed]
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    backend_options = backend.parse_options(dict(options))
+    for chosen in dict.fromkeys([*((name,) for name in ones), tuple(ones)]):
+        given = {name: "constexpr" if name in chosen else kind for name, kind in signature.items()}
+        source = ASTSource(kernel, given, {**constexprs, **dict.fromkeys(chosen, 1)}, {})
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        generators = backend.get_codegen_implementation(backend_options)
+        source.make_ir(target, backend_options, generators, backend.get_module_map(), context)
+    return dict(kernel=kernel.__name__, ones=ones)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("capability", nargs="*", type=int, default=[80, 90, 100])
     parser.add_argument("--heads", action="store_true")
+    parser.add_argument("--few", action="store_true")
+    parser.add_argument("--ones", action="store_true")
+    parser.add_argument("--gluon", action="store_true")
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     rows = []
@@ -304,10 +362,22 @@ def main():
         cases = []
         if not options.heads and not options.table:
             cases = [
-                (kernel, constexprs, {}, {}, "fp32") for kernel, constexprs in CASES if capability != 120
+                (kernel, constexprs, {}, {}, "fp32")
+                for kernel, constexprs in CASES
+                if not most_alone(capability, options.few)
             ]
         found = tile_cases if options.heads or options.table else head_cases
-        cases += [(*case, "i32") for case in found(capability)]
+        cases += [(*case, "i32") for case in found(capability, options.few)]
+        if options.gluon:
+            cases = []
+        if capability == 90 and (options.gluon or options.table):
+            cases += [(*gluon_case(), "i32")]
+        if options.ones:
+            once = {(case[0].__name__, case[2].get("label"), case[2].get("kind")): case for case in cases}
+            for kernel, constexprs, types, compiler_options, scalar in once.values():
+                record = lowered_with_ones(kernel, constexprs, capability, types, compiler_options, scalar)
+                print(json.dumps(record), flush=True)
+            continue
         for kernel, constexprs, types, compiler_options, scalar in cases:
             record = compiled(kernel, constexprs, capability, types, compiler_options, scalar)
             print(json.dumps(record), flush=True)

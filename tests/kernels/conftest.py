@@ -5,7 +5,10 @@ can do their matmuls. test_interpreter.py runs the same tests again with
 TRITON_INTERPRET=1, in a subprocess, so that one `pytest` covers Triton's kernels on a machine without a GPU.
 """
 
+import functools
 import os
+import subprocess
+import sys
 from typing import NamedTuple
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = (
@@ -71,6 +74,21 @@ def library(request, monkeypatch):
         pytest.skip(f"matmuls by {request.param}: {reason}")
     monkeypatch.setenv(matmul.VARIABLE, request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def other_triton(tmp_path_factory):
+    """A function that installs a version of Triton in a folder of its own, once: the folder."""
+
+    @functools.cache
+    def installed(version):
+        target = tmp_path_factory.mktemp("triton") / version
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
+        result = subprocess.run([*pip, f"triton=={version}"], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return target
+
+    return installed
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import triton
 
+RELEASE = "SYNCS.ARRIVE.TRANS64.A1T0"  # an arrival without bytes, at a barrier that a loading warp waits for
 MATMUL = ("HGMMA", "HMMA", "UTCHMMA")  # of sm_90, sm_80, sm_100
 REGISTERS = 65536  # of a multiprocessor; a warp takes them by 256
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}  # bytes of a multiprocessor
@@ -181,4 +182,6 @@ def pipeline_faults(code: list[Instruction]) -> list[str]:
             waiting = last_wait = None
         elif x.is_a("UTMALDG") and waiting is not None:
             found.append(f"{x.address:#x}: a stage is refilled before every warp has left it")
+        elif x.opcode == RELEASE and waiting is not None:
+            found.append(f"{x.address:#x}: a stage is released before every warp has left it")
     return found

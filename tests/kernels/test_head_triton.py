@@ -38,6 +38,33 @@ def test_candidates_crowded_in_a_group_and_tied_across_groups(impl, device, V, r
     torch.testing.assert_close(out.logprobs, reference.logprobs, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("ones", ["N", "D", "V", "K", "NDVK"])
+def test_sizes_of_1(impl, device, ones):
+    """Also the strides of rows, where D is 1; compiled, they are constants (test_ahead_of_time.py)."""
+    sizes = dict(N=5, D=6, V=40, K=3)
+    N, D, V, K = (1 if name in ones else size for name, size in sizes.items())
+    hidden, weight = torch.randn(N, D, device=device), torch.randn(V, D, device=device)
+    ids = torch.randint(V, (N, K), device=device)
+    upstream, old = torch.randn(N, K, device=device), torch.full((N, K), -1.0, device=device)
+    edges = torch.tensor([0, N], dtype=torch.int32, device=device)
+
+    def logprobs(hidden, weight, impl):
+        out = linear_logprobs(hidden, weight, ids, return_entropy=True, impl=impl)
+        return (out.logprobs * upstream).sum() + (out.lse + 2 * out.entropy).sum()
+
+    def loss(hidden, weight, impl):
+        return linear_distrl_loss(
+            hidden, weight, ids[:, 0], ids, old[:, 0], old, upstream[:, 0], upstream, edges, impl=impl
+        ).loss
+
+    for function in (logprobs, loss):
+        got, right = (gradients(function, hidden, weight, impl=name) for name in (impl, "torch"))
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+    got, right = (linear_candidates(hidden, weight, sampled=ids[:, 0], impl=name) for name in (impl, "torch"))
+    assert torch.equal(got.ids, right.ids)
+    torch.testing.assert_close(got.logprobs, right.logprobs, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("N", [0, 1, 63])
 def test_more_slots_than_groups_or_tokens(impl, device, N):
     hidden, weight = torch.randn(N, 8, device=device), torch.randn(45, 8, device=device)

@@ -30,7 +30,7 @@ def passed(modules):
         sys.executable, "-m", "pytest", "-q", "-rfEp", "-k", "triton and not compile",
         "-p", "no:cacheprovider", "--rootdir", str(HERE.parents[1]), *(str(HERE / name) for name in modules),
     ]  # fmt: skip
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, capture_output=True, text=True, env=env, cwd=HERE.parents[1], check=False, timeout=5 * BUDGET
     )

@@ -81,6 +81,16 @@ def test_faults_of_the_pipeline(right, wrong, said):
     assert len(found) == 1 and said in found[0]
 
 
+def test_a_stage_released_too_early_is_a_fault():
+    """By a warpgroup to a warp that loads: all four warps must have waited for their matmul."""
+    release = "@!P1 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR9+0x300a0], RZ"
+    load = "@UP2 UTMALDG.2D [UR16], [UR36]"
+    barrier = "BAR.SYNC.DEFER_BLOCKING 0x0\n"
+    assert sass.pipeline_faults(assembled(KERNEL.replace(f"{barrier}{load}", f"{barrier}{release}"))) == []
+    (found,) = sass.pipeline_faults(assembled(KERNEL.replace(f"{barrier}{load}", f"{release}\n{barrier}")))
+    assert "released before every warp has left it" in found
+
+
 def test_spills_and_programs():
     assert sass.spills(assembled("STL [R1], R5\nLDL.64 R6, [R1]\nLDG R2, [R4]\nEXIT")) == 2
     assert sass.programs_per_sm(255, 8, 100 << 10, 90) == 1  # by registers
