@@ -174,17 +174,15 @@ def of_the_heads():
 
 def of_the_steps():
     of = Cases("cpu-full.json")
-    for op, said in (
-        ("reward_step", "a reward-model step takes"),
-        ("distrl_step", "a policy update with DistRL"),
+    for op, said, above in (
+        ("reward_step", "a reward-model step takes", " above the weights"),
+        ("distrl_step", "a policy update with DistRL", ""),
     ):
-        ours, full = (of(op, name) for name in ("ipvrm", "eager full logits"))
-        against = "against" if op == "distrl_step" else "above the weights against"
-        more = " with full logits" if op == "reward_step" else ""
-        yield (
-            f"{said} {ours['median_ms'] / 1e3:.2f} s and {ours['peak_mib']:,.0f} MiB {against} "
-            f"{full['median_ms'] / 1e3:.2f} s and {full['peak_mib']:,.0f} MiB{more}"
+        ours, full, slices = (
+            f"{row['median_ms'] / 1e3:.2f} s and {row['peak_mib']:,.0f} MiB"
+            for row in (of(op, name) for name in ("ipvrm", "eager full logits", "released 64-row slices"))
         )
+        yield f"{said} {ours}{above} against {full} / {slices}"
     ratios = []
     for shape in ("8 sequences", "64 sequences"):
         distrl, prm = (of("policy_step", name, shape) for name in ("distrl", "grpo_prm"))
