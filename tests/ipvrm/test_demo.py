@@ -294,6 +294,7 @@ def results_with(f1, intervals, difference, interval):
         "baselines": {"best_constant": {"f1": 0.3}, "one": {"f1": None}},
         "best_of_n": best_of_n,
         "policies": compared([[0] * 30], [[0] * 30]),
+        "manifest": {"processor": "Some CPU, AVX2"},
     }
 
 
@@ -303,6 +304,7 @@ def test_conclusions_name_a_winner_only_where_the_interval_does():
     assert (
         "IPVRM minus Implicit PRM on the same traces +10.0 (+5.0 to +15.0), so IPVRM is ahead here" in ahead
     )
+    assert "another base model on another kind of processor (here Some CPU, AVX2)" in ahead
     open_ = " ".join(conclusions(results_with(*args, [-0.05, 0.15])))
     assert "no difference shown" in open_ and "so IPVRM is ahead" not in open_
     behind = " ".join(conclusions(results_with(*args, [-0.15, -0.05])))
