@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--output", default=str(RESULTS), help="results file; the picture goes beside it")
     arguments = parser.parse_args()
     work, output = Path(arguments.work_dir), Path(arguments.output)
+    seeds = {"selection": SELECTION_SEED, "demo": SEED}
+    record = manifest("python -m benchmarks.studies.demo_policies", seeds=seeds)  # before the first result
 
     stages = start(work / f"seed{SELECTION_SEED}", FULL, SELECTION_SEED)
     tried = [judge(stages, settings) for settings in TRIED]
@@ -81,13 +83,8 @@ def main() -> None:
         measured = train_policies(stages, sizes, SEED, num_seeds)
         for log in itertools.chain(*measured["logs"].values()):
             del log["seconds"], log["step_seconds"]  # of runs at different times, under whatever load
-        record = manifest(
-            "python -m benchmarks.studies.demo_policies", seeds={"selection": SELECTION_SEED, "demo": SEED}
-        )
-        write_json(
-            output,
-            {"tried": tried, "chosen": asdict(chosen), "measured": measured, "manifest": record},
-        )
+        found = {"tried": tried, "chosen": asdict(chosen), "measured": measured, "manifest": record}
+        write_json(output, found)
         draw_policies(output.with_suffix(".png"), measured)
     print(f"written to {output}")
 
