@@ -33,26 +33,42 @@ def between(low, high, by="-"):
     return f"({percent(low)}{by}{percent(high)})"
 
 
+def difference_of(found):
+    """In points, with its interval; bold where that does not hold 0."""
+    low, high = (100 * x for x in found["interval"])
+    text = f"{100 * found['f1']:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
 def of_the_demo():
     found = read("demo/results.json")
-    for name, label in (("ipvrm", "IPVRM"), ("implicit_prm", "Implicit PRM")):
-        model, cells = found["models"][name], []
-        for formats in model["formats"].values():
-            scores = formats[model["rule"]]["transfer"]
+    assert set(found["manifest"]["commit"]) <= set("0123456789abcdef"), "not of a clean checkout"
+    for choice in found["choices"]:
+        name, cells = choice["objective"], []
+        label = {"ipvrm": "IPVRM", "implicit_prm": "Implicit PRM"}[name]
+        assert choice["rule"] == found["models"][name]["rule"]
+        margin = "none" if choice["margin"] is None else f"{choice['margin']:g}"
+        for formats in found["models"][name]["formats"].values():
+            scores = formats[choice["rule"]]["transfer"]
             cells.append(f"{percent(scores['f1'])} {between(*scores['f1_interval'])}")
-        yield f"| {label} | {' | '.join(cells)} |"
+        yield f"| {label} | {choice['beta']:g}, {margin}, {choice['rule']} | {' | '.join(cells)} |"
+    differences = " | ".join(map(difference_of, found["differences"].values()))
+    yield f"| IPVRM less Implicit PRM | | {differences} |"
     constant = " / ".join(
         percent(found["baselines"][name]["f1"]) for name in ("random_step", "best_constant")
     )
-    yield f"| random step / best constant answer | {constant} | {constant} | {constant} |"
+    yield f"| random step / best constant answer | | {constant} | {constant} | {constant} |"
     yield f"{found['test']['traces']:,} traces, {found['test']['erroneous']} wrong"
     yield f"A Qwen3 of {found['base']['parameters'] / 1e6:.2f} M parameters"
-    first, second, third = found["differences"].values()
-    low, high = first["interval"]
-    yield f"training format ({percent(-first['f1'])}, interval {percent(-high)} to {percent(-low)})"
-    yield f"`=` ({percent(second['f1'])}, {' to '.join(map(percent, second['interval']))})"
-    yield f"the lead of {percent(second['f1'])} was gone"
-    assert third["interval"][0] < 0 < third["interval"][1]  # "no difference is shown"
+    of_16 = {row["method"]: row for row in found["best_of_n"] if row["n"] == 16}
+    vote, *models = (of_16[name] for name in ("majority_vote", "ipvrm:final", "implicit_prm:sum"))
+    assert all(vote["interval"][0] > model["interval"][1] for model in models)  # "is ahead of both"
+    ipvrm, implicit = (percent(model["accuracy"]) for model in models)
+    yield (
+        f"{percent(vote['accuracy'])} right against {ipvrm} (IPVRM, by its final value) and {implicit} "
+        "(Implicit PRM, by its sum)"
+    )
+    yield f"This run took {sum(stage['seconds'] for stage in found['stages'].values()):.0f} s"
 
 
 def of_the_policies():
