@@ -425,7 +425,7 @@ def said_of_the_presets():
     paper, release = policy["paper"], policy["release"]
     assert paper.lora_r == paper.rm_lora_r and release.lora_r == release.rm_lora_r == 0
     assert release.candidate_mode == "top_k" and config_class("train-rm").preset == paper.preset
-    rates = (f"{rate:g}".replace("e-0", "e-") for rate in (paper.learning_rate, paper.rm_learning_rate))
+    rates = (f"{rate:.0e}".replace("e-0", "e-") for rate in (paper.learning_rate, paper.rm_learning_rate))
     yield f"`--preset {config_class('train-policy').preset}`, the default of both trainers"
     yield (
         f"margin {rm['paper'].margin:g} offline; LoRA of rank {paper.lora_r} on policy and reward model at "
