@@ -371,6 +371,25 @@ def versions() -> dict[str, str]:
     return own | {name: installed_version(name) for name in VERSIONED_PACKAGES}
 
 
+def processor_name() -> str:
+    """Name of the CPU."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def processor() -> str:
+    """The CPU and the widest instructions that torch uses on it: of another one sums round otherwise, and a
+    model trained from scratch comes out another."""
+    import torch
+
+    return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _git_commit() -> str | None:
     """Commit of the checkout this package runs from, `+changes` when it has any; None outside of one."""
     root = Path(__file__).resolve().parents[1]
@@ -396,5 +415,6 @@ def manifest(
         "seeds": seeds or {},
         "versions": versions(),
         "platform": platform.platform(),
+        "processor": processor(),
         **extra,
     }

@@ -1,49 +1,35 @@
-"""The demo's policies: settings chosen on one draw of the task, then measured on another with three seeds.
+"""Chooses the settings of the demo's policies, once.
 
     python -m benchmarks.studies.demo_policies
 
-Selection: base model, rollouts, reward model and problems of `ipvrm demo` at full size, but of another seed.
-Every candidate is judged by the smaller of the gains of GRPO and DistRL + IPVRM, in standard errors, one seed
-each; ties go to the candidate listed first. The winner, a corner of the two by two grid, is `FULL.policies`
-of ipvrm/demo/settings.py.
-Measurement: the demo's own seed, whose problems the selection has not seen, and three seeds of every
-algorithm. No candidate is measured there but the winner.
+Base model, rollouts, reward model and problems of `ipvrm demo` at full size, but of another seed. Every
+candidate is judged by the smaller of the gains of GRPO and DistRL + IPVRM, in standard errors, one seed each;
+ties go to the candidate listed first. The winner, a corner of the two by two grid, is `FULL.policies` of
+ipvrm/demo/settings.py. How the policies do with it on other base models is measured by
+benchmarks/studies/demo_spread.py.
 
-Everything that was tried goes to benchmarks/results/demo_policies.json, the curve to demo_policies.png beside
-it. A rerun with the same --work_dir goes on where the last one stopped. Some fifteen minutes on two idle
-cores.
+Everything that was tried goes to benchmarks/results/demo_policies.json. A rerun with the same --work_dir goes
+on where the last one stopped.
 """
 
 import argparse
-import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ipvrm.demo.figures import draw_policies
 from ipvrm.demo.policies import compare, read_outcomes
-from ipvrm.demo.run import Stages, prepare, prepare_policies, train_algorithm, train_choice, train_policies
-from ipvrm.demo.settings import CHOICES, FULL, PolicySettings, Sizes
+from ipvrm.demo.run import Stages, prepare, prepare_policies, train_algorithm, train_choice
+from ipvrm.demo.settings import CHOICES, FULL, PolicySettings
 from ipvrm.progress import Progress
 from ipvrm.run_folder import manifest, write_json
 
 RESULTS = Path(__file__).parent.parent / "results" / "demo_policies.json"
-SELECTION_SEED, SEED, NUM_SEEDS = 1, 0, 3
+SEED = 1  # the demo's default is 0
 JUDGED = ("grpo", "distrl")
 TRIED = [
     replace(FULL.policies, learning_rate=rate, minibatch_size=size, steps=16, points=1)
     for rate, size in ((1e-4, 128), (2e-4, 128), (1e-4, 64), (2e-4, 64))
 ]
-
-
-def start(output: Path, sizes: Sizes, seed: int) -> Stages:
-    """What the policies begin with: base model, rollouts, IPVRM and the base model's outcomes."""
-    output.mkdir(parents=True, exist_ok=True)
-    stages = Stages(output, Progress())
-    prepare(stages, sizes, seed)
-    train_choice(stages, "reward-ipvrm", CHOICES[0], seed)
-    prepare_policies(stages, sizes, seed)
-    return stages
 
 
 def judge(stages: Stages, settings: PolicySettings) -> dict[str, Any]:
@@ -53,9 +39,9 @@ def judge(stages: Stages, settings: PolicySettings) -> dict[str, Any]:
     for algorithm in JUDGED:
         rate, size, steps = settings.learning_rate, settings.minibatch_size, settings.steps
         name = f"policy-{algorithm}-lr{rate:g}-mb{size}-steps{steps}"
-        train_algorithm(stages, name, algorithm, settings, SELECTION_SEED)
+        train_algorithm(stages, name, algorithm, settings, SEED)
         run = read_outcomes(stages.output / name)
-        found = compare(before, {algorithm: [run]}, FULL.bootstrap_resamples, SELECTION_SEED)
+        found = compare(before, {algorithm: [run]}, FULL.bootstrap_resamples, SEED)
         gains[algorithm] = found["algorithms"][algorithm]["gain"]
     return {"settings": asdict(settings), "gains": gains}
 
@@ -63,33 +49,22 @@ def judge(stages: Stages, settings: PolicySettings) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", default="runs/demo_policies", help="models and rollouts")
-    parser.add_argument("--output", default=str(RESULTS), help="results file; the picture goes beside it")
+    parser.add_argument("--output", default=str(RESULTS), help="results file")
     arguments = parser.parse_args()
-    work, output = Path(arguments.work_dir), Path(arguments.output)
-
-    stages = start(work / f"seed{SELECTION_SEED}", FULL, SELECTION_SEED)
+    work = Path(arguments.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    stages = Stages(work, Progress())
+    prepare(stages, FULL, SEED)
+    train_choice(stages, "reward-ipvrm", CHOICES[0], SEED)
+    prepare_policies(stages, FULL, SEED)
     tried = [judge(stages, settings) for settings in TRIED]
     worse = [min(gain["in_standard_errors"] for gain in found["gains"].values()) for found in tried]
     chosen = replace(TRIED[worse.index(max(worse))], points=FULL.policies.points)
-    print(f"chosen: {chosen}")
+    record = manifest("python -m benchmarks.studies.demo_policies", seeds={"selection": SEED})
+    write_json(arguments.output, {"tried": tried, "chosen": asdict(chosen), "manifest": record})
+    print(f"chosen: {chosen}\nwritten to {arguments.output}")
     if chosen != FULL.policies:
         print("these are not FULL.policies of ipvrm/demo/settings.py: put them there")
-
-    sizes = replace(FULL, policies=chosen)
-    stages = start(work / f"seed{SEED}", sizes, SEED)
-    for num_seeds in range(1, NUM_SEEDS + 1):  # written after each seed
-        measured = train_policies(stages, sizes, SEED, num_seeds)
-        for log in itertools.chain(*measured["logs"].values()):
-            del log["seconds"], log["step_seconds"]  # of runs at different times, under whatever load
-        record = manifest(
-            "python -m benchmarks.studies.demo_policies", seeds={"selection": SELECTION_SEED, "demo": SEED}
-        )
-        write_json(
-            output,
-            {"tried": tried, "chosen": asdict(chosen), "measured": measured, "manifest": record},
-        )
-        draw_policies(output.with_suffix(".png"), measured)
-    print(f"written to {output}")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def reward_model_results(stages: Stages, name: str, choice: Choice) -> dict[str,
     }
 
 
-def measure(work: Path, seed: int) -> dict[str, Any]:
+def measure(work: Path, seed: int, commit: str | None) -> dict[str, Any]:
     """Everything of one base model."""
     started = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def measure(work: Path, seed: int) -> dict[str, Any]:
         "stage_seconds": {name: stage["seconds"] for name, stage in stages.done.items()},
         "seconds_of_this_run": time.perf_counter() - started,
         "machine": describe(),
-        "manifest": manifest(COMMAND, seeds={"demo": seed}),
+        "manifest": manifest(COMMAND, seeds={"demo": seed}) | {"commit": commit},
     }
 
 
@@ -320,9 +320,10 @@ def main() -> None:
     arguments = parser.parse_args()
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
+    commit = manifest()["commit"]  # before the first result: a written one is a change of the checkout
     for seed in arguments.seeds:
-        if not (output / f"seed{seed}.json").exists():
-            write_json(output / f"seed{seed}.json", measure(Path(arguments.work_dir) / f"seed{seed}", seed))
+        if not (path := output / f"seed{seed}.json").exists():
+            write_json(path, measure(Path(arguments.work_dir) / path.stem, seed, commit))
         runs = [read_json(path) for path in sorted(output.glob("seed*.json"))]
         summary = summarise(runs)
         write_json(output / "summary.json", summary)

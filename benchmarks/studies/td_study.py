@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=16, help="of every branch and prefix")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
     options = parser.parse_args()
+    record = manifest()  # before the first result: a written one is a change of the checkout
     work, demo = Path(options.work_dir), Path(options.demo)
     work.mkdir(parents=True, exist_ok=True)
     write_problems(work, demo, options.prompts, SEED)
@@ -84,13 +85,15 @@ def main() -> None:
             seed=SEED,
             use_cpu=True,
         )
-        write_json(options.results / f"{choice.objective}.json", study(config))
+        found = study(config)
+        found["manifest"]["commit"] = record["commit"]
+        write_json(options.results / f"{choice.objective}.json", found)
     first, second = (choice.objective for choice in CHOICES)
     differences = compare(work / first, work / second)
     print(f"{NAMES[first]} less {NAMES[second]} (95 % interval over prompts)")
     for name, (value, low, high) in differences.items():
         print(f"  {name:<24}{value:+.3f} ({low:+.3f} to {high:+.3f})")
-    comparison = {"first": first, "second": second, "differences": differences, "manifest": manifest()}
+    comparison = {"first": first, "second": second, "differences": differences, "manifest": record}
     write_json(options.results / "comparison.json", comparison)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ipvrm.run_folder import processor_name
 from ipvrm_kernels.head import matmul
 
 PACKAGES = (
@@ -31,7 +32,7 @@ def describe() -> dict[str, Any]:
         commit=os.environ.get(COMMIT) or _git("rev-parse", "--short=12", "HEAD"),
         modified=bool(_git("status", "--porcelain", "--untracked-files=no")),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        cpu=_cpu_name(),
+        cpu=processor_name(),
         simd=torch.backends.cpu.get_cpu_capability(),
         cpu_matmul=matmul.library(),
         cores=os.cpu_count(),
@@ -66,16 +67,6 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

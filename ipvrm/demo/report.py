@@ -182,8 +182,10 @@ def conclusions(results: dict[str, Any]) -> Iterator[str]:
     yield from _best_of_n_conclusions(results, names)
     yield from _policy_conclusions(results["policies"])
     yield (
-        f"This is one small task and one base model (policies: {_seeds(results['policies'])}); nothing here "
-        "says which method is better elsewhere."
+        f"This is one small task and one base model (policies: {_seeds(results['policies'])}). The same seed "
+        "trains another base model on another kind of processor (here "
+        f"{results['manifest']['processor']}), where the differences may be others: nothing here says which "
+        "method is better elsewhere."
     )
 
 

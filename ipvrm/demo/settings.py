@@ -18,8 +18,8 @@ BUDGETS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The whole method on a task small enough for two CPU cores: 188 and 355 s on two kinds of machine,
-    one minute with --quick."""
+    """The whole method on a task small enough for two CPU cores: some minutes, or one with --quick; the
+    report says what each part took."""
 
     output_dir: str = "runs/demo"
     """Folder for models, tables and the picture; finished stages in it are reused."""

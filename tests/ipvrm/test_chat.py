@@ -3,6 +3,7 @@ think, strip and call tools; the real tokenizers where they are at hand."""
 
 import copy
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from runs import write_jsonl
 
 from ipvrm import IpvrmError
@@ -18,6 +20,7 @@ from ipvrm.data.chat import (
     encode_prompt,
     parse_template_kwargs,
     preset_template_kwargs,
+    reads,
     tokenizer_hash,
 )
 from ipvrm.data.responses import tokenize
@@ -296,20 +299,19 @@ def test_incomplete_ids_are_a_bad_row(tmp_path):
 # ---------------------------------------------------------------------------------- from rollout to score
 
 
-@pytest.mark.parametrize("thinking", [None, '{"enable_thinking": false}'])
-def test_the_sampled_ids_reach_training_to_the_last_one(tiny_folder, chat, tmp_path, thinking):
-    """rollout -> label -> train-rm: ended and truncated, under either setting of the template; score then
-    renders as the reward model was trained."""
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder, folder)
-    chat.tokenizer.save_pretrained(folder)
+WITHOUT_THINKING = '{"enable_thinking": false}'
+
+
+def chain(folder, chat, tmp_path, thinking, max_new_tokens):
+    """rollout -> label -> train-rm -> score on the model and the tokenizer of `folder`: all use the sampled
+    ids to the last one, of ended responses and truncated ones. Returns how many texts score also judged."""
     prompts = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(6)]
     write_jsonl(tmp_path / "prompts.jsonl", prompts)
     rolled, labelled = tmp_path / "rolled.parquet", tmp_path / "labelled.parquet"
     roll_out(
         RolloutConfig(
-            str(folder), str(tmp_path / "prompts.jsonl"), str(rolled), num_generations=8, max_new_tokens=60,
-            chat_template_kwargs=thinking, use_cpu=True,
+            str(folder), str(tmp_path / "prompts.jsonl"), str(rolled), num_generations=8,
+            max_new_tokens=max_new_tokens, chat_template_kwargs=thinking, use_cpu=True,
         ),
         progress=False,
     )  # fmt: skip
@@ -325,6 +327,7 @@ def test_the_sampled_ids_reach_training_to_the_last_one(tiny_folder, chat, tmp_p
     for row, response in zip(kept, found.responses, strict=True):
         assert response.input_ids == (*row["prompt_ids"], *row["response_ids"])
         assert response.prompt_length == len(row["prompt_ids"])
+        assert (response.input_ids[-1] == chat.end_of_turn) != row["truncated"]
     if thinking:
         assert chat.tokenizer.decode(raw[0]["prompt_ids"]).endswith("<think>\n\n</think>\n\n")
 
@@ -333,19 +336,44 @@ def test_the_sampled_ids_reach_training_to_the_last_one(tiny_folder, chat, tmp_p
         str(labelled),
         str(tmp_path / "rm"),
         max_steps=1,
+        learning_rate=1e-3,
         use_cpu=True,
         chat_template_kwargs=thinking,
     )
-    train_reward_model(config, progress=False)
+    counts = train_reward_model(config, progress=False).metrics["data"]
+    assert counts["used"] == len(kept)
+    assert counts["response_tokens"] == sum(len(row["response_ids"]) for row in kept)
     model = RewardModel.from_pretrained(tmp_path / "rm", device="cpu")
     assert model.info.chat_template_kwargs == parse_template_kwargs(thinking)
+    # `score` is given texts: of those that encode to what was sampled it scores the tokens of the training
+    own = [
+        (row, response)
+        for row, response in zip(kept, found.responses, strict=True)
+        if not row["truncated"]
+        and [*chat.encode([row["response"]])["input_ids"][0], chat.end_of_turn] == row["response_ids"]
+    ]
+    trained = model.token_log_ratios([response for _, response in own])
+    scored = model.solution_log_ratios(
+        [(row["prompt"], [row["response"]]) for row, _ in own], step_format="{step}"
+    )
+    for of_training, of_score in zip(trained, scored, strict=True):
+        assert of_training.abs().max() > 1e-6
+        assert torch.allclose(of_score.log_ratio, of_training, rtol=0, atol=1e-5)
     assert model.chat.prompt_ids(prompts[0]["prompt"]) == tuple(raw[0]["prompt_ids"])
+    return len(own)
+
+
+@pytest.mark.parametrize("thinking", [None, WITHOUT_THINKING])
+def test_the_sampled_ids_reach_training_to_the_last_one(tiny_folder, chat, tmp_path, thinking):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    chat.tokenizer.save_pretrained(folder)
+    chain(folder, chat, tmp_path, thinking, max_new_tokens=60)
 
 
 def test_the_preset_release_answers_without_thinking_where_the_template_can(chat, tokenizer, tiny_folder):
     """train-rm and train-policy alike; what is given wins; a template without the variable gets none."""
-    without = '{"enable_thinking": false}'
-    assert preset_template_kwargs(None, "release", chat.tokenizer) == without
+    assert preset_template_kwargs(None, "release", chat.tokenizer) == WITHOUT_THINKING
     assert preset_template_kwargs(None, "paper", chat.tokenizer) is None
     assert preset_template_kwargs("{}", "release", chat.tokenizer) == "{}"
     assert preset_template_kwargs(None, "release", tokenizer) is None
@@ -418,3 +446,27 @@ def test_real_templates_keep_to_what_was_sampled(real, request, text, ended):
     )
     assert len(response.offsets) == response.length == len(sampled) + ended
     assert real.decode(response.input_ids[response.prompt_length :][: len(sampled)]) == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thinking", [None, WITHOUT_THINKING])
+def test_real_templates_from_rollout_to_score(real, tmp_path, thinking):
+    """With a random model over the tokenizer's whole vocabulary, which ends about every tenth token."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    if thinking and not reads(real, "enable_thinking"):
+        pytest.skip("this chat template knows no thinking")
+    chat, size = Chat(real), 16
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(real), hidden_size=size, intermediate_size=32, num_hidden_layers=1, head_dim=8,
+            num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 1  # every hidden state is then nearly (1, ..., 1)
+        model.lm_head.weight[chat.end_of_turn] = (math.log(len(real)) - 2) / size
+    model.save_pretrained(tmp_path / "model")
+    real.save_pretrained(tmp_path / "model")
+    assert chain(tmp_path / "model", chat, tmp_path, thinking, max_new_tokens=12) > 0

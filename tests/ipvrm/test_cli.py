@@ -211,6 +211,8 @@ def test_manifest_names_versions_and_command():
     found = manifest("ipvrm demo", seeds={"seed": 3}, ranks=2)
     assert found["command"] == "ipvrm demo" and found["seeds"] == {"seed": 3} and found["ranks"] == 2
     assert found["versions"]["torch"] and json.dumps(found)
+    name, instructions = found["processor"].rsplit(", ", 1)
+    assert name and instructions.startswith(("AVX", "DEFAULT", "NO AVX", "SVE", "Z", "VSX"))
 
 
 # ------------------------------------------------------------------------------------------ tiny model

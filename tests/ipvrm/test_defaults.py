@@ -4,8 +4,10 @@ A flag without an entry fails, and so does an entry whose value is not the defau
 2604.13197, `released` its released code with the file that holds the value; what both share stands once.
 """
 
+import re
 from dataclasses import MISSING, fields, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -459,3 +461,67 @@ def test_grpo_and_spro_have_the_same_defaults_as_distrl():
         for name, value in vars(replace(found, algorithm="distrl", reward_model="r")).items():
             own = {"spro_beta"} | ({"td_reference"} if algorithm == "prime" else set())
             assert value is None or value == getattr(base, name) or name in own, (algorithm, name)
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def readme_on_presets(readme):
+    """What the README says of the presets' defaults, in one line: all before the table of differences."""
+    return " ".join(readme.partition("\n## Presets")[2].partition("\n|")[0].split())
+
+
+def said_of_the_presets():
+    """The same from the defaults themselves."""
+    rm, policy = (
+        {preset: resolved(command, preset, {}) for preset in ("paper", "release")}
+        for command in ("train-rm", "train-policy")
+    )
+    paper, release = policy["paper"], policy["release"]
+    assert paper.lora_r == paper.rm_lora_r and release.lora_r == release.rm_lora_r == 0
+    assert release.candidate_mode == "top_k" and config_class("train-rm").preset == paper.preset
+    rates = (f"{rate:.0e}".replace("e-0", "e-") for rate in (paper.learning_rate, paper.rm_learning_rate))
+    yield f"`--preset {config_class('train-policy').preset}`, the default of both trainers"
+    yield (
+        f"margin {rm['paper'].margin:g} offline; LoRA of rank {paper.lora_r} on policy and reward model at "
+        f"{' and '.join(rates)} online (`--lora_r 0 --rm_lora_r 0` for full fine-tuning)"
+    )
+    yield (
+        f"margin {rm['release'].margin:g} offline, full fine-tuning, n {release.num_generations}, "
+        f"GAE at {release.gae_coef:g}, top-{release.top_k} candidates"
+    )
+
+
+def wrong_or_unknown(text):
+    """Defaults that the text does not hold, and numbers in it that are none of them."""
+    missing = [said for said in said_of_the_presets() if said not in text]
+    for said in said_of_the_presets():
+        text = text.replace(said, "")
+    return missing, re.findall(r"\d[\d.e-]*", text.partition("These differences")[0])
+
+
+@pytest.mark.skipif(not README.exists(), reason="no checkout with a README beside the tests")
+def test_the_readme_names_the_defaults():
+    text = readme_on_presets(README.read_text(encoding="utf-8"))
+    assert wrong_or_unknown(text) == ([], [])
+    for right, wrong in (("margin 5", "margin 4"), ("1e-4 online", "1e-5 online"), ("n 16", "n 8")):
+        assert right in text
+        missing, numbers = wrong_or_unknown(text.replace(right, wrong))
+        assert missing and numbers, f"{wrong} is not noticed"
+
+
+def unknown_flags(readme):
+    """Flags that the README gives to a command that has none of that name."""
+    commands = sorted(TABLES, key=len, reverse=True)
+    shown = re.findall(rf"ipvrm ({'|'.join(commands)})\b((?: [^\n`#]*)?)", readme)
+    assert {command for command, _ in shown} == set(TABLES), "a command that the README does not show"
+    used = [(command, flag) for command, rest in shown for flag in re.findall(r"--(\w+)", rest)]
+    assert len(used) > 20
+    return [(command, flag) for command, flag in used if flag not in TABLES[command]]
+
+
+@pytest.mark.skipif(not README.exists(), reason="no checkout with a README beside the tests")
+def test_the_readme_gives_commands_the_flags_that_they_have():
+    text = README.read_text(encoding="utf-8")
+    assert unknown_flags(text) == []
+    assert unknown_flags(text.replace("label --input", "label --in_put")) == [("label", "in_put")]
