@@ -341,7 +341,7 @@ def partial_folder(output: Path) -> Path:
     """
     folder = output.with_name(f".{output.name}.partial")
     name = re.escape(output.name)
-    left = re.compile(rf"\.{name}(\.summary\.json)?\.\d+\.tmp|\.{name}\.partial\.\d+\.removed\.tmp")
+    left = re.compile(rf"\.{name}(\.summary\.json)?\.\d+\.tmp|\.\.{name}\.partial\.\d+\.removed\.tmp")
     with writing(output):
         for path in output.parent.iterdir():
             if left.fullmatch(path.name):

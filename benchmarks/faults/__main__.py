@@ -13,6 +13,7 @@ os.environ |= {  # before torch is imported
 
 import argparse
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,7 @@ class Faults:
 
     def __init__(self, folder: Path, seed: int, kinds: Sequence[str], commands: Sequence[str]):
         self.folder, self.seed, self.machine = folder, seed, machine.describe()
+        self.machine["command"] = f"python -m benchmarks.faults {shlex.join(sys.argv[1:])}"
         self.counts = {kind: {"trials": 0, "lost": 0, "seconds": 0.0, "of": {}} for kind in kinds}
         self.lost: list[dict[str, Any]] = []
         needs_world = set(kinds) & {*runs.TRIALS, *files.TRIALS}

@@ -152,8 +152,8 @@ def make_tiny_model(config: TinyModelConfig) -> Path:
     Raises:
         IpvrmError: the folder is in use, a text file cannot be read, or sizes that do not fit together.
     """
-    folder = Path(config.output_dir)
-    with locked(folder.with_name(f"{folder.name}.model")):
+    folder, place = Path(config.output_dir), Path(config.output_dir).absolute()
+    with locked(place.with_name(f"{place.name}.model")):
         return _make_tiny_model(config, folder)
 
 
@@ -168,7 +168,7 @@ def _make_tiny_model(config: TinyModelConfig, folder: Path) -> Path:
 
     tokenizer = train_tokenizer((text for path in config.texts for text in texts_of(path)), config.vocab_size)
     model = random_qwen3(tokenizer, config)
-    left = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.tmp")
+    left = re.compile(rf"\.{re.escape(folder.absolute().name)}\.\d+\.tmp")
     for path in folder.absolute().parent.iterdir():
         if left.fullmatch(path.name):  # of a run that was killed
             shutil.rmtree(path, ignore_errors=True)

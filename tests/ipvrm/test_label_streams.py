@@ -134,7 +134,7 @@ def test_half_deleted_work_is_not_taken_for_that_of_the_next_run(tmp_path, monke
 
 
 def test_what_a_killed_run_has_left_is_deleted_and_what_another_one_writes_is_not(tmp_path):
-    left = (".o.jsonl.12.tmp", ".o.jsonl.summary.json.7.tmp", ".o.jsonl.partial.9.removed.tmp")
+    left = (".o.jsonl.12.tmp", ".o.jsonl.summary.json.7.tmp", "..o.jsonl.partial.9.removed.tmp")
     others = (".o.jsonl2.12.tmp", ".p.o.jsonl.1.tmp", ".o.jsonl.x.12.tmp", ".o.jsonl.tmp", "o.jsonl.12.tmp")
     for name in (*left[:2], *others):
         (tmp_path / name).touch()

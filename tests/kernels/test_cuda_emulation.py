@@ -162,21 +162,33 @@ def test_emulation_refuses_grids_that_32_bits_would_cut(cases):
     assert_right(cases, "refused_grids", "0")
 
 
-def test_emulation_under_sanitizers(tmp_path):
-    """AddressSanitizer sees every read and write of the fibers, UndefinedBehaviorSanitizer every overflow."""
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sanitized")
     probe = subprocess.run(
-        [COMPILER, *SANITIZED, "-x", "c++", "-", "-o", str(tmp_path / "probe")],
+        [COMPILER, *SANITIZED, "-x", "c++", "-", "-o", str(folder / "probe")],
         input="int main() {}", capture_output=True, text=True, check=False,
     )  # fmt: skip
     if probe.returncode:
         pytest.skip("this compiler has no sanitizers")
-    executable = built(tmp_path / "sanitized", [HERE / "cases.cpp", *map(source, KERNELS)], flags=SANITIZED)
+    return built(folder / "built", [HERE / "cases.cpp", *map(source, KERNELS)], flags=SANITIZED)
+
+
+def test_emulation_under_sanitizers(sanitized):
+    """AddressSanitizer sees every read and write of the fibers, UndefinedBehaviorSanitizer every overflow."""
     few = [("segment_scan", "5,1025"), ("prefix_values", "5"), ("prefix_value_loss", "5")]
     few += [("unchecked", EDGES[3]), ("unchecked", EDGES[0]), ("clipped_surrogate", "257")]
     for case in few:
-        assert_right(executable, *case)
-    status, output = run(executable, "faulty", "reads_far_away")
+        assert_right(sanitized, *case)
+    status, output = run(sanitized, "faulty", "reads_far_away")
     assert status != 0 and "AddressSanitizer" in output, output[-4000:]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("op", [*SEQUENCES, "clipped_surrogate", "unchecked"])
+def test_every_emulated_case_under_sanitizers(sanitized, op):
+    for sizes in {"clipped_surrogate": COUNTS, "unchecked": EDGES}.get(op, LENGTHS):
+        assert_right(sanitized, op, sizes)
 
 
 @pytest.mark.parametrize("fault", LINE_FAULTS)
