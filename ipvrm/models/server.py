@@ -120,7 +120,7 @@ class Server:
             )
         self.url, self.timeout, self.concurrency = url.rstrip("/"), timeout, concurrency
         self._https, self._path = parts.scheme == "https", parts.path.rstrip("/")
-        self._address = (parts.hostname, parts.port)
+        self._address = (parts.hostname or "", parts.port)
         self._open: set[http.client.HTTPConnection] = set()
         self._hung_up = threading.Event()
         entry = self._entry(str(model), also)
