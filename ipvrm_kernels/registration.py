@@ -104,7 +104,7 @@ def register(
         names = [*kinds]
         pick_asked = _picker([names.index(x) for x in _parameters(name, "fake", fake, names)])
 
-        check = _input_check(name, names, takes or {}, saved)
+        check = _input_check(name, kinds, takes or {}, saved)
 
         def kernel(*flat: Any) -> Any:
             inputs = gather(flat)
@@ -153,7 +153,7 @@ KINDS = {
 
 def _input_check(
     op: str,
-    names: Sequence[str],
+    kinds: Mapping[str, Any],
     takes: Mapping[str, str],
     saved: Callable[..., Sequence[Sequence[tuple[int, ...]]]] | None,
 ) -> Callable[[list[Any]], None]:
@@ -161,17 +161,22 @@ def _input_check(
     makes the others contiguous, in place, but for the operands of matmuls."""
     if not takes:
         return lambda inputs: None
+    names = [*kinds]
     unknown = [name for name in takes if name not in names]
     if unknown:
         raise TypeError(f"{op}: takes names {', '.join(unknown)}; there is {', '.join(names)}")
     if (saved is None) == ("saved" in names):
         raise TypeError(f"{op}: an input called saved needs the shapes it may have, and nothing else does")
     parsed = [(names.index(name), name, *_spec(text)) for name, text in takes.items()]
+    required = [(names.index(name), name) for name in takes if kinds[name] is Tensor]
     where, gradient = names.index("impl"), op.endswith("_bwd")
     pick_asked = _picker([names.index(x) for x in _parameters(op, "saved", saved, names)] if saved else [])
 
     def check(inputs: list[Any]) -> None:
         impl = inputs[where]
+        for at, name in required:
+            if inputs[at] is None:  # the dispatcher lets it pass
+                raise ValueError(f"torch.ops.ipvrm.{op}: {name} must be a tensor, got None")
         if impl != "torch":
             sizes: dict[str, Any] = {}
             for at, name, kind, shape, condition in parsed:

@@ -149,6 +149,14 @@ def test_edges_of_a_gradient_are_those_of_its_tokens(op, edges):
         call(op, cu_seqlens=torch.tensor(edges, dtype=torch.int32))
 
 
+def test_no_tensor_is_refused_where_one_is_needed():
+    for impl in ("cpp", "torch"):
+        with pytest.raises(ValueError, match="ipvrm.segment_scan: x must be a tensor, got None"):
+            call("segment_scan", impl=impl, x=None)
+        call("clipped_surrogate", impl=impl)
+    call("linear_candidates", bias=None)
+
+
 def test_an_entropy_that_was_not_computed_is_not_read():
     nothing = torch.empty(0)
     call("linear_logprobs_bwd", dentropy=None, entropy=nothing)
