@@ -86,9 +86,9 @@ class BonConfig:
 
 
 class Ranked(NamedTuple):
-    """`index` of a sample in the list that was given, and its score."""
+    """`place` of a sample in the list that was given, from 0, and its score."""
 
-    index: int
+    place: int
     score: float
 
 

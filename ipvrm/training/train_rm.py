@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ipvrm.data.batches import collate, epoch_order, microbatches_for_rank
 from ipvrm.data.chat import Chat, parse_template_kwargs
-from ipvrm.data.preference import pairs_of
+from ipvrm.data.preference import Pairs, pairs_of
 from ipvrm.data.responses import Response, tokenize
 from ipvrm.data.rows import read_rows
 from ipvrm.errors import IpvrmError
@@ -146,7 +146,7 @@ class _Inputs:
         """Pairs of responses to a prompt, known by its tokens; `paired`: the two of a record."""
         config = self.config
         groups = [r.source if paired else r.input_ids[: r.prompt_length] for r in responses]
-        how = "all" if paired else filled(config.pairs)
+        how: Pairs = "all" if paired else filled(config.pairs)
         pairs, of_groups = pairs_of(groups, [r.label == 1 for r in responses], how, filled(config.seed))
         self.run.progress.note(f"{path}: " + ", ".join(f"{n:,} {name}" for name, n in of_groups.items()))
         if not pairs:
@@ -156,7 +156,7 @@ class _Inputs:
             )
         used = sorted({i for pair in pairs for i in pair})
         place = {i: k for k, i in enumerate(used)}
-        items = [(place[chosen], place[rejected]) for chosen, rejected in pairs]
+        items: list[tuple[int, ...]] = [(place[chosen], place[rejected]) for chosen, rejected in pairs]
         return _Rows([responses[i] for i in used], counts | of_groups, items)
 
     @cached_property
@@ -377,7 +377,7 @@ class _Trainer:
         assert config.beta is not None
         module = self.accelerator.unwrap_model(self.module)
         save_trained(module.model, folder)
-        reference = dict.fromkeys(("reference", "reference_given", "reference_hash"), "")
+        reference: dict[str, Any] = dict.fromkeys(("reference", "reference_given", "reference_hash"), "")
         if config.objective == "q_rm":
             save_value_head(module.value_head, folder)
         else:
