@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ipvrm.data.files import chunked, file_hash, records
 from ipvrm.data.responses import tokenize
@@ -85,11 +85,10 @@ class BonConfig:
     """Score on the CPU although there is an accelerator."""
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """`index` of a sample in the list that was given, and its score."""
+class Ranked(NamedTuple):
+    """`place` of a sample in the list that was given, from 0, and its score."""
 
-    index: int
+    place: int
     score: float
 
 

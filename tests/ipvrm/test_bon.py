@@ -75,10 +75,10 @@ def test_rerank(reward_model):
     ranked = ipvrm.rerank(reward_model, "What is 1 + 2?", TEXTS, by="sum")
     rows = [Row(f"a:{i}", "What is 1 + 2?", text) for i, text in enumerate(TEXTS)]
     scores = [s["sum"] for s in bon._scores(reward_model, rows, "\n\n", None, 8192)]
-    assert [r.index for r in ranked] == sorted(range(4), key=lambda i: -scores[i])
+    assert [r.place for r in ranked] == sorted(range(4), key=lambda i: -scores[i])
     assert [r.score for r in ranked] == pytest.approx(sorted(scores, reverse=True))
     twice = ipvrm.rerank(reward_model, "q", ["same", "same"])
-    assert [r.index for r in twice] == [0, 1]
+    assert [r.place for r in twice] == [0, 1]
     with pytest.raises(IpvrmError, match="by must be one of final, sum, mean, min; got 'best'"):
         ipvrm.rerank(reward_model, "q", TEXTS, by="best")
 
