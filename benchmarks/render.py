@@ -214,7 +214,7 @@ def _accuracy(rows: Sequence[Row]) -> str:
     cases = list(dict.fromkeys(row.shape for row in judged))
     names = [name for name in dict.fromkeys(row.contender for row in judged) if name not in LESS_WORK]
     found = {(row.contender, row.shape): row for row in judged}
-    kinds = [" ".join(part.partition(":")[0] for part in case.split(f"{ACCURACY}, ")) for case in cases]
+    kinds = ["".join(part.partition(":")[0] for part in case.split(f"{ACCURACY}, ")) for case in cases]
     lines = [f"| error of a log-prob, nats | {' | '.join(kinds)} |", "|---|" + "--:|" * len(cases)]
     for name in names:
         told = [found.get((name, case)) for case in cases]
