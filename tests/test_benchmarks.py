@@ -129,9 +129,7 @@ def test_the_yardstick_is_the_faster_of_the_bare_matmuls(spin):
     assert {n: round(r.ratio, 6) for n, r in rows.items()} == {
         "matmul": 2, "matmul by oneDNN": 1, "cpp": 2.5, "eager": 3
     }  # fmt: skip
-    assert rows["matmul"].tflops == pytest.approx(
-        0.25
-    )  # 1e9 FLOPs, of which the others need three times as many
+    assert rows["matmul"].tflops == pytest.approx(0.25)
     assert rows["matmul"].rounds == rows["matmul by oneDNN"].rounds
     assert str(tables.aims(list(rows.values()))[0]) == "MISSED: cpp 2.50, target <= 2.4 matmul"
     (verdict,) = tables.verdicts(list(rows.values()))

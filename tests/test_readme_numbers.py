@@ -304,7 +304,7 @@ def of_the_growth():
 
 
 def of_the_matmul():
-    of = Cases("cpu_matmul.json")
+    of = Cases("cpu_matmul-amd-zen-5.json")
     shapes = {row["shape"] for row in of.rows if row["op"] == "op"}
     times = [1 / of("op", "onednn", shape)["ratio"] for shape in shapes]
     yield f"take {min(times):.1f} to {max(times):.1f} times as long here"

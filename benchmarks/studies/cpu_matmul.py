@@ -1,6 +1,7 @@
-"""What the CPU head ops gain from oneDNN's matmuls, and what it costs in rounding.
+"""Which library the CPU head ops' matmuls are faster by, and what oneDNN's cost in rounding.
 
-The three products of a tile, and whole ops on N=2048 D=1024 V=32,000, each by both libraries in interleaved
+The three products of a tile by either library, bare, on every processor; then, where the ops can run on both,
+whole ops on N=2048 D=1024 V=32,000, each by both libraries in interleaved
 rounds; the rounding error of h.w against fp64 in units of eps max|z|, of which the ops may use 8 beside twice
 that of plain PyTorch; and what batch sizes cost that were never seen before, since oneDNN makes and keeps a
 kernel for every shape.
