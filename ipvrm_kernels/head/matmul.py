@@ -1,10 +1,11 @@
 """The fp32 matmuls of the CPU head ops: by the BLAS behind torch.mm, or by oneDNN where that BLAS is slow.
 
 `MEASURED` says which, by kind of processor, and names the measurement that says so; other processors keep the
-BLAS, and nothing is timed at run time. An AMD Zen 5 has full-width AVX-512, and PyTorch's MKL does not use it.
-oneDNN, which PyTorch's x86 builds bring along, does: on two cores of an EPYC it takes half the time, at 1.4 to
-2.7 times MKL's rounding error, since it sums the products of a logit in longer chains; that is within the ops'
-tolerance. The library decides the plan too: blocks of equal rows for the BLAS, of suitable ones for oneDNN.
+BLAS, and nothing is timed at run time. An AMD Zen 5 has full-width AVX-512, and PyTorch's MKL does not use
+it. oneDNN, which PyTorch's x86 builds bring along, does: on two cores of an EPYC it takes half the time, at
+1.4 to 2.7 times MKL's rounding error, since it sums the products of a logit in longer chains; that is within
+the ops' tolerance. The library decides the plan too: blocks of equal rows for the BLAS, of suitable ones for
+oneDNN.
 
 PyTorch reaches oneDNN for dense fp32 by the op that Inductor compiles `linear` to; it takes no `out`, so a
 product passes through a tensor of its own, which `transient_bytes` lets the plans count. oneDNN has no fast

@@ -102,7 +102,9 @@ def test_each_entry_s_measurement_says_the_same(entry):
     found = json.loads(file.read_text())
     assert found["machine"]["processor"] == entry.processor
     times = {
-        name: sum(row["median_ms"] for row in found["times"] if (row["op"], row["contender"]) == ("tile", name))
+        name: sum(
+            row["median_ms"] for row in found["times"] if (row["op"], row["contender"]) == ("tile", name)
+        )
         for name in matmul.NAMES
     }
     assert min(times, key=times.get) == entry.library and min(times.values()) > 0
