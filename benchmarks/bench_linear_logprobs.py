@@ -307,7 +307,7 @@ def step_case(
     late = {f"{name}, one id": reason for name, reason in absent.items()}
     late |= {f"{LIGER_SHARED}{SHARED}": no_shared} if no_shared else {}
     aims = targets(kind, shape, implementations, device)
-    if aims:
+    if aims and device == "cpu":
         aims |= {f"{name} logits kept": Target(KEPT_TARGET) for name in saving}
     if aims and peers and device == "cpu":
         aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *saved, *scalar)}
