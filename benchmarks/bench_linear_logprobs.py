@@ -6,9 +6,7 @@ without entropy. Forward + backward: log-probs of K tokens per row; the peers kn
 their rows stand beside ours at one token. Peers that return a scalar can form its gradient in their forward:
 beside them stand linear_logprobs, whose gradient per token comes later, and our scalar loss of one token a
 row, linear_distrl_loss without candidates. "logits kept": with a workspace that holds them, on the CPU.
-"shared ids": the same K in every row, which is what liger's selected_token_ids can do. Last, how far
-log-probs are from fp64, in fp32 and bf16, on rows like a trained model's and on peaked ones; what
-torch.compile makes of eager rounds as eager does.
+"shared ids": the same K in every row, which is what liger's selected_token_ids can do.
 """
 
 from __future__ import annotations
@@ -24,12 +22,9 @@ from benchmarks.suite.heads import (
     KEPT_TARGET,
     Calibrated,
     Shape,
-    accuracy_shapes,
-    calibrated,
     inputs,
     matmuls,
     more_shapes,
-    peaked,
     shapes,
     targets,
 )
@@ -73,9 +68,6 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         for frozen in (False, True):
             peers_too = quick or not frozen or device == "cuda"  # half a minute a round for them at full size
             yield step_case(shape, device, frozen, peers_too, with_compile=not (quick and frozen))
-    for shape in accuracy_shapes(device, quick):
-        for make in (calibrated, peaked):
-            yield accuracy_case(shape, make(shape, device), device)
 
 
 def full_cases(device: str) -> Iterator[Case]:

@@ -31,7 +31,7 @@ from benchmarks.suite.tables import as_csv
 __all__ = ["MODULES", "main", "suite", "write_json", "write_text"]
 
 MODULES = (
-    "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
+    "accuracy", "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
     "segment_scan", "prefix_values", "prefix_value_loss", "clipped_surrogate", "distrl_loss",
     "reward_step", "distrl_step", "policy_step", "advantages", "scaling",
 )  # fmt: skip
