@@ -26,6 +26,7 @@ from benchmarks.suite.measure import Case, measure
 from ipvrm.run_folder import write_json
 from ipvrm_kernels import backend, linear_candidates, linear_logprobs
 from ipvrm_kernels.head import matmul
+from ipvrm_kernels.torch_private import has_onednn, linear_onednn
 
 N = 2048
 TILES = ((1024, 1024), (384, 1024))  # rows and columns: of the recomputing backward, of a scalar loss
@@ -63,7 +64,7 @@ def both(
         dense = a if buffer is None else buffer.view(a.shape)
         if buffer is not None:
             backend.native_call("transpose_cpu", a.T, *a.T.shape, dense)
-        return (out.copy_(matmul.onednn(dense, b.T)).clone(),)
+        return (out.copy_(linear_onednn(dense, b.T)).clone(),)
 
     return dict(zip(matmul.NAMES, (blas, onednn), strict=True))
 
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="JSON file to write")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if not matmul.has_onednn():
+    if not has_onednn():
         raise SystemExit("cpu_matmul: this build of PyTorch has no oneDNN for dense matrices")
     for reason in not_here():
         print(f"the ops themselves do not run on {reason}")

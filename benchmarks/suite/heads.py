@@ -134,7 +134,7 @@ def matmuls(hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
     it depends on the processor which of the two libraries is the faster."""
     h, w = hidden.detach(), weight.detach()
     found: dict[str, Callable[[], Tensor]] = {MATMUL: lambda: h @ w.T}
-    if not h.is_cuda and h.dtype == torch.float32 and has_onednn():
+    if not h.is_cuda and h.dtype == torch.float32 and torch.backends.mkldnn.is_available() and has_onednn():
         found[MATMUL_ONEDNN] = lambda: linear_onednn(h, w)
     return found
 
