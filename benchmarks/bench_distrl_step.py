@@ -1,11 +1,11 @@
 """One DistRL step, end to end: behaviour pass with candidates, reward model on the same ids, advantages,
 two-branch loss, backward; on 8 sequences of up to 2048 (GPU) or 256 (CPU) tokens, a quarter of that at least.
 
-Eager: full logits of both models, log_softmax, top-k, a loop over time for GAE, padded or packed as suits.
-Released: the same with log_softmax over 64 rows at a time. Ours: linear_candidates, linear_logprobs,
-segment_scan, linear_distrl_loss. All three take the same advantages from the same formulas (Eq. 8, 10-14,
-25-29), written once below. The policy is the behaviour policy, as in the first minibatch. MiB are above
-weights.
+Eager: full logits of both models, log_softmax, top-k, a loop over time for GAE, padded or packed as suits;
+the same with what follows the logits compiled. Released: with log_softmax over 64 rows at a time. Ours:
+linear_candidates, linear_logprobs, segment_scan, linear_distrl_loss. All take the same advantages from the
+same formulas (Eq. 8, 10-14, 25-29), written once below. The policy is the behaviour policy, as in
+the first minibatch. MiB are above weights.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch import Tensor
 from benchmarks.suite.heads import MIN_PROB, SLOTS
 from benchmarks.suite.measure import Case, assert_close
 from benchmarks.suite.models import SEQUENCES, qwen3, ragged_batch, sharpen, title
-from benchmarks.suite.peers import sliced_log_softmax
+from benchmarks.suite.peers import compiled, sliced_log_softmax, sliced_logprobs
 from ipvrm.data.batches import Batch
 from ipvrm.models.causal_lm import head, hidden_states
 from ipvrm_kernels import linear_candidates, linear_distrl_loss, linear_logprobs, segment_scan, unpack
 
 OP = "distrl_step"
+Best = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # see eager_best
+Logprobs = Callable[[Tensor, Tensor], Tensor]  # see eager_logprobs
 ROLLOUTS = 4  # of one prompt
 BETA, LAM, EPS = 10.0, 0.95, 1e-6
 ALPHA, LOW, HIGH = 0.1, 0.2, 0.28
@@ -39,6 +41,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         for parameter in reward.parameters():
             parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter))
     parameters = list(policy.parameters())
+    compiled_best, compiled_logprobs = compiled(eager_best), compiled(eager_logprobs)
 
     def ours() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -57,21 +60,19 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         ).loss  # fmt: skip
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
-    def full_logits(log_softmax: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        def log_p(model: Any) -> Tensor:  # (N, V)
-            return log_softmax(model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions])
+    def full_logits(best: Best, logprobs: Logprobs) -> tuple[Tensor, ...]:
+        def logits(model: Any) -> Tensor:  # (N, V)
+            return model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
 
         with torch.no_grad():
-            old = log_p(policy)
-            best = old.topk(SLOTS, 1)
-            kept = without_last(best.values >= torch.tensor(MIN_PROB).log(), batch, False)
-            ids = torch.cat([batch.token_ids[:, None], best.indices], 1)
+            sampled, values, indices = best(logits(policy), batch.token_ids[:, None])
+            kept = without_last(values >= torch.tensor(MIN_PROB).log(), batch, False)
+            ids = torch.cat([batch.token_ids[:, None], indices], 1)
             used = torch.cat([torch.ones_like(kept[:, :1]), kept], 1)
-            old_logprobs = old.gather(1, ids)
-            del old
-            td = torch.where(used, BETA * (log_p(reward).gather(1, ids) - old_logprobs), 0)
+            old_logprobs = torch.cat([sampled, values], 1)
+            td = torch.where(used, BETA * (logprobs(logits(reward), ids) - old_logprobs), 0)
             token, candidate = advantages(td, batch, lambda x: looped_gae(x, batch))
-        ratio = (log_p(policy).gather(1, ids) - old_logprobs).exp()
+        ratio = (logprobs(logits(policy), ids) - old_logprobs).exp()
         a = torch.cat([token[:, None], candidate], 1)
         each = torch.where(used, -torch.minimum(ratio * a, ratio.clamp(1 - LOW, 1 + HIGH) * a), 0)
         per_token = each[:, 0] + ALPHA * (old_logprobs[:, 1:].exp() * each[:, 1:]).sum(1)
@@ -91,13 +92,34 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
                     assert_close(f"{name} gradient", mine, theirs, 2e-3)
 
     contenders: dict[str, Callable[[], Any]] = {
-        "eager full logits": lambda: full_logits(lambda z: torch.log_softmax(z.float(), 1)),
-        "released 64-row slices": lambda: full_logits(sliced_log_softmax),
+        "eager full logits": lambda: full_logits(eager_best, eager_logprobs),
+        "torch.compile of eager": lambda: full_logits(compiled_best, compiled_logprobs),
+        "released 64-row slices": lambda: full_logits(released_best, sliced_logprobs),
         "ipvrm": ours,
     }
     held = f"{mean:.2f} candidates a row with {100 * mass:.0f} % of the mass, entropy {entropy:.2f}"
     shape = f"{title(policy, batch)}; {held}"
     yield Case(OP, shape, contenders, check, tokens=int(batch.attention_mask.sum()))
+
+
+def eager_best(logits: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs (N, 1) of sampled (N, 1), the largest (N, SLOTS) and their ids, from full logits."""
+    return chosen(torch.log_softmax(logits.float(), 1), sampled)
+
+
+def released_best(logits: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with log_softmax over 64 rows at a time."""
+    return chosen(sliced_log_softmax(logits), sampled)
+
+
+def chosen(log_p: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    best = log_p.topk(SLOTS, 1)
+    return log_p.gather(1, sampled), best.values, best.indices
+
+
+def eager_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """(N, K) log-probs of ids (N, K) from full logits."""
+    return torch.log_softmax(logits.float(), 1).gather(1, ids)
 
 
 def without_last(x: Tensor, batch: Batch, fill: Any) -> Tensor:

@@ -18,12 +18,13 @@ from benchmarks.suite.heads import (
     Shape,
     calibrated,
     inputs,
+    matmuls,
     measured,
     more_shapes,
     shapes,
     targets,
 )
-from benchmarks.suite.measure import Case, assert_within
+from benchmarks.suite.measure import LESS_WORK, Case, assert_within
 from benchmarks.suite.peers import compiled, sliced_log_softmax
 from benchmarks.suite.roofline import expected
 from benchmarks.suite.sequences import kernels
@@ -73,7 +74,7 @@ def candidates_case(shape: Shape, device: str, random: bool = False, with_compil
 
     implementations = kernels(OP, device)
     contenders: dict[str, Callable[[], Any]] = {
-        "matmul": lambda: hidden @ weight.T,
+        **matmuls(hidden, weight),
         **{name: ours(name, True) for name in implementations},
         "eager log_softmax + topk": lambda: eager(hidden, weight, sampled),
         **{f"{name}, no entropy": ours(name, False) for name in implementations},
@@ -96,7 +97,7 @@ def candidates_case(shape: Shape, device: str, random: bool = False, with_compil
         right = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
         found = {}
         for name, result in results.items():
-            if name != "matmul":
+            if name not in LESS_WORK:
                 given = result.sampled_logprobs if name in own else result[1 if "no entropy" in name else 2]
                 found[name] = exact.error(given.view(shape.N), right)
         return found

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.suite.exact import Exact
-from benchmarks.suite.heads import Shape, calibrated, inputs, more_shapes, shapes, targets
-from benchmarks.suite.measure import Case, assert_close, is_ours
+from benchmarks.suite.heads import Shape, calibrated, inputs, matmuls, more_shapes, shapes, targets
+from benchmarks.suite.measure import LESS_WORK, Case, assert_close, is_ours
 from benchmarks.suite.peers import compiled, grpo_loss, sliced_logprobs
 from benchmarks.suite.roofline import expected
 from benchmarks.suite.sequences import edges, kernels
@@ -155,7 +155,7 @@ def eager(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 def loss_case(batch: RolloutRows, device: str, with_grpo: bool, with_compile: bool = True) -> Case:
     shape, implementations = batch.shape, kernels(OP, device)
     contenders: dict[str, Callable[[], Any]] = {
-        "matmul": lambda: batch.hidden.detach() @ batch.weight.detach().T,
+        **matmuls(batch.hidden, batch.weight),
         **{name: batch.fused(name) for name in implementations},
         "eager composition": batch.composition(eager),
         "released 64-row slices": batch.composition(lambda h, w, ids: sliced_logprobs(h @ w.T, ids)),
@@ -183,7 +183,7 @@ def loss_case(batch: RolloutRows, device: str, with_grpo: bool, with_compile: bo
 
     def judged(name: str) -> bool:
         """Half precision rounds the others' logits, and with them ratios across the clips: not theirs."""
-        return is_ours(name) or (shape.dtype == torch.float32 and name != "matmul")
+        return is_ours(name) or (shape.dtype == torch.float32 and name not in LESS_WORK)
 
     def check(results: Mapping[str, Any]) -> None:
         exact = Exact(batch.hidden, batch.weight)

@@ -6,9 +6,7 @@ without entropy. Forward + backward: log-probs of K tokens per row; the peers kn
 their rows stand beside ours at one token. Peers that return a scalar can form its gradient in their forward:
 beside them stand linear_logprobs, whose gradient per token comes later, and our scalar loss of one token a
 row, linear_distrl_loss without candidates. "logits kept": with a workspace that holds them, on the CPU.
-"shared ids": the same K in every row, which is what liger's selected_token_ids can do. Last, how far
-log-probs are from fp64, in fp32 and bf16, on rows like a trained model's and on peaked ones; what
-torch.compile makes of eager rounds as eager does.
+"shared ids": the same K in every row, which is what liger's selected_token_ids can do.
 """
 
 from __future__ import annotations
@@ -21,17 +19,16 @@ from torch import Tensor
 
 from benchmarks.suite.exact import Exact
 from benchmarks.suite.heads import (
+    KEPT_TARGET,
     Calibrated,
     Shape,
-    accuracy_shapes,
-    calibrated,
     inputs,
+    matmuls,
     more_shapes,
-    peaked,
     shapes,
     targets,
 )
-from benchmarks.suite.measure import ACCURACY, Case, Target, assert_close, is_ours
+from benchmarks.suite.measure import ACCURACY, LESS_WORK, Case, Target, assert_close, is_ours
 from benchmarks.suite.peers import (
     OneLogprob,
     OneToken,
@@ -71,9 +68,6 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         for frozen in (False, True):
             peers_too = quick or not frozen or device == "cuda"  # half a minute a round for them at full size
             yield step_case(shape, device, frozen, peers_too, with_compile=not (quick and frozen))
-    for shape in accuracy_shapes(device, quick):
-        for make in (calibrated, peaked):
-            yield accuracy_case(shape, make(shape, device), device)
 
 
 def full_cases(device: str) -> Iterator[Case]:
@@ -99,7 +93,7 @@ def forward_case(shape: Shape, device: str) -> Case:
 
     implementations = kernels(OP, device)
     contenders: dict[str, Callable[[], Any]] = {
-        "matmul": lambda: hidden @ weight.T,
+        **matmuls(hidden, weight),
         **{name: ours(name, True) for name in implementations},
         "eager log_softmax": lambda: eager(hidden, weight, sampled[:, None], True),
         "torch.compile of eager": lambda: compiled_eager(hidden, weight, sampled[:, None], True),
@@ -127,7 +121,8 @@ def forward_case(shape: Shape, device: str) -> Case:
         log_p = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
         found = {}
         for name, result in results.items():
-            if name != "matmul" and not (isinstance(result, Tensor) and not result.dim()):  # a sum has none
+            a_sum = isinstance(result, Tensor) and not result.dim()  # over the rows: no error of its own
+            if name not in LESS_WORK and not a_sum:
                 given = result if isinstance(result, Tensor) else result[0]
                 found[name] = exact.error(given.view(shape.N), log_p)
         return found
@@ -184,7 +179,7 @@ def accuracy_case(shape: Shape, rows: Calibrated, device: str) -> Case:
         return {name: exact.error(results[name], right) for name in functions.keys() & results.keys()}
 
     contenders = {
-        "matmul": lambda: hidden @ weight.T,
+        **matmuls(hidden, weight),
         **{n: call(function) for n, function in functions.items()},
     }
     return Case(
@@ -250,7 +245,7 @@ def step_case(
     scalar = {f"{name} linear_distrl_loss, one id": (name, None) for name in kernels(SCALAR_OP, device)}
     scalar |= {f"{name} linear_distrl_loss logits kept, one id": (name, workspace) for name in saving}
     contenders: dict[str, Callable[[], Any]] = {
-        "matmul": lambda: hidden.detach() @ weight.detach().T,
+        **matmuls(hidden, weight),
         **{name: ours(name, ids, upstream) for name in implementations},
         **{f"{name} logits kept": ours(name, ids, upstream, workspace) for name in saving},
         "eager log_softmax": full_logits(eager),
@@ -278,7 +273,7 @@ def step_case(
         exact = Exact(hidden, weight)
         first_of_ours = next(iter(one_id))
         for name, gradients in results.items():
-            if name == "matmul":
+            if name in LESS_WORK:
                 continue
             other = results.get("eager log_softmax")
             if name.endswith("one id"):  # the peers' dweight in full against ours
@@ -296,7 +291,7 @@ def step_case(
         return {
             name: exact.relative_error(gradients[0], right[name.partition(", ")[2]])
             for name, gradients in results.items()
-            if name != "matmul"
+            if name not in LESS_WORK
         }
 
     kind = "frozen" if frozen else "trainable"
@@ -304,6 +299,8 @@ def step_case(
     late = {f"{name}, one id": reason for name, reason in absent.items()}
     late |= {f"{LIGER_SHARED}{SHARED}": no_shared} if no_shared else {}
     aims = targets(kind, shape, implementations, device)
+    if aims and device == "cpu":
+        aims |= {f"{name} logits kept": Target(KEPT_TARGET) for name in saving}
     if aims and peers and device == "cpu":
         aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *saved, *scalar)}
     elif aims and with_peers:  # log-probs beside log-probs, a scalar loss beside a scalar loss

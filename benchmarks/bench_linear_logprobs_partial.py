@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.suite.heads import K, Shape, inputs, shapes
+from benchmarks.suite.heads import K, Shape, inputs, matmuls, shapes
 from benchmarks.suite.measure import Case, assert_close
 from benchmarks.suite.sequences import kernels
 from ipvrm_kernels import linear_logprobs_partial
@@ -41,7 +41,7 @@ def step_case(shape: Shape, device: str) -> Case:
 
     implementations = kernels(OP, device)
     contenders = {
-        "matmul": lambda: hidden.detach() @ weight.detach().T,
+        **matmuls(hidden, weight),
         **{name: ours(name) for name in implementations},
         "eager": eager,
     }

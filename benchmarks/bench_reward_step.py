@@ -2,8 +2,8 @@
 2048 (GPU) or 256 (CPU) tokens, a quarter of that at least.
 
 Before: the model's own full logits, `log_softmax`, padded Eq. 9 in eager PyTorch, as reward-model trainers
-write it. As released: the same with log_softmax over 64 rows at a time, which keeps every slice for the
-backward. The rivals: the same with the log-prob of each package that has one and takes its gradient. After:
+write it, and the same compiled. As released: with log_softmax over 64 rows at a time, which keeps every slice
+for the backward. The rivals: with the log-prob of each package that has one and takes its gradient. After:
 what `ipvrm train-rm` runs, which is judged against the fastest of them all. The yardstick is the first; MiB
 are above weights.
 """
@@ -19,13 +19,17 @@ from torch import Tensor
 
 from benchmarks.suite.measure import Case, assert_close
 from benchmarks.suite.models import qwen3, ragged_batch, title
-from benchmarks.suite.peers import OneLogprob, sliced_logprobs
+from benchmarks.suite.peers import OneLogprob, compiled, sliced_logprobs
 from benchmarks.suite.peers import logprobs as logprobs_of_peers
 from ipvrm.losses.objectives import ipvrm_loss
 from ipvrm.models.causal_lm import head, hidden_states, response_logprobs
 
 OP = "reward_step"
-SLICE = 64
+
+
+def eager(logits: Tensor, ids: Tensor) -> Tensor:
+    """(N, 1) log-probs of ids (N, 1) from full logits."""
+    return torch.log_softmax(logits, 1).gather(1, ids)
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
@@ -36,17 +40,18 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     reference = response_logprobs(model, batch).detach() + 0.02 * torch.randn(N, device=device)
     parameters = list(model.parameters())
     peers, absent = logprobs_of_peers(device)
+    compiled_eager = compiled(eager)
     width = batch.input_ids.shape[1]
     mask = torch.zeros(B, width, device=device)
     mask.view(-1)[batch.positions] = 1
     padded = torch.zeros(B, width, device=device)
     padded.view(-1)[batch.positions] = reference
 
-    def before(slice_rows: int | None) -> tuple[Tensor, ...]:
+    def before(logprobs: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
         targets = batch.input_ids[:, 1:].reshape(-1, 1)
         flat = logits.reshape(-1, vocabulary)
-        return stepped(sliced_logprobs(flat, targets, slice_rows or len(flat)).view(B, -1))
+        return stepped(logprobs(flat, targets).view(B, -1))
 
     def rival(function: OneLogprob) -> Callable[[], tuple[Tensor, ...]]:
         def run() -> tuple[Tensor, ...]:
@@ -78,8 +83,9 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
                     assert_close(f"{name} gradient", mine, theirs, 1e-3)
 
     contenders = {
-        "eager full logits": lambda: before(None),
-        "released 64-row slices": lambda: before(SLICE),
+        "eager full logits": lambda: before(eager),
+        "torch.compile of eager": lambda: before(compiled_eager),
+        "released 64-row slices": lambda: before(sliced_logprobs),
         **{f"eager with {name}": rival(function) for name, function in peers.items()},
         "ipvrm": after,
     }

@@ -112,7 +112,7 @@ def parts(folder: Path) -> list[Part]:
         measured("headline", "gpu.headline"),
         tests_part("tests", "tests/kernels", "cuda and not compile_without", workers=WORKERS),
         Part("sweep", [*sweep, "--seconds", str(SLICES["sweep"] - START)], 0),
-        bench("bench_linear_logprobs", "linear_logprobs", quick=True),  # quick: D = 1024
+        bench("bench_linear_logprobs", "linear_logprobs", "accuracy", quick=True),  # quick: D = 1024
         measured("model_heads", "gpu.model_heads"),
         *(bench(f"bench_{name}", name, quick=True) for name in head if name != "linear_logprobs"),
         bench("bench_sequences", *SEQUENCE_OPS, quick=False),

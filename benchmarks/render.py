@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite.machine import ROOT
-from benchmarks.suite.measure import Row
+from benchmarks.suite.measure import ACCURACY, LESS_WORK, Row, is_ours, yardsticks_of
 from benchmarks.suite.session import write_text
 from benchmarks.suite.tables import (
     Verdict,
@@ -23,6 +23,7 @@ from benchmarks.suite.tables import (
     by_variant,
     cell,
     conditions,
+    error,
     growth,
     markdown,
     markdown_growth,
@@ -37,19 +38,20 @@ Written by `python -m benchmarks.render` from the JSON files in this folder; do 
 machine, versions, commit and command. The CPU files are made by
 
 ```bash
-python -m benchmarks.run --full --json benchmarks/results/cpu-full.json \\
-    --csv benchmarks/results/cpu-full.csv --plot benchmarks/results/plots && python -m benchmarks.render
+python -m benchmarks.run --full --results benchmarks/results && python -m benchmarks.render
 ```
 
-(thirty-four minutes on two cores) and a GPU's by
-`python -m benchmarks.gpu_report && python -m benchmarks.render`. How it is measured: every contender's result
-is checked before anything is timed; then contenders take turns, and the median, the 20th and the 80th
-percentile of their times are kept; memory is the peak above inputs, scratch that less what is returned.
-Ratios are to the first contender of a case. Ours (`cpp`, `cuda`, `triton`, `ipvrm`) are judged against the
-fastest other contender that does the same work, and the faster one is bold; the bare matmul does less and is
-never judged. What stands behind a comma is a variant: compared with the same variant only. TFLOP/s count the
-matmuls that an op cannot do without (one forward, two backward, one of them for a frozen head). The error
-against fp64 is the largest on 128 rows: of log-probs in nats, of gradients of hidden relative to the largest.
+on each kind of processor, whose rows stay when another kind is measured (killed, a run goes on with --go-on),
+and a GPU's by `python -m benchmarks.gpu_report && python -m benchmarks.render`. How it is measured: every
+contender's result is checked before anything is timed; then contenders take turns, and the median, the 20th
+and the 80th percentile of their times are kept; memory is the peak above inputs, scratch that less what is
+returned. Ratios are to the faster of the bare matmuls, by PyTorch's BLAS and by the oneDNN it brings along,
+in the same rounds, or else to the first contender of a case. Ours (`cpp`, `cuda`, `triton`, `ipvrm`) are
+judged against the fastest other contender that does the same work, and the faster one is bold; the bare
+matmul does less and is never judged. What stands behind a comma is a variant: compared with the same variant
+only. TFLOP/s count the matmuls that an op cannot do without (one forward, two backward, one of them for a
+frozen head). The error against fp64 is the largest on 128 rows: of log-probs in nats, of gradients of hidden
+relative to the largest.
 """
 
 
@@ -63,8 +65,14 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def page(files: Mapping[str, Mapping[str, Any]], plots: Sequence[str] = ()) -> str:
-    """The README: a chapter a file, pictures of plots/ at the end."""
+def pictures(folder: Path, name: str) -> list[str]:
+    """Those of the results file `name` in `folder`, as paths from there."""
+    plots = folder / "plots" / Path(name).stem
+    return [path.relative_to(folder).as_posix() for path in sorted(plots.glob("*.png"))]
+
+
+def page(files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequence[str]]) -> str:
+    """The README: a chapter a file, with its pictures in `plots` at the end."""
     chapters = [INTRODUCTION]
     for name, content in files.items():
         title = f"## [{name}]({name})\n"
@@ -72,10 +80,9 @@ def page(files: Mapping[str, Mapping[str, Any]], plots: Sequence[str] = ()) -> s
             chapters.append(f"{title}\n{gpu_page(content, level='###')}")
         else:
             chapters.append(f"{title}\n{_measured(content['machine'], _rows(content))}")
-    if plots:
-        chapters.append(
-            "## Plots\n\n" + "\n\n".join(f"![{Path(plot).stem}]({plot})" for plot in plots) + "\n"
-        )
+        shown = [f"![{Path(plot).stem}]({plot})" for plot in plots.get(name, ())]
+        if shown:
+            chapters.append("\n\n".join(["### Plots", *shown]) + "\n")
     return "\n".join(chapters)
 
 
@@ -157,6 +164,9 @@ def _measured(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
         return "\n".join([*lines, "No rows.", ""])
     found = verdicts(rows)
     lines += [_summary(found), "", _ratios(rows), ""]
+    accuracy = _accuracy(rows)
+    if accuracy:
+        lines += [accuracy, ""]
     lost = sorted((v for v in found if v.outcome == "lost"), key=lambda v: v.factor)
     if lost:
         lines += ["Lost:", "", *(f"- {v.op}, {v.shape}: {str(v).partition(': ')[2]}" for v in lost), ""]
@@ -182,7 +192,10 @@ def _ratios(rows: Sequence[Row]) -> str:
     """
     lines = ["| op | case | yardstick | ours | fastest other |", "|---|---|--:|--:|--:|"]
     for (op, shape), case in by_case(row for row in rows if not row.curve).items():
-        text = f"{case[0].contender} {milliseconds(case[0].median_ms)} ms" if not case[0].error else ""
+        timed = {row.contender: row for row in case if not row.error}
+        bases = [timed[name] for name in yardsticks_of(row.contender for row in case) if name in timed]
+        bases.sort(key=lambda row: row.median_ms)
+        text = "; ".join(f"{row.contender} {milliseconds(row.median_ms)} ms" for row in bases)
         for ours, other in by_variant(case):
             cells = [f"{ours.ratio:.2f} {ours.contender}{_memory(ours)}"]
             cells.append("" if other is None else f"{other.ratio:.2f} {other.contender}{_memory(other)}")
@@ -190,6 +203,24 @@ def _ratios(rows: Sequence[Row]) -> str:
             number, _, rest = cells[faster].partition(" ")
             cells[faster] = f"**{number}** {rest}"
             lines.append(f"| {op} | {shape} | {text} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _accuracy(rows: Sequence[Row]) -> str:
+    """Errors of log-probs against fp64, a line a contender, a column a case; "" without such cases."""
+    judged = [row for row in rows if ACCURACY in row.shape]
+    if not judged:
+        return ""
+    cases = list(dict.fromkeys(row.shape for row in judged))
+    names = [name for name in dict.fromkeys(row.contender for row in judged) if name not in LESS_WORK]
+    found = {(row.contender, row.shape): row for row in judged}
+    kinds = ["".join(part.partition(":")[0] for part in case.split(f"{ACCURACY}, ")) for case in cases]
+    lines = [f"| error of a log-prob, nats | {' | '.join(kinds)} |", "|---|" + "--:|" * len(cases)]
+    for name in names:
+        told = [found.get((name, case)) for case in cases]
+        cells = ["" if row is None else error(row.fp64_error) for row in told]
+        if any(cells):
+            lines.append(f"| {f'**{name}**' if is_ours(name) else name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -229,8 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     options = parser.parse_args(arguments)
     folder = options.results
-    plots = [f"plots/{path.name}" for path in sorted((folder / "plots").glob("*.png"))]
     files = load(folder)
+    plots = {name: pictures(folder, name) for name in files}
     write_text(folder / "README.md", page(files, plots))
     print(f"written: {folder / 'README.md'} from {', '.join(files) or 'no files'}")
     return 0

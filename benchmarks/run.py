@@ -1,10 +1,11 @@
 """Measure this package against what you would otherwise use, on this machine.
 
     ipvrm bench [--op NAME ...] [--quick | --full] [--device cpu|cuda] [--json F] [--csv F] [--plot DIR]
+              [--results DIR] [--go-on]
 
 Tables appear as they are measured; files are rewritten after every case, so that a run that is killed keeps
-what it has. Exits 1 if a result was wrong, one of ours failed or a benchmark could not be built; 2 without
-the device.
+what it has, and the same command with --go-on measures the rest. Exits 1 if a result was wrong, one of ours
+failed or a benchmark could not be built; 2 without the device.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at import: the profiler's
 import torch
 
 from benchmarks.suite import terminal
-from benchmarks.suite.machine import describe
+from benchmarks.suite.machine import describe, results_name
 from benchmarks.suite.measure import Case
-from benchmarks.suite.session import GO_ON, Session, run_main, write_json, write_text
+from benchmarks.suite.session import GO_ON, OtherRun, Session, run_main, write_json, write_text
 from benchmarks.suite.tables import as_csv
 
 __all__ = ["MODULES", "main", "suite", "write_json", "write_text"]
 
 MODULES = (
-    "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
+    "accuracy", "linear_logprobs", "linear_logprobs_partial", "linear_candidates", "linear_distrl_loss",
     "segment_scan", "prefix_values", "prefix_value_loss", "clipped_surrogate", "distrl_loss",
     "reward_step", "distrl_step", "policy_step", "advantages", "scaling",
 )  # fmt: skip
@@ -70,17 +71,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="F", help="rows with machine, versions, commit, command")
     parser.add_argument("--csv", type=Path, metavar="F", help="the same as a table")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="PNG plots (needs the extra `plot`)")
-    parser.add_argument(GO_ON, action="store_true", help="what a CUDA error has left of the run in --json F")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR",
+        help="all three, by the kind of processor: DIR/cpu-KIND.json, .csv and DIR/plots/cpu-KIND/*.png",
+    )  # fmt: skip
+    parser.add_argument(GO_ON, action="store_true", help="measure what the same command has left undone")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("ipvrm bench: --device cuda needs a GPU that torch can see", file=sys.stderr)
         return 2
+    machine, start = describe(), time.monotonic()
+    if options.results:
+        stem = results_name(machine, options.device)
+        options.json = options.json or options.results / f"{stem}.json"
+        options.csv = options.csv or options.results / f"{stem}.csv"
+        options.plot = options.plot or options.results / "plots" / stem
     if options.plot:
         from benchmarks.suite import plots  # before anything is measured: it may be missing
     torch.manual_seed(0)
-    machine, start = describe(), time.monotonic()
-    machine["seconds"] = 0
-    session = Session(machine, options.json, options.go_on)
+    try:
+        session = Session(machine, options.json, options.go_on)
+    except OtherRun as error:
+        print(f"ipvrm bench: {error}", file=sys.stderr)
+        return 2
+    if session.complete:
+        print(f"ipvrm bench: {options.json} is complete: nothing is left to be done")
+        return 0
+    before = machine.setdefault("seconds", 0)
     screen = terminal.Screen(machine, options.op, options.mode)
     if tuple(options.op) == MODULES and options.device == "cpu":
         screen.note(f"everything, {options.mode}: about {MINUTES[options.mode]} minutes on two idle cores")
@@ -96,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
                     screen.problem(session.cannot_go_on(name, error, options.device))
                     break
                 screen.measuring(name, case)
-                machine["seconds"] = round(time.monotonic() - start)
+                machine["seconds"] = before + round(time.monotonic() - start)
                 new = session.measure(case, options.device, SECONDS[options.mode], name)
                 del case  # the next one is built while this name would still hold its tensors
                 if new:
@@ -105,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
                     write_text(options.csv, as_csv(session.rows, machine))
             screen.finished(name)
     rows, problems = session.rows, session.problems
-    machine["seconds"] = round(time.monotonic() - start)
+    machine["seconds"] = before + round(time.monotonic() - start)
     session.close()
     screen.summary(rows)
     if options.plot:

@@ -193,7 +193,7 @@ class Cases:
 
 
 def of_the_heads():
-    of = Cases("cpu-full.json")
+    of = Cases("cpu-amd-zen-5.json")
     eager, sliced, compiled = "eager log_softmax", "released 64-row slices", "torch.compile of eager"
 
     def cells(op, *words, of_slices="", variant=""):
@@ -268,7 +268,7 @@ def of_the_heads():
 
 
 def of_the_steps():
-    of = Cases("cpu-full.json")
+    of = Cases("cpu-amd-zen-5.json")
     for op, said, above in (
         ("reward_step", "a reward-model step takes", " above the weights"),
         ("distrl_step", "a policy update with DistRL", ""),
@@ -287,7 +287,7 @@ def of_the_steps():
 
 def of_the_growth():
     """From N=2048 to 16,384."""
-    of, times = Cases("cpu-full.json"), []
+    of, times = Cases("cpu-amd-zen-5.json"), []
     for op, what in (
         ("linear_logprobs", "forward"),
         ("linear_candidates", "forward + candidates"),
@@ -304,14 +304,14 @@ def of_the_growth():
 
 
 def of_the_matmul():
-    of = Cases("cpu_matmul.json")
+    of = Cases("cpu_matmul-amd-zen-5.json")
     shapes = {row["shape"] for row in of.rows if row["op"] == "op"}
     times = [1 / of("op", "onednn", shape)["ratio"] for shape in shapes]
     yield f"take {min(times):.1f} to {max(times):.1f} times as long here"
 
 
 def of_the_prefixes():
-    of, op = Cases("cpu-full.json"), "prefix_value_loss"
+    of, op = Cases("cpu-amd-zen-5.json"), "prefix_value_loss"
     for shapes, label in (
         (("B=256 T=2048 ", "B=256 T=1..2048 "), "B=256 T=2048 / lengths 1..2048"),
         (("B=10000 T=25 ", "B=10000 T=1..50 "), "B=10,000 T=25 / 1..50"),
@@ -321,7 +321,7 @@ def of_the_prefixes():
         ours = " / ".join(f"**{of(op, 'cpp', shape)['ratio']:.2f}**" for shape in shapes)
         raw = " / ".join(f"{of(op, 'cpp, raw', shape)['ratio']:.2f}" for shape in shapes)
         yield f"| {label} | 1 ({times} ms) | {ours} | {raw} |"
-    same = Cases("cpu-full.json"), Cases("cpu-prefix_value_loss.json")
+    same = Cases("cpu-amd-zen-5.json"), Cases("cpu-prefix_value_loss.json")
     times = [1 / case(op, name, "B=256 T=2048 ")["ratio"] for case in same for name in ("cpp", "cpp, raw")]
     yield f"that is {times[0]:.1f} times as fast through autograd"
     yield f"The kernel alone is {times[1]:.1f} times as fast"

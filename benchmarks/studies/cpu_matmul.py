@@ -1,11 +1,12 @@
-"""What the CPU head ops gain from oneDNN's matmuls, and what it costs in rounding.
+"""Which library the CPU head ops' matmuls are faster by, and what oneDNN's costs in rounding.
 
-The three products of a tile, and whole ops on N=2048 D=1024 V=32,000, each by both libraries in interleaved
-rounds; the rounding error of h.w against fp64 in units of eps max|z|, of which the ops may use 8 beside twice
-that of plain PyTorch; and what batch sizes cost that were never seen before, since oneDNN makes and keeps a
-kernel for every shape.
+On every processor the three products of a tile by either library, as the ops multiply, and the rounding error
+of h.w against fp64 in units of eps max|z|, of which the ops may use 8 beside twice that of plain PyTorch.
+Where the ops run on both libraries also whole ops on N=2048 D=1024 V=32,000, and what batch sizes cost that
+were never seen before, since oneDNN makes and keeps a kernel for every shape. All in interleaved rounds.
+`ipvrm_kernels.head.matmul.MEASURED` names the files:
 
-    python -m benchmarks.studies.cpu_matmul --out results.json
+    python -m benchmarks.studies.cpu_matmul --out benchmarks/results/cpu_matmul-KIND.json
 """
 
 import argparse
@@ -23,8 +24,9 @@ from benchmarks.suite.heads import SPEC, K
 from benchmarks.suite.machine import describe
 from benchmarks.suite.measure import Case, measure
 from ipvrm.run_folder import write_json
-from ipvrm_kernels import linear_candidates, linear_logprobs
+from ipvrm_kernels import backend, linear_candidates, linear_logprobs
 from ipvrm_kernels.head import matmul
+from ipvrm_kernels.torch_private import has_onednn, linear_onednn
 
 N = 2048
 TILES = ((1024, 1024), (384, 1024))  # rows and columns: of the recomputing backward, of a scalar loss
@@ -50,6 +52,28 @@ def by(library: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return with_library
 
 
+def both(
+    out: Tensor, a: Tensor, b: Tensor, buffer: Tensor | None = None
+) -> dict[str, Callable[[], tuple[Tensor]]]:
+    """out = a @ b by each library as `matmul.multiply` does it; a is transposed into `buffer` for oneDNN."""
+
+    def blas() -> tuple[Tensor]:
+        return (torch.mm(a, b, out=out).clone(),)
+
+    def onednn() -> tuple[Tensor]:
+        dense = a if buffer is None else buffer.view(a.shape)
+        if buffer is not None:
+            backend.native_call("transpose_cpu", a.T, *a.T.shape, dense)
+        return (out.copy_(linear_onednn(dense, b.T)).clone(),)
+
+    return dict(zip(matmul.NAMES, (blas, onednn), strict=True))
+
+
+def not_here() -> list[str]:
+    """Why the ops themselves do not run on one of the libraries here."""
+    return [f"{name}: {reason}" for name in matmul.NAMES if (reason := matmul.why_not(name))]
+
+
 def agree(results: Mapping[str, Any]) -> None:
     """Both libraries' tensors are equal to rounding."""
     first, second = results.values()
@@ -64,25 +88,18 @@ def cases() -> Iterator[Case]:
         h, w, tile, buffer = torch.randn(R, D), torch.randn(C, D), torch.randn(R, C), torch.empty(R * C)
         z, dh, dw = torch.empty(R, C), torch.empty(R, D), torch.empty(C, D)
 
-        def product(
-            out: Tensor, a: Callable[[], Tensor], b: Tensor, rows: int = R
-        ) -> Callable[[], tuple[Tensor]]:
-            def multiplied() -> tuple[Tensor]:
-                matmul.multiply(out, a(), b, rows=rows)
-                return (out.clone(),)
-
-            return multiplied
-
         products = {
-            "z = h w.T": product(z, lambda h=h: h, w.T),
-            "dh = dz w": product(dh, lambda tile=tile: tile, w),
-            "dw = dz.T h": product(dw, lambda tile=tile, buffer=buffer: matmul.transposed(tile, buffer), h),
+            "z = h w.T": both(z, h, w.T),
+            "dh = dz w": both(dh, tile, w),
+            "dw = dz.T h": both(dw, tile.T, h, buffer),
         }
-        for name, run in products.items():
+        for name, contenders in products.items():
             yield Case(
-                "tile", f"{R} x {C} x {D} {name}", {lib: by(lib, run) for lib in matmul.NAMES}, agree,
+                "tile", f"{R} x {C} x {D} {name}", contenders, agree,
                 flops=2.0 * R * C * D, work=2.0 * R * C * D,
             )  # fmt: skip
+    if not_here():
+        return
     hidden, weight = torch.randn(N, D), torch.randn(V, D) / D**0.5
     ids, upstream = torch.randint(0, V, (N, K)), torch.randn(N, K)
 
@@ -107,8 +124,8 @@ def rounding() -> list[dict[str, Any]]:
         h, w, z = torch.randn(512, D), torch.randn(2048, D) / D**0.5, torch.empty(512, 2048)
         exact = h.double() @ w.double().T
         unit = torch.finfo(torch.float32).eps * exact.abs().max()
-        for library in matmul.NAMES:
-            by(library, lambda z=z, h=h, w=w: matmul.multiply(z, h, w.T, rows=len(h)))()
+        for library, multiply in both(z, h, w.T).items():
+            multiply()
             error = (z.double() - exact).abs() / unit
             rows.append(
                 dict(D=D, library=library, max=error.max().item(), rms=error.square().mean().sqrt().item())
@@ -152,9 +169,10 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="JSON file to write")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    for library in matmul.NAMES:
-        if matmul.why_not(library):
-            raise SystemExit(f"cpu_matmul: {library} cannot run here: {matmul.why_not(library)}")
+    if not has_onednn():
+        raise SystemExit("cpu_matmul: this build of PyTorch has no oneDNN for dense matrices")
+    for reason in not_here():
+        print(f"the ops themselves do not run on {reason}")
     rows = []
     for case in cases():
         new = measure(case, "cpu")
@@ -164,7 +182,7 @@ def main() -> None:
     errors = rounding()
     for row in errors:
         print(f"D={row['D']:<5} {row['library']:<7} max {row['max']:.2f} rms {row['rms']:.3f} eps max|z|")
-    fresh = fresh_sizes()
+    fresh = [] if not_here() else fresh_sizes()
     for row in fresh:
         print(
             f"D={row['D']} V={row['V']} {row['library']:<7} a step at a new N {row['first_ms']:.2f} ms, "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,12 @@ PACKAGES = (
 )  # fmt: skip
 COMMIT = "IPVRM_COMMIT"  # environment variable: of a tree that was copied without its history
 ROOT = Path(__file__).resolve().parents[2]
+# AMD's families: (last model, number of Zen), as the Linux kernel tells them apart
+ZEN = {
+    0x17: ((0x2F, "1"), (0xFF, "2")),
+    0x19: ((0x0F, "3"), (0x1F, "4"), (0x5F, "3"), (0xFF, "4")),
+    0x1A: ((0xFF, "5"),),
+}
 
 
 def describe() -> dict[str, Any]:
@@ -33,6 +41,7 @@ def describe() -> dict[str, Any]:
         modified=bool(_git("status", "--porcelain", "--untracked-files=no")),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         cpu=processor_name(),
+        processor=processor(_cpuinfo()),
         simd=torch.backends.cpu.get_cpu_capability(),
         cpu_matmul=matmul.library(),
         cores=os.cpu_count(),
@@ -67,6 +76,35 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout.strip()
+
+
+def processor(info: Mapping[str, str]) -> str:
+    """The kind of processor that /proc/cpuinfo describes: results of one kind stand in one file.
+
+    A virtual machine may be called "AMD EPYC" whatever it is; the family and the model say which.
+    """
+    if not {"vendor_id", "cpu family", "model"} <= info.keys():
+        return platform.machine()
+    vendor = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(info["vendor_id"], info["vendor_id"])
+    family, model = int(info["cpu family"]), int(info["model"])
+    if vendor == "AMD" and family in ZEN:
+        return f"AMD Zen {next(zen for last, zen in ZEN[family] if model <= last)}"
+    return f"{vendor} family {family} model {model}"
+
+
+def results_name(machine: Mapping[str, Any], device: str) -> str:
+    """What the files of a run on "cpu" or "cuda" of this machine are called: device and kind of processor."""
+    kind = machine["processor"] if device == "cpu" else machine["device"]
+    return "-".join([device, *re.findall(r"[a-z0-9]+", kind.lower())])
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Of the first core; {} where there is no /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def _version(name: str) -> str | None:

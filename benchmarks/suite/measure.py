@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch
 
 WRONG = "WRONG RESULT"  # how the error of a row begins whose case failed its check
 UNCHECKED = "unchecked"  # how the note of a row begins whose case could not be checked
-LESS_WORK = ("matmul",)  # yardsticks that never win or lose against the op
+MATMUL, MATMUL_ONEDNN = "matmul", "matmul by oneDNN"
+LESS_WORK = (MATMUL, MATMUL_ONEDNN)  # yardsticks that never win or lose against the op
 START = "the curve's start"
 ACCURACY = "accuracy of a log-prob"  # what the shape of a case says that is about errors against fp64
 OURS = ("cpp", "cuda", "triton", "ipvrm")  # first words of the contenders that this package stands for
@@ -56,7 +57,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """One row group: contenders that do the same work at one shape. The first contender is the yardstick.
+    """One row group: contenders that do the same work at one shape. The yardstick is the faster of the bare
+    matmuls (LESS_WORK), or else the first contender.
 
     A contender called "name, variant" is compared with those of the same variant only.
     """
@@ -132,7 +134,7 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
     """Time every contender of `case` in turn, after its check.
 
     Rounds go on for about `seconds`: after min_rounds a contender leaves that has used its share of them;
-    the yardstick stays to the last, so that every round has one.
+    the yardsticks stay to the last, so that every round has them.
     A contender that cannot run is a row with the reason, and so is a peer whose result is wrong; where one of
     ours is wrong, or nobody can be blamed, every row of the case says so. A case whose check itself cannot
     run keeps its times, with a note. Raises DeadContext after a CUDA error, which no contender survives.
@@ -176,14 +178,14 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
     results.clear()
     flush = torch.empty(64 * 2**20, dtype=torch.float32, device=device) if device == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    yardstick = next(iter(case.contenders))
+    yardsticks = yardsticks_of(case.contenders)
     share = seconds * 1e3 / max(len(contenders), 1)
     for rounds in range(max_rounds):
         taking = {n for n in contenders if rounds < case.min_rounds or sum(times[n]) < share}
         if not taking:
             break
         for name, run in list(contenders.items()):
-            if name not in taking and name != yardstick:
+            if name not in taking and name not in yardsticks:
                 continue
             try:
                 times[name].append(once(run, flush))
@@ -191,13 +193,14 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
                 raise_if_dead(device, name, error)
                 errors[name] = _reason(error)
                 del contenders[name], times[name]
-    base = statistics.median(times[yardstick]) if yardstick in times else math.nan
+    bases = [statistics.median(times[name]) for name in yardsticks if name in times]
+    base = min(bases, default=math.nan)
     rows = []
     for name in contenders:
         ordered = sorted(times[name])
         median = statistics.median(ordered)
         target = case.targets.get(name)
-        flops = case.flops if name == yardstick else case.work
+        flops = case.flops if name in yardsticks else case.work
         rows.append(
             Row(
                 case.op, case.shape, name, median, ordered[len(ordered) // 5], ordered[len(ordered) * 4 // 5],
@@ -213,6 +216,12 @@ def measure(case: Case, device: str, seconds: float = 3.0, max_rounds: int = 200
             )
         )  # fmt: skip
     return rows + [failed(case, name, reason) for name, reason in errors.items()]
+
+
+def yardsticks_of(contenders: Iterable[str]) -> tuple[str, ...]:
+    """The bare matmuls among a case's contenders, or else the first one; the fastest is the yardstick."""
+    names = tuple(contenders)
+    return tuple(name for name in names if name in LESS_WORK) or names[:1]
 
 
 def raise_if_dead(device: str, contender: str, error: Exception) -> None:

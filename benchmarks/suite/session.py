@@ -23,6 +23,13 @@ DEAD_CONTEXT = 70  # exit status
 GO_ON = "--go-on"
 
 
+SAME = ("commit", "device", "cpu", "processor", "cpu_matmul", "threads", "versions")  # of one run
+
+
+class OtherRun(Exception):
+    """What --go-on was to go on with is another run."""
+
+
 class Session:
     """rows: of all cases so far. problems: in words, what makes the run a failure."""
 
@@ -34,10 +41,15 @@ class Session:
         self.done: dict[str, int] = {}  # and that it or an earlier one has measured
         self.dead: dict[str, str] = {}  # contenders of the case after those that ended its processes
         self.broken: list[str] = []  # benchmarks whose building of a case ended a process
+        self.complete = False  # whether nothing is left of the run to go on with
         self.kernels: list[dict[str, Any]] = []  # device times of single kernels (benchmarks.gpu.headline)
         if go_on and path and path.is_file():
             content = json.loads(path.read_text())
-            progress = content["progress"]
+            refuse_another_run(path, content["machine"], machine)
+            machine |= content["machine"]  # date, load and seconds of its start
+            progress = content.get("progress")
+            self.complete = progress is None
+            progress = progress or dict(rows=None, done={}, dead={}, broken=[], problems=[])
             self.rows = [Row.from_dict(row) for row in content["rows"][: progress["rows"]]]
             self.done, self.dead, self.broken = progress["done"], progress["dead"], progress["broken"]
             self.problems, self.kernels = progress["problems"], content.get("kernels", [])
@@ -109,6 +121,19 @@ class Session:
     def _content(self, rows: list[Row]) -> dict[str, Any]:
         kernels = dict(kernels=self.kernels) if self.kernels else {}
         return dict(machine=self.machine, rows=[row.as_dict() for row in rows]) | kernels
+
+
+def refuse_another_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise OtherRun if `path`, measured on the machine `before`, is no part of a run on `now`."""
+
+    def identity(machine: Mapping[str, Any]) -> dict[str, Any]:
+        command = machine.get("command", "").replace(f" {GO_ON}", "")
+        return {key: machine.get(key) for key in SAME} | dict(command=command)
+
+    there, here = identity(before), identity(now)
+    other = "; ".join(f"{key}: {there[key]}, now {here[key]}" for key in here if there[key] != here[key])
+    if other:
+        raise OtherRun(f"{path} is of another run, which {GO_ON} would mix with this one: {other}")
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.suite.measure import LESS_WORK, START, Row, Target, is_ours
+from benchmarks.suite.measure import LESS_WORK, MATMUL, START, Row, Target, is_ours
 
 LEVEL = 0.03  # medians this close are a draw
 
@@ -117,8 +117,9 @@ def aims(rows: Sequence[Row]) -> list[Aim]:
             curve = [r for r in rows if (r.op, r.series, r.contender) == (row.op, row.series, row.contender)]
             other = min(curve, key=lambda r: r.axes[row.curve])
         else:
-            same = [r for r in rows if (r.op, r.shape, r.contender) == (row.op, row.shape, row.target_of)]
-            other = same[0] if same else None
+            names = LESS_WORK if row.target_of == MATMUL else (row.target_of,)
+            case = [r for r in rows if (r.op, r.shape) == (row.op, row.shape) and r.contender in names]
+            other = min((r for r in case if not r.error), key=_median, default=None)
         known = other is not None and not (row.error or row.note or other.error)
         ratio = row.median_ms / other.median_ms if other is not None and known else math.nan
         found.append(Aim(row.op, row.shape, row.contender, Target(row.target, row.target_of), ratio))
@@ -236,7 +237,9 @@ def conditions(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     where = machine["device"]
     if where == "CPU":
-        where = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+        kind = f", {machine['processor']}" if "processor" in machine else ""
+        where = f"{machine['cpu']}{kind}, {machine['simd']}, "
+        where += f"{machine['threads']} of {machine['cores']} cores"
         if "cpu_matmul" in machine:
             where += f", our matmuls by {machine['cpu_matmul']}"
     modified = " (modified)" if machine["modified"] else ""

@@ -1,9 +1,11 @@
 """The fp32 matmuls of the CPU head ops: by the BLAS behind torch.mm, or by oneDNN where that BLAS is slow.
 
-An AMD Zen 5 has full-width AVX-512, and PyTorch's MKL does not use it. oneDNN, which PyTorch's x86 builds
-bring along, does: on two cores of an EPYC it takes half the time, at 1.4 to 2.7 times MKL's rounding error,
-since it sums the products of a logit in longer chains; that is within the ops' tolerance
-(benchmarks/results/cpu_matmul.json). Other processors keep the BLAS: for them nobody has measured.
+`MEASURED` says which, by kind of processor, and names the measurement that says so; other processors keep the
+BLAS, and nothing is timed at run time. An AMD Zen 5 has full-width AVX-512, and PyTorch's MKL does not use
+it. oneDNN, which PyTorch's x86 builds bring along, does: on two cores of an EPYC it takes half the time, at
+1.4 to 2.7 times MKL's rounding error, since it sums the products of a logit in longer chains; that is within
+the ops' tolerance. The library decides the plan too: blocks of equal rows for the BLAS, of suitable ones for
+oneDNN.
 
 PyTorch reaches oneDNN for dense fp32 by the op that Inductor compiles `linear` to; it takes no `out`, so a
 product passes through a tensor of its own, which `transient_bytes` lets the plans count. oneDNN has no fast
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +27,24 @@ from ..torch_private import has_onednn, linear_onednn
 
 NAMES = ("blas", "onednn")
 VARIABLE = "IPVRM_CPU_MATMUL"  # one of NAMES, to overrule the choice
-ZEN_5 = 0x1A  # the family of the AMD processor that was measured
 # what oneDNN packs into, per thread whatever the tile: bytes a term of the sums, up to so many, and more
 PACKED_PER_TERM, PACKED_TERMS, PACKED_BESIDES = 256, 1024, 2048
 GRANULE, LEAST = 128, 64  # rows: multiples of the first, or the second
 MOST_THREADS = 60  # beyond them packing would take more than about a quarter of the default workspace
+
+
+class Measured(NamedTuple):
+    """The library for one kind of processor."""
+
+    processor: str
+    library: str
+    file: str  # of benchmarks/results, by benchmarks.studies.cpu_matmul
+
+
+# by the family of AMD's processor and PyTorch's SIMD capability, which tells a Zen 4 from a Zen 3
+MEASURED = {
+    (0x1A, "AVX512"): Measured("AMD Zen 5", "onednn", "cpu_matmul-amd-zen-5.json"),
+}
 
 
 @cache
@@ -65,14 +81,13 @@ def _choice() -> tuple[str, str]:
         if _asked(asked) == "onednn" and crowd:
             raise ValueError(f"{VARIABLE}={asked} cannot run here: {crowd}")
         return asked, f"{VARIABLE} asks for it"
-    missing = why_not("onednn")
-    if missing is not None:
+    found = MEASURED.get((backend.AMD_FAMILY, torch.backends.cpu.get_cpu_capability()))
+    if found is None or not torch.backends.mkl.is_available():
+        return "blas", f"no other is known to be faster on this processor; {VARIABLE}=onednn tries one"
+    missing = why_not(found.library) or (crowd if found.library == "onednn" else "")
+    if missing:
         return "blas", missing
-    if backend.AMD_FAMILY != ZEN_5 or not torch.backends.mkl.is_available():
-        return "blas", f"oneDNN is known to be faster on AMD Zen 5 only; {VARIABLE}=onednn tries it"
-    if crowd:
-        return "blas", crowd
-    return "onednn", f"it uses AVX-512, and MKL on this processor does not; {VARIABLE}=blas overrules"
+    return found.library, f"the faster one on {found.processor} ({found.file}); {VARIABLE} overrules"
 
 
 def library() -> str:

@@ -21,6 +21,7 @@ from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
 from ipvrm.training.optimizer import learning_rate_factor
 from ipvrm.training.reward_config import RewardConfig, objective_of, resolve
 from ipvrm.training.train_rm import train_reward_model
+from ipvrm_kernels import describe_cpu_matmul
 
 
 @pytest.fixture
@@ -488,6 +489,25 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
         assert {k: v for k, v in result.metrics.items() if k not in drop} == {
             k: v for k, v in want.items() if k not in drop
         }
+
+
+def test_a_resume_by_another_matmul_library_says_so(uninterrupted, tmp_path, capsys, monkeypatch):
+    """It stands in the manifest and in every checkpoint."""
+    whole, folder = Path(uninterrupted.output_dir), tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "results.json").unlink()
+    chosen = describe_cpu_matmul()
+    for file in ("manifest.json", "checkpoint-4/trainer_state.json"):
+        assert json.loads((folder / file).read_text())["cpu_matmul"] == chosen
+    settings = copy_of(uninterrupted, folder, resume_from_checkpoint="auto")
+    for now, told in ((chosen, False), ("another: FAKE", True)):
+        (folder / "results.json").unlink(missing_ok=True)
+        monkeypatch.setattr("ipvrm.training.run.describe_cpu_matmul", lambda now=now: now)
+        train_reward_model(settings, progress=True)
+        said = " ".join(capsys.readouterr().err.split())
+        words = f"checkpoint-4 were by {chosen.partition(':')[0]}; from here on they are by another: FAKE"
+        assert (words in said) == told
+    assert json.loads((folder / "manifest.json").read_text())["cpu_matmul"] == "another: FAKE"
 
 
 def test_a_flipped_bit_costs_a_checkpoint_and_not_the_run(uninterrupted, tmp_path, capsys):

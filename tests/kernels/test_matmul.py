@@ -1,8 +1,10 @@
 """The CPU head ops' matmuls: each library's results, who is chosen, and how much memory a product takes."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ipvrm_kernels import backend, linear_distrl_loss, linear_logprobs
 from ipvrm_kernels.head import blocks, cpu, matmul
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 pytestmark = pytest.mark.skipif(not backend.HAS_CPP, reason="the extension is not built")
 
@@ -55,7 +59,7 @@ def zen_5(fresh):
     """A machine that would choose oneDNN, as far as this build of PyTorch has it."""
     fresh.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     fresh.setattr(torch.backends.mkl, "is_available", lambda: True)
-    fresh.setattr(backend, "AMD_FAMILY", matmul.ZEN_5)
+    fresh.setattr(backend, "AMD_FAMILY", 0x1A)
     if matmul.why_not("onednn") is not None:
         pytest.skip(matmul.why_not("onednn"))
     assert matmul.library() == "onednn"
@@ -64,7 +68,8 @@ def zen_5(fresh):
 
 def test_a_machine_without_avx512_keeps_blas(fresh):
     fresh.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert matmul.library() == "blas" and "AVX2" in matmul.describe_cpu_matmul()
+    fresh.setattr(backend, "AMD_FAMILY", 0x1A)
+    assert matmul.library() == "blas"
     fresh.setenv(matmul.VARIABLE, "onednn")
     with pytest.raises(ValueError, match="IPVRM_CPU_MATMUL=onednn cannot run here: .*AVX2"):
         matmul.library()
@@ -77,6 +82,33 @@ def test_other_processors_keep_blas_until_asked(zen_5, family):
     assert matmul.library() == "blas"
     zen_5.setenv(matmul.VARIABLE, "onednn")
     assert matmul.library() == "onednn" and "asks for it" in matmul.describe_cpu_matmul()
+
+
+def test_a_measured_processor_names_its_measurement(zen_5):
+    assert "AMD Zen 5 (cpu_matmul-amd-zen-5.json)" in matmul.describe_cpu_matmul()
+    zen_5.setenv(matmul.VARIABLE, "blas")
+    assert matmul.library() == "blas" and "asks for it" in matmul.describe_cpu_matmul()
+    zen_5.delenv(matmul.VARIABLE)
+    zen_5.setattr(matmul, "has_onednn", lambda: False)
+    matmul.why_not.cache_clear()
+    assert matmul.describe_cpu_matmul().startswith("blas: this build of PyTorch has no oneDNN")
+
+
+@pytest.mark.parametrize("entry", matmul.MEASURED.values(), ids=lambda entry: entry.processor)
+def test_each_entry_s_measurement_says_the_same(entry):
+    """On that processor, and of the two libraries the chosen one takes less time for a step's products."""
+    file = RESULTS / entry.file
+    if not RESULTS.is_dir():
+        pytest.skip("no checkout with benchmarks/ beside the tests")
+    found = json.loads(file.read_text())
+    assert found["machine"]["processor"] == entry.processor
+    times = {
+        name: sum(
+            row["median_ms"] for row in found["times"] if (row["op"], row["contender"]) == ("tile", name)
+        )
+        for name in matmul.NAMES
+    }
+    assert min(times, key=times.get) == entry.library and min(times.values()) > 0
 
 
 def test_pytorch_s_switch_is_heeded(zen_5):

@@ -54,8 +54,12 @@ def test_masked_rows(ran):
     logprobs = (ran["hidden"] @ ran["weight"].T).log_softmax(-1).gather(1, ran["ids"][:, None])[:, 0]
     torch.testing.assert_close(ran["sums"], (logprobs * ran["mask"]).sum(), rtol=1e-5, atol=1e-5)
     of_token = eager_surrogate(ran, ran["advantages"].double()) * ran["mask"]
-    token_part = torch.stack([row.mean() for row in rows(ran, of_token)]).mean()
-    assert abs(float(ran["masked"].detach()) - float(token_part)) < 1.0 and bool(ran["masked"].isfinite())
+    old = ran["old"]  # the policy has not moved since: every ratio is 1
+    of_candidates = -(old.logprobs.exp() * ran["candidate_advantages"]).sum(1).double() * ran["mask"]
+    want = torch.stack([row.mean() for row in rows(ran, of_token + 0.1 * of_candidates)]).mean()
+    torch.testing.assert_close(ran["masked"].double(), want, rtol=1e-5, atol=1e-6)
+    gradient = torch.autograd.grad(ran["masked"], ran["hidden"], retain_graph=True)[0]
+    assert torch.equal(gradient.any(1), ran["mask"])
 
 
 def test_kl_estimators_average_to_the_kl(ran):
