@@ -8,6 +8,7 @@ from .backend import Backends, Impl, checks_values, set_checks
 from .backend import table as _table
 from .clipped_surrogate import ClippedSurrogate, clipped_surrogate
 from .distrl_loss import DISTRL_METRICS, DistRLLoss, distrl_loss
+from .gathered_weight import gathered_weight
 from .head.matmul import describe_cpu_matmul
 from .linear_candidates import Candidates, linear_candidates
 from .linear_distrl_loss import linear_distrl_loss
