@@ -230,7 +230,9 @@ def _agreed(
         mark = int((ids.long() * places).sum())
     trains = torch.is_grad_enabled() and hidden.requires_grad
     own = (hidden.shape[0], K or (1 if ids is None or ids.dim() == 1 else ids.shape[1]), int(trains), mark)
-    said = torch.tensor([*own, vocab_start, end, -1 if vocab_size is None else vocab_size], device=hidden.device)
+    said = torch.tensor(
+        [*own, vocab_start, end, -1 if vocab_size is None else vocab_size], device=hidden.device
+    )
     ranks = _gather(said, group).tolist()  # the host waits: what follows must not hang where ranks differ
     for place, what in enumerate(("N", "the number of ids or slots", "hidden.requires_grad", "ids")):
         values = [rank[place] for rank in ranks]
@@ -259,7 +261,9 @@ def _agreed(
 
 def _gather(x: Tensor, group: Any) -> Tensor:
     """(ranks, ...) of x, which has the same shape on all ranks of the group."""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))
+    ]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.stack(parts)
 

@@ -122,7 +122,7 @@ def unpatch_head(model: nn.Module) -> None:
 
 
 def _base(model: nn.Module) -> nn.Module:
-    return cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "peft_config") else model
+    return cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def _loss_function(model: nn.Module) -> str:
@@ -150,7 +150,9 @@ def _forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any)
     out = _head(self, state, body.last_hidden_state, labels, options)
     count = out.pop("count")
     divisor = max(count, 1) if num_items_in_batch is None else num_items_in_batch
-    loss = -out["logprobs"].sum() / (divisor.to(out["logprobs"].device) if isinstance(divisor, Tensor) else divisor)
+    loss = -out["logprobs"].sum() / (
+        divisor.to(out["logprobs"].device) if isinstance(divisor, Tensor) else divisor
+    )
     aux_loss = None
     if balanced:
         assert state.balance is not None

@@ -25,7 +25,10 @@ FAMILIES = {  # name: (class without "Config" and "ForCausalLM", further config)
     "qwen3": ("Qwen3", {}),
     "qwen3, tied": ("Qwen3", {"tie_word_embeddings": True}),
     "qwen3_moe": ("Qwen3Moe", EXPERTS),
-    "qwen3_moe, balanced": ("Qwen3Moe", {**EXPERTS, "output_router_logits": True, "router_aux_loss_coef": 0.3}),
+    "qwen3_moe, balanced": (
+        "Qwen3Moe",
+        {**EXPERTS, "output_router_logits": True, "router_aux_loss_coef": 0.3},
+    ),
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {}),
     "gemma2": ("Gemma2", {"final_logit_softcapping": 3.0}),
@@ -93,7 +96,12 @@ def test_equals_full_logits(family, dtype):
 
     patch_head(model)
     out = model(
-        input_ids=ids, attention_mask=mask, labels=labels, return_entropy=True, candidate_ids=slots, temperature=0.7
+        input_ids=ids,
+        attention_mask=mask,
+        labels=labels,
+        return_entropy=True,
+        candidate_ids=slots,
+        temperature=0.7,
     )
     assert out.logits is None and out.logprobs.dtype == dtype
     torch.testing.assert_close(out.logprobs, own, **close)
@@ -212,7 +220,9 @@ def test_lora_below_the_head():
     from peft import LoraConfig, get_peft_model
 
     ids, mask, labels = inputs()
-    adapted = get_peft_model(make("qwen3"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted = get_peft_model(
+        make("qwen3"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     want = adapted(input_ids=ids, attention_mask=mask, labels=labels).loss
     patch_head(adapted)
     out = adapted(input_ids=ids, attention_mask=mask, labels=labels)
@@ -235,7 +245,9 @@ def test_refuses():
     ids, _, labels = inputs()
     on_head = get_peft_model(make("qwen3"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     assert "carries an adapter" in refusal(lambda: patch_head(on_head))
-    saved = get_peft_model(make("qwen3"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    saved = get_peft_model(
+        make("qwen3"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
     assert "carries an adapter" in refusal(lambda: patch_head(saved))
 
     late = make("qwen3")

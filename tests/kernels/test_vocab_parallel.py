@@ -57,7 +57,9 @@ def distrl_inputs():
     """(token ids, candidates, advantages, candidate advantages, cu_seqlens) of the rows, from another head."""
     hidden, weight, bias, ids = inputs()
     g = torch.Generator().manual_seed(3)
-    old = linear_candidates(hidden, weight + 0.1 * torch.randn(V, D, generator=g), sampled=ids[:, 0].clamp(min=0))
+    old = linear_candidates(
+        hidden, weight + 0.1 * torch.randn(V, D, generator=g), sampled=ids[:, 0].clamp(min=0)
+    )
     advantages = torch.randn(N, generator=g), torch.randn(N, old.ids.shape[1], generator=g)
     return ids[:, 0].clamp(min=0), old, *advantages, torch.tensor([0, 11, 12, N], dtype=torch.int32)
 
@@ -101,11 +103,14 @@ def worker(rank, world, rendezvous, folder):
         plain = vocab_parallel_candidates(hidden, w, bias=b, min_prob=None, top_k=12, **place, **OPTIONS)
         rows = max(0, min(edges[rank + 1], V) - edges[rank])
         padding = [float(g[rows:].abs().sum()) for g in gradients[1:]]
-        found[name] = [x.detach() for x in (*out, gradients[0], *(g[:rows] for g in gradients[1:]))], [
-            *best,
-            plain.ids,
-            plain.logprobs,
-        ]
+        found[name] = (
+            [x.detach() for x in (*out, gradients[0], *(g[:rows] for g in gradients[1:]))],
+            [
+                *best,
+                plain.ids,
+                plain.logprobs,
+            ],
+        )
         assert padding == [0.0, 0.0]
 
     start, w, _ = shard_of(rank, SPLITS["uneven"][world - 2])
@@ -128,7 +133,9 @@ def worker(rank, world, rendezvous, folder):
 
     found["tied"] = torch.autograd.grad(tied(embed, head), w)[0]
 
-    in_batches = vocab_parallel_logprobs(hidden[:28].view(4, 7, D), w, ids[:28, 0].view(4, 7), fill_value=0.0, **place)
+    in_batches = vocab_parallel_logprobs(
+        hidden[:28].view(4, 7, D), w, ids[:28, 0].view(4, 7), fill_value=0.0, **place
+    )
     found["batches"] = in_batches.logprobs.detach()
     empty = vocab_parallel_candidates(hidden[:0], w, **place)
     assert empty.ids.shape == (0, 10)
@@ -189,7 +196,9 @@ def test_equals_one_process(tmp_path, world):
 
     w = weight.clone().requires_grad_()
     loss = tied(lambda tokens: w[tokens], lambda h, ids: linear_logprobs(h, w, ids))
-    torch.testing.assert_close(torch.cat([rank["tied"] for rank in ranks]), torch.autograd.grad(loss, w)[0], **close)
+    torch.testing.assert_close(
+        torch.cat([rank["tied"] for rank in ranks]), torch.autograd.grad(loss, w)[0], **close
+    )
     want = linear_logprobs(hidden[:28], weight, ids[:28, 0], fill_value=0.0).logprobs.view(4, 7)
     for rank in ranks:
         torch.testing.assert_close(rank["batches"], want, **close)
