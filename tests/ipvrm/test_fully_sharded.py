@@ -1,0 +1,146 @@
+"""FSDP2 with two gloo processes: gradients of a sharded model with the patched head equal one process's."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from ipvrm import patch_head
+from ipvrm_kernels import gathered_weight, linear_distrl_loss
+
+WORLD, V, B, T, K = 2, 97, 2, 10, 3
+CASES = [  # (tied, the head is a unit of its own, the loss forms its gradients in the forward)
+    (False, False, False), (False, True, False), (True, False, False), (False, True, True), (True, False, True)
+]  # fmt: skip
+
+
+class Fused(torch.nn.Module):
+    """`linear_distrl_loss` on a model: no weight in its backward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels, candidate_ids):
+        hidden = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+        weight, _ = gathered_weight(self.model.lm_head)
+        N, cu = B * (T - 1), torch.arange(0, B * (T - 1) + 1, T - 1, dtype=torch.int32)
+        old = torch.full((N, K), -2.0)
+        advantages = torch.linspace(-1, 1, N)
+        return linear_distrl_loss(
+            hidden.flatten(0, 1), weight, labels[:, 1:].flatten(), candidate_ids.flatten(0, 1), old[:, 0], old,
+            advantages, old * advantages[:, None], cu, alpha=0.5, clip_low=0.9, clip_high=9.0,
+        ).loss  # fmt: skip
+
+
+class Recomputing(torch.nn.Module):
+    """The patched head: `linear_logprobs` forms the logits again in its backward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels, candidate_ids):
+        out = self.model(
+            input_ids=input_ids, labels=labels, candidate_ids=candidate_ids, return_entropy=True
+        )
+        candidates = out.candidate_logprobs.where(out.candidate_ids >= 0, 0.0)
+        return out.logprobs.mean() + 0.3 * candidates.mean() + 0.1 * out.entropy.mean()
+
+
+def batch(number):
+    g = torch.Generator().manual_seed(number)
+    ids = torch.randint(3, V, (B, T), generator=g)
+    return ids, ids, torch.randint(3, V, (B, T - 1, K), generator=g)
+
+
+def make(tied, fused):
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(0, 0.5)
+    patch_head(model)
+    return Fused(model) if fused else Recomputing(model)
+
+
+def sharded(module, own, mesh):
+    for layer in module.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if own:
+        fully_shard(module.model.lm_head, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in module.parameters())
+    return module
+
+
+def gradients(module, rank):
+    """Whole gradients after two micro-batches, the first without synchronisation."""
+    for number in range(2):
+        module.set_requires_gradient_sync(number == 1)
+        module(*batch(WORLD * number + rank)).backward()
+    return {name: p.grad.full_tensor() for name, p in module.named_parameters()}
+
+
+def worker(rank, rendezvous, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    mesh, found = init_device_mesh("cpu", (WORLD,)), {}
+    for tied, own, fused in CASES:
+        found[tied, own, fused] = gradients(sharded(make(tied, fused), own, mesh), rank)
+
+    # what a plain full_tensor() gives for a head that is a unit of its own: the gradient of one rank
+    plain = DTensor.full_tensor
+    DTensor.full_tensor = lambda self, *, grad_placements=None: plain(self)
+    try:
+        module = sharded(make(False, False), True, mesh)
+        for number in range(2):
+            module(*batch(WORLD * number + rank)).backward()
+    finally:
+        DTensor.full_tensor = plain
+    found["plain"] = {name: p.grad.full_tensor() for name, p in module.named_parameters()}
+
+    head = torch.nn.Linear(16, V, bias=False)
+    head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+    try:
+        gathered_weight(head)
+    except ValueError as error:
+        found["refused"] = str(error)
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_gradients_equal_one_process(tmp_path):
+    mp.spawn(worker, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=WORLD)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    for tied, own, fused in CASES:
+        module = make(tied, fused)
+        for number in range(2 * WORLD):
+            (module(*batch(number)) / WORLD).backward()
+        want = {name: p.grad for name, p in module.named_parameters()}
+        got = found[tied, own, fused]
+        assert got.keys() == want.keys()
+        for name, gradient in want.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5, msg=f"{(tied, own, fused)} {name}")
+        if (tied, own, fused) == (False, True, False):
+            wrong = (found["plain"]["model.lm_head.weight"] - want["model.lm_head.weight"]).abs().max()
+            assert float(wrong) > 0.1 * float(want["model.lm_head.weight"].abs().max())
+    assert "FSDP2 unit of its own" in found["refused"] and "vocab_parallel_logprobs" in found["refused"]
+
+
+def test_plain_parameters_are_returned_as_they_are():
+    head = torch.nn.Linear(4, 7)
+    weight, bias = gathered_weight(head)
+    assert weight is head.weight and bias is head.bias
+    assert gathered_weight(torch.nn.Linear(4, 7, bias=False))[1] is None
