@@ -378,12 +378,14 @@ def memory_estimate(
     mixed_precision: str = "no",
     gradient_checkpointing: bool = False,
     lora_r: int = 0,
+    shards: int = 1,
 ) -> dict[str, int]:
     """Rough bytes per device that training takes, without loading any weights.
 
     They are fp32 weights, gradients and Adam's two moments of what is trained (all, or adapters of rank
     `lora_r` on the linear layers), and the activations of a micro-batch of `rows` sequences of `length`
-    tokens.
+    tokens. Under FSDP2 over `shards` devices the former are divided by them, and what is whole for a time is added:
+    weights and gradients of embeddings, head and two layers, in the dtype of the forward.
     """
     from transformers import AutoModelForCausalLM
 
@@ -400,13 +402,19 @@ def memory_estimate(
     width = 2 if mixed_precision == "bf16" else 4
     kept = 1 if gradient_checkpointing else 16  # hidden-sized tensors per layer that wait for the backward
     activations = rows * length * text.num_hidden_layers * text.hidden_size * width * kept
-    states = 4 * parameters + 12 * trained
+    states, gathered = 4 * parameters + 12 * trained, 0
+    if shards > 1:
+        ends = {m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+        outside = sum(p.numel() for p in ends)
+        layer = (parameters - outside) // text.num_hidden_layers
+        states, gathered = -(-states // shards), 2 * width * (outside + 2 * layer)
     return {
         "parameters": parameters,
         "trained_parameters": trained,
         "weights_gradients_adam_bytes": states,
+        "gathered_bytes": gathered,
         "activation_bytes": activations,
-        "total_bytes": states + activations,
+        "total_bytes": states + gathered + activations,
     }
 
 
