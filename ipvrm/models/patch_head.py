@@ -4,6 +4,7 @@
 one pass over the vocabulary. Without labels the forward is the model's own, so that `generate` is what it was.
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -97,8 +98,7 @@ def patch_head(model: nn.Module) -> None:
         earlier=cast(Callable[..., Any] | None, vars(model).get("forward")),
     )
     setattr(model, STATE, state)
-    forward = MethodType(_forward, model)
-    cast(Any, model).forward = forward
+    cast(Any, model).forward = MethodType(_with_signature(type(model).forward), model)
 
 
 def unpatch_head(model: nn.Module) -> None:
@@ -110,7 +110,7 @@ def unpatch_head(model: nn.Module) -> None:
     model = _base(model)
     if STATE not in vars(model):
         raise IpvrmError(f"unpatch_head: {type(model).__name__} is not patched")
-    if getattr(vars(model).get("forward"), "__func__", None) is not _forward:
+    if not hasattr(getattr(vars(model).get("forward"), "__func__", None), STATE):
         raise IpvrmError(
             f"unpatch_head: the forward of {type(model).__name__} has been wrapped since patch_head; unwrap it "
             "first (accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
@@ -119,6 +119,18 @@ def unpatch_head(model: nn.Module) -> None:
     del vars(model)["forward"]
     if state.earlier is not None:
         cast(Any, model).forward = state.earlier
+
+
+def _with_signature(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_forward` under the signature of the model's own: `generate` checks its arguments against it, and
+    transformers' Trainer picks the columns of a data set by it."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, *args, **kwargs)
+
+    setattr(forward, STATE, True)
+    return forward
 
 
 def _base(model: nn.Module) -> nn.Module:

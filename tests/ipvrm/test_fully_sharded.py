@@ -13,8 +13,9 @@ from ipvrm import patch_head
 from ipvrm_kernels import gathered_weight, linear_distrl_loss
 
 WORLD, V, B, T, K = 2, 97, 2, 10, 3
-CASES = [  # (tied, the head is a unit of its own, the loss forms its gradients in the forward)
-    (False, False, False), (False, True, False), (True, False, False), (False, True, True), (True, False, True)
+CASES = [  # (tied, unit of the head, the loss forms its gradients in the forward)
+    (False, "root", False), (False, "own", False), (True, "root", False), (False, "own", True), (True, "root", True),
+    (False, "tail", False), (True, "tail", False),  # with the last norm, as accelerate has it since 1.15
 ]  # fmt: skip
 
 
@@ -73,11 +74,15 @@ def make(tied, fused):
     return Fused(model) if fused else Recomputing(model)
 
 
-def sharded(module, own, mesh):
+def sharded(module, unit, mesh):
     for layer in module.model.model.layers:
         fully_shard(layer, mesh=mesh)
-    if own:
-        fully_shard(module.model.lm_head, mesh=mesh)
+    model = module.model
+    if unit == "own":
+        fully_shard(model.lm_head, mesh=mesh)
+    elif unit == "tail":
+        tied = [model.model.embed_tokens] if model.config.tie_word_embeddings else []
+        fully_shard([model.model.norm, *tied, model.lm_head], mesh=mesh, reshard_after_forward=False)
     fully_shard(module, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in module.parameters())
     return module
@@ -85,6 +90,8 @@ def sharded(module, own, mesh):
 
 def gradients(module, rank):
     """Whole gradients after two micro-batches, the first without synchronisation."""
+    with torch.no_grad():
+        module(*batch(99))  # as an evaluation between two updates
     for number in range(2):
         module.set_requires_gradient_sync(number == 1)
         module(*batch(WORLD * number + rank)).backward()
@@ -95,14 +102,14 @@ def worker(rank, rendezvous, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     mesh, found = init_device_mesh("cpu", (WORLD,)), {}
-    for tied, own, fused in CASES:
-        found[tied, own, fused] = gradients(sharded(make(tied, fused), own, mesh), rank)
+    for tied, unit, fused in CASES:
+        found[tied, unit, fused] = gradients(sharded(make(tied, fused), unit, mesh), rank)
 
     # what a plain full_tensor() gives for a head that is a unit of its own: the gradient of one rank
     plain = DTensor.full_tensor
     DTensor.full_tensor = lambda self, *, grad_placements=None: plain(self)
     try:
-        module = sharded(make(False, False), True, mesh)
+        module = sharded(make(False, False), "own", mesh)
         for number in range(2):
             module(*batch(WORLD * number + rank)).backward()
     finally:
@@ -124,16 +131,16 @@ def worker(rank, rendezvous, folder):
 def test_gradients_equal_one_process(tmp_path):
     mp.spawn(worker, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=WORLD)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
-    for tied, own, fused in CASES:
+    for tied, unit, fused in CASES:
         module = make(tied, fused)
         for number in range(2 * WORLD):
             (module(*batch(number)) / WORLD).backward()
         want = {name: p.grad for name, p in module.named_parameters()}
-        got = found[tied, own, fused]
+        got = found[tied, unit, fused]
         assert got.keys() == want.keys()
         for name, gradient in want.items():
-            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5, msg=f"{(tied, own, fused)} {name}")
-        if (tied, own, fused) == (False, True, False):
+            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5, msg=f"{(tied, unit, fused)} {name}")
+        if (tied, unit, fused) == (False, "own", False):
             wrong = (found["plain"]["model.lm_head.weight"] - want["model.lm_head.weight"]).abs().max()
             assert float(wrong) > 0.1 * float(want["model.lm_head.weight"].abs().max())
     assert "FSDP2 unit of its own" in found["refused"] and "vocab_parallel_logprobs" in found["refused"]
