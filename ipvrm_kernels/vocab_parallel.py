@@ -1,10 +1,10 @@
-"""Heads whose vocabulary lies on the ranks of a group: what `linear_logprobs` and `linear_candidates` give for the
-whole head, on every rank.
+"""Heads whose vocabulary lies on the ranks of a group: what `linear_logprobs` and `linear_candidates` give
+for the whole head, on every rank.
 
-Rank r holds rows start_r .. start_r + V_r of the (V, D) head, and all ranks the same N rows of hidden. Each makes one
-pass over its shard; what is exchanged is (N, 3 + K) numbers of log-probs, (N, 2 K + 3) of candidates, and in the
-backward the (N, D) gradient of hidden. A candidate of the whole is one of its shard, since p under a shard's softmax is
-at least p under the whole.
+Rank r holds rows start_r .. start_r + V_r of the (V, D) head, and all ranks the same N rows of hidden. Each
+makes one pass over its shard; what is exchanged is (N, 3 + K) numbers of log-probs, (N, 2 K + 3) of
+candidates, and in the backward the (N, D) gradient of hidden. A candidate of the whole is one of its shard,
+since p under a shard's softmax is at least p under the whole.
 
     lse = logsumexp_r lse_r,   w_r = exp(lse_r - lse),   entropy = sum_r w_r (entropy_r + lse - lse_r)
 
@@ -45,7 +45,8 @@ class _ReduceGradient(torch.autograd.Function):
 
 
 class _Shard(NamedTuple):
-    """This rank's part: weight (V_r, D) and bias (V_r,) without padding, its first id, and the size of the whole."""
+    """This rank's part: weight (V_r, D) and bias (V_r,) without padding, its first id, and the size of the
+    whole."""
 
     weight: Tensor
     bias: Tensor | None
@@ -71,22 +72,25 @@ def vocab_parallel_logprobs(
 ) -> LinearLogprobs:
     """`linear_logprobs` of a head whose rows lie on the ranks of `group`; the same result on each of them.
 
-    Every rank must call it with the same hidden, ids and options, and go on to the same loss: the gradient of hidden is
+    Every rank must call it with the same hidden, ids and options, and go on to the same loss: the gradient
+        of hidden is
     then summed over the group here, and each rank gets that of its own shard.
 
     Args:
         hidden: (N, D) or (B, T, D), the same on all ranks.
-        weight: (V_r, D), rows vocab_start .. vocab_start + V_r; V_r may differ from rank to rank and be 0. An ordinary
-            tensor: of a tensor-parallel DTensor pass `weight.to_local()`.
+        weight: (V_r, D), rows vocab_start .. vocab_start + V_r; V_r may differ from rank to rank and be 0.
+            An ordinary tensor: of a tensor-parallel DTensor pass `weight.to_local()`.
         ids: (N,) or (N, K) of the whole vocabulary, the same on all ranks; a negative one is no token.
         vocab_start: the id of weight's first row.
         group: the process group that the vocabulary is split over; the caller names it.
         vocab_size: V, where the shards are padded: rows from V on are left out. Default: all rows.
-        bias: (V_r,). logit_scale, softcap, temperature, fill_value, return_entropy, impl: as in `linear_logprobs`.
+        bias: (V_r,). logit_scale, softcap, temperature, fill_value, return_entropy, impl: as in
+            `linear_logprobs`.
 
     Raises:
-        ValueError: as `linear_logprobs`, and on every rank alike where the ranks differ in N, K, requires_grad or (on
-            the CPU, or under `set_checks(True)`) ids, or their shards do not cover the vocabulary once. A DTensor.
+        ValueError: as `linear_logprobs`, and on every rank alike where the ranks differ in N, K,
+            requires_grad or (on the CPU, or under `set_checks(True)`) ids, or their shards do not cover the
+            vocabulary once. A DTensor.
     """
     op = "vocab_parallel_logprobs"
     _refuse_dtensor(op, weight)
@@ -127,7 +131,8 @@ def vocab_parallel_candidates(
     temperature: float | Tensor = 1.0,
     impl: str | None = None,
 ) -> Candidates:
-    """`linear_candidates` of a head whose rows lie on the ranks of `group`; the same result on each; no gradient.
+    """`linear_candidates` of a head whose rows lie on the ranks of `group`; the same result on each; no
+    gradient.
 
     Args:
         hidden, weight, vocab_start, group, vocab_size: as in `vocab_parallel_logprobs`.
@@ -211,8 +216,10 @@ def _refuse_dtensor(op: str, weight: Tensor) -> None:
     if isinstance(weight, DTensor):
         raise ValueError(
             f"{op}: weight must be this rank's shard as an ordinary tensor, got a DTensor with placements "
-            f"{weight.placements}; Shard(0) looks alike under tensor parallelism and FSDP2, whose ranks hold other rows "
-            "of the batch. Tensor parallel: pass weight.to_local() with its vocab_start and group. FSDP2: take "
+            f"{weight.placements}; Shard(0) looks alike under tensor parallelism and FSDP2, whose ranks "
+            f"hold other rows "
+            "of the batch. Tensor parallel: pass weight.to_local() with its vocab_start and group. "
+            "FSDP2: take "
             "gathered_weight(head) and linear_logprobs"
         )
 

@@ -1,9 +1,10 @@
 """Twenty updates of `DistRLTrainer` on the CPU, and the peak memory of one update beside TRL's own trainer.
 
-A random Qwen3 of 0.1 M parameters answers sums; the reward is whether the characters of its answer add up to the
-truth modulo 3, and the reward model, at first a neighbour of the policy, learns online. Nothing of it says how well
-DistRL learns: it says that the trainer runs, and leaves a log to look at. Memory is of one process each: what
-`_compute_loss` and its backward add to the resident memory, of 8 completions at a vocabulary of 32,000.
+A random Qwen3 of 0.1 M parameters answers sums; the reward is whether the characters of its answer add up to
+the truth modulo 3, and the reward model, at first a neighbour of the policy, learns online. Nothing of it
+says how well DistRL learns: it says that the trainer runs, and leaves a log to look at. Memory is of one
+process each: what `_compute_loss` and its backward add to the resident memory, of 8 completions at a
+vocabulary of 32,000.
 
     python -m benchmarks.studies.trl_updates --out results/trl_updates.json
 """
@@ -63,7 +64,8 @@ def trainer(kind: str, folder: Path, mixin: type | None = None, **more: Any) -> 
 
     base, config = (GRPOTrainer, GRPOConfig) if kind == "stock" else (DistRLTrainer, DistRLConfig)
     settings = dict(
-        output_dir=str(folder / "run"), per_device_train_batch_size=ROWS, num_generations=4, learning_rate=1e-3,
+        output_dir=str(folder / "run"), per_device_train_batch_size=ROWS, num_generations=4,
+        learning_rate=1e-3,
         report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1,
         save_strategy="no", seed=3, disable_tqdm=True,
     )  # fmt: skip
@@ -160,7 +162,9 @@ def main() -> None:
     peaks = {}
     for kind in ("full logits", "stock", "ours"):
         command = [sys.executable, "-m", "benchmarks.studies.trl_updates", "--memory", kind]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
         peaks[kind] = int(done.stdout.strip().splitlines()[-1])
     write_json(
         arguments.out,

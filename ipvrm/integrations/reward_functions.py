@@ -26,7 +26,8 @@ def prefix_value_reward(
 ) -> RewardFunction:
     """A reward model as one number for a response, for trainers that take nothing else.
 
-    What makes it a process reward is lost: GRPO gives every token of a response the same advantage. `DistRLTrainer`
+    What makes it a process reward is lost: GRPO gives every token of a response the same advantage.
+        `DistRLTrainer`
     keeps one for every token, and asks the model's other candidates too.
 
     Args:
@@ -35,8 +36,8 @@ def prefix_value_reward(
         batch_tokens: most tokens of a padded micro-batch.
 
     Returns:
-        What TRL calls with prompts, completions and completion_ids; None for a response that was cut off (no end
-        token) or is longer than the models' positions.
+        What TRL calls with prompts, completions and completion_ids; None for a response that was cut off (no
+        end token) or is longer than the models' positions.
 
     Raises:
         IpvrmError: an unknown pick; when called, ids that are other text under the reward model's tokenizer.
@@ -84,7 +85,8 @@ def verifier_reward(
 ) -> RewardFunction:
     """ipvrm's verifier as a reward function: 1.0 right, 0.0 wrong or without an answer.
 
-    None where nothing is known: a time-out, a crash, a ground truth that cannot be read. TRL leaves such a response
+    None where nothing is known: a time-out, a crash, a ground truth that cannot be read. TRL leaves such a
+        response
     out of its group's mean and gives it advantage 0.
 
     Args:
@@ -121,6 +123,7 @@ def _check_text(tokenizer: Any, ids: Sequence[int], completion: Any) -> None:
     """A trainer with another tokenizer would be scored on tokens that nobody sampled."""
     if isinstance(completion, str) and completion != tokenizer.decode(list(ids), skip_special_tokens=True):
         raise IpvrmError(
-            "prefix_value_reward: the completion ids are other text under the reward model's tokenizer; train with the "
+            "prefix_value_reward: the completion ids are other text under the reward model's tokenizer; "
+            "train with the "
             "tokenizer of the reward model"
         )

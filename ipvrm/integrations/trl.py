@@ -1,17 +1,19 @@
 """DistRL in TRL's GRPOTrainer: dense advantages from a reward model, and the candidates' branch of the loss.
 
     advantage_t = TRL's outcome term + gae_coef * gae_t                    (Eq. 8, 27-29; moments of `ipvrm`)
-    L           = TRL's token branch + alpha * L_candidates                (Eq. 11, divided by what loss_type divides by)
+    L           = TRL's token branch + alpha * L_candidates                (Eq. 11, divided by what loss_type
+    divides by)
 
-Everything else is TRL's: generation, rewards, the token branch with all its options, logging, checkpoints. Three
-methods are extended (`_generate_and_score_completions`, `_get_per_token_logps_and_entropies`, `_compute_loss`), and
-`_calculate_rewards` is listened to; the forward of policy, reference and reward model is `ipvrm.patch_head`'s, so that
-one pass gives old log-probs and candidates. Candidates travel as padded (B, T, K), since TRL shuffles and splits
-tensors along their first dimension. Both branches clip at `epsilon` and `epsilon_high`.
+Everything else is TRL's: generation, rewards, the token branch with all its options, logging, checkpoints.
+Three methods are extended (`_generate_and_score_completions`, `_get_per_token_logps_and_entropies`,
+`_compute_loss`), and `_calculate_rewards` is listened to; the forward of policy, reference and reward model
+is `ipvrm.patch_head`'s, so that one pass gives old log-probs and candidates. Candidates travel as padded (B,
+T, K), since TRL shuffles and splits tensors along their first dimension. Both branches clip at `epsilon` and
+`epsilon_high`.
 
-One rule for what TRL multiplies the token branch with: vLLM's importance weights multiply the candidates of the same
-position too, since they correct for where the prefix was sampled. `top_entropy_quantile`, `delta`, the KL term and the
-entropy bonus act on the token branch alone.
+One rule for what TRL multiplies the token branch with: vLLM's importance weights multiply the candidates of
+the same position too, since they correct for where the prefix was sampled. `top_entropy_quantile`, `delta`,
+the KL term and the entropy bonus act on the token branch alone.
 """
 
 from dataclasses import dataclass, field
@@ -55,13 +57,15 @@ class DistRLConfig(GRPOConfig):
     group_std: Literal["sample", "population"] = field(
         default="sample",
         metadata={
-            "help": "Divisor of the outcome term: TRL's sample std + 1e-4, or the paper's population std + 1e-6."
+            "help": "Divisor of the outcome term: TRL's sample std + 1e-4, or the paper's population "
+            "std + 1e-6."
         },
     )
     rm_update: Literal["frozen", "before", "after"] = field(
         default="frozen",
         metadata={
-            "help": "Whether the reward model learns from each generation batch, before or after it scores it."
+            "help": "Whether the reward model learns from each generation batch, before or after it "
+            "scores it."
         },
     )
     rm_learning_rate: float = field(default=2e-6, metadata={"help": "Of the online update, constant."})
@@ -75,16 +79,19 @@ class DistRLConfig(GRPOConfig):
 
 
 class DistRLTrainer(GRPOTrainer):
-    """GRPOTrainer whose tokens and candidates have advantages of their own from a reward model of `ipvrm train-rm`.
+    """GRPOTrainer whose tokens and candidates have advantages of their own from a reward model of `ipvrm
+    train-rm`.
 
     Args:
-        reward_model: folder of the reward model, on the policy's tokenizer and chat template. Its log-probs are taken
-            at the rollout temperature, its reference is the policy that sampled. Updated online (`rm_update`) it needs
-            rewards of 0 and 1, and is saved in `reward_model/` beside the policy with the policy it learnt from.
+        reward_model: folder of the reward model, on the policy's tokenizer and chat template. Its log-probs
+            are taken at the rollout temperature, its reference is the policy that sampled. Updated online
+            (`rm_update`) it needs rewards of 0 and 1, and is saved in `reward_model/` beside the policy with
+            the policy it learnt from.
         args: a DistRLConfig. All other arguments are GRPOTrainer's.
 
     Raises:
-        IpvrmError: what the candidates' branch has no definition for or was not tried with, each with its reason.
+        IpvrmError: what the candidates' branch has no definition for or was not tried with, each with its
+            reason.
     """
 
     def __init__(self, *positional: Any, reward_model: str | Path | None = None, **named: Any):
@@ -101,7 +108,8 @@ class DistRLTrainer(GRPOTrainer):
         self._dense = bool(args.alpha or args.gae_coef)
         if self._dense == (reward_model is None):
             raise IpvrmError(
-                "DistRLTrainer: alpha and gae_coef weigh what a reward model says; give reward_model and one of the two"
+                "DistRLTrainer: alpha and gae_coef weigh what a reward model says; give reward_model "
+                "and one of the two"
             )
         self.prefix_rewards: PrefixRewardModel | None = None
         if reward_model is not None:
@@ -118,22 +126,30 @@ class DistRLTrainer(GRPOTrainer):
     def _refuse_unknown(self) -> None:
         args = self.args
         reasons = {
-            f"loss_type {self.loss_type!r} has no clipped ratio for the candidates' branch to share; take one of "
-            f"{', '.join(LOSS_TYPES)}": self.loss_type not in LOSS_TYPES,
-            "importance_sampling_level must be 'token': a candidate has no ratio of a sequence":
-                self.importance_sampling_level != "token",
+            f"loss_type {self.loss_type!r} has no clipped ratio for the candidates' branch to share; "
+            f"take one of {', '.join(LOSS_TYPES)}": self.loss_type not in LOSS_TYPES,
+            "importance_sampling_level must be 'token': a candidate has no ratio of a sequence": (
+                self.importance_sampling_level != "token"
+            ),
             "multimodal models are not supported: text alone reaches the reward model": self._is_vlm,
-            "ZeRO-3 was not tested: the head's weight is empty outside its own forward": is_deepspeed_zero3_enabled(),
-            "off_policy_mask_threshold would drop a sequence's tokens and keep its candidates":
-                args.off_policy_mask_threshold is not None,
+            "ZeRO-3 was not tested: the head's weight is empty outside its own forward": (
+                is_deepspeed_zero3_enabled()
+            ),
+            "off_policy_mask_threshold would drop a sequence's tokens and keep its candidates": (
+                args.off_policy_mask_threshold is not None
+            ),
             "cast_lm_head_to_fp32 is unused: logits are never rounded here": args.cast_lm_head_to_fp32,
             "group_std='population' replaces the std of one group of one reward (scale_rewards 'group', "
-            "sum_then_normalize)": args.group_std == "population" and (
-                self.scale_rewards != "group" or self.multi_objective_aggregation != "sum_then_normalize"
+            "multi_objective_aggregation 'sum_then_normalize')": (
+                args.group_std == "population"
+                and (
+                    self.scale_rewards != "group" or self.multi_objective_aggregation != "sum_then_normalize"
+                )
             ),
-            "an online reward model lies whole on every device, which FSDP was not tested with":
-                args.rm_update != "frozen" and self.is_fsdp_enabled,
-        }  # fmt: skip
+            "an online reward model lies whole on every device, which FSDP was not tested with": (
+                args.rm_update != "frozen" and self.is_fsdp_enabled
+            ),
+        }
         for reason, applies in reasons.items():
             if applies:
                 raise IpvrmError(f"DistRLTrainer: {reason}")
@@ -165,7 +181,8 @@ class DistRLTrainer(GRPOTrainer):
         return of_all.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
     def _population_advantages(self) -> Tensor:
-        """(B of all ranks,) (r - mu) / (s + 1e-6), population moments over the rollouts that could be judged."""
+        """(B of all ranks,) (r - mu) / (s + 1e-6), population moments over the rollouts that could be
+        judged."""
         rewards = self._rewards.view(-1, self._per_prompt())
         centred = rewards - rewards.nanmean(1, keepdim=True)
         std = centred.square().nanmean(1, keepdim=True).sqrt()

@@ -38,8 +38,8 @@ class PrefixRewardModel:
         margin: of the online update; None for the one that it was trained with.
 
     Raises:
-        IpvrmError: another tokenizer, template or head than the policy's, or an objective without log-ratios (or,
-            online, without an update).
+        IpvrmError: another tokenizer, template or head than the policy's, or an objective without log-ratios
+            (or, online, without an update).
     """
 
     def __init__(
@@ -51,9 +51,10 @@ class PrefixRewardModel:
         check_own_weights(self.folder, self.info)
         allowed = tuple(BETA) if online else (*BETA, "dpo")
         if self.info.objective not in allowed:
+            use = "updated online" if online else "asked for its log-ratios"
             raise IpvrmError(
-                f"{self.folder}: objective {self.info.objective!r}; a reward model that is "
-                f"{'updated online' if online else 'asked for its log-ratios'} must be one of {', '.join(allowed)}"
+                f"{self.folder}: objective {self.info.objective!r}; a model that is {use} must be one of "
+                f"{', '.join(allowed)}"
             )
         check_same_tokens(self.folder, self.info, self.tokenizer, tokenizer, head_size)
         own_margin = self.info.margin if margin is None else margin
@@ -71,8 +72,8 @@ class PrefixRewardModel:
     def logprobs(
         self, inputs: list[dict[str, Tensor]], candidate_ids: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """(B, T) of the labelled tokens and (B, T, K) of candidate_ids (B, T, K); the last T positions of `inputs`,
-        micro-batches of input_ids, attention_mask and labels."""
+        """(B, T) of the labelled tokens and (B, T, K) of candidate_ids (B, T, K); the last T positions of
+        `inputs`, micro-batches of input_ids, attention_mask and labels."""
         T, found = candidate_ids.shape[1], []
         for x, ids in zip(inputs, candidate_ids.split([len(x["labels"]) for x in inputs]), strict=True):
             ids = torch.nn.functional.pad(ids, (0, 0, x["labels"].shape[1] - 1 - T, 0), value=-1)
@@ -83,13 +84,16 @@ class PrefixRewardModel:
         return logprobs, candidates
 
     def update(
-        self, inputs: list[dict[str, Tensor]], old_logprobs: Tensor, mask: Tensor, outcome: Tensor, group: Tensor,
+        self, inputs: list[dict[str, Tensor]], old_logprobs: Tensor, mask: Tensor, outcome: Tensor, group:
+            Tensor,
         num_groups: int, reduce: Reduce, *, temperature: float, max_grad_norm: float, policy: Any,
     ) -> float:  # fmt: skip
-        """One update from the outcomes of a generation batch, the loss a mean over all ranks; returns that loss.
+        """One update from the outcomes of a generation batch, the loss a mean over all ranks; returns that
+        loss.
 
         Args:
-            old_logprobs, mask: (B, T) under the policy, which is the reference; a row without tokens is left out.
+            old_logprobs, mask: (B, T) under the policy, which is the reference; a row without tokens is left
+                out.
             outcome: (B,) 0, 1, or NaN for a row that nobody could judge, which is left out.
             group: (B,) the prompt of each row, num_groups over all ranks.
 
@@ -140,7 +144,8 @@ class PrefixRewardModel:
         return loss_sum
 
     def save(self, folder: Path, policy: Any, temperature: float) -> None:
-        """The folder that `RewardModel.from_pretrained` reads; its reference is the policy that it last learnt from."""
+        """The folder that `RewardModel.from_pretrained` reads; its reference is the policy that it last
+        learnt from."""
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)
@@ -148,7 +153,7 @@ class PrefixRewardModel:
             save_merged(policy, folder / REFERENCE)
         info = replace(
             self.info, reference=REFERENCE, reference_given=str(folder / REFERENCE),
-            reference_hash=weights_hash(folder / REFERENCE), versions=versions(), temperature=temperature, adapter=None,
-            margin=None if self.info.margin is None else self.objective.margin,
+            reference_hash=weights_hash(folder / REFERENCE), versions=versions(), temperature=temperature,
+            adapter=None, margin=None if self.info.margin is None else self.objective.margin,
         )  # fmt: skip
         write_info(folder, info)

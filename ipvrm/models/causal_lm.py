@@ -384,8 +384,8 @@ def memory_estimate(
 
     They are fp32 weights, gradients and Adam's two moments of what is trained (all, or adapters of rank
     `lora_r` on the linear layers), and the activations of a micro-batch of `rows` sequences of `length`
-    tokens. Under FSDP2 over `shards` devices the former are divided by them, and what is whole for a time is added:
-    weights and gradients of embeddings, head and two layers, in the dtype of the forward.
+    tokens. Under FSDP2 over `shards` devices the former are divided by them, and what is whole for a time is
+    added: weights and gradients of embeddings, head and two layers, in the dtype of the forward.
     """
     from transformers import AutoModelForCausalLM
 

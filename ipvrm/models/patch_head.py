@@ -1,7 +1,9 @@
-"""One patched head for other people's trainers: a causal LM whose forward gives log-probabilities, never logits.
+"""One patched head for other people's trainers: a causal LM whose forward gives log-probabilities, never
+logits.
 
-`model(input_ids, labels=...)` runs the transformer body, and then the head on the rows that have a label alone, in
-one pass over the vocabulary. Without labels the forward is the model's own, so that `generate` is what it was.
+`model(input_ids, labels=...)` runs the transformer body, and then the head on the rows that have a label
+alone, in one pass over the vocabulary. Without labels the forward is the model's own, so that `generate` is
+what it was.
 """
 
 import functools
@@ -53,26 +55,28 @@ class _State:
 def patch_head(model: nn.Module) -> None:
     """Gives a Hugging Face causal LM the fused head: `model(..., labels=labels)` then returns a `HeadOutput`.
 
-    `labels` (B, T) are aligned with `input_ids` and shifted inside, -100 is no label; give them by keyword. `.loss`
-    is transformers': the mean of -log p over the labels, or their sum over `num_items_in_batch`, with the
-    load-balancing loss of a mixture of experts where the config asks for it; it is 0 with a gradient where there
-    is no label (transformers: NaN). `.logits` is None. Further keywords of the forward:
+    `labels` (B, T) are aligned with `input_ids` and shifted inside, -100 is no label; give them by keyword.
+    `.loss` is transformers': the mean of -log p over the labels, or their sum over `num_items_in_batch`,
+    with the load-balancing loss of a mixture of experts where the config asks for it; it is 0 with a
+    gradient where there is no label (transformers: NaN). `.logits` is None. Further keywords of the forward:
 
         return_entropy: gives `.entropy`.
-        candidate_ids (B, T-1, K): gives `.candidate_logprobs` of these ids (negative: none) with gradients, from the
+        candidate_ids (B, T-1, K): gives `.candidate_logprobs` of these ids (negative: none) with gradients,
+        from the
             same pass as the labels'.
-        min_prob, top_k: give `.candidate_ids` and `.candidate_logprobs` as `linear_candidates` finds them; without
-            gradients, so under `torch.no_grad()` alone.
+        min_prob, top_k: give `.candidate_ids` and `.candidate_logprobs` as `linear_candidates` finds them;
+            without gradients, so under `torch.no_grad()` alone.
         temperature: of all of these, the loss too.
 
-    The logit transform (scale, softcap, bias) is read from the model and compared with its own logits of two tokens.
-    `save_pretrained`, `state_dict` and `generate` are as before. A PEFT model's base is patched. A head that is an
-    FSDP2 unit of its own is gathered (`gathered_weight`); patch before sharding. On a GPU the labels are counted,
-    which waits for the device once a call.
+    The logit transform (scale, softcap, bias) is read from the model and compared with its own logits of two
+    tokens. `save_pretrained`, `state_dict` and `generate` are as before. A PEFT model's base is patched. A
+    head that is an FSDP2 unit of its own is gathered (`gathered_weight`); patch before sharding. On a GPU
+    the labels are counted, which waits for the device once a call.
 
     Raises:
-        IpvrmError: a head that ipvrm does not know (an adapter or quantisation on it, an unknown transform), that is
-            sharded already, another loss than transformers' for causal LMs, or a model that is patched already.
+        IpvrmError: a head that ipvrm does not know (an adapter or quantisation on it, an unknown transform),
+            that is sharded already, another loss than transformers' for causal LMs, or a model that is
+            patched already.
     """
     model = _base(model)
     name = type(model).__name__
@@ -80,7 +84,8 @@ def patch_head(model: nn.Module) -> None:
         raise IpvrmError(f"patch_head: {name} is patched already")
     if _loss_function(model) != "ForCausalLMLoss":
         raise IpvrmError(
-            f"patch_head: {name} has the loss {_loss_function(model)}; only transformers' ForCausalLMLoss is known"
+            f"patch_head: {name} has the loss {_loss_function(model)}; only transformers' "
+            f"ForCausalLMLoss is known"
         )
     parts = head(model)
     training = {module: module.training for module in model.modules()}
@@ -112,7 +117,8 @@ def unpatch_head(model: nn.Module) -> None:
         raise IpvrmError(f"unpatch_head: {type(model).__name__} is not patched")
     if not hasattr(getattr(vars(model).get("forward"), "__func__", None), STATE):
         raise IpvrmError(
-            f"unpatch_head: the forward of {type(model).__name__} has been wrapped since patch_head; unwrap it "
+            f"unpatch_head: the forward of {type(model).__name__} has been wrapped since patch_head; "
+            f"unwrap it "
             "first (accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
         )
     state = vars(model).pop(STATE)
@@ -177,7 +183,8 @@ def _forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any)
 
 
 def _balanced(model: Any, state: _State, inputs: dict[str, Any]) -> bool:
-    """Whether the model's own forward would add a load-balancing loss; `inputs` then asks for what it needs."""
+    """Whether the model's own forward would add a load-balancing loss; `inputs` then asks for what it
+    needs."""
     if not hasattr(model, "router_aux_loss_coef"):
         return False
     asked = inputs.get("output_router_logits")

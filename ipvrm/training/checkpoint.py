@@ -39,7 +39,9 @@ OPTIMIZER = "optimizer.safetensors"
 RNG = "rng.safetensors"
 CHECKSUMS = "checksums.json"
 _SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-_LOAD = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)  # every rank reads the whole file
+_LOAD = StateDictOptions(
+    full_state_dict=True, flatten_optimizer_state_dict=True
+)  # every rank reads the whole file
 
 
 class TrainingInterrupted(IpvrmError):
@@ -202,13 +204,14 @@ def remove_later(folder: str | Path, step: int) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state by names of parameters, on the CPU. Of a sharded model it is whole on the main rank, and
-    all ranks take part."""
+    """The optimizer's state by names of parameters, on the CPU. Of a sharded model it is whole on the main
+    rank, and all ranks take part."""
     return get_optimizer_state_dict(model, optimizer, options=_SAVE)
 
 
 def save_optimizer(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Writes the tensors of `optimizer_state` to `folder` and returns its scalars, for `trainer_state.json`."""
+    """Writes the tensors of `optimizer_state` to `folder` and returns its scalars, for
+    `trainer_state.json`."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for name, value in state.items():

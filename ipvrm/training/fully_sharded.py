@@ -1,8 +1,9 @@
 """FSDP2 of a training script: weights, gradients and Adam's moments of a model lie in shards on all ranks.
 
-`fully_shard` of torch, on the layers one by one and on the rest (embeddings, last norm, head) as the root, whose
-parameters are whole for the length of its forward; so the head needs no gathering of its own. The same code runs on
-GPUs and, for its tests, on CPU processes: accelerate's FSDP flag is for GPUs alone, and on CPUs silently runs DDP.
+`fully_shard` of torch, on the layers one by one and on the rest (embeddings, last norm, head) as the root,
+whose parameters are whole for the length of its forward; so the head needs no gathering of its own. The same
+code runs on GPUs and, for its tests, on CPU processes: accelerate's FSDP flag is for GPUs alone, and on CPUs
+silently runs DDP.
 """
 
 from typing import Any, cast
@@ -24,7 +25,9 @@ def fully_sharded(module: nn.Module, accelerator: Any) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if accelerator.num_processes == 1:
-        raise IpvrmError("--fsdp shards a model over several processes; start them with `accelerate launch` or torchrun")
+        raise IpvrmError(
+            "--fsdp shards a model over several processes; start them with `accelerate launch` or torchrun"
+        )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy = MixedPrecisionPolicy()
     if accelerator.mixed_precision == "bf16":
@@ -34,7 +37,9 @@ def fully_sharded(module: nn.Module, accelerator: Any) -> nn.Module:
     names = set(base._no_split_modules or ())
     layers = [m for m in base.modules() if type(m).__name__ in names]
     if not layers:
-        raise IpvrmError(f"--fsdp: the layers of {type(base).__name__} are not known (_no_split_modules is empty)")
+        raise IpvrmError(
+            f"--fsdp: the layers of {type(base).__name__} are not known (_no_split_modules is empty)"
+        )
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)

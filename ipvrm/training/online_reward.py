@@ -345,7 +345,8 @@ def check_same_tokens(
         )
     if (found := template_hash(policy_tokenizer)) != info.template_hash:
         raise IpvrmError(
-            f"{folder}: it was trained with another chat template (sha256 {info.template_hash[:12]}) than the "
+            f"{folder}: it was trained with another chat template (sha256 {info.template_hash[:12]}) "
+            f"than the "
             f"policy's ({found[:12]}); use one template for both"
         )
     if (own := _head_size(folder)) != policy_head_size:

@@ -14,7 +14,8 @@ from ipvrm_kernels import gathered_weight, linear_distrl_loss
 
 WORLD, V, B, T, K = 2, 97, 2, 10, 3
 CASES = [  # (tied, unit of the head, the loss forms its gradients in the forward)
-    (False, "root", False), (False, "own", False), (True, "root", False), (False, "own", True), (True, "root", True),
+    (False, "root", False), (False, "own", False), (True, "root", False), (False, "own", True), (True,
+    "root", True),
     (False, "tail", False), (True, "tail", False),  # with the last norm, as accelerate has it since 1.15
 ]  # fmt: skip
 
@@ -33,8 +34,8 @@ class Fused(torch.nn.Module):
         old = torch.full((N, K), -2.0)
         advantages = torch.linspace(-1, 1, N)
         return linear_distrl_loss(
-            hidden.flatten(0, 1), weight, labels[:, 1:].flatten(), candidate_ids.flatten(0, 1), old[:, 0], old,
-            advantages, old * advantages[:, None], cu, alpha=0.5, clip_low=0.9, clip_high=9.0,
+            hidden.flatten(0, 1), weight, labels[:, 1:].flatten(), candidate_ids.flatten(0, 1), old[:, 0],
+            old, advantages, old * advantages[:, None], cu, alpha=0.5, clip_low=0.9, clip_high=9.0,
         ).loss  # fmt: skip
 
 
@@ -46,9 +47,7 @@ class Recomputing(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids, labels, candidate_ids):
-        out = self.model(
-            input_ids=input_ids, labels=labels, candidate_ids=candidate_ids, return_entropy=True
-        )
+        out = self.model(input_ids=input_ids, labels=labels, candidate_ids=candidate_ids, return_entropy=True)
         candidates = out.candidate_logprobs.where(out.candidate_ids >= 0, 0.0)
         return out.logprobs.mean() + 0.3 * candidates.mean() + 0.1 * out.entropy.mean()
 
@@ -139,7 +138,9 @@ def test_gradients_equal_one_process(tmp_path):
         got = found[tied, unit, fused]
         assert got.keys() == want.keys()
         for name, gradient in want.items():
-            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5, msg=f"{(tied, unit, fused)} {name}")
+            torch.testing.assert_close(
+                got[name], gradient, rtol=1e-4, atol=1e-5, msg=f"{(tied, unit, fused)} {name}"
+            )
         if (tied, unit, fused) == (False, "own", False):
             wrong = (found["plain"]["model.lm_head.weight"] - want["model.lm_head.weight"]).abs().max()
             assert float(wrong) > 0.1 * float(want["model.lm_head.weight"].abs().max())

@@ -23,7 +23,9 @@ def test_head_and_shards():
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    assert ran["out"].logits is None and ran["out"].candidate_logprobs.shape[:2] == ran["out"].logprobs.shape == (2, 11)
+    assert ran["out"].logits is None and ran["out"].candidate_logprobs.shape[:2] == ran[
+        "out"
+    ].logprobs.shape == (2, 11)
     assert bool(ran["hidden"].grad.any()) and bool(ran["shard"].grad.any())
     assert ran["weight"].shape == (320, 32) and ran["bias"] is None
 
@@ -40,9 +42,12 @@ def test_trl(tiny_folder, tmp_path):
     save_model(load_model(tiny_folder), rm)
     tokenizer.save_pretrained(rm)
     entries = reference_entries(tiny_folder, rm)
-    write_info(rm, RewardModelInfo("ipvrm", 1.0, 1.0, **entries, template_hash=template_hash(tokenizer), versions={}))
+    write_info(
+        rm, RewardModelInfo("ipvrm", 1.0, 1.0, **entries, template_hash=template_hash(tokenizer), versions={})
+    )
     names = {
         "policy": str(tiny_folder), "rm": rm, "output_dir": str(tmp_path / "out"),
-        "dataset": Dataset.from_list([{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(4)]),
+        "dataset": Dataset.from_list([{"prompt": f"What is {i} + 1?",
+        "answer": str(i + 1)} for i in range(4)]),
     }  # fmt: skip
     assert run(names, (3,))["trainer"].state.global_step == 1

@@ -301,7 +301,8 @@ def test_trainer_of_transformers_takes_it(tmp_path):
         if patched:
             patch_head(model)
         arguments = transformers.TrainingArguments(
-            str(tmp_path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=3, optim="sgd",
+            str(tmp_path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=3,
+            optim="sgd",
             learning_rate=0.05, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         transformers.Trainer(model, arguments, train_dataset=rows).train()

@@ -722,7 +722,8 @@ def test_two_gloo_processes_give_the_update_of_one(config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_r", [0, 2])
 def test_two_sharded_processes_give_the_run_of_one(config, tmp_path, lora_r):
-    """FSDP2 by torch itself, on gloo; a checkpoint of two ranks is gone on from by one, which shards nothing."""
+    """FSDP2 by torch itself, on gloo; a checkpoint of two ranks is gone on from by one, which shards
+    nothing."""
     rows = Path(config().train_data).read_text().splitlines(keepends=True)[:17]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(rows))
@@ -746,7 +747,9 @@ def test_two_sharded_processes_give_the_run_of_one(config, tmp_path, lora_r):
     last = max(Path(two.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     shutil.copytree(last, tmp_path / "resumed" / last.name)
     again = train(
-        config("resumed", **{**common, "output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "auto"})
+        config(
+            "resumed", **{**common, "output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "auto"}
+        )
     )
     assert again.steps == one.steps and farthest(again.output_dir) < 1e-5
 

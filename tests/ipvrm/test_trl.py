@@ -60,7 +60,8 @@ def farthest(a, b):
 SAME = {
     "dapo": {},
     "grpo, accumulation, temperature": {
-        "loss_type": "grpo", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "temperature": 0.7
+        "loss_type": "grpo", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "temperature": 0.7
     },
     "bnpo, entropy": {"loss_type": "bnpo", "entropy_coef": 0.01, "top_entropy_quantile": 0.5},
     "dr_grpo, several iterations": {"loss_type": "dr_grpo", "num_iterations": 2, "max_steps": 4},
@@ -74,12 +75,15 @@ def test_without_its_weights_it_is_the_stock_trainer(runs, home, case):
 
     more = {}
     if case == "lora":
-        more["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        more["peft_config"] = LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian"
+        )
     options = SAME.get(case, {})
     start = {
         n: p.detach().clone()
-        for n, p in runs.trainer(home, runs.GRPOTrainer, runs.settings(runs.GRPOConfig, **options), **more)
-        .model.named_parameters()
+        for n, p in runs.trainer(
+            home, runs.GRPOTrainer, runs.settings(runs.GRPOConfig, **options), **more
+        ).model.named_parameters()
         if p.requires_grad
     }
     stock, _ = runs.trained(home, runs.GRPOTrainer, runs.settings(runs.GRPOConfig, **options), **more)
@@ -95,13 +99,16 @@ def test_without_its_weights_it_is_the_stock_trainer_under_adamw(runs, home):
     stock, _ = runs.trained(home, runs.GRPOTrainer, runs.settings(runs.GRPOConfig, **options))
     config = runs.settings(runs.DistRLConfig, alpha=0.0, gae_coef=0.0, **options)
     ours, _ = runs.trained(home, runs.DistRLTrainer, config)
-    start = dict(runs.trainer(home, runs.GRPOTrainer, runs.settings(runs.GRPOConfig)).model.named_parameters())
+    start = dict(
+        runs.trainer(home, runs.GRPOTrainer, runs.settings(runs.GRPOConfig)).model.named_parameters()
+    )
     total = sum(float((stock[n] - start[n]).square().sum()) for n in stock) ** 0.5
     assert sum(float((stock[n] - ours[n]).square().sum()) for n in stock) ** 0.5 <= 0.02 * total
 
 
 def observed(runs, home, **options):
-    """(trainer, generation batch, inputs of one loss, that loss, the gradients before it moved) of one update."""
+    """(trainer, generation batch, inputs of one loss, that loss, the gradients before it moved) of one
+    update."""
     config = runs.settings(runs.DistRLConfig, max_steps=1, **options)
     run, seen = runs.trainer(home, runs.DistRLTrainer, config), {}
     made, lost = run._generate_and_score_completions, run._compute_loss
@@ -139,7 +146,9 @@ def test_loss_from_full_logits(runs, home, loss_type):
     assert int(used.sum()) > B and not bool(used[:, -1].any())
     new = log_p.gather(2, slots.clamp(min=0))
     torch.testing.assert_close(torch.where(used, old, 0), torch.where(used, new, 0), rtol=1e-4, atol=1e-5)
-    of_candidate = torch.where(used, -new.detach().exp() * (new - new.detach()).exp() * x["candidate_advantages"], 0)
+    of_candidate = torch.where(
+        used, -new.detach().exp() * (new - new.detach()).exp() * x["candidate_advantages"], 0
+    )
     element = token + 0.7 * of_candidate.sum(-1)
     lengths = mask.sum(1)
     loss = {
@@ -156,7 +165,8 @@ def test_loss_from_full_logits(runs, home, loss_type):
 
 
 def test_dense_advantages_against_our_own_trainers_path(runs, home):
-    """td, sigma_V and GAE of the rollouts again, from packed right-padded responses and the ops of train-policy."""
+    """td, sigma_V and GAE of the rollouts again, from packed right-padded responses and the ops of
+    train-policy."""
     from ipvrm import AdvantageConfig, distrl_advantages, temporal_difference
     from ipvrm.data.batches import collate
     from ipvrm.data.responses import Response
@@ -198,7 +208,9 @@ def test_population_std(runs, home):
     run, seen = observed(runs, home, alpha=0.1, gae_coef=0.0, group_std="population")
     r = run._rewards.view(2, 4).double()
     want = (r - r.mean(1, keepdim=True)) / (r.var(1, correction=0, keepdim=True).sqrt() + 1e-6)
-    torch.testing.assert_close(seen["batch"]["advantages"].double().mean(1), want.flatten(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        seen["batch"]["advantages"].double().mean(1), want.flatten(), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -211,7 +223,9 @@ def test_online_reward_model_learns_and_is_saved(runs, home, tmp_path, when):
     run.save_model(str(tmp_path))
     saved = RewardModel.from_pretrained(tmp_path / "reward_model", device="cpu")
     start, behaviour = load_model(home / "rm"), run.prefix_rewards.behaviour
-    assert any(not torch.equal(a, b) for a, b in zip(saved.model.parameters(), start.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(saved.model.parameters(), start.parameters(), strict=True)
+    )
     for name, p in saved.reference.named_parameters():  # the policy of the last rollouts, not the final one
         torch.testing.assert_close(p, behaviour[name])
     policy = dict(run.model.named_parameters())
@@ -220,7 +234,9 @@ def test_online_reward_model_learns_and_is_saved(runs, home, tmp_path, when):
 
 def torchrun(number, arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/ipvrm"), *sys.path])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/ipvrm"), *sys.path])
+    }
     done = subprocess.run(
         [*command, str(ROOT / "tests/ipvrm/trl_runs.py"), *map(str, arguments)],
         env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
@@ -258,7 +274,10 @@ REFUSED = {
     "luspo": ({"loss_type": "luspo"}, "loss_type 'luspo'"),
     "sequence": ({"importance_sampling_level": "sequence"}, "a ratio of a sequence|no ratio of a sequence"),
     "off policy": ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
-    "population of the batch": ({"group_std": "population", "scale_rewards": "batch"}, "group_std='population'"),
+    "population of the batch": (
+        {"group_std": "population", "scale_rewards": "batch"},
+        "group_std='population'",
+    ),
     "nothing to weigh": ({"alpha": 0.0, "gae_coef": 0.0, "reward_model": "rm"}, "alpha and gae_coef weigh"),
 }
 
@@ -311,7 +330,9 @@ def test_refuses_what_does_not_belong_together(runs, home, tmp_path, monkeypatch
     monkeypatch.undo()
 
     graded = runs.settings(runs.DistRLConfig, rm_update="before")
-    half = make(home, runs.DistRLTrainer, graded, reward_funcs=lambda completions, **_: [0.5] * len(completions))
+    half = make(
+        home, runs.DistRLTrainer, graded, reward_funcs=lambda completions, **_: [0.5] * len(completions)
+    )
     assert "rewards of 0 and 1" in refusal(half.train)
     assert "is not resumed" in refusal(lambda: half.train(resume_from_checkpoint=True))
     shutil.rmtree(tmp_path, ignore_errors=True)
@@ -345,10 +366,13 @@ def test_prefix_value_reward_is_best_of_ns_score(home):
     step = len(rm.tokenizer("carry 0.\n\n", add_special_tokens=False)["input_ids"])
     steps = [2.0 * float(first[:step].sum()), 2.0 * float(first[step:-1].sum())]
     want = {
-        "final": 2.0 * float(first.mean()), "sum": 2.0 * float(first.sum()), "mean": sum(steps) / 2, "min": min(steps)
+        "final": 2.0 * float(first.mean()), "sum": 2.0 * float(first.sum()), "mean": sum(steps) / 2,
+        "min": min(steps)
     }  # fmt: skip
     for pick, value in want.items():
-        found = prefix_value_reward(rm, pick)(prompts=[prompt] * 3, completions=completions, completion_ids=ids)
+        found = prefix_value_reward(rm, pick)(
+            prompts=[prompt] * 3, completions=completions, completion_ids=ids
+        )
         assert found[0] == pytest.approx(value, rel=1e-4, abs=1e-5) and found[2] is None
         assert found[1] is not None
     with pytest.raises(IpvrmError, match="pick must be one of"):
@@ -387,9 +411,12 @@ METHODS = {  # of GRPOTrainer: the parameters that ours names or passes on
     "_compute_loss": ["self", "model", "inputs"],
 }  # fmt: skip
 ATTRIBUTES = (
-    "loss_type", "importance_sampling_level", "scale_rewards", "multi_objective_aggregation", "reward_weights",
-    "num_generations", "num_generations_eval", "temperature", "epsilon_low", "epsilon_high", "max_completion_length",
-    "use_vllm", "vllm_importance_sampling_correction", "current_gradient_accumulation_steps", "ref_model", "_is_vlm",
+    "loss_type", "importance_sampling_level", "scale_rewards", "multi_objective_aggregation",
+    "reward_weights",
+    "num_generations", "num_generations_eval", "temperature", "epsilon_low", "epsilon_high",
+    "max_completion_length",
+    "use_vllm", "vllm_importance_sampling_correction", "current_gradient_accumulation_steps", "ref_model",
+    "_is_vlm",
     "_metrics",
 )  # fmt: skip
 KEYS = (
@@ -448,7 +475,10 @@ def test_contract(version):
         assert f'"{key}"' in generate + compute, f"TRL {version}: {key}"
     for line in LINES:
         assert line in compute, f"TRL {version}: {line}"
-    order = [generate.index(f"self.{name}(") for name in ("_get_per_token_logps_and_entropies", "_calculate_rewards")]
+    order = [
+        generate.index(f"self.{name}(")
+        for name in ("_get_per_token_logps_and_entropies", "_calculate_rewards")
+    ]
     assert order == sorted(order)
     # the first pass over self.model is that of the old log-probs, and it is kept where it was made
     assert 'output["old_per_token_logps"] = old_per_token_logps' in generate
@@ -456,4 +486,4 @@ def test_contract(version):
 
 
 def test_the_extra_names_the_pinned_range():
-    assert 'trl = ["trl>=1.15,<1.17; python_version >= \'3.11\'"]' in (ROOT / "pyproject.toml").read_text()
+    assert "trl = [\"trl>=1.15,<1.17; python_version >= '3.11'\"]" in (ROOT / "pyproject.toml").read_text()

@@ -15,7 +15,8 @@ T = 8
 
 
 def digits_reward(completions, answer, **_):
-    """1 where the characters of the text add up to the answer modulo 3: random models hit it a third of the time."""
+    """1 where the characters of the text add up to the answer modulo 3: random models hit it a third of the
+    time."""
     return [float(sum(map(ord, text)) % 3 == a % 3) for text, a in zip(completions, answer, strict=True)]
 
 
@@ -25,8 +26,9 @@ def questions():
 
 def settings(kind, **more):
     base = dict(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, num_generations=4, max_completion_length=T,
-        max_steps=3, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, num_generations=4,
+        max_completion_length=T, max_steps=3, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant",
+        max_grad_norm=0.0,
         report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1,
         save_strategy="no", seed=3, disable_tqdm=True,
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""A head whose vocabulary lies on two and three processes (gloo): ids, values and gradients equal one process's."""
+"""A head whose vocabulary lies on two and three processes (gloo): ids, values and gradients equal one
+process's."""
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def inputs():
 
 
 def shard_of(rank, edges):
-    """(start, weight, bias) of a rank, with rows of rubbish where the split has more rows than the vocabulary."""
+    """(start, weight, bias) of a rank, with rows of rubbish where the split has more rows than the
+    vocabulary."""
     _, weight, bias, _ = inputs()
     pad = edges[-1] - V
     weight = torch.cat([weight, torch.full((pad, D), 50.0)])
@@ -54,7 +56,8 @@ def objective(out, ids):
 
 
 def distrl_inputs():
-    """(token ids, candidates, advantages, candidate advantages, cu_seqlens) of the rows, from another head."""
+    """(token ids, candidates, advantages, candidate advantages, cu_seqlens) of the rows, from another
+    head."""
     hidden, weight, bias, ids = inputs()
     g = torch.Generator().manual_seed(3)
     old = linear_candidates(
