@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ipvrm import patch_head
+from ipvrm.models.causal_lm import memory_estimate
 from ipvrm_kernels import gathered_weight, linear_distrl_loss
 
 WORLD, V, B, T, K = 2, 97, 2, 10, 3
@@ -152,3 +153,20 @@ def test_plain_parameters_are_returned_as_they_are():
     weight, bias = gathered_weight(head)
     assert weight is head.weight and bias is head.bias
     assert gathered_weight(torch.nn.Linear(4, 7, bias=False))[1] is None
+
+
+def test_memory_estimate_of_qwen3_8b_on_eight_devices(tmp_path):
+    """Weights, gradients and moments of 16 bytes a parameter do not fit 80 GB on one device, but do on eight."""
+    config = transformers.Qwen3Config(
+        vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    options = dict(rows=4, length=4096, mixed_precision="bf16", gradient_checkpointing=True)
+    one = memory_estimate(tmp_path, **options)
+    eight = memory_estimate(tmp_path, shards=8, **options)
+    assert 8.1e9 < one["parameters"] < 8.3e9 and one["gathered_bytes"] == 0
+    assert one["total_bytes"] > 130e9 and eight["total_bytes"] < 40e9
+    assert eight["weights_gradients_adam_bytes"] == one["weights_gradients_adam_bytes"] // 8
+    ends = 2 * 151_936 * 4096
+    assert eight["gathered_bytes"] > 4 * ends
