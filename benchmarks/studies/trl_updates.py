@@ -7,13 +7,11 @@ process each: what `_compute_loss` and its backward add to the resident memory, 
 vocabulary of 32,000.
 
     python -m benchmarks.studies.trl_updates --out results/trl_updates.json
+    python -m benchmarks.studies.trl_updates --memory ours
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -151,7 +149,9 @@ def updates() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where the results go")
-    parser.add_argument("--memory", choices=("stock", "ours", "full logits"), help="print this figure alone")
+    parser.add_argument(
+        "--memory", choices=("stock", "ours", "full logits"), help="print this peak, in bytes"
+    )
     arguments = parser.parse_args()
     if arguments.memory:
         print(json.dumps(memory(arguments.memory)))
@@ -159,20 +159,11 @@ def main() -> None:
     import transformers
     import trl
 
-    peaks = {}
-    for kind in ("full logits", "stock", "ours"):
-        command = [sys.executable, "-m", "benchmarks.studies.trl_updates", "--memory", kind]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        peaks[kind] = int(done.stdout.strip().splitlines()[-1])
     write_json(
         arguments.out,
         {
             "command": "python -m benchmarks.studies.trl_updates --out $OUT",
             "machine": machine(), "trl": trl.__version__, "transformers": transformers.__version__,
-            "peak_bytes_of_an_update": peaks,
-            "one_fp32_copy_of_the_logits_bytes": 4 * ROWS * LENGTH * WIDE,
             "log": updates(),
         },
     )  # fmt: skip
