@@ -163,7 +163,7 @@ def main() -> None:
         arguments.out,
         {
             "command": "python -m benchmarks.studies.trl_updates --out $OUT",
-            "machine": machine(), "trl": trl.__version__, "transformers": transformers.__version__,
+            "machine": machine.describe(), "trl": trl.__version__, "transformers": transformers.__version__,
             "log": updates(),
         },
     )  # fmt: skip

@@ -156,7 +156,7 @@ def test_plain_parameters_are_returned_as_they_are():
 
 
 def test_memory_estimate_of_qwen3_8b_on_eight_devices(tmp_path):
-    """Weights, gradients and moments of 16 bytes a parameter do not fit 80 GB on one device, but do on eight."""
+    """Weights, gradients and moments take 16 bytes a parameter: too much for 80 GB, on eight devices not."""
     config = transformers.Qwen3Config(
         vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
