@@ -39,7 +39,7 @@ def trainer(home, kind, config, policy="policy", **more):
     """A trainer on the policy in `home`; ours on its reward model, unless both of its weights are 0."""
     tokenizer = load_tokenizer(home / policy)
     tokenizer.padding_side = "left"
-    if kind is DistRLTrainer and (config.alpha or config.gae_coef):
+    if isinstance(config, DistRLConfig) and (config.alpha or config.gae_coef):
         more.setdefault("reward_model", home / "rm")
     torch.manual_seed(0)
     named = dict(
@@ -62,7 +62,7 @@ def rollout(prompts, run):
     for number in range(first, first + len(prompts)):
         g = torch.Generator().manual_seed(1000 * run.state.global_step + number)
         size = 3 + int(torch.randint(0, T - 3, (), generator=g))
-        completions.append(torch.randint(10, 300, (size,), generator=g).tolist())
+        completions.append(torch.randint(10, 200, (size,), generator=g).tolist())
     ids = [run.processing_class(p)["input_ids"] for p in prompts]
     return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
