@@ -39,9 +39,7 @@ OPTIMIZER = "optimizer.safetensors"
 RNG = "rng.safetensors"
 CHECKSUMS = "checksums.json"
 _SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-_LOAD = StateDictOptions(
-    full_state_dict=True, flatten_optimizer_state_dict=True
-)  # every rank reads the whole file
+_LOAD = StateDictOptions(flatten_optimizer_state_dict=True)  # every rank reads the whole file
 
 
 class TrainingInterrupted(IpvrmError):

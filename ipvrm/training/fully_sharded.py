@@ -9,7 +9,7 @@ silently runs DDP.
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ipvrm.errors import IpvrmError
@@ -46,7 +46,7 @@ def fully_sharded(module: nn.Module, accelerator: Any) -> nn.Module:
     return module
 
 
-def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+def whole_weights(module: nn.Module) -> dict[str, Any]:
     """All weights on the main rank's CPU, {} on the others; all ranks take part."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(module, options=options)

@@ -219,10 +219,15 @@ class _Trainer:
             folder = run.resumed or local_folder(config.model)
             head = load_value_head(folder, model) if has_value_head(folder) else new_value_head(model)
             module = TokenValues(model, head)
-        self.whole: tuple[dict[str, Tensor], dict[str, Any]] = {}, {}  # weights and optimizer, see `gather`
+        self.whole: tuple[dict[str, Any], dict[str, Any]] = {}, {}  # weights and optimizer, see `gather`
         if config.fsdp:
             if config.objective == "q_rm":
                 raise IpvrmError("--fsdp: a value head (q_rm) was not tested in shards; leave one of them out")
+            if run.resumed is not None:
+                raise IpvrmError(
+                    f"--fsdp: {run.resumed} cannot be gone on from in shards yet; leave --fsdp out, which "
+                    "goes on from it on any number of processes, each with the whole optimizer"
+                )
             module = fully_sharded(module, self.accelerator)
         optimizer = adamw(module, config.learning_rate, config, self.device)
         if config.fsdp:

@@ -15,7 +15,6 @@ FLOORS = (  # from the bottom up; a name is a module of the package or one of it
     ("rollouts",),
     ("training", "evaluate"),
     ("integrations",),
-    ("integrations",),
     ("view",),
     ("demo",),
     ("reproduce",),
