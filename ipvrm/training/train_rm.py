@@ -222,7 +222,9 @@ class _Trainer:
         self.whole: tuple[dict[str, Any], dict[str, Any]] = {}, {}  # weights and optimizer, see `gather`
         if config.fsdp:
             if config.objective == "q_rm":
-                raise IpvrmError("--fsdp: a value head (q_rm) was not tested in shards; leave one of them out")
+                raise IpvrmError(
+                    "--fsdp: a value head (q_rm) was not tested in shards; leave one of them out"
+                )
             if run.resumed is not None:
                 raise IpvrmError(
                     f"--fsdp: {run.resumed} cannot be gone on from in shards yet; leave --fsdp out, which "
