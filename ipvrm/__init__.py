@@ -21,6 +21,7 @@ _NAMES = {
     "ipvrm.losses.policy_loss": (
         "CandidateConfig", "PolicyLossConfig", "candidate_mask", "force_sampled", "select_candidates",
     ),
+    "ipvrm.models.patch_head": ("patch_head", "unpatch_head"),
     "ipvrm.models.reward_model": ("RewardModel",),
     "ipvrm.training.policy_config": ("PolicyConfig",),
     "ipvrm.training.reward_config": ("RewardConfig",),

@@ -8,6 +8,7 @@ from .backend import Backends, Impl, checks_values, set_checks
 from .backend import table as _table
 from .clipped_surrogate import ClippedSurrogate, clipped_surrogate
 from .distrl_loss import DISTRL_METRICS, DistRLLoss, distrl_loss
+from .fully_sharded import gathered_weight
 from .head.matmul import describe_cpu_matmul
 from .linear_candidates import Candidates, linear_candidates
 from .linear_distrl_loss import linear_distrl_loss
@@ -17,6 +18,7 @@ from .packing import check_cu_seqlens, check_cu_seqlens_shape, pack, unpack
 from .prefix_value_loss import prefix_value_loss, prefix_weight_sums
 from .prefix_values import PrefixValues, prefix_values
 from .segment_scan import segment_scan
+from .vocab_parallel import vocab_parallel_candidates, vocab_parallel_logprobs
 
 try:
     __version__ = version("ipvrm")

@@ -30,6 +30,7 @@ __all__ = [
     "check_head",
     "disable_dropout",
     "head",
+    "head_module",
     "hidden_states",
     "load_config",
     "load_model",
@@ -221,12 +222,11 @@ def hidden_states(model: nn.Module, batch: Batch, positions: Tensor | None = Non
     return states.flatten(0, 1).index_select(0, batch.positions if positions is None else positions)
 
 
-def head(model: nn.Module) -> Head:
-    """The vocabulary head of a causal LM, tied or not, with its logit transform.
+def head_module(model: nn.Module) -> Any:
+    """The vocabulary head of a causal LM, whose logits are a matmul with its floating-point `weight`.
 
     Raises:
-        IpvrmError: an adapter on the head, or a weight that is quantised, sharded (DTensor) or empty (meta,
-            ZeRO-3).
+        IpvrmError: there is none, or an adapter on it, or a weight that is quantised.
     """
     module = cast(Any, model).get_output_embeddings()
     name = type(model).__name__
@@ -237,12 +237,24 @@ def head(model: nn.Module) -> Head:
             f"{name}: the head carries an adapter ({type(module).__name__}), which a matmul with its "
             "weight would ignore; merge it (model.merge_and_unload()) or leave the head out of target_modules"
         )
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise IpvrmError(
             f"{name}: the head ({type(module).__name__}) has no floating-point weight; "
             "a quantised head is not supported"
         )
+    return module
+
+
+def head(model: nn.Module) -> Head:
+    """The vocabulary head of a causal LM, tied or not, with its logit transform.
+
+    Raises:
+        IpvrmError: an adapter on the head, or a weight that is quantised, sharded (DTensor) or empty (meta,
+            ZeRO-3).
+    """
+    module, name = head_module(model), type(model).__name__
+    weight, bias = module.weight, getattr(module, "bias", None)
     if type(weight).__name__ == "DTensor" or type(weight.data).__name__ == "DTensor":
         raise IpvrmError(
             f"{name}: the head's weight is sharded (DTensor); gather it first "
@@ -366,12 +378,14 @@ def memory_estimate(
     mixed_precision: str = "no",
     gradient_checkpointing: bool = False,
     lora_r: int = 0,
+    shards: int = 1,
 ) -> dict[str, int]:
     """Rough bytes per device that training takes, without loading any weights.
 
     They are fp32 weights, gradients and Adam's two moments of what is trained (all, or adapters of rank
     `lora_r` on the linear layers), and the activations of a micro-batch of `rows` sequences of `length`
-    tokens.
+    tokens. Under FSDP2 over `shards` devices the former are divided by them, and what is whole for a time is
+    added: weights and gradients of embeddings, head and two layers, in the dtype of the forward.
     """
     from transformers import AutoModelForCausalLM
 
@@ -388,13 +402,19 @@ def memory_estimate(
     width = 2 if mixed_precision == "bf16" else 4
     kept = 1 if gradient_checkpointing else 16  # hidden-sized tensors per layer that wait for the backward
     activations = rows * length * text.num_hidden_layers * text.hidden_size * width * kept
-    states = 4 * parameters + 12 * trained
+    states, gathered = 4 * parameters + 12 * trained, 0
+    if shards > 1:
+        ends = {m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+        outside = sum(p.numel() for p in ends)
+        layer = (parameters - outside) // text.num_hidden_layers
+        states, gathered = -(-states // shards), 2 * width * (outside + 2 * layer)
     return {
         "parameters": parameters,
         "trained_parameters": trained,
         "weights_gradients_adam_bytes": states,
+        "gathered_bytes": gathered,
         "activation_bytes": activations,
-        "total_bytes": states + activations,
+        "total_bytes": states + gathered + activations,
     }
 
 

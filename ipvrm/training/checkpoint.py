@@ -201,11 +201,18 @@ def remove_later(folder: str | Path, step: int) -> None:
     (Path(folder) / "results.json").unlink(missing_ok=True)
 
 
-def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Writes the optimizer's tensors to `folder` and returns its scalars, for `trainer_state.json`."""
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state by names of parameters, on the CPU. Of a sharded model it is whole on the main
+    rank, and all ranks take part."""
+    return get_optimizer_state_dict(model, optimizer, options=_SAVE)
+
+
+def save_optimizer(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Writes the tensors of `optimizer_state` to `folder` and returns its scalars, for
+    `trainer_state.json`."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for name, value in get_optimizer_state_dict(model, optimizer, options=_SAVE).items():
+    for name, value in state.items():
         if isinstance(value, Tensor):
             tensors[name] = value.contiguous()
         else:

@@ -106,30 +106,11 @@ class RewardInputs:
         margin = RELEASE_MARGIN if config.preset == "release" else self.info.margin
         margin = margin if config.rm_margin is None else config.rm_margin
         self.objective = Objective(objective, self.info.beta, margin or 0.0)
-        self._check_vocabulary(policy_tokenizer)
+        check_same_tokens(self.folder, self.info, self.tokenizer, policy_tokenizer, _head_size(config.model))
         self.reference_folder: Path | None = None
         if reads_reference(config):
             self.reference_folder = find_reference(self.folder, self.info, config.reference)
         check_own_weights(self.folder, self.info)
-
-    def _check_vocabulary(self, policy_tokenizer: Any) -> None:
-        if self.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
-            raise IpvrmError(
-                f"{self.folder}: its tokenizer is not the policy's: the same text would be other tokens, and "
-                "the log-probs of policy and reward model could not be compared"
-            )
-        found, recorded = template_hash(policy_tokenizer), self.info.template_hash
-        if found != recorded:
-            raise IpvrmError(
-                f"{self.folder}: it was trained with another chat template (sha256 {recorded[:12]}) than the "
-                f"policy's ({found[:12]}); use one template for both"
-            )
-        own, other = (_head_size(name) for name in (self.config.model, self.folder))
-        if own != other:
-            raise IpvrmError(
-                f"{self.folder}: its head has {other} tokens, the policy's {own}; their probabilities "
-                "are over different sets"
-            )
 
     def fingerprint(self) -> dict[str, str]:
         """What decides the scores besides the settings."""
@@ -350,6 +331,28 @@ class OnlineReward:
         r = self.config.rm_lora_r
         return (
             adapter_entries(self.inputs.folder, weights_hash(self.inputs.folder), r, float(r)) if r else None
+        )
+
+
+def check_same_tokens(
+    folder: Path, info: RewardModelInfo, tokenizer: Any, policy_tokenizer: Any, policy_head_size: int
+) -> None:
+    """Raises IpvrmError unless reward model and policy mean the same text by the same tokens."""
+    if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
+        raise IpvrmError(
+            f"{folder}: its tokenizer is not the policy's: the same text would be other tokens, and "
+            "the log-probs of policy and reward model could not be compared"
+        )
+    if (found := template_hash(policy_tokenizer)) != info.template_hash:
+        raise IpvrmError(
+            f"{folder}: it was trained with another chat template (sha256 {info.template_hash[:12]}) "
+            f"than the "
+            f"policy's ({found[:12]}); use one template for both"
+        )
+    if (own := _head_size(folder)) != policy_head_size:
+        raise IpvrmError(
+            f"{folder}: its head has {own} tokens, the policy's {policy_head_size}; their probabilities "
+            "are over different sets"
         )
 
 

@@ -70,7 +70,8 @@ def data_parallel_accelerator(
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise IpvrmError(
-            f"{command} runs under data parallelism; {accelerator.distributed_type} is not supported yet"
+            f"{command} shards nothing through accelerate; {accelerator.distributed_type} is not supported. "
+            "Take a config of distributed_type MULTI_GPU, and --fsdp where the command has it"
         )
     return accelerator
 
@@ -136,7 +137,8 @@ def update(
         counted = sums.detach() if micro else torch.zeros_like(sums)
         total = counted if total is None else total + counted
     values = accelerator.reduce(total, "sum").tolist()
-    grad_norm = float(accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf))
+    norm = accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)
+    grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of shards: a DTensor
     if not (math.isfinite(values[0]) and math.isfinite(grad_norm)):
         raise NotFinite(f"summed loss {values[0]}, gradient norm {grad_norm}")
     for group in optimizer.param_groups:

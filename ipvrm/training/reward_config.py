@@ -129,6 +129,8 @@ class RewardConfig:
     )
     """bf16: autocast of the forward; the weights stay fp32. Default: no; release: bf16."""
     gradient_checkpointing: bool = field(default=False, metadata=FREE)
+    fsdp: bool = field(default=False, metadata=FREE)
+    """Shards weights, gradients and optimizer over all processes (FSDP2); else each holds all of them."""
     seed: int | None = field(default=None, metadata=NOT_NEGATIVE | defaults(paper=42, release=1))
     """Default: 42; release: 1."""
     logging_steps: int = field(default=1, metadata=FREE | AT_LEAST_ONE)

@@ -61,6 +61,9 @@ class RunSettings(Protocol):
 class Trained(Protocol):
     """What is being trained, as files."""
 
+    def gather(self) -> None:
+        """On every rank, before the main one writes: brings together what lies in shards."""
+
     def write_model(self, folder: Path, place: Path) -> None:
         """Writes the model folder to `folder`, which will be at `place`."""
 
@@ -291,6 +294,7 @@ class Run:
 
         rng = gather_object([checkpoint.rng_state(self.accelerator.process_index)])
         path = self.output / f"{checkpoint.PREFIX}{step}"
+        trained.gather()
         if self.main:
             with save_folder(path) as folder:
                 trained.write_model(folder, path)
@@ -307,6 +311,7 @@ class Run:
 
     def finish(self, metrics: dict[str, Any], trained: Trained) -> TrainResult:
         """Writes the models and results.json (`metrics`, with `seconds`), the mark of a finished run last."""
+        trained.gather()
         if self.main and self._log is not None:
             self._log.close()
             finished = self.output / ".finished.tmp"

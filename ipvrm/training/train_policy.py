@@ -487,6 +487,9 @@ class _Trainer:
         yield
         self.seconds[f"seconds_{name}"] = time.perf_counter() - started
 
+    def gather(self) -> None:
+        """Every rank has all of it."""
+
     def write_model(self, folder: Path, place: Path) -> None:
         """The policy, under LoRA the merged weights with the adapters in a folder, and the reward model."""
         save_trained(self.policy, folder)
@@ -537,10 +540,14 @@ class _Trainer:
         reward = None
         if self.reward is not None and self.reward.trained:
             optimizer = self.reward.optimizer.optimizer
-            reward = checkpoint.save_optimizer(folder / FOLDER, self.reward.module, optimizer)
+            reward = checkpoint.save_optimizer(
+                folder / FOLDER, checkpoint.optimizer_state(self.reward.module, optimizer)
+            )
         return {
             "place": self.place,
-            "optimizer": checkpoint.save_optimizer(folder, self.module, self.optimizer.optimizer),
+            "optimizer": checkpoint.save_optimizer(
+                folder, checkpoint.optimizer_state(self.module, self.optimizer.optimizer)
+            ),
             "reward_optimizer": reward,
         }
 

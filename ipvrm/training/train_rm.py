@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ from ipvrm.run_folder import settings_of, versions
 from ipvrm.training import checkpoint
 from ipvrm.training.adapters import adapter_entries, add_adapters, in_words, save_trained
 from ipvrm.training.flags import filled
+from ipvrm.training.fully_sharded import fully_sharded, whole_weights
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.reward_config import RewardConfig, objective_of, resolve
 from ipvrm.training.run import Run, TrainResult, held, report, with_template_kwargs
@@ -185,6 +186,7 @@ class _Inputs:
             mixed_precision=filled(config.mixed_precision),
             gradient_checkpointing=config.gradient_checkpointing,
             lora_r=config.lora_r,
+            shards=self.run.accelerator.num_processes if config.fsdp else 1,
         )
         return self.run.dry_run(
             {"data": self.data.counts, "steps": self.total_steps, "memory_estimate": memory}
@@ -217,8 +219,23 @@ class _Trainer:
             folder = run.resumed or local_folder(config.model)
             head = load_value_head(folder, model) if has_value_head(folder) else new_value_head(model)
             module = TokenValues(model, head)
+        self.whole: tuple[dict[str, Any], dict[str, Any]] = {}, {}  # weights and optimizer, see `gather`
+        if config.fsdp:
+            if config.objective == "q_rm":
+                raise IpvrmError(
+                    "--fsdp: a value head (q_rm) was not tested in shards; leave one of them out"
+                )
+            if run.resumed is not None:
+                raise IpvrmError(
+                    f"--fsdp: {run.resumed} cannot be gone on from in shards yet; leave --fsdp out, which "
+                    "goes on from it on any number of processes, each with the whole optimizer"
+                )
+            module = fully_sharded(module, self.accelerator)
         optimizer = adamw(module, config.learning_rate, config, self.device)
-        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        if config.fsdp:
+            self.module, self.optimizer = module, self.accelerator.prepare(optimizer)
+        else:
+            self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         self._prepare_reference()
         run.restore(self.module, self.optimizer)
         run.watch("the model", self.optimizer)
@@ -371,15 +388,32 @@ class _Trainer:
 
     # -------------------------------------------------------------------------------------------- files
 
+    def gather(self) -> None:
+        """Brings the shards together on the main rank."""
+        if self.config.fsdp:
+            state = checkpoint.optimizer_state(self.module, self.optimizer.optimizer)
+            self.whole = whole_weights(self.module), state
+
+    def _plain_model(self) -> torch.nn.Module:
+        """What is trained, as a model that lies whole on this rank; under FSDP2 a new one on the CPU."""
+        config = self.config
+        if not config.fsdp:
+            return cast(torch.nn.Module, self.accelerator.unwrap_model(self.module).model)
+        model = load_model(config.model, torch.float32)
+        if config.lora_r:
+            alpha, names = filled(config.lora_alpha), config.lora_target_modules
+            model = add_adapters(model, config.lora_r, alpha=alpha, target_modules=names)
+        ResponseLogprobs(model).load_state_dict(self.whole[0])
+        return model
+
     def write_model(self, folder: Path, place: Path) -> None:
         """The model folder that `RewardModel.from_pretrained` reads."""
         config = self.config
         assert config.beta is not None
-        module = self.accelerator.unwrap_model(self.module)
-        save_trained(module.model, folder)
+        save_trained(self._plain_model(), folder)
         reference: dict[str, Any] = dict.fromkeys(("reference", "reference_given", "reference_hash"), "")
         if config.objective == "q_rm":
-            save_value_head(module.value_head, folder)
+            save_value_head(self.accelerator.unwrap_model(self.module).value_head, folder)
         else:
             reference = reference_entries(self.inputs.reference_name, place, self.inputs.reference_hash)
         self.inputs.tokenizer.save_pretrained(folder)
@@ -401,7 +435,9 @@ class _Trainer:
         return {
             "total_steps": self.inputs.total_steps,
             "pending": self.pending.values,
-            "optimizer": checkpoint.save_optimizer(folder, self.module, self.optimizer.optimizer),
+            "optimizer": checkpoint.save_optimizer(
+                folder, self.whole[1] or checkpoint.optimizer_state(self.module, self.optimizer.optimizer)
+            ),
         }
 
     def _finish(self, trained: dict[str, float], validation: dict[str, float]) -> TrainResult:

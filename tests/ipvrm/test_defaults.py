@@ -98,6 +98,7 @@ TRAIN_RM = {
         "no", OURS + "the same numbers on every machine", "bf16", "released accelerate_config/fsdp.yaml"
     ),
     "gradient_checkpointing": one(False, SPEED),
+    "fsdp": one(False, SPEED),
     "seed": both(42, "paper, Appendix C: of the dataloader in RL", 1, RM_CODE),
     "logging_steps": one(1, OURS + "every update is logged"),
     "eval_steps": one(None, OURS + "at the start and the end"),

@@ -739,6 +739,46 @@ def test_two_gloo_processes_give_the_update_of_one(config, tmp_path):
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_two_sharded_processes_give_the_run_of_one(config, tmp_path, lora_r):
+    """FSDP2 by torch itself, on gloo; a checkpoint of two ranks is gone on from by one, which shards
+    nothing."""
+    rows = Path(config().train_data).read_text().splitlines(keepends=True)[:17]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(rows))
+    common = {"train_data": str(data), "num_train_epochs": 2, "save_steps": 2, "lora_r": lora_r}
+    common |= {"adam_epsilon": 1.0, "learning_rate": 1.0}  # see test_the_split_does_not_matter
+    one = train(config("one", **common))
+    two = config("two", per_device_train_batch_size=3, fsdp=True, **common)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = run_cli(*launch, "-m", "ipvrm", "train-rm", *flags(two))
+    assert done.returncode == 0, done.stderr[-3000:]
+    want, start = weights(one.output_dir), weights(config().model)
+    moved = max(float((want[n] - start[n]).abs().max()) for n in want)
+    assert moved > 1e-3
+
+    def farthest(folder):
+        got = weights(folder)
+        assert got.keys() == want.keys()
+        return max(float((got[n] - want[n]).abs().max()) for n in want)
+
+    assert farthest(two.output_dir) < 1e-5
+    last = max(Path(two.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    shutil.copytree(last, tmp_path / "resumed" / last.name)
+    again = train(
+        config(
+            "resumed", **{**common, "output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "auto"}
+        )
+    )
+    assert again.steps == one.steps and farthest(again.output_dir) < 1e-5
+
+
+def test_sharding_needs_several_processes(config):
+    with pytest.raises(IpvrmError, match="over several processes"):
+        train(config(fsdp=True))
+
+
 WIDE = 32_000  # a vocabulary beside which everything else in the run below is small
 
 

@@ -1,0 +1,159 @@
+"""The reward model beside a TRL trainer: loaded and compared with the policy, asked, updated online, saved.
+
+It lies whole on every device, frozen in the policy's dtype or updated in fp32; ranks add their gradients.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipvrm.errors import IpvrmError
+from ipvrm.losses.objectives import BETA, Balance, BalanceConfig, Objective, online_balance
+from ipvrm.losses.prompt_groups import Reduce
+from ipvrm.models.causal_lm import (
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    save_model,
+    weights_hash,
+)
+from ipvrm.models.patch_head import patch_head
+from ipvrm.models.reward_model import check_own_weights, read_info, write_info
+from ipvrm.run_folder import versions
+from ipvrm.training.adapters import save_merged, trained_weights, with_weights
+from ipvrm.training.online_reward import REFERENCE, check_same_tokens
+from ipvrm.training.optimizer import NotFinite
+from ipvrm_kernels import pack
+
+
+class PrefixRewardModel:
+    """A reward model's folder next to a policy with `tokenizer` and a head of `head_size` tokens.
+
+    Args:
+        online: whether it learns; then `update` and `save` are for it.
+        margin: of the online update; None for the one that it was trained with.
+
+    Raises:
+        IpvrmError: another tokenizer, template or head than the policy's, or an objective without log-ratios
+            (or, online, without an update).
+    """
+
+    def __init__(
+        self, folder: str | Path, tokenizer: Any, head_size: int, accelerator: Any, dtype: torch.dtype, *,
+        online: bool, learning_rate: float, margin: float | None, balance: BalanceConfig,
+    ):  # fmt: skip
+        self.folder, self.accelerator, self.balance = local_folder(folder), accelerator, balance
+        self.info, self.tokenizer = read_info(self.folder), load_tokenizer(self.folder)
+        check_own_weights(self.folder, self.info)
+        allowed = tuple(BETA) if online else (*BETA, "dpo")
+        if self.info.objective not in allowed:
+            use = "updated online" if online else "asked for its log-ratios"
+            raise IpvrmError(
+                f"{self.folder}: objective {self.info.objective!r}; a model that is {use} must be one of "
+                f"{', '.join(allowed)}"
+            )
+        check_same_tokens(self.folder, self.info, self.tokenizer, tokenizer, head_size)
+        own_margin = self.info.margin if margin is None else margin
+        self.objective = Objective(self.info.objective, self.info.beta, own_margin or 0.0)
+        self.model: Any = load_model(self.folder, torch.float32 if online else dtype, accelerator.device)
+        disable_dropout(self.model)
+        self.model.requires_grad_(online)
+        patch_head(self.model)
+        self.optimizer = (
+            torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0) if online else None
+        )
+        self.behaviour: dict[str, Tensor] = {}  # the policy that the last update was compared with
+
+    @torch.no_grad()
+    def logprobs(
+        self, inputs: list[dict[str, Tensor]], candidate_ids: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) of the labelled tokens and (B, T, K) of candidate_ids (B, T, K); the last T positions of
+        `inputs`, micro-batches of input_ids, attention_mask and labels."""
+        T, found = candidate_ids.shape[1], []
+        for x, ids in zip(inputs, candidate_ids.split([len(x["labels"]) for x in inputs]), strict=True):
+            ids = torch.nn.functional.pad(ids, (0, 0, x["labels"].shape[1] - 1 - T, 0), value=-1)
+            with self.accelerator.autocast():
+                out = self.model(**x, candidate_ids=ids, temperature=temperature)
+            found.append((out.logprobs[:, -T:], out.candidate_logprobs[:, -T:]))
+        logprobs, candidates = (torch.cat(part) for part in zip(*found, strict=True))
+        return logprobs, candidates
+
+    def update(
+        self, inputs: list[dict[str, Tensor]], old_logprobs: Tensor, mask: Tensor, outcome: Tensor, group:
+            Tensor,
+        num_groups: int, reduce: Reduce, *, temperature: float, max_grad_norm: float, policy: Any,
+    ) -> float:  # fmt: skip
+        """One update from the outcomes of a generation batch, the loss a mean over all ranks; returns that
+        loss.
+
+        Args:
+            old_logprobs, mask: (B, T) under the policy, which is the reference; a row without tokens is left
+                out.
+            outcome: (B,) 0, 1, or NaN for a row that nobody could judge, which is left out.
+            group: (B,) the prompt of each row, num_groups over all ranks.
+
+        Raises:
+            IpvrmError: another outcome. NotFinite: before the weights take it.
+        """
+        assert self.optimizer is not None
+        judged = mask.any(1) & ~outcome.isnan()
+        if bool((judged & (outcome != 0) & (outcome != 1)).any()):
+            raise IpvrmError(
+                "DistRLTrainer: an online reward model learns from rewards of 0 and 1, got "
+                f"{outcome[judged].unique()[:4].tolist()}; give such a reward function, or rm_update='frozen'"
+            )
+        rows = judged.nonzero()[:, 0]
+        balance = None
+        if self.objective.name == "ipvrm":
+            margin = self.objective.margin
+            few = online_balance(
+                outcome[rows], group[rows], num_groups, margin=margin, config=self.balance, reduce=reduce
+            )
+            balance = Balance(*(torch.zeros_like(outcome).index_copy(0, rows, x.to(outcome)) for x in few))
+        lengths = self.accelerator.gather(mask.sum(1) * judged)
+        denominator = self.objective.denominator([int(n) for n in lengths.tolist() if n])
+        total, start = torch.zeros((), device=mask.device), 0
+        for x in inputs:
+            here = slice(start, start := start + len(x["labels"]))
+            kept = judged[here]
+            with self.accelerator.autocast():
+                out = self.model(**x, temperature=temperature)
+            logprobs = out.logprobs[:, -mask.shape[1] :]
+            log_ratio, cu_seqlens = pack((logprobs - old_logprobs[here])[kept], mask[here][kept])
+            of_rows = None if balance is None else Balance(*(b[here][kept] for b in balance))
+            if len(log_ratio):
+                loss, _ = self.objective(log_ratio, cu_seqlens, outcome[here][kept], denominator, of_rows)
+                loss.backward()
+                total += loss.detach()
+        for parameter in self.model.parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = reduce(gradient)
+        loss_sum = float(reduce(total))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm or torch.inf))
+        if not torch.isfinite(torch.tensor([loss_sum, norm])).all():
+            raise NotFinite(f"DistRLTrainer: the reward model's loss is {loss_sum}, its gradient norm {norm}")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.accelerator.is_main_process:
+            self.behaviour = trained_weights(policy)
+        return loss_sum
+
+    def save(self, folder: Path, policy: Any, temperature: float) -> None:
+        """The folder that `RewardModel.from_pretrained` reads; its reference is the policy that it last
+        learnt from."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, folder)
+        self.tokenizer.save_pretrained(folder)
+        with with_weights(policy, self.behaviour):
+            save_merged(policy, folder / REFERENCE)
+        info = replace(
+            self.info, reference=REFERENCE, reference_given=str(folder / REFERENCE),
+            reference_hash=weights_hash(folder / REFERENCE), versions=versions(), temperature=temperature,
+            adapter=None, margin=None if self.info.margin is None else self.objective.margin,
+        )  # fmt: skip
+        write_info(folder, info)

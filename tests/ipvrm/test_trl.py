@@ -1,0 +1,486 @@
+"""DistRLTrainer against TRL's own GRPOTrainer, and the parts of TRL that it relies on."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+PINNED = ("1.15.0", "1.16.0")  # the newest patch of each minor version of the extra `trl`
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The module that needs TRL."""
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'ipvrm[trl]'")
+    import trl_runs
+
+    return trl_runs
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tiny_folder):
+    """`policy`, whose tokens differ in probability, and `rm`, a reward model near it."""
+    from ipvrm.models.causal_lm import load_model, load_tokenizer, save_model, template_hash
+    from ipvrm.models.reward_model import RewardModelInfo, reference_entries, write_info
+
+    home = tmp_path_factory.mktemp("trl")
+    model, tokenizer = load_model(tiny_folder), load_tokenizer(tiny_folder)
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(0, 0.45, generator=g)
+    for name in ("policy", "rm"):
+        save_model(model, home / name)
+        tokenizer.save_pretrained(home / name)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=g))
+    info = RewardModelInfo(
+        objective="ipvrm", beta=2.0, margin=1.0, template_hash=template_hash(tokenizer), versions={},
+        **reference_entries(home / "policy", home / "rm"),
+    )  # fmt: skip
+    write_info(home / "rm", info)
+    return home
+
+
+def farthest(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+SAME = {
+    "dapo": {},
+    "grpo, accumulation, temperature": {
+        "loss_type": "grpo", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "temperature": 0.7
+    },
+    "bnpo, entropy": {"loss_type": "bnpo", "entropy_coef": 0.01, "top_entropy_quantile": 0.5},
+    "dr_grpo, several iterations": {"loss_type": "dr_grpo", "num_iterations": 2, "max_steps": 4},
+    "dapo, reference model": {"beta": 0.05},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*SAME, "lora"])
+def test_without_its_weights_it_is_the_stock_trainer(runs, home, case):
+    from peft import LoraConfig
+
+    more = {}
+    if case == "lora":
+        more["peft_config"] = LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian"
+        )
+    options = SAME.get(case, {})
+    start = {
+        n: p.detach().clone()
+        for n, p in runs.trainer(
+            home, runs.GRPOTrainer, runs.settings(runs.GRPOConfig, **options), **more
+        ).model.named_parameters()
+        if p.requires_grad
+    }
+    stock, _ = runs.trained(home, runs.GRPOTrainer, runs.settings(runs.GRPOConfig, **options), **more)
+    config = runs.settings(runs.DistRLConfig, alpha=0.0, gae_coef=0.0, **options)
+    ours, _ = runs.trained(home, runs.DistRLTrainer, config, **more)
+    moved = farthest(start, stock)
+    assert moved > 0 and farthest(stock, ours) <= 1e-4 * moved
+
+
+def test_without_its_weights_it_is_the_stock_trainer_under_adamw(runs, home):
+    """AdamW makes a step of lr from any gradient, near 0 too, so signs of rounding noise remain: 2 %."""
+    options = dict(optim="adamw_torch", learning_rate=1e-3)
+    stock, _ = runs.trained(home, runs.GRPOTrainer, runs.settings(runs.GRPOConfig, **options))
+    config = runs.settings(runs.DistRLConfig, alpha=0.0, gae_coef=0.0, **options)
+    ours, _ = runs.trained(home, runs.DistRLTrainer, config)
+    start = dict(
+        runs.trainer(home, runs.GRPOTrainer, runs.settings(runs.GRPOConfig)).model.named_parameters()
+    )
+    total = sum(float((stock[n] - start[n]).square().sum()) for n in stock) ** 0.5
+    assert sum(float((stock[n] - ours[n]).square().sum()) for n in stock) ** 0.5 <= 0.02 * total
+
+
+def observed(runs, home, **options):
+    """(trainer, generation batch, inputs of one loss, that loss, the gradients before it moved) of one
+    update."""
+    config = runs.settings(runs.DistRLConfig, max_steps=1, **options)
+    run, seen = runs.trainer(home, runs.DistRLTrainer, config), {}
+    made, lost = run._generate_and_score_completions, run._compute_loss
+
+    def generate(inputs):
+        seen["batch"] = made(inputs)
+        return seen["batch"]
+
+    def compute(model, inputs):
+        seen["inputs"], seen["loss"] = inputs, lost(model, inputs)
+        seen["gradient"] = torch.autograd.grad(seen["loss"], list(model.parameters()), retain_graph=True)
+        return seen["loss"]
+
+    run._generate_and_score_completions, run._compute_loss = generate, compute
+    run.train()
+    return run, seen
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_loss_from_full_logits(runs, home, loss_type):
+    """The whole loss and its gradient against the definitions on the policy's own logits."""
+    from ipvrm.models.causal_lm import load_model
+
+    run, seen = observed(runs, home, loss_type=loss_type, alpha=0.7, epsilon=0.1, epsilon_high=0.15)
+    x = seen["inputs"]
+    mask, model = x["completion_mask"], load_model(home / "policy")
+    B, T = mask.shape
+    ids = torch.cat([x["prompt_ids"], x["completion_ids"]], 1)
+    attention = torch.cat([x["prompt_mask"], mask], 1)
+    log_p = model(ids, attention_mask=attention).logits[:, -T - 1 : -1].log_softmax(-1)  # (B, T, V)
+    logprobs = log_p.gather(2, x["completion_ids"][..., None])[..., 0]
+    token = -(logprobs - logprobs.detach()).exp() * x["advantages"]
+    slots, old = x["candidate_ids"], x["old_candidate_logps"]
+    used = slots >= 0
+    assert int(used.sum()) > B and not bool(used[:, -1].any())
+    new = log_p.gather(2, slots.clamp(min=0))
+    torch.testing.assert_close(torch.where(used, old, 0), torch.where(used, new, 0), rtol=1e-4, atol=1e-5)
+    of_candidate = torch.where(
+        used, -new.detach().exp() * (new - new.detach()).exp() * x["candidate_advantages"], 0
+    )
+    element = token + 0.7 * of_candidate.sum(-1)
+    lengths = mask.sum(1)
+    loss = {
+        "grpo": ((element * mask).sum(1) / lengths).mean(),
+        "bnpo": (element * mask).sum() / mask.sum(),
+        "dr_grpo": (element * mask).sum() / (B * run.max_completion_length),
+        "dapo": (element * mask).sum() / x["num_items_in_batch"],
+    }[loss_type]
+    torch.testing.assert_close(seen["loss"], loss, rtol=1e-4, atol=1e-6)
+    gradient = torch.autograd.grad(loss, list(model.parameters()))
+    scale = max(float(g.abs().max()) for g in gradient)
+    for mine, theirs in zip(seen["gradient"], gradient, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_dense_advantages_against_our_own_trainers_path(runs, home):
+    """td, sigma_V and GAE of the rollouts again, from packed right-padded responses and the ops of
+    train-policy."""
+    from ipvrm import AdvantageConfig, distrl_advantages, temporal_difference
+    from ipvrm.data.batches import collate
+    from ipvrm.data.responses import Response
+    from ipvrm.models.causal_lm import load_model, response_logprobs
+    from ipvrm.training.online_reward import token_and_candidate_logprobs
+    from ipvrm_kernels import pack
+
+    run, seen = observed(runs, home, gae_coef=1.0)
+    out, order = seen["batch"], []
+    responses = []
+    for i, mask in enumerate(out["completion_mask"].bool()):
+        prompt = out["prompt_ids"][i][out["prompt_mask"][i].bool()].tolist()
+        responses.append(Response((*prompt, *out["completion_ids"][i][mask].tolist()), len(prompt)))
+        order.append(i // 4)
+    batch, mask = collate(responses), out["completion_mask"].bool()
+    slots = pack(out["candidate_ids"], mask)[0]
+    with torch.no_grad():
+        old = response_logprobs(load_model(home / "policy"), batch)
+        rm, rm_candidates = token_and_candidate_logprobs(load_model(home / "rm"), batch, slots, 1.0)
+    td = temporal_difference(rm, old, batch.cu_seqlens, beta=2.0)
+    candidate_td = temporal_difference(
+        rm_candidates, pack(out["old_candidate_logps"], mask)[0], batch.cu_seqlens, beta=2.0
+    )
+    want = distrl_advantages(
+        td, candidate_td, torch.zeros(8), batch.cu_seqlens, torch.tensor(order), 2, config=AdvantageConfig()
+    )
+    # TRL's own term is the same for all tokens of a response; the two of one response differ by GAE alone
+    rewards = run._rewards.view(2, 4)
+    outcome = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    found = pack(out["advantages"] - outcome[:, None], mask)[0]
+    torch.testing.assert_close(found, want.gae, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        pack(out["candidate_advantages"], mask)[0].where(slots >= 0, 0.0),
+        want.candidate_advantages.where(slots >= 0, 0.0), rtol=2e-3, atol=2e-3,
+    )  # fmt: skip
+
+
+def test_population_std(runs, home):
+    run, seen = observed(runs, home, alpha=0.1, gae_coef=0.0, group_std="population")
+    r = run._rewards.view(2, 4).double()
+    want = (r - r.mean(1, keepdim=True)) / (r.var(1, correction=0, keepdim=True).sqrt() + 1e-6)
+    torch.testing.assert_close(
+        seen["batch"]["advantages"].double().mean(1), want.flatten(), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_online_reward_model_learns_and_is_saved(runs, home, tmp_path, when):
+    from ipvrm import RewardModel
+    from ipvrm.models.causal_lm import load_model
+
+    config = runs.settings(runs.DistRLConfig, rm_update=when, rm_learning_rate=1e-3, max_steps=2)
+    _, run = runs.trained(home, runs.DistRLTrainer, config)
+    run.save_model(str(tmp_path))
+    saved = RewardModel.from_pretrained(tmp_path / "reward_model", device="cpu")
+    start, behaviour = load_model(home / "rm"), run.prefix_rewards.behaviour
+    assert any(
+        not torch.equal(a, b) for a, b in zip(saved.model.parameters(), start.parameters(), strict=True)
+    )
+    for name, p in saved.reference.named_parameters():  # the policy of the last rollouts, not the final one
+        torch.testing.assert_close(p, behaviour[name])
+    policy = dict(run.model.named_parameters())
+    assert any(not torch.equal(policy[name], value) for name, value in behaviour.items())
+
+
+def torchrun(number, arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/ipvrm"), *sys.path])
+    }
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/ipvrm/trl_runs.py"), *map(str, arguments)],
+        env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_equal_one(runs, home, tmp_path):
+    """Groups of 8 lie on both ranks; the reward model is updated online as well."""
+    for number in (1, 2):
+        torchrun(number, (home, tmp_path / f"{number}.pt"))
+    one, two = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (1, 2))
+    assert (one["world"], two["world"]) == (1, 2)
+    from ipvrm.models.causal_lm import load_model
+
+    for name, start in (("policy", "policy"), ("reward model", "rm")):
+        begin = {n: p.detach() for n, p in load_model(home / start).named_parameters()}
+        moved = farthest(begin, one[name])
+        # AdamW of the reward model: see the 2 % above
+        assert moved > 0 and farthest(one[name], two[name]) <= (1e-3 if name == "policy" else 2e-2) * moved
+
+
+def refusal(action):
+    from ipvrm import IpvrmError
+
+    with pytest.raises(IpvrmError) as caught:
+        action()
+    return str(caught.value)
+
+
+REFUSED = {
+    "cispo": ({"loss_type": "cispo"}, "loss_type 'cispo'"),
+    "sapo": ({"loss_type": "sapo"}, "loss_type 'sapo'"),
+    "vespo": ({"loss_type": "vespo"}, "loss_type 'vespo'"),
+    "luspo": ({"loss_type": "luspo"}, "loss_type 'luspo'"),
+    "sequence": ({"importance_sampling_level": "sequence"}, "a ratio of a sequence|no ratio of a sequence"),
+    "off policy": ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
+    "population of the batch": (
+        {"group_std": "population", "scale_rewards": "batch"},
+        "group_std='population'",
+    ),
+    "nothing to weigh": ({"alpha": 0.0, "gae_coef": 0.0, "reward_model": "rm"}, "alpha and gae_coef weigh"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(runs, home, case):
+    import re
+
+    options, words = REFUSED[case]
+    options = dict(options)
+    more = {"reward_model": home / options.pop("reward_model")} if "reward_model" in options else {}
+    config = runs.settings(runs.DistRLConfig, **options)
+    assert re.search(words, refusal(lambda: runs.trainer(home, runs.DistRLTrainer, config, **more)))
+
+
+def test_refuses_what_does_not_belong_together(runs, home, monkeypatch):
+    config = runs.settings(runs.DistRLConfig)
+    plain = runs.settings(runs.GRPOConfig)
+    make = runs.trainer
+    assert "must be a DistRLConfig" in refusal(
+        lambda: make(home, runs.DistRLTrainer, plain, reward_model=home / "rm")
+    )
+    assert "give reward_model" in refusal(lambda: make(home, runs.DistRLTrainer, config, reward_model=None))
+
+    from ipvrm.models.causal_lm import load_tokenizer
+
+    other = load_tokenizer(home / "policy")
+    other.chat_template = other.chat_template + " "
+    assert "another chat template" in refusal(
+        lambda: make(home, runs.DistRLTrainer, config, processing_class=other)
+    )
+    grown = load_tokenizer(home / "policy")
+    grown.add_tokens(["<more>"])
+    assert "its tokenizer is not the policy's" in refusal(
+        lambda: make(home, runs.DistRLTrainer, config, processing_class=grown)
+    )
+    vlm = make(home, runs.DistRLTrainer, config)
+    monkeypatch.setattr(vlm, "_is_vlm", True)
+    assert "multimodal" in refusal(vlm._refuse_unknown)
+    assert "multimodal" in refusal(
+        lambda: vlm._get_per_token_logps_and_entropies(vlm.model, None, None, 1, pixel_values=torch.ones(1))
+    )
+    import ipvrm.integrations.trl as ours
+
+    monkeypatch.setattr(vlm, "_is_vlm", False)
+    monkeypatch.setattr(ours, "is_deepspeed_zero3_enabled", lambda: True)
+    assert "ZeRO-3" in refusal(vlm._refuse_unknown)
+    monkeypatch.undo()
+
+    graded = runs.settings(runs.DistRLConfig, rm_update="before")
+    half = make(
+        home, runs.DistRLTrainer, graded, reward_funcs=lambda completions, **_: [0.5] * len(completions)
+    )
+    assert "rewards of 0 and 1" in refusal(half.train)
+    assert "is not resumed" in refusal(lambda: half.train(resume_from_checkpoint=True))
+
+
+def test_reward_functions_in_an_unmodified_trainer(runs, home):
+    from ipvrm.integrations.trl import prefix_value_reward, verifier_reward
+
+    rewards = [prefix_value_reward(home / "rm"), verifier_reward("string", num_workers=1)]
+    config = runs.settings(runs.GRPOConfig, max_steps=1)
+    _, run = runs.trained(home, runs.GRPOTrainer, config, reward_funcs=rewards)
+    log = run.state.log_history[0]
+    assert "rewards/prefix_value_final/mean" in log and log["rewards/verifier_string/mean"] == 0
+
+
+def test_prefix_value_reward_is_best_of_ns_score(home):
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'ipvrm[trl]'")
+    from ipvrm import IpvrmError, RewardModel
+    from ipvrm.data.responses import Response
+    from ipvrm.integrations.trl import prefix_value_reward
+
+    rm = RewardModel.from_pretrained(home / "rm", device="cpu")
+    end = rm.chat.end_of_turn
+    prompt = [{"role": "user", "content": "What is 1 + 2?"}]
+    texts = ["carry 0.\n\nAnswer: 3", "Answer: 4", "carry 1"]
+    ids = [rm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ids = [[*ids[0], end], [*ids[1], end], ids[2]]  # the last one was cut off
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    before = rm.chat.prompt_ids(prompt)
+    first, second = rm.token_log_ratios([Response((*before, *row), len(before)) for row in ids[:2]])
+    step = len(rm.tokenizer("carry 0.\n\n", add_special_tokens=False)["input_ids"])
+    steps = [2.0 * float(first[:step].sum()), 2.0 * float(first[step:-1].sum())]
+    want = {
+        "final": 2.0 * float(first.mean()), "sum": 2.0 * float(first.sum()), "mean": sum(steps) / 2,
+        "min": min(steps)
+    }  # fmt: skip
+    for pick, value in want.items():
+        found = prefix_value_reward(rm, pick)(
+            prompts=[prompt] * 3, completions=completions, completion_ids=ids
+        )
+        assert found[0] == pytest.approx(value, rel=1e-4, abs=1e-5) and found[2] is None
+        assert found[1] is not None
+    with pytest.raises(IpvrmError, match="pick must be one of"):
+        prefix_value_reward(rm, "best")
+    with pytest.raises(IpvrmError, match="other text"):
+        prefix_value_reward(rm)(prompts=["1"], completions=["another text"], completion_ids=[[20, end]])
+
+
+def test_verifier_reward_knows_that_it_does_not_know(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'ipvrm[trl]'")
+    from ipvrm import IpvrmError
+    from ipvrm.integrations.trl import verifier_reward
+
+    (tmp_path / "slow_verifier.py").write_text(
+        "import time\ndef verify(response, answer):\n    time.sleep(60 * (response == 'hang'))\n"
+        "    return response == answer\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    reward = verifier_reward("slow_verifier:verify", answer="truth", timeout_seconds=1.5, num_workers=1)
+    assert reward(completions=["3", "4", "hang"], truth=["3", "3", "3"]) == [1.0, 0.0, None]
+    chat = [[{"role": "assistant", "content": "3"}]]
+    assert reward(completions=chat, truth=["3"]) == [1.0]
+    with pytest.raises(IpvrmError, match="no column 'truth'"):
+        reward(completions=["3"], answer=["3"])
+
+
+# -------------------------------------------------------------------------------------------- the contract
+
+METHODS = {  # of GRPOTrainer: the parameters that ours names or passes on
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_get_per_token_logps_and_entropies": [
+        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
+        "compute_aux_loss",
+    ],
+    "_compute_loss": ["self", "model", "inputs"],
+}  # fmt: skip
+ATTRIBUTES = (
+    "loss_type", "importance_sampling_level", "scale_rewards", "multi_objective_aggregation",
+    "reward_weights",
+    "num_generations", "num_generations_eval", "temperature", "epsilon_low", "epsilon_high",
+    "max_completion_length",
+    "use_vllm", "vllm_importance_sampling_correction", "current_gradient_accumulation_steps", "ref_model",
+    "_is_vlm",
+    "_metrics",
+)  # fmt: skip
+KEYS = (
+    "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch",
+    "old_per_token_logps", "importance_sampling_ratio", "tool_mask",
+)  # fmt: skip
+LINES = (  # of `_compute_loss`: what `_row_weights` repeats
+    "loss = ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()",
+    "loss = (per_token_loss * mask).sum() / mask.sum().clamp(min=1.0)",
+    "loss = (per_token_loss * mask).sum() / (per_token_loss.size(0) * self.max_completion_length)",
+    'normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes',
+    "normalizer = normalizer * self.current_gradient_accumulation_steps / self.args.steps_per_generation",
+    "if advantages.dim() == 1:",
+)
+
+
+def source(version, path):
+    """Text of a file of TRL `version`, from a wheel in IPVRM_TRL_WHEELS or the installed one, else a skip."""
+    folder = os.environ.get("IPVRM_TRL_WHEELS")
+    for wheel in Path(folder).glob(f"trl-{version}-*.whl") if folder else ():
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(path).decode()
+    try:
+        installed = distribution("trl")
+    except PackageNotFoundError:
+        installed = None
+    if installed is None or installed.version != version:
+        pytest.skip(f"no trl-{version} wheel in IPVRM_TRL_WHEELS ({folder}), and it is not the installed TRL")
+    return Path(str(installed.locate_file(path))).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("version", PINNED)
+def test_contract(version):
+    text = source(version, "trl/trainer/grpo_trainer.py")
+    trainer = next(
+        n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef) and n.name == "GRPOTrainer"
+    )
+    methods = {n.name: n for n in trainer.body if isinstance(n, ast.FunctionDef)}
+    for name, parameters in METHODS.items():
+        found = [a.arg for a in methods[name].args.args]
+        assert found[: len(parameters)] == parameters, f"TRL {version}: {name}({', '.join(found)})"
+    further = [a.arg for a in methods["_get_per_token_logps_and_entropies"].args.args][8:]
+    assert {"pixel_values", "image_grid_thw"} <= set(further)  # what is refused by name of a keyword
+    init = {
+        t.attr
+        for n in ast.walk(trainer)
+        if isinstance(n, ast.Assign | ast.AnnAssign | ast.AugAssign)
+        for t in ast.walk(n)
+        if isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name) and t.value.id == "self"
+    }
+    base = source(version, "trl/trainer/base_trainer.py")
+    missing = [name for name in ATTRIBUTES if name not in init and f"self.{name}" not in text + base]
+    assert not missing, f"TRL {version}: {missing}"
+    generate, compute = (ast.get_source_segment(text, methods[name]) for name in list(METHODS)[::3])
+    for key in KEYS:
+        assert f'"{key}"' in generate + compute, f"TRL {version}: {key}"
+    for line in LINES:
+        assert line in compute, f"TRL {version}: {line}"
+    order = [
+        generate.index(f"self.{name}(")
+        for name in ("_get_per_token_logps_and_entropies", "_calculate_rewards")
+    ]
+    assert order == sorted(order)
+    # the first pass over self.model is that of the old log-probs, and it is kept where it was made
+    assert 'output["old_per_token_logps"] = old_per_token_logps' in generate
+    assert "shuffle_sequence_dict" in text and "split_tensor_dict" in text
+
+
+def test_the_extra_names_the_pinned_range():
+    assert "trl = [\"trl>=1.15,<1.17; python_version >= '3.11'\"]" in (ROOT / "pyproject.toml").read_text()

@@ -1,0 +1,96 @@
+"""Tiny runs of TRL's GRPOTrainer and of ours, for test_trl.py and its processes."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from ipvrm.integrations.trl import DistRLConfig, DistRLTrainer
+from ipvrm.models.causal_lm import load_model, load_tokenizer
+
+T = 8
+
+
+def digits_reward(completions, answer, **_):
+    """1 where the characters of the text add up to the answer modulo 3: random models hit it a third of the
+    time."""
+    return [float(sum(map(ord, text)) % 3 == a % 3) for text, a in zip(completions, answer, strict=True)]
+
+
+def questions():
+    return Dataset.from_list([{"prompt": f"What is {i} + {i % 5}?", "answer": i} for i in range(16)])
+
+
+def settings(kind, **more):
+    base = dict(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, num_generations=4,
+        max_completion_length=T, max_steps=3, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1,
+        save_strategy="no", seed=3, disable_tqdm=True,
+    )  # fmt: skip
+    return kind(**base | more)
+
+
+def trainer(home, kind, config, policy="policy", **more):
+    """A trainer on the policy in `home`; ours on its reward model, unless both of its weights are 0."""
+    tokenizer = load_tokenizer(home / policy)
+    tokenizer.padding_side = "left"
+    if isinstance(config, DistRLConfig) and (config.alpha or config.gae_coef):
+        more.setdefault("reward_model", home / "rm")
+    torch.manual_seed(0)
+    named = dict(
+        model=load_model(home / policy), reward_funcs=digits_reward, args=config, train_dataset=questions(),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    return kind(**named | more)
+
+
+def trained(home, kind, config, **more):
+    """(trainable weights after the run, the trainer)."""
+    run = trainer(home, kind, config, **more)
+    run.train()
+    return {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}, run
+
+
+def rollout(prompts, run):
+    """The same completions whatever the number of ranks."""
+    first, completions = run.accelerator.process_index * len(prompts), []
+    for number in range(first, first + len(prompts)):
+        g = torch.Generator().manual_seed(1000 * run.state.global_step + number)
+        size = 3 + int(torch.randint(0, T - 3, (), generator=g))
+        completions.append(torch.randint(10, 200, (size,), generator=g).tolist())
+    ids = [run.processing_class(p)["input_ids"] for p in prompts]
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
+def main(home, out):
+    """One rank of a run whose groups of 8 lie on all ranks; its weights go to `out`."""
+    import os
+
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = settings(
+        DistRLConfig, per_device_train_batch_size=8 // world, num_generations=8, max_steps=2,
+        ddp_backend="gloo" if world > 1 else None, rm_update="before", rm_learning_rate=1e-3,
+    )  # fmt: skip
+    weights, run = trained(Path(home), DistRLTrainer, config, rollout_func=rollout)
+    if run.accelerator.is_main_process:
+        rm = run.prefix_rewards.model
+        torch.save(
+            {
+                "world": world,
+                "policy": {name.removeprefix("module."): w for name, w in weights.items()},
+                "reward model": {name: p.detach() for name, p in rm.named_parameters()},
+            },
+            out,
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+
+__all__ = ["GRPOConfig", "GRPOTrainer"]

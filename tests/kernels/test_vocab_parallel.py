@@ -1,0 +1,214 @@
+"""A head whose vocabulary lies on two and three processes (gloo): ids, values and gradients equal one
+process's."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from ipvrm_kernels import (
+    distrl_loss,
+    linear_candidates,
+    linear_distrl_loss,
+    linear_logprobs,
+    vocab_parallel_candidates,
+    vocab_parallel_logprobs,
+)
+
+N, D, V = 29, 8, 101
+OPTIONS = dict(logit_scale=1.3, softcap=6.0, temperature=0.7)
+# {name: (edges of the shards of 2 ranks, of 3 ranks)}
+SPLITS = {
+    "even": ((0, 51, V), (0, 34, 68, V)),
+    "uneven": ((0, 90, V), (0, 3, 95, V)),
+    "an empty shard": ((0, 0, V), (0, 60, 60, V)),
+    "padded": ((0, 56, 112), (0, 40, 80, 120)),  # the last rows do not exist: vocab_size
+    "all behind the end": ((0, 101, 103), (0, 101, 104, 107)),
+}
+
+
+def inputs():
+    g = torch.Generator().manual_seed(0)
+    hidden = 2 * torch.randn(N, D, generator=g)
+    weight, bias = torch.randn(V, D, generator=g), torch.randn(V, generator=g)
+    ids = torch.randint(-1, V, (N, 3), generator=g)
+    ids[::2, 1] = ids[::2, 0]
+    return hidden, weight, bias, ids
+
+
+def shard_of(rank, edges):
+    """(start, weight, bias) of a rank, with rows of rubbish where the split has more rows than the
+    vocabulary."""
+    _, weight, bias, _ = inputs()
+    pad = edges[-1] - V
+    weight = torch.cat([weight, torch.full((pad, D), 50.0)])
+    bias = torch.cat([bias, torch.full((pad,), 50.0)])
+    rows = slice(edges[rank], edges[rank + 1])
+    return edges[rank], weight[rows].clone().requires_grad_(), bias[rows].clone().requires_grad_()
+
+
+def objective(out, ids):
+    mark = torch.linspace(-1, 2, N)
+    picked = torch.where(ids >= 0, out.logprobs, 0.0).sum(1)
+    return (mark * picked).sum() + (mark * out.lse).sum() - (mark.flip(0) * out.entropy).sum()
+
+
+def distrl_inputs():
+    """(token ids, candidates, advantages, candidate advantages, cu_seqlens) of the rows, from another
+    head."""
+    hidden, weight, bias, ids = inputs()
+    g = torch.Generator().manual_seed(3)
+    old = linear_candidates(
+        hidden, weight + 0.1 * torch.randn(V, D, generator=g), sampled=ids[:, 0].clamp(min=0)
+    )
+    advantages = torch.randn(N, generator=g), torch.randn(N, old.ids.shape[1], generator=g)
+    return ids[:, 0].clamp(min=0), old, *advantages, torch.tensor([0, 11, 12, N], dtype=torch.int32)
+
+
+class AllReduce(torch.autograd.Function):
+    """A vocabulary-parallel embedding's sum over the ranks; the gradient is the same on all of them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def tied(embed, head_logprobs):
+    """Loss of a model whose head is its embedding: hidden = tanh(embedding of the tokens)."""
+    _, _, _, ids = inputs()
+    tokens = ids.clamp(min=0)
+    return head_logprobs(torch.tanh(embed(tokens[:, 0])), tokens[:, 2]).logprobs.sum()
+
+
+def worker(rank, world, rendezvous, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    group, found = dist.group.WORLD, {}
+    hidden, weight, bias, ids = inputs()
+    for name, (of_two, of_three) in SPLITS.items():
+        edges = of_two if world == 2 else of_three
+        start, w, b = shard_of(rank, edges)
+        place = dict(vocab_start=start, group=group, vocab_size=V if edges[-1] > V else None)
+        h = hidden.clone().requires_grad_()
+        out = vocab_parallel_logprobs(h, w, ids, bias=b, return_entropy=True, **place, **OPTIONS)
+        gradients = torch.autograd.grad(objective(out, ids), (h, w, b))
+        best = vocab_parallel_candidates(
+            hidden, w, bias=b, sampled=ids[:, 2], min_prob=0.05, return_entropy=True, **place, **OPTIONS
+        )
+        plain = vocab_parallel_candidates(hidden, w, bias=b, min_prob=None, top_k=12, **place, **OPTIONS)
+        rows = max(0, min(edges[rank + 1], V) - edges[rank])
+        padding = [float(g[rows:].abs().sum()) for g in gradients[1:]]
+        found[name] = (
+            [x.detach() for x in (*out, gradients[0], *(g[:rows] for g in gradients[1:]))],
+            [
+                *best,
+                plain.ids,
+                plain.logprobs,
+            ],
+        )
+        assert padding == [0.0, 0.0]
+
+    start, w, _ = shard_of(rank, SPLITS["uneven"][world - 2])
+    place = dict(vocab_start=start, group=group)
+    tokens, old, advantages, candidate_advantages, cu = distrl_inputs()
+    h = hidden.clone().requires_grad_()
+    both = vocab_parallel_logprobs(h, w, torch.cat([tokens[:, None], old.ids], 1), **place).logprobs
+    loss = distrl_loss(
+        both[:, 0], both[:, 1:], old.sampled_logprobs, old.logprobs, advantages, candidate_advantages, cu
+    ).loss
+    found["distrl"] = [loss.detach(), *torch.autograd.grad(loss, (h, w))]
+
+    def embed(tokens):
+        local = tokens - start
+        mine = (local >= 0) & (local < len(w))
+        return AllReduce.apply(w[torch.where(mine, local, 0)] * mine[:, None])
+
+    def head(h, ids):
+        return vocab_parallel_logprobs(h, w, ids, **place)
+
+    found["tied"] = torch.autograd.grad(tied(embed, head), w)[0]
+
+    in_batches = vocab_parallel_logprobs(
+        hidden[:28].view(4, 7, D), w, ids[:28, 0].view(4, 7), fill_value=0.0, **place
+    )
+    found["batches"] = in_batches.logprobs.detach()
+    empty = vocab_parallel_candidates(hidden[:0], w, **place)
+    assert empty.ids.shape == (0, 10)
+
+    found["refused"] = []
+
+    def refused(*args, **kwargs):
+        try:
+            vocab_parallel_logprobs(*args, **kwargs)
+        except ValueError as error:
+            found["refused"].append(str(error))
+
+    refused(hidden[: N - rank], w, ids[: N - rank], **place)
+    refused(hidden, w, ids.roll(rank, 0), **place)
+    refused(hidden.clone().requires_grad_(rank == 0), w, ids, **place)
+    refused(hidden, w, ids, vocab_start=start + rank, group=group)
+    refused(hidden, w, ids + V, **place)
+    mesh = init_device_mesh("cpu", (world,))
+    refused(hidden, distribute_tensor(weight, mesh, [Shard(0)]), ids, **place)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_equals_one_process(tmp_path, world):
+    mp.spawn(worker, (world, str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=world)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    hidden, weight, bias, ids = inputs()
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    whole = linear_logprobs(leaves[0], leaves[1], ids, bias=leaves[2], return_entropy=True, **OPTIONS)
+    dhidden, dweight, dbias = torch.autograd.grad(objective(whole, ids), leaves)
+    best = linear_candidates(
+        hidden, weight, bias=bias, sampled=ids[:, 2], min_prob=0.05, return_entropy=True, **OPTIONS
+    )
+    plain = linear_candidates(hidden, weight, bias=bias, min_prob=None, top_k=12, **OPTIONS)
+    assert float(best.counts.double().mean()) > 2  # the threshold is one that matters
+    close = dict(rtol=1e-5, atol=2e-5)
+    for name in SPLITS:
+        for values, candidates in (rank[name] for rank in ranks):
+            for mine, theirs in zip(values[:4], (*whole, dhidden), strict=True):
+                torch.testing.assert_close(mine, theirs.detach(), **close, msg=name)
+            for mine, theirs in zip(candidates, (*best, plain.ids, plain.logprobs), strict=True):
+                torch.testing.assert_close(mine, theirs, **close, msg=name)
+        for place, theirs in ((4, dweight), (5, dbias)):
+            torch.testing.assert_close(torch.cat([rank[name][0][place] for rank in ranks]), theirs, **close)
+
+    tokens, old, advantages, candidate_advantages, cu = distrl_inputs()
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    loss = linear_distrl_loss(
+        *leaves, tokens, old.ids, old.sampled_logprobs, old.logprobs, advantages, candidate_advantages, cu
+    ).loss
+    dhidden, dweight = torch.autograd.grad(loss, leaves)
+    for rank in ranks:
+        torch.testing.assert_close(rank["distrl"][0], loss.detach(), **close)
+        torch.testing.assert_close(rank["distrl"][1], dhidden, **close)
+    torch.testing.assert_close(torch.cat([rank["distrl"][2] for rank in ranks]), dweight, **close)
+
+    w = weight.clone().requires_grad_()
+    loss = tied(lambda tokens: w[tokens], lambda h, ids: linear_logprobs(h, w, ids))
+    torch.testing.assert_close(
+        torch.cat([rank["tied"] for rank in ranks]), torch.autograd.grad(loss, w)[0], **close
+    )
+    want = linear_logprobs(hidden[:28], weight, ids[:28, 0], fill_value=0.0).logprobs.view(4, 7)
+    for rank in ranks:
+        torch.testing.assert_close(rank["batches"], want, **close)
+
+    for rank in ranks:  # on every rank alike, so that none waits for another
+        rows, others, trains, cover, above, dtensor = rank["refused"]
+        assert "the same N" in rows and "FSDP2" in rows
+        assert "the same ids" in others and "hidden.requires_grad" in trains
+        assert "cover the vocabulary" in cover and f"below V={V}" in above
+        assert "got a DTensor" in dtensor and "gathered_weight" in dtensor
