@@ -410,22 +410,23 @@ class RewardModel:
                 )
             of_both = [cast(Server, m).logprobs(responses) for m in (self.model, self.reference)]
             return [TokenLogprobs(a, b, None) for a, b in zip(*of_both, strict=True)]
+        models, temperature = (self.model, self.reference), self.info.temperature
         device = next(self.model.parameters()).device
         found: dict[int, TokenLogprobs] = {}
         lengths = [len(r.input_ids) for r in responses]
         for indices in length_sorted_microbatches(lengths, max_tokens=batch_tokens):
             batch = collate([responses[i] for i in indices]).to(device)
             if candidates is None:
-                columns = self._logprobs(batch)
+                columns = tuple(response_logprobs(m, batch, temperature) for m in models)
             elif isinstance(candidates, float | int):
-                columns = self._candidates(batch, candidates)
+                columns = _with_candidates(*models, batch, candidates, temperature)
             else:
                 widest = max(candidates[i].shape[1] for i in indices)
                 wanted = [
                     nn.functional.pad(ids, (0, widest - ids.shape[1]), value=-1)
                     for ids in (candidates[i] for i in indices)
                 ]
-                columns = self._candidates(batch, torch.cat(wanted).to(device))
+                columns = _with_candidates(*models, batch, torch.cat(wanted).to(device), temperature)
             sizes = [responses[i].length for i in indices]
             parts = (column.cpu().split(sizes) for column in columns)
             for index, own, ref, *others in zip(indices, *parts, strict=True):
@@ -586,6 +587,16 @@ class RewardModel:
             candidates=(candidates := None if known is None else known.candidates),
             candidate_td=None if candidates is None else candidates.td(beta),
         )
+
+
+def _with_candidates(
+    model: nn.Module, reference: nn.Module, batch: Batch, wanted: float | Tensor, temperature: float
+) -> tuple[Tensor, ...]:
+    """(N,) of the response tokens under model and reference; (N, K) of the candidates: ids, and log-probs
+    under both."""
+    ref = candidate_logprobs(reference, batch, wanted, temperature)
+    own = candidate_logprobs(model, batch, ref.ids, temperature)
+    return own.logprobs, ref.logprobs, ref.ids, own.candidate_logprobs, ref.candidate_logprobs
 
 
 # -------------------------------------------------------------------------------------- ipvrm_config.json

@@ -187,7 +187,7 @@ def changed(**values):
         (changed(finish_reason="length", token_ids=[3, 4]), r"half an answer, 2 of 16 tokens \(length\)"),
         (changed(finish_reason="stop", token_ids=[3, 4]), r"end with the first of the stop tokens .*\[4\]"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,  # alike in every worker
 )
 def test_a_bad_answer_is_one_line(server, sharp, stops, encoded, fault, reason):
     engine = engine_of(server, sharp, stops, timeout=0.3 if isinstance(fault, tuple) else 600.0)
