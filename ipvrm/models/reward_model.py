@@ -434,20 +434,6 @@ class RewardModel:
                 found[index] = TokenLogprobs(own.clone(), ref.clone(), of_others)
         return [found[i] for i in range(len(responses))]
 
-    def _logprobs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """(N,) of the response tokens under model and reference."""
-        temperature = self.info.temperature
-        models = cast(nn.Module, self.model), cast(nn.Module, self.reference)
-        own, ref = (response_logprobs(m, batch, temperature) for m in models)
-        return own, ref
-
-    def _candidates(self, batch: Batch, wanted: float | Tensor) -> tuple[Tensor, ...]:
-        """`_logprobs`, and (N, K) of the candidates: ids and their log-probs under model and reference."""
-        model, reference = cast(nn.Module, self.model), cast(nn.Module, self.reference)
-        ref = candidate_logprobs(reference, batch, wanted, self.info.temperature)
-        own = candidate_logprobs(model, batch, ref.ids, self.info.temperature)
-        return own.logprobs, ref.logprobs, ref.ids, own.candidate_logprobs, ref.candidate_logprobs
-
     def solutions(
         self,
         items: Sequence[tuple[str, Sequence[str]]],
