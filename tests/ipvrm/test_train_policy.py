@@ -833,12 +833,14 @@ def test_reinforce_with_a_q_rm(config, toy, tmp_path):
         str(data),
         folder,
         "q_rm",
-        learning_rate=3e-3,
+        learning_rate=1e-2,
         pairs="all",
-        max_steps=6,
+        max_steps=30,
+        per_device_train_batch_size=128,
         use_cpu=True,
     )
-    train_reward_model(reward, progress=False)
+    learnt = train_reward_model(reward, progress=False).metrics["train"]["pair_accuracy"]
+    assert learnt > 0.95
     before = weights(folder)
     result = train(
         config(algorithm="reinforce_qrm", reward_model=folder, max_steps=6, learning_rate=3e-3, save_steps=3)
