@@ -93,7 +93,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     whole = [folder.resolve() for folder in folders]
     shared = 0
     parents = [path.parent.parts for path in whole]
-    while all(len(p) > shared and p[shared] == parents[0][shared] for p in parents):
+    while parents and all(len(p) > shared and p[shared] == parents[0][shared] for p in parents):
         shared += 1
     return ["/".join(path.parts[shared:]) for path in whole]
 
