@@ -115,7 +115,10 @@ def _files(data: Sequence[str]) -> list[str]:
     if len(data) != 1 or not Path(data[0]).is_dir():
         return list(data)
     inside = sorted(p for p in Path(data[0]).iterdir() if not p.name.startswith((".", "_")))
-    return [str(path) for path in inside if path.is_dir() or kind_of_file(path)]
+    found = [str(path) for path in inside if path.is_dir() or kind_of_file(path)]
+    if not found:
+        raise IpvrmError(f"--data {data[0]}: a folder without files of items; name one that holds subsets")
+    return found
 
 
 def _subset(path: str) -> str:

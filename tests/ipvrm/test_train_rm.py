@@ -187,7 +187,7 @@ def test_validation_does_not_depend_on_the_micro_batch(config, rollouts):
     a, b = (run.metrics["eval"] for run in runs)
     assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
     counts = {"eval_value_right_count", "eval_value_wrong_count"}
-    assert set(a) == {f"eval_{name}" for name in train_rm.METRICS} | counts
+    assert set(a) == {f"eval_{name}" for name in objectives.METRICS} | counts
 
 
 def test_gradient_accumulation_steps_set_the_global_batch(config):
