@@ -448,6 +448,7 @@ def fake_benchmark(monkeypatch, spin):
     return module
 
 
+@pytest.mark.slow
 def test_run_writes_json_csv_and_plots_and_shows_what_it_loses(fake_benchmark, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     flags = ["--op", "segment_scan", "--quick", "--device", "cpu", "--plot", str(tmp_path / "plots")]
@@ -471,6 +472,7 @@ def one_kind(monkeypatch):
     return on
 
 
+@pytest.mark.slow
 def test_kinds_of_processors_keep_their_rows_beside_each_other(fake_benchmark, one_kind, tmp_path):
     pytest.importorskip("matplotlib")
     flags = ["--op", "segment_scan", "--quick", "--device", "cpu", "--results", str(tmp_path)]

@@ -64,6 +64,7 @@ def test_a_part_passes_fails_or_says_why_it_does_not_run(tmp_path):
     assert missing["status"].startswith("failed (") and "none" in missing["status"]
 
 
+@pytest.mark.slow
 def test_a_part_that_sleeps_writes_its_stacks_before_its_limit(tmp_path):
     log = tmp_path / "log"
     inner = "import time\ndef deep_inside():\n    time.sleep(60)\ndeep_inside()"
@@ -101,6 +102,7 @@ def test_a_part_that_is_deaf_to_signals_ends_at_its_limit(code, tmp_path):
     assert 1.4 < time.monotonic() - start < 2.2
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_be_killed_is_not_waited_for(monkeypatch, tmp_path):
     """As one that waits inside a driver."""
     plain = process._signal
@@ -184,6 +186,7 @@ def wrote(file, *rows):
     return f"from pathlib import Path; Path({str(file)!r}).write_text({content!r})"
 
 
+@pytest.mark.slow
 def test_the_dry_run_of_everything_that_goes_wrong(fake_gpu, capsys):
     def parts(folder):
         rows = wrote(folder / "bench_b.json", row("triton", 1.0, expected_ms=0.8))
@@ -340,6 +343,7 @@ def test_selection_and_time_slices():
     assert [part.name for part in gpu_report.parts(Path("x")) if part.needed] == ["build"]
 
 
+@pytest.mark.slow
 def test_wheels_are_installed_by_exact_names_and_nothing_they_need(fake_gpu, tmp_path):
     folder = tmp_path / "wheels"
     folder.mkdir()

@@ -98,12 +98,14 @@ LOADED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_openmp_runtime_is_loaded():
     """Torch's, whose name the extension asks for: two would have threads for every core each."""
     assert run([sys.executable, "-c", LOADED]).startswith("1 ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a shared object's list of libraries")
 def test_without_an_openmp_runtime_the_import_says_so(tmp_path):
     """The package with its extension asking for a libgomp that no machine has."""

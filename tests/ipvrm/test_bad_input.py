@@ -245,6 +245,7 @@ def test_ids_that_json_does_not_have(tmp_path):
             finite(value, "id")
 
 
+@pytest.mark.slow
 def test_a_duplicate_key_of_yaml_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: a\ntrain_data: b\noutput_dir: c\nmodel: d\n")

@@ -363,6 +363,7 @@ def chain(folder, chat, tmp_path, thinking, max_new_tokens):
     return len(own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thinking", [None, WITHOUT_THINKING])
 def test_the_sampled_ids_reach_training_to_the_last_one(tiny_folder, chat, tmp_path, thinking):
     folder = tmp_path / "model"

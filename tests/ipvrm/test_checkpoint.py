@@ -117,6 +117,7 @@ KILLED_IN_A_DELETION = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 3])
 def test_killed_while_an_old_one_is_deleted(tmp_path, at):
     make(tmp_path, 1), make(tmp_path, 2)

@@ -120,6 +120,7 @@ def test_the_variants_differ_in_their_switches_alone(demo, trained, tmp_path):
     assert "One seed of a small arithmetic task" in report and "not tested" in report
 
 
+@pytest.mark.slow
 def test_finished_variants_are_reused_and_an_interrupted_one_starts_afresh(
     demo, trained, tmp_path, monkeypatch
 ):

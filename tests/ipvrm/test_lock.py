@@ -138,6 +138,7 @@ def test_commands_refuse_an_output_that_is_held(tmp_path, tiny_folder, hold, cap
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_end_as_one_whole_and_one_refused(tmp_path):
     """The same command twice at the same time: one succeeds with all rows, the other says why it does not."""
     source, output = tmp_path / "in.jsonl", tmp_path / "o.jsonl"

@@ -245,6 +245,7 @@ def with_code(tiny_folder, tmp_path):
     return folder, mark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False])
 def test_code_of_a_folder_is_never_run(with_code, known):
     """`yes |` at the prompt must not run it either: nothing is read from stdin."""

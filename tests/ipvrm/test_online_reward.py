@@ -97,6 +97,7 @@ def test_with_several_minibatches_it_is_that_of_the_first_before_any_update(meas
     torch.testing.assert_close(pooled, frozen, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_dpo_model_learns_from_pairs_of_the_rollouts(measured, reward_folder, tmp_path):
     """One update from all 12 pairs, whatever the micro-batches: loss and accuracy by hand; it has learnt."""
     folder = tmp_path / "dpo"

@@ -291,6 +291,7 @@ def test_refuses_calls_that_it_would_answer_wrongly():
     assert "has been wrapped since" in refusal(lambda: unpatch_head(model))
 
 
+@pytest.mark.slow
 def test_trainer_of_transformers_takes_it(tmp_path):
     """Two updates by `transformers.Trainer` end in the same weights with the head and without."""
     ids, _, labels = inputs()

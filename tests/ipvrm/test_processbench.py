@@ -149,6 +149,7 @@ def test_long_solutions_count_as_missed_and_are_reported(config):
     assert entry["accuracy_correct"] == pytest.approx(right / results["subsets"]["math"]["correct"])
 
 
+@pytest.mark.slow
 def test_unusable_items_count_as_missed_and_are_named(config, capsys):
     """Half a surrogate pair, and a solution that the template refuses: the others' scores do not change."""
     path = Path(config.data[1])

@@ -51,6 +51,7 @@ def runs(tmp_path):
     return home
 
 
+@pytest.mark.slow
 def test_report_of_several_runs(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     stem = tmp_path / "out" / "r"

@@ -434,6 +434,7 @@ def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_pa
     assert other["loss"][0] != pytest.approx(sums["loss"][0], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_flags_of_the_reward_model_are_its_own(config, monkeypatch):
     """Minibatch, norm of the gradient, weight decay and adapters of each model, as its update gets them."""
     seen = {"policy": [], "rm": []}
@@ -494,6 +495,7 @@ def score_lines(folder, model, rollouts, tokenizer):
     return torch.tensor(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -975,6 +977,7 @@ def test_verifier_failures_are_counted_and_left_out(config):
     assert record["responses_trained"] <= 48 - record["error"]
 
 
+@pytest.mark.slow
 def test_a_verifier_that_hangs_or_dies_is_counted_and_left_out(config, monkeypatch):
     """What it did not answer is neither right nor wrong: the step trains on the others alone."""
     trained, behaviour_of = [], train_policy_module._Trainer._behaviour
@@ -1043,6 +1046,7 @@ def assert_same_run(a, b):
     assert not (a / reference).exists() or same_bits(a / reference, b / reference)
 
 
+@pytest.mark.slow
 def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted.output_dir, folder)
@@ -1112,6 +1116,7 @@ def test_killed_in_the_middle_of_a_save(uninterrupted, toy, tmp_path):
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.slow
 def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monkeypatch):
     settings = replace(uninterrupted, output_dir=str(tmp_path / "run"), save_steps=0)
     step = train_policy_module._Trainer._step
@@ -1347,6 +1352,7 @@ def test_resume_refuses_another_run(uninterrupted, toy, tmp_path):
 # ------------------------------------------------------------------------------------------------- LoRA
 
 
+@pytest.mark.slow
 def test_lora(config, toy, tmp_path):
     """Adapters alone move, of policy and reward model; the run folder holds the merged models too; a resumed
     run is the same."""
@@ -1376,6 +1382,7 @@ def test_lora(config, toy, tmp_path):
         train(config("alpha", lora_alpha=4.0))
 
 
+@pytest.mark.slow
 def test_lora_of_the_policy_alone_or_of_the_reward_model_alone(config, toy):
     for policy, reward in ((4, 0), (0, 4)):
         settings = config(f"{policy}-{reward}", lora_r=policy, rm_lora_r=reward, gradient_checkpointing=True)
@@ -1474,6 +1481,7 @@ def loads(server):
     return [path for path, _ in server.asked if path.endswith("/load_lora_adapter")]
 
 
+@pytest.mark.slow
 def test_a_server_of_other_weights_is_found_out(config, toy, tmp_path, monkeypatch):
     monkeypatch.setattr("ipvrm.training.policy_engine.MOST_APART", 1e-3)  # a right one is 1e-5 apart here
     save_model(scaled(toy / "sft", 1.3), tmp_path / "sft")

@@ -216,6 +216,7 @@ def test_another_reference(config, tiny_folder, tmp_path):
     assert (result.output_dir / info["reference"]).resolve() == other.resolve()
 
 
+@pytest.mark.slow
 def test_reference_logprobs_are_computed_once(config, monkeypatch):
     first = config(max_steps=1)
     train(first)
@@ -304,6 +305,7 @@ def test_the_preset_release_is_the_released_command_and_flags_win_over_it():
 # ------------------------------------------------------------------------------------------------- LoRA
 
 
+@pytest.mark.slow
 def test_lora(config, tiny_folder, rollouts, tmp_path):
     """Adapters alone move; `score` reads the merged weights; adapter on base is the same model; a resumed run
     is the same."""
@@ -465,6 +467,7 @@ def copy_of(settings, folder, **changes):
     return replace(settings, output_dir=str(folder), **changes)
 
 
+@pytest.mark.slow
 def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
     """From each checkpoint, by name and as `auto`; logging every 3 updates spans those at 2 and 4."""
     whole = Path(uninterrupted.output_dir)

@@ -226,6 +226,7 @@ def test_what_a_verifier_started_dies_with_it(rude, tmp_path):
         assert not any(map(alive, (tmp_path / "ids").read_text().split()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_workers_end_with_a_killed_parent(rude, tmp_path):
     """Even one that hangs in native code: its own watchdog ends it."""

@@ -20,6 +20,7 @@ torch.cuda.synchronize = synchronize
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worker", [False, True], ids=["pytest alone", "a worker"])
 def test_leaves_a_dead_cuda_context(tmp_path, worker):
     (tmp_path / "dead_gpu.py").write_text(FAKE)
