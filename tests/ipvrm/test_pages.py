@@ -292,6 +292,7 @@ def test_the_report_shows_values_and_hides_runs(opened):
     tab.click(*tab.place("$('x')"))
     assert " s" in tab("document.querySelector('figure svg').textContent")
     tab.click(*tab.place("document.querySelector('figure summary')"))
+    tab("new Promise(done => setTimeout(done, 300))")  # `toggle` comes after the click
     assert tab.count("figure tbody tr") == 2
     tab.click(*tab.place("document.querySelector('#more > summary')"))
     assert tab.count("figure") == 10
