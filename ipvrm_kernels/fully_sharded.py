@@ -52,7 +52,7 @@ def _whole(module: nn.Module, parameter: Tensor) -> Tensor:
         raise ValueError(
             f"{OP}: a DTensor must belong to an FSDP2 unit of its own (fully_shard(head)), got "
             f"{type(module).__name__} with placements {parameter.placements}; inside the forward of the "
-            f"unit that "
-            "holds it the weight is whole, and a tensor-parallel head belongs to vocab_parallel_logprobs"
+            "unit that holds it the weight is whole, and a tensor-parallel head belongs to "
+            "vocab_parallel_logprobs"
         )
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)

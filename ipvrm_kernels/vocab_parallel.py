@@ -73,8 +73,7 @@ def vocab_parallel_logprobs(
     """`linear_logprobs` of a head whose rows lie on the ranks of `group`; the same result on each of them.
 
     Every rank must call it with the same hidden, ids and options, and go on to the same loss: the gradient
-        of hidden is
-    then summed over the group here, and each rank gets that of its own shard.
+    of hidden is then summed over the group here, and each rank gets that of its own shard.
 
     Args:
         hidden: (N, D) or (B, T, D), the same on all ranks.

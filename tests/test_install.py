@@ -53,7 +53,8 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_is_missing(tmp_pa
     assert not [name for name in names if name.endswith((".so", ".pyd"))]
     assert "ipvrm/cli.py" in names and "ipvrm_kernels/py.typed" in names
     view = {
-        f"ipvrm/view/{name}" for name in ("style.css", "trace.html", "trace.js", "report.html", "report.js")
+        f"ipvrm/view/{name}"
+        for name in ("style.css", "dom.js", "trace.html", "trace.js", "report.html", "report.js")
     }
     assert view <= set(names)
     site = tmp_path / "site"

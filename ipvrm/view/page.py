@@ -6,14 +6,11 @@ from typing import Any
 
 
 def page(name: str, data: dict[str, Any]) -> str:
-    """The template `name`.html with style.css, `name`.js and `data` in it; it loads nothing."""
+    """The template `name`.html with style.css, dom.js, `name`.js and `data` in it; it loads nothing."""
     here = files("ipvrm.view")
-    text = {
-        part: (here / part).read_text(encoding="utf-8")
-        for part in ("style.css", f"{name}.html", f"{name}.js")
-    }
-    whole = text[f"{name}.html"]
-    for place, part in (("STYLE", text["style.css"]), ("SCRIPT", text[f"{name}.js"]), ("DATA", block(data))):
+    parts = ("style.css", f"{name}.html", "dom.js", f"{name}.js")
+    style, whole, dom, script = ((here / part).read_text(encoding="utf-8") for part in parts)
+    for place, part in (("STYLE", style), ("SCRIPT", dom + script), ("DATA", block(data))):
         whole = whole.replace(f"/*{place}*/", part, 1)
     return whole
 

@@ -1,21 +1,8 @@
-"use strict";
 // The data block is described in ipvrm/view/runs.py. Texts are set as text, never as HTML.
-const data = JSON.parse(document.getElementById("data").textContent), shownFirst = 8, shortTable = 12;
-const $ = id => document.getElementById(id);
+const shownFirst = 8, shortTable = 12;
 const hidden = new Set();
 let x = "step";
 
-function h(tag, properties, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-function s(tag, attributes, text) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const name in attributes) made.setAttribute(name, attributes[name]);
-  if (text != null) made.textContent = text;
-  return made;
-}
 function digits(v) {
   if (v == null) return "–";
   const a = Math.abs(v), sign = v < 0 ? "−" : "";

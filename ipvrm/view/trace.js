@@ -1,23 +1,9 @@
-"use strict";
 // The data block is described in ipvrm/view/traces.py. Texts are set as text, never as HTML.
-const data = JSON.parse(document.getElementById("data").textContent);
 const models = data.models, letters = "AB", edges = [0.08, 0.25, 0.5, 1];
-const $ = id => document.getElementById(id);
 const narrow = matchMedia("(max-width: 760px)");
 let index = -1, trace, cursor = 0, active = 0, inNats = false, asMean = false;
 let spans = [], marked = [], chart = [], spoken = 0, waiting = 0, characterAt = () => 0;
 
-function h(tag, properties, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-function s(tag, attributes, text) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const name in attributes) made.setAttribute(name, attributes[name]);
-  if (text != null) made.textContent = text;
-  return made;
-}
 // Three significant digits and a real minus; e-notation only below 0.001.
 function digits(x) {
   if (x == null || !Number.isFinite(x)) return "unknown";
