@@ -101,6 +101,8 @@ class FakeServer:
 
 
 class _Http(ThreadingHTTPServer):
+    request_queue_size = 128  # 64 connect at once; beyond a queue of 5 a kernel may reset them
+
     def handle_error(self, request, client_address):
         """Silence for a client that has hung up."""
         if not isinstance(sys.exception(), ConnectionError):
