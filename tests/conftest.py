@@ -32,7 +32,13 @@ PARTS = (
     ("test_interpreter", "interpreter"), ("test_ahead_of_time", "ahead of time"),
     ("test_cuda_emulation", "emulation"),
 )  # fmt: skip
+LONGEST_FIRST = ("test_ahead_of_time", "test_interpreter", "test_benchmarks", "test_install")
 _seconds = defaultdict(float)
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # xdist would start the files of few tests last
+        config.option.loadscopereorder = False
 
 
 def _part(nodeid):
@@ -49,6 +55,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("full"):  # `-m 'not slow'` replaces the `-m 'not full'` of pyproject.toml
             item.add_marker(pytest.mark.slow)
+    place = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_runtest_logreport(report):
