@@ -282,6 +282,7 @@ def _linear_candidates(
     if sampled is not None and backend.checks_values(sampled):
         check_ids("linear_candidates", "sampled", sampled, weight.shape[0])
     check_min_prob("linear_candidates", min_prob)
+    num_slots("linear_candidates", None, K)
     transform = checked_transform("linear_candidates", scale, softcap, temperature, dtype)
     return IMPLS[impl].forward(
         hidden, weight, bias, sampled, transform, min_prob, K, return_entropy, deterministic

@@ -292,7 +292,7 @@ def _linear_logprobs_bwd(
     scale: Number, softcap: float | None, temperature: Number, dtype: torch.dtype, follows: str,
     needs: list[bool], max_workspace_bytes: int | None, deterministic: bool, impl: str, saved: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    transform = Transform(scale, softcap, temperature, dtype)
+    transform = checked_transform("linear_logprobs", scale, softcap, temperature, dtype)
     gradients = IMPLS[impl].backward(
         dlogprobs, dlse, dentropy, hidden, weight, bias, ids, logprobs, lse, entropy, saved, transform,
         follows, needs, max_workspace_bytes, deterministic,

@@ -207,7 +207,7 @@ def _linear_logprobs_partial_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not len(weight):
         return cast_gradients(_zero_gradients(hidden, weight, bias, needs), (hidden, weight, bias), needs)
-    transform = Transform(scale, softcap, temperature, dtype)
+    transform = checked_transform(OP, scale, softcap, temperature, dtype)
     gradients = IMPLS[impl].backward(
         dsumexp, dsum_z_exp, did_logits, hidden, weight, bias, ids, top, transform, needs
     )

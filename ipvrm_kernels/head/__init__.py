@@ -131,8 +131,6 @@ def prepare(
     kind = hidden.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     _check_dtypes(op, hidden, weight, bias, autocast)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be finite and > 0, got {softcap}")
     if max_workspace_bytes is not None and not 0 < max_workspace_bytes <= MOST_WORKSPACE:
         raise ValueError(
             f"{op}: max_workspace_bytes must be None or in 1 .. {MOST_WORKSPACE}, got {max_workspace_bytes}"
@@ -150,6 +148,8 @@ def checked_transform(
 ) -> Transform:
     """The transform of what `prepare` returned, as an op gets it. Raise ValueError, as `op`."""
     check_finite(op, "logit_scale", scale)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be finite and > 0, got {softcap}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
     return Transform(scale, softcap, temperature, dtype)

@@ -169,6 +169,23 @@ def test_the_reference_takes_fp64():
     assert call("prefix_values", impl="torch", **doubles)[0].dtype == torch.float64
 
 
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+def test_numbers_out_of_bounds_are_refused(impl):
+    """They would be an address beyond a buffer, or a division by zero."""
+    for most in (0, -1, MOST_TOP_K + 1):
+        with pytest.raises(ValueError, match=r"linear_candidates: top_k must be an integer in 1 \.\. "):
+            call("linear_candidates", impl=impl, K=most)
+    wrong = {"softcap": (0.0, -1.0, math.nan), "temperature": (0.0, math.inf), "scale": (math.nan,)}
+    ops = [op for op in CASES if "softcap" in CASES[op]]
+    assert len(ops) >= 6
+    for op in ops:
+        unsaved = {"saved": []} if impl == "torch" and "saved" in CASES[op] else {}
+        for name, values in wrong.items():
+            for value in values:
+                with pytest.raises(ValueError, match=rf"(logit_)?{name} must be finite"):
+                    call(op, impl=impl, **{name: value}, **unsaved)
+
+
 def test_a_declaration_of_unknown_inputs_is_refused():
     with pytest.raises(TypeError, match="takes names y; there is x, impl"):
 
