@@ -14,7 +14,7 @@ from typing import Any
 from ipvrm.data.files import kind_of, records
 from ipvrm.errors import IpvrmError, reading
 from ipvrm.output import locked
-from ipvrm.run_folder import save_folder
+from ipvrm.run_folder import save_folder, sha256_of
 
 END_OF_TURN = "<|im_end|>"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", END_OF_TURN)
@@ -37,7 +37,7 @@ class TinyModelConfig:
     """A small random Qwen3 with a byte-level BPE tokenizer and a ChatML template."""
 
     output_dir: str
-    """Folder to write; must not exist or be empty."""
+    """Folder to write; must not exist, or be empty, or hold the same model already."""
     texts: tuple[str, ...]
     """Files to train the tokenizer on: every string of a .parquet, .jsonl or .json; else the whole text."""
     vocab_size: int = 6144
@@ -158,10 +158,12 @@ def make_tiny_model(config: TinyModelConfig) -> Path:
 
 
 def _make_tiny_model(config: TinyModelConfig, folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise IpvrmError(
-            f"make-tiny-model: {folder} exists and is not an empty folder; name another --output_dir"
-        )
+    filled = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    other = IpvrmError(
+        f"make-tiny-model: {folder} exists and is not the model of these flags; name another --output_dir"
+    )
+    if filled and not (folder / "config.json").is_file():
+        raise other
     if not config.texts:
         raise IpvrmError("make-tiny-model: --texts needs at least one file")
     from ipvrm.models.causal_lm import save_model
@@ -175,7 +177,13 @@ def _make_tiny_model(config: TinyModelConfig, folder: Path) -> Path:
     with save_folder(folder) as temporary:
         save_model(model, temporary)
         tokenizer.save_pretrained(temporary)
+        if filled and _files(temporary) != _files(folder):
+            raise other
     return folder
+
+
+def _files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def main(config: TinyModelConfig) -> None:

@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,14 @@ def test_tiny_model_settings_that_do_not_fit(tmp_path, rollouts, changes, reason
     assert not (tmp_path / "m").exists()
 
 
-def test_tiny_model_does_not_overwrite(tiny_folder, rollouts):
-    with pytest.raises(IpvrmError, match="not an empty folder"):
-        make_tiny_model(TinyModelConfig(str(tiny_folder), (str(rollouts),)))
+def test_tiny_model_does_not_overwrite(tmp_path, rollouts):
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = TinyModelConfig(str(tmp_path / "m"), (str(rollouts),), **sizes)
+    weights = make_tiny_model(config) / "model.safetensors"
+    before = weights.read_bytes()
+    make_tiny_model(config)  # the same command again ends well
+    for other in (replace(config, seed=1), replace(config, output_dir=str(rollouts.parent))):
+        with pytest.raises(IpvrmError, match="is not the model of these flags"):
+            make_tiny_model(other)
+    assert weights.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["m"]
