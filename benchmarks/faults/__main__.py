@@ -13,6 +13,7 @@ os.environ |= {  # before torch is imported
 
 import argparse
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -101,7 +102,11 @@ class Faults:
             done = sanitized.run(self.sanitized, command, **options)
         how = "sanitized" if self.sanitized else "not sanitized"
         if done.returncode:
-            return how, f"{CALLS} calls", f"ended with {done.returncode}: {done.stdout[-1800:]}"
+            lines = done.stdout.splitlines()
+            last = [line for line in lines if line.startswith("call ")][-1:]
+            why = [line for line in lines if re.match(r"SUMMARY: |\w+Error: |.*runtime error: ", line)]
+            said = [x[:900] for x in (*last, *why)] or lines[-12:]
+            return how, f"{CALLS} calls", f"ended with {done.returncode}: {' | '.join(said)}"
         return how, done.stdout.splitlines()[-1], None
 
     def report(self) -> dict[str, Any]:
