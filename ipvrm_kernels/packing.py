@@ -84,14 +84,18 @@ def positions(cu_seqlens: Tensor, N: int, dtype: torch.dtype) -> Tensor:
     return (torch.arange(1, N + 1, device=cu_seqlens.device) - first).to(dtype)
 
 
-def check_cu_seqlens_shape(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
-    """Raise ValueError unless cu_seqlens is (B+1,) int32 on the device of `packed`."""
-    check_tensors(op, cu_seqlens=cu_seqlens)
+def _check_edges_kind(op: str, cu_seqlens: Tensor) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
             f"{op}: cu_seqlens must be (B+1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; "
             "pack() makes one, .to(torch.int32) converts one"
         )
+
+
+def check_cu_seqlens_shape(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
+    """Raise ValueError unless cu_seqlens is (B+1,) int32 on the device of `packed`."""
+    check_tensors(op, cu_seqlens=cu_seqlens)
+    _check_edges_kind(op, cu_seqlens)
     if cu_seqlens.device != packed.device:
         raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, the packed tensor on {packed.device}")
 
@@ -118,6 +122,7 @@ def check_finite(op: str, name: str, value: float) -> None:
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, N: int) -> None:
     """Raise ValueError unless cu_seqlens rises from 0 to N. Reads values: see `checks_values`."""
+    _check_edges_kind(op, cu_seqlens)
     B = cu_seqlens.shape[0] - 1
     native = backend.HAS_CPP and cu_seqlens.device.type == "cpu" and cu_seqlens.is_contiguous()
     if native and backend.native_call("edges_rise_cpu", cu_seqlens, B, N):

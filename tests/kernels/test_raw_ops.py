@@ -186,6 +186,14 @@ def test_numbers_out_of_bounds_are_refused(impl):
                     call(op, impl=impl, **{name: value}, **unsaved)
 
 
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+@pytest.mark.parametrize("op", ["segment_scan", "prefix_values", "prefix_value_loss", "distrl_loss"])
+def test_edges_of_no_sequence_are_not_read(op, impl):
+    """(B+1,) holds one number at least; the first of none is at no address."""
+    with pytest.raises(ValueError, match="(cu_seqlens|outcome) must be"):
+        call(op, impl=impl, cu_seqlens=torch.zeros(0, dtype=torch.int32))
+
+
 def test_a_declaration_of_unknown_inputs_is_refused():
     with pytest.raises(TypeError, match="takes names y; there is x, impl"):
 
