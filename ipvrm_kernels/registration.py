@@ -170,6 +170,8 @@ def _input_check(
     parsed = [(names.index(name), name, *_spec(text)) for name, text in takes.items()]
     required = [(names.index(name), name) for name in takes if kinds[name] is Tensor]
     where, gradient = names.index("impl"), op.endswith("_bwd")
+    edges = [at for at, _, kind, *_ in parsed if kind == "edges" and gradient]
+    rows = [at for at, name in required for i, *_, shape, _ in parsed if i == at and shape[:1] == (("N", 0),)]
     pick_asked = _picker([names.index(x) for x in _parameters(op, "saved", saved, names)] if saved else [])
 
     def check(inputs: list[Any]) -> None:
@@ -186,9 +188,8 @@ def _input_check(
                 _check_native(op, impl, name, x, kind, shape, sizes)
                 if kind != "head":
                     inputs[at] = x.contiguous()
-            for at, name, kind, *_ in parsed:
-                if kind == "edges" and gradient and impl == "cpp" and "N" in sizes:
-                    _check_edges(op, name, inputs[at], sizes["N"])
+        if edges and inputs[edges[0]].device.type == "cpu":  # PyTorch too ends the process on some
+            _check_edges(op, names[edges[0]], inputs[edges[0]], inputs[rows[0]].shape[0])
         if saved is not None:
             at = names.index("saved")
             like = next(inputs[i] for i, _, kind, *_ in parsed if kind == "float" and inputs[i] is not None)

@@ -194,6 +194,15 @@ def test_edges_of_no_sequence_are_not_read(op, impl):
         call(op, impl=impl, cu_seqlens=torch.zeros(0, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+@pytest.mark.parametrize("op", ["prefix_values_bwd", "prefix_value_loss_bwd"])
+@pytest.mark.parametrize("edges", [[0, 9, 6], [0, -5, 6], [0, 2**31 - 1, 6], [1, 4, 6], [0, 4, 5]])
+def test_gradients_refuse_edges_that_do_not_rise(op, impl, edges):
+    """PyTorch's own repeat_interleave ends the process on some."""
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to N=6, got"):
+        call(op, impl=impl, cu_seqlens=torch.tensor(edges, dtype=torch.int32))
+
+
 def test_a_declaration_of_unknown_inputs_is_refused():
     with pytest.raises(TypeError, match="takes names y; there is x, impl"):
 
