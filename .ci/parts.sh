@@ -50,5 +50,5 @@ faults() { # faults SECONDS ARGUMENTS...: kills, disks, hostile files and the re
 lowest() { # lowest SECONDS: the tests that are not slow with the oldest pure-Python dependencies
   python3 -m venv "$scratch/lowest"
   part "lowest versions" "$1" bash -c "'$scratch/lowest/bin/pip' install -q -c .ci/lowest.txt '$(echo "$scratch"/wheel/*.whl)[test]' &&
-    '$scratch/lowest/bin/python' -m pytest -q -m 'not slow' -p no:cacheprovider tests/ipvrm"
+    '$scratch/lowest/bin/python' -m pytest -q -n 2 --dist loadfile -m 'not slow' -p no:cacheprovider tests/ipvrm"
 }
