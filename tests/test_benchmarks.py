@@ -914,7 +914,7 @@ else:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_a_trial_checks_bits_before_it_times():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -1227,7 +1227,7 @@ def test_ligers_shared_ids_are_those_of_every_row():
     measure.assert_close("gradient", mine, right, 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_whole_step_is_compared_with_its_fastest_rival(monkeypatch):
     plain = bench_reward_step.logprobs_of_peers
 

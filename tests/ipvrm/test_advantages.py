@@ -273,7 +273,9 @@ def test_values_far_from_zero_do_not_cancel():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("config", [PAPER, RELEASE], ids=["paper", "release"])
+@pytest.mark.parametrize(
+    "config", [PAPER, pytest.param(RELEASE, marks=pytest.mark.full)], ids=["paper", "release"]
+)
 def test_compiles_whole(config, dynamic):
     """Values and prompts are checked in eager mode only, so that nothing breaks the graph."""
     torch.compiler.reset()

@@ -454,7 +454,7 @@ def test_the_loss_compiles_whole(config, dynamic):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("preset", ["paper", "release"])
+@pytest.mark.parametrize("preset", ["paper", pytest.param("release", marks=pytest.mark.full)])
 def test_selection_compiles_whole(preset, dynamic):
     torch.compiler.reset()
     config, cu = CandidateConfig.preset(preset), torch.tensor([0, 6, 9], dtype=torch.int32)

@@ -173,7 +173,7 @@ def test_run_folder(uninterrupted, toy):
     assert not same_bits(folder, toy / "sft") and not same_bits(folder / "reward_model", toy / "ipvrm")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_it_learns(config, toy):
     """Ten steps: the held-out accuracy rises by more than three standard errors."""
     held_out = toy / "held_out.jsonl"
