@@ -203,8 +203,12 @@ def max_positions(model: nn.Module | str | Path) -> int | None:
     return max(int(stated), int(factor * original))
 
 
-def _body(model: Any) -> Callable[..., Any]:
-    """The transformer without its head."""
+def transformer_body(model: Any) -> Callable[..., Any]:
+    """The transformer without its head, called as the model is.
+
+    Raises:
+        IpvrmError: it is not told from the model.
+    """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     body = decoder if decoder is not None and decoder is not model else model.base_model
     if body is model:
@@ -218,7 +222,9 @@ def hidden_states(model: nn.Module, batch: Batch, positions: Tensor | None = Non
     Args:
         positions: int64, other places in the flattened (B * T).
     """
-    states = _body(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+    states = transformer_body(model)(
+        input_ids=batch.input_ids, use_cache=False
+    ).last_hidden_state  # (B, T, D)
     return states.flatten(0, 1).index_select(0, batch.positions if positions is None else positions)
 
 
@@ -291,7 +297,7 @@ def check_head(model: nn.Module) -> None:
     own = cast(Any, model)(input_ids=ids, use_cache=False).logits[0].float()  # (2, V)
     if not bool(own.isfinite().all()):
         raise IpvrmError(f"{type(model).__name__}: its logits are not numbers; the weights are damaged")
-    states = _body(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    states = transformer_body(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
     ours = nn.functional.linear(states, parts.weight, parts.bias).float() * parts.logit_scale  # (2, V)
     if parts.softcap is not None:
         ours = parts.softcap * torch.tanh(ours / parts.softcap)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ipvrm.errors import IpvrmError
-from ipvrm.models.causal_lm import check_head, head, head_module
+from ipvrm.models.causal_lm import check_head, head, head_module, transformer_body
 from ipvrm_kernels import gathered_weight, linear_candidates, linear_logprobs
 
 IGNORED = -100  # of labels, as transformers has it
@@ -164,7 +164,7 @@ def _forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any)
     inputs = dict(zip(state.names, args, strict=False)) | kwargs
     inputs.setdefault("use_cache", False)
     balanced = _balanced(self, state, inputs)
-    body = self.base_model(**inputs)
+    body = transformer_body(self)(**inputs)
     out = _head(self, state, body.last_hidden_state, labels, options)
     count = out.pop("count")
     divisor = max(count, 1) if num_items_in_batch is None else num_items_in_batch
