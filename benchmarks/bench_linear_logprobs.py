@@ -240,7 +240,7 @@ def step_case(
     implementations = kernels(OP, device)
     one_id = {f"{name}, one id": ours(name, sampled, minus_one) for name in implementations}
     workspace = WORKSPACE + 4 * shape.N * shape.V
-    saving = [name for name in implementations if name == "cpp" and not frozen]
+    saving = implementations if device == "cpu" and not frozen else []
     saved = {f"{name} logits kept, one id": ours(name, sampled, minus_one, workspace) for name in saving}
     scalar = {f"{name} linear_distrl_loss, one id": (name, None) for name in kernels(SCALAR_OP, device)}
     scalar |= {f"{name} linear_distrl_loss logits kept, one id": (name, workspace) for name in saving}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import ipvrm_kernels
 
+from ..backend import is_reference
 from . import sequences
 from .judge import Judge
 
@@ -136,7 +137,7 @@ class Exact:
 
     def of(self, impl: str) -> Exact:
         """The same; the reference, which calls log_softmax, is allowed twice that one's error as well."""
-        if impl != "torch":
+        if not is_reference(impl):
             return self
         loose = copy.copy(self)
         loose.allowed = self.allowed + 2 * self.reference_error
@@ -230,7 +231,7 @@ def linear_logprobs(judge: Judge, given: Given, exact: Exact, impl: str) -> None
         hidden, weight, given.ids, return_entropy=True, impl=impl, **given.options
     )
     _statistics(judge, given, exact, out, hidden, weight)
-    if impl != "torch":
+    if not is_reference(impl):
         _same_rows(judge, given, impl)
 
 
