@@ -497,7 +497,7 @@ class _Trainer:
         self._write_card(folder)
         if self.reward is not None:
             (folder / FOLDER).mkdir()
-            self.reward.write(folder / FOLDER, self.policy, place / FOLDER)
+            self.reward.write_model(folder / FOLDER, self.policy, place / FOLDER)
 
     def _write_card(self, folder: Path) -> None:
         config = self.config
