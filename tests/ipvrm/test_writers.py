@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import ipvrm
-from ipvrm.run_folder import replacing
+from ipvrm.run_folder import replacing, reusable
 
 ROOT = Path(ipvrm.__file__).parent
 WRITES = {"savefig", "save_file", "write_bytes", "rename", "to_parquet", "to_csv", "dump"}
@@ -107,3 +107,22 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     with replacing(file) as temporary:
         temporary.write_text("new")
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+def test_what_changed_is_asked_in_one_place():
+    """Whether to go on with what lies there: `same_run` refuses, `reusable` has it made again."""
+    found = [
+        path
+        for path in ROOT.rglob("*.py")
+        if path.name != "run_folder.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        and node.module == "ipvrm.run_folder"
+        and "changes" in {alias.name for alias in node.names}
+    ]
+    assert not found, found
+    notes = []
+    stored = {"data": "a", "seed": 0}
+    assert reusable(stored, {"data": "a", "seed": 0}, "x", notes.append) and not notes
+    assert not reusable(stored, {"data": "b", "seed": 1}, "x", notes.append, {"data": "the data"})
+    assert notes == ["x: made again; changed: the data, seed (0 then, 1 now)"]
