@@ -119,6 +119,17 @@ def test_version_matches_the_metadata():
     assert ipvrm_kernels.__version__ == version("ipvrm")
 
 
+def test_every_public_name_stands_once():
+    text = Path(ipvrm_kernels.__file__).read_text(encoding="utf-8")
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
+    imported = [alias.asname or alias.name for node in nodes for alias in node.names]
+    public = [name for name in imported if name[0] != "_"]
+    assert sorted([*public, "backends", "__version__"]) == ipvrm_kernels.__all__
+    assert {name: len(re.findall(rf"\b{name}\b", text)) for name in public if name.isupper()} == {
+        "DISTRL_METRICS": 1
+    }
+
+
 @pytest.mark.parametrize("way", ["jvp", "dual tensor"])
 def test_forward_mode_is_refused(way):
     """Autograd would take the missing formula for a derivative of 0."""
