@@ -130,27 +130,6 @@ def test_every_public_name_stands_once():
     }
 
 
-@pytest.mark.parametrize("way", ["jvp", "dual tensor"])
-def test_forward_mode_is_refused(way):
-    """Autograd would take the missing formula for a derivative of 0."""
-    ids, edges = torch.tensor([0, 2]), torch.tensor([0, 2]).int()
-    head, tokens = torch.randn(2, 3), torch.randn(2)
-    weight = torch.randn(5, 3)
-    for function, x in (
-        (lambda x: ipvrm_kernels.linear_logprobs(x, weight, ids).logprobs, head),
-        (lambda x: ipvrm_kernels.linear_logprobs(head, x, ids).lse, weight),
-        (lambda x: ipvrm_kernels.segment_scan(x, edges), tokens),
-        (lambda x: ipvrm_kernels.prefix_value_loss(x, edges, torch.ones(1)), tokens),
-        (lambda x: ipvrm_kernels.clipped_surrogate(x, tokens, tokens).loss, tokens),
-    ):
-        with pytest.raises(RuntimeError, match="forward-mode differentiation .* is not supported"):
-            if way == "jvp":
-                torch.func.jvp(function, (x,), (torch.ones_like(x),))
-            else:
-                with torch.autograd.forward_ad.dual_level():
-                    function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
-
-
 def test_no_native_function_takes_more_than_ten_bare_numbers():
     """What belongs together goes down as a struct with named fields: swapped addresses are silent."""
     extension = pytest.importorskip("ipvrm_kernels._C")
