@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import flags, log_of, run_cli, same_bits, weights, write_jsonl
+from runs import flags, log_of, run_cli, same_bits, signalled_while_writing, weights, write_jsonl
 from safetensors.torch import save_file
 from served import FakeServer, scaled
 
@@ -1159,17 +1159,9 @@ def test_resuming_an_older_checkpoint_keeps_what_it_saves(uninterrupted, tmp_pat
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_number):
     """The run has no checkpoint, so the models are written to the end; the handlers are put back."""
-    write, handler = train_policy_module._Trainer.write_model, signal.getsignal(signal_number)
-
-    def signalled(self, *places):
-        assert signal.getsignal(signal_number) is not handler, "the signal would end the process here"
-        os.kill(os.getpid(), signal_number)
-        return write(self, *places)
-
-    monkeypatch.setattr(train_policy_module._Trainer, "write_model", signalled)
-    folder = train(config()).output_dir
+    with signalled_while_writing(train_policy_module._Trainer, signal_number, monkeypatch):
+        folder = train(config()).output_dir
     assert {"model.safetensors", "reward_model", "results.json"} <= {path.name for path in folder.iterdir()}
-    assert signal.getsignal(signal_number) is handler
 
 
 def test_unanimous_prompts_late_in_a_run_lose_nothing(config, monkeypatch):
