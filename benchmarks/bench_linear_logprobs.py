@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.suite.exact import Exact
 from benchmarks.suite.heads import (
-    KEPT_TARGET,
+    SAVED_TARGET,
     Calibrated,
     Shape,
     inputs,
@@ -300,7 +300,7 @@ def step_case(
     late |= {f"{LIGER_SHARED}{SHARED}": no_shared} if no_shared else {}
     aims = targets(kind, shape, implementations, device)
     if aims and device == "cpu":
-        aims |= {f"{name} logits kept": Target(KEPT_TARGET) for name in saving}
+        aims |= {f"{name} logits kept": Target(SAVED_TARGET) for name in saving}
     if aims and peers and device == "cpu":
         aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *saved, *scalar)}
     elif aims and with_peers:  # log-probs beside log-probs, a scalar loss beside a scalar loss
