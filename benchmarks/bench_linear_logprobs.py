@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.suite.exact import Exact
 from benchmarks.suite.heads import (
-    KEPT_TARGET,
+    SAVED_TARGET,
     Calibrated,
     Shape,
     inputs,
@@ -240,7 +240,7 @@ def step_case(
     implementations = kernels(OP, device)
     one_id = {f"{name}, one id": ours(name, sampled, minus_one) for name in implementations}
     workspace = WORKSPACE + 4 * shape.N * shape.V
-    saving = [name for name in implementations if name == "cpp" and not frozen]
+    saving = implementations if device == "cpu" and not frozen else []
     saved = {f"{name} logits kept, one id": ours(name, sampled, minus_one, workspace) for name in saving}
     scalar = {f"{name} linear_distrl_loss, one id": (name, None) for name in kernels(SCALAR_OP, device)}
     scalar |= {f"{name} linear_distrl_loss logits kept, one id": (name, workspace) for name in saving}
@@ -300,7 +300,7 @@ def step_case(
     late |= {f"{LIGER_SHARED}{SHARED}": no_shared} if no_shared else {}
     aims = targets(kind, shape, implementations, device)
     if aims and device == "cpu":
-        aims |= {f"{name} logits kept": Target(KEPT_TARGET) for name in saving}
+        aims |= {f"{name} logits kept": Target(SAVED_TARGET) for name in saving}
     if aims and peers and device == "cpu":
         aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *saved, *scalar)}
     elif aims and with_peers:  # log-probs beside log-probs, a scalar loss beside a scalar loss

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.suite.measure import Case, Target, assert_close
 from benchmarks.suite.sequences import Sequences, batches, forward_backward, kernels, runnable
 from ipvrm_kernels import prefix_value_loss
+from ipvrm_kernels.backend import is_reference
 from ipvrm_kernels.prefix_value_loss import IMPLS
 
 OP = "prefix_value_loss"
@@ -33,7 +34,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
             ours = _ours(batch, impl)
             contenders[impl] = forward_backward(ours, batch.packed)
             contenders[f"{impl}, scaled"] = forward_backward(_scaled(ours), batch.packed)
-            if impl != "torch":
+            if not is_reference(impl):
                 contenders[f"{impl}, raw"] = _raw(batch, impl)
 
         def check(results: Mapping[str, Any], batch: Sequences = batch) -> None:

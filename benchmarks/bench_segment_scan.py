@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.suite.measure import Case, assert_close
-from benchmarks.suite.sequences import Sequences, batches, runnable
+from benchmarks.suite.sequences import Sequences, batches, kernels, runnable
 from ipvrm_kernels import segment_scan
 
 OP = "segment_scan"
@@ -29,7 +29,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         looped = device == "cpu" or batch.padded.shape[1] <= LONGEST_LOOP
         contenders = {"padded loop": loop} if looped else {}
         implementations = runnable(OP, device)
-        for impl in implementations if looped else ["torch", *(x for x in implementations if x != "torch")]:
+        for impl in implementations if looped else ["torch", *kernels(OP, device)]:
             contenders[impl] = lambda impl=impl, b=batch: segment_scan(
                 b.packed, b.cu_seqlens, 0.95, True, impl=impl
             )

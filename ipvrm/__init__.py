@@ -27,16 +27,13 @@ _NAMES = {
     "ipvrm.training.reward_config": ("RewardConfig",),
     "ipvrm.training.train_policy": ("train_policy",),
     "ipvrm.training.train_rm": ("train_reward_model",),
+    "ipvrm_kernels": ("__version__",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from ipvrm.run_folder import installed_version
-
-        return installed_version("ipvrm")
     if name not in _HOME:
         raise AttributeError(f"module 'ipvrm' has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(import_module(_HOME[name]), name)

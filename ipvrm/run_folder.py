@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -228,6 +228,27 @@ def changes(stored: Mapping[str, Any], now: Mapping[str, Any], words: Mapping[st
         for name in sorted({*stored, *now})
         if stored.get(name) != now.get(name)
     )
+
+
+def reusable(
+    stored: Mapping[str, Any],
+    now: Mapping[str, Any],
+    what: str,
+    note: Callable[[str], None],
+    words: Mapping[str, str] | None = None,
+) -> bool:
+    """Whether what lies there was made under the settings of `now`.
+
+    What was not is made again, and `note` is told every changed setting; where a user's work would be lost,
+    `same_run` refuses instead.
+
+    Args:
+        stored, now, words: as in `changes`.
+        what: begins the message: what lies there.
+    """
+    if changed := changes(stored, now, words):
+        note(f"{what}: made again; changed: {changed}")
+    return not changed
 
 
 def same_run(

@@ -1,8 +1,14 @@
-"""Fused ops for prefix-value reward models and distribution-level RL; needs torch, and triton on GPUs."""
+"""Fused ops for prefix-value reward models and distribution-level RL; needs torch, and triton on GPUs.
 
+Unlike the face of `ipvrm` this one loads its modules at once: importing it registers the ops of
+`torch.ops.ipvrm`, by which saved graphs and other processes call them, and each op's module has the name of
+its function, so that whatever imported the module would replace a function not asked for yet.
+"""
+
+import collections.abc
+import importlib.metadata
 import sys
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+import types
 
 from .backend import Backends, Impl, checks_values, set_checks
 from .backend import table as _table
@@ -21,12 +27,17 @@ from .segment_scan import segment_scan
 from .vocab_parallel import vocab_parallel_candidates, vocab_parallel_logprobs
 
 try:
-    __version__ = version("ipvrm")
-except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = importlib.metadata.version("ipvrm")
+except importlib.metadata.PackageNotFoundError:  # a source tree that was not installed
     __version__ = "absent"
 
+# what is imported above and no module, private or of the standard library
+__all__ = [
+    name for name, x in list(globals().items()) if name[0] != "_" and not isinstance(x, types.ModuleType)
+]
+
 # {op: its implementations}; an op's module is called as it is
-OPS: dict[str, Mapping[str, Impl]] = {
+OPS: dict[str, collections.abc.Mapping[str, Impl]] = {
     name: module.IMPLS
     for name, x in list(globals().items())
     if (module := sys.modules.get(f"{__name__}.{name}")) and getattr(x, "__module__", "") == module.__name__
@@ -41,12 +52,4 @@ def backends() -> Backends:
     return _table(OPS)
 
 
-__all__ = sorted(
-    ["backends", "__version__"]
-    + [
-        name
-        for name, x in globals().items()
-        if name[0] != "_" and getattr(x, "__module__", "").startswith(__name__ + ".")
-    ]
-    + ["DISTRL_METRICS"]
-)
+__all__ = sorted([*__all__, "backends", "__version__"])

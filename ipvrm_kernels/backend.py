@@ -127,6 +127,17 @@ class Impl(NamedTuple):
     last_backward: Callable[..., Any] | None = None  # in place of backward where it may use up `saved`
 
 
+def is_reference(impl: str) -> bool:
+    """Whether `impl` is the op's definition in PyTorch, which reads no memory by its address."""
+    return impl == "torch"
+
+
+def trusts_edges(impl: str) -> bool:
+    """Whether `impl` crashes or reads astray where the edges of sequences are wrong; the kernels written for
+    GPUs hold them to 0..N."""
+    return impl in ("cpp", "torch")
+
+
 def why_not(impl: str, device_type: str) -> str | None:
     """None if `impl` can run on a device of this type here, else the reason in words."""
     if impl == "torch":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import NATIVE_DEVICE
+from .backend import NATIVE_DEVICE, is_reference, trusts_edges
 from .torch_private import (
     BelowAutograd,
     DispatchKey,
@@ -179,7 +179,7 @@ def _input_check(
         for at, name in required:
             if inputs[at] is None:  # the dispatcher lets it pass
                 raise ValueError(f"torch.ops.ipvrm.{op}: {name} must be a tensor, got None")
-        if impl != "torch":
+        if not is_reference(impl):
             sizes: dict[str, Any] = {}
             for at, name, kind, shape, condition in parsed:
                 x = inputs[at]
@@ -188,9 +188,7 @@ def _input_check(
                 _check_native(op, impl, name, x, kind, shape, sizes)
                 if kind != "head":
                     inputs[at] = x.contiguous()
-        if (
-            edges and impl in ("cpp", "torch") and inputs[edges[0]].device.type == "cpu"
-        ):  # PyTorch can crash too
+        if edges and trusts_edges(impl) and inputs[edges[0]].device.type == "cpu":
             _check_edges(op, names[edges[0]], inputs[edges[0]], inputs[rows[0]].shape[0])
         if saved is not None:
             at = names.index("saved")

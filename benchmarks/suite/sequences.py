@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ipvrm_kernels
 from ipvrm_kernels import unpack
-from ipvrm_kernels.backend import why_not
+from ipvrm_kernels.backend import is_reference, why_not
 
 # (B, T, ragged): every sequence T long, or lengths uniform in 1..T
 FULL = (
@@ -65,7 +65,7 @@ def runnable(op: str, device: str) -> list[str]:
 
 def kernels(op: str, device: str) -> list[str]:
     """`runnable` without the reference, whose place in a benchmark eager PyTorch takes."""
-    return [name for name in runnable(op, device) if name != "torch"]
+    return [name for name in runnable(op, device) if not is_reference(name)]
 
 
 def forward_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:

@@ -43,7 +43,7 @@ from ipvrm.demo.settings import (
 from ipvrm.errors import IpvrmError
 from ipvrm.output import locked
 from ipvrm.progress import Progress
-from ipvrm.run_folder import changes, manifest, read_json, save_folder, write_json
+from ipvrm.run_folder import manifest, read_json, reusable, save_folder, write_json
 from ipvrm.training.checkpoint import TrainingInterrupted
 
 STAGE_FILE = "stage.json"
@@ -257,8 +257,8 @@ class Stages:
                 self.done[name] = stored
                 self.progress.note(f"{name}: done before ({stored['seconds']:.0f} s)")
                 return True
-            changed = changes(stored["settings"], settings) or "a stage before it"
-            self.progress.note(f"{name}: made again; changed: {changed}")
+            if reusable(stored["settings"], settings, name, self.progress.note):
+                self.progress.note(f"{name}: made again; changed: a stage before it")
         budget = f" (budget {self.budgets[name]:g} s)" if name in self.budgets else ""
         self.progress.note(f"{name}{budget} ...")
         return False

@@ -23,7 +23,7 @@ from ipvrm.models.causal_lm import (
 )
 from ipvrm.models.patch_head import patch_head
 from ipvrm.models.reward_model import check_own_weights, read_info, write_info
-from ipvrm.run_folder import versions
+from ipvrm.run_folder import save_folder, versions
 from ipvrm.training.adapters import save_merged, trained_weights, with_weights
 from ipvrm.training.online_reward import REFERENCE, check_same_tokens
 from ipvrm.training.optimizer import NotFinite
@@ -146,14 +146,15 @@ class PrefixRewardModel:
     def save(self, folder: Path, policy: Any, temperature: float) -> None:
         """The folder that `RewardModel.from_pretrained` reads; its reference is the policy that it last
         learnt from."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, folder)
-        self.tokenizer.save_pretrained(folder)
-        with with_weights(policy, self.behaviour):
-            save_merged(policy, folder / REFERENCE)
-        info = replace(
-            self.info, reference=REFERENCE, reference_given=str(folder / REFERENCE),
-            reference_hash=weights_hash(folder / REFERENCE), versions=versions(), temperature=temperature,
-            adapter=None, margin=None if self.info.margin is None else self.objective.margin,
-        )  # fmt: skip
-        write_info(folder, info)
+        with save_folder(folder) as temporary:
+            save_model(self.model, temporary)
+            self.tokenizer.save_pretrained(temporary)
+            with with_weights(policy, self.behaviour):
+                save_merged(policy, temporary / REFERENCE)
+            info = replace(
+                self.info, reference=REFERENCE, reference_given=str(folder / REFERENCE),
+                reference_hash=weights_hash(temporary / REFERENCE), versions=versions(),
+                temperature=temperature, adapter=None,
+                margin=None if self.info.margin is None else self.objective.margin,
+            )  # fmt: skip
+            write_info(temporary, info)

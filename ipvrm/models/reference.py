@@ -15,7 +15,7 @@ from ipvrm.data.responses import Response
 from ipvrm.errors import IpvrmError
 from ipvrm.models.causal_lm import ResponseLogprobs, load_model
 from ipvrm.progress import Progress
-from ipvrm.run_folder import changes, write_tensors
+from ipvrm.run_folder import reusable, write_tensors
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
 WORDS = {"data": "the data", "reference": "the reference"}
@@ -96,8 +96,7 @@ def _read(path: Path, settings: dict[str, Any], num_sets: int, progress: Progres
         return None
     with safe_open(path, framework="pt") as file:
         made_from = json.loads((file.metadata() or {}).get("settings", "{}"))
-        if changed := changes(made_from, settings, WORDS):
-            progress.note(f"{path}: computed again; changed: {changed}")
+        if not reusable(made_from, settings, str(path), progress.note, WORDS):
             return None
         return [file.get_tensor(f"set.{i}") for i in range(num_sets)]
 

@@ -29,7 +29,7 @@ from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
 from ipvrm.errors import IpvrmError
 from ipvrm.output import locked
 from ipvrm.progress import Progress
-from ipvrm.run_folder import manifest, read_json, same_run, write_table
+from ipvrm.run_folder import manifest, read_json, same_run, settings_of, write_table
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {"rm_update": "frozen"},
@@ -192,7 +192,7 @@ def _demo(demo: Path, shown: Progress) -> dict[str, Any]:
 
 
 def _refuse_another(demo: Path) -> None:
-    wanted = asdict(FULL) | {"seed": 0}
+    wanted = settings_of(FULL) | {"seed": 0}
     for name in ("base", "rollouts"):
         file = demo / name / STAGE_FILE
         stored = read_json(file)["settings"] if file.exists() else {}

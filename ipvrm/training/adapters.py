@@ -5,7 +5,7 @@ starting weights.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ipvrm.errors import IpvrmError
-from ipvrm.models.causal_lm import head, save_model
+from ipvrm.models.causal_lm import disable_dropout, head, load_model, save_model
+from ipvrm.training.flags import filled
 
 ADAPTER = "adapter"
 ALL_LINEAR = ("all-linear",)
@@ -110,9 +111,30 @@ def adapter_entries(base: str | Path, base_hash: str, r: int, alpha: float | Non
     return {"folder": ADAPTER, "lora_r": r, "lora_alpha": alpha, "base": str(base), "base_hash": base_hash}
 
 
-def in_words(base: str, r: int) -> str:
-    """What is saved of a model with adapters on the weights of `base`, for the screen."""
-    return (
-        f"LoRA of rank {r} on {base}: saved are the merged weights, which every command reads, and the "
-        f"adapter alone in {ADAPTER}/"
-    )
+def model_in_training(config: Any, resumed: Path | None, note: Callable[[str], None]) -> nn.Module:
+    """The fp32 model that a run of train-rm or train-policy starts from, or goes on with.
+
+    Without dropout, under LoRA with its adapters, in training mode; torch's generators are seeded before
+    anything random is made.
+
+    Args:
+        config: complete. resumed: the checkpoint. note: says on the screen what will be saved.
+
+    Raises:
+        IpvrmError: as `add_adapters`.
+    """
+    # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
+    model = load_model(config.model if resumed is None or config.lora_r else resumed, torch.float32)
+    torch.manual_seed(filled(config.seed))
+    disable_dropout(model)
+    if config.lora_r:
+        note(
+            f"LoRA of rank {config.lora_r} on {config.model}: saved are the merged weights, which every "
+            f"command reads, and the adapter alone in {ADAPTER}/"
+        )
+        alpha, names = filled(config.lora_alpha), config.lora_target_modules
+        model = add_adapters(model, config.lora_r, alpha=alpha, target_modules=names, saved=resumed)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    model.train()
+    return model

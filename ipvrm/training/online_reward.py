@@ -284,7 +284,7 @@ class OnlineReward:
         if self.reference is None and self.accelerator.is_main_process:
             self.behaviour = trained_weights(policy)
 
-    def write(self, folder: Path, policy: nn.Module, final_place: Path) -> None:
+    def write_model(self, folder: Path, policy: nn.Module, final_place: Path) -> None:
         """The model folder that `RewardModel.from_pretrained` reads, which then scores what was trained.
 
         Its reference is what it was updated against: the one that it came with, or the behaviour policy of

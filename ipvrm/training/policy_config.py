@@ -199,7 +199,8 @@ class PolicyConfig:
     spro_beta: float | None = field(
         default=None, metadata=POSITIVE | read_by(_algorithms("spro")) | default(lambda c: 0.05)
     )
-    """Scale of SPRO's process reward, default 0.05 (ours)."""
+    """Scale of SPRO's process reward, default 0.05 (ours, as PRIME's; SPRO's paper names none, so a fair
+    comparison with it sweeps this)."""
 
     num_generations: int | None = field(
         default=None,
@@ -280,6 +281,8 @@ class PolicyConfig:
     )
     """Of the policy's matrices. Default: 0; release: 0.01."""
     adam_epsilon: float = field(default=1e-8, metadata=NOT_NEGATIVE)
+    """Of Adam's denominator. At 1 an update is nearly linear in the gradient: two ways to compute it, which
+    differ by rounding, are compared so."""
     max_grad_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
     """The policy's gradients are scaled down to this norm; 0 for no limit."""
     mixed_precision: Literal["no", "bf16"] = "no"

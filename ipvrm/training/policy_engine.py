@@ -18,7 +18,7 @@ from ipvrm.models.causal_lm import save_model
 from ipvrm.models.server import Server
 from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.server_engine import ServerEngine
-from ipvrm.run_folder import writing
+from ipvrm.run_folder import save_folder
 from ipvrm.training.run import Run
 
 CHECKED = 8  # responses of a step whose log-probs are compared
@@ -58,9 +58,8 @@ class PolicyServer:
             if before is None:
                 shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
             try:
-                with writing(self.folder / name):
-                    (self.folder / name).mkdir(parents=True)
-                    save_model(self.policy, self.folder / name)
+                with save_folder(self.folder / name) as temporary:
+                    save_model(self.policy, temporary)
                 self.engine.server.load_adapter(name, self.folder / name)
             except IpvrmError as error:
                 failed = str(error)

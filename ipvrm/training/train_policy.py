@@ -30,7 +30,6 @@ from ipvrm.losses.metrics import MetricSums, auc, paired, stacked
 from ipvrm.losses.objectives import dpo_pairs
 from ipvrm.models.card import write_card
 from ipvrm.models.causal_lm import (
-    disable_dropout,
     load_model,
     load_tokenizer,
     max_positions,
@@ -45,7 +44,7 @@ from ipvrm.rollouts.engine import Engine, TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import VerifierPool
 from ipvrm.run_folder import settings_of
 from ipvrm.training import checkpoint
-from ipvrm.training.adapters import add_adapters, in_words, save_trained
+from ipvrm.training.adapters import model_in_training, save_trained
 from ipvrm.training.flags import filled
 from ipvrm.training.online_reward import FOLDER, OnlineReward, RewardInputs
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
@@ -156,18 +155,7 @@ class _Trainer:
         config, run = self.config, self.run
         self.accelerator = run.accelerator
 
-        # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
-        start = config.model if run.resumed is None or config.lora_r else run.resumed
-        model = load_model(start, torch.float32)
-        torch.manual_seed(config.seed)
-        disable_dropout(model)
-        if config.lora_r:
-            run.progress.note(in_words(config.model, config.lora_r))
-            alpha, names = filled(config.lora_alpha), config.lora_target_modules
-            model = add_adapters(model, config.lora_r, alpha=alpha, target_modules=names, saved=run.resumed)
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()  # type: ignore[operator]
-        model.train()
+        model = model_in_training(config, run.resumed, run.progress.note)
         assert config.learning_rate is not None and config.temperature is not None
         ratio = config.algorithm != "reinforce_qrm"
         module = PolicyLoss(model, self.method.loss, config.temperature, ratio)
@@ -213,10 +201,7 @@ class _Trainer:
                 done = step + 1
                 with run.kept_on_failure(step, self):
                     record = self._step(step)
-                if self.evaluator is not None and (
-                    done == config.max_steps
-                    or (config.eval_steps is not None and done % config.eval_steps == 0)
-                ):
+                if self.evaluator is not None and run.evaluates(done, config.eval_steps):
                     with run.kept_on_failure(done, self, record):
                         evaluated = self._evaluate(self.evaluator)
                     record |= evaluated
@@ -497,7 +482,7 @@ class _Trainer:
         self._write_card(folder)
         if self.reward is not None:
             (folder / FOLDER).mkdir()
-            self.reward.write(folder / FOLDER, self.policy, place / FOLDER)
+            self.reward.write_model(folder / FOLDER, self.policy, place / FOLDER)
 
     def _write_card(self, folder: Path) -> None:
         config = self.config

@@ -26,7 +26,6 @@ from ipvrm.errors import IpvrmError
 from ipvrm.losses.metrics import Metrics, MetricSums, paired, stacked
 from ipvrm.models.causal_lm import (
     ResponseLogprobs,
-    disable_dropout,
     load_model,
     load_tokenizer,
     local_folder,
@@ -47,7 +46,7 @@ from ipvrm.models.token_rewards import (
 from ipvrm.progress import peak_memory
 from ipvrm.run_folder import settings_of, versions
 from ipvrm.training import checkpoint
-from ipvrm.training.adapters import adapter_entries, add_adapters, in_words, save_trained
+from ipvrm.training.adapters import adapter_entries, add_adapters, model_in_training, save_trained
 from ipvrm.training.flags import filled
 from ipvrm.training.fully_sharded import fully_sharded, whole_weights
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
@@ -202,18 +201,7 @@ class _Trainer:
         self.accelerator, self.device = run.accelerator, run.device
         self.data, self.eval_data = inputs.data, inputs.eval_data
         self.objective = inputs.objective
-        torch.manual_seed(filled(config.seed))
-        # under LoRA a checkpoint's weights are merged ones; its adapters belong on the starting weights
-        start = config.model if config.lora_r else run.resumed or config.model
-        model = load_model(start, torch.float32)
-        disable_dropout(model)
-        if config.lora_r:
-            run.progress.note(in_words(config.model, config.lora_r))
-            alpha, names = filled(config.lora_alpha), config.lora_target_modules
-            model = add_adapters(model, config.lora_r, alpha=alpha, target_modules=names, saved=run.resumed)
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()  # type: ignore[operator]
-        model.train()
+        model = model_in_training(config, run.resumed, run.progress.note)
         module: nn.Module = ResponseLogprobs(model)
         if config.objective == "q_rm":
             folder = run.resumed or local_folder(config.model)
@@ -284,7 +272,7 @@ class _Trainer:
                 means, speed = self.pending.means(), self.tokens / run.seconds()
                 shown = {name: means[name] for name in self.objective.metrics[:2]}
                 bar(done, **shown, tokens_per_second=speed)
-                validate = done == total or (config.eval_steps is not None and done % config.eval_steps == 0)
+                validate = run.evaluates(done, config.eval_steps)
                 if validate or done % config.logging_steps == 0:
                     record = {
                         "step": done,

@@ -80,12 +80,12 @@ def _heads(head: Head, device: str) -> Iterator[Result]:
                 name,
                 partial(heads.CHECKS[op], given=given, exact=exact.of(impl), impl=impl),
             )
-            if result.right and impl != "torch" and not backend.INTERPRETED:  # the reference is no contender
+            if result.right and not backend.is_reference(impl) and not backend.INTERPRETED:  # no contender
                 calls = heads.timed(op, given, exact, impl)
                 times = {what: round(_ms(call, device) / matmul, 2) for what, call in calls.items()}
                 result = result._replace(times=times)
             yield result
-    if applies("triton", device):
+    if applies(device):
         yield _judged("linear_logprobs", "triton", device, "tiles", partial(wrong_tile, device=device))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import ipvrm_kernels
 
+from ..backend import is_reference
 from . import sequences
 from .judge import Judge
 
@@ -136,7 +137,7 @@ class Exact:
 
     def of(self, impl: str) -> Exact:
         """The same; the reference, which calls log_softmax, is allowed twice that one's error as well."""
-        if impl != "torch":
+        if not is_reference(impl):
             return self
         loose = copy.copy(self)
         loose.allowed = self.allowed + 2 * self.reference_error
@@ -169,14 +170,14 @@ class Exact:
             for name, (g, g_entropy) in branches.items()
         }  # (N,)
         reach = hidden.abs().amax(1)  # (N,)
-        slope = torch.zeros_like(self.lse)
+        sensitivity = torch.zeros_like(self.lse)
         pairs, self.border = [], torch.zeros(len(hidden), dtype=torch.bool, device=device)
         used = given.ids >= 0
         for start, z, weight in self._logits():
             log_p = z - self.lse[:, None]
             p = log_p.exp()
             centred = log_p + self.entropy[:, None]
-            slope += (p * centred.abs()).sum(1)
+            sensitivity += (p * centred.abs()).sum(1)
             row, column = (p >= MIN_PROB).nonzero(as_tuple=True)
             pairs.append(torch.stack([row, column + start], 1))
             self.border |= ((p - MIN_PROB).abs() < BORDER).any(1)
@@ -193,7 +194,7 @@ class Exact:
                 dweight[name].append(dz[:, here].T @ hidden)
                 floors[name].append(p[:, here].T @ (sizes[name] * reach))
         self.candidates = torch.cat(pairs)  # (C, 2) of (row, id)
-        self.entropy_allowed = self.allowed * (1 + float(slope.max()))
+        self.entropy_allowed = self.allowed * (1 + float(sensitivity.max()))
         widest, off = float(given.weight.abs().max()), 2 * self.allowed
         self.gradients = {
             name: Gradients(
@@ -230,7 +231,7 @@ def linear_logprobs(judge: Judge, given: Given, exact: Exact, impl: str) -> None
         hidden, weight, given.ids, return_entropy=True, impl=impl, **given.options
     )
     _statistics(judge, given, exact, out, hidden, weight)
-    if impl != "torch":
+    if not is_reference(impl):
         _same_rows(judge, given, impl)
 
 

@@ -52,6 +52,22 @@ def tokenizer(tiny_folder):
     return load_tokenizer(tiny_folder)
 
 
+@pytest.fixture(scope="module")
+def encoded(request, tokenizer):
+    """The module's PROMPTS as ids."""
+    from ipvrm.data.chat import encode_prompt
+
+    return [encode_prompt(prompt, tokenizer) for prompt in request.module.PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def stops(model, tokenizer):
+    """The ids that end a response of the module's model."""
+    from ipvrm.rollouts.engine import stop_ids
+
+    return stop_ids(model, tokenizer)
+
+
 @pytest.fixture(scope="session")
 def data_dir():
     """The real data, or a skip with the reason."""

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,30 @@ def run_cli(*arguments, path=None):
         text=True,
         timeout=180,
     )
+
+
+def train(config):
+    """A reward model, without the progress bar."""
+    from ipvrm.training.train_rm import train_reward_model
+
+    return train_reward_model(config, progress=False)
+
+
+@contextmanager
+def signalled_while_writing(trainer, number, monkeypatch):
+    """The process gets signal `number` whenever a run of this trainer writes its models; in the end the
+    handlers are those of before."""
+    write, handler = trainer.write_model, signal.getsignal(number)
+
+    def signalled(self, *places):
+        assert signal.getsignal(number) is not handler, "the signal would end the process here"
+        os.kill(os.getpid(), number)
+        return write(self, *places)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "write_model", signalled)
+        yield
+    assert signal.getsignal(number) is handler
 
 
 def sharp(model, factor=40.0):

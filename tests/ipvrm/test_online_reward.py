@@ -140,5 +140,5 @@ def test_a_lost_reference_matters_only_where_it_is_read(tiny_folder, reward_fold
     reward = OnlineReward(online(), accelerator)
     policy = load_model(tiny_folder)
     reward.learnt_from(policy)
-    reward.write(tmp_path / "saved", policy, tmp_path / "saved")
+    reward.write_model(tmp_path / "saved", policy, tmp_path / "saved")
     RewardModel.from_pretrained(tmp_path / "saved")  # its reference is the policy, saved in it

@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 import torch
-from runs import log_of, same_bits, weights, write_jsonl
+from runs import log_of, same_bits, train, weights, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from ipvrm import IpvrmError, RewardModel
@@ -28,7 +28,6 @@ from ipvrm.rollouts.verify import Verdict
 from ipvrm.training.policy_model import PolicyLoss
 from ipvrm.training.policy_rollouts import Targets
 from ipvrm.training.reward_config import RewardConfig
-from ipvrm.training.train_rm import train_reward_model
 
 PROBLEM, STEPS = "What is 1 + 2?", ["carry 0.", "carry 1 and more.", "Answer: 3"]
 
@@ -60,10 +59,6 @@ def config(tiny_folder, groups, tmp_path):
         return RewardConfig(**(settings | changes))
 
     return make
-
-
-def train(config):
-    return train_reward_model(config, progress=False)
 
 
 # ------------------------------------------------------------------------------------------------- pairs

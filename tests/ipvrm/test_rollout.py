@@ -52,16 +52,6 @@ def model(tiny_folder):
     return model
 
 
-@pytest.fixture(scope="module")
-def encoded(tokenizer):
-    return [encode_prompt(prompt, tokenizer) for prompt in PROMPTS]
-
-
-@pytest.fixture(scope="module")
-def stops(model, tokenizer):
-    return stop_ids(model, tokenizer)
-
-
 @pytest.fixture
 def prompts_file(tmp_path):
     path = tmp_path / "prompts.jsonl"

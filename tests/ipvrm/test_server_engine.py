@@ -13,7 +13,6 @@ from served import FakeServer, scaled
 
 from ipvrm import IpvrmError
 from ipvrm.cli import main
-from ipvrm.data.chat import encode_prompt
 from ipvrm.data.responses import Response
 from ipvrm.models.causal_lm import load_model, save_model
 from ipvrm.models.server import Server
@@ -46,18 +45,8 @@ def server(sharp, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def encoded(tokenizer):
-    return [encode_prompt(prompt, tokenizer) for prompt in PROMPTS]
-
-
-@pytest.fixture(scope="module")
 def model(sharp):
     return load_model(sharp)
-
-
-@pytest.fixture(scope="module")
-def stops(model, tokenizer):
-    return stop_ids(model, tokenizer)
 
 
 def engine_of(server, sharp, stops, **options):

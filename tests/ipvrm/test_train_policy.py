@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import flags, log_of, run_cli, same_bits, weights, write_jsonl
+from runs import flags, log_of, run_cli, same_bits, signalled_while_writing, weights, write_jsonl
 from safetensors.torch import save_file
 from served import FakeServer, scaled
 
@@ -421,7 +421,7 @@ def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_pa
     rollouts.candidate_ids = torch.empty(rollouts.starts[-1], 0, dtype=torch.int64)
     reference, _ = reward.reference_logprobs(rollouts)
     sums, _, finals = reward.update(rollouts, reference, [list(range(12))], 1.0)
-    reward.write(folder := tmp_path / "online", load_model(toy / "sft"), folder)
+    reward.write_model(folder := tmp_path / "online", load_model(toy / "sft"), folder)
     assert_close_weights(folder, offline.output_dir, toy / "ipvrm", allowed=1e-3)
     want = json.loads((offline.output_dir / "metrics.jsonl").read_text().splitlines()[0])
     assert sums["loss"][0] / sums["loss"][1] == pytest.approx(want["loss"], rel=1e-5)
@@ -550,7 +550,7 @@ def test_a_resumed_run_that_fails_at_once_keeps_what_the_reward_model_was_traine
     inputs = RewardInputs(resolved, method.balance, load_tokenizer(toy / "sft"))
     state = json.loads((folder / "checkpoint-1" / "trainer_state.json").read_text())
     reward = OnlineReward(inputs, accelerator, folder / "checkpoint-1", state["reward_optimizer"])
-    reward.write(again := tmp_path / "again", load_model(folder / "checkpoint-1"), again)
+    reward.write_model(again := tmp_path / "again", load_model(folder / "checkpoint-1"), again)
     assert same_bits(again, first) and same_bits(again / "reference", first / "reference")
     assert not same_bits(again / "reference", folder / "checkpoint-1")
     RewardModel.from_pretrained(again, device="cpu")
@@ -1159,17 +1159,9 @@ def test_resuming_an_older_checkpoint_keeps_what_it_saves(uninterrupted, tmp_pat
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_number):
     """The run has no checkpoint, so the models are written to the end; the handlers are put back."""
-    write, handler = train_policy_module._Trainer.write_model, signal.getsignal(signal_number)
-
-    def signalled(self, *places):
-        assert signal.getsignal(signal_number) is not handler, "the signal would end the process here"
-        os.kill(os.getpid(), signal_number)
-        return write(self, *places)
-
-    monkeypatch.setattr(train_policy_module._Trainer, "write_model", signalled)
-    folder = train(config()).output_dir
+    with signalled_while_writing(train_policy_module._Trainer, signal_number, monkeypatch):
+        folder = train(config()).output_dir
     assert {"model.safetensors", "reward_model", "results.json"} <= {path.name for path in folder.iterdir()}
-    assert signal.getsignal(signal_number) is handler
 
 
 def test_unanimous_prompts_late_in_a_run_lose_nothing(config, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import flags, log_of, run_cli, same_bits, weights
+from runs import flags, log_of, run_cli, same_bits, signalled_while_writing, train, weights
 from safetensors.torch import load_file
 
 import ipvrm.training.train_rm as train_rm
@@ -41,10 +41,6 @@ def config(tiny_folder, rollouts, tmp_path):
         return RewardConfig(**(settings | changes))
 
     return make
-
-
-def train(config):
-    return train_reward_model(config, progress=False)
 
 
 def assert_same_log(a, b):
@@ -643,17 +639,9 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_number):
     """The run has no checkpoint, so the model is written to the end; the handlers are put back."""
-    write, handler = train_rm._Trainer.write_model, signal.getsignal(signal_number)
-
-    def signalled(self, *places):
-        assert signal.getsignal(signal_number) is not handler, "the signal would end the process here"
-        os.kill(os.getpid(), signal_number)
-        return write(self, *places)
-
-    monkeypatch.setattr(train_rm._Trainer, "write_model", signalled)
-    folder = train(config(max_steps=1)).output_dir
+    with signalled_while_writing(train_rm._Trainer, signal_number, monkeypatch):
+        folder = train(config(max_steps=1)).output_dir
     assert {"model.safetensors", "results.json"} <= {path.name for path in folder.iterdir()}
-    assert signal.getsignal(signal_number) is handler
 
 
 @pytest.mark.slow

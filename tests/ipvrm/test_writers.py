@@ -6,25 +6,33 @@ from pathlib import Path
 import pytest
 
 import ipvrm
-from ipvrm.run_folder import replacing
+from ipvrm.run_folder import replacing, reusable
 
 ROOT = Path(ipvrm.__file__).parent
 WRITES = {"savefig", "save_file", "write_bytes", "rename", "to_parquet", "to_csv", "dump"}
+HANDED = {"write_model", "save_trained", "save_merged", "save_model", "_train_base"}  # a folder, to be filled
+FILLS = HANDED | {"save_pretrained", "copytree"}
+ATOMIC = {"replacing", "save_folder"}
 
 
 def strays(text: str) -> list[int]:
-    """Lines that write a file under its own name: not inside `with replacing(...)`."""
+    """Lines that write a file or a folder under its own name: not inside `with replacing(...)` or `with
+    save_folder(...)`. A folder may be filled by a function that was handed it, whose callers are judged, and
+    by what makes a stage of the demo (`Stages.folder`)."""
     found = []
 
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.With) and any(_name(i.context_expr) == "replacing" for i in node.items):
+    def visit(node: ast.AST, handed: bool) -> None:
+        if isinstance(node, ast.With) and ATOMIC & {_name(i.context_expr) for i in node.items}:
             return
-        if isinstance(node, ast.Call) and _writes(node):
-            found.append(node.lineno)
+        handed |= isinstance(node, ast.FunctionDef) and node.name in HANDED
+        if isinstance(node, ast.Call):
+            handed |= _name(node) == "folder"
+            if _writes(node) or (_name(node) in FILLS and not handed):
+                found.append(node.lineno)
         for child in ast.iter_child_nodes(node):
-            visit(child)
+            visit(child, handed)
 
-    visit(ast.parse(text))
+    visit(ast.parse(text), False)
     return found
 
 
@@ -68,7 +76,17 @@ def test_strays_are_seen():
         "save_file(t, path)",
     ):
         assert strays(line) == [1], line
+        assert strays(f"def write_model(path):\n    {line}") == [2]
         assert strays(f"with replacing(path) as temporary:\n    {line}") == []
+    for line in (
+        "model.save_pretrained(path)",
+        "save_model(model, path)",
+        "shutil.copytree(a, path)",
+        "self.reward.write_model(path, policy, path)",
+    ):
+        assert strays(line) == strays(f"def save(path): {line}") == [1], line
+        assert strays(f"with save_folder(path) as temporary:\n    {line}") == []
+        assert strays(f"def write_model(path):\n    {line}") == []
     for line in (
         "open(path)",
         "open(path, 'a')",
@@ -89,3 +107,22 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     with replacing(file) as temporary:
         temporary.write_text("new")
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+def test_what_changed_is_asked_in_one_place():
+    """Whether to go on with what lies there: `same_run` refuses, `reusable` has it made again."""
+    found = [
+        path
+        for path in ROOT.rglob("*.py")
+        if path.name != "run_folder.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        and node.module == "ipvrm.run_folder"
+        and "changes" in {alias.name for alias in node.names}
+    ]
+    assert not found, found
+    notes = []
+    stored = {"data": "a", "seed": 0}
+    assert reusable(stored, {"data": "a", "seed": 0}, "x", notes.append) and not notes
+    assert not reusable(stored, {"data": "b", "seed": 1}, "x", notes.append, {"data": "the data"})
+    assert notes == ["x: made again; changed: the data, seed (0 then, 1 now)"]

@@ -1,5 +1,6 @@
 """Which implementation runs, what importing costs, and what an unbuilt tree says."""
 
+import ast
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,25 +119,15 @@ def test_version_matches_the_metadata():
     assert ipvrm_kernels.__version__ == version("ipvrm")
 
 
-@pytest.mark.parametrize("way", ["jvp", "dual tensor"])
-def test_forward_mode_is_refused(way):
-    """Autograd would take the missing formula for a derivative of 0."""
-    ids, edges = torch.tensor([0, 2]), torch.tensor([0, 2]).int()
-    head, tokens = torch.randn(2, 3), torch.randn(2)
-    weight = torch.randn(5, 3)
-    for function, x in (
-        (lambda x: ipvrm_kernels.linear_logprobs(x, weight, ids).logprobs, head),
-        (lambda x: ipvrm_kernels.linear_logprobs(head, x, ids).lse, weight),
-        (lambda x: ipvrm_kernels.segment_scan(x, edges), tokens),
-        (lambda x: ipvrm_kernels.prefix_value_loss(x, edges, torch.ones(1)), tokens),
-        (lambda x: ipvrm_kernels.clipped_surrogate(x, tokens, tokens).loss, tokens),
-    ):
-        with pytest.raises(RuntimeError, match="forward-mode differentiation .* is not supported"):
-            if way == "jvp":
-                torch.func.jvp(function, (x,), (torch.ones_like(x),))
-            else:
-                with torch.autograd.forward_ad.dual_level():
-                    function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+def test_every_public_name_stands_once():
+    text = Path(ipvrm_kernels.__file__).read_text(encoding="utf-8")
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
+    imported = [alias.asname or alias.name for node in nodes for alias in node.names]
+    public = [name for name in imported if name[0] != "_"]
+    assert sorted([*public, "backends", "__version__"]) == ipvrm_kernels.__all__
+    assert {name: len(re.findall(rf"\b{name}\b", text)) for name in public if name.isupper()} == {
+        "DISTRL_METRICS": 1
+    }
 
 
 def test_no_native_function_takes_more_than_ten_bare_numbers():
@@ -164,3 +156,43 @@ def test_a_native_struct_keeps_its_tensors_and_refuses_other_names():
     assert gone() is None
     with pytest.raises(AttributeError, match="tops"):
         backend.native_struct("RowState", tops=torch.zeros(3))
+
+
+def compared_names(text):
+    """Lines that compare with the name of an implementation; `cuda` names a device too: with `impl` alone."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.MatchValue) and ast.unparse(node.value).strip("'") in backend.IMPL_NAMES:
+            found.append(node.lineno)
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            flat = [x for side in sides for x in getattr(side, "elts", [side])]
+            names = {x.value for x in flat if isinstance(x, ast.Constant)} & {*backend.IMPL_NAMES}
+            if names - {"cuda"} or (names and "impl" in ast.unparse(node)):
+                found.append(node.lineno)
+    return found
+
+
+def test_nothing_outside_backend_asks_which_implementation_it_is():
+    root = Path(ipvrm_kernels.__file__).parent
+    places = [*root.rglob("*.py"), *(Path(__file__).parents[2] / "benchmarks").rglob("*.py")]
+    places += (root.parent / "ipvrm").rglob("*.py")
+    assert len(places) > 100
+    found = [
+        f"{path}:{line}"
+        for path in places
+        if path != root / "backend.py"
+        for line in compared_names(path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
+    for line in (
+        "impl == 'cpp'",
+        "name != 'torch'",
+        "impl in ('cuda', 'x')",
+        "'triton' == x[0]",
+        "a.impl == 'cuda'",
+    ):
+        assert compared_names(line) == [1], line
+    assert compared_names("match x:\n    case 'cpp':\n        pass") == [2]
+    for line in ("device == 'cuda'", "impl is None", "x = 'cpp'", "kind == 'edges'"):
+        assert compared_names(line) == [], line

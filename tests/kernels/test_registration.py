@@ -193,6 +193,26 @@ def test_every_op_refuses_a_second_backward_in_the_same_words(op):
         torch.autograd.grad(gradient.sum(), x)
 
 
+FORWARD = (
+    DOUBLE
+    | {  # in the other operand of the head
+        "linear_logprobs of the weight": lambda x: linear_logprobs(HEAD[IDS], x[:4, None] * HEAD, IDS).lse,
+    }
+)
+
+
+@pytest.mark.parametrize("way", ["jvp", "dual tensor"])
+@pytest.mark.parametrize("call", FORWARD)
+def test_forward_mode_is_refused(call, way):
+    """Autograd would take the missing formula for a derivative of 0."""
+    with pytest.raises(RuntimeError, match="forward-mode differentiation .* is not supported"):
+        if way == "jvp":
+            torch.func.jvp(FORWARD[call], (X,), (torch.ones_like(X),))
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                FORWARD[call](torch.autograd.forward_ad.make_dual(X, torch.ones_like(X)))
+
+
 def product(fake_shape=None):
     """An op registered anew: x * factor * weight, and what its backward was called with."""
     seen = []

@@ -9,10 +9,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ipvrm_kernels import (
+    Partial,
     distrl_loss,
     linear_candidates,
     linear_distrl_loss,
     linear_logprobs,
+    linear_logprobs_partial,
+    merge_partials,
     vocab_parallel_candidates,
     vocab_parallel_logprobs,
 )
@@ -212,3 +215,43 @@ def test_equals_one_process(tmp_path, world):
         assert "the same ids" in others and "hidden.requires_grad" in trains
         assert "cover the vocabulary" in cover and f"below V={V}" in above
         assert "got a DTensor" in dtensor and "gathered_weight" in dtensor
+
+
+def gathered(own, rank):
+    """Every rank's Partial: the others' values, and one's own with its graph, as `merge_partials` says."""
+    shards = [[torch.empty_like(x) for x in own] for _ in range(2)]
+    for field, x in enumerate(own):
+        dist.all_gather([shard[field] for shard in shards], x.detach().contiguous())
+    return [own if i == rank else Partial(*shard) for i, shard in enumerate(shards)]
+
+
+def partial_worker(rank, rendezvous, folder, cut):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    hidden, weight, bias, ids = inputs()
+    rows = slice(0, cut) if rank == 0 else slice(cut, V)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight[rows], bias[rows])]
+    own = linear_logprobs_partial(
+        leaves[0], leaves[1], ids, vocab_start=rows.start, bias=leaves[2], **OPTIONS
+    )
+    out = merge_partials(gathered(own, rank), return_entropy=True)
+    gradients = torch.autograd.grad(objective(out, ids), leaves)
+    dist.all_reduce(gradients[0])  # every shard saw the whole hidden state
+    torch.save([x.detach() for x in (*out, *gradients)], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [40, 0, V], ids=["both", "rank 0 empty", "rank 1 empty"])
+def test_partials_of_two_processes_equal_the_whole_head(tmp_path, cut):
+    mp.spawn(partial_worker, (str(tmp_path / "rendezvous"), str(tmp_path), cut), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    hidden, weight, bias, ids = inputs()
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    whole = linear_logprobs(leaves[0], leaves[1], ids, bias=leaves[2], return_entropy=True, **OPTIONS)
+    dhidden, dweight, dbias = torch.autograd.grad(objective(whole, ids), leaves)
+    for found in ranks:
+        for mine, theirs in zip(found[:3], whole, strict=True):
+            torch.testing.assert_close(mine, theirs.detach())
+        torch.testing.assert_close(found[3], dhidden)
+    torch.testing.assert_close(torch.cat([found[4] for found in ranks]), dweight)
+    torch.testing.assert_close(torch.cat([found[5] for found in ranks]), dbias)
