@@ -62,6 +62,12 @@ def add_adapters(
     return cast(nn.Module, adapted)
 
 
+def recompute_activations(model: nn.Module) -> None:
+    """Turns gradient checkpointing on, in the form that adapters on a frozen model need: of a reentrant one,
+    the default before transformers 5, no gradient comes back."""
+    cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def has_adapters(model: nn.Module) -> bool:
     """Whether `model` is one that `add_adapters` returned."""
     return hasattr(model, "merge_and_unload")
@@ -135,6 +141,6 @@ def model_in_training(config: Any, resumed: Path | None, note: Callable[[str], N
         alpha, names = filled(config.lora_alpha), config.lora_target_modules
         model = add_adapters(model, config.lora_r, alpha=alpha, target_modules=names, saved=resumed)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        recompute_activations(model)
     model.train()
     return model

@@ -45,6 +45,7 @@ from ipvrm.training import checkpoint
 from ipvrm.training.adapters import (
     adapter_entries,
     add_adapters,
+    recompute_activations,
     save_merged,
     save_trained,
     trained_weights,
@@ -143,7 +144,7 @@ class OnlineReward:
             names = self.config.lora_target_modules
             model = add_adapters(model, r, alpha=float(r), target_modules=names, saved=saved)
         if self.config.gradient_checkpointing and self.trained:
-            model.gradient_checkpointing_enable()  # type: ignore[operator]
+            recompute_activations(model)
         self.behaviour: Mapping[str, Tensor] | Path = {}  # see `learnt_from`; of a checkpoint, its folder
         self.reference: nn.Module | None = None
         if self.config.td_reference == "sft":
