@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
+from benchmarks.gpu.process import exit_codes
 from benchmarks.run import write_json
 from benchmarks.suite.heads import GPU_DEFAULT, MODELS, Shape, inputs
 from benchmarks.suite.machine import ROOT, describe
@@ -200,15 +201,8 @@ def compile_aside(kernel: str, configs: Sequence[Config], kind: str, seconds: fl
         subprocess.Popen([*command, json.dumps(config._asdict())], cwd=ROOT, stderr=subprocess.DEVNULL)
         for config in configs
     ]
-    ready = []
-    for config, process in zip(configs, processes, strict=True):
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-            ready.append(config)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    return ready
+    codes = exit_codes(processes, deadline)
+    return [config for config, code in zip(configs, codes, strict=True) if code is not None]
 
 
 def entries(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
