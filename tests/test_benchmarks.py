@@ -274,6 +274,8 @@ def head_case(kind):
         return bench_linear_logprobs.step_case(
             HEAD, "cpu", frozen=False, with_peers=False, with_compile=False
         )
+    if kind == "one shard":
+        return bench_linear_logprobs_partial.step_case(HEAD, "cpu")
     return bench_scaling.target_case(HEAD, "cpu", kind.removeprefix("growth "), with_target=True)
 
 
@@ -282,6 +284,7 @@ HEAD_FIELDS = {
     "candidates": ("ids", "logprobs", "counts", "lse", "entropy", "sampled_logprobs"),
     "step": (0, 1),
     "step without eager": (0, 1),
+    "one shard": (0, 1, 2, 3, 4, 5),  # the gradients, then the fields of Partial
     "growth forward": ("logprobs", "lse", "entropy"),
     "growth forward + candidates": ("ids", "logprobs", "counts", "lse", "entropy", "sampled_logprobs"),
     "growth forward+backward, trainable head": (0, 1),
