@@ -845,6 +845,20 @@ def test_each_kernel_has_a_fixed_list_of_configurations(architecture, kind):
     assert len(shared) >= 2
 
 
+def test_a_gpu_that_borrows_tiles_gets_what_fits_its_own_shared_memory(monkeypatch):
+    """sm_120: sm_80's tiles, 99 KB of shared memory, through which the descriptors' results pass."""
+    for kernel in sweep.KERNELS:
+        start, *others = sweep.choices(kernel, "sm_80", "half", "sm_120")
+        assert start == sweep.config_of("sm_80", "half", kernel) and len(others) >= 4
+        assert all(sweep.fits(config, "sm_120", "half", kernel) for config in (start, *others))
+    two = sweep.Config(128, 64, 32, 4, 4, 2, softcap_V=64)
+    assert two in sweep.choices("dz", "sm_80", "half")
+    assert two not in sweep.choices("dz", "sm_80", "half", "sm_120")  # 2 x 64 KB with the result
+    for major, gpu in ((8, "sm_80"), (9, "sm_90"), (12, "sm_120")):
+        monkeypatch.setattr(sweep.torch.cuda, "get_device_capability", lambda major=major: (major, 0))
+        assert sweep.gpu_at_hand() == gpu
+
+
 def test_the_list_has_two_programs_and_one_pipeline_across_tiles():
     forward = sweep.choices("forward", *SM_90)
     assert any(c.programs_per_sm == 2 and c.BLOCK_V == 128 for c in forward)
@@ -950,6 +964,7 @@ def test_a_sweep_writes_as_it_goes_and_fails_without_a_time(monkeypatch, tmp_pat
         return evaluate
 
     monkeypatch.setattr(sweep, "Trial", trial)
+    monkeypatch.setattr(sweep, "gpu_at_hand", lambda: "sm_90")
     flags = ["--json", str(written), "--seconds", "60", "--write"]
     assert sweep.main(flags) == 0 and seen == list(range(len(seen)))
     content = json.loads(written.read_text())

@@ -753,6 +753,44 @@ def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp
     )
     assert list(rows)[0] == "matmul" and list(rows)[-1] == "gluon" and not rows["gluon"].error
     assert not measure.is_ours("gluon")  # one that is wrong fails alone
+def test_every_kernel_of_the_head_has_an_expected_time():
+    folder = ROOT / "ipvrm_kernels"
+    files = [*(folder / "head").glob("triton_*.py"), folder / "linear_candidates.py"]
+    written = {name for file in files for name in re.findall(r"def (_\w+_kernel)\(", file.read_text())}
+    shape, gpu = heads.shapes("cuda", False)[0], roofline.rates("NVIDIA H200")
+    kinds = ("forward", "candidates", "trainable", "frozen", "distrl_loss")
+    found = {kind: roofline.kernels(kind, shape, gpu) for kind in kinds}
+    modelled = set().union(*found.values()) - {"matmul"}
+    assert written - modelled == {"_column_sums_kernel"}  # of a bias, which none of these ops has
+    assert modelled <= written and all(ms > 0 for kernels in found.values() for ms in kernels.values())
+    for kind, kernels in found.items():  # what is no matmul is small beside one
+        rest = sum(ms for name, ms in kernels.items() if name not in ("matmul", *TILED))
+        assert rest < 0.1 * roofline.matmul_ms(shape, gpu), kind
+
+
+def test_a_configuration_that_overlaps_is_modelled_so(monkeypatch):
+    monkeypatch.setattr(roofline, "_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(headline.sweep, "gpu_at_hand", lambda: "sm_90")
+    shape, one = heads.Shape(40, 16, 301, torch.float32, 2), headline.configurations()[0]
+    two = one._replace(BLOCK_V=128, num_warps=4, programs_per_sm=2)
+    large, plain = heads.shapes("cuda", False)[0], roofline.expected
+    monkeypatch.setattr(
+        roofline, "expected", lambda kind, _, names, device, beside: plain(kind, large, names, "cuda", beside)
+    )
+    ms = headline.case(shape, "cpu", [one, two]).expected
+    assert ms["matmul"] < ms[headline.label(two)] < ms[headline.label(one)]
+    assert ms.get("gluon", ms[headline.label(two)]) == ms[headline.label(two)]
+
+
+def test_other_gpus_are_modelled_by_their_data_sheets():
+    shape = heads.shapes("cuda", False)[0]
+    names = ("NVIDIA B200", "NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB")
+    times = [sum(roofline.kernels("frozen", shape, roofline.rates(name)).values()) for name in names]
+    assert times == sorted(times) and times[-1] > 2 * times[0]
+    assert roofline.rates("NVIDIA H100 PCIe") is None  # another board, with other rates
+
+
     assert headline.num_compiled() == len(configs) + 1
     given = []
     monkeypatch.setattr(gluon_study, "forward", lambda hidden, weight, sampled: given.append(sampled))
@@ -771,6 +809,7 @@ def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp
         return types.SimpleNamespace(key=key, self_device_time_total=us, count=count)
 
     times = [
+    monkeypatch.setattr(headline.sweep, "gpu_at_hand", lambda: "sm_90")
         event("_head_stats_kernel", 12_900, 3), event("nvjet_hsh_128x256", 19_200, 6),
         event("aten::mm", 0, 6), event("sm90_xmma_gemm", 300, 3), event("elementwise", 30, 3),
     ]  # fmt: skip
@@ -797,6 +836,7 @@ def test_a_cuda_error_in_a_profile_leaves_the_other_kernels(fragile, monkeypatch
     monkeypatch.setattr(headline, "shapes", lambda device, quick: [shape])
     monkeypatch.setattr(headline, "configurations", lambda: [])
     case = Case("FAKE", "s", {"matmul": fragile.alive}, lambda results: None)
+    monkeypatch.setattr(headline.sweep, "gpu_at_hand", lambda: "sm_90")
     monkeypatch.setattr(headline, "case", lambda shape, device, configs: case)
     monkeypatch.setattr(session, "measure", lambda case, device, seconds: measure.measure(case, "cpu", 0.01))
     monkeypatch.setattr(headline, "profiled", lambda shape, device: iter(runs.items()))

@@ -36,7 +36,7 @@ KIND = "half"
 
 def configurations() -> list[Config]:
     """The tiles in use, then those that the sweep tries for the forward."""
-    return sweep.choices("forward", sweep.architecture(), KIND)
+    return sweep.choices("forward", sweep.architecture(), KIND, sweep.gpu_at_hand())
 
 
 def label(config: Config) -> str:
