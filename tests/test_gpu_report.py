@@ -6,6 +6,7 @@ Everything called FAKE is invented for these tests and stands in no results fold
 import importlib
 import json
 import math
+import re
 import sys
 import time
 import types
@@ -21,12 +22,13 @@ sys.path.append(str(ROOT))  # behind the installed packages, which stay the ones
 
 import ipvrm_kernels  # noqa: E402
 from benchmarks import gpu_report, render, run  # noqa: E402
-from benchmarks.gpu import evidence, gluon_study, headline, model_heads, probe, process, sweep, warm, wheels  # noqa: E402
+from benchmarks.gpu import evidence, gluon_study, headline, model_heads, probe, process, sweep, wheels  # noqa: E402
 from benchmarks.gpu.process import Part, run_part  # noqa: E402
 from benchmarks.suite import heads, machine, measure, roofline, session  # noqa: E402
 from benchmarks.suite.measure import Case, DeadContext, Row  # noqa: E402
 from ipvrm_kernels.backend import HAS_CPP  # noqa: E402
 
+TILED = ("_head_stats_kernel", "_head_dz_kernel")
 FAKE_MACHINE = dict(
     date="2000-01-01 00:00:00 +0000", command="FAKE", commit="fake", modified=False, device="FAKE GPU",
     cpu="FAKE", cores=1, threads=1, versions=dict(torch="0"), cuda=None,
@@ -393,9 +395,42 @@ def test_what_still_compiles_is_left(monkeypatch):
     running = [
         process.subprocess.Popen(python(code)) for code in ("pass", "import time; time.sleep(60)", "1 / 0")
     ]
+    assert (running[0].wait(60), running[2].wait(60)) == (0, 1)
     start = time.monotonic()
-    assert warm.wait(running, start + 1.5) == 1 and time.monotonic() - start < 4
-    assert all(one.poll() is not None for one in running)
+    assert process.exit_codes(running, start + 1.5) == [0, None, 1]
+    assert time.monotonic() - start < 4 and all(one.poll() is not None for one in running)
+
+
+def test_what_compiles_and_cannot_be_killed_is_not_waited_for():
+    """The sweep and the warm-up go on after some seconds."""
+    waited, killed = [], []
+
+    class Stuck:
+        def wait(self, timeout=None):
+            assert timeout is not None, "no wait without a limit"
+            waited.append(timeout)
+            raise process.subprocess.TimeoutExpired("stuck", timeout)
+
+        def kill(self):
+            killed.append(self)
+
+    assert process.exit_codes([Stuck(), Stuck()], time.monotonic()) == [None, None]
+    assert len(killed) == 2 and waited == [0.0, 0.0, process.GONE, process.GONE]
+
+
+@pytest.mark.slow
+def test_the_tests_part_leaves_out_what_needs_no_gpu(tmp_path):
+    (part,) = (part for part in gpu_report.parts(tmp_path) if part.name == "tests")
+    assert part.command[part.command.index("-k") + 1] == gpu_report.GPU_TESTS
+    folder = machine.ROOT / "tests/kernels"
+    names = ("test_cuda_emulation.py", "test_dead_context.py", "test_segment_scan.py")
+    files = [str(folder / name) for name in names]
+    command = [*part.command[:3], *files, "--collect-only", "-q", "-p", "no:cacheprovider"]
+    found = process.subprocess.run(
+        [*command, "-k", gpu_report.GPU_TESTS], capture_output=True, text=True, cwd=machine.ROOT, check=True
+    ).stdout
+    assert "test_segment_scan.py::" in found
+    assert not any(f"{name}::" in found for name in names[:2]), found
 
 
 # --------------------------------------------------------------------------------------- what a part measured
@@ -718,41 +753,6 @@ def test_ops_are_modelled_by_their_kernels(monkeypatch):
     )
 
 
-def test_the_page_of_modelled_times_is_that_of_the_tables(monkeypatch):
-    monkeypatch.setattr(roofline, "INSTRUCTIONS", roofline.counted(roofline.TABLES, ""))  # of the newest
-    written = (roofline.TABLES / "README.md").read_text()
-    assert written == roofline.page(), "python -m benchmarks.suite.roofline"
-
-
-@pytest.mark.skipif(not HAS_CPP, reason="the C++ op stands for Triton's")
-def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp_path, capsys):
-    """With the C++ op in the place of Triton's, whose tiles it does not have."""
-    used = []
-
-    def forward(hidden, weight, sampled, *, return_entropy, impl):
-        used.append(headline.CONFIGS["sm_90", "half"])
-        return ipvrm_kernels.linear_logprobs(
-            hidden, weight, sampled, return_entropy=return_entropy, impl="cpp"
-        )
-
-    monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_90")
-    monkeypatch.setattr(headline, "linear_logprobs", forward)
-    monkeypatch.setattr(gluon_study, "forward", lambda hidden, weight, sampled: ipvrm_kernels.linear_logprobs(
-        hidden, weight, sampled, return_entropy=True, impl="cpp"
-    ))  # fmt: skip
-    configs = headline.configurations()
-    before = headline.CONFIGS["sm_90", "half"]
-    assert configs[0] == before and len({headline.label(config) for config in configs}) == len(configs)
-    shape = heads.Shape(40, 16, 301, torch.float32, 2)
-    case = headline.case(shape, "cpu", configs)
-    rows = {r.contender: r for r in measure.measure(case, "cpu", 0.01)}
-    assert set(used) == set(configs) and headline.CONFIGS["sm_90", "half"] == before
-    assert all(
-        not rows[headline.label(config)].error and measure.is_ours(headline.label(config))
-        for config in configs
-    )
-    assert list(rows)[0] == "matmul" and list(rows)[-1] == "gluon" and not rows["gluon"].error
-    assert not measure.is_ours("gluon")  # one that is wrong fails alone
 def test_every_kernel_of_the_head_has_an_expected_time():
     folder = ROOT / "ipvrm_kernels"
     files = [*(folder / "head").glob("triton_*.py"), folder / "linear_candidates.py"]
@@ -791,6 +791,42 @@ def test_other_gpus_are_modelled_by_their_data_sheets():
     assert roofline.rates("NVIDIA H100 PCIe") is None  # another board, with other rates
 
 
+def test_the_page_of_modelled_times_is_that_of_the_tables(monkeypatch):
+    monkeypatch.setattr(roofline, "INSTRUCTIONS", roofline.counted(roofline.TABLES, ""))  # of the newest
+    written = (roofline.TABLES / "README.md").read_text()
+    assert written == roofline.page(), "python -m benchmarks.suite.roofline"
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the C++ op stands for Triton's")
+def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp_path, capsys):
+    """With the C++ op in the place of Triton's, whose tiles it does not have."""
+    used = []
+
+    def forward(hidden, weight, sampled, *, return_entropy, impl):
+        used.append(headline.CONFIGS["sm_90", "half"])
+        return ipvrm_kernels.linear_logprobs(
+            hidden, weight, sampled, return_entropy=return_entropy, impl="cpp"
+        )
+
+    monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(headline.sweep, "gpu_at_hand", lambda: "sm_90")
+    monkeypatch.setattr(headline, "linear_logprobs", forward)
+    monkeypatch.setattr(gluon_study, "forward", lambda hidden, weight, sampled: ipvrm_kernels.linear_logprobs(
+        hidden, weight, sampled, return_entropy=True, impl="cpp"
+    ))  # fmt: skip
+    configs = headline.configurations()
+    before = headline.CONFIGS["sm_90", "half"]
+    assert configs[0] == before and len({headline.label(config) for config in configs}) == len(configs)
+    shape = heads.Shape(40, 16, 301, torch.float32, 2)
+    case = headline.case(shape, "cpu", configs)
+    rows = {r.contender: r for r in measure.measure(case, "cpu", 0.01)}
+    assert set(used) == set(configs) and headline.CONFIGS["sm_90", "half"] == before
+    assert all(
+        not rows[headline.label(config)].error and measure.is_ours(headline.label(config))
+        for config in configs
+    )
+    assert list(rows)[0] == "matmul" and list(rows)[-1] == "gluon" and not rows["gluon"].error
+    assert not measure.is_ours("gluon")  # one that is wrong fails alone
     assert headline.num_compiled() == len(configs) + 1
     given = []
     monkeypatch.setattr(gluon_study, "forward", lambda hidden, weight, sampled: given.append(sampled))
@@ -800,6 +836,7 @@ def test_other_gpus_are_modelled_by_their_data_sheets():
     monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_100")
     assert "9.0 alone" in headline.case(shape, "cpu", []).absent["gluon"]
     monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(headline.sweep, "gpu_at_hand", lambda: "sm_90")
     monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)  # an older Triton
     monkeypatch.delitem(sys.modules, "benchmarks.gpu.gluon_study")
     monkeypatch.delattr("benchmarks.gpu.gluon_study")
@@ -809,7 +846,6 @@ def test_other_gpus_are_modelled_by_their_data_sheets():
         return types.SimpleNamespace(key=key, self_device_time_total=us, count=count)
 
     times = [
-    monkeypatch.setattr(headline.sweep, "gpu_at_hand", lambda: "sm_90")
         event("_head_stats_kernel", 12_900, 3), event("nvjet_hsh_128x256", 19_200, 6),
         event("aten::mm", 0, 6), event("sm90_xmma_gemm", 300, 3), event("elementwise", 30, 3),
     ]  # fmt: skip
@@ -836,7 +872,6 @@ def test_a_cuda_error_in_a_profile_leaves_the_other_kernels(fragile, monkeypatch
     monkeypatch.setattr(headline, "shapes", lambda device, quick: [shape])
     monkeypatch.setattr(headline, "configurations", lambda: [])
     case = Case("FAKE", "s", {"matmul": fragile.alive}, lambda results: None)
-    monkeypatch.setattr(headline.sweep, "gpu_at_hand", lambda: "sm_90")
     monkeypatch.setattr(headline, "case", lambda shape, device, configs: case)
     monkeypatch.setattr(session, "measure", lambda case, device, seconds: measure.measure(case, "cpu", 0.01))
     monkeypatch.setattr(headline, "profiled", lambda shape, device: iter(runs.items()))

@@ -52,7 +52,8 @@ LISTS = {
 }  # fmt: skip
 LISTS["sm_100"] = LISTS["sm_90"]
 LENGTH = 8
-SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a block may use
+# bytes a block may use; sm_120 borrows sm_80's tiles
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 RESERVED = 1 << 10  # bytes of shared memory that each program takes besides
 OPERAND_BYTES = {"half": (2, 2), "master": (2, 4), "fp32": (4, 4)}  # of hidden and weight
 ACCUMULATORS = 128  # fp32 registers of a tile a thread, beyond which the compiler spills
