@@ -318,6 +318,14 @@ def test_a_wrong_field_of_ours_fails_the_check(kind):
             case.check(results)
 
 
+def test_growth_is_modelled_as_what_it_is(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench_scaling, "expected", lambda kind, *rest: asked.append(kind) or {})
+    for kind in bench_scaling.GROWING:
+        head_case(f"growth {kind}")
+    assert asked == ["forward", "candidates", "trainable", "frozen"]
+
+
 def without(z, columns):
     return z.index_fill(1, torch.arange(z.shape[1])[columns], -math.inf)
 
