@@ -19,15 +19,19 @@ from benchmarks.bench_segment_scan import LONGEST_LOOP
 from benchmarks.suite.exact import Exact
 from benchmarks.suite.heads import GROWTH_TARGET, Shape, inputs
 from benchmarks.suite.measure import START, Case, Target, assert_close
+from benchmarks.suite.roofline import expected
 from benchmarks.suite.sequences import edges, forward_backward, kernels
 from ipvrm_kernels import linear_candidates, linear_logprobs, prefix_value_loss, prefix_values, segment_scan
 
 OP = "scaling"
 LENGTHS = (512, 2048, 8192, 32_768)
 SEQUENCES = 4
-GROWING = (
-    "forward", "forward + candidates", "forward+backward, trainable head", "forward+backward, frozen head",
-)  # fmt: skip
+GROWING = {  # as the roofline calls them
+    "forward": "forward",
+    "forward + candidates": "candidates",
+    "forward+backward, trainable head": "trainable",
+    "forward+backward, frozen head": "frozen",
+}
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
@@ -111,6 +115,7 @@ def target_case(shape: Shape, device: str, kind: str, with_target: bool) -> Case
         f"{op} over N", f"{shape} K={shape.K}, {kind}", {name: lambda name=name: run(name) for name in names},
         check, min_rounds=3, axes=shape.axes, curve="N", series=f"D={shape.D} V={shape.V} K={shape.K} {kind}",
         targets=dict.fromkeys(names, Target(GROWTH_TARGET, START)) if with_target else {},
+        expected=expected(GROWING[kind], shape, names, device),
     )  # fmt: skip
 
 

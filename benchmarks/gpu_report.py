@@ -67,6 +67,8 @@ SEQUENCE_OPS = (
     "advantages",
 )
 WORKERS = 8  # of the tests
+# those that call a kernel on the GPU; the emulation's build with sanitizers, of which a GPU shows nothing
+GPU_TESTS = "cuda and not compile_without and not emulation and not dead_context"
 CHECKED = (1024, 151_936)  # D, V of the check
 # Sections, which every version of the profiler has: one unknown name among metrics fails the whole run. So
 # the metric that no section's summary has, cycles of the tensor cores (instructions say little of wgmma),
@@ -110,7 +112,7 @@ def parts(folder: Path) -> list[Part]:
         Part("correct", [python, "-m", "ipvrm_kernels", "--device", "cuda", "--shape", shape, "--json"], 0),
         tests_part("wrong_tile", "tests/kernels/test_wrong_tile.py", "triton-cuda", workers=0),
         measured("headline", "gpu.headline"),
-        tests_part("tests", "tests/kernels", "cuda and not compile_without", workers=WORKERS),
+        tests_part("tests", "tests/kernels", GPU_TESTS, workers=WORKERS),
         Part("sweep", [*sweep, "--seconds", str(SLICES["sweep"] - START)], 0),
         bench("bench_linear_logprobs", "linear_logprobs", "accuracy", quick=True),  # quick: D = 1024
         measured("model_heads", "gpu.model_heads"),

@@ -332,8 +332,8 @@ if backend.HAS_TRITON:
             left = tl.load(cu_seqlens_ptr + middle) <= row  # (BLOCK,)
             low = tl.where(left, middle, low)  # (BLOCK,)
             high = tl.where(left, high, middle)  # (BLOCK,)
-        first = tl.load(cu_seqlens_ptr + low)  # (BLOCK,)
-        last = tl.load(cu_seqlens_ptr + tl.minimum(low + 1, B))  # (BLOCK,)
+        first = tl.load(cu_seqlens_ptr + low).to(tl.int64)  # (BLOCK,) as wide as unchecked edges
+        last = tl.load(cu_seqlens_ptr + tl.minimum(low + 1, B)).to(tl.int64)  # (BLOCK,)
         return 1.0 / (last - first).to(tl.float32)
 
     @triton.jit

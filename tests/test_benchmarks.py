@@ -274,6 +274,8 @@ def head_case(kind):
         return bench_linear_logprobs.step_case(
             HEAD, "cpu", frozen=False, with_peers=False, with_compile=False
         )
+    if kind == "one shard":
+        return bench_linear_logprobs_partial.step_case(HEAD, "cpu")
     return bench_scaling.target_case(HEAD, "cpu", kind.removeprefix("growth "), with_target=True)
 
 
@@ -282,6 +284,7 @@ HEAD_FIELDS = {
     "candidates": ("ids", "logprobs", "counts", "lse", "entropy", "sampled_logprobs"),
     "step": (0, 1),
     "step without eager": (0, 1),
+    "one shard": (0, 1, 2, 3, 4, 5),  # the gradients, then the fields of Partial
     "growth forward": ("logprobs", "lse", "entropy"),
     "growth forward + candidates": ("ids", "logprobs", "counts", "lse", "entropy", "sampled_logprobs"),
     "growth forward+backward, trainable head": (0, 1),
@@ -313,6 +316,14 @@ def test_a_wrong_field_of_ours_fails_the_check(kind):
             results["cpp"] = tuple(wrong if i == field else part for i, part in enumerate(right))
         with pytest.raises(AssertionError):
             case.check(results)
+
+
+def test_growth_is_modelled_as_what_it_is(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench_scaling, "expected", lambda kind, *rest: asked.append(kind) or {})
+    for kind in bench_scaling.GROWING:
+        head_case(f"growth {kind}")
+    assert asked == ["forward", "candidates", "trainable", "frozen"]
 
 
 def without(z, columns):
@@ -842,6 +853,20 @@ def test_each_kernel_has_a_fixed_list_of_configurations(architecture, kind):
     assert len(shared) >= 2
 
 
+def test_a_gpu_that_borrows_tiles_gets_what_fits_its_own_shared_memory(monkeypatch):
+    """sm_120: sm_80's tiles, 99 KB of shared memory, through which the descriptors' results pass."""
+    for kernel in sweep.KERNELS:
+        start, *others = sweep.choices(kernel, "sm_80", "half", "sm_120")
+        assert start == sweep.config_of("sm_80", "half", kernel) and len(others) >= 4
+        assert all(sweep.fits(config, "sm_120", "half", kernel) for config in (start, *others))
+    two = sweep.Config(128, 64, 32, 4, 4, 2, softcap_V=64)
+    assert two in sweep.choices("dz", "sm_80", "half")
+    assert two not in sweep.choices("dz", "sm_80", "half", "sm_120")  # 2 x 64 KB with the result
+    for major, gpu in ((8, "sm_80"), (9, "sm_90"), (12, "sm_120")):
+        monkeypatch.setattr(sweep.torch.cuda, "get_device_capability", lambda major=major: (major, 0))
+        assert sweep.gpu_at_hand() == gpu
+
+
 def test_the_list_has_two_programs_and_one_pipeline_across_tiles():
     forward = sweep.choices("forward", *SM_90)
     assert any(c.programs_per_sm == 2 and c.BLOCK_V == 128 for c in forward)
@@ -947,6 +972,7 @@ def test_a_sweep_writes_as_it_goes_and_fails_without_a_time(monkeypatch, tmp_pat
         return evaluate
 
     monkeypatch.setattr(sweep, "Trial", trial)
+    monkeypatch.setattr(sweep, "gpu_at_hand", lambda: "sm_90")
     flags = ["--json", str(written), "--seconds", "60", "--write"]
     assert sweep.main(flags) == 0 and seen == list(range(len(seen)))
     content = json.loads(written.read_text())

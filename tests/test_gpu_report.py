@@ -6,6 +6,7 @@ Everything called FAKE is invented for these tests and stands in no results fold
 import importlib
 import json
 import math
+import re
 import sys
 import time
 import types
@@ -21,12 +22,13 @@ sys.path.append(str(ROOT))  # behind the installed packages, which stay the ones
 
 import ipvrm_kernels  # noqa: E402
 from benchmarks import gpu_report, render, run  # noqa: E402
-from benchmarks.gpu import evidence, gluon_study, headline, model_heads, probe, process, sweep, warm, wheels  # noqa: E402
+from benchmarks.gpu import evidence, gluon_study, headline, model_heads, probe, process, sweep, wheels  # noqa: E402
 from benchmarks.gpu.process import Part, run_part  # noqa: E402
 from benchmarks.suite import heads, machine, measure, roofline, session  # noqa: E402
 from benchmarks.suite.measure import Case, DeadContext, Row  # noqa: E402
 from ipvrm_kernels.backend import HAS_CPP  # noqa: E402
 
+TILED = ("_head_stats_kernel", "_head_dz_kernel")
 FAKE_MACHINE = dict(
     date="2000-01-01 00:00:00 +0000", command="FAKE", commit="fake", modified=False, device="FAKE GPU",
     cpu="FAKE", cores=1, threads=1, versions=dict(torch="0"), cuda=None,
@@ -393,9 +395,42 @@ def test_what_still_compiles_is_left(monkeypatch):
     running = [
         process.subprocess.Popen(python(code)) for code in ("pass", "import time; time.sleep(60)", "1 / 0")
     ]
+    assert (running[0].wait(60), running[2].wait(60)) == (0, 1)
     start = time.monotonic()
-    assert warm.wait(running, start + 1.5) == 1 and time.monotonic() - start < 4
-    assert all(one.poll() is not None for one in running)
+    assert process.exit_codes(running, start + 1.5) == [0, None, 1]
+    assert time.monotonic() - start < 4 and all(one.poll() is not None for one in running)
+
+
+def test_what_compiles_and_cannot_be_killed_is_not_waited_for():
+    """The sweep and the warm-up go on after some seconds."""
+    waited, killed = [], []
+
+    class Stuck:
+        def wait(self, timeout=None):
+            assert timeout is not None, "no wait without a limit"
+            waited.append(timeout)
+            raise process.subprocess.TimeoutExpired("stuck", timeout)
+
+        def kill(self):
+            killed.append(self)
+
+    assert process.exit_codes([Stuck(), Stuck()], time.monotonic()) == [None, None]
+    assert len(killed) == 2 and waited == [0.0, 0.0, process.GONE, process.GONE]
+
+
+@pytest.mark.slow
+def test_the_tests_part_leaves_out_what_needs_no_gpu(tmp_path):
+    (part,) = (part for part in gpu_report.parts(tmp_path) if part.name == "tests")
+    assert part.command[part.command.index("-k") + 1] == gpu_report.GPU_TESTS
+    folder = machine.ROOT / "tests/kernels"
+    names = ("test_cuda_emulation.py", "test_dead_context.py", "test_segment_scan.py")
+    files = [str(folder / name) for name in names]
+    command = [*part.command[:3], *files, "--collect-only", "-q", "-p", "no:cacheprovider"]
+    found = process.subprocess.run(
+        [*command, "-k", gpu_report.GPU_TESTS], capture_output=True, text=True, cwd=machine.ROOT, check=True
+    ).stdout
+    assert "test_segment_scan.py::" in found
+    assert not any(f"{name}::" in found for name in names[:2]), found
 
 
 # --------------------------------------------------------------------------------------- what a part measured
@@ -718,6 +753,44 @@ def test_ops_are_modelled_by_their_kernels(monkeypatch):
     )
 
 
+def test_every_kernel_of_the_head_has_an_expected_time():
+    folder = ROOT / "ipvrm_kernels"
+    files = [*(folder / "head").glob("triton_*.py"), folder / "linear_candidates.py"]
+    written = {name for file in files for name in re.findall(r"def (_\w+_kernel)\(", file.read_text())}
+    shape, gpu = heads.shapes("cuda", False)[0], roofline.rates("NVIDIA H200")
+    kinds = ("forward", "candidates", "trainable", "frozen", "distrl_loss")
+    found = {kind: roofline.kernels(kind, shape, gpu) for kind in kinds}
+    modelled = set().union(*found.values()) - {"matmul"}
+    assert written - modelled == {"_column_sums_kernel"}  # of a bias, which none of these ops has
+    assert modelled <= written and all(ms > 0 for kernels in found.values() for ms in kernels.values())
+    for kind, kernels in found.items():  # what is no matmul is small beside one
+        rest = sum(ms for name, ms in kernels.items() if name not in ("matmul", *TILED))
+        assert rest < 0.1 * roofline.matmul_ms(shape, gpu), kind
+
+
+def test_a_configuration_that_overlaps_is_modelled_so(monkeypatch):
+    monkeypatch.setattr(roofline, "_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(headline.sweep, "gpu_at_hand", lambda: "sm_90")
+    shape, one = heads.Shape(40, 16, 301, torch.float32, 2), headline.configurations()[0]
+    two = one._replace(BLOCK_V=128, num_warps=4, programs_per_sm=2)
+    large, plain = heads.shapes("cuda", False)[0], roofline.expected
+    monkeypatch.setattr(
+        roofline, "expected", lambda kind, _, names, device, beside: plain(kind, large, names, "cuda", beside)
+    )
+    ms = headline.case(shape, "cpu", [one, two]).expected
+    assert ms["matmul"] < ms[headline.label(two)] < ms[headline.label(one)]
+    assert ms.get("gluon", ms[headline.label(two)]) == ms[headline.label(two)]
+
+
+def test_other_gpus_are_modelled_by_their_data_sheets():
+    shape = heads.shapes("cuda", False)[0]
+    names = ("NVIDIA B200", "NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB")
+    times = [sum(roofline.kernels("frozen", shape, roofline.rates(name)).values()) for name in names]
+    assert times == sorted(times) and times[-1] > 2 * times[0]
+    assert roofline.rates("NVIDIA H100 PCIe") is None  # another board, with other rates
+
+
 def test_the_page_of_modelled_times_is_that_of_the_tables(monkeypatch):
     monkeypatch.setattr(roofline, "INSTRUCTIONS", roofline.counted(roofline.TABLES, ""))  # of the newest
     written = (roofline.TABLES / "README.md").read_text()
@@ -736,6 +809,7 @@ def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp
         )
 
     monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(headline.sweep, "gpu_at_hand", lambda: "sm_90")
     monkeypatch.setattr(headline, "linear_logprobs", forward)
     monkeypatch.setattr(gluon_study, "forward", lambda hidden, weight, sampled: ipvrm_kernels.linear_logprobs(
         hidden, weight, sampled, return_entropy=True, impl="cpp"
@@ -762,6 +836,7 @@ def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp
     monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_100")
     assert "9.0 alone" in headline.case(shape, "cpu", []).absent["gluon"]
     monkeypatch.setattr(headline.sweep, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(headline.sweep, "gpu_at_hand", lambda: "sm_90")
     monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)  # an older Triton
     monkeypatch.delitem(sys.modules, "benchmarks.gpu.gluon_study")
     monkeypatch.delattr("benchmarks.gpu.gluon_study")

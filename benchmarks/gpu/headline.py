@@ -36,7 +36,7 @@ KIND = "half"
 
 def configurations() -> list[Config]:
     """The tiles in use, then those that the sweep tries for the forward."""
-    return sweep.choices("forward", sweep.architecture(), KIND)
+    return sweep.choices("forward", sweep.architecture(), KIND, sweep.gpu_at_hand())
 
 
 def label(config: Config) -> str:
@@ -91,7 +91,8 @@ def case(shape: Shape, device: str, configs: list[Config]) -> Case:
             if name != "matmul":
                 check_forward(exact, name, result, log_p)
 
-    modelled = roofline.expected("forward", shape, list(contenders), device)
+    beside = {"gluon", *(label(config) for config in configs if config.programs_per_sm > 1)}
+    modelled = roofline.expected("forward", shape, list(contenders), device, beside)
     return Case(
         "headline", f"{shape} lse + sampled + entropy", contenders, check, shape.flops, shape.flops,
         absent=absent, axes=shape.axes, expected=modelled,

@@ -13,7 +13,7 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,23 @@ class Part:
     env: Mapping[str, str] = field(default_factory=dict)  # beside this process's own
     needed: bool = False  # by the parts after it: not held to its share of the time
     goes_on: bool = False  # exits DEAD_CONTEXT after a CUDA error, and with GO_ON does what is left
+
+
+def exit_codes(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> list[int | None]:
+    """Of each process once it ends; None for one that has not by then (time.monotonic), which is killed."""
+    codes: list[int | None] = []
+    for process in processes:
+        try:
+            codes.append(process.wait(max(0.0, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            codes.append(None)
+    killed = [process for process, code in zip(processes, codes, strict=True) if code is None]
+    for process in killed:
+        process.kill()
+    for process in killed:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GONE)
+    return codes
 
 
 def run_part(part: Part, seconds: float, log: Path) -> dict[str, Any]:

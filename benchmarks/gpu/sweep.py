@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
+from benchmarks.gpu.process import exit_codes
 from benchmarks.run import write_json
 from benchmarks.suite.heads import GPU_DEFAULT, MODELS, Shape, inputs
 from benchmarks.suite.machine import ROOT, describe
@@ -51,7 +52,8 @@ LISTS = {
 }  # fmt: skip
 LISTS["sm_100"] = LISTS["sm_90"]
 LENGTH = 8
-SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a block may use
+# bytes a block may use; sm_120 borrows sm_80's tiles
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 RESERVED = 1 << 10  # bytes of shared memory that each program takes besides
 OPERAND_BYTES = {"half": (2, 2), "master": (2, 4), "fp32": (4, 4)}  # of hidden and weight
 ACCUMULATORS = 128  # fp32 registers of a tile a thread, beyond which the compiler spills
@@ -67,25 +69,32 @@ def architecture() -> str:
     return tiles_of(torch.cuda.get_device_capability()[0])
 
 
-def fits(config: Config, arch: str, kind: str, kernel: str) -> bool:
+def gpu_at_hand() -> str:
+    """One of SHARED_MEMORY."""
+    return "sm_120" if torch.cuda.get_device_capability()[0] == 12 else architecture()
+
+
+def fits(config: Config, gpu: str, kind: str, kernel: str) -> bool:
     """Whether tiles, stages, and a result that passes through shared memory fit, and the registers."""
     hidden, weight = OPERAND_BYTES[kind]
     shared = (config.BLOCK_N * hidden + config.BLOCK_V * weight) * config.BLOCK_D * config.num_stages
-    if kernel in ("saved", "dz") and arch != "sm_80":
+    if kernel in ("saved", "dz") and gpu != "sm_80":
         shared += config.BLOCK_N * config.BLOCK_V * hidden
     accumulators = config.BLOCK_N * config.BLOCK_V // (32 * config.num_warps)
     threads = 32 * config.num_warps * config.programs_per_sm
     return (
-        (shared + RESERVED) * config.programs_per_sm <= SHARED_MEMORY[arch] + RESERVED
+        (shared + RESERVED) * config.programs_per_sm <= SHARED_MEMORY[gpu] + RESERVED
         and accumulators <= ACCUMULATORS
         and min(255, accumulators + OTHER_REGISTERS) * threads <= REGISTERS
     )
 
 
-def choices(kernel: str, arch: str, kind: str) -> list[Config]:
-    """The configuration in use, then those of the list that fit: LENGTH in all."""
+def choices(kernel: str, arch: str, kind: str, gpu: str | None = None) -> list[Config]:
+    """The configuration in use, then those of the list that fit the GPU, by default `arch`: LENGTH in all."""
     start = config_of(arch, kind, kernel)
-    listed = [c._replace(softcap_V=start.softcap_V) for c in LISTS[arch] if fits(c, arch, kind, kernel)]
+    listed = [
+        c._replace(softcap_V=start.softcap_V) for c in LISTS[arch] if fits(c, gpu or arch, kind, kernel)
+    ]
     return list(dict.fromkeys([start, *listed]))[:LENGTH]
 
 
@@ -200,15 +209,8 @@ def compile_aside(kernel: str, configs: Sequence[Config], kind: str, seconds: fl
         subprocess.Popen([*command, json.dumps(config._asdict())], cwd=ROOT, stderr=subprocess.DEVNULL)
         for config in configs
     ]
-    ready = []
-    for config, process in zip(configs, processes, strict=True):
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-            ready.append(config)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    return ready
+    codes = exit_codes(processes, deadline)
+    return [config for config, code in zip(configs, codes, strict=True) if code is not None]
 
 
 def entries(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -284,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number, kernel in enumerate(KERNELS):
         seconds = (deadline - time.monotonic()) / (len(KERNELS) - number)  # for this kernel
         until = time.monotonic() + seconds
-        configs = choices(kernel, *key)
+        configs = choices(kernel, *key, gpu_at_hand())
         ready = compile_aside(kernel, configs, options.kind, seconds - RESERVE / len(KERNELS))
         tried[kernel] = {}
         for config in dict.fromkeys([configs[0], *ready]):  # the one in use whatever happens

@@ -7,12 +7,12 @@ in this one. What is not compiled in time is compiled where it is used.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import subprocess
 import sys
 import time
 
 from benchmarks.gpu import headline, small
+from benchmarks.gpu.process import exit_codes
 from benchmarks.suite.machine import ROOT
 
 
@@ -28,24 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = small.main([])
     finally:
-        ready = wait(compiling, deadline)
+        ready = exit_codes(compiling, deadline).count(0)
     print(f"{ready} of {count} configurations compiled")
     print("done")
     return code
-
-
-def wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> int:
-    """How many succeed by then; the others are killed, and no longer waited for than 5 s each."""
-    ready = 0
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            ready += process.wait(max(0.0, deadline - time.monotonic())) == 0
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-    return ready
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ Every op and every implementation that runs here against fp64, on a few hundred 
 your model; the pipeline of the Triton head over many tiles; and the time of the head's ops in units of
 `hidden @ weight.T`. About a minute at the default sizes. One verdict for each op, and for one that is wrong
 how to switch it off. Exits 0 if every op is right, 1 if one is not, 2 if nothing could be checked.
+
+Left out: `vocab_parallel_*`, which need a process group; a check of an installation starts none. They are
+`linear_logprobs_partial` and `linear_candidates`, which are checked, and collectives of torch.distributed.
 """
 
 from __future__ import annotations

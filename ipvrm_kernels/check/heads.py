@@ -348,4 +348,8 @@ def timed(op: str, given: Given, exact: Exact, impl: str) -> dict[str, Callable[
                 ipvrm_kernels.linear_distrl_loss(hidden, weight, *arguments, **options).loss, (hidden, weight)
             )
         }
-    return {}
+    if op == "linear_logprobs_partial":  # a shard that is the whole vocabulary
+        return {
+            "forward": lambda: ipvrm_kernels.linear_logprobs_partial(*plain, ids, vocab_start=0, **options)
+        }
+    raise KeyError(op)

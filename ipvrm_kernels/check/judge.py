@@ -57,7 +57,7 @@ class Result(NamedTuple):
     dtype: str
     findings: list[Finding]
     failure: str = ""  # what it raised
-    times: dict[str, float] = {}  # of a matmul of the same shape; of a sequence op in ms
+    times: dict[str, float] = {}  # in matmuls of the same shape; a sequence op, which has none, is not timed
 
     @property
     def right(self) -> bool:

@@ -1,14 +1,15 @@
-"""The Triton head's pipeline over several tiles a program, which a few hundred rows never fill.
+"""The Triton head's pipeline over several tiles a program, which a few hundred rows never fill: every number
+of every tile, not what a row's statistics make of them.
 
-The package's grid, whose programs work through many tiles each, against one program for each tile: a tile
-that is read too early, left out or written twice differs in its bits. And the maxima of all groups of columns
-against an fp32 matmul, for what both grids would do wrong. The tests do the same to every number of a tile
-(tests/kernels/test_wrong_tile.py).
+The package's grid, whose programs work through many tiles each, against one program for each tile: one that
+is read too early, left out or written twice differs in its bits. And maxima of groups, partial sums, saved
+values and dz against an fp32 matmul, for what both grids would do wrong.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,35 +20,109 @@ from .judge import Judge
 
 REPEATS = 20  # on a GPU: a race shows now and then
 MATMUL = 2.0**-20  # of the sum of the sizes of an fp32 sum of products, added in another order
+BF16 = 2.0**-7 if backend.INTERPRETED else 2.0**-8  # of a number; the interpreter truncates, a GPU rounds
 
 
-def wrong_tile(judge: Judge, device: str) -> None:
+class Tiles(NamedTuple):
+    """A batch of many tiles."""
+
+    ops: Any  # triton_tiles.Operands
+    z: Tensor  # (N, V) fp32
+    ref: Tensor  # (N,) of the saved values
+    total: Tensor  # (N,) G
+    off: float  # by which a logit may differ from z
+
+
+def draw(device: str) -> Tiles:
     forward = importlib.import_module("ipvrm_kernels.head.triton_forward")
     N, D, V = (1000, 1032, 40_011) if device == "cuda" else (160, 40, 896)
     generator = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn(N, D, device=device, generator=generator).bfloat16()
-    weight = (torch.randn(V, D, device=device, generator=generator) * 2 * D**-0.5).bfloat16()
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, device=device, generator=generator)
+
+    hidden, weight = normal(N, D).bfloat16(), (normal(V, D) * 2 * D**-0.5).bfloat16()
     ops = forward.operands(hidden, weight, None, Transform(1.0, None, 1.0, torch.bfloat16))
-    tiles = -(-N // ops.config.BLOCK_N) * -(-V // ops.config.BLOCK_V)
-    assert ops.programs < tiles, "some program has to work through several tiles"
+    if device == "cpu":  # a last tile of which half is padding
+        ops = ops._replace(config=ops.config._replace(BLOCK_V=256))
+    h, w = hidden.float(), weight.float()
+    z = h @ w.T
+    off = MATMUL * float((h.abs() @ w.abs().T).max())
+    return Tiles(ops, z, z[:, : ops.config.BLOCK_V].amax(1), normal(N), off)
 
-    def computed(programs: int) -> tuple[Tensor, ...]:
-        groups = torch.full((N, -(-V // forward.GROUP)), float("nan"), device=device)
-        found = forward.stats(ops._replace(programs=programs), True, groups)
-        return groups, *found
 
-    each = computed(tiles)
-    differ = torch.zeros((), dtype=torch.int64, device=device)
+def computed(tiles: Tiles, programs: int) -> dict[str, Tensor]:
+    """{name: every number} of the forward, with maxima of groups, with saved values, and of dz."""
+    forward, backward, driver = (
+        importlib.import_module(f"ipvrm_kernels.head.triton_{name}")
+        for name in ("forward", "backward", "tiles")
+    )
+    ops = tiles.ops._replace(programs=programs)
+    (N, V), S, C, device = tiles.z.shape, forward.num_splits(ops), driver.padded_columns(ops), tiles.z.device
+
+    def nan(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+    groups, merged = nan(N, -(-V // forward.GROUP)), nan(3, N)
+    partial, partial_saved = nan(3, S, N), nan(3, S, N)
+    values, dz = nan(N, C, dtype=torch.bfloat16), nan(N, C, dtype=torch.bfloat16)
+    forward._partial_stats(ops, partial, merged, groups, None)
+    forward._partial_stats(ops, partial_saved, merged, None, forward.Saved(tiles.ref, values))
+    lse, zero = torch.logsumexp(tiles.z, 1), torch.zeros(N, device=device)
+    count = torch.full((), N, dtype=torch.int32, device=device)
+    ids = torch.empty(N, 0, dtype=torch.int64, device=device)
+    rows = backward.Rows(ids, None, lse, zero, zero, tiles.total, None, count)
+    middle = S // 2 * ops.config.BLOCK_V
+    first, second = nan(N, middle, dtype=torch.bfloat16), nan(N, C - middle, dtype=torch.bfloat16)
+    backward.launch_dz(ops, rows, first, 0, 1.0)
+    backward.launch_dz(ops, rows, second, middle, 1.0)
+    dz[:, :middle], dz[:, middle:] = first, second
+    found = {"maxima of groups": groups, "partial sums": partial}
+    return found | {"partial sums beside saved values": partial_saved, "saved values": values, "dz": dz}
+
+
+def wrong_tile(judge: Judge, device: str) -> None:
+    tiles = draw(device)
+    ops, (N, V) = tiles.ops, tiles.z.shape
+    num_tiles = -(-N // ops.config.BLOCK_N) * -(-V // ops.config.BLOCK_V)
+    assert ops.programs < num_tiles, "some program has to work through several tiles"
+    each = computed(tiles, num_tiles)
+    none = torch.zeros((), dtype=torch.int64, device=device)
+    differ = dict.fromkeys(each, none)
     for _ in range(REPEATS if device == "cuda" else 1):
-        for got, expected in zip(computed(ops.programs), each, strict=True):
-            differ += (got.view(torch.int32) != expected.view(torch.int32)).sum()
-    judge.equal("bits of tiles", differ, torch.zeros_like(differ))
-    off = MATMUL * float((hidden.float().abs() @ weight.float().abs().T).max())
-    z = hidden.float() @ weight.float().T
-    padded = torch.nn.functional.pad(z, (0, -V % forward.GROUP), value=-torch.inf)
-    judge.within("maxima of groups", each[0], padded.view(N, -1, forward.GROUP).amax(2), off)
-    lse = each[1].double() + each[2].double().log()
-    judge.within("lse of tiles", lse, torch.logsumexp(z.double(), 1), off)
+        for name, got in computed(tiles, ops.programs).items():
+            bits = torch.int16 if got.dtype == torch.bfloat16 else torch.int32
+            differ[name] = differ[name] + (got.view(bits) != each[name].view(bits)).sum()
+    for name, count in differ.items():
+        judge.equal(f"bits of {name}", count, none)
+    _against_a_matmul(judge, tiles, each)
+
+
+def _against_a_matmul(judge: Judge, tiles: Tiles, got: dict[str, Tensor]) -> None:
+    """Every number against the fp32 matmul's logits z."""
+    forward = importlib.import_module("ipvrm_kernels.head.triton_forward")
+    groups, off, (N, V) = got["maxima of groups"], tiles.off, tiles.z.shape
+    S, C = got["partial sums"].shape[1], got["dz"].shape[1]
+    z = tiles.z.double()
+    padded = torch.nn.functional.pad(z, (0, C - V), value=-torch.inf)
+    of_groups = padded.view(N, -1, forward.GROUP).amax(2)
+    judge.within("maxima of groups", groups, of_groups[:, : groups.shape[1]], off)
+    tile = padded.view(N, S, -1).transpose(0, 1)  # (S, N, BLOCK_V)
+    top = tile.amax(2)
+    below = tile - top[..., None]
+    e = below.exp()
+    lse = top + e.sum(2).log()
+    mean = torch.where(e > 0, below * e, 0.0).sum(2) / e.sum(2)
+    for name in ("partial sums", "partial sums beside saved values"):
+        tops, sumexp, sum_z_exp = got[name].double()
+        judge.within(f"{name}, maxima", tops, top, off)
+        judge.within(f"{name}, of exp", tops + sumexp.log(), lse, off)
+        judge.within(f"{name}, of z exp", sum_z_exp / sumexp, mean, 8 * off)  # 8 > its derivative in z
+    relative = BF16 + 4 * off
+    values = (z - tiles.ref[:, None].double()).exp()
+    judge.within("saved values", got["saved values"][:, :V] / values, torch.ones_like(values), relative)
+    dz = -tiles.total[:, None].double() * (z - torch.logsumexp(z, 1, keepdim=True)).exp()
+    judge.within("dz", got["dz"][:, :V] / dz, torch.ones_like(dz), relative)
 
 
 def applies(device: str) -> bool:

@@ -22,7 +22,9 @@ E' = gain exp(ref - top) / sumexp * (A @ weight), A = e with zeros at the ids.
 
 Three kinds of rows need care, all found and treated on the device:
 - |top - ref| > FAR: a second launch over those rows alone writes e again with ref = top. Until then a value
-  is capped at e**MAX_LIFT, so that nothing overflows in rows that need no second launch.
+  is capped at e**MAX_LIFT, so that nothing overflows in rows that need no second launch. Where no row is far
+  that moves nothing, but each block still pays for finding out: a sort of its rows, eight small launches, a
+  grid whose programs return at once, and the second launch, of no tiles. Its time has not been measured.
 - |r| < SPARSE * |v|: G cancels while single gradients do not, and v / r could overflow. A is v alone, r = 1;
   the dense part that is dropped is below e**FAR * SPARSE < 1e-8 of v.
 - no gradient: r = 0 and v = 0, and e is finite: exact zeros. Where the row's logits are not, A is zeroed.

@@ -5,9 +5,10 @@ Run by test_ahead_of_time.py in its own process, since the interpreter and the c
 by hand: python tests/kernels/compile_ahead.py [80] [90] [100] [120] [--heads] [--table F]
 
 --heads: the kernels with tiles alone. --few: on other architectures than sm_90 only what needs most of each
-kind. --gluon: the study of benchmarks/gpu alone. --table F: kernels with tiles and the study as the table
-that the tests compare with, in benchmarks/results/kernels, named by the version of Triton that stands before
-this torch on PYTHONPATH. --ones: no machine code, but every kernel with integers that are 1.
+kind. --gluon: the study of benchmarks/gpu alone. --sweep: some of what benchmarks/gpu/sweep.py tries, alone.
+--table F: the head's kernels and the study as the table that the tests compare with, which is in
+benchmarks/results/kernels, named by the version of Triton that stands before this torch on PYTHONPATH.
+--ones: no machine code, but every kernel with integers that are 1.
 """
 
 import argparse
@@ -176,6 +177,8 @@ def tile_cases(capability, few=False):
         if kind != "master" or every:
             yield tile_case("dz", dz, kind, tma)
         if kind == "master":  # the rest is as half's
+            if every:
+                yield from unaligned_cases(kind, ("saved", "dz"))
             continue
         yield tile_case("groups", groups, kind, tma)
         if every:
@@ -183,15 +186,31 @@ def tile_cases(capability, few=False):
             yield tile_case("forward", forward, kind, tma, ENTROPY=True)
             yield tile_case("groups", groups, kind, tma, ENTROPY=True)
             yield tile_case("dz", dz, kind, tma, ENTROPY=True)
-        if every and kind == "half":
-            for kernel in triton_tiles.KERNELS:
-                config = triton_tiles.config_of("sm_80", kind, kernel)
-                yield tile_case(kernel, config, kind, False, aligned=False, ENTROPY=kernel != "dz")
+        if every:
+            yield from unaligned_cases(kind, triton_tiles.KERNELS if kind == "half" else ("saved", "dz"))
         yield tile_case("dz", triton_backward.scatter_config(dz), kind, tma, SCATTER=True)
         if forward.softcap_V is not None:
             yield tile_case("saved", saved, kind, tma, softcap=True, ENTROPY=True)
             if every:
                 yield tile_case("dz", dz, kind, tma, softcap=True, ENTROPY=True)
+
+
+def unaligned_cases(kind, kernels):
+    """Operands that no descriptor addresses, as D is no multiple of 8: pointers, and sm_80's tiles."""
+    for kernel in kernels:
+        config = triton_tiles.config_of("sm_80", kind, kernel)
+        yield tile_case(kernel, config, kind, False, aligned=False, ENTROPY=kernel != "dz")
+
+
+def sweep_cases():
+    """What the sweep tries on an sm_90 besides the tiles in use, of the two kernels whose programs need most:
+    groups with the entropy most registers, dz most shared memory."""
+    sweep = importlib.import_module("benchmarks.gpu.sweep")
+    for kernel in ("groups", "dz"):
+        for config in sweep.choices(kernel, "sm_90", "half")[1:]:
+            flags = {"ENTROPY": True} if kernel == "groups" else {}
+            function, constexprs, types, options = tile_case(kernel, config, "half", True, **flags)
+            yield function, constexprs, types | dict(asked=config.programs_per_sm), options
 
 
 def head_cases(capability, few=False):
@@ -302,7 +321,9 @@ def compiled(kernel, constexprs, capability, types, options, scalar):
         epilogue=cost and cost.epilogue, start=cost and cost.start,
         faults=sass.pipeline_faults(code) if capability == 90 else [],
     )  # fmt: skip
-    if "label" in types:
+    if "asked" in types:
+        record["asked"] = types["asked"]
+    elif "kind" in types:
         record["row"] = table_row(record)
     return record
 
@@ -315,16 +336,20 @@ FLAGS = ("ENTROPY", "SCATTER", "HAS_SOFTCAP", "HAS_BIAS", "FLATTEN")
 
 
 def table_row(record):
-    """The record of a kernel with tiles as a row of FIELDS, all text."""
+    """The record of a kernel of the head as a row of FIELDS, all text; one without tiles has no label."""
     constexprs = record["constexprs"]
-    row = {name: record[name] for name in FIELDS if name in record} | dict(
-        kernel=record["label"], variant=" ".join(
-            [f.lower() for f in FLAGS if constexprs.get(f) == "True"] + ["pointers"] * (not record["tma"])
-        ),
-        tile="x".join(constexprs[name] for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D")),
-    )  # fmt: skip
+    row = {name: record[name] for name in FIELDS if name in record}
+    if record["label"]:
+        flags = [f.lower() for f in FLAGS if constexprs.get(f) == "True"]
+        variant = " ".join(flags + ["pointers"] * (not record["tma"]))
+        tile = "x".join(constexprs[name] for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D"))
+        row |= dict(kernel=record["label"], variant=variant, tile=tile)
+    else:
+        row |= dict(variant=" ".join(f"{k}={v}" for k, v in constexprs.items()), tile="")
+    for name in ("stages", "epilogue", "start"):
+        row[name] = "" if record[name] is None else record[name]
     for name in ("epilogue", "start"):
-        row[name] = "" if record[name] is None else f"{record[name]:.2f}"
+        row[name] = row[name] and f"{row[name]:.2f}"
     return {name: str(row[name]) for name in FIELDS}
 
 
@@ -355,6 +380,7 @@ def main():
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--ones", action="store_true")
     parser.add_argument("--gluon", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     rows = []
@@ -366,10 +392,10 @@ def main():
                 for kernel, constexprs in CASES
                 if not most_alone(capability, options.few)
             ]
-        found = tile_cases if options.heads or options.table else head_cases
+        found = tile_cases if options.heads else head_cases
         cases += [(*case, "i32") for case in found(capability, options.few)]
-        if options.gluon:
-            cases = []
+        if options.gluon or options.sweep:
+            cases = [(*case, "i32") for case in sweep_cases()] if options.sweep else []
         if capability == 90 and (options.gluon or options.table):
             cases += [(*gluon_case(), "i32")]
         if options.ones:

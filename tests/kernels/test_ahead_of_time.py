@@ -22,9 +22,10 @@ TABLES = ROOT / "benchmarks/results/kernels"  # triton-VERSION.csv
 COMMAND = "PYTHONPATH=. python tests/kernels/compile_ahead.py 90 80 100 120 --table"  # 90 of other versions
 PINNED = re.search(r"^triton==(\S+)$", (ROOT / ".ci/constraints.txt").read_text(), re.MULTILINE)[1]
 OTHERS = ("3.6.0", "3.7.1")
-RISE = 0.05  # of the instructions per logit, above which the test fails
-# instructions per logit of the epilogue on sm_90, in half precision, with the entropy
-MOST = dict(forward=7.0, groups=8.0)
+RISE = 0.05  # of instructions a logit and of registers, above which the test fails
+# instructions per logit of the epilogue on sm_90, in half precision, of the variant that the ops run; every
+# other row is held to RISE above the committed table
+MOST = {("forward", "entropy"): 7.0, ("groups", "entropy"): 8.0, ("saved", ""): 8.0, ("dz", ""): 6.5}
 LIMIT = 1200  # seconds after which a compiler hangs, however many others it shares its cores with
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes that one block can have
 CSRC = ROOT / "csrc"
@@ -105,25 +106,30 @@ def check(records, capabilities=tuple(SHARED_LIMIT)):
 def check_cost(records, version, few=False):
     """The epilogues are lean, and no dearer than in the table of this Triton version."""
     rows = {row_key(record["row"]): record["row"] for record in records if "row" in record}
-    for kernel, most in MOST.items():
-        found = float(rows["90", kernel, "half", "entropy"]["epilogue"])
-        assert found <= most, f"{kernel}: {found} instructions a logit, at most {most}"
+    for (kernel, variant), most in MOST.items():
+        found = float(rows["90", kernel, "half", variant]["epilogue"])
+        assert found <= most, f"{kernel} {variant}: {found} instructions a logit, at most {most}"
     table = committed(version)
     if few:
         table = {key: row for key, row in table.items() if key[0] == "90" or key in rows}
     counted = {key for key, row in table.items() if row["epilogue"]}
-    assert {key for key in table if key[0] == "90" and key[2] == "half"} <= counted
+    half = {key for key, row in table.items() if (key[0], key[2]) == ("90", "half") and row["tile"]}
+    assert half <= counted
     compare_with_table(rows, table, version)
 
 
 def compare_with_table(rows, table, version):
-    assert rows.keys() == table.keys(), f"make the table anew: {COMMAND} {TABLES}/triton-{version}.csv"
+    """Instructions a logit and registers rise by RISE at most, shared memory does not, no program is lost."""
+    anew = f"make the table anew: {COMMAND} {TABLES}/triton-{version}.csv"
+    assert table.keys() == rows.keys(), anew
     for key, row in table.items():
-        if not row["epilogue"]:  # the loop over D is not found in the code of every architecture
-            continue
-        for name in ("epilogue", "start"):
-            before, now = (float(x[key][name]) for x in (table, rows))
-            assert now <= before * (1 + RISE), f"{key}: {name} {before} -> {now} instructions a logit"
+        for name in ("epilogue", "start", "registers", "shared", "programs"):
+            if not row[name]:  # the loop over D is not found in the code of every architecture
+                continue
+            before, now = float(row[name]), float(rows[key][name])
+            most = before * (1 + RISE) if name in ("epilogue", "start", "registers") else before
+            worse = now < before if name == "programs" else now > most
+            assert not worse, f"{key}: {name} {before:g} -> {now:g}; if that is meant, {anew}"
 
 
 def row_key(row):
@@ -136,6 +142,23 @@ def committed(version, study=False):
         return {row_key(row): row for row in csv.DictReader(file) if (row["kernel"] == "gluon") == study}
 
 
+WORSE = dict(epilogue="7.36", start="2.11", registers="232", shared="1025", programs="1")
+AS_GOOD = dict(epilogue="7.34", start="2.09", registers="231", shared="1024", programs="2")
+
+
+@pytest.mark.parametrize("name", WORSE)
+def test_a_dearer_kernel_fails_the_comparison(name):
+    row = dict(epilogue="7.00", start="2.00", registers="220", shared="1024", programs="2")
+    small = dict(epilogue="", start="", registers="40", shared="0", programs="3")
+    key, other = ("90", "forward", "half", ""), ("90", "_patch_kernel", "half", "")
+    table = {key: row, other: small}
+    compare_with_table({key: AS_GOOD, other: small}, table, PINNED)
+    with pytest.raises(AssertionError, match=f"forward.*{name} .* -> {float(WORSE[name]):g}"):
+        compare_with_table({key: row | {name: WORSE[name]}, other: small}, table, PINNED)
+    with pytest.raises(AssertionError, match="make the table anew"):
+        compare_with_table(table, {key: row}, PINNED)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.full)], ids=("few", "all"))
@@ -146,6 +169,18 @@ def test_triton_kernels_compile_without_spills(few, tmp_path, record_property):
     check(records)
     if metadata.version("triton") == PINNED:
         check_cost(records, PINNED, few)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="triton is not installed")
+def test_what_the_sweep_tries_fits(tmp_path):
+    """As many programs on an SM as a configuration asks for, which `sweep.fits` estimates."""
+    records = compile_all(tmp_path, (90,), flags=["--sweep"])
+    assert {record["label"] for record in records} == {"groups", "dz"} and len(records) >= 8
+    assert any(record["asked"] > 1 for record in records)
+    for record in records:
+        assert record["spills"] == 0 and not record["faults"] and record["wgmma"] > 0, record
+        assert record["shared"] <= SHARED_LIMIT[90] and record["programs"] >= record["asked"], record
 
 
 @pytest.mark.full

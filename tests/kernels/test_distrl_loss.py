@@ -322,6 +322,30 @@ def test_the_op_is_linear_distrl_loss_behind_the_head(impl, device):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def owners_lengths(cu_seqlens, N):
+    """(N,) fp64 tokens of the sequence that owns each row, by a search among the three edges."""
+    cu = cu_seqlens.tolist()
+    owner = [1 if cu[1] <= row else 0 for row in range(N)]
+    return torch.tensor([cu[b + 1] - cu[b] for b in owner], dtype=torch.float64)
+
+
+def test_unchecked_edges_stay_in_bounds(impl, device, unchecked):
+    """On a GPU nobody checks the edges: each row's weight is what they say, also beyond int32."""
+    buffers, tokens, cu, _, guard = unchecked
+    N, alpha = len(tokens), 0.1
+    new = torch.ones(N, 2, device=device, requires_grad=True)
+    others = tokens[:, None]
+    out = distrl_loss(new[:, 0], new[:, 1:], tokens, others, tokens, others, cu, alpha=alpha, impl=impl)
+    (gradient,) = torch.autograd.grad(out.loss, new)
+    shares = -1 / (2 * owners_lengths(cu, N))  # rho = 1, advantage 1, two sequences
+    expected = torch.stack([shares, alpha * math.e * shares], 1)
+    assert abs(out.loss.item() / expected.sum().item() - 1) <= 1e-6
+    torch.testing.assert_close(gradient.double().cpu(), expected, rtol=1e-6, atol=0)
+    assert buffers
+    for buffer in buffers:
+        assert (buffer[:guard] == 7).all() and (buffer[-guard:] == 7).all()
+
+
 def test_gradcheck():
     of_tokens, of_candidates, *rest = arguments(torch.float64, (3, 4))
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ipvrm_kernels import linear_distrl_loss
+from ipvrm_kernels import distrl_loss, linear_distrl_loss
 
 OP = "linear_distrl_loss"
 NAMES = ("hidden", "weight", "token_ids", "candidate_ids", "old_logprobs", "old_candidate_logprobs",
@@ -66,6 +66,26 @@ def call(changed, **options):
 def test_errors(change, options, message):
     with pytest.raises(ValueError, match="linear_distrl_loss: " + message):
         call(arguments() | change, **options)
+
+
+def test_unchecked_edges_stay_in_bounds(impl, device, unchecked):
+    """On a GPU nobody checks the edges: the loss is distrl_loss's, whose rows weigh what they say."""
+    buffers, tokens, cu, _, guard = unchecked
+    N, K, V = len(tokens), 2, 20
+    hidden, weight = (torch.randn(rows, 8, device=device, requires_grad=True) for rows in (N, V))
+    ids = torch.randint(0, V, (N, 1 + K), device=device)
+    old = torch.full((N, K), -2.0, device=device)
+    rest = (-2 * tokens, old, tokens, tokens[:, None].expand(N, K).contiguous(), cu)
+    out = linear_distrl_loss(hidden, weight, ids[:, 0], ids[:, 1:], *rest, impl=impl)
+    got = torch.autograd.grad(out.loss, (hidden, weight))
+    logprobs = torch.log_softmax(hidden @ weight.T, 1).gather(1, ids)
+    loss = distrl_loss(logprobs[:, 0], logprobs[:, 1:], *rest, impl=impl).loss
+    expected = (loss, *torch.autograd.grad(loss, (hidden, weight)))
+    for mine, theirs in zip((out.loss, *got), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.detach().abs().max()))
+    assert buffers
+    for buffer in buffers:
+        assert (buffer[:guard] == 7).all() and (buffer[-guard:] == 7).all()
 
 
 def test_zero_denominator_without_candidates(impl, device):
