@@ -305,7 +305,7 @@ def _score(
             reasons = {f"{row.file}:{row.row}": row.reason for row in skipped}
             for rollout in chunk:
                 unusable = rollout.unusable or reasons.get(rollout.place)
-                line = {"line": rollout.number, "unusable": unusable}
+                line: dict[str, Any] = {"line": rollout.number, "unusable": unusable}
                 line |= scores.get(rollout.place) or dict.fromkeys(PICKS)
                 opened.write(json.dumps(line, allow_nan=False) + "\n")
             opened.flush()
