@@ -153,10 +153,15 @@ def _run(name: str, arguments: list[str]) -> int:
                 "run this in a checkout of the repository, where benchmarks/run.py is"
             ) from error
         raise
-    run = getattr(module, command.run)
-    if command.config is None:
-        return int(run(arguments) or 0)
-    run(parse(getattr(module, command.config), arguments, prog=f"ipvrm {name}"))
+    from ipvrm.progress import never_silent  # behind the command's own imports: it needs torch
+
+    run, config = getattr(module, command.run), None
+    if command.config is not None:
+        config = parse(getattr(module, command.config), arguments, prog=f"ipvrm {name}")
+    with never_silent(f"ipvrm {name}"):
+        if config is None:
+            return int(run(arguments) or 0)
+        run(config)
     return 0
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -30,11 +30,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a line every tenth of the work and every minute; or nothing."""
+    """A progress bar on a terminal; elsewhere a line every tenth of the work and every minute; or nothing
+    (`enabled` false)."""
 
     def __init__(self, enabled: bool = True):
         from rich.console import Console
 
+        self.enabled = enabled
         self.console = Console(stderr=True, quiet=not enabled, highlight=False)
         self.live = enabled and self.console.is_terminal
 
@@ -53,7 +55,8 @@ class Progress:
     def bar(self, description: str, total: int, start: int = 0) -> Iterator[Callable[..., None]]:
         """Yields update(done, loss=, prefix_accuracy=, tokens_per_second=, ...), which moves the bar."""
         if not self.live:
-            yield _Lines(self.note, description, total, start).update
+            with _Lines(self.note, description, total, start) as lines:
+                yield lines.update
             return
         from rich import progress as rich
 
@@ -75,24 +78,79 @@ class Progress:
             yield update
 
 
-class _Lines:
-    """What is shown where there is no terminal."""
+@contextmanager
+def never_silent(command: str) -> Iterator[None]:
+    """While entered, a minute without a line ends with one that says what runs, and for how long. Nothing on
+    a terminal, whose user sees that by other means."""
+    shown = Progress(enabled=os.environ.get("RANK", "0") == "0")
+    if shown.live:
+        yield
+        return
+    with _Lines(shown.note, command):
+        yield
 
-    def __init__(self, note: Callable[[str], None], description: str, total: int, start: int):
+
+class _Lines:
+    """What is shown where there is no terminal. While it is entered, a thread ends silences that are too
+    long: one batch can take many minutes. Of several that are entered the innermost speaks."""
+
+    spoken = 0.0  # when the last line of any of them was said
+    entered: ClassVar[list["_Lines"]] = []
+
+    def __init__(
+        self, note: Callable[[str], None], description: str, total: int | None = None, start: int = 0
+    ):
         self.note, self.description, self.total, self.start = note, description, total, start
-        self.tenth, self.began = start * 10 // max(1, total), time.monotonic()
-        self.last = self.began
+        self.done, self.numbers = start, dict[str, float]()
+        self.tenth, self.began = self._tenth(), time.monotonic()
+        self._speak, self._over = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._end_silences, daemon=True)
 
     def update(self, done: int, **numbers: float) -> None:
-        now, tenth = time.monotonic(), done * 10 // max(1, self.total)
-        if tenth == self.tenth and now - self.last < LONGEST_SILENCE:
+        with self._speak:
+            self.done, self.numbers = done, numbers
+            tenth = self._tenth()
+            if tenth != self.tenth or self._silence() >= LONGEST_SILENCE:
+                self.tenth = tenth
+                self._say()
+
+    def _tenth(self) -> int:
+        return self.done * 10 // max(1, self.total or 0)
+
+    def _silence(self) -> float:
+        return time.monotonic() - max(self.began, _Lines.spoken)
+
+    def _say(self) -> None:
+        _Lines.spoken = time.monotonic()
+        seconds, moved = _Lines.spoken - self.began, self.done - self.start
+        if self.total is None:
+            self.note(f"{self.description}: {duration(seconds)} so far")
             return
-        self.tenth, self.last = tenth, now
-        rate = (done - self.start) / max(now - self.began, 1e-9)
-        left = f", {duration((self.total - done) / rate)} left" if 0 < done < self.total and rate else ""
-        self.note(
-            f"{self.description} {done:,}/{self.total:,}  {rate:.3g}/s{left}  {in_words(numbers)}".rstrip()
-        )
+        speed = f"{duration(seconds)} so far"
+        if moved:
+            rate = moved / max(seconds, 1e-9)
+            left = f", {duration((self.total - self.done) / rate)} left" if self.done < self.total else ""
+            speed = f"{rate:.3g}/s{left}"
+        numbers = in_words(self.numbers)
+        self.note(f"{self.description} {self.done:,}/{self.total:,}  {speed}  {numbers}".rstrip())
+
+    def _end_silences(self) -> None:
+        left = LONGEST_SILENCE
+        while not self._over.wait(left):
+            with self._speak:
+                if _Lines.entered[-1] is self and self._silence() >= LONGEST_SILENCE:
+                    self._say()
+                left = LONGEST_SILENCE - min(self._silence(), 0.9 * LONGEST_SILENCE)
+
+    def __enter__(self) -> "_Lines":
+        _Lines.entered.append(self)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+        _Lines.entered.remove(self)
 
 
 def duration(seconds: float) -> str:

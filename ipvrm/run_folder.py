@@ -20,6 +20,7 @@ from typing import Any
 from ipvrm.errors import IpvrmError, cause
 
 ROWS_AT_A_TIME = 4096
+CPU_MATMUL = "cpu_matmul"
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
@@ -269,12 +270,46 @@ def same_run(
         )
 
 
-def begin_or_go_on(file: Path, now: Mapping[str, Any], what: str, words: Mapping[str, str]) -> None:
-    """`same_run` with the settings in `file`, which holds those of `now` from the first run on."""
-    if file.exists():
-        same_run(read_json(file), now, what, words)
-    else:
-        write_json(file, now)
+def begin_or_go_on(
+    file: Path,
+    now: Mapping[str, Any],
+    what: str,
+    words: Mapping[str, str],
+    note: Callable[[str], None] | None = None,
+) -> None:
+    """`same_run` with the settings in `file`, which holds those of `now` from the first run on.
+
+    Args:
+        note: told where the first run's CPU matmuls were by another library; None where none are done.
+    """
+    if not file.exists():
+        write_json(file, {**now, CPU_MATMUL: cpu_matmul()})
+        return
+    stored = dict(read_json(file))
+    before = stored.pop(CPU_MATMUL, None)
+    same_run(stored, now, what, words)
+    if note is not None and (changed := other_matmul(before, what)):
+        note(changed)
+
+
+def cpu_matmul() -> str:
+    """The library that multiplies matrices on the CPU in this process, and why."""
+    from ipvrm_kernels import describe_cpu_matmul
+
+    return describe_cpu_matmul()
+
+
+def other_matmul(before: str | None, what: str) -> str | None:
+    """That `what` was made by another library than runs now (`before` is its `cpu_matmul`), in words; None
+    where it was not, or where that is not known."""
+    now = cpu_matmul()
+    library = None if before is None else before.partition(":")[0]
+    if library is None or library == now.partition(":")[0]:
+        return None
+    return (
+        f"the CPU matmuls of {what} were by {library}; from here on they are by {now}. The numbers go on "
+        "with another rounding"
+    )
 
 
 def _sync(path: Path) -> None:
@@ -437,5 +472,6 @@ def manifest(
         "versions": versions(),
         "platform": platform.platform(),
         "processor": processor(),
+        CPU_MATMUL: cpu_matmul(),
         **extra,
     }

@@ -59,8 +59,9 @@ def _refuse_type(op: str, name: str, x: Any) -> None:
         )
     if hasattr(x, "device_mesh"):
         raise ValueError(
-            f"{op}: {name} must be a plain tensor, got a DTensor; pass {name}.full_tensor(), or "
-            f"{name}.to_local() of a vocabulary-parallel head to linear_logprobs_partial and merge_partials"
+            f"{op}: {name} must be a plain tensor, got a DTensor; of a vocabulary-parallel head pass "
+            f"{name}.to_local() to vocab_parallel_logprobs or vocab_parallel_candidates; else unshard it: "
+            f"gathered_weight(head) of a head under FSDP2, {name}.full_tensor() of anything else"
         )
 
 

@@ -4,6 +4,7 @@ end."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+import ipvrm.progress
 from benchmarks.suite.measure import START, Case, Row, is_ours
 from benchmarks.suite.tables import aims, cell, conditions, error, growth, milliseconds, verdicts
 
@@ -36,16 +38,21 @@ class Screen:
             console=Console(stderr=True), transient=True,
         )  # fmt: skip
         self.task = self.progress.add_task("", total=len(ops))
+        self.lines = ipvrm.progress.Progress(not self.progress.console.is_terminal)
+        self.ops, self.done, self.open = len(ops), 0, ExitStack()
         self.out.print(f"[bold]ipvrm bench[/] ({mode}) on {escape(conditions(machine))}", soft_wrap=True)
 
     def __enter__(self) -> Screen:
-        self.progress.start()
+        if self.lines.enabled:
+            self.moved = self.open.enter_context(self.lines.bar("benchmarks", self.ops))
+        else:
+            self.open.enter_context(self.progress)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        self.open.close()
 
     def note(self, text: str) -> None:
         self.out.print(escape(text), style="dim", soft_wrap=True)
@@ -57,7 +64,10 @@ class Screen:
         self.progress.update(self.task, description=escape(f"{name}: {case.shape}"[:90]))
 
     def finished(self, name: str) -> None:
+        self.done += 1
         self.progress.advance(self.task)
+        if self.lines.enabled:
+            self.moved(self.done)
 
     def measured(self, rows: Sequence[Row]) -> None:
         """One case's table, its verdicts and, where they need no other case, its targets below."""

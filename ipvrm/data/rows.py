@@ -141,7 +141,7 @@ def read_rows(
     report_bad_rows(bad, on_bad_row, total=len(rows) + len(bad))
     if not rows:
         raise IpvrmError(
-            f"{path}: no usable row ({len(bad)} bad); {_listing(bad, len(bad)) or 'the file is empty'}"
+            f"{path}: no usable row ({len(bad)} bad); {listed(bad, len(bad)) or 'the file is empty'}"
         )
     return rows, bad
 
@@ -186,7 +186,7 @@ def read_prompts(
     report_bad_rows(bad, on_bad_row, total=len(prompts) + len(bad))
     if not prompts:
         raise IpvrmError(
-            f"{path}: no usable row ({len(bad)} bad); {_listing(bad, len(bad)) or 'the file is empty'}"
+            f"{path}: no usable row ({len(bad)} bad); {listed(bad, len(bad)) or 'the file is empty'}"
         )
     return prompts, bad
 
@@ -203,11 +203,12 @@ def report_bad_rows(
     count = len(bad) if count is None else count
     if bad and on_bad_row == "error":
         raise IpvrmError(
-            f"{count} of {total} rows are bad (--on_bad_row skip leaves them out):\n{_listing(bad, count)}"
+            f"{count} of {total} rows are bad (--on_bad_row skip leaves them out):\n{listed(bad, count)}"
         )
 
 
-def _listing(bad: Sequence[BadRow], count: int) -> str:
+def listed(bad: Sequence[BadRow | str], count: int) -> str:
+    """The first of them, a line each, and how many more of `count` there are."""
     lines = [f"  {item}" for item in bad[:SHOWN_BAD_ROWS]]
     if count > len(lines):
         lines.append(f"  ... and {count - len(lines)} more")

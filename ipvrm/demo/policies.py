@@ -30,6 +30,7 @@ from ipvrm.demo.rollouts import problems_of_parts
 from ipvrm.demo.settings import PolicySettings, Sizes
 from ipvrm.evaluate.thresholds import percentile_interval
 from ipvrm.models.causal_lm import load_model, load_tokenizer
+from ipvrm.progress import Progress
 from ipvrm.rollouts.answers import Question, judge, sample
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import load_verifier
@@ -124,7 +125,7 @@ def train(config: PolicyConfig, problems: Sequence[Problem], progress: bool) -> 
     """Trains, then measures every saved policy and deletes the checkpoints: OUTCOMES is {step: outcomes}."""
     folder = train_policy(config, progress=progress).output_dir
     found = {}
-    for saved in checkpoints(folder):
+    for saved in Progress(progress).track(checkpoints(folder), "outcomes"):
         found[saved.name.rpartition("-")[2]] = outcomes(saved, problems)
         shutil.rmtree(saved)
     write_json(folder / OUTCOMES, found | {str(config.max_steps): outcomes(folder, problems)})

@@ -43,7 +43,16 @@ from ipvrm.demo.settings import (
 from ipvrm.errors import IpvrmError
 from ipvrm.output import locked
 from ipvrm.progress import Progress
-from ipvrm.run_folder import manifest, read_json, reusable, save_folder, write_json
+from ipvrm.run_folder import (
+    CPU_MATMUL,
+    cpu_matmul,
+    manifest,
+    other_matmul,
+    read_json,
+    reusable,
+    save_folder,
+    write_json,
+)
 from ipvrm.training.checkpoint import TrainingInterrupted
 
 STAGE_FILE = "stage.json"
@@ -154,8 +163,8 @@ def train_choice(stages: "Stages", name: str, choice: Choice, seed: int) -> None
         use_cpu=True,
     )
     settings = {k: v for k, v in asdict(config).items() if k not in ("model", "train_data", "output_dir")}
-    live = stages.progress.live
-    stages.in_place(name, settings, lambda: train_reward_model(config, progress=live), after=["rollouts"])
+    shown = stages.progress.enabled
+    stages.in_place(name, settings, lambda: train_reward_model(config, progress=shown), after=["rollouts"])
 
 
 def train_policies(stages: "Stages", sizes: Sizes, seed: int, num_seeds: int) -> dict[str, Any]:
@@ -198,7 +207,7 @@ def train_algorithm(stages: "Stages", name: str, algorithm: str, settings: Polic
     stages.in_place(
         name,
         {k: v for k, v in asdict(config).items() if k not in paths},
-        lambda: train(config, read_problems(start / "held_out.jsonl"), stages.progress.live),
+        lambda: train(config, read_problems(start / "held_out.jsonl"), stages.progress.enabled),
         after=["policy-start"] + ["reward-ipvrm"] * (config.reward_model is not None),
     )
 
@@ -256,6 +265,8 @@ class Stages:
             if stored["key"] == key:
                 self.done[name] = stored
                 self.progress.note(f"{name}: done before ({stored['seconds']:.0f} s)")
+                if other := other_matmul(stored.get(CPU_MATMUL), name):
+                    self.progress.note(other)
                 return True
             if reusable(stored["settings"], settings, name, self.progress.note):
                 self.progress.note(f"{name}: made again; changed: a stage before it")
@@ -265,7 +276,9 @@ class Stages:
 
     def _finish(self, name: str, key: str, settings: dict[str, Any], started: float, folder: Path) -> None:
         seconds = round(time.perf_counter() - started, 2)
-        self.done[name] = {"key": key, "seconds": seconds, "settings": settings}
+        self.done[name] = {
+            "key": key, "seconds": seconds, "settings": settings, CPU_MATMUL: cpu_matmul(),
+        }  # fmt: skip
         write_json(folder / STAGE_FILE, self.done[name])
         self.progress.note(f"{name}: {seconds:.0f} s")
 

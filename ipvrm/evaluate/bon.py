@@ -2,30 +2,34 @@
 
 Of each problem all M responses are scored once. What is reported for every N is exact over all subsets of N
 them (`ipvrm.evaluate.best_of_n`), with intervals over problems; a problem with fewer than N responses is left
-out at that N and counted. A response that is longer than allowed, or that cannot be scored, is picked last.
-Answers vote by what `ipvrm label` extracted: numbers by value, everything else by its text.
+out at that N and counted. A response that is longer than allowed, or that cannot be scored, is picked last. A
+row that cannot be used (no label, no response, ...) counts as a wrong response to its prompt, picked last and
+without a vote; one without a prompt is of no problem. All are named with the reason. Answers vote by what
+`ipvrm label` extracted: numbers by value, everything else by its text.
 """
 
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ipvrm.data.files import chunked, file_hash, records
+from ipvrm.data.files import check_values, chunked, file_hash, records
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import (
     COLUMNS,
     TURNS,
     BadRow,
     Message,
-    OnBadRow,
     Row,
     as_object,
     data_source,
-    report_bad_rows,
+    listed,
+    prompt_of,
     row_of,
+    turns,
 )
 from ipvrm.data.steps import STEP_SEPARATOR, step_of_token
 from ipvrm.errors import IpvrmError
@@ -79,8 +83,6 @@ class BonConfig:
     """Resamples of the problems for the intervals."""
     seed: int = field(default=0, metadata=FREE)
     """Of the bootstrap and of the subsets of the majority vote where there are too many to take them all."""
-    on_bad_row: OnBadRow = field(default="error", metadata=FREE)
-    """Rows that cannot be used: stop and list them, or skip."""
     use_cpu: bool = field(default=False, metadata=FREE)
     """Score on the CPU although there is an accelerator."""
 
@@ -144,7 +146,12 @@ def _scores(
     info = reward_model.info
     for response, log_ratio in zip(found.responses, rewards, strict=True):
         if not bool(log_ratio.isfinite().all()):
-            raise IpvrmError(f"{response.source}: the models' log-probabilities are not finite numbers")
+            file, _, number = response.source.rpartition(":")
+            bad = BadRow(file, int(number), "the models' log-probabilities are not finite numbers")
+            if skipped is None:
+                raise IpvrmError(str(bad))
+            skipped.append(bad)
+            continue
         index = place[response.source]
         ends = _step_ends(rows[index].response, step_separator)
         of_token = step_of_token(response.offsets or (), ends)
@@ -176,19 +183,24 @@ def _step_ends(text: str, separator: str) -> list[int]:
 
 @dataclass(frozen=True)
 class _Rollout:
+    """A row of the data. `row` is None where it cannot be used, `unusable` then the reason; `problem` is None
+    where not even its prompt is known."""
+
     number: int  # over all shards, from 1
-    row: Row
-    problem: str
-    source: str
-    extracted: str | None
+    place: str  # file:row
+    problem: str | None
+    source: str = ""
+    row: Row | None = None
+    extracted: str | None = None
+    unusable: str | None = None
 
 
 def evaluate(config: BonConfig, progress: bool = True) -> dict[str, Any]:
     """Scores what is not scored yet, prints the tables and writes results.json, which it returns.
 
     Raises:
-        IpvrmError: settings out of range, unreadable data or model, bad rows under `on_bad_row="error"`, no
-            problem with enough responses, or an output folder with scores made under other settings.
+        IpvrmError: settings out of range, unreadable data or model, no usable row, no problem with enough
+            responses, or an output folder with scores made under other settings.
     """
     given = {name: getattr(config, name) for name in ("max_length", "batch_tokens", "bootstrap_resamples")}
     for name, value in [*given.items(), *(("n", n) for n in config.n)]:
@@ -200,22 +212,20 @@ def evaluate(config: BonConfig, progress: bool = True) -> dict[str, Any]:
 
 def _evaluate(config: BonConfig, progress: bool) -> dict[str, Any]:
     shown, output = Progress(enabled=progress), Path(config.output_dir)
-    rollouts, bad = _read(config)
-    for row in bad:
-        shown.note(f"skipped {row}")
+    rollouts = _read(config)
     device = "cpu" if config.use_cpu else None
     reward_model = RewardModel.from_pretrained(
         config.model, config.reference, device, objective=config.objective
     )
     output.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output)
-    begin_or_go_on(output / "settings.json", _settings(config, reward_model), f"what is in {output}", WORDS)
+    settings, note = _settings(config, reward_model), shown.note if reward_model.on_cpu else None
+    begin_or_go_on(output / "settings.json", settings, f"what is in {output}", WORDS, note)
     file = output / "scores.jsonl"
     _score(config, reward_model, rollouts, file, shown)
     scored = {line["line"]: line for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
     results = {
         **summarise(config, rollouts, scored),
-        "bad": len(bad),
         "reward_model": asdict(reward_model.info),
         "manifest": manifest(seeds={"seed": config.seed}, config=asdict(config)),
     }
@@ -225,23 +235,44 @@ def _evaluate(config: BonConfig, progress: bool) -> dict[str, Any]:
     return results
 
 
-def _read(config: BonConfig) -> tuple[list[_Rollout], list[BadRow]]:
-    rollouts, bad = [], []
-    for file, number, index, value in records(config.data, (*COLUMNS, *OWN_COLUMNS), TURNS):
-        try:
-            record = as_object(value)
-            row = row_of(f"{file}:{number}", record)
-            problem = json.dumps(row.prompt, sort_keys=True)
-            extracted = record.get("extracted")
-            if extracted is not None and not isinstance(extracted, str):
-                raise ValueError(f"extracted must be a text; got {extracted!r:.40}")
-            rollouts.append(_Rollout(index, row, problem, data_source(record) or "", extracted))
-        except ValueError as error:
-            bad.append(BadRow(file, number, str(error)))
-    report_bad_rows(bad, config.on_bad_row, total=len(rollouts) + len(bad))
-    if not rollouts:
-        raise IpvrmError(f"--data {config.data}: no usable row ({len(bad)} bad)")
-    return rollouts, bad
+def _read(config: BonConfig) -> list[_Rollout]:
+    columns = (*COLUMNS, *OWN_COLUMNS)
+    found = [
+        _rollout(index, f"{file}:{number}", value)
+        for file, number, index, value in records(config.data, columns, TURNS, check=False)
+    ]
+    if all(rollout.unusable for rollout in found):
+        first = f"; {found[0].place}: {found[0].unusable}" if found else ""
+        raise IpvrmError(f"--data {config.data}: no usable row{first}")
+    return found
+
+
+def _rollout(index: int, place: str, value: Any) -> _Rollout:
+    try:
+        record = as_object(value)
+        check_values(record)
+        row = row_of(place, record)
+        extracted = record.get("extracted")
+        if extracted is not None and not isinstance(extracted, str):
+            raise ValueError(f"extracted must be a text; got {extracted!r:.40}")
+        return _Rollout(index, place, _key(row.prompt), data_source(record) or "", row, extracted)
+    except ValueError as error:
+        return _Rollout(index, place, *_problem_of(value), unusable=str(error))
+
+
+def _key(prompt: Any) -> str:
+    return json.dumps(prompt, sort_keys=True)
+
+
+def _problem_of(value: Any) -> tuple[str | None, str]:
+    """The problem of a row that cannot be used, None where it is not known; and its data source."""
+    problem, source = None, ""
+    for read in (lambda: turns(value).prompt, lambda: prompt_of(as_object(value))):
+        with suppress(ValueError, RecursionError):
+            problem = _key(read()) if problem is None else problem
+    with suppress(ValueError):
+        source = data_source(as_object(value)) or ""
+    return problem, source
 
 
 def _settings(config: BonConfig, reward_model: RewardModel) -> dict[str, Any]:
@@ -266,14 +297,17 @@ def _score(
     with open(file, "a", encoding="utf-8") as opened, shown.bar("score", len(rollouts), done) as update:
         for chunk in chunked(remaining, CHUNK):
             skipped: list[BadRow] = []
-            rows = [r.row for r in chunk]
+            rows = [r.row for r in chunk if r.row is not None]
             found = _scores(
                 reward_model, rows, config.step_separator, config.max_length, config.batch_tokens, skipped
             )
+            scores = dict(zip((row.source for row in rows), found, strict=True))
             reasons = {f"{row.file}:{row.row}": row.reason for row in skipped}
-            for rollout, scores in zip(chunk, found, strict=True):
-                line = {"line": rollout.number, "unusable": reasons.get(rollout.row.source)}
-                opened.write(json.dumps(line | (scores or dict.fromkeys(PICKS)), allow_nan=False) + "\n")
+            for rollout in chunk:
+                unusable = rollout.unusable or reasons.get(rollout.place)
+                line: dict[str, Any] = {"line": rollout.number, "unusable": unusable}
+                line |= scores.get(rollout.place) or dict.fromkeys(PICKS)
+                opened.write(json.dumps(line, allow_nan=False) + "\n")
             opened.flush()
             update(done := done + len(chunk))
 
@@ -282,10 +316,22 @@ def summarise(
     config: BonConfig, rollouts: Sequence[_Rollout], scored: dict[int, dict[str, Any]]
 ) -> dict[str, Any]:
     """Accuracy by source, method and N, with counts of what is missing; `scored` by the rollout's number."""
+    notes, refused = [], [r for r in rollouts if scored[r.number]["unusable"] is not None]
+    if len(refused) == len(rollouts):
+        first = scored[refused[0].number]["unusable"]
+        raise IpvrmError(f"--data {config.data}: no response can be scored; {refused[0].place}: {first}")
+    if refused:
+        nowhere = sum(r.problem is None for r in refused)
+        lines = [f"{r.place}: {scored[r.number]['unusable']}" for r in refused]
+        notes.append(
+            f"{len(refused)} of {len(rollouts)} responses cannot be used; they are picked last"
+            + (f", but {nowhere} without a prompt, which are of no problem" if nowhere else "")
+            + f":\n{listed(lines, len(lines))}"
+        )
     by_source: dict[str, dict[str, list[_Rollout]]] = {}
     for rollout in rollouts:
-        by_source.setdefault(rollout.source, {}).setdefault(rollout.problem, []).append(rollout)
-    notes: list[str] = []
+        if rollout.problem is not None:
+            by_source.setdefault(rollout.source, {}).setdefault(rollout.problem, []).append(rollout)
     sources: dict[str, Any] = {}
     for source, problems in by_source.items():
         samples = [_samples(members, scored) for members in problems.values()]
@@ -318,12 +364,11 @@ def summarise(
             f"--n {' '.join(map(str, config.n))}: no problem has so many responses (at most {most}); sample "
             "more, or name a smaller N"
         )
-    unscored = [line for line in scored.values() if line["final"] is None]
-    refused = [line for line in unscored if line["unusable"] is not None]
+    unscored = sum(scored[r.number]["final"] is None for r in rollouts)
     return {
         "sources": sources,
-        "too_long": len(unscored) - len(refused),
-        "unusable": {str(line["line"]): line["unusable"] for line in refused},
+        "too_long": unscored - len(refused),
+        "unusable": {r.place: scored[r.number]["unusable"] for r in refused},
         "notes": notes,
     }
 
@@ -331,7 +376,11 @@ def summarise(
 def _samples(members: Sequence[_Rollout], scored: dict[int, dict[str, Any]]) -> Samples:
     lines = [scored[r.number] for r in members]
     scores = {pick: [-math.inf if line[pick] is None else line[pick] for line in lines] for pick in PICKS}
-    return Samples([_vote(r.extracted) for r in members], [r.row.label == 1 for r in members], scores)
+    return Samples(
+        [_vote(r.extracted) for r in members],
+        [r.row is not None and r.row.label == 1 for r in members],
+        scores,
+    )
 
 
 def _vote(extracted: str | None) -> Any:
@@ -367,11 +416,8 @@ def _print(results: dict[str, Any]) -> None:
         table.caption = "Right answers in %, 95 % interval over problems."
         table.caption_justify = "left"
         console.print(table)
-    lost = results["too_long"] + len(results["unusable"])
-    if lost:
-        console.print(
-            f"{lost} responses without a score, picked last: {results['too_long']} too long", markup=False
-        )
+    if results["too_long"]:
+        console.print(f"{results['too_long']} responses are too long and picked last", markup=False)
     for note in results["notes"]:
         console.print(note, markup=False)
 

@@ -8,13 +8,16 @@ right,
 
 each a mean over problems, with intervals over problems. A response that is cut off is judged by what there is
 of it, and one without text or without an answer is wrong; what the verifier fails on is neither right nor
-wrong, but counted and left out. `mean` is over the sources, as in the paper's tables.
+wrong, but counted and left out. A row that cannot be used (no prompt, one that the template refuses or that
+is too long, no ground truth) is a problem that was never solved, and is named with the reason. `mean` is over
+the sources, as in the paper's tables.
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +25,7 @@ import numpy as np
 
 from ipvrm.data.chat import preset_template_kwargs
 from ipvrm.data.files import records
-from ipvrm.data.rows import OnBadRow
+from ipvrm.data.rows import listed
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.best_of_n import pass_at_n
 from ipvrm.evaluate.thresholds import finite_or_none, percentile_interval
@@ -89,8 +92,6 @@ class PolicyEvalConfig:
     """Weights and cache in bf16, in place of fp32."""
     bootstrap_resamples: int = field(default=2000, metadata=FREE)
     """Resamples of the problems for the intervals."""
-    on_bad_row: OnBadRow = field(default="error", metadata=FREE)
-    """Rows that cannot be used: stop and list them, or skip."""
     use_cpu: bool = field(default=False, metadata=FREE)
     """Generate on the CPU although there is an accelerator."""
 
@@ -148,7 +149,7 @@ def _evaluate(config: PolicyEvalConfig, progress: bool) -> dict[str, Any]:
         engine=config.engine,
         engine_timeout=config.engine_timeout,
         bf16=config.bf16,
-        on_bad_row=config.on_bad_row,
+        on_bad_row="skip",
         use_cpu=config.use_cpu,
         **sampling,
     )
@@ -162,10 +163,13 @@ def _evaluate(config: PolicyEvalConfig, progress: bool) -> dict[str, Any]:
         keep_truncated=True,
     )
     labelled = label_file(label, progress)
+    problems, counts = _judged(rollout.output, label.output)
+    no_truth = _add_missed(config, rollout.output, problems, counts)
     results = {
-        **summarise(config, *_judged(rollout.output, label.output)),
+        **summarise(config, problems, counts),
+        "unusable": [*sampled["unusable"], *(f"{config.data}:{row}: no ground truth" for row in no_truth)],
         "sampling": sampling,
-        "counts": {"bad": sampled["bad"], **labelled["counts"]},
+        "counts": {**labelled["counts"], "bad": sampled["bad"]},
         "manifest": manifest(seeds={"seed": config.seed}, config=asdict(config)),
     }
     write_json(output / "results.json", results)
@@ -192,6 +196,25 @@ def _judged(rollouts: str, labelled: str) -> tuple[dict[str, dict[int, Judged]],
         if label is not None:
             problems[record["row"]] = Judged(old.judged + 1, old.right + label)
     return found, counts
+
+
+def _add_missed(
+    config: PolicyEvalConfig,
+    rollouts: str,
+    problems: dict[str, dict[int, Judged]],
+    counts: dict[str, Counter[str]],
+) -> list[int]:
+    """Adds the rows that cannot be used as problems never solved; returns those without a ground truth."""
+    truths = {record["row"]: record["answer"] for *_, record in records(rollouts, ("row", "answer"))}
+    rows = records(config.data, ("prompt", "data_source"), check=False)
+    for _, _, number, record in islice(rows, config.limit):
+        if truths.get(number) is not None:
+            continue
+        source = record.get("data_source") if isinstance(record, dict) else None
+        source = source if isinstance(source, str) else ""
+        counts.setdefault(source, Counter(responses=0, truncated=0, failed=0))
+        problems.setdefault(source, {})[number] = Judged(config.num_generations, 0)
+    return sorted(row for row, truth in truths.items() if truth is None)
 
 
 def summarise(
@@ -263,7 +286,14 @@ def _print(results: dict[str, Any]) -> None:
         table.add_row("mean of the sources", "", "", "", *means)
     table.caption = "Right answers in %, 95 % interval over problems; cut off and failed count responses."
     table.caption_justify = "left"
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    if unusable := results["unusable"]:
+        console.print(
+            f"{len(unusable)} rows cannot be used; they count as never solved:\n"
+            + listed(unusable, len(unusable)),
+            markup=False,
+        )
 
 
 def main(config: PolicyEvalConfig) -> None:

@@ -10,9 +10,11 @@ Besides, the calibration of sigmoid(mean_value) at the end of a solution against
 final answer is right where the item says so, else whether all steps are), and F1 by what wrote the solutions.
 
 A solution of more than `max_length` tokens is not cut and not left out: it counts as missed under every
-threshold, and the number of such solutions is printed and stored. So does one that cannot be scored at all
-(the chat template rewrites it, or it is no Unicode); each is named with the reason. Scores are kept in the
-output folder part by part, so an interrupted run goes on where it stopped.
+threshold, and the number of such solutions is printed and stored. So does an item that cannot be used at all
+(no steps, a label that is none of them, a text that is no Unicode or that the chat template rewrites, a score
+that is no number); each is named with the reason. Where not even its label is known, it is missed in both
+halves of F1. Scores are kept in the output folder part by part, so an interrupted run goes on where it
+stopped.
 """
 
 import math
@@ -24,9 +26,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ipvrm.data.files import check_values, file_hash, records
+from ipvrm.data.files import check_values, file_hash, finite, records
 from ipvrm.data.files import kind_of as kind_of_file
-from ipvrm.data.rows import SHOWN_BAD_ROWS
+from ipvrm.data.rows import as_object, listed
 from ipvrm.data.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
 from ipvrm.errors import IpvrmError, reading
 from ipvrm.evaluate.calibration import calibration
@@ -131,65 +133,81 @@ class Item:
     """One ProcessBench solution; `label` is the index of its first wrong step, -1 for none.
 
     `right` says whether its outcome is right, `generator` what wrote it, None where nothing says so.
+    `unusable` is why it cannot be scored; its label is then None where it has none.
     """
 
     name: str
     problem: str
     steps: tuple[str, ...]
-    label: int
+    label: int | None
     right: bool
     generator: str | None = None
+    unusable: str | None = None
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
     """Reads a ProcessBench file: a JSON list, or whatever `ipvrm.data.files` reads.
 
     Raises:
-        IpvrmError: not such a file, or an item without problem, steps or a label that fits; with its number.
+        IpvrmError: not such a file, or one without a single usable item.
     """
-    items = []
-    columns = ("id", "problem", "steps", "label")
-    needs = (columns[1:], STEPWISE)
-    found = records(path, (*columns, *STEPWISE, "generator", "final_answer_correct"), needs, check=False)
-    for _, number, index, record in islice(found, limit):
-        if not isinstance(record, dict):
-            given = record if isinstance(record, ValueError) else f"got {type(record).__name__}"
-            raise IpvrmError(f"{path}: item {number} must be an object; {given}")
-        if all(record.get(key) is not None for key in STEPWISE) and record.get("steps") is None:
-            record = _of_stepwise(path, number, record)
-        problem, steps, label = (record.get(key) for key in columns[1:])
-        if not isinstance(problem, str) or not problem:
-            raise IpvrmError(f"{path}: item {number}: `problem` must be text; got {problem!r:.40}")
-        if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
-            raise IpvrmError(f"{path}: item {number}: `steps` must be a list of texts; got {steps!r:.40}")
-        if not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < len(steps):
-            raise IpvrmError(
-                f"{path}: item {number}: `label` must be -1 or one of its {len(steps)} steps, "
-                f"counted from 0; got {label!r}"
-            )
-        right, generator = record.get("final_answer_correct"), record.get("generator")
-        if right is not None and not isinstance(right, bool):
-            raise IpvrmError(
-                f"{path}: item {number}: final_answer_correct must be true or false; got {right!r}"
-            )
-        if generator is not None and not isinstance(generator, str):
-            raise IpvrmError(f"{path}: item {number}: `generator` must be text; got {generator!r:.40}")
-        name, right = str(record.get("id", index)), label == -1 if right is None else right
-        items.append(Item(name, problem, tuple(steps), label, right, generator))
-    if not items:
-        raise IpvrmError(f"{path}: must hold items of problem, steps, label; it holds none")
+    columns = ("id", "problem", "steps", "label", *STEPWISE, "generator", "final_answer_correct")
+    found = records(path, columns, (columns[1:4], STEPWISE), check=False)
+    items = [_item(index, value) for _, _, index, value in islice(found, limit)]
+    if all(item.unusable for item in items):
+        first = f"; item 1: {items[0].unusable}" if items else ""
+        raise IpvrmError(f"{path}: must hold items of problem, steps, label; it holds no usable one{first}")
     return items
 
 
-def _of_stepwise(path: str | Path, number: int, record: dict[str, Any]) -> dict[str, Any]:
+def _item(number: int, value: Any) -> Item:
+    """The item of a record, or the unusable one in its place; `number` from 1 is its name if it has none."""
+    record = value if isinstance(value, dict) else {}
+    name, label, generator = str(number), None, None
+    try:
+        record = as_object(value)
+        check_values(record.get("id"))
+        given = finite(record.get("id"), "id")
+        name = str(number if given is None else given)
+        check_values([record.get(key) for key in ("problem", "steps", "generator", *STEPWISE[:2])])
+        generator = finite(record.get("generator"), "generator")
+        if generator is not None and not isinstance(generator, str):
+            generator = None
+            raise ValueError(f"`generator` must be text; got {record['generator']!r:.40}")
+        if all(record.get(key) is not None for key in STEPWISE) and record.get("steps") is None:
+            record = _of_stepwise(record)
+        label = _label(record.get("label"))
+        problem, steps = record.get("problem"), record.get("steps")
+        if not isinstance(problem, str) or not problem:
+            raise ValueError(f"`problem` must be text; got {problem!r:.40}")
+        if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
+            raise ValueError(f"`steps` must be a list of texts; got {steps!r:.40}")
+        if label is None or label >= len(steps):
+            raise ValueError(
+                f"`label` must be -1 or one of its {len(steps)} steps, counted from 0; "
+                f"got {record.get('label')!r:.40}"
+            )
+        right = finite(record.get("final_answer_correct"), "final_answer_correct")
+        if right is not None and not isinstance(right, bool):
+            raise ValueError(f"`final_answer_correct` must be true or false; got {right!r:.40}")
+    except ValueError as error:
+        label = _label(record.get("label")) if label is None else label
+        return Item(name, "", (), label, False, generator, str(error))
+    return Item(name, problem, tuple(steps), label, label == -1 if right is None else right, generator)
+
+
+def _label(value: Any) -> int | None:
+    """-1 or a step's index; None where it is neither. 2.0 of a float column is 2."""
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+    return int(value) if whole and value >= -1 else None
+
+
+def _of_stepwise(record: dict[str, Any]) -> dict[str, Any]:
     """TRL's stepwise format: a step each in `completions`, whether it is right in `labels`."""
     labels, steps = record["labels"], record["completions"]
     sound = isinstance(labels, list) and isinstance(steps, list) and len(labels) == len(steps)
     if not sound or not all(isinstance(right, bool) for right in labels):
-        raise IpvrmError(
-            f"{path}: item {number}: `labels` must hold true or false for each of `completions`; "
-            f"got {labels!r:.40}"
-        )
+        raise ValueError(f"`labels` must hold true or false for each of `completions`; got {labels!r:.40}")
     first = labels.index(False) if False in labels else -1
     return {**record, "problem": record["prompt"], "steps": steps, "label": first}
 
@@ -280,7 +298,9 @@ def _scores(
     name = _subset(path)
     folder = Path(config.output_dir) / "scores" / name
     folder.mkdir(parents=True, exist_ok=True)
-    begin_or_go_on(folder / "key.json", model_key | {"data": file_hash(path)}, f"what is in {folder}", WORDS)
+    key = model_key | {"data": file_hash(path)}
+    note = shown.note if reward_model.on_cpu else None
+    begin_or_go_on(folder / "key.json", key, f"what is in {folder}", WORDS, note)
     remove_leftovers(folder)
     rows: list[dict[str, Any]] = []
     starts = range(0, len(items), PART_ITEMS)
@@ -290,23 +310,18 @@ def _scores(
         if (stored := _read_part(part, len(chunk), shown)) is not None:
             rows += stored
             continue
-        new = _score_chunk(config, reward_model, path, chunk)
+        new = _score_chunk(config, reward_model, chunk)
         _write_parquet(part, new)
         rows += new
+    if all(row["unusable"] for row in rows):
+        raise IpvrmError(f"{path}: no solution can be scored; {items[0].name}: {rows[0]['unusable']}")
     return rows
 
 
-def _score_chunk(
-    config: EvalConfig, reward_model: Any, path: str, chunk: Sequence[Item]
-) -> list[dict[str, Any]]:
-    from ipvrm.evaluate.scoring import one_by_one, score_solutions
+def _score_chunk(config: EvalConfig, reward_model: Any, chunk: Sequence[Item]) -> list[dict[str, Any]]:
+    from ipvrm.evaluate.scoring import SolutionScores, one_by_one, score_solutions
 
     def score(part: Sequence[Item]) -> list[Any]:
-        for item in part:
-            try:
-                check_values([item.problem, list(item.steps)])
-            except ValueError as error:
-                raise IpvrmError(str(error)) from error
         return score_solutions(
             reward_model,
             [(item.problem, item.steps) for item in part],
@@ -316,14 +331,17 @@ def _score_chunk(
             batch_tokens=config.batch_tokens,
         )
 
+    usable = [item for item in chunk if item.unusable is None]
+    of_usable = iter(one_by_one(score, usable))
     new: list[dict[str, Any]] = []
-    for item, found in zip(chunk, one_by_one(score, chunk), strict=True):
-        if found is None or isinstance(found, str):
+    for item in chunk:
+        found = item.unusable or next(of_usable)
+        if isinstance(found, SolutionScores) and not all(map(math.isfinite, found.by_rule["prefix"])):
+            found = "the models' log-probabilities are not finite numbers"
+        if isinstance(found, SolutionScores):
+            new.append({"num_tokens": found.num_tokens} | found.by_rule | {"unusable": None})
+        else:
             new.append({"num_tokens": None} | dict.fromkeys(RULES) | {"unusable": found})
-            continue
-        if not all(math.isfinite(score) for score in found.by_rule["prefix"]):
-            raise IpvrmError(f"{path}: {item.name}: the models' log-probabilities are not finite numbers")
-        new.append({"num_tokens": found.num_tokens} | found.by_rule | {"unusable": None})
     return new
 
 
@@ -402,7 +420,7 @@ def summarise(
     notes: list[str] = []
     both: dict[str, bool] = {}
     for name, answers in labels.items():
-        both[name] = -1 in answers and any(k >= 0 for k in answers)
+        both[name] = -1 in answers and any(k is not None and k >= 0 for k in answers)
         if not both[name]:
             notes.append(f"{name}: all of its solutions are of one kind, so F1 is undefined")
     chooser = config.transfer_from if both.get(config.transfer_from, False) else None
@@ -413,18 +431,17 @@ def summarise(
         )
     results: dict[str, Any] = {}
     for name, items in subsets.items():
-        refused = {
-            item.name: scores["unusable"]
-            for item, scores in zip(items, scored[name], strict=True)
+        refused = [
+            {"item": number, "id": item.name, "reason": scores["unusable"]}
+            for number, (item, scores) in enumerate(zip(items, scored[name], strict=True), 1)
             if scores["unusable"] is not None
-        }
+        ]
         too_long = sum(scores["step"] is None for scores in scored[name]) - len(refused)
         if refused:
-            listed = "".join(f"\n  {item}: {reason}" for item, reason in [*refused.items()][:SHOWN_BAD_ROWS])
-            more = len(refused) - SHOWN_BAD_ROWS
+            lines = [f"{entry['id']}: {entry['reason']}" for entry in refused]
             notes.append(
-                f"{name}: {len(refused)} of {len(items)} solutions cannot be scored; they count as missed:"
-                f"{listed}" + (f"\n  ... and {more} more" if more > 0 else "")
+                f"{name}: {len(refused)} of {len(items)} solutions cannot be scored; they count as missed:\n"
+                + listed(lines, len(lines))
             )
         if too_long:
             notes.append(
@@ -433,24 +450,26 @@ def summarise(
             )
         rules: dict[str, Any] = {}
         for rule in RULES:
-            values = [scores[rule] for scores in scored[name]]
             rules[rule] = dict.fromkeys((*PROTOCOLS, "release"))
-            if both[name]:
-                threshold, _ = sweep(values, labels[name])
-                rules[rule]["oracle"] = f1_report(
-                    values, labels[name], threshold, config.bootstrap_resamples, config.seed
+            if not both[name]:
+                continue
+            own = values, known = _with_labels(items, scored[name], rule)
+            rules[rule]["release"] = _on_released_grid(rule, values, known, beta)
+            chosen_on = {"oracle": own}
+            if chooser is not None:
+                chosen_on["transfer"] = _with_labels(subsets[chooser], scored[chooser], rule)
+            for protocol, pair in chosen_on.items():
+                threshold, _ = sweep(*pair)
+                rules[rule][protocol] = f1_report(
+                    values, known, threshold, config.bootstrap_resamples, config.seed
                 )
-                rules[rule]["release"] = _on_released_grid(rule, values, labels[name], beta)
-            if both[name] and chooser is not None:
-                threshold, _ = sweep([scores[rule] for scores in scored[chooser]], labels[chooser])
-                rules[rule]["transfer"] = f1_report(
-                    values, labels[name], threshold, config.bootstrap_resamples, config.seed
-                )
-        baselines = trivial_baselines(labels[name], [len(item.steps) for item in items])
+        sound = [item for item in items if item.unusable is None]
+        baselines = trivial_baselines(
+            [item.label for item in sound if item.label is not None], [len(item.steps) for item in sound]
+        )
         results[name] = {
             "items": len(items),
-            "erroneous": sum(k >= 0 for k in labels[name]),
-            "correct": sum(k < 0 for k in labels[name]),
+            **_counts(labels[name]),
             "too_long": too_long,
             "unusable": refused,
             "rules": rules,
@@ -467,6 +486,28 @@ def summarise(
                 for protocol, found in zip(PROTOCOLS, entries, strict=True)
             }
     return {"transfer_from": chooser, "subsets": results, "mean_f1": mean, "notes": notes}
+
+
+def _with_labels(
+    items: Sequence[Item], scored: Sequence[dict[str, Any]], rule: str
+) -> tuple[list[Any], list[int]]:
+    """Scores and labels, by which F1 is defined; where no label is known, a miss in either half."""
+    values: list[Any] = []
+    labels: list[int] = []
+    for item, scores in zip(items, scored, strict=True):
+        possible = [-1, 0] if item.label is None else [item.label]
+        values += [scores[rule]] * len(possible)
+        labels += possible
+    return values, labels
+
+
+def _counts(labels: Sequence[int | None]) -> dict[str, int]:
+    unlabelled, correct = labels.count(None), labels.count(-1)
+    return {
+        "erroneous": len(labels) - unlabelled - correct,
+        "correct": correct,
+        "unlabelled": unlabelled,
+    }
 
 
 def _on_released_grid(rule: str, values: Sequence[Any], labels: Sequence[int], beta: float) -> dict[str, Any]:
@@ -492,13 +533,9 @@ def _by_generator(
     found: dict[str, Any] = {}
     for generator in sorted({item.generator for item in items if item.generator is not None}):
         chosen = [i for i, item in enumerate(items) if item.generator == generator]
-        labels = [items[i].label for i in chosen]
-        entry: dict[str, Any] = {
-            "erroneous": sum(k >= 0 for k in labels),
-            "correct": sum(k < 0 for k in labels),
-        }
+        entry: dict[str, Any] = _counts([items[i].label for i in chosen])
         for rule in RULES:
-            scores = [scored[i][rule] for i in chosen]
+            scores, labels = _with_labels([items[i] for i in chosen], [scored[i] for i in chosen], rule)
             at = {p: rules[rule][p] for p in PROTOCOLS}
             f1 = {
                 p: None if e is None else f1_of_hits(hits(scores, labels, score_threshold(e)), labels).f1

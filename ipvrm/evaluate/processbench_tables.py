@@ -90,6 +90,7 @@ def f1_tables(results: dict[str, Any]) -> list[Any]:
     tables = []
     for name, subset in results["subsets"].items():
         counts = f"{subset['items']} solutions, {subset['erroneous']} wrong, {subset['correct']} right"
+        counts += f", {subset['unlabelled']} without a label" if subset["unlabelled"] else ""
         tables.append(table(f"{name}: {counts}"))
         for rule, entries in subset["rules"].items():
             tables[-1].add_row(rule, *cells(entries["transfer"]), *cells(entries["oracle"]))

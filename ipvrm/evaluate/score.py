@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +19,13 @@ from ipvrm.run_folder import (
     FREE,
     begin_or_go_on,
     finished_lines,
+    manifest,
     partial_folder,
     publish,
     remove_partial_folder,
     settings_of,
+    summary_path,
+    write_json,
 )
 
 WORDS = {
@@ -42,6 +45,7 @@ class ScoreConfig:
     In: one {"problem": text, "steps": [text, ...]} a line, `id` optional.
     Out: one {"line", "id", "step_scores", "step_ends", "value", "mean_value", "first_error"} a line; with
     --per_token also "tokens", "token_ids", "steps", "td", "logprobs" and "ref_logprobs", a value a token.
+    OUTPUT.summary.json has the counts, the reward model and what is needed to repeat the run.
     An interrupted run goes on where it stopped.
     """
 
@@ -112,7 +116,7 @@ def score_file(config: ScoreConfig, progress: bool = True) -> int:
 
 
 def _score_file(config: ScoreConfig, shown: Progress) -> int:
-    total = _check_input(config, shown)
+    total, total_bad = _check_input(config, shown)
     servers = _servers(config)
     device = "cpu" if config.use_cpu else None
     reward_model = RewardModel.from_pretrained(
@@ -126,7 +130,8 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
     output = Path(config.output)
     folder = partial_folder(output)
     what = f"the unfinished work in {folder} (delete it to start afresh)"
-    begin_or_go_on(folder / "settings.json", _settings(config, reward_model), what, WORDS)
+    note = shown.note if reward_model.on_cpu else None
+    begin_or_go_on(folder / "settings.json", _settings(config, reward_model), what, WORDS, note)
     partial = folder / "scores.jsonl"
     written, done = finished_lines(partial)
     if done:
@@ -145,7 +150,15 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
             written += len(scores)
             passed += len(chunk)
             update(passed)
+    summary = {
+        "scored": written,
+        "bad": total_bad + total - written,
+        "reward_model": asdict(reward_model.info),
+        "manifest": manifest(config=asdict(config)),
+    }
+    summary_path(output).unlink(missing_ok=True)  # it must never stand beside another run's rows
     publish(partial, output)
+    write_json(summary_path(output), summary)
     remove_partial_folder(output)
     return written
 
@@ -154,8 +167,8 @@ def _servers(config: ScoreConfig) -> tuple[str, ...]:
     return served_pair(config.engine, config.reference_engine, config.engine_timeout, use_cpu=config.use_cpu)
 
 
-def _check_input(config: ScoreConfig, shown: Progress) -> int:
-    """Number of usable lines. All of them are read, and none is kept, before anything is loaded."""
+def _check_input(config: ScoreConfig, shown: Progress) -> tuple[int, int]:
+    """Number of usable lines, and of others. All are read, and none is kept, before anything is loaded."""
     usable, bad = 0, BadRows()
     for item in _read(config.input):
         if isinstance(item, _Item):
@@ -170,7 +183,7 @@ def _check_input(config: ScoreConfig, shown: Progress) -> int:
             f"--input {config.input}: no usable line ({bad.count} bad)"
             + (f"; the first: {bad.first[0]}" if bad.count else "")
         )
-    return usable
+    return usable, bad.count
 
 
 def _read(path: str | Path) -> Iterator[_Item | BadRow]:

@@ -210,6 +210,11 @@ class RewardModel:
                 f"model and reference must share one vocabulary; they have {sizes[0]} and {sizes[1]} tokens"
             )
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on this machine's CPU."""
+        return not isinstance(self.model, Server) and next(self.model.parameters()).device.type == "cpu"
+
     def _check_served(self, model: nn.Module | Server, reference: nn.Module | Server | None) -> None:
         if not isinstance(model, Server) or not isinstance(reference, Server):
             raise IpvrmError("a reward model and its reference must both be served, or neither")

@@ -147,7 +147,7 @@ def _reproduce(config: Fig6Config, progress: bool, sizes: Scale) -> dict[str, An
             if switches.get("rm_update") != "frozen":
                 settings |= {"rm_lora_r": 0, "rm_minibatch_size": sizes.minibatch_size}
             policy = _policy_config(demo, output, name, settings)
-            train = partial(train_policy, policy, progress=shown.live)
+            train = partial(train_policy, policy, progress=shown.enabled)
             stages.in_place(name, settings | {"measured": MEASURED}, train, after=["problems"])
             runs.setdefault(variant, {})[str(seed)] = _curves(output / name)
     results = {

@@ -23,8 +23,9 @@ its sign.
 
 The third table is the AUC of the value after 25, 50, 75 and 100 % of an answer against its own outcome.
 
-What a verifier fails on and what is cut off before its end is counted and left out, never wrong. Prompts are
-kept as they are finished, a file each; the same command goes on behind them.
+What a verifier fails on and what is cut off before its end is counted and left out, never wrong; a prompt
+that cannot be used is left out, counted and named. Prompts are kept as they are finished, a file each; the
+same command goes on behind them.
 """
 
 import functools
@@ -39,7 +40,7 @@ import numpy as np
 import torch
 
 from ipvrm.data.files import file_hash
-from ipvrm.data.rows import OnBadRow, read_prompts
+from ipvrm.data.rows import OnBadRow, listed, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import finite_or_none
 from ipvrm.losses.metrics import auc
@@ -136,18 +137,21 @@ class TdConfig:
     bootstrap_resamples: int = field(default=2000, metadata=FREE)
     """Resamples of the prompts for the intervals."""
     seed: int = 42
-    on_bad_row: OnBadRow = field(default="error", metadata=FREE)
-    """Prompts that cannot be used: stop and list them, or skip."""
     use_cpu: bool = field(default=False, metadata=FREE)
     """Work on the CPU although there is an accelerator."""
+
+    @property
+    def on_bad_row(self) -> OnBadRow:
+        """A prompt that cannot be used is left out, named and counted: a correlation has no miss."""
+        return "skip"
 
 
 def study(config: TdConfig, progress: bool = True) -> dict[str, Any]:
     """Branches what is not branched yet, prints the tables and writes results.json, which it returns.
 
     Raises:
-        IpvrmError: settings out of range, unreadable data or models, another vocabulary, bad rows under
-            `on_bad_row="error"`, or an output folder with a study of other settings.
+        IpvrmError: settings out of range, unreadable data or models, another vocabulary, no usable prompt, or
+            an output folder with a study of other settings.
     """
     _check(config)
     with locked(config.output_dir, folder=True):
@@ -175,13 +179,12 @@ def _study(config: TdConfig, progress: bool) -> dict[str, Any]:
     limits = (max_positions(policy), None if server is None else server.max_positions)
     context = min((n for n in limits if n is not None), default=None)
     questions, bad = as_questions(prompts, bad, config.data, tokenizer, config, context)
-    for row in bad:
-        shown.note(f"skipped {row}")
     folder = output / "prompts"
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     remove_leftovers(output)
-    begin_or_go_on(output / "settings.json", _settings(config, reward_model), f"the study in {output}", WORDS)
+    settings, note = _settings(config, reward_model), shown.note if device.type == "cpu" else None
+    begin_or_go_on(output / "settings.json", settings, f"the study in {output}", WORDS, note)
     paths = {q.prompt.row: folder / f"{q.prompt.row:08d}.json" for q in questions}
     remaining = [q for q in questions if not paths[q.prompt.row].exists()]
     done = len(questions) - len(remaining)
@@ -209,11 +212,14 @@ def _study(config: TdConfig, progress: bool) -> dict[str, Any]:
     records = [read_json(path) for path in paths.values()]
     results = {
         **analyse(records, config.bootstrap_resamples, config.seed),
+        "unusable": [str(row) for row in bad],
         "reward_model": {"objective": reward_model.info.objective, "beta": reward_model.info.beta},
         "manifest": manifest(seeds={"seed": config.seed}, config=asdict(config), device=str(device)),
     }
     write_json(output / "results.json", results)
     if progress:
+        if bad:
+            print(f"{len(bad)} prompts cannot be used; they are left out:\n{listed(bad, len(bad))}")
         _print(results)
     return results
 

@@ -57,7 +57,7 @@ MEANING = {
     "no_answer": "label 0: no final answer in the response",
     "timeout": "dropped: no verdict by the deadline",
     "crash": "dropped: the verifier's process died",
-    "error": "dropped: the verifier raised an exception",
+    "error": "dropped: the verifier raised an exception, or the response is too long for it",
     "unreadable_ground_truth": "dropped: the verifier cannot read the ground truth",
     "missing_ground_truth": "dropped: the row has none",
     "truncated": "dropped: cut off before its end of turn",

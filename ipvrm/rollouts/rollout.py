@@ -126,7 +126,7 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
 
     folder = partial_folder(output)
     what = f"the unfinished work in {folder} (delete it to start afresh)"
-    begin_or_go_on(folder / "settings.json", made_from, what, WORDS)
+    begin_or_go_on(folder / "settings.json", made_from, what, WORDS, shown.note if device == "cpu" else None)
     shards = _Shards(folder)
     if shards.rows:
         shown.note(f"going on behind {len(shards.rows)} of {len(jobs)} responses")
@@ -154,6 +154,7 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
         **_counts(rows, shards.seconds),
         "prompts_in": prompts_in,
         "bad": len(bad),
+        "unusable": [str(row) for row in bad],
         "stop_tokens": tokenizer.convert_ids_to_tokens(sorted(stops)),
         "device": device,
         "key": key,

@@ -3,7 +3,8 @@
 A verifier is a function `(response, answer) -> True | False | None`; None says that the response holds no
 answer. It runs in worker processes of its own, one JSON line in and one out, and may hang, raise, crash or
 print: a worker that has not answered by the deadline is killed, with whatever it started, and replaced.
-A time-out, a crash or an exception is a `Verdict` of its own and never a wrong answer.
+A time-out, a crash or an exception is a `Verdict` of its own and never a wrong answer, and so is a pair of
+more than `MOST_CHARACTERS`, which no worker is given.
 
 Numbers are compared here, by value; all else by math-verify, with its leniencies: it drops units, percent
 signs and the name before `=`, compares lists without their order, and reads a word as a product of letters
@@ -58,6 +59,7 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 LABELS = {"right": 1, "wrong": 0, "no_answer": 0}
 TIMEOUT_SECONDS = 10.0
 MEMORY_GB = 8.0  # of one worker: two to ten times what math-verify takes, less than what stops a machine
+MOST_CHARACTERS = 4_000_000  # about a million tokens: copies and parses of more would fill a machine
 START_SECONDS = 120.0  # a cold disk under many workers: importing sympy alone takes seconds
 ORPHAN_SECONDS = 30.0  # after its deadline a worker ends itself if its parent, itself killed, has not
 ARITHMETIC = re.compile(r"[-+*/^().,\d\s]+")
@@ -467,8 +469,12 @@ class VerifierPool:
             raise
 
     def _judge(self, pairs: Sequence[tuple[str, str]], on_done: Callable[[int], None]) -> list[Verdict]:
-        verdicts: dict[int, Verdict] = {}
-        waiting = deque(range(len(pairs)))
+        verdicts = {
+            i: Verdict("error", detail=f"{length:,} characters, more than {MOST_CHARACTERS:,}")
+            for i, (response, answer) in enumerate(pairs)
+            if (length := len(response) + len(answer)) > MOST_CHARACTERS
+        }
+        waiting = deque(i for i in range(len(pairs)) if i not in verdicts)
         while len(verdicts) < len(pairs):
             open_questions = len(pairs) - len(verdicts)
             while len(self._workers) < min(self.num_workers, open_questions):

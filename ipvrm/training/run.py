@@ -21,9 +21,12 @@ from ipvrm.models.causal_lm import load_tokenizer
 from ipvrm.output import locked
 from ipvrm.progress import Interrupt, Progress
 from ipvrm.run_folder import (
+    CPU_MATMUL,
     JsonlLog,
+    cpu_matmul,
     manifest,
     move_into,
+    other_matmul,
     read_json,
     remove_leftovers,
     same_run,
@@ -33,7 +36,6 @@ from ipvrm.run_folder import (
 )
 from ipvrm.training import checkpoint
 from ipvrm.training.flags import filled
-from ipvrm_kernels import describe_cpu_matmul
 
 Config = TypeVar("Config", bound=Any)
 MANIFEST, RESULTS = "manifest.json", "results.json"
@@ -129,7 +131,6 @@ class Run:
         self.total = 0
         self.moved: set[str] = set()  # the models that have learnt from a step that is not finished
         self._fingerprint: dict[str, Any] = {}
-        self._cpu_matmul = ""  # the library of the head ops' matmuls, and why
         self._log: JsonlLog | None = None
         self._interrupt = Interrupt()
         self._started = 0.0
@@ -156,13 +157,9 @@ class Run:
         if stored is not None:
             same_run(stored, fingerprint, str(self.resumed or self.output), checkpoint.WORDS)
         self.total, self._fingerprint = total, fingerprint
-        self._cpu_matmul = describe_cpu_matmul()
-        before = self._cpu_matmul if self.state is None else self.state.get("cpu_matmul", self._cpu_matmul)
-        if self.accelerator.device.type == "cpu" and _library(before) != _library(self._cpu_matmul):
-            self.progress.note(
-                f"the CPU matmuls of {self.resumed} were by {_library(before)}; from here on they are by "
-                f"{self._cpu_matmul}. The numbers go on with another rounding"
-            )
+        changed = self.state and other_matmul(self.state.get(CPU_MATMUL), str(self.resumed))
+        if changed and self.accelerator.device.type == "cpu":
+            self.progress.note(changed)
         if self.finished:
             self.progress.note(f"{self.output}: finished already")
         elif self.main:
@@ -174,7 +171,6 @@ class Run:
                 seeds={"seed": filled(self.config.seed)},
                 ranks=self.accelerator.num_processes,
                 fingerprint=fingerprint,
-                cpu_matmul=self._cpu_matmul,
             )
             write_json(self.output / MANIFEST, record)
 
@@ -301,7 +297,7 @@ class Run:
                 state = {
                     "step": step,
                     "fingerprint": self._fingerprint,
-                    "cpu_matmul": self._cpu_matmul,
+                    CPU_MATMUL: cpu_matmul(),
                     **trained.write_state(folder),
                 }
                 checkpoint.save_state(folder, state, rng)
@@ -341,8 +337,3 @@ def report(result: TrainResult) -> None:
     """The last line of a training command."""
     if result.steps and int(os.environ.get("RANK", "0")) == 0:
         print(f"{result.output_dir}: {result.steps} updates in {result.seconds:.1f} s")
-
-
-def _library(described: str) -> str:
-    """The name that `describe_cpu_matmul` begins with."""
-    return described.partition(":")[0]

@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import random
+import subprocess
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -151,6 +153,39 @@ def test_a_damaged_file_is_one_line_with_its_name(tmp_path, name):
             assert len(str(error).splitlines()) == 1 or "no usable row" in str(error)
         else:  # flipped bytes can be text: what was read, is rows
             assert name.startswith("seed") or read.__code__.co_names[0] == "list"
+
+
+BOMB = """import sys
+from ipvrm.data.files import records
+count = total = 0
+for record in records(sys.argv[1], None):
+    (text,) = record.value.values()
+    total += len(text if isinstance(text, str) else text[0]["content"])
+    count += 1
+print(count, total, *[int(line.split()[1]) // 1000 for line in open("/proc/self/status") if "VmHWM" in line])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_a_text_that_all_rows_of_a_parquet_file_share_is_held_once(tmp_path, kind):
+    """A kilobyte on disk, 2 GB as texts of their own."""
+    count, size = 200, 10_000_000
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, "int32"), ["x" * size])
+    if kind == "messages":
+        roles = pyarrow.array(["user"] * count)
+        messages = pyarrow.StructArray.from_arrays([roles, column], names=["role", "content"])
+        column = pyarrow.ListArray.from_arrays(pyarrow.array(range(count + 1), "int32"), messages)
+    path = tmp_path / "bomb.parquet"
+    options = {"compression": "zstd", "store_schema": False, "dictionary_pagesize_limit": 1 << 30}
+    pyarrow.parquet.write_table(pyarrow.table({"c": column}), path, **options)
+    assert path.stat().st_size < 2000
+    done = subprocess.run(
+        [sys.executable, "-c", BOMB, str(path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    found, total, peak = map(int, done.stdout.split())
+    assert (found, total) == (count, count * size) and peak < 800
 
 
 @pytest.mark.parametrize("command", ["train-rm", "rollout", "label", "score", "eval processbench"])

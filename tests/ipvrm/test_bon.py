@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from runs import write_jsonl
 
 import ipvrm
@@ -44,6 +45,10 @@ def config(tiny_folder, tmp_path):
         bootstrap_resamples=50,
         use_cpu=True,
     )
+
+
+def nans(length):
+    return torch.full((length,), float("nan"))
 
 
 def read_jsonl(path):
@@ -145,6 +150,87 @@ def test_what_is_too_long_is_picked_last(config, reward_model):
     lines = read_jsonl(f"{config.output_dir}/scores.jsonl")
     assert [line["final"] is None for line in lines] == [length > most for length in lengths]
     assert results["too_long"] == sum(length > most for length in lengths) > 0 and not results["unusable"]
+
+
+UNUSABLE = [  # (what is changed in a row, the reason, whether its problem is known)
+    ({"label": None}, "label is missing", True),
+    ({"label": 2}, "label must be 0 or 1", True),
+    ({"label": float("nan")}, "label must be 0 or 1", True),
+    ({"response": None}, "the response must be text", True),
+    ({"response": " "}, "the response is empty", True),
+    ({"response": "\ud83d"}, "half a surrogate pair", True),
+    ({"extracted": 3}, "extracted must be a text", True),
+    ({"truncated": "no"}, "truncated must be true or false", True),
+    ({"data_source": 3}, "data_source must be a text", True),
+    ({"prompt": None}, "needs `conversation`, or `prompt` and `response`", False),
+    ({"prompt": [{"role": 1}]}, "must have text `role` and `content`", False),
+    ([1], "must be an object with named columns", False),
+]
+
+
+@pytest.mark.parametrize("pieces", [64, 2])
+def test_one_unusable_row_of_any_kind_is_picked_last(config, monkeypatch, capsys, pieces):
+    """Each is a wrong response to problem 0; with `pieces` of 2 the run is interrupted among them."""
+    rows = read_jsonl(config.data)
+    bad = [
+        ({**rows[0], "label": 1} | change) if isinstance(change, dict) else change for change, *_ in UNUSABLE
+    ]
+    write_jsonl(Path(config.data), [*rows[:3], *bad, *rows[3:]])
+    monkeypatch.setattr(bon, "CHUNK", pieces)
+    real = bon._scores
+    if pieces == 2:
+        calls = []
+
+        def interrupted(model, rows, *rest):
+            calls.append(len(rows))
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return real(model, rows, *rest)
+
+        monkeypatch.setattr(bon, "_scores", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config, progress=False)
+        assert calls == [2, 1, 0, 0]
+    results = evaluate(replace(config, n=(2, 13)))
+    note, shown = results["notes"][0], " ".join(capsys.readouterr().out.split())
+    assert f"{len(bad)} of {len(bad) + len(rows)} responses cannot be used; they are picked last" in note
+    assert "but 3 without a prompt, which are of no problem" in note and note.split(":")[0] in shown
+    for number, (_, reason, _) in enumerate(UNUSABLE, 4):
+        assert reason in results["unusable"][f"{config.data}:{number}"]
+    assert len(results["unusable"]) == len(bad) and results["too_long"] == 0
+    (source,) = results["sources"].values()
+    assert source["problems"] == 4 and source["responses"] == len(rows) + len(bad) - 3
+    lines = {line["line"]: line for line in read_jsonl(f"{config.output_dir}/scores.jsonl")}
+    assert len(lines) == len(rows) + len(bad)
+    members = [1, 2, 3, *range(4, 4 + len(bad) - 3), 4 + len(bad)]  # of problem 0
+    scores = [lines[n]["final"] for n in members]
+    assert [s is None for s in scores] == [False] * 3 + [True] * 9 + [False]
+    subsets = list(itertools.combinations(range(13), 2))
+    right = [i == 0 or i == 2 for i in range(13)]
+    picked = [max(s, key=lambda i: -np.inf if scores[i] is None else scores[i]) for s in subsets]
+    of_bad = [all(scores[i] is None for i in s) for s in subsets]
+    alone = np.mean([0.0 if none else right[i] for i, none in zip(picked, of_bad, strict=True)])
+    (found,) = (r for r in source["rows"] if r["method"] == "final" and r["n"] == 13)
+    assert found["num_problems"] == 1  # the best of all 13 is problem 0's alone
+    by_problem = bon._samples(
+        [r for r in bon._read(config) if r.problem == bon._key("What is 0 + 2?")], lines
+    )
+    assert bon.best_of_n([by_problem], [2], 10, 0)[1].accuracy == pytest.approx(alone)
+
+
+def test_without_a_usable_row_it_is_one_line(config, monkeypatch):
+    rows = read_jsonl(config.data)
+    monkeypatch.setattr(
+        RewardModel,
+        "token_log_ratios",
+        lambda self, responses, *_: [nans(r.length) for r in responses],
+    )
+    with pytest.raises(IpvrmError, match="no response can be scored; .*labelled.jsonl:1: .*not finite"):
+        evaluate(config, progress=False)
+    write_jsonl(Path(config.data), [row | {"label": None} for row in rows])
+    with pytest.raises(IpvrmError, match="no usable row; .*labelled.jsonl:1: label is missing") as caught:
+        evaluate(replace(config, output_dir=config.output_dir + "-b"), progress=False)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,6 @@ BON = {
     "batch_tokens": one(8192, SPEED),
     "bootstrap_resamples": one(2000, OURS + "intervals steady to a tenth of a point"),
     "seed": one(0, OURS + "of the bootstrap and of the drawn subsets of the majority vote"),
-    "on_bad_row": one("error", DATA_BAD),
     "use_cpu": one(False, SPEED),
 }
 POLICY = {
@@ -327,7 +326,6 @@ POLICY = {
     "per_device_eval_batch_size": one(64, SPEED),
     "bf16": one(False, OURS + "the same responses on every machine"),
     "bootstrap_resamples": one(2000, OURS + "intervals steady to a tenth of a point"),
-    "on_bad_row": one("error", DATA_BAD),
     "use_cpu": one(False, SPEED),
 }
 TD = {
@@ -356,7 +354,6 @@ TD = {
     "batch_tokens": one(8192, SPEED),
     "bootstrap_resamples": one(2000, OURS + "intervals steady to a tenth of a point"),
     "seed": one(42, APP_C),
-    "on_bad_row": one("error", DATA_BAD),
     "use_cpu": one(False, SPEED),
 }
 TABLES = {

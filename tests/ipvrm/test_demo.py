@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -251,6 +252,25 @@ def test_screen_shows_tables_and_conclusions(demo, again, capsys):
         assert text in shown.out
     assert "…" not in shown.out  # nothing is cut at 80 columns
     assert "reward-ipvrm: done before" in shown.err
+
+
+@pytest.mark.slow
+def test_its_trainings_say_how_far_they_are_and_what_multiplied(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(TransformersEngine, "__call__", noisy_engine)
+    output = tmp_path / "run"
+    shutil.copytree(demo[0], output)
+    for stage in ("reward-ipvrm", "policy-grpo"):
+        (output / stage / "stage.json").unlink()
+    monkeypatch.setattr("ipvrm_kernels.describe_cpu_matmul", lambda: "another: FAKE")
+    results = run_demo(DemoConfig(str(output)), progress=True, sizes=MINI)
+    said = capsys.readouterr().err
+    for loop in ("train-rm", "train-policy", "outcomes"):
+        assert re.search(rf"^{loop} (\d+)/\1  [\d.e-]+/s", said, re.MULTILINE), said
+    assert "the CPU matmuls of rollouts were by" in " ".join(said.split())
+    assert (
+        results["manifest"]["cpu_matmul"] == results["stages"]["policy-grpo"]["cpu_matmul"] == "another: FAKE"
+    )
+    assert results["stages"]["rollouts"]["cpu_matmul"] != "another: FAKE"
 
 
 def test_a_base_model_that_never_errs_is_refused(tmp_path, monkeypatch):

@@ -74,10 +74,43 @@ def test_k_must_be_drawable(k):
         evaluate(replace(CONFIG, k=k))
 
 
+def test_rows_that_cannot_be_used_are_problems_never_solved(tmp_path):
+    """Without responses, or without a ground truth, in their own source where it can be read."""
+    half = "\ud83d"
+    given = [
+        {"prompt": "1?", "data_source": "a"},
+        {"prompt": None, "data_source": "a"},
+        {"prompt": half, "data_source": "b"},
+        {"prompt": "4?", "data_source": "a"},
+        {"prompt": "5?", "data_source": 5},
+        ["p"],
+        {"prompt": "beyond the limit", "data_source": "c"},
+    ]
+    data = write_jsonl(tmp_path / "data.jsonl", given)
+    with open(data, "r+", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+        file.seek(0)
+        file.write("\n".join([*lines[:6], "{", *lines[6:]]) + "\n")
+    rollouts = write_jsonl(
+        tmp_path / "rollouts.jsonl", [{"row": 1, "answer": "1"}, {"row": 4, "answer": None}]
+    )
+    config = replace(CONFIG, data=str(data), limit=7)
+    problems, counts = {"a": {1: Judged(4, 2), 4: Judged(0, 0)}}, {"a": Counter(responses=8)}
+    assert policy._add_missed(config, str(rollouts), problems, counts) == [4]
+    never = Judged(4, 0)
+    assert problems == {
+        "a": {1: Judged(4, 2), 2: never, 4: never}, "b": {3: never}, "": {5: never, 6: never, 7: never},
+    }  # fmt: skip
+    found = summarise(config, problems, counts)["sources"]
+    assert found["a"]["metrics"]["avg@4"]["value"] == pytest.approx(0.5 / 3)
+    assert found["b"]["metrics"]["pass@4"] == {"problems": 1, "value": 0.0, "low": 0.0, "high": 0.0}
+
+
 @pytest.mark.slow
 def test_end_to_end(tiny_folder, tmp_path, capsys):
     """Sampled, judged and counted; the same command again samples nothing."""
     rows = [{"prompt": f"{i} + 1?", "answer": str(i + 1), "data_source": "ab"[i % 2]} for i in range(3)]
+    rows += [{"prompt": None, "answer": "5", "data_source": "b"}, {"prompt": "x", "data_source": "b"}]
     config = PolicyEvalConfig(
         str(tiny_folder),
         str(write_jsonl(tmp_path / "p.jsonl", rows)),
@@ -91,11 +124,17 @@ def test_end_to_end(tiny_folder, tmp_path, capsys):
         use_cpu=True,
     )
     results = evaluate(config)
-    assert "mean of the sources" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "mean of the sources" in shown
+    assert "2 rows cannot be used; they count as never solved:\n" in shown
+    assert [reason.partition(".jsonl:")[2] for reason in results["unusable"]] == [
+        "4: needs `prompt`; the columns are prompt, answer, data_source", "5: no ground truth",
+    ]  # fmt: skip
     assert {name: (s["problems"], s["responses"]) for name, s in results["sources"].items()} == {
-        "a": (2, 4), "b": (1, 2),
+        "a": (2, 4), "b": (3, 4),
     }  # fmt: skip
-    assert [s["failed"] for s in results["sources"].values()] == [0, 0]
+    assert [s["failed"] for s in results["sources"].values()] == [0, 2]
+    assert results["sources"]["b"]["metrics"]["avg@2"]["problems"] == 3
     assert results["sources"]["a"]["metrics"]["pass@2"]["problems"] == 2
     written = tmp_path / "out" / "rollouts.parquet"
     before = written.stat().st_mtime_ns

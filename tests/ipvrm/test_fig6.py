@@ -142,6 +142,19 @@ def test_finished_variants_are_reused_and_an_interrupted_one_starts_afresh(
     assert len(trained) == 5  # another definition of what is logged
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_its_runs_say_how_far_they_are_where_it_does(demo, tmp_path, monkeypatch, shown):
+    import ipvrm.training.train_policy as module
+
+    def stops(config, progress=True):
+        assert progress is shown
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train_policy", stops)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(Fig6Config(demo=str(demo), output_dir=str(tmp_path / "f")), progress=shown, scale=SCALE)
+
+
 def test_an_interruption_says_what_the_same_command_will_do(demo, trained, tmp_path, monkeypatch):
     import ipvrm.training.train_policy as module
 

@@ -384,6 +384,7 @@ def test_a_solution_that_cannot_be_scored_is_named_or_skipped(pair, tmp_path, ca
     assert main(command) == 2
     assert "long: " in capsys.readouterr().err
     assert main([*command, "--on_bad_row", "skip"]) == 0
+    assert re.search(r" 2/2  [\d.]+/s$", capsys.readouterr().err, re.MULTILINE)  # how far it is
     assert [t["id"] for t in data_in((tmp_path / "x.html").read_text(encoding="utf-8"))["traces"]] == ["sum"]
 
 

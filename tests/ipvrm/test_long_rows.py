@@ -11,6 +11,7 @@ from ipvrm.data import chat as chat_module
 from ipvrm.data.chat import Chat
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import Row
+from ipvrm.rollouts import verify
 
 LONG = 50_000_000
 
@@ -84,12 +85,20 @@ def test_caches_do_not_grow_with_the_data(tokenizer, monkeypatch):
 
 MEASURE = """import json, sys
 from ipvrm.cli import main
+from ipvrm.rollouts import verify
+
+def peak(process):
+    return [1024 * int(line.split()[1]) for line in open(f"/proc/{process}/status") if "VmHWM" in line][0]
+
+workers, kill = [0], verify._Worker.kill
+verify._Worker.kill = lambda self: workers.append(peak(self.process.pid)) or kill(self)
 code = main(json.loads(sys.argv[1]))
-print(code, *[1024 * int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line])
+print(code, peak("self") + max(workers))
 """
 
 
 def peak(arguments):
+    """(exit code, peak memory of the process and of its largest verifier, stderr)."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps([*map(str, arguments)])], capture_output=True, text=True
     )
@@ -98,9 +107,31 @@ def peak(arguments):
     return int(code), int(memory), done.stderr
 
 
-@pytest.mark.full
+def test_an_answer_beyond_every_model_is_given_to_no_worker(monkeypatch):
+    """Neither a right nor a wrong one; the others are asked as ever."""
+    monkeypatch.setattr(verify, "MOST_CHARACTERS", 100)
+    asked = []
+    real = verify._Worker.ask
+    monkeypatch.setattr(
+        verify._Worker, "ask", lambda self, number, *rest: asked.append(number) or real(self, number, *rest)
+    )
+    pairs = [("Answer: 1", "1"), ("Answer: 1" + " " * 100, "1"), ("Answer: 2", "1"), ("1", "1" * 100)]
+    with verify.VerifierPool("string", 1) as pool:
+        found = pool.judge(pairs)
+        assert pool.judge(pairs[1:2]) == found[1:2]
+    assert [v.outcome for v in found] == ["right", "error", "wrong", "error"] and asked == [0, 2]
+    assert found[1].detail == "110 characters, more than 100" and found[1].label is None
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: ru_maxrss is inherited from the parent")
-@pytest.mark.parametrize("command", ["train-rm", "train-rm prompt", "rollout", "label"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("train-rm", "train-rm prompt", "rollout")),
+        "label",
+    ],
+)
 def test_a_row_of_50_mb_costs_less_than_1_gb(tmp_path, tiny_folder, command):
     rows = [
         {"prompt": f"q{n}", "response": f"Answer: {n}", "label": n % 2, "answer": str(n)} for n in range(20)

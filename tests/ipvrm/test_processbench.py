@@ -160,7 +160,8 @@ def test_unusable_items_count_as_missed_and_are_named(config, capsys):
     path.write_text(json.dumps(items))
     results = evaluate(config, progress=True)
     subset = results["subsets"]["math"]
-    assert subset["unusable"].keys() == {"math-3", "math-11"} and subset["too_long"] == 0
+    assert [(e["item"], e["id"]) for e in subset["unusable"]] == [(4, "math-3"), (12, "math-11")]
+    assert subset["too_long"] == 0
     note = next(
         note for note in results["notes"] if note.startswith("math: 2 of 24 solutions cannot be scored")
     )
@@ -175,7 +176,142 @@ def test_unusable_items_count_as_missed_and_are_named(config, capsys):
     entry = subset["rules"]["step"]["oracle"]
     right = sum(row["step_oracle"] == -1 for row in rows if row["label"] == -1)
     assert entry["accuracy_correct"] == pytest.approx(right / subset["correct"])
-    assert plain["subsets"]["math"]["unusable"] == {}
+    assert plain["subsets"]["math"]["unusable"] == []
+
+
+NO_ITEM = "\ud800 is no JSON"
+UNUSABLE = [  # (what is changed in item i, the reason, its label as far as it is known)
+    ({"steps": []}, "`steps` must be a list of texts; got []", True),
+    ({"steps": None}, "`steps` must be a list of texts; got None", True),
+    ({"steps": ["a", None]}, "`steps` must be a list of texts; got ['a', None]", True),
+    ({"steps": "1+1=2"}, "`steps` must be a list of texts; got '1+1=2'", True),
+    ({"problem": 7}, "`problem` must be text; got 7", True),
+    ({"problem": "\ud83d"}, "text that is not Unicode: half a surrogate pair (\\ud83d)", True),
+    ({"id": "\ud83d"}, "text that is not Unicode: half a surrogate pair (\\ud83d)", True),
+    ({"id": math.inf}, "`id` holds NaN or an infinity, which JSON does not have", True),
+    ({"generator": ["b"]}, "`generator` must be text; got ['b']", True),
+    ({"final_answer_correct": "yes"}, "`final_answer_correct` must be true or false; got 'yes'", True),
+    ({"label": 99}, "steps, counted from 0; got 99", True),
+    ({"label": None}, "steps, counted from 0; got None", False),
+    ({"label": math.nan}, "steps, counted from 0; got nan", False),
+    ({"label": "0"}, "steps, counted from 0; got '0'", False),
+    ({"label": True}, "steps, counted from 0; got True", False),
+    ({"label": 0.5}, "steps, counted from 0; got 0.5", False),
+    ({"label": -2}, "steps, counted from 0; got -2", False),
+    (["p"], "must be an object with named columns; got list", False),
+    (NO_ITEM, "not valid JSON", False),
+]
+
+
+def damage(path, first=4):
+    """Items from `first` on made unusable, as JSON lines at a new path; (that, what was written there)."""
+    items = json.loads(path.read_text())
+    lines = [json.dumps(item) for item in items]
+    for i, (change, *_) in enumerate(UNUSABLE, first):
+        if isinstance(change, dict):
+            lines[i] = json.dumps(items[i] | change)
+        else:
+            lines[i] = change.encode("utf-8", "replace").decode() if change is NO_ITEM else json.dumps(change)
+    target = path.with_suffix(".jsonl")
+    target.write_text("\n".join(lines) + "\n")
+    return target, items
+
+
+def test_one_unusable_item_of_any_kind_counts_as_missed(config, monkeypatch, capsys):
+    """F1 by hand from the predictions of the others; also behind an interruption among the bad ones."""
+    from ipvrm.evaluate import scoring
+
+    monkeypatch.setattr(processbench, "PART_ITEMS", 8)
+    path, items = damage(Path(config.data[0]))
+    config = dataclasses.replace(config, data=(str(path), config.data[1]))
+    original, calls = scoring.score_solutions, []
+
+    def stops_in_the_third_part(*args, **kwargs):
+        calls.append(len(args[1]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(scoring, "score_solutions", stops_in_the_third_part)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config, progress=False)
+    results = evaluate(config)
+    assert calls[:2] == [4, 0] and len(list(Path(config.output_dir).glob("scores/gsm8k/*.parquet"))) == 4
+    subset, shown = results["subsets"]["gsm8k"], " ".join(capsys.readouterr().out.split())
+    assert len(subset["unusable"]) == len(UNUSABLE) and subset["items"] == len(items) == 30
+    for entry, (number, (change, reason, _)) in zip(subset["unusable"], enumerate(UNUSABLE, 5), strict=True):
+        named = isinstance(change, dict) and "id" not in change
+        assert entry["item"] == number and entry["id"] == (f"gsm8k-{number - 1}" if named else str(number))
+        assert reason in entry["reason"]
+    assert "19 of 30 solutions cannot be scored; they count as missed: gsm8k-4: `steps` must" in shown
+    assert "... and 9 more" in shown and "8 without a label" in shown
+    rows = pq.read_table(Path(config.output_dir) / "items-gsm8k.parquet").to_pylist()
+    labels = [item["label"] for item in items]
+    halves = {-1: [], 0: []}  # of the correct, of the erroneous: whether each is found
+    for i, row in enumerate(rows):
+        bad = UNUSABLE[i - 4] if 4 <= i < 4 + len(UNUSABLE) else None
+        if bad is None:
+            halves[min(labels[i], 0)].append(row["step_oracle"] == labels[i])
+        else:
+            assert row["step_oracle"] is None and row["unusable"]
+            of = [0] if bad[0] == {"label": 99} else [min(labels[i], 0)] if bad[2] else [-1, 0]
+            for half in of:
+                halves[half].append(False)
+    correct, erroneous = (sum(found) / len(found) for found in halves.values())
+    entry = subset["rules"]["step"]["oracle"]
+    assert entry["accuracy_correct"] == pytest.approx(correct)
+    assert entry["accuracy_erroneous"] == pytest.approx(erroneous)
+    assert entry["f1"] == pytest.approx(2 * correct * erroneous / (correct + erroneous))
+    assert (subset["correct"], subset["erroneous"], subset["unlabelled"]) == (
+        len(halves[-1]) - 8, len(halves[0]) - 8, 8,
+    )  # fmt: skip
+    assert results["transfer_from"] == "gsm8k" and results["subsets"]["math"]["unusable"] == []
+
+
+def test_a_float_label_a_missing_id_and_two_of_one_name(config):
+    """What pandas makes of a column with a gap is read; two unusable items of one name are two."""
+    path = Path(config.data[1])
+    items = json.loads(path.read_text())
+    plain = evaluate(dataclasses.replace(config, output_dir=config.output_dir + "-plain"), progress=False)
+    for item in items:
+        item["label"] = float(item["label"])
+    items[5]["id"] = math.nan
+    path.write_text(json.dumps(items))
+    results = evaluate(config, progress=False)
+    assert results["subsets"]["math"]["rules"] == plain["subsets"]["math"]["rules"]
+    assert pq.read_table(Path(config.output_dir) / "items-math.parquet")["id"][5].as_py() == "6"
+    items[7] |= {"id": "math-9", "steps": []}
+    items[9]["steps"] = []
+    path.write_text(json.dumps(items))
+    results = evaluate(dataclasses.replace(config, output_dir=config.output_dir + "-two"), progress=False)
+    subset = results["subsets"]["math"]
+    assert [entry["id"] for entry in subset["unusable"]] == ["math-9"] * 2 and subset["too_long"] == 0
+
+
+def test_scores_that_are_no_numbers(config, monkeypatch):
+    """Of one item: missed. Of all: a broken model, which is one line."""
+    from ipvrm.evaluate import scoring
+
+    original, broken = scoring.score_solutions, {"3+1"}
+
+    def some_nan(model, items, **kwargs):
+        found = original(model, items, **kwargs)
+        for (problem, _), scores in zip(items, found, strict=True):
+            if problem in broken:
+                scores.by_rule["prefix"][0] = math.nan
+        return found
+
+    monkeypatch.setattr(scoring, "score_solutions", some_nan)
+    results = evaluate(config, progress=False)
+    assert results["subsets"]["math"]["unusable"] == [
+        {"item": 4, "id": "math-3", "reason": "the models' log-probabilities are not finite numbers"}
+    ]
+    broken |= {f"{i}+1" for i in range(24)}
+    with pytest.raises(IpvrmError, match=r"math.json: no solution can be scored; math-0: .*not finite"):
+        evaluate(
+            dataclasses.replace(config, data=config.data[1:], output_dir=config.output_dir + "-b"),
+            progress=False,
+        )
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "other"])
@@ -339,9 +475,9 @@ def test_trls_stepwise_format(tmp_path):
     assert [(i.problem, i.steps, i.label, i.right) for i in read_items(path)] == [
         ("p", ("a", "b", "c"), 1, False), ("p", ("a",), -1, True),
     ]  # fmt: skip
-    path.write_text(json.dumps(rows[0] | {"labels": [True]}) + "\n")
-    with pytest.raises(IpvrmError, match="item 1: `labels` must hold true or false for each"):
-        read_items(path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in (rows[1], rows[0] | {"labels": [True]})))
+    bad = read_items(path)[1]
+    assert bad.label is None and "`labels` must hold true or false for each" in (bad.unusable or "")
 
 
 def test_a_subset_of_one_kind_has_no_f1(config, tmp_path):
@@ -354,20 +490,13 @@ def test_a_subset_of_one_kind_has_no_f1(config, tmp_path):
     assert any("math: all of its solutions are of one kind" in note for note in results["notes"])
 
 
-@pytest.mark.parametrize(
-    ("item", "reason"),
-    [
-        ({"problem": "p", "steps": ["a"], "label": 1}, "item 2: `label` must be -1 or one of its 1 steps"),
-        ({"problem": "p", "steps": [], "label": -1}, "item 2: `steps`"),
-        ({"steps": ["a"], "label": -1}, "item 2: `problem`"),
-        (["p"], "item 2 must be an object"),
-    ],
-)
-def test_bad_items_are_named(tmp_path, item, reason):
+@pytest.mark.parametrize("items", [[], [{"problem": "p", "steps": [], "label": -1}], [["p"], {"id": 1}]])
+def test_a_file_without_a_usable_item_is_one_line(tmp_path, items):
     path = tmp_path / "bad.json"
-    path.write_text(json.dumps([{"problem": "p", "steps": ["a"], "label": 0}, item]))
-    with pytest.raises(IpvrmError, match=reason):
+    path.write_text(json.dumps(items))
+    with pytest.raises(IpvrmError, match=r"bad.json: must hold items of problem, steps, label") as caught:
         read_items(path)
+    assert len(str(caught.value).splitlines()) == 1 and (not items or "item 1: " in str(caught.value))
 
 
 @pytest.mark.skipif(not (DATA / "processbench").is_dir(), reason=f"no processbench folder in {DATA}")

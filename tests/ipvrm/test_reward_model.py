@@ -355,7 +355,10 @@ def test_score_command(home, problems, tmp_path, reward_model):
     want = reward_model.score("What is 2?", STEPS)
     assert records[2]["step_scores"] == pytest.approx(want.step_scores.tolist(), rel=1e-4, abs=1e-5)
     assert records[2]["first_error"] == want.first_error
-    assert [p.name for p in output.parent.iterdir()] == ["scores.jsonl"]
+    assert sorted(p.name for p in output.parent.iterdir()) == ["scores.jsonl", "scores.jsonl.summary.json"]
+    summary = json.loads((output.parent / "scores.jsonl.summary.json").read_text())
+    assert (summary["scored"], summary["bad"]) == (70, 0)
+    assert summary["reward_model"]["reference_hash"] == reward_model.info.reference_hash
     assert "td" not in records[2]
     assert score_command(home, problems, tmp_path / "t.jsonl", "--per_token", "--min_prob", "0.02") == 0
     record = json.loads((tmp_path / "t.jsonl").read_text().splitlines()[2])

@@ -418,6 +418,22 @@ def test_refusals(toy, finished, tmp_path):
         study(replace(config(toy, tmp_path), data=str(tmp_path / "no_answer.jsonl")), progress=False)
 
 
+def test_prompts_that_cannot_be_used_stop_nothing(toy, finished, tmp_path, capsys):
+    """Four kinds behind the good ones, whose numbers stay; an interrupted study goes on with them there."""
+    bad = ['{"prompt": 7, "answer": "1"}', '{"prompt": "1+1"}', '{"prompt": "\\ud83d", "answer": "1"}', "{"]
+    good = (toy / "prompts.jsonl").read_text()
+    (tmp_path / "data.jsonl").write_text("\n".join([good.strip(), *bad]) + "\n")
+    ours = replace(config(toy, tmp_path / "out"), data=str(tmp_path / "data.jsonl"))
+    results = study(ours)
+    assert [line.partition(".jsonl:")[2].partition(":")[0] for line in results["unusable"]] == list("5786")
+    assert "4 prompts cannot be used; they are left out:" in capsys.readouterr().out
+    assert results["counts"] == finished[1]["counts"]
+    written = sorted((tmp_path / "out" / "prompts").iterdir())
+    written[2].unlink()
+    again = study(ours, progress=False)
+    assert again["counts"] == results["counts"] and again["unusable"] == results["unusable"]
+
+
 def test_screen_fits_eighty_columns(finished, capsys):
     td_study._print(finished[1])
     shown = capsys.readouterr().out

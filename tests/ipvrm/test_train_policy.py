@@ -53,7 +53,7 @@ from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss, behaviour
 from ipvrm.training.policy_rollouts import Collector, Targets, Unanimous, Verified, rollouts_of
 from ipvrm.training.train_policy import train_policy
-from ipvrm_kernels import prefix_values
+from ipvrm_kernels import describe_cpu_matmul, prefix_values
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,13 @@ def uninterrupted(toy):
     return settings
 
 
+def test_it_says_how_far_it_is(config, capsys):
+    train_policy(config(max_steps=3, algorithm="grpo"), progress=True)
+    said = capsys.readouterr().err
+    assert re.search(r"^train-policy 1/3  [\d.e-]+/s, .* left  loss ", said, re.MULTILINE), said
+    assert re.search(r"^train-policy 3/3  [\d.e-]+/s  loss ", said, re.MULTILINE), said
+
+
 def test_run_folder(uninterrupted, toy):
     folder = Path(uninterrupted.output_dir)
     names = (
@@ -165,6 +172,7 @@ def test_run_folder(uninterrupted, toy):
     assert kept == 12 and first["prompts_mixed"] <= 10
     assert 0 < first["candidate_mass"] <= 1 and 0 < first["candidates_per_row"] <= 10
     assert json.loads((folder / "results.json").read_text())["last"]["step"] == 4
+    assert json.loads((folder / "manifest.json").read_text())["cpu_matmul"] == describe_cpu_matmul()
 
     model = RewardModel.from_pretrained(folder / "reward_model")  # its reference is the policy of step 3
     assert same_bits(folder / "reward_model" / model.info.reference, folder / "checkpoint-3")

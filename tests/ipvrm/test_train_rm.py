@@ -501,7 +501,7 @@ def test_a_resume_by_another_matmul_library_says_so(uninterrupted, tmp_path, cap
     settings = copy_of(uninterrupted, folder, resume_from_checkpoint="auto")
     for now, told in ((chosen, False), ("another: FAKE", True)):
         (folder / "results.json").unlink(missing_ok=True)
-        monkeypatch.setattr("ipvrm.training.run.describe_cpu_matmul", lambda now=now: now)
+        monkeypatch.setattr("ipvrm_kernels.describe_cpu_matmul", lambda now=now: now)
         train_reward_model(settings, progress=True)
         said = " ".join(capsys.readouterr().err.split())
         words = f"checkpoint-4 were by {chosen.partition(':')[0]}; from here on they are by another: FAKE"

@@ -153,8 +153,9 @@ def test_a_dtensor_is_refused_with_both_cures(op):
 
         x, function = OPS[op]
         words = (
-            rf"^{op}: (\w+) must be a plain tensor, got a DTensor; pass \1.full_tensor\(\), or "
-            r"\1.to_local\(\) of a vocabulary-parallel head to linear_logprobs_partial and merge_partials"
+            rf"^{op}: (\w+) must be a plain tensor, got a DTensor; of a vocabulary-parallel head pass "
+            r"\1.to_local\(\) to vocab_parallel_logprobs or vocab_parallel_candidates; else unshard it: "
+            r"gathered_weight\(head\) of a head under FSDP2, \1.full_tensor\(\) of anything else"
         )
         with pytest.raises(ValueError, match=words):
             function(distribute_tensor(x, init_device_mesh("cpu", (1,))))

@@ -56,7 +56,7 @@ def test_dtensor_is_refused():
 
         sharded = distribute_tensor(W, init_device_mesh("cpu", (1,)))
         with pytest.raises(
-            ValueError, match="weight must be a plain tensor, got a DTensor; pass weight.full_"
+            ValueError, match="weight must be a plain tensor, got a DTensor; of a vocabulary-parallel"
         ):
             linear_logprobs(H, sharded, I)
     finally:
