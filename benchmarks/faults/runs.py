@@ -360,7 +360,8 @@ def contents_of_disk(trial: Path) -> dict[str, str]:
     for path in (trial / "disk").rglob("*"):
         if path.is_file() and path.suffix in (".json", ".jsonl", ".yaml"):
             text = path.read_bytes()
-            path.write_bytes(text.replace(f"{trial}/disk/".encode(), f"{trial}/".encode()))
+            text = text.replace(f"{trial}/disk/".encode(), f"{trial}/".encode())
+            path.write_bytes(text.replace(b"../../../toy", b"../../toy"))  # one folder deeper
     return contents(trial)
 
 
