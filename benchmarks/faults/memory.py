@@ -3,7 +3,7 @@
     python -m benchmarks.faults.memory --rows 10000 100000 --json benchmarks/results/faults/memory.json
 
 The peak is the resident memory of the command's process (VmHWM) and that of the largest process that it
-started (a verifier's), each from an exec of its own: what a fork inherits is not counted.
+started (a verifier's), which is an upper bound: Linux counts what the command held when it started that one.
 """
 
 from __future__ import annotations
