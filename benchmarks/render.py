@@ -70,6 +70,7 @@ OTHER_PAGES = {
     "trl_updates": "updates beside TRL's own",
     "rollout_and_label": "rollouts and labels: counts, times, agreement",
     "label_truths": "how often labels are right",
+    "faults": "kills, disks, hostile files and the rest, and what was lost",
     "kernels": "modelled times of the GPU kernels",
 }
 
