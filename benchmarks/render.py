@@ -77,13 +77,15 @@ OTHER_PAGES = {
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """The results files in `folder` by name, in that order; `study` in them are the times of
-    studies.cpu_matmul on the same kind of processor, where there are some."""
+    studies.cpu_matmul on the same kind of processor, where ours ran by the library chosen for it."""
     files = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         if isinstance(content, dict) and "machine" in content and {"rows", "parts"} & content.keys():
-            kind = content["machine"].get("processor")
-            studies = (folder / one.file for one in MEASURED.values() if one.processor == kind)
+            chosen = (content["machine"].get("processor"), content["machine"].get("cpu_matmul"))
+            studies = (
+                folder / one.file for one in MEASURED.values() if (one.processor, one.library) == chosen
+            )
             content["study"] = [t for path in studies if path.exists() for t in _read(path)["times"]]
             files[path.name] = content
     return files

@@ -14,8 +14,7 @@ Scale `smoke` is the demo's arithmetic task on a CPU. A finished variant is kept
 import json
 import math
 import re
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
 from ipvrm.errors import IpvrmError
 from ipvrm.output import locked
 from ipvrm.progress import Progress
+from ipvrm.reproduce.fig6_report import mean_with_error, problem_error, write_report
 from ipvrm.run_folder import manifest, read_json, same_run, settings_of, write_table
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -128,7 +128,6 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
 
 
 def _reproduce(config: Fig6Config, progress: bool, sizes: Scale) -> dict[str, Any]:
-    from ipvrm.reproduce.fig6_report import write_report
     from ipvrm.training.train_policy import train_policy
 
     shown = Progress(enabled=progress)
@@ -314,17 +313,6 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "rm_accuracy_gain": mean_with_error(_differences(by_seed, runs["frozen"], "rm_accuracy")),
         }
     return table
-
-
-def problem_error(accuracy: float, problems: int) -> float:
-    """Standard error of a share of right answers that comes of the problems drawn."""
-    return math.sqrt(accuracy * (1 - accuracy) / problems)
-
-
-def mean_with_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (0 of a single value)."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.fmean(values), spread / math.sqrt(len(values))
 
 
 def _defined(values: Iterable[float | None]) -> list[float]:

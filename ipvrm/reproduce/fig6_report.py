@@ -1,12 +1,12 @@
 """What `ipvrm reproduce fig6` prints and writes: the table, the picture, and what they show."""
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ipvrm.demo.figures import GRID, INK, MUTED
-from ipvrm.reproduce.fig6 import mean_with_error, problem_error
 from ipvrm.run_folder import replacing, write_json, write_text
 
 MISSING = "no picture: matplotlib is not installed; pip install 'ipvrm[plot]' and run it again for fig6.png"
@@ -51,6 +51,17 @@ def write_report(output: Path, results: dict[str, Any], show: bool = True) -> di
     if show:
         _print(output, results, rows, picture)
     return results
+
+
+def problem_error(accuracy: float, problems: int) -> float:
+    """Standard error of a share of right answers that comes of the problems drawn."""
+    return math.sqrt(accuracy * (1 - accuracy) / problems)
+
+
+def mean_with_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 of a single value)."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), spread / math.sqrt(len(values))
 
 
 def accuracy_points(runs: Sequence[dict[str, Any]]) -> list[tuple[int, float, float]]:
