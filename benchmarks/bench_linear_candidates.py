@@ -16,6 +16,7 @@ from benchmarks.suite.heads import (
     SLOTS,
     Calibrated,
     Shape,
+    by_the_other,
     calibrated,
     inputs,
     matmuls,
@@ -73,9 +74,12 @@ def candidates_case(shape: Shape, device: str, random: bool = False, with_compil
         return lambda: linear_candidates(hidden, weight, sampled=sampled, return_entropy=entropy, impl=impl)
 
     implementations = kernels(OP, device)
+    full = {name: ours(name, True) for name in implementations}
+    others_of_ours = by_the_other(full, shape, device)
     contenders: dict[str, Callable[[], Any]] = {
         **matmuls(hidden, weight),
-        **{name: ours(name, True) for name in implementations},
+        **full,
+        **others_of_ours,
         "eager log_softmax + topk": lambda: eager(hidden, weight, sampled),
         **{f"{name}, no entropy": ours(name, False) for name in implementations},
         f"released 64-row slices + top {RELEASED_TOP}, no entropy": released,
@@ -102,7 +106,7 @@ def candidates_case(shape: Shape, device: str, random: bool = False, with_compil
                 found[name] = exact.error(given.view(shape.N), right)
         return found
 
-    own = [n for name in implementations for n in (name, f"{name}, no entropy")]
+    own = [n for name in implementations for n in (name, f"{name}, no entropy")] + [*others_of_ours]
     aims = {} if random else targets("candidates", shape, implementations, device)
     return Case(
         OP, f"{shape}, {kind}", contenders, check, shape.flops, shape.flops,

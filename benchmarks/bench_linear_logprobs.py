@@ -6,6 +6,7 @@ without entropy. Forward + backward: log-probs of K tokens per row; the peers kn
 their rows stand beside ours at one token. Peers that return a scalar can form its gradient in their forward:
 beside them stand linear_logprobs, whose gradient per token comes later, and our scalar loss of one token a
 row, linear_distrl_loss without candidates. "logits kept": with a workspace that holds them, on the CPU.
+"by blas", "by onednn": ours by the matmul library that is not the default on this processor.
 "shared ids": the same K in every row, which is what liger's selected_token_ids can do.
 """
 
@@ -22,6 +23,7 @@ from benchmarks.suite.heads import (
     SAVED_TARGET,
     Calibrated,
     Shape,
+    by_the_other,
     inputs,
     matmuls,
     more_shapes,
@@ -92,13 +94,16 @@ def forward_case(shape: Shape, device: str) -> Case:
         return torch.no_grad()(lambda: function(hidden, weight, sampled))
 
     implementations = kernels(OP, device)
+    own = {name: ours(name, True) for name in implementations}
+    own_alone = {f"{name}{ALONE}": ours(name, False) for name in implementations}
     contenders: dict[str, Callable[[], Any]] = {
         **matmuls(hidden, weight),
-        **{name: ours(name, True) for name in implementations},
+        **own,
         "eager log_softmax": lambda: eager(hidden, weight, sampled[:, None], True),
         "torch.compile of eager": lambda: compiled_eager(hidden, weight, sampled[:, None], True),
         **({TRL_ENTROPY: torch.no_grad()(lambda: trl(hidden, weight, sampled))} if trl else {}),
-        **{f"{name}{ALONE}": ours(name, False) for name in implementations},
+        **own_alone,
+        **by_the_other(own | own_alone, shape, device),
         f"released 64-row slices{ALONE}": lambda: sliced_logprobs(hidden @ weight.T, sampled[:, None]),
         **{f"{name}{ALONE}": peer(function) for name, function in peers.items()},
     }
@@ -106,15 +111,15 @@ def forward_case(shape: Shape, device: str) -> Case:
     def check(results: Mapping[str, Any]) -> None:
         exact = Exact(hidden, weight)
         log_p = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
-        own = [n for name in implementations for n in (name, f"{name}{ALONE}") if n in results]
-        for name in own:
+        mine = [name for name in results if is_ours(name)]
+        for name in mine:
             check_forward(exact, name, results[name], log_p)
         if TRL_ENTROPY in results:
             for got, right in zip(results[TRL_ENTROPY], (log_p, exact.entropy), strict=True):
                 assert_close(TRL_ENTROPY, got[exact.rows], right, 1e-2)
         for name in peers:  # one sum over the batch: that of ours, whose rows are known to be right
             if f"{name}{ALONE}" in results:
-                assert_close(name, results[f"{name}{ALONE}"], -results[own[0]].logprobs.sum(), 1e-2)
+                assert_close(name, results[f"{name}{ALONE}"], -results[mine[0]].logprobs.sum(), 1e-2)
 
     def errors(results: Mapping[str, Any]) -> Mapping[str, float]:
         exact = Exact(hidden, weight)
@@ -241,12 +246,14 @@ def step_case(
     one_id = {f"{name}, one id": ours(name, sampled, minus_one) for name in implementations}
     workspace = WORKSPACE + 4 * shape.N * shape.V
     saving = implementations if device == "cpu" and not frozen else []
+    own = {name: ours(name, ids, upstream) for name in implementations}
     saved = {f"{name} logits kept, one id": ours(name, sampled, minus_one, workspace) for name in saving}
     scalar = {f"{name} linear_distrl_loss, one id": (name, None) for name in kernels(SCALAR_OP, device)}
     scalar |= {f"{name} linear_distrl_loss logits kept, one id": (name, workspace) for name in saving}
     contenders: dict[str, Callable[[], Any]] = {
         **matmuls(hidden, weight),
-        **{name: ours(name, ids, upstream) for name in implementations},
+        **own,
+        **by_the_other(own, shape, device),
         **{f"{name} logits kept": ours(name, ids, upstream, workspace) for name in saving},
         "eager log_softmax": full_logits(eager),
     }

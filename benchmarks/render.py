@@ -1,7 +1,7 @@
 """benchmarks/results/README.md from the JSON files beside it: `python -m benchmarks.render [--results DIR]`.
 
 Every number in it comes from a file in that folder. Files of `benchmarks.run` have rows, those of
-`benchmarks.gpu_report` parts; others are left alone.
+`benchmarks.gpu_report` parts; others are left alone. `--plots` draws the pictures again too (extra `plot`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.suite import headline
 from benchmarks.suite.machine import ROOT
 from benchmarks.suite.measure import ACCURACY, LESS_WORK, Row, is_ours, yardsticks_of
 from benchmarks.suite.session import write_text
@@ -30,39 +31,69 @@ from benchmarks.suite.tables import (
     milliseconds,
     verdicts,
 )
+from ipvrm_kernels.head.matmul import MEASURED
 
 RESULTS = ROOT / "benchmarks" / "results"
 INTRODUCTION = """# Benchmark results
 
-Written by `python -m benchmarks.render` from the JSON files in this folder; do not edit. Each file holds
-machine, versions, commit and command. The CPU files are made by
+Written by `python -m benchmarks.render` from the JSON files in this folder; do not edit.
+"""
+HOW = """## How it is measured
+
+Each file holds machine, versions, commit and command. The CPU files are made by
 
 ```bash
 python -m benchmarks.run --full --results benchmarks/results && python -m benchmarks.render
 ```
 
 on each kind of processor, whose rows stay when another kind is measured (killed, a run goes on with --go-on),
-and a GPU's by `python -m benchmarks.gpu_report && python -m benchmarks.render`. How it is measured: every
-contender's result is checked before anything is timed; then contenders take turns, and the median, the 20th
-and the 80th percentile of their times are kept; memory is the peak above inputs, scratch that less what is
-returned. Ratios are to the faster of the bare matmuls, by PyTorch's BLAS and by the oneDNN it brings along,
-in the same rounds, or else to the first contender of a case. Ours (`cpp`, `cuda`, `triton`, `ipvrm`) are
-judged against the fastest other contender that does the same work, and the faster one is bold; the bare
-matmul does less and is never judged. What stands behind a comma is a variant: compared with the same variant
-only. TFLOP/s count the matmuls that an op cannot do without (one forward, two backward, one of them for a
-frozen head). The error against fp64 is the largest on 128 rows: of log-probs in nats, of gradients of hidden
-relative to the largest.
+and a GPU's by `python -m benchmarks.gpu_report && python -m benchmarks.render`. Every contender's result is
+checked before anything is timed; then contenders take turns, and the median, the 20th and the 80th percentile
+of their times are kept; memory is the peak above inputs, scratch that less what is returned. Ratios are to
+the faster of the bare matmuls, by PyTorch's BLAS and by the oneDNN it brings along, in the same rounds, or
+else to the first contender of a case. Ours (`cpp`, `cuda`, `triton`, `ipvrm`) are judged against the fastest
+other contender that does the same work, and the faster one is bold; the bare matmul does less and is never
+judged. What stands behind a comma is a variant: compared with the same variant only; "by blas" and "by
+onednn" are ours by the matmul library that is not the default on that processor. TFLOP/s count the matmuls
+that an op cannot do without (one forward, two backward, one of them for a frozen head). The error against
+fp64 is the largest on 128 rows: of log-probs in nats, of gradients of hidden relative to the largest.
 """
+READING = """Times are multiples of the yardstick's, in brackets MiB of scratch memory; the fastest of a line
+is bold. Plain PyTorch is `log_softmax` of all logits, or (s) of 64 rows at a time, as the method's released
+code does, where that is faster; "padded eager" where sequences are padded."""
+OTHER_PAGES = {
+    "demo": "what `ipvrm demo` shows",
+    "demo_spread": "the demo over several base models",
+    "real_input": "real rollouts and ProcessBench through the whole path",
+    "td_study": "whether a token's TD foretells the outcome",
+    "fig6_smoke": "the five online updates of Figure 6",
+    "trl_updates": "updates beside TRL's own",
+    "rollout_and_label": "rollouts and labels: counts, times, agreement",
+    "label_truths": "how often labels are right",
+    "faults": "kills, disks, hostile files and the rest, and what was lost",
+    "kernels": "modelled times of the GPU kernels",
+}
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results files in `folder` by name, in that order."""
+    """The results files in `folder` by name, in that order; `study` in them are the times of
+    studies.cpu_matmul on the same kind of processor, where ours ran by the library chosen for it."""
     files = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         if isinstance(content, dict) and "machine" in content and {"rows", "parts"} & content.keys():
+            chosen = (content["machine"].get("processor"), content["machine"].get("cpu_matmul"))
+            studies = (
+                folder / one.file for one in MEASURED.values() if (one.processor, one.library) == chosen
+            )
+            content["study"] = [t for path in studies if path.exists() for t in _read(path)["times"]]
             files[path.name] = content
     return files
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def pictures(folder: Path, name: str) -> list[str]:
@@ -71,19 +102,51 @@ def pictures(folder: Path, name: str) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in sorted(plots.glob("*.png"))]
 
 
-def page(files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequence[str]]) -> str:
-    """The README: a chapter a file, with its pictures in `plots` at the end."""
-    chapters = [INTRODUCTION]
+def page_of(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str:
+    """`page` with the pictures that are in `folder`, and the folders there that have a page."""
+    others = [path.parent.name for path in sorted(folder.glob("*/README.md"))]
+    return page(files, {name: pictures(folder, name) for name in files}, others)
+
+
+def page(
+    files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequence[str]], others: Sequence[str] = ()
+) -> str:
+    """The README: what a reader looks for, then a chapter a file with its pictures `plots`; `others` are
+    folders beside the files that have a page of their own."""
+    chapters = [INTRODUCTION, *_opening(files, plots)]
+    if others:
+        links = [f"- [{name}]({name}/README.md): {OTHER_PAGES.get(name, name)}" for name in others]
+        chapters.append("\n".join(["Other results:", "", *links, ""]))
     for name, content in files.items():
-        title = f"## [{name}]({name})\n"
+        title, shown = f"## [{name}]({name})\n", plots.get(name, ())
         if "parts" in content:
             chapters.append(f"{title}\n{gpu_page(content, level='###')}")
         else:
-            chapters.append(f"{title}\n{_measured(content['machine'], _rows(content))}")
-        shown = [f"![{Path(plot).stem}]({plot})" for plot in plots.get(name, ())]
-        if shown:
-            chapters.append("\n\n".join(["### Plots", *shown]) + "\n")
-    return "\n".join(chapters)
+            chapters.append(f"{title}\n{_measured(content['machine'], _rows(content), shown)}")
+    return "\n".join([*chapters, HOW])
+
+
+def _opening(files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequence[str]]) -> list[str]:
+    """The picture, what is lost in it, and the table, of the first file that has them all measured."""
+    found = []
+    for name, content in files.items():
+        rows = _rows(content)
+        panels = headline.panels(rows, content.get("study", ()))
+        if not panels:
+            continue
+        title = headline.title(panels)
+        drawn = [plot for plot in plots.get(name, ()) if Path(plot).name == "headline.png"]
+        found = [f"![{title}]({plot})\n" for plot in drawn]
+        said = headline.lost(panels, rows)
+        found += [f"**Lost**: {'; '.join(said) or 'nothing'}.\n"]
+        found += [
+            f"{READING} All of {name}, {headline.where(content['machine'])}.\n",
+            headline.table(rows) + "\n",
+        ]
+        break
+    if files and not any("parts" in content for content in files.values()):
+        found.append("No GPU has run this yet.\n")
+    return found
 
 
 def gpu_page(content: Mapping[str, Any], level: str = "#") -> str:
@@ -156,28 +219,58 @@ def _rows(content: Mapping[str, Any]) -> list[Row]:
     return [Row.from_dict(row) for row in plain]
 
 
-def _measured(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
+def _measured(machine: Mapping[str, Any], rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
     seconds = f", {machine['seconds']} s" if "seconds" in machine else ""
     load = f", load {machine['load']} before it" if "load" in machine else ""
     lines = [f"{conditions(machine)}{load}{seconds}.", "", f"`{machine['command']}`", ""]
     if not rows:
         return "\n".join([*lines, "No rows.", ""])
     found = verdicts(rows)
-    lines += [_summary(found), "", _ratios(rows), ""]
-    accuracy = _accuracy(rows)
-    if accuracy:
-        lines += [accuracy, ""]
+    lines += [_summary(found), ""]
     lost = sorted((v for v in found if v.outcome == "lost"), key=lambda v: v.factor)
     if lost:
         lines += ["Lost:", "", *(f"- {v.op}, {v.shape}: {str(v).partition(': ')[2]}" for v in lost), ""]
+    by_name = {Path(plot).stem: plot for plot in plots}
+    by_name.pop("headline", None)
+    single = [row for row in rows if not row.curve]
+    for op in dict.fromkeys(row.op for row in single):
+        here = [row for row in single if row.op == op]
+        number, judged = len(by_case(here)), verdicts(here)
+        outcome = _summary(judged) if judged else "Nobody else does the same."
+        text = f"{op}: {number} case{'s' * (number > 1)}. {outcome}"
+        lines += _folded(text, [_picture(by_name, f"dots-{op}"), _ratios(here)])
+    accuracy = _accuracy(rows)
+    if accuracy:
+        lines += [accuracy, "", _picture(by_name, "accuracy"), ""]
     asked = aims(rows)
     if asked:
-        lines += ["Targets:", "", *(f"- {aim.op}, {aim.shape}: {aim}" for aim in asked), ""]
+        counts = ", ".join(
+            f"{number} {outcome}"
+            for outcome in ("met", "MISSED", "unknown")
+            if (number := sum(aim.outcome == outcome for aim in asked))
+        )
+        missed = [f"- {aim.op}, {aim.shape}: {aim}" for aim in asked if aim.outcome == "MISSED"]
+        lines += [f"Targets: {counts}.", "", *missed, ""] if missed else []
+        told = "\n".join(f"- {aim.op}, {aim.shape}: {aim}" for aim in asked)
+        lines += _folded(f"Targets: {counts}", [told])
     fits = growth(rows)
     if fits:
-        lines += [markdown_growth(fits), ""]
-    lines += ["<details><summary>every row</summary>", "", markdown(rows), "", "</details>", ""]
-    return "\n".join(lines)
+        drawn = [_picture(by_name, name) for name in sorted(by_name) if name.startswith("growth-")]
+        lines += _folded("Time and memory as one size grows", [*drawn, markdown_growth(fits)])
+    rest = [_picture(by_name, name) for name in sorted(by_name)]
+    return "\n".join([*lines, *rest, *_folded("Every row", [markdown(rows)])])
+
+
+def _folded(title: str, parts: Sequence[str]) -> list[str]:
+    """Lines of a section that a click opens."""
+    shown = [line for part in parts if part for line in (part, "")]
+    return [f"<details><summary>{title}</summary>", "", *shown, "</details>", ""]
+
+
+def _picture(left: dict[str, str], name: str) -> str:
+    """The picture of that name, which is then no longer left."""
+    plot = left.pop(name, None)
+    return f"![{name}]({plot})\n" if plot else ""
 
 
 def _summary(found: Sequence[Verdict]) -> str:
@@ -255,14 +348,28 @@ def _counters(launches: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def redraw(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """The pictures of every file that has some; those that are no longer drawn are removed."""
+    from benchmarks.suite import plots
+
+    for name, content in files.items():
+        place = folder / "plots" / Path(name).stem
+        if place.exists():
+            drawn = plots.draw(_rows(content), content["machine"], place, content["study"])
+            for path in {*place.glob("*.png")} - {*drawn}:
+                path.unlink()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--plots", action="store_true", help="draw the pictures again first")
     options = parser.parse_args(arguments)
     folder = options.results
     files = load(folder)
-    plots = {name: pictures(folder, name) for name in files}
-    write_text(folder / "README.md", page(files, plots))
+    if options.plots:
+        redraw(folder, files)
+    write_text(folder / "README.md", page_of(folder, files))
     print(f"written: {folder / 'README.md'} from {', '.join(files) or 'no files'}")
     return 0
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ from benchmarks import (  # noqa: E402
     run,
 )
 from benchmarks.gpu import small, sweep  # noqa: E402
-from benchmarks.suite import exact, heads, machine, measure, models, peers, sequences, tables  # noqa: E402
+from benchmarks.suite import exact, headline, heads, machine, measure, models, peers, sequences, tables  # noqa: E402
 from benchmarks.suite.measure import Case, Row, Target  # noqa: E402
 from ipvrm_kernels.backend import HAS_CPP, HAS_TRITON  # noqa: E402
 from ipvrm_kernels.head import tuned  # noqa: E402
@@ -469,7 +470,7 @@ def test_run_writes_json_csv_and_plots_and_shows_what_it_loses(fake_benchmark, t
     content = json.loads((tmp_path / "a.json").read_text())
     assert {"commit", "command", "versions", "cpu", "seconds", "load"} <= content["machine"].keys()
     assert len(content["rows"]) == 12 and len((tmp_path / "a.csv").read_text().splitlines()) > 12
-    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"ratio-FAKE.png", "growth-N.png"}
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"dots-FAKE.png", "growth-N.png"}
 
 
 @pytest.fixture
@@ -1077,9 +1078,114 @@ def test_render_reads_results_and_leaves_other_files_alone(tmp_path, capsys):
 def test_the_committed_results_page_is_up_to_date():
     folder = render.RESULTS
     files = render.load(folder)
-    plots = {name: render.pictures(folder, name) for name in files}
-    assert (folder / "README.md").read_text() == render.page(files, plots), "run python -m benchmarks.render"
+    assert (folder / "README.md").read_text() == render.page_of(folder, files), (
+        "run python -m benchmarks.render"
+    )
     assert "FAKE" not in (folder / "README.md").read_text()
+
+
+def committed():
+    """(rows, machine, study) of the results that the page opens with."""
+    content = render.load(render.RESULTS)["cpu-amd-zen-5.json"]
+    return [Row.from_dict(one) for one in content["rows"]], content["machine"], content["study"]
+
+
+def test_the_pages_opening_says_what_the_file_says():
+    """The ten lines and the picture's dots, from the rows themselves; what is lost is named."""
+    rows, _, study = committed()
+    of = {(r.op, r.shape, r.contender): r for r in rows}
+    text = (render.RESULTS / "README.md").read_text(encoding="utf-8")
+    opening = text.partition("\n## ")[0]
+    lines = [line for line in opening.splitlines() if line.startswith("| ") and "yardstick" not in line]
+    assert len(lines) == 10
+    assert text.index("headline.png") < 300
+    forward = of["linear_logprobs", headline.FORWARD, "cpp"]
+    eager = of["linear_logprobs", headline.FORWARD, "eager log_softmax"]
+    assert f"| **{forward.ratio:.2f}** ({forward.scratch_mib:.0f}) | {eager.ratio:.2f} (750) |" in lines[0]
+    step = of["distrl_step", next(s for op, s, _ in of if op == "distrl_step"), "ipvrm"]
+    assert f"| **{step.ratio:.2f}** ({step.scratch_mib:.0f}) |" in lines[9]
+    forward, backward = headline.panels(rows, study)
+    for panel, shape in ((forward, headline.FORWARD), (backward, headline.BACKWARD)):
+        measured = {(r.ratio, r.scratch_mib) for (_, s, _), r in of.items() if s == shape}
+        plain = [point for point in panel.points if not point.elsewhere]
+        assert {(point.ratio, point.scratch_mib) for point in plain} <= measured and len(plain) > 6
+    assert sum(point.elsewhere for point in forward.points) == 1
+    said = opening.partition("**Lost**: ")[2].partition("\n")[0]
+    assert "memory to torch F.linear_cross_entropy" in said
+    judged = tables.verdicts(rows)
+    (lost,) = (v for v in judged if v.outcome == "lost")
+    assert f"time in 1 of {len(judged)} cases ({lost.op}, {lost.shape}: {1 / lost.factor:.2f}x)" in said
+    slow = next(point for point in backward.points if point.elsewhere)
+    assert f"{slow.ratio:.2f}x" in said and slow.ratio > min(point.ratio for point in backward.others)
+
+
+def measured_head(**ratios):
+    """Rows of the two cases that the opening shows; {contender: (ratio, scratch)} beside the matmul."""
+    return [
+        row(name, ratio, op="linear_logprobs", shape=shape, scratch_mib=scratch)
+        for shape in (headline.FORWARD, headline.BACKWARD)
+        for name, (ratio, scratch) in {"matmul": (1.0, 0.0), **ratios}.items()
+    ]
+
+
+def test_what_is_lost_is_named():
+    """An alternative that is faster or smaller, ours by the other library, and cases that lost."""
+    rows = measured_head(
+        **{"cpp": (2.0, 8.0), "cpp, log-prob alone": (2.0, 8.0), "eager log_softmax": (1.6, 700.0)},
+        **{"TRL chunked log-prob, log-prob alone": (3.0, 4.0), "cpp, log-prob alone, by blas": (5.0, 4.0)},
+    )
+    found = headline.panels(rows)
+    assert headline.title(found).startswith("0.8 times the speed of the fastest alternative, in 8 MiB")
+    said = "; ".join(headline.lost(found, rows))
+    assert "memory to TRL, chunked (left: 4 against 8 MiB)" in said
+    assert "time to eager log_softmax (left)" in said and "time to eager log_softmax (right)" in said
+    assert "by MKL also time, 5.00x, to TRL, chunked, eager log_softmax (left)" in said
+    assert "time in 2 of 4 cases (linear_logprobs, " in said
+    assert headline.panels(measured_head(**{"cpp": (2.0, 8.0)})) == []  # us alone: no picture
+
+
+def test_pictures_stay_below_their_height(tmp_path):
+    """Of the largest op committed, and of one three times as large; nobody is shown alone."""
+    plots = pytest.importorskip("benchmarks.suite.plots")
+    rows, header, study = committed()
+    largest = [r for r in rows if r.op == "linear_logprobs"]
+    many = [replace(r, shape=f"{r.shape} {n}") for n in range(3) for r in largest]
+    colours = plots._colours(rows)
+    for some in (largest, many):
+        figure = plots.dots(some, "linear_logprobs", header, colours)
+        assert figure.get_figheight() * figure.dpi <= plots.TALLEST
+    panels = headline.panels(rows, study)
+    figure = plots.headline(panels, rows, header)
+    words = " ".join(text.get_text() for text in figure.findobj(lambda one: hasattr(one, "get_text")))
+    assert headline.title(panels) in words and "prefix_values" in words.replace("\n", " ")
+    assert all(f"{point.label}  {point.ratio:.2f}x" in words for panel in panels for point in panel.points)
+    alone = [
+        row("cpp", n, shape=f"N={n}", axes=dict(N=n), curve="N", series="s", op="FAKE over N")
+        for n in (1, 2, 4)
+    ]
+    assert plots.draw(alone, FAKE_MACHINE, tmp_path) == []
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the contender is the C++ op")
+def test_ours_by_the_other_library_in_the_same_rounds(monkeypatch):
+    """Where the ops run on both matmul libraries; each call is under its own, and checked like ours."""
+    monkeypatch.setattr(heads.matmul, "why_not", lambda name: None)
+    seen = []
+    monkeypatch.setattr(heads, "by", lambda library, run: lambda: (seen.append(library), run())[1])
+    (other,) = {"blas", "onednn"} - {heads.matmul.library()}
+    for kind in ("forward", "candidates", "step"):
+        case = head_case(kind)
+        names = [name for name in case.contenders if name.endswith(f", by {other}")]
+        assert f"cpp, by {other}" in names and len(names) == (2 if kind == "forward" else 1)
+        results = {name: run() for name, run in case.contenders.items() if "compile" not in name}
+        case.check(results)
+        assert case.errors(results)[names[0]] < 1e-3
+        broken = {name: None for name in names}
+        with pytest.raises((AttributeError, TypeError)):
+            case.check({**results, **broken})
+    assert set(seen) == {other}
+    monkeypatch.setattr(heads.matmul, "why_not", lambda name: "not here")
+    assert heads.by_the_other({"cpp": print}, HEAD, "cpu") == {}
 
 
 def test_the_machine_says_what_ran():

@@ -1,5 +1,5 @@
-"""The README's list of what no preset reproduces: its numbers are those of the results file, and that is what
-the study finds."""
+"""The users' guide's list of what no preset reproduces: its numbers are those of the results file, and
+that is what the study finds."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from benchmarks.studies import release_differences as study
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "ipvrm" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def found():
 
 
 def said(found):
-    """The sentences of the README's table that hold a number."""
+    """The sentences of the guide's table that hold a number."""
     think, micro, lr = found["think_tokens"], found["micro_batches"], found["schedule"]
     steps, grid, rows = found["step_boundaries"], found["thresholds"], found["over_long"]
     share, others, distance = (
@@ -51,8 +51,8 @@ def said(found):
     ]
 
 
-def test_the_readme_says_what_the_file_says(found):
-    missing = [sentence for sentence in said(found) if sentence not in README]
+def test_the_guide_says_what_the_file_says(found):
+    missing = [sentence for sentence in said(found) if sentence not in GUIDE]
     assert not missing
     assert not found["machine"]["modified"]
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.suite.heads import SPEC, K
+from benchmarks.suite.heads import SPEC, K, by
 from benchmarks.suite.machine import describe
 from benchmarks.suite.measure import Case, measure
 from ipvrm.run_folder import write_json
@@ -33,23 +33,6 @@ TILES = ((1024, 1024), (384, 1024))  # rows and columns: of the recomputing back
 WIDTHS = (256, 1024, 4096, 8192)  # D whose rounding is measured
 SIZES = ((128, 320), (1024, 8192))  # (D, V) of the steps at many batch sizes: a demo's, and larger
 BATCHES = range(1000, 1100)
-
-
-def by(library: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` with this library's matmuls."""
-
-    def with_library() -> Any:
-        before = os.environ.get(matmul.VARIABLE)
-        os.environ[matmul.VARIABLE] = library
-        try:
-            return run()
-        finally:
-            if before is None:
-                del os.environ[matmul.VARIABLE]
-            else:
-                os.environ[matmul.VARIABLE] = before
-
-    return with_library
 
 
 def both(

@@ -4,7 +4,7 @@ r"""How large the differences are between the preset `release` and what of the r
 
 FOLDER holds `rm/qwen3_0.6b_pointwise.parquet` and `processbench/*.json` of the release; --tokenizer is a
 folder with a Qwen3 tokenizer. What can be known without weights is computed here and written to
-benchmarks/results/release_differences.json, which the README's table is compared with:
+benchmarks/results/release_differences.json, which the table of ipvrm/README.md is compared with:
 
     think_tokens       response tokens of a row as the released code counts them and as the policy samples
                        them; by how much the gradient at the log-ratios of the shared tokens differs where the

@@ -8,13 +8,16 @@ paper's mean of 1.33 candidates of p >= 0.1 that hold 96 % of the mass.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.suite.headline import BY
 from benchmarks.suite.measure import MATMUL, MATMUL_ONEDNN, Target
+from ipvrm_kernels.head import matmul
 from ipvrm_kernels.torch_private import has_onednn, linear_onednn
 
 K = 8  # ids per row where gradients are taken, unless a shape says otherwise
@@ -137,6 +140,36 @@ def matmuls(hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
     if not h.is_cuda and h.dtype == torch.float32 and torch.backends.mkldnn.is_available() and has_onednn():
         found[MATMUL_ONEDNN] = lambda: linear_onednn(h, w)
     return found
+
+
+def by(library: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` with this library's matmuls in the ops, "blas" or "onednn"."""
+
+    def with_library() -> Any:
+        before = os.environ.get(matmul.VARIABLE)
+        os.environ[matmul.VARIABLE] = library
+        try:
+            return run()
+        finally:
+            if before is None:
+                del os.environ[matmul.VARIABLE]
+            else:
+                os.environ[matmul.VARIABLE] = before
+
+    return with_library
+
+
+def by_the_other(
+    ours: Mapping[str, Callable[[], Any]], shape: Shape, device: str
+) -> dict[str, Callable[[], Any]]:
+    """The C++ contenders among `ours` once more, by the matmul library that is not the default on this
+    processor, where the ops can run on both: variants of their own, in the same rounds."""
+    if device != "cpu" or shape.dtype != torch.float32:
+        return {}
+    (library,) = {*matmul.NAMES} - {matmul.library()}
+    if matmul.why_not(library):
+        return {}
+    return {f"{name}{BY}{library}": by(library, run) for name, run in ours.items() if name.startswith("cpp")}
 
 
 def inputs(shape: Shape, device: str, level: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:

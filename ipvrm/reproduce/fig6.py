@@ -14,8 +14,7 @@ Scale `smoke` is the demo's arithmetic task on a CPU. A finished variant is kept
 import json
 import math
 import re
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
 from ipvrm.errors import IpvrmError
 from ipvrm.output import locked
 from ipvrm.progress import Progress
+from ipvrm.reproduce.fig6_report import mean_with_error, problem_error, write_report
 from ipvrm.run_folder import manifest, read_json, same_run, settings_of, write_table
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -128,7 +128,6 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
 
 
 def _reproduce(config: Fig6Config, progress: bool, sizes: Scale) -> dict[str, Any]:
-    from ipvrm.reproduce.fig6_report import write_report
     from ipvrm.training.train_policy import train_policy
 
     shown = Progress(enabled=progress)
@@ -296,32 +295,24 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name, by_seed in runs.items():
         first, last = ([run["held_out"][i] for run in by_seed.values()] for i in (0, -1))
         ends = [e["accuracy"] for e in last]
-        end, between_seeds = _mean(ends)
+        end, between_seeds = mean_with_error(ends)
         start = first[0]["accuracy"]  # of one and the same policy
-        errors = [_problem_error(p, first[0]["responses"]) for p in (start, end)]
+        errors = [problem_error(p, first[0]["responses"]) for p in (start, end)]
         table[name] = {
             "start": (start, errors[0]),
             "end": (end, math.hypot(errors[1], between_seeds)),
             "gain": (end - start, math.hypot(*errors, between_seeds)),
-            "auc": _mean(
+            "auc": mean_with_error(
                 [x for run in by_seed.values() for x in run["reward_model"]["rm_auc"] if x is not None]
             ),
-            "rm_accuracy": _mean([x for run in by_seed.values() for x in run["reward_model"]["rm_accuracy"]]),
-            "value_gap": _mean([x for run in by_seed.values() for x in _gaps(run["reward_model"])]),
-            "auc_gain": _mean(_differences(by_seed, runs["frozen"], "rm_auc")),
-            "rm_accuracy_gain": _mean(_differences(by_seed, runs["frozen"], "rm_accuracy")),
+            "rm_accuracy": mean_with_error(
+                [x for run in by_seed.values() for x in run["reward_model"]["rm_accuracy"]]
+            ),
+            "value_gap": mean_with_error([x for run in by_seed.values() for x in _gaps(run["reward_model"])]),
+            "auc_gain": mean_with_error(_differences(by_seed, runs["frozen"], "rm_auc")),
+            "rm_accuracy_gain": mean_with_error(_differences(by_seed, runs["frozen"], "rm_accuracy")),
         }
     return table
-
-
-def _problem_error(accuracy: float, problems: int) -> float:
-    return math.sqrt(accuracy * (1 - accuracy) / problems)
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (0 of a single value)."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.fmean(values), spread / math.sqrt(len(values))
 
 
 def _defined(values: Iterable[float | None]) -> list[float]:

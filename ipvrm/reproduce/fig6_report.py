@@ -1,6 +1,8 @@
 """What `ipvrm reproduce fig6` prints and writes: the table, the picture, and what they show."""
 
-from collections.abc import Iterator
+import math
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from ipvrm.run_folder import replacing, write_json, write_text
 MISSING = "no picture: matplotlib is not installed; pip install 'ipvrm[plot]' and run it again for fig6.png"
 COLOURS = {"frozen": "#7b8794", "naive": "#c0392b", "DLW": "#d99a2b", "ADB": "#2f8a57", "both": "#2f5d8a"}
 MARKERS = {"frozen": "s", "naive": "v", "DLW": "^", "ADB": "D", "both": "o"}
+NORMAL_95 = 1.96  # standard errors to each side
+APART = 0.22  # steps between the points of two variants, so that their intervals are seen
 SHOWN_FROM = 3.0  # standard errors
 HEADER = ["", "accuracy", "gain", "AUC of V", "AUC - frozen", "V acc.", "V gap"]
 
@@ -47,6 +51,28 @@ def write_report(output: Path, results: dict[str, Any], show: bool = True) -> di
     if show:
         _print(output, results, rows, picture)
     return results
+
+
+def problem_error(accuracy: float, problems: int) -> float:
+    """Standard error of a share of right answers that comes of the problems drawn."""
+    return math.sqrt(accuracy * (1 - accuracy) / problems)
+
+
+def mean_with_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 of a single value)."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), spread / math.sqrt(len(values))
+
+
+def accuracy_points(runs: Sequence[dict[str, Any]]) -> list[tuple[int, float, float]]:
+    """(step, accuracy, half of its 95 % interval) of one variant's seeds: of the problems drawn and of the
+    seeds together, as in the table."""
+    points = []
+    for at in zip(*(run["held_out"] for run in runs), strict=True):
+        mean, between_seeds = mean_with_error([one["accuracy"] for one in at])
+        error = math.hypot(problem_error(mean, at[0]["responses"]), between_seeds)
+        points.append((at[0]["step"], mean, NORMAL_95 * error))
+    return points
 
 
 def with_error(value: tuple[float, float], sign: str = "") -> str:
@@ -139,7 +165,8 @@ def _listed(names: list[str]) -> str:
 
 
 def draw(path: Path, variants: dict[str, Any]) -> Path | None:
-    """Held-out accuracy and AUC of the reward model over steps, one line a variant; means over seeds.
+    """Held-out accuracy over steps with 95 % intervals, one line a variant, side by side; beside it, where
+    the runs have one, the AUC of the reward model on new rollouts with its intervals over seeds.
 
     Returns:
         `path`, or None without matplotlib.
@@ -149,35 +176,36 @@ def draw(path: Path, variants: dict[str, Any]) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(11, 4.4), dpi=130, facecolor="white")
+    runs_of = {name: list(variant["seeds"].values()) for name, variant in variants.items()}
+    with_auc = all("rm_auc" in run["reward_model"] for runs in runs_of.values() for run in runs)
+    figure = Figure(figsize=(13 if with_auc else 8.5, 4.6), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for name, variant in variants.items():
-        runs = list(variant["seeds"].values())
-        style: dict[str, Any] = {
-            "color": COLOURS[name],
-            "marker": MARKERS[name],
-            "markersize": 4.5,
-            "linewidth": 1.6,
-            "label": name,
-        }
-        held_out = zip(*(run["held_out"] for run in runs), strict=True)
-        points = [(p[0]["step"], sum(e["accuracy"] for e in p) / len(p)) for p in held_out]
-        left.plot(*zip(*points, strict=True), **style)
+    panels = list(figure.subplots(1, 1 + with_auc, squeeze=False)[0])
+    seeds = len(next(iter(runs_of.values())))
+    for place, (name, runs) in enumerate(runs_of.items()):
+        steps, means, halves = zip(*accuracy_points(runs), strict=True)
+        shift = APART * (place - (len(runs_of) - 1) / 2)
+        panels[0].errorbar(
+            [step + shift for step in steps], means, halves, color=COLOURS[name], marker=MARKERS[name],
+            markersize=5, linewidth=1.2, elinewidth=1.4, capsize=2.5, label=name,
+        )  # fmt: skip
+        if not with_auc:
+            continue
         auc = zip(*(run["reward_model"]["rm_auc"] for run in runs), strict=True)
         defined = [[x for x in values if x is not None] for values in auc]  # one list a step
-        means = [sum(values) / len(values) if values else float("nan") for values in defined]
-        right.plot(runs[0]["step"], means, **style)
-    first = next(iter(variants.values()))["seeds"]
-    start = next(iter(first.values()))["held_out"][0]
-    error = (start["accuracy"] * (1 - start["accuracy"]) / start["responses"]) ** 0.5
-    left.errorbar(
-        [start["step"]], [start["accuracy"]], [error], color=INK, capsize=4, linewidth=1.2, zorder=5,
-        label="1 standard error (problems)",
-    )  # fmt: skip
-    left.set_title("held-out accuracy of the policy", loc="left", fontsize=10.5, color=INK)
-    right.set_title("AUC of the reward model on new rollouts", loc="left", fontsize=10.5, color=INK)
-    for axes in (left, right):
+        found = [mean_with_error(values) if values else (math.nan, math.nan) for values in defined]
+        at, lines = runs[0]["step"], [mean for mean, _ in found]
+        panels[1].plot(at, lines, color=COLOURS[name], marker=MARKERS[name], markersize=4.5, linewidth=1.6)
+        if seeds > 1:
+            low, high = ([m + sign * NORMAL_95 * e for m, e in found] for sign in (-1, 1))
+            panels[1].fill_between(at, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
+    panels[0].set_xticks(steps)
+    count = f"{seeds} seeds" if seeds > 1 else "1 seed: of the problems alone"
+    titles = [f"held-out accuracy of the policy, 95 % intervals ({count})"]
+    titles += ["AUC of the reward model on new rollouts" + ", 95 % over seeds" * (seeds > 1)]
+    for axes, text in zip(panels, titles, strict=False):
+        axes.set_title(text, loc="left", fontsize=10.5, color=INK)
+    for axes in panels:
         axes.set_xlabel("step", color=MUTED, fontsize=9)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -186,7 +214,7 @@ def draw(path: Path, variants: dict[str, Any]) -> Path | None:
             axes.spines[side].set_visible(False)
         for side in ("left", "bottom"):
             axes.spines[side].set_color(GRID)
-    handles, labels = left.get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=6, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.92))
     with replacing(path) as temporary:

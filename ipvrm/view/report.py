@@ -151,4 +151,5 @@ def main(config: ReportConfig) -> None:
         if table["note"]:
             console.print(table["note"], markup=False)
     stem = config.output.removesuffix(".html")
-    print(f"{stem}.html: {len(data['runs'])} runs, {len(data['metrics'])} metrics")
+    runs, metrics = len(data["runs"]), len(data["metrics"])
+    print(f"{stem}.html: {runs} run{'s' * (runs != 1)}, {metrics} metrics")

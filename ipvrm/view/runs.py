@@ -292,7 +292,9 @@ def _evaluation_tables(paths: Sequence[Path]) -> list[dict[str, Any]]:
                 "wrong/right",
             ],
             "rows": rows,
-            "note": "transfer: the threshold was chosen on other solutions; oracle: the best of the subset.",
+            "note": "transfer: the threshold was chosen on other solutions; oracle: the best of the subset."
+            + " F1 -: not defined, as no solution is right or none wrong."
+            * any(row[5] == "-" for row in rows),
         }
     ]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -86,6 +87,18 @@ def test_rerank(reward_model):
     assert [r.place for r in twice] == [0, 1]
     with pytest.raises(IpvrmError, match="by must be one of final, sum, mean, min; got 'best'"):
         ipvrm.rerank(reward_model, "q", TEXTS, by="best")
+
+
+def test_the_example_of_the_guide(reward_model, tmp_path, monkeypatch):
+    guide = Path(__file__).parents[2] / "ipvrm" / "README.md"
+    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.setattr(RewardModel, "from_pretrained", lambda folder: {"runs/rm": reward_model}[folder])
+    names = {"problem": "What is 1 + 2?", "steps": ["carry 1.", "Answer: 3"], "responses": TEXTS}
+    exec(code, names)
+    assert names["best"] == ipvrm.rerank(reward_model, names["problem"], TEXTS)[0].place
+    assert len(names["out"].step_scores) == 2 and len(names["out"].td) == len(names["out"].prefix_values)
+    for attribute in re.findall(r"[\s,]\.(\w+)", code):
+        assert hasattr(names["out"], attribute), attribute
 
 
 def test_every_subset(config, capsys):

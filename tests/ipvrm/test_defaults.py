@@ -461,11 +461,11 @@ def test_grpo_and_spro_have_the_same_defaults_as_distrl():
             assert value is None or value == getattr(base, name) or name in own, (algorithm, name)
 
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "ipvrm" / "README.md"
 
 
 def readme_on_presets(readme):
-    """What the README says of the presets' defaults, in one line: all before the table of differences."""
+    """What the guide says of the presets' defaults, in one line: all before the table of differences."""
     return " ".join(readme.partition("\n## Presets")[2].partition("\n|")[0].split())
 
 
@@ -499,7 +499,7 @@ def wrong_or_unknown(text):
 
 
 @pytest.mark.skipif(not README.exists(), reason="no checkout with a README beside the tests")
-def test_the_readme_names_the_defaults():
+def test_the_guide_names_the_defaults():
     text = readme_on_presets(README.read_text(encoding="utf-8"))
     assert wrong_or_unknown(text) == ([], [])
     for right, wrong in (("margin 5", "margin 4"), ("1e-4 online", "1e-5 online"), ("n 16", "n 8")):
@@ -509,17 +509,17 @@ def test_the_readme_names_the_defaults():
 
 
 def unknown_flags(readme):
-    """Flags that the README gives to a command that has none of that name."""
+    """Flags that the users' guide gives to a command that has none of that name."""
     commands = sorted(TABLES, key=len, reverse=True)
     shown = re.findall(rf"ipvrm ({'|'.join(commands)})\b((?: [^\n`#]*)?)", readme)
-    assert {command for command, _ in shown} == set(TABLES), "a command that the README does not show"
+    assert {command for command, _ in shown} == set(TABLES), "a command that the guide does not show"
     used = [(command, flag) for command, rest in shown for flag in re.findall(r"--(\w+)", rest)]
     assert len(used) > 20
     return [(command, flag) for command, flag in used if flag not in TABLES[command]]
 
 
 @pytest.mark.skipif(not README.exists(), reason="no checkout with a README beside the tests")
-def test_the_readme_gives_commands_the_flags_that_they_have():
+def test_the_guide_gives_commands_the_flags_that_they_have():
     text = README.read_text(encoding="utf-8")
     assert unknown_flags(text) == []
     assert unknown_flags(text.replace("label --input", "label --in_put")) == [("label", "in_put")]

@@ -15,7 +15,7 @@ from ipvrm.demo.arithmetic import Problem, make_problems
 from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.reproduce import fig6
 from ipvrm.reproduce.fig6 import VARIANTS, Fig6Config, Scale, reproduce, summary
-from ipvrm.reproduce.fig6_report import conclusions
+from ipvrm.reproduce.fig6_report import COLOURS, NORMAL_95, accuracy_points, conclusions, draw
 from ipvrm.training.checkpoint import TrainingInterrupted
 from ipvrm.training.policy_config import resolve
 
@@ -280,3 +280,38 @@ def test_screen_fits_eighty_columns(demo, trained, tmp_path, capsys):
     reproduce(config, progress=True, scale=SCALE)
     shown = capsys.readouterr().out
     assert "AUC - frozen" in shown and "both" in shown and "…" not in shown
+
+
+def test_the_picture_shows_the_intervals_of_the_table(tmp_path, monkeypatch):
+    """Of the problems and of the seeds together, at every step; the last are the table's `end`."""
+    runs = [
+        {
+            "held_out": [
+                {"step": 0, "accuracy": 0.5, "responses": 100},
+                {"step": 4, "accuracy": 0.6 + seed / 10, "responses": 100},
+            ],
+            "step": [1, 2],
+            "reward_model": {
+                "rm_auc": [0.7, None],
+                "rm_accuracy": [1.0],
+                "value_right": [1],
+                "value_wrong": [0],
+            },
+        }
+        for seed in (0, 1)
+    ]
+    (step, start, half), (last, end, wider) = accuracy_points(runs)
+    assert (step, start, last) == (0, 0.5, 4) and end == pytest.approx(0.65)
+    assert half == pytest.approx(NORMAL_95 * 0.05)
+    assert wider == pytest.approx(NORMAL_95 * math.hypot(math.sqrt(0.65 * 0.35 / 100), 0.05))
+    variants = {name: dict(enumerate(runs)) for name in COLOURS}
+    table = fig6.summary(variants)
+    assert (end, wider / NORMAL_95) == pytest.approx(table["frozen"]["end"])
+    matplotlib = pytest.importorskip("matplotlib.axes")
+    drawn = []
+    original = matplotlib.Axes.errorbar
+    monkeypatch.setattr(
+        matplotlib.Axes, "errorbar", lambda *a, **k: drawn.append(a[2:4]) or original(*a, **k)
+    )
+    assert draw(tmp_path / "fig6.png", {name: {"seeds": seeds} for name, seeds in variants.items()}).exists()
+    assert drawn == [((0.5, end), (half, wider))] * 5

@@ -422,6 +422,13 @@ def test_every_text_stands_out_from_what_is_behind_it(scheme):
     assert contrast("#777777", "#888888") < 4.5  # what this test is for
 
 
+def test_a_problem_of_many_lines_is_one_line_until_opened():
+    """Prompts of a logging board begin with a line of the chat template alone."""
+    css = (VIEW / "trace.html").read_text()
+    closed, opened = (re.search(rf"#problem{state} {{([^}}]*)}}", css)[1] for state in ("", r"\.open"))
+    assert "white-space" not in closed and "white-space: pre-wrap" in opened
+
+
 def test_the_template_stays_small():
     assert (
         sum((VIEW / name).stat().st_size for name in ("style.css", "trace.html", "dom.js", "trace.js"))

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import yaml
@@ -85,6 +86,30 @@ def test_report_of_several_runs(runs, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out" / "r.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "50.0 (40.0-60.0)" in printed and "3 runs, 2 metrics" in printed
+
+
+REAL_INPUT = Path(__file__).parents[2] / "benchmarks" / "results" / "real_input"
+
+
+@pytest.mark.skipif(not REAL_INPUT.exists(), reason="no checkout with results beside the tests")
+def test_report_of_this_repositorys_real_input(tmp_path, capsys):
+    assert main(["report", str(REAL_INPUT), "--output", str(tmp_path / "r")]) == 0
+    written, page = ((tmp_path / f"r.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
+    stored = json.loads((REAL_INPUT / "pb" / "results.json").read_text())["subsets"]["math"]["rules"]["mean"]
+    assert f"| pb | math | mean | {100 * stored['transfer']['f1']:.1f} (" in written
+    assert "| rm | finished | 17 |" in written and "| smollm2/rm | " in written
+    assert "not defined" not in written and "2 runs, " in capsys.readouterr().out
+    assert str(REAL_INPUT) not in page
+
+
+def test_an_undefined_f1_is_explained(tmp_path):
+    entry = {"f1": None, "f1_interval": [None, None], "accuracy_erroneous": None, "accuracy_correct": 1.0}
+    (tmp_path / "pb").mkdir()
+    stored = {"subsets": {"x": {"rules": {"step": {"oracle": entry}}}}}
+    (tmp_path / "pb" / "results.json").write_text(json.dumps(stored))
+    assert main(["report", str(tmp_path / "pb"), "--output", str(tmp_path / "r")]) == 0
+    written = (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert "F1 -: not defined, as no solution is right or none wrong." in written
 
 
 def test_a_resumed_run_counts_its_time_on(tmp_path):
