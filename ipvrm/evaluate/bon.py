@@ -135,6 +135,7 @@ def _scores(
         reward_model.chat,
         max_length=max_length,
         max_positions=reward_model.max_positions,
+        vocab_size=reward_model.vocab_size,
         on_bad_row="error" if skipped is None else "skip",
         with_offsets=True,
     )

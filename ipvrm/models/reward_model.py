@@ -199,6 +199,7 @@ class RewardModel:
         self.value_head = value_head
         self.chat = Chat(tokenizer, info.chat_template_kwargs)
         self.max_positions: int | None = None
+        self.vocab_size: int | None = None  # a server refuses ids that it does not have
         if isinstance(model, Server) or isinstance(reference, Server):
             self._check_served(model, reference)
             return
@@ -209,6 +210,7 @@ class RewardModel:
             raise IpvrmError(
                 f"model and reference must share one vocabulary; they have {sizes[0]} and {sizes[1]} tokens"
             )
+        self.vocab_size = sizes[0]
 
     @property
     def on_cpu(self) -> bool:

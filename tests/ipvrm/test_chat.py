@@ -25,6 +25,7 @@ from ipvrm.data.chat import (
 )
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import Row, Sampled, read_prompts, read_rows
+from ipvrm.models.causal_lm import vocab_size
 from ipvrm.models.reward_model import RewardModel
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
@@ -278,6 +279,31 @@ def test_stored_ids_that_say_something_else_are_a_bad_row(chat):
             IpvrmError, match="f:1: (response_ids|prompt_ids|ids) .*(another text|does not have)"
         ):
             tokenize([row], chat, max_length=None)
+
+
+NOBODYS = 999_999  # decodes to no text at all
+
+
+@pytest.mark.parametrize("where", ["prompt_ids", "in the middle", "at the end", "at the end of a cut one"])
+def test_a_stored_id_beyond_the_model_is_a_bad_row(chat, tiny_folder, where):
+    ids = chat.encode(["Answer: 3"])["input_ids"][0]
+    beyond = {
+        "prompt_ids": {"prompt_ids": [*chat.prompt_ids("What is 1 + 2?"), NOBODYS]},
+        "in the middle": {"ids": [*ids[:1], NOBODYS, *ids[1:]]},
+        "at the end": {"ids": [*ids, NOBODYS]},
+        "at the end of a cut one": {"ids": [*ids, NOBODYS], "ended": False},
+    }[where]
+    rows = [sampled_row(chat), sampled_row(chat, **beyond)]
+    assert tokenize(rows, chat, max_length=None).counts["used"] == 2, "the texts are the same"
+    rows_of_model = vocab_size(tiny_folder)
+    found = tokenize(rows, chat, max_length=None, vocab_size=rows_of_model, on_bad_row="skip")
+    assert found.counts["used"] == 1
+    name = "prompt_ids" if where == "prompt_ids" else "response_ids"
+    assert f"{name} hold {NOBODYS}, and the model has the ids below {rows_of_model}" in found.bad[0].reason
+    exact = max(max(beyond.get("prompt_ids", [0])), max(beyond.get("ids", [0])))
+    for size, used in ((exact + 1, 2), (exact, 1)):
+        limited = tokenize(rows, chat, max_length=None, vocab_size=size, on_bad_row="skip")
+        assert limited.counts["used"] == used
 
 
 def test_ids_of_another_tokenizer_are_counted_and_the_text_is_encoded(chat):
