@@ -180,7 +180,12 @@ TRAIN_POLICY = {
     "weight_decay": both(0.0, OURS + "the paper names none", 0.01, VERL),
     "adam_epsilon": one(1e-8, OURS + "torch's default, as in the released code"),
     "max_grad_norm": one(1.0, f"{VERL}; the paper names none"),
-    "mixed_precision": one("no", OURS + "the same numbers on every machine"),
+    "mixed_precision": both(
+        "no",
+        OURS + "the same numbers on every machine",
+        "bf16",
+        "released step3_distrl/dl_dp_actor.py and dl_dp_rm.py: autocast of their forwards",
+    ),
     "gradient_checkpointing": one(False, SPEED),
     "eval_data": one(None, OURS + "evaluation is asked for"),
     "eval_steps": one(None, OURS + "at the start and the end", eval_data="e"),
