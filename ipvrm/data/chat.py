@@ -33,6 +33,11 @@ def parse_template_kwargs(text: str | None) -> dict[str, Any]:
     return found
 
 
+def given_template_kwargs(text: str | None) -> dict[str, Any] | None:
+    """`parse_template_kwargs` where a reward model may have its own: None is those."""
+    return None if text is None else parse_template_kwargs(text)
+
+
 def preset_template_kwargs(given: str | None, preset: str, tokenizer: Any) -> str | None:
     """`--chat_template_kwargs` where it is given, else what the preset has: `release` answers without
     thinking where the template can be told so."""

@@ -53,6 +53,7 @@ def tokenize(
     *,
     max_length: int | None,
     max_positions: int | None = None,
+    vocab_size: int | None = None,
     on_long: OnLong = "drop",
     on_bad_row: OnBadRow = "error",
     with_offsets: bool = False,
@@ -70,6 +71,7 @@ def tokenize(
         chat: tokenizer and the variables of its template.
         max_length: most tokens of prompt and response together; None for no limit.
         max_positions: of the model; a row that is longer after all is a bad one.
+        vocab_size: of the model; a row with a stored id beyond it is a bad one.
         on_long: `drop` leaves longer rows out and counts them; `truncate` cuts the response on the right (it
             then has no end-of-turn token) and drops only rows whose prompt alone is too long.
         with_offsets: fill `Response.offsets`.
@@ -89,7 +91,9 @@ def tokenize(
             "a tokenizer.json (fast tokenizer) is needed"
         )
     limit = min((n for n in (max_length, max_positions) if n is not None), default=None)
-    encoder = _Encoder(chat, with_offsets, limit, cut=on_long == "truncate" and max_length is not None)
+    encoder = _Encoder(
+        chat, with_offsets, limit, vocab_size, cut=on_long == "truncate" and max_length is not None
+    )
     responses: list[Response] = []
     bad: list[BadRow] = []
     counts = {"rows": len(rows), "used": 0, "bad": 0, "too_long_dropped": 0, "truncated": 0}
@@ -152,11 +156,12 @@ def _chunks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
 class _Encoder:
     """Encodes a chunk of rows; yields a Response, or the reason why there is none, for each.
 
-    `limit` is the most tokens of a row; `cut`: a longer response is not dropped but cut there.
+    `limit` is the most tokens of a row; `cut`: a longer response is not dropped but cut there. Stored ids are
+    below `vocab_size`.
     """
 
-    def __init__(self, chat: Chat, with_offsets: bool, limit: int | None, cut: bool):
-        self.chat, self.limit, self.cut = chat, limit, cut
+    def __init__(self, chat: Chat, with_offsets: bool, limit: int | None, vocab_size: int | None, cut: bool):
+        self.chat, self.limit, self.vocab_size, self.cut = chat, limit, vocab_size, cut
         self.with_offsets = with_offsets
         self.hash: str | None = None
         self.counts = {"other_tokens_than_sampled": 0, "ids_of_another_tokenizer": 0}
@@ -232,10 +237,17 @@ class _Encoder:
         return sampled.tokenizer_hash == self.hash
 
     def _check_sampled(self, row: Row, sampled: Sampled) -> None:
-        """Raises ValueError unless the stored ids decode to the row's text."""
+        """Raises ValueError unless the stored ids are the model's and decode to the row's text."""
         body = sampled.response_ids[:-1] if row.ended else sampled.response_ids
         if not sampled.prompt_ids or not sampled.response_ids:
             raise ValueError("prompt_ids and response_ids must hold at least one id each")
+        # A tokenizer may decode an id that nobody has to no text at all, so the texts below do not show it.
+        for name, ids in (("prompt_ids", sampled.prompt_ids), ("response_ids", sampled.response_ids)):
+            if self.vocab_size is not None and max(ids) >= self.vocab_size:
+                raise ValueError(
+                    f"{name} hold {max(ids)}, and the model has the ids below {self.vocab_size} alone; roll "
+                    "out again with this model, or leave out prompt_ids, response_ids and tokenizer_hash"
+                )
         if (found := self._decode(body)) != row.response:
             raise ValueError(f"response_ids decode to another text than the response: {found!r:.60}")
         text = self._decode(sampled.prompt_ids)

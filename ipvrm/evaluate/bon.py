@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ipvrm.data.chat import given_template_kwargs
 from ipvrm.data.files import check_values, chunked, file_hash, records
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import (
@@ -49,7 +50,12 @@ from ipvrm.run_folder import (
 )
 
 CHUNK = 64  # responses scored, and kept, at a time
-WORDS = {"data_hash": "the data", "model_hash": "the reward model", "reference_hash": "the reference"}
+WORDS = {
+    "data_hash": "the data",
+    "model_hash": "the reward model",
+    "reference_hash": "the reference",
+    "template_hash": "the chat template",
+}
 OWN_COLUMNS = ("data_source", "extracted")
 
 
@@ -71,6 +77,9 @@ class BonConfig:
     """Where the reference model is now, if it has moved."""
     objective: Literal["endo_rm"] | None = None
     """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
+    chat_template_kwargs: str | None = field(default=None, metadata=FREE)
+    """Variables of the chat template as a JSON object, of endo_rm. Default: none; a reward model has those
+    that it was trained with, and others are refused."""
     n: tuple[int, ...] = field(default=(4, 16, 64), metadata=FREE)
     """How many responses there are to pick from."""
     step_separator: str = STEP_SEPARATOR
@@ -135,6 +144,7 @@ def _scores(
         reward_model.chat,
         max_length=max_length,
         max_positions=reward_model.max_positions,
+        vocab_size=reward_model.vocab_size,
         on_bad_row="error" if skipped is None else "skip",
         with_offsets=True,
     )
@@ -215,7 +225,11 @@ def _evaluate(config: BonConfig, progress: bool) -> dict[str, Any]:
     rollouts = _read(config)
     device = "cpu" if config.use_cpu else None
     reward_model = RewardModel.from_pretrained(
-        config.model, config.reference, device, objective=config.objective
+        config.model,
+        config.reference,
+        device,
+        objective=config.objective,
+        chat_template_kwargs=given_template_kwargs(config.chat_template_kwargs),
     )
     output.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output)
@@ -282,6 +296,8 @@ def _settings(config: BonConfig, reward_model: RewardModel) -> dict[str, Any]:
         "data_hash": file_hash(config.data),
         "model_hash": info.weights_hash,
         "reference_hash": info.reference_hash,
+        "template_hash": info.template_hash,
+        "chat_template_kwargs": info.chat_template_kwargs,
         "beta": info.beta,
     }
 

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ipvrm.data.chat import given_template_kwargs
 from ipvrm.data.files import check_values, file_hash, finite, records
 from ipvrm.data.files import kind_of as kind_of_file
 from ipvrm.data.rows import as_object, listed
@@ -87,6 +88,9 @@ class EvalConfig:
     """Where the reference model is now, if it has moved."""
     objective: Literal["endo_rm"] | None = None
     """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
+    chat_template_kwargs: str | None = field(default=None, metadata=FREE)
+    """Variables of the chat template as a JSON object, of endo_rm. Default: none; a reward model has those
+    that it was trained with, and others are refused."""
     transfer_from: str = field(default="gsm8k", metadata=FREE)
     """Subset whose best threshold the `transfer` protocol uses everywhere."""
     step_format: str = STEP_FORMAT
@@ -251,6 +255,7 @@ def _evaluate(
         servers=servers,
         timeout=config.engine_timeout,
         objective=config.objective,
+        chat_template_kwargs=given_template_kwargs(config.chat_template_kwargs),
     )
     output = Path(config.output_dir)
     remove_leftovers(output)
@@ -352,6 +357,7 @@ def _model_key(config: EvalConfig, info: Any) -> dict[str, Any]:
         "reference": info.reference_hash,
         "beta": info.beta,
         "template": info.template_hash,
+        "chat_template_kwargs": info.chat_template_kwargs,
         **settings_of(config),
         **kind_of(config.engine),
     }

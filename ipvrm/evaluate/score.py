@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ipvrm.data.chat import given_template_kwargs
 from ipvrm.data.files import chunked, file_hash, finite, records
 from ipvrm.data.rows import BadRow, BadRows, OnBadRow, as_object, report_bad_rows
 from ipvrm.data.steps import STEP_FORMAT, STEP_SEPARATOR, check_step_format
@@ -59,6 +60,9 @@ class ScoreConfig:
     """Where the reference model is now, if it has moved."""
     objective: Literal["endo_rm"] | None = None
     """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
+    chat_template_kwargs: str | None = field(default=None, metadata=FREE)
+    """Variables of the chat template as a JSON object, of endo_rm. Default: none; a reward model has those
+    that it was trained with, and others are refused."""
     rule: Literal["step", "prefix", "mean", "mean_diff"] = "step"
     """What the score of a step is (Eq. 31, Eq. 30, mean_value at its end, its mean TD)."""
     threshold: float = 0.5
@@ -126,6 +130,7 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
         servers=servers,
         timeout=config.engine_timeout,
         objective=config.objective,
+        chat_template_kwargs=given_template_kwargs(config.chat_template_kwargs),
     )
     output = Path(config.output)
     folder = partial_folder(output)
@@ -250,6 +255,7 @@ def _settings(config: ScoreConfig, reward_model: RewardModel) -> dict[str, Any]:
             "model_hash": info.weights_hash,
             "reference_hash": info.reference_hash,
             "template_hash": info.template_hash,
+            "chat_template_kwargs": info.chat_template_kwargs,
             "objective": info.objective,
             "beta": info.beta,
         }

@@ -58,6 +58,7 @@ def prefix_value_reward(
             if not ids or ids[-1] not in stops:
                 continue
             _check_text(rm.tokenizer, ids, completion)
+            # TRL gives a text prompt to the policy as it stands; rm.chat would make a user message of it.
             before = (
                 rm.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else rm.chat.prompt_ids(prompt)
             )

@@ -42,6 +42,7 @@ __all__ = [
     "response_logprobs",
     "save_model",
     "template_hash",
+    "vocab_size",
     "weights_hash",
 ]
 
@@ -176,7 +177,7 @@ def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = local_folder(name)
-    rows = load_config(folder).get_text_config().vocab_size
+    rows = vocab_size(folder)
     with reading(name, "no tokenizer can be loaded", NO_CODE):
         tokenizer = AutoTokenizer.from_pretrained(folder, **SAFE)
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -186,6 +187,11 @@ def load_tokenizer(name: str | Path) -> Any:
             "embeddings (model.resize_token_embeddings) or take the model's own tokenizer"
         )
     return tokenizer
+
+
+def vocab_size(model: str | Path) -> int:
+    """How many token ids the model of a folder or Hub name has: rows of its embeddings and of its head."""
+    return int(load_config(model).get_text_config().vocab_size)
 
 
 def max_positions(model: nn.Module | str | Path) -> int | None:

@@ -5,6 +5,7 @@ l_t = log pi_phi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t),   V_t = beta * sum_
 A Q-RM has Z_t in the place of l_t, and EndoRM r_t, discounted from token to token; see `token_rewards`.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -199,6 +200,7 @@ class RewardModel:
         self.value_head = value_head
         self.chat = Chat(tokenizer, info.chat_template_kwargs)
         self.max_positions: int | None = None
+        self.vocab_size: int | None = None  # a server refuses ids that it does not have
         if isinstance(model, Server) or isinstance(reference, Server):
             self._check_served(model, reference)
             return
@@ -209,6 +211,7 @@ class RewardModel:
             raise IpvrmError(
                 f"model and reference must share one vocabulary; they have {sizes[0]} and {sizes[1]} tokens"
             )
+        self.vocab_size = sizes[0]
 
     @property
     def on_cpu(self) -> bool:
@@ -236,6 +239,7 @@ class RewardModel:
         servers: Sequence[str] = (),
         timeout: float = ENGINE_TIMEOUT,
         objective: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> "RewardModel":
         """Loads a run folder and the reference that its `ipvrm_config.json` names.
 
@@ -247,10 +251,12 @@ class RewardModel:
             servers: addresses of two servers that give `prompt_logprobs` (vLLM), of the model and of its
                 reference, which are then not loaded; `device` and `dtype` are theirs.
             timeout: most seconds to wait for one of their answers.
+            chat_template_kwargs: variables of the chat template, of endo_rm; a reward model has those that it
+                was trained with, and takes no others.
 
         Raises:
             IpvrmError: no `ipvrm_config.json`, other weights than it records for model or reference, another
-                template, or servers of other models.
+                template, other variables of it, or servers of other models.
         """
         if objective is not None:
             if objective != ENDO_RM or reference is not None or servers:
@@ -258,10 +264,18 @@ class RewardModel:
                     f"objective {objective!r}: a reward model's own is in its folder; here it can be endo_rm "
                     "alone, which has no reference and is in memory"
                 )
-            return cls.from_causal_lm(folder, device=device, dtype=dtype)
+            return cls.from_causal_lm(
+                folder, device=device, dtype=dtype, chat_template_kwargs=chat_template_kwargs
+            )
         given, folder = folder, local_folder(folder)
         info = read_info(folder)
         check_own_weights(folder, info)
+        if chat_template_kwargs is not None and dict(chat_template_kwargs) != info.chat_template_kwargs:
+            raise IpvrmError(
+                f"{folder}: this reward model was trained with --chat_template_kwargs "
+                f"'{json.dumps(info.chat_template_kwargs)}', and reads no other prompts; "
+                f"got '{json.dumps(dict(chat_template_kwargs))}'. Leave them out: they are stored with it"
+            )
         has_reference = info.objective != "q_rm"
         if reference is not None and not has_reference:
             raise IpvrmError(f"{folder}: a q_rm reward model has no reference; leave it out")
@@ -300,15 +314,16 @@ class RewardModel:
         discount: float = ENDO_DISCOUNT,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = torch.float32,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> "RewardModel":
         """EndoRM: the reward that any causal LM has without training (`endo_rewards`).
 
         Args:
             name: a folder or Hub name. scale: a > 0 of its formula. discount: in [0, 1], of a token for each
-                one before it.
+                one before it. chat_template_kwargs: variables of the chat template.
 
         Raises:
-            IpvrmError: a number out of range, or no causal LM.
+            IpvrmError: a number out of range, no causal LM, or a variable that its template does not read.
         """
         if not 0 < scale < math.inf or not 0 <= discount <= 1:
             raise IpvrmError(
@@ -325,6 +340,7 @@ class RewardModel:
             reference_hash="",
             template_hash=template_hash(tokenizer),
             versions=versions(),
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
             temperature=scale,
             weights_hash=weights_hash(folder),
             discount=discount,

@@ -25,11 +25,11 @@ from ipvrm.models.causal_lm import (
     disable_dropout,
     head,
     hidden_states,
-    load_config,
     load_model,
     load_tokenizer,
     local_folder,
     template_hash,
+    vocab_size,
     weights_hash,
 )
 from ipvrm.models.reward_model import (
@@ -107,7 +107,7 @@ class RewardInputs:
         margin = RELEASE_MARGIN if config.preset == "release" else self.info.margin
         margin = margin if config.rm_margin is None else config.rm_margin
         self.objective = Objective(objective, self.info.beta, margin or 0.0)
-        check_same_tokens(self.folder, self.info, self.tokenizer, policy_tokenizer, _head_size(config.model))
+        check_same_tokens(self.folder, self.info, self.tokenizer, policy_tokenizer, vocab_size(config.model))
         self.reference_folder: Path | None = None
         if reads_reference(config):
             self.reference_folder = find_reference(self.folder, self.info, config.reference)
@@ -350,12 +350,8 @@ def check_same_tokens(
             f"than the "
             f"policy's ({found[:12]}); use one template for both"
         )
-    if (own := _head_size(folder)) != policy_head_size:
+    if (own := vocab_size(folder)) != policy_head_size:
         raise IpvrmError(
             f"{folder}: its head has {own} tokens, the policy's {policy_head_size}; their probabilities "
             "are over different sets"
         )
-
-
-def _head_size(model: str | Path) -> int:
-    return int(load_config(model).get_text_config().vocab_size)

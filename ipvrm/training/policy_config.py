@@ -285,8 +285,10 @@ class PolicyConfig:
     differ by rounding, are compared so."""
     max_grad_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
     """The policy's gradients are scaled down to this norm; 0 for no limit."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16: autocast of every forward; the weights stay fp32."""
+    mixed_precision: Literal["no", "bf16"] | None = field(
+        default=None, metadata=defaults(paper="no", release="bf16")
+    )
+    """bf16: autocast of every forward; the weights stay fp32. Default: no; release: bf16."""
     gradient_checkpointing: bool = field(default=False, metadata=FREE)
 
     eval_data: str | None = field(default=None, metadata=FREE)

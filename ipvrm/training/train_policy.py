@@ -74,7 +74,7 @@ def train_policy(config: PolicyConfig, progress: bool = True) -> TrainResult:
     accelerator = data_parallel_accelerator(
         "train-policy",
         use_cpu=config.use_cpu,
-        mixed_precision=config.mixed_precision,
+        mixed_precision=filled(config.mixed_precision),
         report_to=config.report_to,
         output_dir=config.output_dir,
     )
@@ -138,7 +138,7 @@ class _Inputs:
                 folder,
                 rows=config.per_device_train_batch_size,
                 length=max(len(q.ids) for q in self.questions) + config.max_new_tokens,
-                mixed_precision=config.mixed_precision,
+                mixed_precision=filled(config.mixed_precision),
                 gradient_checkpointing=config.gradient_checkpointing,
                 lora_r=ranks[name],
             )

@@ -32,6 +32,7 @@ from ipvrm.models.causal_lm import (
     max_positions,
     memory_estimate,
     template_hash,
+    vocab_size,
     weights_hash,
 )
 from ipvrm.models.reference import REFERENCE_FILE, data_hash, not_finite, reference_logprobs, split_packed
@@ -119,6 +120,7 @@ class _Inputs:
             self.chat,
             max_length=self.config.max_length,
             max_positions=max_positions(self.config.model),
+            vocab_size=vocab_size(self.config.model),
             on_long=self.config.on_long,
             on_bad_row=self.config.on_bad_row,
         )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ipvrm.data.chat import tokenizer_hash
+from ipvrm.data.chat import given_template_kwargs, tokenizer_hash
 from ipvrm.data.rows import OnBadRow
 from ipvrm.data.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
 from ipvrm.errors import IpvrmError
@@ -58,6 +58,9 @@ class InspectConfig:
     """Where the models' reference is now, if it has moved."""
     policy: str | None = None
     """Whose candidates are shown, a model folder. Default: the reference of the first reward model."""
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template as a JSON object. Default: those that the models were trained with;
+    others are refused."""
     pick: Literal["mistakes", "drop", "disagreement", "first"] = "mistakes"
     """Which traces: the most confident mistakes of the first model (needs labels), the largest drops of its
     value, where two models flag different steps, or the first of the file."""
@@ -142,7 +145,12 @@ def _read(
     policy: Policy | None = None
     found: list[list[Reading | str]] = []
     for folder, judge in zip(config.model, judges, strict=True):
-        model = RewardModel.from_pretrained(folder, config.reference, device)
+        model = RewardModel.from_pretrained(
+            folder,
+            config.reference,
+            device,
+            chat_template_kwargs=given_template_kwargs(config.chat_template_kwargs),
+        )
         if config.policy is not None and policy is None:
             policy = ask_policy(
                 config.policy, model, items, device, batch_tokens=config.batch_tokens, **written

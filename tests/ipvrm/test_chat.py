@@ -15,6 +15,7 @@ import torch
 from runs import write_jsonl
 
 from ipvrm import IpvrmError
+from ipvrm.cli import main
 from ipvrm.data.chat import (
     Chat,
     encode_prompt,
@@ -25,9 +26,12 @@ from ipvrm.data.chat import (
 )
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import Row, Sampled, read_prompts, read_rows
-from ipvrm.models.reward_model import RewardModel
+from ipvrm.data.steps import STEP_FORMAT
+from ipvrm.models.causal_lm import template_hash, vocab_size
+from ipvrm.models.reward_model import RewardModel, RewardModelInfo, reference_entries, write_info
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
+from ipvrm.run_folder import versions
 from ipvrm.training.optimizer import data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.reward_config import RewardConfig
@@ -280,6 +284,31 @@ def test_stored_ids_that_say_something_else_are_a_bad_row(chat):
             tokenize([row], chat, max_length=None)
 
 
+NOBODYS = 999_999  # decodes to no text at all
+
+
+@pytest.mark.parametrize("where", ["prompt_ids", "in the middle", "at the end", "at the end of a cut one"])
+def test_a_stored_id_beyond_the_model_is_a_bad_row(chat, tiny_folder, where):
+    ids = chat.encode(["Answer: 3"])["input_ids"][0]
+    beyond = {
+        "prompt_ids": {"prompt_ids": [*chat.prompt_ids("What is 1 + 2?"), NOBODYS]},
+        "in the middle": {"ids": [*ids[:1], NOBODYS, *ids[1:]]},
+        "at the end": {"ids": [*ids, NOBODYS]},
+        "at the end of a cut one": {"ids": [*ids, NOBODYS], "ended": False},
+    }[where]
+    rows = [sampled_row(chat), sampled_row(chat, **beyond)]
+    assert tokenize(rows, chat, max_length=None).counts["used"] == 2, "the texts are the same"
+    rows_of_model = vocab_size(tiny_folder)
+    found = tokenize(rows, chat, max_length=None, vocab_size=rows_of_model, on_bad_row="skip")
+    assert found.counts["used"] == 1
+    name = "prompt_ids" if where == "prompt_ids" else "response_ids"
+    assert f"{name} hold {NOBODYS}, and the model has the ids below {rows_of_model}" in found.bad[0].reason
+    exact = max(max(beyond.get("prompt_ids", [0])), max(beyond.get("ids", [0])))
+    for size, used in ((exact + 1, 2), (exact, 1)):
+        limited = tokenize(rows, chat, max_length=None, vocab_size=size, on_bad_row="skip")
+        assert limited.counts["used"] == used
+
+
 def test_ids_of_another_tokenizer_are_counted_and_the_text_is_encoded(chat):
     row = sampled_row(chat, ids=[1, 2, 3], digest="0" * 16)
     found = tokenize([row], chat, max_length=None)
@@ -406,6 +435,72 @@ def test_it_reaches_both_trainers(chat, tiny_folder, rollouts, tmp_path):
         run = Run("test", policy, accelerator, starts_from=[], mark="x", progress=False)
         (question,) = _Inputs(policy, method, run).questions
         assert chat.tokenizer.decode(question.ids).endswith(end), name
+
+
+JUDGING = ("score", "inspect", "eval processbench", "eval bon")
+
+
+def judging(command, model, folder, *flags):
+    """Exit code of a command that scores one sum (`eval bon`: two responses) with `model`."""
+    write_jsonl(folder / "steps.jsonl", [{"problem": "What is 1 + 2?", "steps": ["3"], "label": -1}])
+    rows = [{"prompt": "What is 1 + 2?", "response": str(r), "label": int(r == 3)} for r in (3, 4)]
+    write_jsonl(folder / "rows.jsonl", rows)
+    place = {"score": "out.jsonl", "inspect": "out.html"}.get(command, "out")
+    data = "rows.jsonl" if command == "eval bon" else "steps.jsonl"
+    given = ("--input", "--output") if command in ("score", "inspect") else ("--data", "--output_dir")
+    arguments = [*command.split(), "--model", str(model), given[0], str(folder / data)]
+    arguments += [given[1], str(folder / place)] + ["--n", "2"] * (command == "eval bon")
+    arguments += ["--pick", "first"] * (command == "inspect")
+    return main([*arguments, *flags])
+
+
+def read_score(command, folder):
+    """The first score that `judging` has written."""
+    if command == "eval processbench":
+        return pyarrow.parquet.read_table(folder / "out" / "items-steps.parquet").to_pylist()[0]["step"][0]
+    file = folder / ("out.jsonl" if command == "score" else "out/scores.jsonl")
+    line = json.loads(file.read_text().splitlines()[0])
+    return line["step_scores"][0] if command == "score" else line["sum"]
+
+
+@pytest.fixture
+def thinker(chat, tiny_folder, tmp_path):
+    """The tiny model with the template that thinks, and as a reward model trained without thinking."""
+    folder = tmp_path / "thinker"
+    shutil.copytree(tiny_folder, folder)
+    chat.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", [name for name in JUDGING if name != "inspect"])
+def test_endo_rm_takes_template_variables(chat, thinker, tmp_path, command):
+    for flags, kwargs in ((), {}), (("--chat_template_kwargs", WITHOUT_THINKING), {"enable_thinking": False}):
+        folder = tmp_path / str(len(flags))
+        folder.mkdir()
+        assert judging(command, thinker, folder, "--objective", "endo_rm", *flags) == 0
+        rm = RewardModel.from_causal_lm(thinker, device="cpu", chat_template_kwargs=kwargs)
+        scored = rm.score("What is 1 + 2?", ["3"], step_format="{step}" if "bon" in command else STEP_FORMAT)
+        expected = float(scored.prefix_values[-1]) if "bon" in command else float(scored.step_scores[0])
+        assert read_score(command, folder) == pytest.approx(expected, rel=1e-5)
+    assert read_score(command, tmp_path / "0") != pytest.approx(read_score(command, tmp_path / "2"), rel=1e-3)
+
+
+@pytest.mark.parametrize("command", JUDGING)
+def test_a_reward_model_takes_no_other_template_variables_than_its_own(
+    chat, thinker, tmp_path, command, capsys
+):
+    info = RewardModelInfo(
+        "ipvrm", 10.0, 5.0, template_hash=template_hash(chat.tokenizer), versions=versions(),
+        chat_template_kwargs={"enable_thinking": False}, **reference_entries(thinker, thinker),
+    )  # fmt: skip
+    write_info(thinker, info)
+    for given in ("{}", '{"enable_thinking": true}'):
+        assert judging(command, thinker, tmp_path, "--chat_template_kwargs", given) == 2
+        assert (
+            "was trained with --chat_template_kwargs '{\"enable_thinking\": false}'"
+            in capsys.readouterr().err
+        )
+    assert judging(command, thinker, tmp_path, "--chat_template_kwargs", WITHOUT_THINKING) == 0
 
 
 # ------------------------------------------------------------------------------------------ real tokenizers

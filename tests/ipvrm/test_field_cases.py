@@ -8,17 +8,27 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from ipvrm import IpvrmError
 from ipvrm.data import Row, encode_prompt, read_rows, tokenize
-from ipvrm.models.causal_lm import load_tokenizer
+from ipvrm.data.chat import Chat, tokenizer_hash
+from ipvrm.evaluate import bon, policy, processbench
+from ipvrm.evaluate.bon import BonConfig
+from ipvrm.evaluate.policy import PolicyEvalConfig
+from ipvrm.evaluate.processbench import EvalConfig
+from ipvrm.evaluate.score import ScoreConfig, score_file
+from ipvrm.models.causal_lm import load_tokenizer, template_hash
+from ipvrm.models.reward_model import RewardModelInfo, reference_entries, write_info
 from ipvrm.reproduce.td_study import TdConfig, study
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
+from ipvrm.run_folder import versions
 from ipvrm.training.policy_config import PolicyConfig
 from ipvrm.training.reward_config import RewardConfig
 from ipvrm.training.train_policy import train_policy
 from ipvrm.training.train_rm import train_reward_model
+from ipvrm.view.inspect import InspectConfig, inspect
 
 RIGHT, WRONG, LEFT_OUT = 1, 0, None
 SOLUTION = "She bakes 24.\nAt noon 24/2 = <<24/2=12>>12.\nTogether 24+12 = <<24+12=36>>36.\n#### 36"
@@ -195,6 +205,8 @@ def commands(model, folder):
     prompts = write(folder / "prompts.jsonl", [{"prompt": "Add 2 and 3.", "answer": "5"}])
     long = {"prompt": "Add 2 and 3.", "response": "5, " * 20, "label": 1}
     rows = write(folder / "rows.jsonl", [long, long | {"label": 0}])
+    solution = {"problem": "Add 2 and 3.", "steps": ["5, " * 20], "label": -1}
+    solutions = write(folder / "solutions.jsonl", [solution])
     out = str(folder / "out")
     return {
         "rollout": lambda: roll_out(
@@ -210,21 +222,69 @@ def commands(model, folder):
         "eval td": lambda: study(
             TdConfig(model, model, prompts, out, max_new_tokens=40, use_cpu=True), progress=False
         ),
+        "score": lambda: score_file(ScoreConfig(model, solutions, out + ".jsonl", use_cpu=True), False),
+        "inspect": lambda: inspect(InspectConfig(solutions, out + ".html", (model,), use_cpu=True), False),
+        "eval processbench": lambda: processbench.evaluate(EvalConfig(model, (solutions,), out), False),
+        "eval bon": lambda: bon.evaluate(BonConfig(model, rows, out, n=(2,), use_cpu=True), False),
+        "eval policy": lambda: policy.evaluate(
+            PolicyEvalConfig(
+                model,
+                prompts,
+                out,
+                num_generations=1,
+                k=(1,),
+                max_new_tokens=40,
+                verifier="string",
+                use_cpu=True,
+            ),
+            progress=False,
+        ),
     }
 
 
 IDS = r"the tokenizer has ids up to \d+ \('<step\d+>'\), the model \d+ rows; resize"
-POSITIONS = r"jsonl:1: its \d+ tokens .*are more than the model's 30 positions"
+POSITIONS = r"its \d+ tokens .*are more than the model's 30 positions"
+COMMANDS = (
+    "rollout", "train-rm", "train-policy", "score", "inspect", "eval processbench", "eval bon",
+    "eval policy",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("model", "reason", "command"),
-    [("short_of_ids", IDS, command) for command in ("rollout", "train-rm", "train-policy", "eval td")]
-    + [("short_of_positions", POSITIONS, command) for command in ("rollout", "train-rm", "train-policy")],
+    [("short_of_ids", IDS, command) for command in (*COMMANDS, "eval td")]
+    + [("short_of_positions", POSITIONS, command) for command in COMMANDS],
 )
 def test_ids_and_positions_beyond_the_model_are_refused_before_any_work(
     request, tmp_path, model, reason, command
 ):
+    folder = request.getfixturevalue(model)
+    if command in ("score", "inspect", "eval processbench", "eval bon"):  # a reward model, its own reference
+        info = RewardModelInfo(
+            "ipvrm", 10.0, 5.0, template_hash=template_hash(AutoTokenizer.from_pretrained(folder)),
+            versions=versions(), **reference_entries(folder, folder),
+        )  # fmt: skip
+        write_info(folder, info)
     with pytest.raises(IpvrmError, match=reason):
-        commands(request.getfixturevalue(model), tmp_path)[command]()
-    assert not (tmp_path / "out.jsonl").exists() and not list(tmp_path.glob("out/*.safetensors"))
+        commands(folder, tmp_path)[command]()
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.html").exists()
+    assert not list(tmp_path.glob("out/*.safetensors")) and not list(tmp_path.glob("out/results.json"))
+
+
+def test_a_stored_id_beyond_the_model_stops_every_command_that_reads_them(tiny_folder, tokenizer, tmp_path):
+    """It decodes to no text, so that the row's text is right (the IndexError of case 15)."""
+    ids = tokenizer("5", add_special_tokens=False)["input_ids"] + [10**6, Chat(tokenizer).end_of_turn]
+    prompt = list(Chat(tokenizer).prompt_ids("Add 2 and 3."))
+    stored = {"prompt_ids": prompt, "response_ids": ids, "tokenizer_hash": tokenizer_hash(tokenizer)}
+    row = {"prompt": "Add 2 and 3.", "response": "5", "label": 1}
+    sound, broken = [row, row | {"label": 0}], row | stored
+    both = write(tmp_path / "both.jsonl", [*sound, broken])
+    config = RewardConfig(str(tiny_folder), both, str(tmp_path / "rm"), max_steps=1, use_cpu=True)
+    with pytest.raises(IpvrmError, match="both.jsonl:3: response_ids hold 1000000"):
+        train_reward_model(config, progress=False)
+    found = bon.evaluate(
+        BonConfig(str(tiny_folder), both, str(tmp_path / "bon"), objective="endo_rm", n=(2,), use_cpu=True),
+        progress=False,
+    )
+    ((place, reason),) = found["unusable"].items()
+    assert place.endswith("both.jsonl:3") and "response_ids hold 1000000" in reason
