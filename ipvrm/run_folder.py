@@ -154,6 +154,23 @@ def read_json(path: str | Path) -> Any:
         raise IpvrmError(f"{path} is not valid JSON: {cause(error)}") from error
 
 
+def read_part(path: Path, entries: set[str], note: Callable[[str], None]) -> dict[str, Any] | None:
+    """What an interrupted run has kept in `path`, a JSON object with `entries`; None where it is to be made.
+
+    Of a half-written part, which is made again, `note` is told.
+    """
+    if not path.exists():
+        return None
+    try:
+        part = read_json(path)
+        if not isinstance(part, dict) or not entries <= part.keys():
+            raise IpvrmError(f"{path} must hold {', '.join(sorted(entries))}")
+    except IpvrmError as error:
+        note(f"{error}; it is made again")
+        return None
+    return part
+
+
 def finished_lines(partial: Path) -> tuple[int, int]:
     """How many lines an interrupted run has written to `partial`, and the `line` of the last one.
 
