@@ -400,6 +400,16 @@ def remove_leftovers(folder: Path) -> None:
         _delete(path)
 
 
+def remove_leftovers_of(*files: Path) -> None:
+    """Deletes the temporary files that killed runs left of these outputs; who calls this holds their lock."""
+    for file in files:
+        left = re.compile(rf"\.{re.escape(file.name)}\.\d+\.tmp")
+        with writing(file):
+            for path in file.parent.iterdir():
+                if left.fullmatch(path.name):
+                    _delete(path)
+
+
 def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import ipvrm
-from ipvrm.run_folder import replacing, reusable
+from ipvrm.run_folder import remove_leftovers_of, replacing, reusable
 
 ROOT = Path(ipvrm.__file__).parent
 WRITES = {"savefig", "save_file", "write_bytes", "rename", "to_parquet", "to_csv", "dump"}
@@ -107,6 +107,14 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     with replacing(file) as temporary:
         temporary.write_text("new")
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_run_left_of_an_output_goes(tmp_path):
+    kept = [".page.html.lock", ".page.html.x.tmp", ".other.html.7.tmp", "page.html.7.tmp"]
+    for name in (*kept, ".page.html.7.tmp", ".page.json.12.tmp"):
+        (tmp_path / name).touch()
+    remove_leftovers_of(tmp_path / "page.html", tmp_path / "page.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_what_changed_is_asked_in_one_place():
