@@ -15,7 +15,7 @@ from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ipvrm.errors import IpvrmError, cause
 
@@ -154,6 +154,23 @@ def read_json(path: str | Path) -> Any:
         raise IpvrmError(f"{path} is not valid JSON: {cause(error)}") from error
 
 
+def read_part(path: Path, entries: set[str], note: Callable[[str], None]) -> dict[str, Any] | None:
+    """What an interrupted run has kept in `path`, a JSON object with `entries`; None where it is to be made.
+
+    Of a half-written part, which is made again, `note` is told.
+    """
+    if not path.exists():
+        return None
+    try:
+        part = read_json(path)
+        if not isinstance(part, dict) or not entries <= part.keys():
+            raise IpvrmError(f"{path} must hold {', '.join(sorted(entries))}")
+    except IpvrmError as error:
+        note(f"{error}; it is made again")
+        return None
+    return part
+
+
 def finished_lines(partial: Path) -> tuple[int, int]:
     """How many lines an interrupted run has written to `partial`, and the `line` of the last one.
 
@@ -175,8 +192,38 @@ def finished_lines(partial: Path) -> tuple[int, int]:
     return count, last
 
 
-class JsonlLog:
-    """One JSON object a line, flushed as it is written.
+class JsonlFile:
+    """Appends to `path`, one JSON object a line, flushed as it is written.
+
+    Raises:
+        IpvrmError: from its methods, with the file's name, where it cannot be written.
+        ValueError: NaN or an infinity in a record.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with writing(path):
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, *records: Mapping[str, Any]) -> None:
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        with writing(self.path):
+            self._file.writelines(lines)
+            self._file.flush()
+
+    def close(self) -> None:
+        with writing(self.path):
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class JsonlLog(JsonlFile):
+    """The log of a training run.
 
     `after_step` (resume): records of later steps and a torn last line are dropped first; None starts afresh.
     """
@@ -193,14 +240,7 @@ class JsonlLog:
                 if step <= after_step:
                     kept.append(line + "\n")
         write_text(path, "".join(kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        super().__init__(path)
 
 
 FREE = {"free_on_resume": True}  # a field's metadata, see `settings_of`
@@ -381,6 +421,16 @@ def remove_leftovers(folder: Path) -> None:
     """Deletes the temporary files and folders that a killed process left in `folder`."""
     for path in folder.glob(".*.tmp"):
         _delete(path)
+
+
+def remove_leftovers_of(*files: Path) -> None:
+    """Deletes the temporary files that killed runs left of these outputs; who calls this holds their lock."""
+    for file in files:
+        left = re.compile(rf"\.{re.escape(file.name)}\.\d+\.tmp")
+        with writing(file):
+            for path in file.parent.iterdir():
+                if left.fullmatch(path.name):
+                    _delete(path)
 
 
 def _delete(path: Path) -> None:

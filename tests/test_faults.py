@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # behind the installed packages
 
 from benchmarks.faults import files, ops, runs, sanitized  # noqa: E402
-from benchmarks.faults.__main__ import KINDS, page  # noqa: E402
+from benchmarks.faults.__main__ import KINDS, LEFT_OUT, RESUMED, Faults, page  # noqa: E402
 from benchmarks.faults.process import Ended  # noqa: E402
+from ipvrm.cli import COMMANDS  # noqa: E402
 
 WIRED = """
 import os, shutil, signal, sys
@@ -104,6 +106,61 @@ def test_damage_is_damage_and_repeats(tmp_path):
     assert said[:60] == said[60:] and same == 0
 
 
+def test_every_command_is_tried_or_said_to_be_left_out():
+    tried = {command.name for command in runs.commands_of(Path("toy"))}
+    assert tried | set(LEFT_OUT) == set(COMMANDS) and not tried & set(LEFT_OUT)
+    assert set(files.DATA) == tried - {"report"}  # it reads runs and no data
+    assert set(files.MODELS) | {"label", "make-tiny-model", "report"} == tried
+    assert set(RESUMED) | {"make-tiny-model", "inspect", "report"} == tried
+
+
+class OneCommand:
+    """A world whose command ends as `status` says, and of which nothing is lost."""
+
+    def __init__(self, status):
+        self.command = runs.Command("report", [], "page.html", changes=1)
+        self.commands, self.ended = {"report": self.command}, Ended(status, "", 0)
+
+    def trial(self, command):
+        return Path()
+
+    def judge(self, command, trial):
+        return None
+
+    def clear(self):
+        pass
+
+
+@pytest.mark.parametrize("status, tried", [(0, False), (-signal.SIGKILL, True)])
+def test_what_had_nothing_to_do_is_no_trial(monkeypatch, tmp_path, status, tried):
+    """A command that had ended before it could be killed, and one that was killed."""
+    world = OneCommand(status)
+    monkeypatch.setattr(runs, "World", lambda *_: world)
+    monkeypatch.setattr(runs, "run", lambda *_, **__: world.ended)
+    faults = Faults(tmp_path, 0, ["kill -9"], [])
+    monkeypatch.setattr(random.Random, "random", lambda self: 0.0)  # at a change, and not by the clock
+    faults.trial("kill -9")
+    report = faults.report() | {"mounts": False}
+    assert (report["trials"], report["nothing_to_do"], report["lost"]) == ((1, 0, 0) if tried else (0, 1, 0))
+    assert report["kinds"]["kill -9"]["of"] == ({"report": 1} if tried else {})
+    assert f"| kill -9 | {int(tried)} | 0 | {int(not tried)} |" in page(report)
+
+
+def test_a_disk_that_cannot_be_mounted_is_not_tried(monkeypatch, tmp_path):
+    @contextmanager
+    def none(*_):
+        yield None
+
+    class Tmpfs(random.Random):
+        def choice(self, values):
+            return "tmpfs"
+
+    world = OneCommand(0)
+    monkeypatch.setattr(world, "trial", lambda command: tmp_path)
+    monkeypatch.setattr(runs, "small_disk", none)
+    assert runs.disk(world, world.command, Tmpfs(0)) == ("no mount allowed here", None, False)
+
+
 def test_random_calls_return_or_raise():
     """The same ones that the sanitizers see."""
     done = {"returned": 0, "refused": 0}
@@ -155,7 +212,7 @@ def test_a_writer_in_place_is_noticed(tmp_path, planted):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     report = json.loads((tmp_path / "faults.json").read_text())
-    assert report["trials"] == 24
+    assert report["trials"] + report["nothing_to_do"] == 24
     assert (done.returncode, report["lost"] > 0) == ((1, True) if planted else (0, False)), done.stdout
 
 

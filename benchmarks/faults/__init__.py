@@ -9,5 +9,6 @@ to a run, done to it; counts of what was tried and of what was lost.
     ops.py       random calls of the ops, under sanitizers where they are built (sanitized.py)
 
 A trial is decided by its kind, the seed and its number, and ends in None or in a sentence that says what was
-lost. Only the moment of a kill by the clock is the machine's.
+lost; one that had nothing to do (the command had ended before it could be killed) is counted apart. Only the
+moment of a kill by the clock is the machine's.
 """

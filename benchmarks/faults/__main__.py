@@ -43,7 +43,9 @@ class Faults:
     def __init__(self, folder: Path, seed: int, kinds: Sequence[str], commands: Sequence[str]):
         self.folder, self.seed, self.machine = folder, seed, machine.describe()
         self.machine["command"] = f"python -m benchmarks.faults {shlex.join(sys.argv[1:])}"
-        self.counts = {kind: {"trials": 0, "lost": 0, "seconds": 0.0, "of": {}} for kind in kinds}
+        self.counts: dict[str, dict[str, Any]] = {
+            kind: {"trials": 0, "nothing_to_do": 0, "lost": 0, "seconds": 0.0, "of": {}} for kind in kinds
+        }
         self.lost: list[dict[str, Any]] = []
         needs_world = set(kinds) & {*runs.TRIALS, *files.TRIALS}
         self.world = runs.World(folder / "world", tuple(commands)) if needs_world else None
@@ -54,39 +56,42 @@ class Faults:
 
     def trial(self, kind: str) -> None:
         """The next trial of this kind."""
-        counts: dict[str, Any] = self.counts[kind]
-        number, began = counts["trials"], time.monotonic()
+        counts, began = self.counts[kind], time.monotonic()
+        number = counts["trials"] + counts["nothing_to_do"]
         rng = random.Random(f"{self.seed} {kind} {number}")
         try:
-            of, said, lost = self._trial(kind, number, rng)
+            of, (said, lost, tried) = self._trial(kind, number, rng)
         except Exception as error:  # of the instrument: counted as a loss too, and never passed over
-            of, said, lost = "the trial itself", "", f"{type(error).__name__}: {error}"
-        counts["trials"] += 1
+            of, said, lost, tried = "the trial itself", "", f"{type(error).__name__}: {error}", True
         counts["seconds"] += time.monotonic() - began
-        counts["of"][of] = counts["of"].get(of, 0) + 1
+        if tried:
+            counts["trials"] += 1
+            counts["of"][of] = counts["of"].get(of, 0) + 1
+        else:
+            counts["nothing_to_do"] += 1
         if lost is not None:
             counts["lost"] += 1
             self.lost.append({"kind": kind, "number": number, "of": of, "done": said, "lost": lost[:2000]})
             print(f"LOST  {kind} {number}, {of}: {said}: {lost}", flush=True)
 
-    def _trial(self, kind: str, number: int, rng: random.Random) -> tuple[str, str, str | None]:
+    def _trial(self, kind: str, number: int, rng: random.Random) -> tuple[str, runs.Found]:
         if kind in runs.TRIALS or kind in files.TRIALS:
             assert self.world is not None
             act: Any = runs.TRIALS.get(kind) or files.TRIALS[kind]
             names = [n for n in self.world.commands if act is not files.damaged_state or n in RESUMED]
             command = self.world.commands[names[number % len(names)]]
-            said, lost = act(self.world, command, rng)
+            found: runs.Found = act(self.world, command, rng)
             self.world.clear()
-            return command.name, said, lost
+            return command.name, found
         if kind in answers.TRIALS:
             folder = self.folder / f"answers-{kind.split()[1]}-{number}"
             folder.mkdir()
-            said, lost = answers.TRIALS[kind](folder, rng)
+            found = runs.Found(*answers.TRIALS[kind](folder, rng))
             shutil.rmtree(folder)
-            return "verifiers", said, lost
+            return "verifiers", found
         return self._calls(number)
 
-    def _calls(self, number: int) -> tuple[str, str, str | None]:
+    def _calls(self, number: int) -> tuple[str, runs.Found]:
         command = [
             "-m",
             "benchmarks.faults.ops",
@@ -106,18 +111,19 @@ class Faults:
             last = [line for line in lines if line.startswith("call ")][-1:]
             why = [line for line in lines if re.match(r"SUMMARY: |\w+Error: |.*runtime error: ", line)]
             said = [x[:900] for x in (*last, *why)] or lines[-12:]
-            return how, f"{CALLS} calls", f"ended with {done.returncode}: {' | '.join(said)}"
-        return how, done.stdout.splitlines()[-1], None
+            lost = f"ended with {done.returncode}: {' | '.join(said)}"
+            return how, runs.Found(f"{CALLS} calls", lost)
+        return how, runs.Found(done.stdout.splitlines()[-1], None)
 
     def report(self) -> dict[str, Any]:
         """What the results file holds."""
-        trials = sum(c["trials"] for c in self.counts.values())
         return {
             "machine": self.machine,
             "seed": self.seed,
             "sanitizers": self.sanitized is not None,
             "calls_per_trial": CALLS,
-            "trials": trials,
+            "trials": sum(c["trials"] for c in self.counts.values()),
+            "nothing_to_do": sum(c["nothing_to_do"] for c in self.counts.values()),
             "lost": len(self.lost),
             "kinds": {k: c | {"seconds": round(c["seconds"], 1)} for k, c in self.counts.items()},
             "losses": self.lost[:LISTED],
@@ -125,7 +131,16 @@ class Faults:
 
 
 ROOT = Path(__file__).resolve().parents[2]
-RESUMED = ("label", "rollout", "score", "eval processbench", "eval td", "train-rm", "train-policy")
+RESUMED = (
+    "label", "rollout", "score", "eval processbench", "eval bon", "eval policy", "eval td", "train-rm",
+    "train-policy",
+)  # fmt: skip
+LEFT_OUT = {
+    "demo": "made of the others",
+    "reproduce fig6": "made of the others",
+    "env": "writes no file",
+    "bench": "writes what it has measured, and goes on with nothing",
+}
 
 
 def mounts(folder: Path) -> bool:
@@ -138,11 +153,12 @@ def mounts(folder: Path) -> bool:
 
 def page(report: dict[str, Any]) -> str:
     """README.md of the results: the counts, and what they were made with."""
-    header, lines = report["machine"], ["| tried | trials | lost |", "|---|--:|--:|"]
+    header = report["machine"]
+    lines = ["| tried | trials | lost | nothing to do |", "|---|--:|--:|--:|"]
     for kind, counts in report["kinds"].items():
         trials = counts["trials"]
         what = f"{trials:,}" + (f" of {report['calls_per_trial']} calls" if kind == OPS else "")
-        lines.append(f"| {kind} | {what} | {counts['lost']} |")
+        lines.append(f"| {kind} | {what} | {counts['lost']} | {counts['nothing_to_do']} |")
     sanitized = "under AddressSanitizer and UBSan" if report["sanitizers"] else "without sanitizers"
     mounted = (
         "tmpfs mounts" if report["mounts"] else "no mounts were allowed: limits and injected errors alone"
@@ -157,6 +173,13 @@ def page(report: dict[str, Any]) -> str:
             "`benchmarks/faults/__init__.py` says; counts by command are in [faults.json](faults.json).",
             "",
             *lines,
+            "",
+            "All commands but "
+            + ", ".join(f"`{name}` ({why})" for name, why in LEFT_OUT.items())
+            + " are tried.",
+            "",
+            "Nothing to do: the command had ended before, nothing was kept that could be damaged, or the "
+            "machine does not allow it (a mount). These are no trials; what they left is judged as well.",
             "",
             f"`{header['command']}`, commit {header['commit']}{changed}, {header['cpu']}, "
             f"{header['cores']} cores, {header['date']}, {minutes:.0f} minutes. Small disks: {mounted}; "

@@ -21,12 +21,17 @@ from ipvrm.training import checkpoint
 
 MEMORY = 4 << 30  # bytes a command may take here: the models are tiny, so that more is a bomb's
 HASHED = ("model.safetensors", "config.json")  # of a reward model: what its own hash covers
-READERS = ("score", "eval processbench", "eval td", "train-policy")  # of the reward model
+KEPT = ("checkpoint-", ".partial/", "/part-", "/prompts/", "/scores.jsonl")  # what a next run goes on with
+SETTINGS = ("settings.json", "key.json")  # half of them is refused: what lies beside may be of other ones
+READERS = ("score", "eval processbench", "eval bon", "eval td", "inspect", "train-policy")  # of the model
+RUN = ("metrics.jsonl", "config.yaml", "results.json")  # what `report`, which has no data, reads of a run
 DATA = {"label": "rollouts.jsonl", "rollout": "prompts.jsonl", "score": "solutions.jsonl",
         "eval processbench": "gsm8k.json", "eval td": "prompts.jsonl", "train-rm": "labelled.jsonl",
-        "train-policy": "prompts.jsonl", "make-tiny-model": "labelled.jsonl"}  # fmt: skip
+        "train-policy": "prompts.jsonl", "make-tiny-model": "labelled.jsonl", "eval bon": "candidates.jsonl",
+        "eval policy": "prompts.jsonl", "inspect": "solutions.jsonl"}  # fmt: skip
 MODELS = {"rollout": ("sft",), "score": ("ipvrm", "sft"), "eval processbench": ("ipvrm", "sft"),
-          "eval td": ("sft", "ipvrm"), "train-rm": ("sft",), "train-policy": ("sft", "ipvrm")}  # fmt: skip
+          "eval td": ("sft", "ipvrm"), "train-rm": ("sft",), "train-policy": ("sft", "ipvrm"),
+          "eval bon": ("ipvrm", "sft"), "eval policy": ("sft",), "inspect": ("ipvrm", "sft")}  # fmt: skip
 
 
 def damage(path: Path, rng: random.Random) -> str:
@@ -78,7 +83,9 @@ def damaged_input(world: World, command: Command, rng: random.Random) -> Found:
     trial = world.trial(command)
     command, inputs = _moved_in(world, command, trial)
     models = MODELS.get(command.name, ())
-    if models and rng.random() < 0.6:
+    if command.name not in DATA:
+        path = inputs / "ipvrm" / rng.choice(RUN)
+    elif models and rng.random() < 0.6:
         folder = inputs / rng.choice(models)
         path = rng.choice(sorted(p for p in folder.iterdir() if p.is_file()))
     else:
@@ -91,7 +98,7 @@ def damaged_input(world: World, command: Command, rng: random.Random) -> Found:
     changed = not path.exists() or path.read_bytes() != before
     if problem is None and hashed and changed and ended.status == 0:
         problem = "a reward model that is not the one of its hash was used"
-    return said, problem
+    return Found(said, problem)
 
 
 def _in_another_form(path: Path, command: Command, rng: random.Random) -> Path:
@@ -120,7 +127,8 @@ def _in_another_form(path: Path, command: Command, rng: random.Random) -> Path:
 
 
 def damaged_state(world: World, command: Command, rng: random.Random) -> Found:
-    """What an interrupted run has left is damaged: healed, passed over, or refused in one line.
+    """What an interrupted run has left is damaged: healed or passed over; settings and checkpoints may be
+    refused in one line.
 
     Checkpoints carry checksums, so that anything may happen to them; of what other commands keep, a file is
     cut or gone, as a disk or a copy leaves it.
@@ -128,17 +136,17 @@ def damaged_state(world: World, command: Command, rng: random.Random) -> Found:
     trial, at = world.trial(command), rng.randint(1, max(1, command.changes))
     ended = run(command.arguments(trial), trial, tune=smaller, wire=Wire(trial, at, die))
     if ended.status == 0:
-        return "it had finished", None
+        return Found("it had finished", world.judge(command, trial), False)
     kept = [
         path
         for path in sorted(trial.rglob("*"))
         if path.is_file()
         and not path.name.endswith((".tmp", ".lock", ".py", ".pyc"))
-        and ("checkpoint-" in str(path) or ".partial" in str(path) or "part" in path.name)
+        and any(word in str(path.relative_to(trial)) for word in KEPT)
         and ".tmp" not in str(path)
     ]
     if not kept:
-        return f"killed at change {at}, nothing was kept", None
+        return Found(f"killed at change {at}, nothing was kept", world.judge(command, trial), False)
     path = rng.choice(kept)
     if "checkpoint-" in str(path):
         said = damage(path, rng)
@@ -152,7 +160,8 @@ def damaged_state(world: World, command: Command, rng: random.Random) -> Found:
         said = f"cut to {cut} of {size} bytes"
     said = f"{path.relative_to(trial)}: {said}"
     ended = run(command.arguments(trial), trial, tune=smaller)
-    problem = ended.wrong((0, 2))
+    refusable = "checkpoint-" in str(path) or path.name in SETTINGS
+    problem = ended.wrong((0, 2) if refusable else (0,))
     if problem is None and ended.status == 0:
         expected, found = command.expected, contents(trial)
         folder = next((p for p in path.parents if p.name.startswith("checkpoint-")), None)
@@ -168,7 +177,7 @@ def damaged_state(world: World, command: Command, rng: random.Random) -> Found:
                 for files in (expected, found)
             )
         problem = differ(expected, found)
-    return said, problem
+    return Found(said, problem)
 
 
 # ---------------------------------------------------------------------------------------------- hostile
@@ -357,15 +366,17 @@ def hostile(world: World, command: Command, rng: random.Random) -> Found:
         (inputs / "flags.yaml").write_text(text)
         extra = ["--config", str(inputs / "flags.yaml")]
     else:
-        path = inputs / DATA[command.name]
+        path = inputs / DATA.get(command.name, "of-a-run")
         given, said = rng.choice((_bomb, _lines, _lines, _no_file))(path, rng)
         command.flags[:] = [str(given) if flag == str(path) else flag for flag in command.flags]
+        if command.name not in DATA:
+            given.replace(inputs / "ipvrm" / rng.choice(RUN))
     arguments = [*command.arguments(trial), *extra]
     ended = run(arguments, trial, tune=smaller, before=_in_bounds, seconds=HOSTILE_SECONDS)
     problem = ended.wrong((0, 2))
     if canary.exists():
         problem = "code of the file was run"
-    return said, problem
+    return Found(said, problem)
 
 
 HOSTILE_SECONDS = 300.0

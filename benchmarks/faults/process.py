@@ -111,10 +111,12 @@ class Running:
                 self._status = os.waitstatus_to_exitcode(status)
         return self._status is not None
 
-    def send(self, number: int) -> None:
-        if not self.poll():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+    def send(self, number: int) -> bool:
+        """Whether the command was still there to be sent a signal."""
+        if self.poll():
+            return False
+        os.kill(self.pid, number)  # who has ended keeps its number until it is waited for
+        return True
 
     def wait(self, seconds: float = PATIENCE) -> Ended:
         deadline, hung = time.monotonic() + seconds, False

@@ -18,24 +18,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.faults.process import FULL, Ended, Wire, die, failing, limited_files, run, small_disk, start
 from benchmarks.faults.toy import make_toy, write_jsonl
 
 VARYING = ("seconds", "tokens_per_second", "peak_memory", "commit")  # beginnings of names
+TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md", ".csv")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 OTHER = "another run writes there"
 
 
 def smaller() -> None:
     """Portions so small that a command of two seconds has several."""
+    import ipvrm.evaluate.bon
     import ipvrm.evaluate.processbench
     import ipvrm.evaluate.score
     import ipvrm.reproduce.td_study
     import ipvrm.rollouts.label
 
     ipvrm.rollouts.label.CHUNK = 8
+    ipvrm.evaluate.bon.CHUNK = 4
     ipvrm.evaluate.score.CHUNK = 4
     ipvrm.evaluate.processbench.PART_ITEMS = 4
     ipvrm.reproduce.td_study.CHUNK_PROMPTS = 1
@@ -61,6 +64,88 @@ class Command:
         return "--output" if "." in self.output else "--output_dir"
 
 
+def commands_of(toy: Path) -> list[Command]:
+    """Every command that is tried, on what lies in `toy`."""
+    sft, rm, form = str(toy / "sft"), str(toy / "ipvrm"), ["--step_format", "{step}"]
+    form += ["--step_separator", ";"]
+    verifier = ["--verifier", "toy_verifiers:first"]
+    auto = ["--resume_from_checkpoint", "auto", "--save_steps", "1", "--use_cpu"]
+    return [
+        Command(
+            "label",
+            ["--input", str(toy / "rollouts.jsonl"), "--num_workers", "1", *verifier],
+            "labelled.parquet",
+        ),
+        Command(
+            "rollout",
+            ["--model", sft, "--input", str(toy / "prompts.jsonl"), "--limit", "6", "--use_cpu"]
+            + ["--num_generations", "2", "--max_new_tokens", "6", "--per_device_eval_batch_size", "4"],
+            "rollouts.jsonl",
+        ),
+        Command(
+            "score",
+            ["--model", rm, "--input", str(toy / "solutions.jsonl"), "--use_cpu", *form],
+            "scores.jsonl",
+        ),
+        Command(
+            "eval processbench",
+            ["--model", rm, "--data", str(toy / "gsm8k.json"), "--bootstrap_resamples", "10", *form],
+            "eval",
+        ),
+        Command(
+            "eval bon",
+            ["--model", rm, "--data", str(toy / "candidates.jsonl"), "--n", "2", "--use_cpu"]
+            + ["--bootstrap_resamples", "10"],
+            "bon",
+        ),
+        Command(
+            "eval policy",
+            ["--model", sft, "--data", str(toy / "prompts.jsonl"), "--limit", "4", "--use_cpu"]
+            + ["--num_generations", "2", "--k", "2", "--max_new_tokens", "6", "--verifier_workers", "1"]
+            + ["--per_device_eval_batch_size", "4", "--bootstrap_resamples", "10", *verifier],
+            "accuracy",
+        ),
+        Command(
+            "eval td",
+            ["--policy", sft, "--reward_model", rm, "--data", str(toy / "prompts.jsonl"), "--use_cpu"]
+            + ["--num_prompts", "3", "--num_responses", "2", "--prefixes_per_response", "1"]
+            + ["--completions", "2", "--max_new_tokens", "6", "--bootstrap_resamples", "10"]
+            + ["--verifier_workers", "1", *verifier],
+            "td",
+        ),
+        Command(
+            "train-rm",
+            ["--model", sft, "--train_data", str(toy / "labelled.jsonl"), "--max_steps", "4"]
+            + ["--learning_rate", "1e-3", "--global_batch_size", "16", *auto],
+            "rm",
+            trains=True,
+        ),
+        Command(
+            "train-policy",
+            ["--model", sft, "--reward_model", rm, "--train_data", str(toy / "prompts.jsonl")]
+            + ["--max_steps", "3", "--max_new_tokens", "6", "--rollout_prompts", "8", "--lora_r", "0"]
+            + ["--rm_lora_r", "0", "--train_prompts", "6", "--minibatch_size", "16"]
+            + ["--rm_minibatch_size", "16", "--learning_rate", "1e-3", "--rm_learning_rate", "1e-3"]
+            + ["--verifier_workers", "1", *verifier, *auto],
+            "policy",
+            trains=True,
+        ),
+        Command(
+            "make-tiny-model",
+            ["--texts", str(toy / "labelled.jsonl"), "--vocab_size", "300", "--hidden_size", "32"]
+            + ["--intermediate_size", "64", "--num_hidden_layers", "1"],
+            "tiny",
+        ),
+        Command(
+            "inspect",
+            ["--model", rm, "--input", str(toy / "solutions.jsonl"), "--use_cpu", "--json", *form]
+            + ["--pick", "first", "--k", "3"],
+            "traces.html",
+        ),
+        Command("report", [rm], "report.html"),
+    ]
+
+
 class World:
     """A toy in a folder, and the commands that are tried on it, each once run undisturbed, twice."""
 
@@ -83,68 +168,14 @@ class World:
             toy / "rollouts.jsonl",
             [{"prompt": str(10 + n), "response": r, "answer": "3"} for n, r in enumerate(answers)],
         )
+        write_jsonl(
+            toy / "candidates.jsonl",
+            [{"prompt": str(n // 3), "response": r, "label": int(r < "1")} for n, r in enumerate(answers)],
+        )
         steps = [{"problem": str(10 + n), "steps": r.split(";"), "id": n} for n, r in enumerate(answers[:14])]
         write_jsonl(toy / "solutions.jsonl", steps)
         (toy / "gsm8k.json").write_text(json.dumps([r | {"label": n % 3 - 1} for n, r in enumerate(steps)]))
-        sft, rm, form = str(toy / "sft"), str(toy / "ipvrm"), ["--step_format", "{step}"]
-        form += ["--step_separator", ";"]
-        verifier = ["--verifier", "toy_verifiers:first"]
-        auto = ["--resume_from_checkpoint", "auto", "--save_steps", "1", "--use_cpu"]
-        found = [
-            Command(
-                "label",
-                ["--input", str(toy / "rollouts.jsonl"), "--num_workers", "1", *verifier],
-                "labelled.parquet",
-            ),
-            Command(
-                "rollout",
-                ["--model", sft, "--input", str(toy / "prompts.jsonl"), "--limit", "6", "--use_cpu"]
-                + ["--num_generations", "2", "--max_new_tokens", "6", "--per_device_eval_batch_size", "4"],
-                "rollouts.jsonl",
-            ),
-            Command(
-                "score",
-                ["--model", rm, "--input", str(toy / "solutions.jsonl"), "--use_cpu", *form],
-                "scores.jsonl",
-            ),
-            Command(
-                "eval processbench",
-                ["--model", rm, "--data", str(toy / "gsm8k.json"), "--bootstrap_resamples", "10", *form],
-                "eval",
-            ),
-            Command(
-                "eval td",
-                ["--policy", sft, "--reward_model", rm, "--data", str(toy / "prompts.jsonl"), "--use_cpu"]
-                + ["--num_prompts", "3", "--num_responses", "2", "--prefixes_per_response", "1"]
-                + ["--completions", "2", "--max_new_tokens", "6", "--bootstrap_resamples", "10"]
-                + ["--verifier_workers", "1", *verifier],
-                "td",
-            ),
-            Command(
-                "train-rm",
-                ["--model", sft, "--train_data", str(toy / "labelled.jsonl"), "--max_steps", "4"]
-                + ["--learning_rate", "1e-3", "--global_batch_size", "16", *auto],
-                "rm",
-                trains=True,
-            ),
-            Command(
-                "train-policy",
-                ["--model", sft, "--reward_model", rm, "--train_data", str(toy / "prompts.jsonl")]
-                + ["--max_steps", "3", "--max_new_tokens", "6", "--rollout_prompts", "8", "--lora_r", "0"]
-                + ["--rm_lora_r", "0", "--train_prompts", "6", "--minibatch_size", "16"]
-                + ["--rm_minibatch_size", "16", "--learning_rate", "1e-3", "--rm_learning_rate", "1e-3"]
-                + ["--verifier_workers", "1", *verifier, *auto],
-                "policy",
-                trains=True,
-            ),
-            Command(
-                "make-tiny-model",
-                ["--texts", str(toy / "labelled.jsonl"), "--vocab_size", "300", "--hidden_size", "32"]
-                + ["--intermediate_size", "64", "--num_hidden_layers", "1"],
-                "tiny",
-            ),
-        ]
-        self.commands = {c.name: c for c in found if not only or c.name in only}
+        self.commands = {c.name: c for c in commands_of(toy) if not only or c.name in only}
         for command in self.commands.values():
             results = []
             for _ in range(2):
@@ -186,15 +217,16 @@ def _made(folder: Path) -> Path:
 
 
 def contents(trial: Path) -> dict[str, str]:
-    """Every file below a trial's folder as a hash, of JSON without what differs from run to run."""
+    """Every file below a trial's folder as a hash, of text without what differs from run to run."""
     found = {}
     for path in sorted(trial.rglob("*")):
         name = path.relative_to(trial).as_posix()
         if path.is_dir() or name == "toy_verifiers.py" or "__pycache__" in name:
             continue
         data = path.read_bytes()
-        if path.suffix in (".json", ".jsonl", ".yaml"):
+        if path.suffix in TEXTS:
             text = data.decode().replace(str(trial), "$TRIAL")
+            text = re.sub(r'"date": ?"[-\d]+"', "$DATE", text)
             try:
                 lines = text.splitlines() if path.suffix == ".jsonl" else [text]
                 data = json.dumps([_steady(json.loads(line)) for line in lines]).encode()
@@ -229,14 +261,21 @@ def differ(expected: dict[str, str], found: dict[str, str]) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------- trials
-# Each takes the world, a command and a random.Random; it returns (what was done, what was lost or None).
+# Each takes the world, a command and a random.Random.
 
-Found = tuple[str, str | None]
+
+class Found(NamedTuple):
+    """What a trial did and what was lost, None for nothing. It has not `tried` where there was nothing to do:
+    the command had ended before, or the machine does not allow it. It is judged all the same."""
+
+    said: str
+    lost: str | None
+    tried: bool = True
 
 
 def killed(world: World, command: Command, rng: random.Random) -> Found:
     """kill -9 one to three times, at a change of a file or by the clock, and then the same command."""
-    trial, done = world.trial(command), []
+    trial, done, landed = world.trial(command), [], False
     for _ in range(rng.choice((1, 1, 2, 3))):
         if rng.random() < 0.7:
             at = rng.randint(1, max(1, command.changes))
@@ -250,8 +289,9 @@ def killed(world: World, command: Command, rng: random.Random) -> Found:
             ended = running.wait()
             done.append(f"{after:.2f} s")
         if problem := ended.wrong((0, -signal.SIGKILL)):
-            return ", ".join(done), problem
-    return "kill -9 at " + ", ".join(done), world.judge(command, trial)
+            return Found(", ".join(done), problem)
+        landed |= ended.status == -signal.SIGKILL
+    return Found("kill -9 at " + ", ".join(done), world.judge(command, trial), landed)
 
 
 def signalled(world: World, command: Command, rng: random.Random) -> Found:
@@ -261,19 +301,19 @@ def signalled(world: World, command: Command, rng: random.Random) -> Found:
     running = start(command.arguments(trial), trial, tune=smaller, before=before)
     after = rng.uniform(0, command.seconds)
     _sleep_while(running, after)
-    running.send(number)
+    sent = running.send(number)
     ended = running.wait()
     name = f"{signal.Signals(number).name} after {after:.2f} s" + (", ignored" if ignored else "")
     allowed = (0,) if ignored else (0, -number, 128 + number)
     if problem := ended.wrong(allowed):
-        return name, problem
+        return Found(name, problem)
     if command.trains and ended.status == 128 + number and "stopped after update" in ended.said:
         step = int(re.findall(r"stopped after update (\d+)", ended.said)[-1])
         log = (trial / command.output / "metrics.jsonl").read_text().splitlines()
         last = max(int(json.loads(line)["step"]) for line in log)
         if step < last or not (trial / command.output / f"checkpoint-{step}").is_dir():
-            return name, f"stopped after {step} with {last} steps done"
-    return name, world.judge(command, trial)
+            return Found(name, f"stopped after {step} with {last} steps done")
+    return Found(name, world.judge(command, trial), sent)
 
 
 def two_at_once(world: World, command: Command, rng: random.Random) -> Found:
@@ -281,17 +321,18 @@ def two_at_once(world: World, command: Command, rng: random.Random) -> Found:
     trial, after = world.trial(command), rng.uniform(0, command.seconds)
     first = start(command.arguments(trial), trial, tune=smaller)
     _sleep_while(first, after)
+    both = not first.poll()
     second = run(command.arguments(trial), trial, tune=smaller)
     ended = first.wait()
     name = f"the second after {after:.2f} s"
     for one in (ended, second):
         if problem := one.wrong((0, 2)):
-            return name, problem
+            return Found(name, problem)
         if one.status == 2 and OTHER not in one.said and not _refused_as_done(command, one):
-            return name, f"refused for another reason: {one.last_line}"
+            return Found(name, f"refused for another reason: {one.last_line}")
     if 0 not in (ended.status, second.status):
-        return name, "neither has done the work"
-    return name, differ(command.expected, contents(trial))
+        return Found(name, "neither has done the work")
+    return Found(name, differ(command.expected, contents(trial)), both)
 
 
 def _refused_as_done(command: Command, ended: Ended) -> bool:
@@ -301,7 +342,7 @@ def _refused_as_done(command: Command, ended: Ended) -> bool:
 def unread(world: World, command: Command, rng: random.Random) -> Found:
     """Output that nobody reads, or that cannot be written: the run goes on to its end."""
     trial, kind = world.trial(command), rng.choice(("closed", "no reader", "reader leaves", "/dev/full"))
-    opened, outputs = [], (None, None)
+    opened, outputs, after = [], (None, None), 0.0
     before: Callable[[], None] = lambda: None  # noqa: E731
     if kind in ("no reader", "reader leaves"):
         read, write = os.pipe()
@@ -319,7 +360,8 @@ def unread(world: World, command: Command, rng: random.Random) -> Found:
     for descriptor in opened:
         os.close(descriptor)
     ended = running.wait()
-    return f"output: {kind}", ended.wrong((0,)) or differ(command.expected, contents(trial))
+    problem = ended.wrong((0,)) or differ(command.expected, contents(trial))
+    return Found(f"output: {kind}", problem, running.seconds() > after)
 
 
 def disk(world: World, command: Command, rng: random.Random) -> Found:
@@ -330,17 +372,19 @@ def disk(world: World, command: Command, rng: random.Random) -> Found:
         at, number = rng.randint(1, max(1, command.changes)), rng.choice(FULL)
         wire = Wire(trial, at, failing(number))
         ended = run(command.arguments(trial), trial, tune=smaller, wire=wire)
-        return f"{os.strerror(number)} at change {at}", _one_line(ended) or world.judge(command, trial)
+        problem = _one_line(ended) or world.judge(command, trial)
+        return Found(f"{os.strerror(number)} at change {at}", problem, ended.changes >= at)
     if way == "file size":
         most = int(10 ** rng.uniform(4.3, 5.3))  # its own log has room
         ended = run(command.arguments(trial), trial, tune=smaller, before=limited_files(most))
-        return f"files of at most {most} bytes", _one_line(ended) or world.judge(command, trial)
+        problem = _one_line(ended) or world.judge(command, trial)
+        return Found(f"files of at most {most} bytes", problem, ended.status != 0)
     size = int(10 ** rng.uniform(4, 6)) if way == "tmpfs" else 1 << 26
     mounted = _made(trial / "disk")
     inside = Command(command.name, command.flags, f"disk/{command.output}")
     with small_disk(mounted, size) as remount:
         if remount is None:
-            return "no mount allowed here", None
+            return Found("no mount allowed here", None, False)
         if way == "read-only tmpfs":
             remount("ro")
         ended = run(inside.arguments(trial), trial, tune=smaller)
@@ -352,13 +396,13 @@ def disk(world: World, command: Command, rng: random.Random) -> Found:
         if problem is None:
             moved = {name.removeprefix("disk/"): x for name, x in contents_of_disk(trial).items()}
             problem = differ(command.expected, moved)
-    return f"{way} of {size} bytes", problem
+    return Found(f"{way} of {size} bytes", problem, ended.status != 0)
 
 
 def contents_of_disk(trial: Path) -> dict[str, str]:
     """`contents` with the paths of a trial that has no disk of its own."""
     for path in (trial / "disk").rglob("*"):
-        if path.is_file() and path.suffix in (".json", ".jsonl", ".yaml"):
+        if path.is_file() and path.suffix in TEXTS:
             text = path.read_bytes()
             text = text.replace(f"{trial}/disk/".encode(), f"{trial}/".encode())
             path.write_bytes(text.replace(b"../../../toy", b"../../toy"))  # one folder deeper

@@ -41,6 +41,7 @@ from ipvrm.progress import Progress
 from ipvrm.rollouts.final_answer import as_number
 from ipvrm.run_folder import (
     FREE,
+    JsonlFile,
     begin_or_go_on,
     finished_lines,
     manifest,
@@ -310,7 +311,7 @@ def _score(
     if done:
         shown.note(f"going on behind {done} of {len(rollouts)} responses")
     remaining: Iterator[_Rollout] = (r for r in rollouts if r.number > last)
-    with open(file, "a", encoding="utf-8") as opened, shown.bar("score", len(rollouts), done) as update:
+    with JsonlFile(file) as opened, shown.bar("score", len(rollouts), done) as update:
         for chunk in chunked(remaining, CHUNK):
             skipped: list[BadRow] = []
             rows = [r.row for r in chunk if r.row is not None]
@@ -319,12 +320,13 @@ def _score(
             )
             scores = dict(zip((row.source for row in rows), found, strict=True))
             reasons = {f"{row.file}:{row.row}": row.reason for row in skipped}
+            lines = []
             for rollout in chunk:
                 unusable = rollout.unusable or reasons.get(rollout.place)
                 line: dict[str, Any] = {"line": rollout.number, "unusable": unusable}
                 line |= scores.get(rollout.place) or dict.fromkeys(PICKS)
-                opened.write(json.dumps(line, allow_nan=False) + "\n")
-            opened.flush()
+                lines.append(line)
+            opened.write(*lines)
             update(done := done + len(chunk))
 
 

@@ -36,7 +36,7 @@ from ipvrm.output import locked
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
 from ipvrm.rollouts.verify import TIMEOUT_SECONDS
-from ipvrm.run_folder import FREE, manifest, write_json
+from ipvrm.run_folder import FREE, manifest, remove_leftovers, write_json
 
 ROLLOUTS, LABELLED = "rollouts.parquet", "labelled.parquet"
 
@@ -132,6 +132,7 @@ def sampling_of(config: PolicyEvalConfig) -> dict[str, Any]:
 
 def _evaluate(config: PolicyEvalConfig, progress: bool) -> dict[str, Any]:
     output = Path(config.output_dir)
+    remove_leftovers(output)
     kwargs = config.chat_template_kwargs
     if kwargs is None and config.preset == "release":
         kwargs = preset_template_kwargs(None, config.preset, load_tokenizer(config.model))

@@ -1,6 +1,5 @@
 """`ipvrm score`: JSONL of problem and steps in, JSONL of step scores out, in the same order."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.run_folder import (
     FREE,
+    JsonlFile,
     begin_or_go_on,
     finished_lines,
     manifest,
@@ -143,15 +143,13 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
         shown.note(f"going on behind line {done}")
     remaining = (item for item in _read(config.input) if isinstance(item, _Item) and item.line > done)
     passed = written
-    with open(partial, "a", encoding="utf-8") as file, shown.bar("score", total, passed) as update:
+    with JsonlFile(partial) as file, shown.bar("score", total, passed) as update:
         for chunk in chunked(remaining, CHUNK):
             scores, refused = _score(config, reward_model, chunk)
             report_bad_rows(refused, config.on_bad_row, total=total)
             for row in refused:
                 shown.note(f"skipped {row}")
-            for item, score in scores:
-                file.write(json.dumps(_record(item, score, config.per_token), allow_nan=False) + "\n")
-            file.flush()
+            file.write(*(_record(item, score, config.per_token) for item, score in scores))
             written += len(scores)
             passed += len(chunk)
             update(passed)

@@ -60,11 +60,13 @@ from ipvrm.run_folder import (
     begin_or_go_on,
     manifest,
     read_json,
+    read_part,
     remove_leftovers,
     settings_of,
     write_json,
 )
 
+RECORD = {"row", "outcomes", "answers"}  # entries of a kept prompt
 RECORDS = 2  # what is kept of a prompt: `first` and `value` of a branch came with 2
 PUBLISHED = {"td_pearson": 0.0226, "abs_value_auc": 0.64}  # section 4.3.3
 CHUNK_PROMPTS = 16  # sampled together: what an interruption can lose
@@ -186,7 +188,7 @@ def _study(config: TdConfig, progress: bool) -> dict[str, Any]:
     settings, note = _settings(config, reward_model), shown.note if device.type == "cpu" else None
     begin_or_go_on(output / "settings.json", settings, f"the study in {output}", WORDS, note)
     paths = {q.prompt.row: folder / f"{q.prompt.row:08d}.json" for q in questions}
-    remaining = [q for q in questions if not paths[q.prompt.row].exists()]
+    remaining = [q for q in questions if read_part(paths[q.prompt.row], RECORD, shown.note) is None]
     done = len(questions) - len(remaining)
     if done:
         shown.note(f"going on behind {done} of {len(questions)} prompts")

@@ -32,6 +32,7 @@ from ipvrm.progress import Progress
 from ipvrm.rollouts.verify import MEMORY_GB, OUTCOMES, TIMEOUT_SECONDS, Outcome, Verdict, VerifierPool
 from ipvrm.run_folder import (
     FREE,
+    JsonlFile,
     begin_or_go_on,
     finished_lines,
     manifest,
@@ -166,13 +167,11 @@ def _label_file(config: LabelConfig, output: Path, pool: VerifierPool, shown: Pr
     if done:
         shown.note(f"going on behind {done} of {checked.asked} answers")
     started = time.monotonic()
-    with open(verdicts, "a", encoding="utf-8") as file, shown.bar("verify", checked.asked, done) as update:
+    with JsonlFile(verdicts) as file, shown.bar("verify", checked.asked, done) as update:
         for chunk in chunked(islice(checked.rollouts(), done, None), CHUNK):
             pairs = [(rollout.turns.response, rollout.answer or "") for rollout in chunk]
             found = pool.judge(pairs, partial(_moved, update, done))
-            for rollout, verdict in zip(chunk, found, strict=True):
-                file.write(json.dumps({"line": rollout.row} | asdict(verdict)) + "\n")
-            file.flush()
+            file.write(*({"line": r.row} | asdict(v) for r, v in zip(chunk, found, strict=True)))
             done += len(chunk)
     seconds = time.monotonic() - started
     counts = _Counts()

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -27,7 +27,7 @@ from ipvrm.run_folder import (
     begin_or_go_on,
     manifest,
     partial_folder,
-    read_json,
+    read_part,
     remove_partial_folder,
     settings_of,
     summary_path,
@@ -111,8 +111,8 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
     made_from = _made_from(config)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     if output.is_file() and summary_path(output).is_file():
-        stored = cast(dict[str, Any], read_json(summary_path(output)))
-        if stored.get("key") == key:
+        stored = read_part(summary_path(output), {"key"}, shown.note)
+        if stored is not None and stored["key"] == key:
             remove_partial_folder(output)  # its run may have been killed just before
             shown.note(f"{output} is already there, from the same prompts, model and settings")
             return stored
@@ -127,7 +127,7 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
     folder = partial_folder(output)
     what = f"the unfinished work in {folder} (delete it to start afresh)"
     begin_or_go_on(folder / "settings.json", made_from, what, WORDS, shown.note if device == "cpu" else None)
-    shards = _Shards(folder)
+    shards = _Shards(folder, shown.note)
     if shards.rows:
         shown.note(f"going on behind {len(shards.rows)} of {len(jobs)} responses")
     remaining = [job for job in jobs if job[1:] not in shards.rows]
@@ -214,15 +214,21 @@ def _response(job: Job, ids: list[int], tokenizer: Any, stops: set[int]) -> dict
 
 
 class _Shards:
-    """Finished responses in a folder, one file per batch, each renamed into place when it is complete."""
+    """Finished responses in a folder, one file per batch, each renamed into place when it is complete.
 
-    def __init__(self, folder: Path):
+    A half-written one is deleted, which `note` is told: its responses are made again, in other batches.
+    """
+
+    def __init__(self, folder: Path, note: Callable[[str], None]):
         self.folder = folder
         self.rows: dict[tuple[int, int], dict[str, Any]] = {}
         self.seconds = 0.0
         paths = sorted(folder.glob("[0-9]*.json"))
         for path in paths:
-            self._keep(read_json(path))
+            if (shard := read_part(path, {"seconds", "rows"}, note)) is None:
+                path.unlink()
+            else:
+                self._keep(shard)
         self._next = int(paths[-1].stem) + 1 if paths else 0
 
     def _keep(self, shard: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ipvrm.evaluate.thresholds import score_threshold
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, RewardModelInfo, read_info
 from ipvrm.output import locked
 from ipvrm.progress import Progress
-from ipvrm.run_folder import installed_version, read_json, write_json, write_text
+from ipvrm.run_folder import installed_version, read_json, remove_leftovers_of, write_json, write_text
 from ipvrm.view.page import page
 from ipvrm.view.traces import (
     MIN_PROB,
@@ -103,6 +103,7 @@ def inspect(config: InspectConfig, progress: bool = True) -> dict[str, Any]:
         raise IpvrmError(f"--output {output}: must end in .html")
     shown = Progress(enabled=progress)
     with locked(output):
+        remove_leftovers_of(output, output.with_suffix(".json"))
         items, boards = read_items(config.input, config.limit, config.on_bad_row)
         if boards:
             if config.model:

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from ipvrm.errors import IpvrmError
 from ipvrm.output import locked
-from ipvrm.run_folder import installed_version, replacing, write_text
+from ipvrm.run_folder import installed_version, remove_leftovers_of, replacing, write_text
 from ipvrm.view.page import page
 from ipvrm.view.runs import data_block, find_runs
 
@@ -52,16 +52,18 @@ def report(config: ReportConfig) -> dict[str, Any]:
         date=time.strftime("%Y-%m-%d"),
     )
     stem = config.output.removesuffix(".html")
+    texts = {f"{stem}.html": page("report", data), f"{stem}.md": markdown(data)}
+    texts |= {f"{stem}-{t['name']}.csv": _csv([t["head"], *t["rows"]]) for t in data["tables"]}
+    if data["metrics"]:
+        values = [["metric", "run", "step", "seconds", "value"], *_values(data)]
+        texts[f"{stem}-metrics.csv"] = _csv(values)
+    picture = Path(f"{stem}.png")
     with locked(f"{stem}.html"):
-        write_text(f"{stem}.html", page("report", data))
-        write_text(f"{stem}.md", markdown(data))
-        for table in data["tables"]:
-            write_text(f"{stem}-{table['name']}.csv", _csv([table["head"], *table["rows"]]))
+        remove_leftovers_of(*map(Path, texts), picture)
+        for path, text in texts.items():
+            write_text(path, text)
         if data["metrics"]:
-            write_text(
-                f"{stem}-metrics.csv", _csv([["metric", "run", "step", "seconds", "value"], *_values(data)])
-            )
-            _picture(Path(f"{stem}.png"), data)
+            _picture(picture, data)
     return data
 
 

@@ -400,6 +400,35 @@ def test_ctrl_c_says_what_is_kept(tiny_folder, prompts_file, tmp_path, monkeypat
     assert "12 responses to 4 prompts" in captured.out
 
 
+@pytest.mark.parametrize("damage", ["half", "empty", "other"])
+def test_a_half_written_shard_heals(tiny_folder, prompts_file, tmp_path, monkeypatch, capsys, damage):
+    settings = config(
+        tiny_folder, prompts_file, tmp_path, num_generations=2, max_new_tokens=4, per_device_eval_batch_size=2
+    )
+    whole = changed(settings, output=str(tmp_path / "whole.parquet"))
+    roll_out(whole, progress=False)
+    original, calls = TransformersEngine.__call__, []
+
+    def counting(self, prompts, *rest):
+        calls.append(len(prompts))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, prompts, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "__call__", counting)
+    with pytest.raises(KeyboardInterrupt):
+        roll_out(settings, progress=False)
+    path = tmp_path / ".out.parquet.partial" / "00000001.json"
+    text = path.read_text()
+    path.write_text({"half": text[: len(text) // 2], "empty": "", "other": "[]"}[damage])
+    calls.clear()
+    roll_out(settings)
+    assert sum(calls) == 8 - 4  # of three shards one is made again, and the fourth is made
+    notes = [line for line in capsys.readouterr().err.splitlines() if "made again" in line]
+    assert len(notes) == 1 and notes[0].startswith(str(path))
+    assert Path(settings.output).read_bytes() == Path(whole.output).read_bytes()
+
+
 def arguments_of(settings):
     return [part for name in FLAGS for part in (f"--{name}", str(getattr(settings, name)))]
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import shutil
 import sys
 from dataclasses import replace
 
@@ -380,6 +381,27 @@ def test_a_killed_study_goes_on_and_batches_do_not_matter(toy, finished, tmp_pat
             ] == [x["outcomes"] for p in b["prefixes"] for x in (p["own"], *p["branches"])]  # fmt: skip
     study(ours, progress=False)
     assert calls == [2, 2, 2]  # nothing was left to do
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "other"])
+def test_a_half_written_prompt_heals(toy, finished, tmp_path, monkeypatch, capsys, damage):
+    output, results = finished
+    shutil.copytree(output, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "prompts" / "00000002.json"
+    text = path.read_text()
+    path.write_text({"half": text[: len(text) // 2], "empty": "", "other": "{}"}[damage])
+    original, made = td_branches.Brancher.run, []
+
+    def noting(self, questions):
+        made.extend(q.prompt.row for q in questions)
+        return original(self, questions)
+
+    monkeypatch.setattr(td_branches.Brancher, "run", noting)
+    again = study(config(toy, tmp_path))
+    assert made == [2] and again["counts"] == results["counts"]
+    assert json.loads(path.read_text()).keys() == json.loads(text).keys()
+    notes = [line for line in capsys.readouterr().err.splitlines() if "made again" in line]
+    assert len(notes) == 1 and notes[0].startswith(str(path))
 
 
 def test_a_branch_at_its_end_is_judged_and_not_continued(toy):

@@ -1,12 +1,16 @@
 """Every file of the package goes through the one writer in `ipvrm.run_folder`."""
 
 import ast
+import json
+import os
 from pathlib import Path
 
 import pytest
 
 import ipvrm
-from ipvrm.run_folder import replacing, reusable
+from ipvrm import IpvrmError
+from ipvrm.cli import main
+from ipvrm.run_folder import JsonlLog, remove_leftovers_of, replacing, reusable
 
 ROOT = Path(ipvrm.__file__).parent
 WRITES = {"savefig", "save_file", "write_bytes", "rename", "to_parquet", "to_csv", "dump"}
@@ -51,7 +55,7 @@ def _writes(call: ast.Call) -> bool:
         mode = [
             a.value for a in (*call.args, *(k.value for k in call.keywords)) if isinstance(a, ast.Constant)
         ]
-        return any(isinstance(m, str) and set(m) <= set("wxbt+") and set(m) & set("wx") for m in mode)
+        return any(isinstance(m, str) and set(m) <= set("wxabt+") and set(m) & set("wxa") for m in mode)
     if name == "replace" and method:  # of str two arguments, of dataclasses keywords
         return owner == "os" or (len(call.args) == 1 and not call.keywords)
     return name in WRITES or (method and name in ("write_text", "write_table"))
@@ -67,6 +71,7 @@ def test_nothing_else_writes_files():
 def test_strays_are_seen():
     for line in (
         "open(path, 'w')",
+        "open(path, 'a', encoding='utf-8')",
         "path.open(mode='wb')",
         "path.write_text(x)",
         "pq.write_table(t, path)",
@@ -89,7 +94,6 @@ def test_strays_are_seen():
         assert strays(f"def write_model(path):\n    {line}") == []
     for line in (
         "open(path)",
-        "open(path, 'a')",
         "text.replace('w', '')",
         "replace(config, a=1)",
         "write_text(p, x)",
@@ -107,6 +111,35 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     with replacing(file) as temporary:
         temporary.write_text("new")
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_told_by_the_file_that_it_takes(tmp_path, capsys):
+    """Of a write or a flush the system's own error has no name."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    log = JsonlLog(tmp_path / "metrics.jsonl")
+    log.write({"step": 1})
+    os.dup2(full, log._file.fileno())
+    os.close(full)
+    for act in (lambda: log.write({"step": 2}), log.close):
+        with pytest.raises(IpvrmError, match=r"metrics.jsonl: cannot be written: No space left on device"):
+            act()
+    source, partial = tmp_path / "in.jsonl", tmp_path / ".o.jsonl.partial"
+    source.write_text(json.dumps({"prompt": "1", "response": "Answer: 1", "answer": "1"}) + "\n")
+    partial.mkdir()
+    (partial / "verdicts.jsonl").symlink_to("/dev/full")
+    command = ["label", "--input", str(source), "--output", str(tmp_path / "o.jsonl")]
+    assert main([*command, "--verifier", "string", "--num_workers", "1"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"ipvrm label: {partial / 'verdicts.jsonl'}: cannot be written: No space left")
+
+
+def test_what_a_killed_run_left_of_an_output_goes(tmp_path):
+    kept = [".page.html.lock", ".page.html.x.tmp", ".other.html.7.tmp", "page.html.7.tmp"]
+    for name in (*kept, ".page.html.7.tmp", ".page.json.12.tmp"):
+        (tmp_path / name).touch()
+    remove_leftovers_of(tmp_path / "page.html", tmp_path / "page.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_what_changed_is_asked_in_one_place():

@@ -1,5 +1,6 @@
 """The examples of ipvrm_kernels/README.md in their order; what each recipe claims, against plain PyTorch."""
 
+import math
 import re
 from pathlib import Path
 
@@ -22,44 +23,77 @@ def ran():
     return names
 
 
-def eager_surrogate(r, advantages, low=0.2, high=0.28):
-    """(N,) in fp64 from the definition."""
-    rho = (r["logprobs"] - r["old_logprobs"]).detach().double().exp()
-    return -torch.min(rho * advantages, rho.clamp(1 - low, 1 + high) * advantages)
+def logprobs_of(hidden, weight):
+    """(N, V) in fp64."""
+    return (hidden.detach().double() @ weight.detach().double().T).log_softmax(-1)
+
+
+def new_and_old(ran):
+    """Log-probs of the sampled tokens (N,) under the heads of now and of then, by plain PyTorch."""
+    return [
+        logprobs_of(ran["hidden"], ran[name]).gather(1, ran["ids"][:, None])[:, 0]
+        for name in ("weight", "old_weight")
+    ]
+
+
+def ratios(ran):
+    new, old = new_and_old(ran)
+    torch.testing.assert_close(ran["logprobs"].detach().double(), new, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ran["old_logprobs"].double(), old, rtol=1e-5, atol=1e-5)
+    return (new - old).exp()
+
+
+def surrogate(rho, advantages, low=0.2, high=0.28):
+    """-min(rho A, clip(rho) A), of which some must be clipped: else a wrong clip would not show."""
+    free, clipped = rho * advantages, rho.clamp(1 - low, 1 + high) * advantages
+    assert bool((clipped < free).any()) and bool((clipped >= free).any())
+    return -torch.min(free, clipped)
 
 
 def rows(r, of_token):
     return of_token.split(r["lengths"].tolist())
 
 
+def sequence_mean(r, of_token):
+    return torch.stack([row.mean() for row in rows(r, of_token)]).mean()
+
+
+def close(got, want):
+    torch.testing.assert_close(got.detach().double(), want, rtol=2e-5, atol=1e-6)
+
+
 def test_rollout_weights_fold_into_the_advantages(ran):
-    weights, advantages = ran["w"].double(), ran["advantages"].double()
-    want = torch.stack([row.mean() for row in rows(ran, weights * eager_surrogate(ran, advantages))]).mean()
-    torch.testing.assert_close(ran["weighted"].double(), want, rtol=1e-5, atol=1e-6)
+    of_token = surrogate(ratios(ran), ran["advantages"].double())
+    close(ran["weighted"], sequence_mean(ran, ran["w"].double() * of_token))
 
 
 def test_loss_types(ran):
-    of_token = eager_surrogate(ran, ran["advantages"].double())
+    of_token = surrogate(ratios(ran), ran["advantages"].double())
     want = {
-        "grpo": torch.stack([row.mean() for row in rows(ran, of_token)]).mean(),
+        "grpo": sequence_mean(ran, of_token),
         "bnpo": of_token.mean(),
-        "dapo": of_token.sum() / 4096,
-        "dr_grpo": of_token.sum() / (64 * 2048),
+        "dapo": of_token.mean(),
+        "dr_grpo": of_token.mean(),
     }
+    denominators = {"dapo": 4096, "dr_grpo": 64 * 2048}  # in place of the N of this call
     for name, value in want.items():
-        torch.testing.assert_close(ran[name].double(), value, rtol=1e-5, atol=1e-7)
+        close(ran[name] * (denominators[name] / ran["N"] if name in denominators else 1), value)
 
 
 def test_masked_rows(ran):
-    logprobs = (ran["hidden"] @ ran["weight"].T).log_softmax(-1).gather(1, ran["ids"][:, None])[:, 0]
-    torch.testing.assert_close(ran["sums"], (logprobs * ran["mask"]).sum(), rtol=1e-5, atol=1e-5)
-    of_token = eager_surrogate(ran, ran["advantages"].double()) * ran["mask"]
-    old = ran["old"]  # the policy has not moved since: every ratio is 1
-    of_candidates = -(old.logprobs.exp() * ran["candidate_advantages"]).sum(1).double() * ran["mask"]
-    want = torch.stack([row.mean() for row in rows(ran, of_token + 0.1 * of_candidates)]).mean()
-    torch.testing.assert_close(ran["masked"].double(), want, rtol=1e-5, atol=1e-6)
+    mask, old = ran["mask"], ran["old"]
+    close(ran["sums"], (new_and_old(ran)[0] * mask).sum())
+    of_token = surrogate(ratios(ran), ran["advantages"].double()) * mask
+    real = old.ids >= 0  # (N, K)
+    new = logprobs_of(ran["hidden"], ran["weight"]).gather(1, old.ids.clamp(min=0).long())
+    pi_old = logprobs_of(ran["hidden"], ran["old_weight"]).gather(1, old.ids.clamp(min=0).long()).exp()
+    rho, advantages = new.exp() / pi_old, ran["candidate_advantages"].double()
+    of_candidates = torch.zeros_like(rho)
+    of_candidates[real] = surrogate(rho[real], advantages[real])
+    of_candidates = (pi_old * of_candidates).sum(1) * mask
+    close(ran["masked"], sequence_mean(ran, of_token + 0.1 * of_candidates))
     gradient = torch.autograd.grad(ran["masked"], ran["hidden"], retain_graph=True)[0]
-    assert torch.equal(gradient.any(1), ran["mask"])
+    assert not gradient[~mask].any() and gradient[mask].any()
 
 
 def test_kl_estimators_average_to_the_kl(ran):
@@ -68,21 +102,49 @@ def test_kl_estimators_average_to_the_kl(ran):
     delta, exact = p - q, float((p.exp() * (p - q)).sum())
     for estimate in (delta, torch.expm1(-delta) + delta):
         assert float((p.exp() * estimate).sum()) == pytest.approx(exact, rel=1e-9)
-    d = (ran["logprobs"] - ran["reference"]).detach()
-    torch.testing.assert_close(ran["k3"].detach(), torch.exp(-d) - 1 + d, rtol=1e-4, atol=1e-6)
+    of_reference = logprobs_of(ran["hidden"], ran["reference_weight"]).gather(1, ran["ids"][:, None])[:, 0]
+    d = new_and_old(ran)[0] - of_reference
+    assert bool((d > 0.1).any()) and bool((d < -0.1).any())  # a wrong sign would show
+    k3 = torch.exp(-d) - 1 + d
+    for name, want in {"k1": d, "k2": d**2 / 2, "k3": k3}.items():
+        torch.testing.assert_close(ran[name].detach().double(), want, rtol=1e-4, atol=1e-5)
+    of_token = surrogate(ratios(ran), ran["advantages"].double())
+    close(ran["with_kl"], sequence_mean(ran, of_token + 0.01 * k3))
 
 
 def test_gspo_has_one_ratio_for_a_sequence(ran):
-    ratios = [
-        row.mean().exp() for row in rows(ran, (ran["logprobs"] - ran["old_logprobs"]).detach().double())
+    s = torch.stack([row.mean() for row in rows(ran, ratios(ran).log())]).exp()
+    means = torch.stack([row.mean() for row in rows(ran, ran["advantages"].double())])
+    free, clipped = s * means, s.clamp(1 - 3e-4, 1 + 4e-4) * means
+    assert bool((clipped < free).any()) and bool((free < clipped).any())
+    close(ran["gspo"], -torch.min(free, clipped).mean())
+
+
+def test_cispo_clips_the_weight_and_not_the_gradient(ran):
+    """-mean min(rho, 1.28) A log pi, its weight a constant; 1.28 binds somewhere."""
+    rho = ratios(ran)
+    assert bool((rho > 1.28).any()) and bool((rho < 1.28).any())
+    weight = rho.clamp(max=1.28) * ran["advantages"].double()
+    close(ran["cispo"], -sequence_mean(ran, weight * new_and_old(ran)[0]))
+    gradient = torch.autograd.grad(ran["cispo"], ran["logprobs"], retain_graph=True)[0]
+    of_row = torch.repeat_interleave(1 / ran["lengths"], ran["lengths"]) / len(ran["lengths"])
+    close(gradient, -weight * of_row)
+
+
+def test_sapo_gates_softly(ran):
+    """-mean (4 / tau) sigmoid(tau (rho - 1)) A, tau 1 for A > 0 and 1.05 else."""
+    rho, advantages = ratios(ran), ran["advantages"].double()
+    assert bool((advantages > 0).any()) and bool((advantages < 0).any())
+    gated = [
+        4 / tau / (1 + math.exp(-tau * (float(r) - 1))) * float(a)
+        for r, a in zip(rho, advantages, strict=True)
+        for tau in [1.0 if a > 0 else 1.05]
     ]
-    means = [row.mean() for row in rows(ran, ran["advantages"].double())]
-    want = [-min(s * a, s.clamp(1 - 3e-4, 1 + 4e-4) * a) for s, a in zip(ratios, means, strict=True)]
-    assert float(ran["gspo"].detach()) == pytest.approx(float(sum(want)) / 2, rel=1e-5)
+    close(ran["sapo"], -sequence_mean(ran, torch.tensor(gated, dtype=torch.float64)))
 
 
 def test_every_recipe_has_a_gradient(ran):
-    for name in (
+    names = (
         "weighted",
         "grpo",
         "bnpo",
@@ -94,7 +156,8 @@ def test_every_recipe_has_a_gradient(ran):
         "sapo",
         "sums",
         "masked",
-    ):
+    )
+    for name in names:
         gradient = torch.autograd.grad(ran[name], ran["hidden"], retain_graph=True)[0]
         assert bool(gradient.isfinite().all()) and bool(gradient.any()), name
 
