@@ -7,11 +7,12 @@ process each: what `_compute_loss` and its backward add to the resident memory, 
 vocabulary of 32,000.
 
     python -m benchmarks.studies.trl_updates --out results/trl_updates.json
-    python -m benchmarks.studies.trl_updates --memory ours
+    python -m benchmarks.studies.trl_updates --memory all --out results/memory.json
 """
 
 import argparse
-import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ipvrm.models.tiny_model import TinyModelConfig, random_qwen3, train_tokeniz
 from ipvrm.run_folder import write_json
 
 UPDATES, WIDE, LENGTH, ROWS = 20, 32_000, 128, 8
+KINDS = ("full logits", "stock", "ours")
 KEPT = ("loss", "reward", "grad_norm", "entropy", "kl", "completions/mean_length", "clip_ratio/region_mean")
 
 
@@ -146,27 +148,38 @@ def updates() -> list[dict[str, Any]]:
     ]
 
 
+def memory_of_each() -> dict[str, int]:
+    """`memory` of all kinds, each in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.studies.trl_updates", "--memory"]
+    return {
+        kind: int(subprocess.run([*command, kind], check=True, stdout=subprocess.PIPE).stdout.split()[-1])
+        for kind in KINDS
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where the results go")
-    parser.add_argument(
-        "--memory", choices=("stock", "ours", "full logits"), help="print this peak, in bytes"
-    )
+    parser.add_argument("--memory", choices=(*KINDS, "all"), help="peak of one update; one kind is printed")
     arguments = parser.parse_args()
-    if arguments.memory:
-        print(json.dumps(memory(arguments.memory)))
+    if arguments.memory not in (None, "all"):
+        print(memory(arguments.memory))
         return
+    if arguments.out is None:
+        parser.error("--out is needed")
     import transformers
     import trl
 
-    write_json(
-        arguments.out,
-        {
-            "command": "python -m benchmarks.studies.trl_updates --out $OUT",
-            "machine": machine.describe(), "trl": trl.__version__, "transformers": transformers.__version__,
-            "log": updates(),
-        },
-    )  # fmt: skip
+    asked = "--memory all " if arguments.memory else ""
+    found: dict[str, Any] = {
+        "command": f"python -m benchmarks.studies.trl_updates {asked}--out $OUT",
+        "machine": machine.describe(), "trl": trl.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    if arguments.memory:
+        found |= {"rows": ROWS, "new_tokens": LENGTH, "vocab_size": WIDE, "peak_bytes": memory_of_each()}
+    else:
+        found["log"] = updates()
+    write_json(arguments.out, found)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ and the attention kernels faster.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ __all__ = [
     "candidate_logprobs",
     "check_head",
     "disable_dropout",
+    "fewest_devices",
     "head",
     "head_module",
     "hidden_states",
@@ -428,6 +430,21 @@ def memory_estimate(
         "activation_bytes": activations,
         "total_bytes": states + gathered + activations,
     }
+
+
+def fewest_devices(one: dict[str, int], two: dict[str, int], device_bytes: float) -> int | None:
+    """Fewest devices of `device_bytes` over which training fits, None where no number helps.
+
+    Args:
+        one, two: `memory_estimate` of a run with 1 and with 2 shards.
+
+    A tenth of a device is left to CUDA, to buffers of communication and to what the allocator cannot use.
+    """
+    room = 0.9 * device_bytes
+    if one["total_bytes"] <= room:
+        return 1
+    room -= two["gathered_bytes"] + two["activation_bytes"]
+    return None if room <= 0 else math.ceil(one["weights_gradients_adam_bytes"] / room)
 
 
 # -------------------------------------------------------------------------------------------- fingerprints

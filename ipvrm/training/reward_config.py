@@ -150,7 +150,7 @@ class RewardConfig:
     use_cpu: bool = field(default=False, metadata=FREE)
     """Train on the CPU although there is an accelerator."""
     dry_run: bool = field(default=False, metadata=FREE)
-    """Print the resolved config, the data counts and a memory estimate, and stop."""
+    """Print the resolved config, the data counts, a memory estimate and what it fits on, and stop."""
 
 
 def resolve(config: RewardConfig) -> RewardConfig:

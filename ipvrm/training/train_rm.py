@@ -10,7 +10,7 @@ learning rate takes one step. The order of the data is a pure function of (seed,
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from ipvrm.errors import IpvrmError
 from ipvrm.losses.metrics import Metrics, MetricSums, paired, stacked
 from ipvrm.models.causal_lm import (
     ResponseLogprobs,
+    fewest_devices,
     load_model,
     load_tokenizer,
     local_folder,
@@ -53,6 +54,8 @@ from ipvrm.training.fully_sharded import fully_sharded, whole_weights
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.reward_config import RewardConfig, objective_of, resolve
 from ipvrm.training.run import Run, TrainResult, held, report, with_template_kwargs
+
+DEVICES_GB = (24, 48, 80, 141)  # memory of the devices that a dry run looks at
 
 
 def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResult:
@@ -180,18 +183,33 @@ class _Inputs:
     def dry_run(self) -> TrainResult:
         """Prints the resolved config, the data counts and a memory estimate."""
         config = self.config
-        memory = memory_estimate(
+        memory_of = partial(
+            memory_estimate,
             config.model,
             rows=config.per_device_train_batch_size,
             length=max(len(r.input_ids) for r in self.data.responses),
             mixed_precision=filled(config.mixed_precision),
             gradient_checkpointing=config.gradient_checkpointing,
             lora_r=config.lora_r,
-            shards=self.run.accelerator.num_processes if config.fsdp else 1,
         )
+        one, two = memory_of(), memory_of(shards=2)
+        shards = self.run.accelerator.num_processes if config.fsdp else 1
+        fits = {f"{size} GB": self._fits(fewest_devices(one, two, size * 1e9)) for size in DEVICES_GB}
         return self.run.dry_run(
-            {"data": self.data.counts, "steps": self.total_steps, "memory_estimate": memory}
+            {
+                "data": self.data.counts,
+                "steps": self.total_steps,
+                "memory_estimate": one if shards == 1 else memory_of(shards=shards),
+                "fits": fits,
+            }
         )
+
+    def _fits(self, devices: int | None) -> str:
+        if devices == 1:
+            return "yes"
+        if devices is None or self.config.objective == "q_rm":  # which --fsdp does not take
+            return "no"
+        return f"with --fsdp, on {devices} or more"
 
 
 class _Trainer:

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ipvrm import patch_head
-from ipvrm.models.causal_lm import memory_estimate
+from ipvrm.models.causal_lm import fewest_devices, memory_estimate
 from ipvrm_kernels import gathered_weight, linear_distrl_loss
 
 WORLD, V, B, T, K = 2, 97, 2, 10, 3
@@ -170,3 +170,25 @@ def test_memory_estimate_of_qwen3_8b_on_eight_devices(tmp_path):
     assert eight["weights_gradients_adam_bytes"] == one["weights_gradients_adam_bytes"] // 8
     ends = 2 * 151_936 * 4096
     assert eight["gathered_bytes"] > 4 * ends
+    # by hand: 16 * 8.19e9 / (72e9 - 4.83e9 of activations - 6.52e9 gathered) = 2.2; on 24 GB 13.8; on 141 GB
+    # 135.9e9 of 126.9e9, so two
+    two = memory_estimate(tmp_path, shards=2, **options)
+    fewest = [fewest_devices(one, two, size * 1e9) for size in (24, 80, 141, 152)]
+    assert fewest == [13, 3, 2, 1]
+
+
+def test_what_fits_by_hand(tmp_path):
+    """A layer has 2 * 64 * 64 + 2 * 64 * 32 of attention, 2 * 16 of its norms, 3 * 64 * 128 of the MLP and
+    2 * 64 of norms: 37,024; two of them, the last norm (64) and 2 * 1000 * 64 of the ends are 202,112."""
+    config = transformers.Qwen3Config(
+        vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    one, two = (memory_estimate(tmp_path, rows=2, length=100, shards=n) for n in (1, 2))
+    states, activations = 16 * 202_112, 2 * 100 * 2 * 64 * 4 * 16
+    gathered = 2 * 4 * (128_000 + 2 * (202_112 - 128_000) // 2)
+    assert one["total_bytes"] == states + activations == 4_872_192
+    assert two["total_bytes"] == states // 2 + activations + gathered
+    # nine tenths: 5.4 MB hold the whole; 4.5 MB leave 1,244,704 for states, 2.6 times that; 3.24 MB nothing
+    assert [fewest_devices(one, two, size) for size in (6e6, 5e6, 3.6e6)] == [1, 3, None]

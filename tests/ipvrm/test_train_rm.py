@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import flags, log_of, run_cli, same_bits, signalled_while_writing, train, weights
+from runs import flags, log_of, run_cli, same_bits, signalled_while_writing, train, weights, write_jsonl
 from safetensors.torch import load_file
 
 import ipvrm.training.train_rm as train_rm
@@ -247,6 +247,21 @@ def test_dry_run_writes_nothing(config, capsys):
     assert printed["config"]["beta"] == 0.05 and printed["config"]["margin"] is None
     assert printed["data"]["used"] == 44 and printed["steps"] == 6
     assert printed["memory_estimate"]["total_bytes"] > 0
+    assert printed["fits"] == dict.fromkeys(("24 GB", "48 GB", "80 GB", "141 GB"), "yes")
+
+
+@pytest.mark.parametrize("objective, words", [("ipvrm", "with --fsdp, on 3 or more"), ("q_rm", "no")])
+def test_a_dry_run_says_on_how_many_devices_it_fits(config, tmp_path, capsys, monkeypatch, objective, words):
+    pair = {"prompt": "What is 1 + 1?", "chosen": "Answer: 2", "rejected": "Answer: 3"}
+    data = {} if objective == "ipvrm" else {"train_data": str(write_jsonl(tmp_path / "pairs.jsonl", [pair]))}
+
+    def fewest_devices(one, two, size):
+        assert one["gathered_bytes"] == 0 and two["gathered_bytes"] > 0
+        return {24e9: None, 48e9: 3, 80e9: 1, 141e9: 1}[size]
+
+    monkeypatch.setattr(train_rm, "fewest_devices", fewest_devices)
+    train(config(dry_run=True, objective=objective, **data))
+    assert list(yaml.safe_load(capsys.readouterr().out)["fits"].values()) == ["no", words, "yes", "yes"]
 
 
 # -------------------------------------------------------------------------------------------- settings
