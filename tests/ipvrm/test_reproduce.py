@@ -341,6 +341,24 @@ def test_the_report_shows_where_we_are_lower_and_what_is_missing(output, capsys)
     assert other["left_out"] == ["the paper has no such table for qwen3-8b"] and other["compared"] == 0
 
 
+def test_smoke_says_what_it_is_and_failures_come_behind_the_tables(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def nothing_works(units, output, shown):
+        asked.extend(unit.name for unit in units)
+        return {"td": "broken"}
+
+    monkeypatch.setattr("ipvrm.reproduce.tables.run.run_plan", nothing_works)
+    assert main(["reproduce", "sec433", "--output_dir", str(tmp_path / "o")]) == 2
+    assert asked == ["task", "rm-rollouts", "rm-labelled", "rm-pairs", "rm-ipvrm", "td-problems", "td"]
+    shown = capsys.readouterr()
+    assert "1 of 7 units are not done, their cells are empty: td (broken)" in shown.err
+    assert "no reproduction" in shown.out and "no reproduction" in shown.err
+    text = (tmp_path / "o" / "sec433.md").read_text()
+    assert "no reproduction" in text and "- td: broken" in text
+    assert "| one-step TD | here | - | - |" in text and "|  | paper | 0.0226 | 0.6400 |" in text
+
+
 def test_nothing_named_is_refused(tmp_path):
     with pytest.raises(IpvrmError, match="name a table: table1, table2, "):
         reproduce(ReproduceConfig((), output_dir=str(tmp_path / "o")), progress=False)
@@ -368,7 +386,7 @@ def test_a_tiny_form_of_every_table(tmp_path, capsys):
     assert list(written) == list(TABLES)
     for name, results in written.items():
         numbers = [cell["value"] for columns in results["rows"].values() for cell in columns.values()]
-        assert None not in numbers, name
+        assert None not in numbers or name == "sec433", name  # so few branches may all end alike
         assert (tmp_path / "o" / f"{name}.md").read_text().count("no reproduction") == 1
     shown = capsys.readouterr()
     assert shown.out.count("no reproduction") == len(TABLES) and "no reproduction" in shown.err

@@ -95,15 +95,15 @@ def full(model: str, prompts: str, problems: str, processbench: str) -> Scale:
 
 OPEN = (
     "Where the paper is silent: 16,384 prompts for the reward models; 176 steps of a policy, the length of "
-    "its Figure 6 (11 x 16,384 responses of 1,024 a step); Best-of-N picks by what the objective trains: "
-    "the mean value (IPVRM, Q-RM) or the sum (DPO-RM, Implicit PRM, EndoRM)."
+    "its Figure 6 (Llama3.2-1B, 11 x 16,384 responses of 1,024 a step); Best-of-N picks by what the "
+    "objective trains: the mean value (IPVRM, Q-RM) or the sum (DPO-RM, Implicit PRM, EndoRM)."
 )
 
 
 def smoke(seed: int = 0) -> Scale:
-    """Every unit on the demo's task, additions of multiples of ten: seconds each on two CPU cores."""
+    """Every unit on the demo's task, in the easy form of `ipvrm demo --quick`, and small."""
     sizes = {"multiple_of": 10, "base_max_steps": 400, "problems": 256, "held_out": 60, "traces": 160}
-    return on_task(sizes, seed, num_steps=2, rollout_prompts=16, num_generations=4, td_prompts=8)
+    return on_task(sizes, seed, num_steps=2, rollout_prompts=16, num_generations=4, td_prompts=12)
 
 
 def on_task(

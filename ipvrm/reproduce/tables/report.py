@@ -141,7 +141,8 @@ TABLES = {
         "Table 1: Best-of-N of the reward models",
         {row: (f"bon-{model}",) for row, model in REWARD_ROWS.items()},
         lambda output, scale, row: bon(output, scale, REWARD_ROWS[row]),
-        "Right answers in %, exact over subsets of the samples.",
+        "Right answers in %, exact over subsets of the samples. Picked by what the objective trains: the "
+        "mean value (IPVRM, Q-RM) or the sum (the others); the paper does not say by what.",
     ),
     "table2": Table(
         "Table 2: first-error F1 on ProcessBench",
@@ -176,7 +177,7 @@ TABLES = {
         {"one-step TD": ("td",)},
         td,
         "Of the five likeliest tokens those with p >= 1/128, one completion each.",
-        digits=3,
+        digits=4,
     ),
 }
 

@@ -27,7 +27,8 @@ TOKENS = 500  # a response: the release's have a median of 1,355 characters
 TRAIN_RATE, SAMPLE_RATE = 2e14, 4e12  # FLOP/s of a large GPU; sampling waits for memory
 SMOKE_WARNING = (
     "SMOKE: no reproduction. Every run is of the demo's arithmetic task and its tiny model; the columns are "
-    "parts of that task. It shows that the runs work, and nothing about the paper's numbers."
+    "parts of that task, margins 0, 1 and 2 stand for 0, 5 and 10. It shows that the runs work, and nothing "
+    "about the paper's numbers."
 )
 FULL_WARNING = "Our run of the paper's settings, one seed."
 
@@ -48,7 +49,7 @@ class ReproduceConfig:
     ]
     """Tables, or all of them."""
     scale: Literal["smoke", "full"] = "smoke"
-    """smoke: some minutes on two CPU cores, no reproduction. full: the paper's models and data."""
+    """smoke: the demo's task on a CPU, no reproduction. full: the paper's models and data."""
     base_model: Literal["qwen3-0.6b", "qwen3-8b", "llama3.2-1b", "llama3.2-3b"] = "qwen3-0.6b"
     """Whose numbers of the paper stand beside ours."""
     model: str | None = None
@@ -80,7 +81,7 @@ def reproduce(config: ReproduceConfig, progress: bool = True, scale: Scale | Non
         TrainingInterrupted: a signal.
     """
     if not config.names:
-        raise IpvrmError(f"reproduce: name a table: {', '.join(TABLES)}, or {ALL}")
+        raise IpvrmError(f"name a table: {', '.join(TABLES)}, or {ALL}")
     names = [name for name in TABLES if name in config.names or ALL in config.names]
     scale = scale or (smoke() if config.scale == "smoke" else _full(config))
     units = needed(
