@@ -83,6 +83,12 @@ COMMANDS = {
     "reproduce fig6": Command(
         "five online updates of the reward model (Figure 6)", "ipvrm.reproduce.fig6", "Fig6Config", "main"
     ),
+    "reproduce": Command(
+        "the paper's tables, our numbers beside its: table1 table2 table5 table6 table10 sec433, or all",
+        "ipvrm.reproduce.tables.run",
+        "ReproduceConfig",
+        "main",
+    ),
     "bench": Command(
         "the benchmark suite on this machine (needs the checkout)", "benchmarks.run", None, "main"
     ),

@@ -1,0 +1,199 @@
+"""Does every objective and every algorithm learn on the demo's task?
+
+    python -m benchmarks.studies.objectives_learn [--work_dir DIR]
+
+The units of `ipvrm reproduce` at the size of `ipvrm demo`: one base model, five responses to each of 2,048
+problems, of every mixed problem one right and one wrong one, from which all reward models learn.
+
+    objectives   AUC of a response's score against its outcome, on responses of the base model to other
+                 problems. The score is what the objective trains: the mean value or the sum. A reward model
+                 learns if the interval lies above one half; beside it stands "the shorter the better", which
+                 needs no model (longer chains have more chances of a slip).
+    algorithms   accuracy on other problems, eight responses each at temperature 1, as in training, less that
+                 of the base model on the same problems. A policy learns if the interval lies above zero.
+
+Intervals are of 95 %, over problems drawn with replacement. One seed: that of another run is not in them.
+The results go to benchmarks/results/objectives_learn; a rerun with the same --work_dir goes on where the last
+one stopped, and nothing is written before all units are done.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipvrm.data.files import records
+from ipvrm.errors import IpvrmError
+from ipvrm.evaluate.thresholds import Interval
+from ipvrm.losses.metrics import auc
+from ipvrm.progress import Progress
+from ipvrm.reproduce.correlation import bootstrap
+from ipvrm.reproduce.tables.experiments import Scale, experiments, on_task
+from ipvrm.reproduce.tables.plan import Unit, needed, run_plan
+from ipvrm.reproduce.tables.report import SUM_SCORES
+from ipvrm.run_folder import manifest, write_json, write_text
+
+RESULTS = Path(__file__).parent.parent / "results" / "objectives_learn"
+COMMAND = "python -m benchmarks.studies.objectives_learn"
+OBJECTIVES = {
+    "IPVRM": "ipvrm",
+    "IPVRM, late": "ipvrm-late",
+    "IPVRM, early": "ipvrm-early",
+    "Implicit PRM": "implicit_prm",
+    "DPO-RM": "dpo",
+    "Q-RM": "q_rm",
+    "EndoRM (not trained)": "endo_rm",
+}
+ALGORITHMS = {
+    "GRPO": "grpo",
+    "GRPO + IPVRM": "grpo_prm-ipvrm",
+    "DistRL + IPVRM": "distrl-ipvrm",
+    "GRPO + DPO-RM, online": "grpo_prm-dpo",
+    "PRIME": "prime",
+    "SPRO": "spro",
+    "REINFORCE + Q-RM": "reinforce_qrm",
+}
+SIZES = {"multiple_of": 1, "base_max_steps": 1600, "problems": 2048, "held_out": 510, "traces": 8}
+SEED, RESAMPLES = 0, 2000
+
+
+def scale() -> Scale:
+    """The demo's sizes; policies are measured at the temperature that they are trained at."""
+    made = on_task(
+        SIZES, SEED, num_steps=16, rollout_prompts=32, num_generations=8, td_prompts=1, bon_samples=16
+    )
+    flags = made.flags | {"eval bon": made.flags["eval bon"] | {"n": (4, 16)}}
+    flags["eval policy"] = flags["eval policy"] | {"temperature": 1.0, "top_p": 1.0}
+    return replace(made, flags=flags)
+
+
+def units(of: Scale) -> list[Unit]:
+    """Those of the two tables."""
+    names = [f"bon-{model}" for model in OBJECTIVES.values()]
+    names += [f"eval-{policy}" for policy in ("sft", *ALGORITHMS.values())]
+    return needed(experiments(of), names)
+
+
+def objectives(work: Path) -> dict[str, dict[str, Any]]:
+    """{row: AUC, its interval, whether that lies above 1/2}."""
+    rows = [
+        record.value for record in records(work / "bon-labelled.parquet", ("prompt", "response", "label"))
+    ]
+    outcome = np.array([row["label"] for row in rows], np.float64)
+    problem = np.array([row["prompt"] for row in rows])
+    scores = {"the shorter the better": [-float(len(row["response"])) for row in rows]}
+    for row, model in OBJECTIVES.items():
+        lines = map(json.loads, (work / f"bon-{model}" / "scores.jsonl").read_text().splitlines())
+        by_line = {line["line"]: line["sum" if model in SUM_SCORES else "final"] for line in lines}
+        scores[row] = [by_line[number] for number in range(1, len(rows) + 1)]
+    found = {}
+    for row, values in scores.items():
+        columns = (np.array(values, np.float64), outcome)
+        interval = bootstrap(auc, columns, problem, RESAMPLES, SEED)
+        found[row] = _entry("auc", auc(*columns), interval, 0.5)
+    return found
+
+
+def algorithms(work: Path, samples: int) -> dict[str, dict[str, Any]]:
+    """{row: accuracy, its gain over the base model, the gain's interval, whether that lies above 0}."""
+    problems = [record.value["prompt"] for record in records(work / "task" / "held_out.jsonl", None)]
+    before = accuracies(work / "eval-sft" / "labelled.parquet", problems, samples)
+    found: dict[str, dict[str, Any]] = {"base model": {"accuracy": float(before.mean())}}
+    for row, policy in ALGORITHMS.items():
+        after = accuracies(work / f"eval-{policy}" / "labelled.parquet", problems, samples)
+        interval = bootstrap(np.mean, (after - before,), np.arange(len(problems)), RESAMPLES, SEED)
+        found[row] = {"accuracy": float(after.mean())}
+        found[row] |= _entry("gain", float((after - before).mean()), interval, 0.0)
+    return found
+
+
+def accuracies(labelled: Path, problems: Sequence[str], samples: int) -> NDArray[np.float64]:
+    """(P,) share of right ones among the `samples` responses to each problem; one without text is wrong."""
+    right = dict.fromkeys(problems, 0)
+    for record in records(labelled, ("prompt", "label")):
+        right[record.value["prompt"]] += record.value["label"]
+    return np.array([right[problem] for problem in problems]) / samples
+
+
+def _entry(name: str, value: float | None, interval: Interval, chance: float) -> dict[str, Any]:
+    return {name: value, "low": interval.low, "high": interval.high, "learns": interval.low > chance}
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """README.md of the results."""
+    objective, algorithm = results["objectives"], results["algorithms"]
+    lines = [
+        "# Every objective and every algorithm on the demo's task",
+        "",
+        "```bash",
+        COMMAND,
+        "```",
+        "",
+        f"{results['responses']} responses to {results['problems']} other problems for the objectives, "
+        f"{results['policy_problems']} problems for the algorithms. 95 % intervals over problems; one seed.",
+        "",
+        "| objective | AUC | interval | learns |",
+        "|---|--:|--:|---|",
+    ]
+    for row, entry in objective.items():
+        verdict = "" if row == "the shorter the better" else _verdict(entry)
+        lines.append(
+            f"| {row} | {entry['auc']:.3f} | {entry['low']:.3f} to {entry['high']:.3f} | {verdict} |"
+        )
+    lines += ["", "| algorithm | accuracy | gain | interval | learns |", "|---|--:|--:|--:|---|"]
+    for row, entry in algorithm.items():
+        cells = ["", "", ""]
+        if "gain" in entry:
+            cells = [f"{entry['gain']:+.3f}", f"{entry['low']:+.3f} to {entry['high']:+.3f}", _verdict(entry)]
+        lines.append(f"| {row} | {entry['accuracy']:.3f} | {' | '.join(cells)} |")
+    shorter = objective["the shorter the better"]["auc"]
+    below = [row for row in OBJECTIVES if objective[row]["auc"] <= shorter]
+    lines += [
+        "",
+        "learns: the interval lies above one half (AUC), above zero (gain). "
+        + (
+            f"No better than the length alone: {', '.join(below)}." if below else "All beat the length alone."
+        ),
+        "",
+        f"{results['manifest']['processor']}; everything else in results.json.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(entry: Mapping[str, Any]) -> str:
+    return "yes" if entry["learns"] else "not shown"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work_dir", default="runs/objectives_learn", help="models and rollouts")
+    parser.add_argument("--output", default=str(RESULTS), help="folder of the results")
+    given = parser.parse_args(arguments)
+    work, output, of = Path(given.work_dir), Path(given.output), scale()
+    work.mkdir(parents=True, exist_ok=True)
+    if failed := run_plan(units(of), work, Progress()):
+        raise IpvrmError(f"not done: {failed}")
+    labelled = [record.value["prompt"] for record in records(work / "bon-labelled.parquet", ("prompt",))]
+    results = {
+        "sizes": SIZES,
+        "responses": len(labelled),
+        "problems": len(set(labelled)),
+        "policy_problems": SIZES["held_out"],
+        "objectives": objectives(work),
+        "algorithms": algorithms(work, of.eval_samples),
+        "manifest": manifest(COMMAND, seeds={"task": SEED}),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "results.json", results)
+    write_text(output / "README.md", report(results))
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()

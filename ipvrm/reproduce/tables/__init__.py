@@ -1,0 +1,1 @@
+"""`ipvrm reproduce`: the paper's tables as runs of our commands, our numbers beside the paper's."""

@@ -1,0 +1,96 @@
+"""`benchmarks.studies.objectives_learn`: its tables from planted scores and labels."""
+
+import json
+
+import pytest
+
+from benchmarks.studies import objectives_learn as study
+from ipvrm.run_folder import write_table
+
+PROMPTS = [f"p{i}" for i in range(4)]
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Each problem has a right response (r1, long) and a wrong one (r0); Q-RM's scores are the wrong way."""
+    rows = [
+        {"prompt": p, "response": "longer" if label else "short", "label": label}
+        for p in PROMPTS
+        for label in (1, 0)
+    ]
+    write_table(tmp_path / "bon-labelled.parquet", rows)
+    for model in study.OBJECTIVES.values():
+        lines = []
+        for number, row in enumerate(rows, 1):
+            score = row["label"] * (-1.0 if model == "q_rm" else 1.0)
+            own, other = ("sum", "final") if model in ("dpo", "implicit_prm", "endo_rm") else ("final", "sum")
+            lines.append(json.dumps({"line": number, own: score, other: -score}) + "\n")
+        (tmp_path / f"bon-{model}").mkdir()
+        (tmp_path / f"bon-{model}" / "scores.jsonl").write_text("".join(reversed(lines)))
+    write_table_of(tmp_path, "sft", 1)
+    for policy in study.ALGORITHMS.values():
+        write_table_of(tmp_path, policy, 0 if policy == "spro" else 1 if policy == "prime" else 2)
+    (tmp_path / "task").mkdir()
+    write_table(tmp_path / "task" / "held_out.jsonl", [{"prompt": p, "answer": "1"} for p in PROMPTS])
+    return tmp_path
+
+
+def write_table_of(folder, policy, right):
+    """Of two responses to each problem `right` are right; the second to the first problem has no text."""
+    rows = [{"prompt": p, "label": int(i < right)} for p in PROMPTS for i in range(2) if (p, i) != ("p0", 1)]
+    (folder / f"eval-{policy}").mkdir()
+    write_table(folder / f"eval-{policy}" / "labelled.parquet", rows)
+
+
+def test_objectives_by_hand(work):
+    found = study.objectives(work)
+    assert {row: entry["auc"] for row, entry in found.items()} == {
+        "the shorter the better": 0.0, **dict.fromkeys(study.OBJECTIVES, 1.0), "Q-RM": 0.0
+    }  # fmt: skip
+    assert found["IPVRM"] == {"auc": 1.0, "low": 1.0, "high": 1.0, "learns": True}
+    assert not found["Q-RM"]["learns"]
+
+
+def test_algorithms_by_hand(work):
+    found = study.algorithms(work, samples=2)
+    assert found["base model"] == {"accuracy": 0.5}
+    assert found["GRPO"]["accuracy"] == pytest.approx((0.5 + 1 + 1 + 1) / 4)
+    assert found["GRPO"]["gain"] == pytest.approx(0.375) and found["GRPO"]["learns"]
+    assert found["PRIME"]["gain"] == 0.0 and not found["PRIME"]["learns"]
+    assert found["SPRO"]["gain"] == -0.5 and not found["SPRO"]["learns"]
+    assert found["GRPO"]["low"] < 0.375 < found["GRPO"]["high"] <= 0.5
+
+
+def test_the_report_says_what_is_not_shown(work):
+    results = {
+        "responses": 8, "problems": 4, "policy_problems": 4, "manifest": {"processor": "a CPU"},
+        "objectives": study.objectives(work), "algorithms": study.algorithms(work, samples=2),
+    }  # fmt: skip
+    text = study.report(results)
+    assert (
+        "| IPVRM | 1.000 | 1.000 to 1.000 | yes |" in text
+        and "| Q-RM | 0.000 | 0.000 to 0.000 | not shown |" in text
+    )
+    assert (
+        "| SPRO | 0.000 | -0.500 | -0.500 to -0.500 | not shown |" in text
+        and "| base model | 0.500 |" in text
+    )
+    assert "No better than the length alone: Q-RM." in text
+    results["objectives"]["Q-RM"]["auc"] = 0.1
+    assert "All beat the length alone." in study.report(results)
+
+
+def test_the_units_are_of_every_objective_and_algorithm():
+    from ipvrm.training.policy_config import ALGORITHMS
+
+    units = study.units(study.scale())
+    trained = {
+        (u.settings["objective"], u.settings.get("prefix_weighting"))
+        for u in units
+        if u.command == "train-rm"
+    }
+    assert trained == {("ipvrm", None), ("ipvrm", "late"), ("ipvrm", "early")} | {
+        (name, None) for name in ("implicit_prm", "dpo", "q_rm")
+    }
+    assert {u.settings["algorithm"] for u in units if u.command == "train-policy"} == set(ALGORITHMS)
+    assert all(u.settings["temperature"] == 1.0 for u in units if u.command == "eval policy")
