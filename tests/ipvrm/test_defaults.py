@@ -376,6 +376,18 @@ FIG6 = {
     "output_dir": one("runs/fig6", FOLDER),
     "seeds": one((0,), OURS + "one run of each variant takes minutes"),
 }
+GIVEN = OURS + "yours to name under --scale full; smoke makes its own"
+REPRODUCE = {
+    "names": one(REQUIRED, ""),
+    "scale": one("smoke", OURS + "what a CPU does in minutes; full prints its plan first"),
+    "base_model": one("qwen3-0.6b", OURS + "the paper's smallest, whose data the release holds"),
+    "model": one(None, GIVEN),
+    "prompts": one("PRIME-RL/Eurus-2-RL-Data", "paper, Datasets: Eurus-2-RL-Data for RL"),
+    "problems": one(None, GIVEN),
+    "processbench": one(None, GIVEN),
+    "output_dir": one("runs/reproduce", FOLDER),
+    "dry_run": one(False, OURS + "off"),
+}
 SMALL = OURS + "a model that a CPU trains in a minute"
 TINY_MODEL = {
     "output_dir": one(REQUIRED, ""),
@@ -393,6 +405,7 @@ TINY_MODEL = {
 TABLES = {
     "demo": DEMO,
     "reproduce fig6": FIG6,
+    "reproduce": REPRODUCE,
     "make-tiny-model": TINY_MODEL,
     "train-rm": TRAIN_RM,
     "train-policy": TRAIN_POLICY,
