@@ -118,19 +118,36 @@ def test_places_that_cannot_be_written(tmp_path):
             check_writable(output, folder=folder)
 
 
-@pytest.mark.parametrize("command", ["label", "score", "rollout", "eval processbench"])
+HELD = {
+    "label": "file", "score": "file", "rollout": "file", "inspect": "o.html", "report": "o.html",
+    "eval processbench": "folder", "eval bon": "folder", "eval policy": "folder", "eval td": "folder",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", HELD)
 def test_commands_refuse_an_output_that_is_held(tmp_path, tiny_folder, hold, capsys, command):
     source, output = tmp_path / "in.jsonl", tmp_path / "o.jsonl"
     row = {"prompt": "a", "response": "Answer: 1", "answer": "1", "problem": "a", "steps": ["b"], "label": 0}
     source.write_text(json.dumps(row) + "\n")
-    hold(output, "folder" if command.startswith("eval") else "file")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')  # a run, for report
+    held = HELD[command]
+    if held in ("file", "folder"):
+        hold(output, held)
+    else:  # of several files that it writes
+        hold(tmp_path / held, "file")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     model = ["--model", str(tiny_folder)]
     flags = {
         "label": ["--input", source, "--output", output, "--verifier", "string"],
         "score": [*model, "--input", source, "--output", output],
         "rollout": [*model, "--input", source, "--output", output, "--use_cpu"],
+        "inspect": [*model, "--input", source, "--output", tmp_path / "o.html"],
+        "report": [tmp_path, "--output", tmp_path / "o"],
         "eval processbench": [*model, "--data", source, "--output_dir", output],
+        "eval bon": [*model, "--data", source, "--output_dir", output],
+        "eval policy": [*model, "--data", source, "--output_dir", output],
+        "eval td": ["--policy", tiny_folder, "--reward_model", tiny_folder, "--data", source]
+        + ["--output_dir", output],
     }[command]
     assert main([*command.split(), *map(str, flags)]) == 2
     error = capsys.readouterr().err
