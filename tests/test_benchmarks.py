@@ -740,7 +740,8 @@ def test_no_loop_over_long_sequences_on_a_gpu(monkeypatch):
     monkeypatch.setattr(
         bench_segment_scan, "batches", lambda device, quick, level: sequences.batches("cpu", quick, level)
     )
-    monkeypatch.setattr(bench_segment_scan, "runnable", lambda op, device: sequences.runnable(op, "cpu"))
+    for of in (sequences.runnable, sequences.kernels):
+        monkeypatch.setattr(bench_segment_scan, of.__name__, lambda op, device, of=of: of(op, "cpu"))
     monkeypatch.setattr(sequences, "FULL", ((2, 300, True), (1, 6000, True)))
     short, long = bench_segment_scan.cases("cuda", False)
     assert next(iter(short.contenders)) == "padded loop" and next(iter(long.contenders)) == "torch"
