@@ -15,7 +15,14 @@ from ipvrm.progress import Progress, never_silent
 from ipvrm.run_folder import other_matmul
 
 SHORT = ("env", "make-tiny-model", "report")  # seconds
-ELSEWHERE = ("train-policy", "inspect", "demo", "reproduce fig6", "bench")  # their own tests; the last: below
+ELSEWHERE = (
+    "train-policy",
+    "inspect",
+    "demo",
+    "reproduce fig6",
+    "reproduce",
+    "bench",
+)  # their own; the last: below
 SLOW = ("eval policy", "eval td")
 
 
