@@ -138,6 +138,7 @@ RESUMED = (
 LEFT_OUT = {
     "demo": "made of the others",
     "reproduce fig6": "made of the others",
+    "reproduce": "made of the others",
     "env": "writes no file",
     "bench": "writes what it has measured, and goes on with nothing",
 }
