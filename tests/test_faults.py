@@ -196,8 +196,11 @@ import ipvrm.run_folder as run_folder
 def in_place(path):
     yield Path(path)
 
-if sys.argv.pop(1) == "planted":  # files are written under their own names
-    run_folder.replacing = in_place
+def trusting(path, entries, note):
+    return run_folder.read_json(path) if path.exists() else None
+
+if sys.argv.pop(1) == "planted":  # files are written under their own names, and no half of one is made again
+    run_folder.replacing, run_folder.read_part = in_place, trusting
 runpy.run_module("benchmarks.faults", run_name="__main__", alter_sys=True)
 """
 

@@ -122,6 +122,7 @@ def test_without_an_openmp_runtime_the_import_says_so(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.skipif(shutil.which("auditwheel") is None, reason="auditwheel is not installed")
 def test_a_manylinux_wheel_runs_the_demo_in_a_clean_environment(tmp_path):
     """`.ci/wheels`, then away from the sources: the dependencies of here, and nothing else of it."""
     import site

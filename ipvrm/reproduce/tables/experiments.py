@@ -272,5 +272,6 @@ def experiments(scale: Scale) -> list[Unit]:
         add(
             f"eval-{name}", "eval policy", scale.num_problems * scale.eval_samples, model=policy,
             data=scale.problems, num_generations=scale.eval_samples,
+            k=tuple(k for k in (1, 4, 8) if k <= scale.eval_samples),
         )  # fmt: skip
     return units
