@@ -90,7 +90,8 @@ def test_lines_with_rate_and_time_left(commands, tmp_path, capsys, monkeypatch, 
         assert re.match(r"[\d.e+-]+/s", lines[-1][2]), said
         unfinished = [words for done, total, words in lines if 0 < int(done) < int(total) and "/s" in words]
         assert all(re.match(r"[\d.e+-]+/s, \d+ (s|min|h \d+ min) left", words) for words in unfinished), said
-    assert re.search(rf"^ipvrm {command}: \d+ s so far$", said, re.MULTILINE), said
+    if command == "train-rm":  # others may have nothing to do for so long before their loop
+        assert re.search(rf"^ipvrm {command}: \d+ s so far$", said, re.MULTILINE), said
 
 
 def test_one_long_step_is_not_silent(monkeypatch, capsys):
