@@ -106,3 +106,18 @@ def released_scores(item):
         "mean_sigmoid": mean / math.sqrt(1e-3),
         "meandiff_sigmoid": step / length / math.sqrt(1e-3),
     }
+
+
+def interrupted_at(monkeypatch, owner, name, number):
+    """Makes call `number` of `owner.name` a Ctrl-C; the list that it returns gets the length of the second
+    argument of every call."""
+    original, calls = getattr(owner, name), []
+
+    def counting(*args, **kwargs):
+        calls.append(len(args[1]))
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls

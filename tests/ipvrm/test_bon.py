@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import write_jsonl
+from runs import interrupted_at, write_jsonl
 
 import ipvrm
 from ipvrm import IpvrmError, RewardModel
@@ -190,17 +190,8 @@ def test_one_unusable_row_of_any_kind_is_picked_last(config, monkeypatch, capsys
     ]
     write_jsonl(Path(config.data), [*rows[:3], *bad, *rows[3:]])
     monkeypatch.setattr(bon, "CHUNK", pieces)
-    real = bon._scores
     if pieces == 2:
-        calls = []
-
-        def interrupted(model, rows, *rest):
-            calls.append(len(rows))
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return real(model, rows, *rest)
-
-        monkeypatch.setattr(bon, "_scores", interrupted)
+        calls = interrupted_at(monkeypatch, bon, "_scores", 4)
         with pytest.raises(KeyboardInterrupt):
             evaluate(config, progress=False)
         assert calls == [2, 1, 0, 0]

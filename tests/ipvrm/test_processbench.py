@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 import torch
+from runs import interrupted_at
 
 from ipvrm import IpvrmError
 from ipvrm.data.responses import tokenize
@@ -224,15 +225,7 @@ def test_one_unusable_item_of_any_kind_counts_as_missed(config, monkeypatch, cap
     monkeypatch.setattr(processbench, "PART_ITEMS", 8)
     path, items = damage(Path(config.data[0]))
     config = dataclasses.replace(config, data=(str(path), config.data[1]))
-    original, calls = scoring.score_solutions, []
-
-    def stops_in_the_third_part(*args, **kwargs):
-        calls.append(len(args[1]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(scoring, "score_solutions", stops_in_the_third_part)
+    calls = interrupted_at(monkeypatch, scoring, "score_solutions", 3)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config, progress=False)
     results = evaluate(config)
@@ -371,15 +364,7 @@ def test_interrupted_run_keeps_its_scores(config, monkeypatch):
     monkeypatch.setattr(processbench, "PART_ITEMS", 8)
     from ipvrm.evaluate import scoring
 
-    original, calls = scoring.score_solutions, []
-
-    def stops_in_the_third_part(*args, **kwargs):
-        calls.append(len(args[1]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(scoring, "score_solutions", stops_in_the_third_part)
+    calls = interrupted_at(monkeypatch, scoring, "score_solutions", 3)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config, progress=False)
     resumed = evaluate(config, progress=False)

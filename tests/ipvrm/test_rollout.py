@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import write_jsonl
+from runs import interrupted_at, write_jsonl
 
 from ipvrm import IpvrmError
 from ipvrm.cli import main
@@ -407,15 +407,7 @@ def test_a_half_written_shard_heals(tiny_folder, prompts_file, tmp_path, monkeyp
     )
     whole = changed(settings, output=str(tmp_path / "whole.parquet"))
     roll_out(whole, progress=False)
-    original, calls = TransformersEngine.__call__, []
-
-    def counting(self, prompts, *rest):
-        calls.append(len(prompts))
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(self, prompts, *rest)
-
-    monkeypatch.setattr(TransformersEngine, "__call__", counting)
+    calls = interrupted_at(monkeypatch, TransformersEngine, "__call__", 4)
     with pytest.raises(KeyboardInterrupt):
         roll_out(settings, progress=False)
     path = tmp_path / ".out.parquet.partial" / "00000001.json"

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import write_jsonl
+from runs import interrupted_at, write_jsonl
 
 from ipvrm import IpvrmError
 from ipvrm.demo.base_model import make_model, make_tokenizer
@@ -353,15 +353,7 @@ def test_td_and_values_against_the_reward_model_by_hand(toy):
 def test_a_killed_study_goes_on_and_batches_do_not_matter(toy, finished, tmp_path, monkeypatch):
     output, results = finished
     monkeypatch.setattr(td_study, "CHUNK_PROMPTS", 2)
-    original, calls = td_branches.Brancher.run, []
-
-    def dies(self, questions):
-        calls.append(len(questions))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(self, questions)
-
-    monkeypatch.setattr(td_branches.Brancher, "run", dies)
+    calls = interrupted_at(monkeypatch, td_branches.Brancher, "run", 2)
     ours = config(toy, tmp_path, per_device_eval_batch_size=7)
     with pytest.raises(KeyboardInterrupt):
         study(ours, progress=False)
