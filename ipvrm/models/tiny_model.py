@@ -4,8 +4,6 @@ For trying a pipeline end to end without downloading anything. The same texts an
 """
 
 import json
-import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 from ipvrm.data.files import kind_of, records
 from ipvrm.errors import IpvrmError, reading
 from ipvrm.output import locked
-from ipvrm.run_folder import save_folder, sha256_of
+from ipvrm.run_folder import remove_leftovers_of, save_folder, sha256_of
 
 END_OF_TURN = "<|im_end|>"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", END_OF_TURN)
@@ -170,10 +168,7 @@ def _make_tiny_model(config: TinyModelConfig, folder: Path) -> Path:
 
     tokenizer = train_tokenizer((text for path in config.texts for text in texts_of(path)), config.vocab_size)
     model = random_qwen3(tokenizer, config)
-    left = re.compile(rf"\.{re.escape(folder.absolute().name)}\.\d+\.tmp")
-    for path in folder.absolute().parent.iterdir():
-        if left.fullmatch(path.name):  # of a run that was killed
-            shutil.rmtree(path, ignore_errors=True)
+    remove_leftovers_of(folder.absolute())  # of a run that was killed
     with save_folder(folder) as temporary:
         save_model(model, temporary)
         tokenizer.save_pretrained(temporary)
