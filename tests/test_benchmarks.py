@@ -293,6 +293,7 @@ HEAD_FIELDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_CPP, reason="the contender is the C++ op")
 @pytest.mark.parametrize("kind", HEAD_FIELDS)
 def test_a_wrong_field_of_ours_fails_the_check(kind):
@@ -1145,6 +1146,7 @@ def test_what_is_lost_is_named():
     assert headline.panels(measured_head(**{"cpp": (2.0, 8.0)})) == []  # us alone: no picture
 
 
+@pytest.mark.slow
 def test_pictures_stay_below_their_height(tmp_path):
     """Of the largest op committed, and of one three times as large; nobody is shown alone."""
     plots = pytest.importorskip("benchmarks.suite.plots")

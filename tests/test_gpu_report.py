@@ -96,6 +96,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [IGNORES, BLOCKS], ids=["ignores", "blocks"])
 def test_a_part_that_is_deaf_to_signals_ends_at_its_limit(code, tmp_path):
     start = time.monotonic()
@@ -118,6 +119,7 @@ def test_a_process_that_cannot_be_killed_is_not_waited_for(monkeypatch, tmp_path
     real[0].wait(5)
 
 
+@pytest.mark.slow
 def test_a_part_that_dies_says_how_and_leaves_nobody_behind(tmp_path):
     log = tmp_path / "log"
     code = "import os, signal; print('about to', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
@@ -141,6 +143,7 @@ def dies_twice(folder):
     return [*python(code), str(folder / "count")]
 
 
+@pytest.mark.slow
 def test_a_part_goes_on_in_a_fresh_process_after_a_cuda_error(monkeypatch, tmp_path):
     log = tmp_path / "log"
     result = run_part(Part("a", dies_twice(tmp_path), 1, goes_on=True), 20, log)
@@ -279,6 +282,7 @@ def test_one_call_and_the_second_one_have_their_limits(fake_gpu, monkeypatch):
     assert 0 < gpu_report.age() < 24 * 3600
 
 
+@pytest.mark.slow
 def test_a_gpu_that_never_answers_ends_the_report_at_once(fake_gpu, monkeypatch, capsys):
     fake_gpu.dead.touch()
     assert fake_gpu.run(lambda folder: [Part("a", [], 1)])[0] == 2
@@ -391,6 +395,7 @@ def test_the_probe_says_that_there_is_no_gpu(monkeypatch, tmp_path, capsys):
     assert probe.main(["--json", str(tmp_path / "f")]) == 2 and not (tmp_path / "f").exists()
 
 
+@pytest.mark.slow
 def test_what_still_compiles_is_left(monkeypatch):
     running = [
         process.subprocess.Popen(python(code)) for code in ("pass", "import time; time.sleep(60)", "1 / 0")

@@ -166,6 +166,7 @@ print(count, total, *[int(line.split()[1]) // 1000 for line in open("/proc/self/
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["text", "messages"])
 def test_a_text_that_all_rows_of_a_parquet_file_share_is_held_once(tmp_path, kind):

@@ -409,6 +409,7 @@ def test_the_preset_release_answers_without_thinking_where_the_template_can(chat
     assert preset_template_kwargs(None, "release", tokenizer) is None
 
 
+@pytest.mark.slow
 def test_it_reaches_both_trainers(chat, tiny_folder, rollouts, tmp_path):
     folder = tmp_path / "thinks"
     shutil.copytree(tiny_folder, folder)

@@ -275,6 +275,7 @@ def test_collate_refuses_what_has_no_prediction(responses):
         collate(responses)
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
     max_rows=st.integers(1, 9),

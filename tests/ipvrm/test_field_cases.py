@@ -114,6 +114,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels(tmp_path, kind):
     verifier, cases = KINDS[kind]

@@ -234,6 +234,7 @@ def runs(demo, trained, tmp_path, seeds):
     return reproduce(config, progress=False, scale=SCALE)
 
 
+@pytest.mark.slow
 def test_summary_of_one_seed_by_hand(demo, trained, tmp_path):
     results = runs(demo, trained, tmp_path, (0,))
     found = results["summary"]

@@ -134,6 +134,7 @@ def test_both_protocols_and_the_files(config, capsys):
     )
 
 
+@pytest.mark.slow
 def test_long_solutions_count_as_missed_and_are_reported(config):
     whole = evaluate(config, progress=False)
     short = dataclasses.replace(config, max_length=40, output_dir=config.output_dir + "-short")
@@ -261,6 +262,7 @@ def test_one_unusable_item_of_any_kind_counts_as_missed(config, monkeypatch, cap
     assert results["transfer_from"] == "gsm8k" and results["subsets"]["math"]["unusable"] == []
 
 
+@pytest.mark.slow
 def test_a_float_label_a_missing_id_and_two_of_one_name(config):
     """What pandas makes of a column with a gap is read; two unusable items of one name are two."""
     path = Path(config.data[1])
@@ -307,6 +309,7 @@ def test_scores_that_are_no_numbers(config, monkeypatch):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["half", "empty", "other"])
 def test_a_half_written_part_heals(config, monkeypatch, damage):
     monkeypatch.setattr(processbench, "PART_ITEMS", 8)
@@ -328,6 +331,7 @@ def test_a_half_written_part_heals(config, monkeypatch, damage):
     assert again["subsets"] == first["subsets"] and pq.read_table(parts[1]).num_rows == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["lines", "gz", "folder", "parquet"])
 def test_every_form_of_the_benchmark_scores_alike(config, tmp_path, form):
     import gzip
@@ -360,6 +364,7 @@ def test_every_form_of_the_benchmark_scores_alike(config, tmp_path, form):
     assert found["subsets"] == whole["subsets"]
 
 
+@pytest.mark.slow
 def test_interrupted_run_keeps_its_scores(config, monkeypatch):
     monkeypatch.setattr(processbench, "PART_ITEMS", 8)
     from ipvrm.evaluate import scoring

@@ -94,6 +94,7 @@ def test_lines_with_rate_and_time_left(commands, tmp_path, capsys, monkeypatch, 
         assert re.search(rf"^ipvrm {command}: \d+ s so far$", said, re.MULTILINE), said
 
 
+@pytest.mark.slow
 def test_one_long_step_is_not_silent(monkeypatch, capsys):
     """Nor is what is before and behind a loop; the innermost speaks, and nothing speaks when all is over."""
     monkeypatch.setattr(progress_module, "LONGEST_SILENCE", 0.1)

@@ -91,6 +91,7 @@ def test_report_of_several_runs(runs, tmp_path, capsys, monkeypatch):
 REAL_INPUT = Path(__file__).parents[2] / "benchmarks" / "results" / "real_input"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_INPUT.exists(), reason="no checkout with results beside the tests")
 def test_report_of_this_repositorys_real_input(tmp_path, capsys):
     assert main(["report", str(REAL_INPUT), "--output", str(tmp_path / "r")]) == 0

@@ -273,6 +273,7 @@ def test_what_the_engine_refuses(model, stops):
 # -------------------------------------------------------------------------------------------------- command
 
 
+@pytest.mark.slow
 def test_rows_carry_what_they_came_with(tiny_folder, prompts_file, tmp_path, tokenizer):
     settings = config(tiny_folder, prompts_file, tmp_path, max_new_tokens=200, temperature=1.0)
     summary = roll_out(settings, progress=False)
@@ -300,6 +301,7 @@ def changed(settings, **changes):
     return dataclasses.replace(settings, **changes)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_rows(tiny_folder, prompts_file, tmp_path):
     """In batches of any size, in either format, for the first rows alone; another seed gives others."""
     settings = config(tiny_folder, prompts_file, tmp_path)

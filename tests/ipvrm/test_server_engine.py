@@ -301,6 +301,7 @@ def test_rollout_is_the_local_engine_s(server, sharp, prompts_file, tmp_path):
     assert summary["device"] == f"{server.url} ({sharp})"
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_and_comes_back(sharp, tokenizer, prompts_file, tmp_path, capsys):
     """One line, exit 2, what was finished kept; after a restart, on another port, the same command's file."""
     whole = config(sharp, prompts_file, tmp_path, use_cpu=True)

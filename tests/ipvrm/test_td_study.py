@@ -432,6 +432,7 @@ def test_refusals(toy, finished, tmp_path):
         study(replace(config(toy, tmp_path), data=str(tmp_path / "no_answer.jsonl")), progress=False)
 
 
+@pytest.mark.slow
 def test_prompts_that_cannot_be_used_stop_nothing(toy, finished, tmp_path, capsys):
     """Four kinds behind the good ones, whose numbers stay; an interrupted study goes on with them there."""
     bad = ['{"prompt": 7, "answer": "1"}', '{"prompt": "1+1"}', '{"prompt": "\\ud83d", "answer": "1"}', "{"]

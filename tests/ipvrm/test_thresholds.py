@@ -50,6 +50,7 @@ def items(draw):
     return scores, labels
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(items())
 def test_sweep_equals_trying_every_threshold(case):

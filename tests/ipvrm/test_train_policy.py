@@ -1145,6 +1145,7 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
     assert_same_run(settings.output_dir, uninterrupted.output_dir)
 
 
+@pytest.mark.slow
 def test_resuming_an_older_checkpoint_keeps_what_it_saves(uninterrupted, tmp_path, monkeypatch):
     """The later checkpoints of the finished run do not push out the one that is announced."""
     folder = tmp_path / "run"

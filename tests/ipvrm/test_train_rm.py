@@ -105,6 +105,7 @@ def test_it_learns(config, tmp_path):
     assert after["eval_value_wrong"] < 0 < after["eval_value_right"]
 
 
+@pytest.mark.slow
 def test_the_gradient_step_by_hand(config, tiny_folder, rollouts):
     """One update against plain PyTorch: full logits, the formula of Eq. 9, AdamW, one row at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -851,6 +852,7 @@ def test_a_token_that_the_reference_rules_out_is_an_error_with_its_row(config, r
     assert not (Path(config().output_dir) / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validation", [False, True])
 def test_a_token_that_the_model_rules_out_is_an_error_with_its_row(config, rollouts, monkeypatch, validation):
     """With labels the other way round the log-ratio of -inf would be a loss of 0."""

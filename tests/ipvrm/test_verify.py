@@ -292,6 +292,7 @@ def test_an_interrupted_round_leaves_no_worker_and_no_answer(rude):
     pool.close()
 
 
+@pytest.mark.slow
 def test_many_answers_come_back_in_order():
     pairs = [(f"Answer: {k}", str(k if k % 3 else -k - 1)) for k in range(3000)]
     done = []

@@ -173,6 +173,7 @@ def compared_names(text):
     return found
 
 
+@pytest.mark.slow
 def test_nothing_outside_backend_asks_which_implementation_it_is():
     root = Path(ipvrm_kernels.__file__).parent
     places = [*root.rglob("*.py"), *(Path(__file__).parents[2] / "benchmarks").rglob("*.py")]

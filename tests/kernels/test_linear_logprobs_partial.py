@@ -300,6 +300,7 @@ def test_opcheck(impl, device):
     torch.library.opcheck(torch.ops.ipvrm.linear_logprobs_partial, arguments)
 
 
+@pytest.mark.slow
 def test_compile(impl, device):
     (hidden, weight, bias), ids = inputs(dtype=torch.float32, device=device)
 

@@ -54,6 +54,7 @@ int main() {
 """
 
 
+@pytest.mark.slow
 def test_any_float_is_defined_and_accurate(tmp_path):
     compiler = shutil.which("g++")
     if compiler is None:

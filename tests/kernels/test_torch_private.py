@@ -35,6 +35,7 @@ def private_names(text):
     return found
 
 
+@pytest.mark.slow
 def test_private_names_stand_in_one_file():
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "ipvrm").rglob("*.py")]
     assert len(files) > 60
