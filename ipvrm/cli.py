@@ -159,12 +159,12 @@ def _run(name: str, arguments: list[str]) -> int:
                 "run this in a checkout of the repository, where benchmarks/run.py is"
             ) from error
         raise
-    from ipvrm.progress import never_silent  # behind the command's own imports: it needs torch
+    from ipvrm.progress import never_silent, signals_noted  # behind the command's own imports: it needs torch
 
     run, config = getattr(module, command.run), None
     if command.config is not None:
         config = parse(getattr(module, command.config), arguments, prog=f"ipvrm {name}")
-    with never_silent(f"ipvrm {name}"):
+    with never_silent(f"ipvrm {name}"), signals_noted():
         if config is None:
             return int(run(arguments) or 0)
         run(config)

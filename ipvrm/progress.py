@@ -191,15 +191,18 @@ STOPPING = [
 class Interrupt:
     """While entered, the first signal of `STOPPING` is noted in `signal`; the second acts as usual.
 
-    In the main thread alone, and a signal that is ignored (by `nohup`, say) stays so.
+    In the main thread of commands alone (`signals_noted`): who calls a function of ours has handlers of their
+    own, or Python's. A signal that is ignored (by `nohup`, say) stays so.
     """
+
+    in_command = False
 
     def __init__(self) -> None:
         self.signal = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
+        if self.in_command and threading.current_thread() is threading.main_thread():
             for number in STOPPING:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._note)
@@ -221,6 +224,16 @@ class Interrupt:
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
+
+
+@contextmanager
+def signals_noted() -> Iterator[None]:
+    """What runs inside is a command, in which `Interrupt` notes signals."""
+    before, Interrupt.in_command = Interrupt.in_command, True
+    try:
+        yield
+    finally:
+        Interrupt.in_command = before
 
 
 def say_at_once(text: str) -> None:

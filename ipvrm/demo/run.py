@@ -77,7 +77,7 @@ def run_demo(
 
     Raises:
         IpvrmError: no policy seed, or a task that this model cannot learn.
-        TrainingInterrupted: SIGINT or SIGTERM while a reward model or a policy was trained.
+        TrainingInterrupted: a signal while a reward model or a policy was trained, in a command.
     """
     if config.policy_seeds < 1:
         raise IpvrmError(f"demo: policy_seeds must be at least 1; got {config.policy_seeds}")

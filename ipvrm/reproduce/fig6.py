@@ -117,7 +117,7 @@ def reproduce(config: Fig6Config, progress: bool = True, scale: Scale | None = N
     Raises:
         IpvrmError: an unknown scale, seeds that are none, negative or repeated, or a demo that has not
             finished and is not one of the full size.
-        TrainingInterrupted: SIGINT or SIGTERM during a run.
+        TrainingInterrupted: a signal during a run, in a command.
     """
     if config.scale not in SCALES:
         raise IpvrmError(f"--scale {config.scale!r}: unknown; the scales are {', '.join(SCALES)}")

@@ -67,7 +67,7 @@ def train_policy(config: PolicyConfig, progress: bool = True) -> TrainResult:
 
     Raises:
         IpvrmError: anything the user can act on, before the first step where possible.
-        TrainingInterrupted: SIGINT or SIGTERM; a checkpoint has been written.
+        TrainingInterrupted: a signal, in a command (`ipvrm.cli.main`); a checkpoint has been written.
     """
     config, method = resolve(config)
     config = with_template_kwargs(config)

@@ -66,7 +66,7 @@ def train_reward_model(config: RewardConfig, progress: bool = True) -> TrainResu
 
     Raises:
         IpvrmError: anything the user can act on, before the first update where possible.
-        TrainingInterrupted: SIGINT or SIGTERM; a checkpoint has been written.
+        TrainingInterrupted: a signal, in a command (`ipvrm.cli.main`); a checkpoint has been written.
     """
     config = with_template_kwargs(resolve(config))
     accelerator = data_parallel_accelerator(

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from ipvrm.progress import signals_noted
+
 ROOT = Path(__file__).resolve().parents[2]
 VARYING = ("seconds", "tokens_per_second", "peak_memory", "algorithm")  # beginnings of names
 
@@ -58,8 +60,8 @@ def train(config):
 
 @contextmanager
 def signalled_while_writing(trainer, number, monkeypatch):
-    """The process gets signal `number` whenever a run of this trainer writes its models; in the end the
-    handlers are those of before."""
+    """A command in which the process gets signal `number` whenever a run of this trainer writes its models;
+    in the end the handlers are those of before."""
     write, handler = trainer.write_model, signal.getsignal(number)
 
     def signalled(self, *places):
@@ -67,7 +69,7 @@ def signalled_while_writing(trainer, number, monkeypatch):
         os.kill(os.getpid(), number)
         return write(self, *places)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, signals_noted():
         patch.setattr(trainer, "write_model", signalled)
         yield
     assert signal.getsignal(number) is handler

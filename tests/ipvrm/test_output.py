@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ipvrm.output import Unbreakable
-from ipvrm.progress import STOPPING, Interrupt, _Lines, duration, say_at_once
+from ipvrm.progress import STOPPING, Interrupt, _Lines, duration, say_at_once, signals_noted
 
 LATER = """
     import sys
@@ -82,7 +82,7 @@ def test_a_stream_that_is_closed_under_its_user(tmp_path):
 @pytest.mark.parametrize("number", STOPPING)
 def test_each_signal_is_noted_once(number):
     before = signal.getsignal(number)
-    with Interrupt() as interrupt:
+    with signals_noted(), Interrupt() as interrupt:
         os.kill(os.getpid(), number)
         time.sleep(0.01)
         assert interrupt.signal == number
@@ -93,7 +93,7 @@ def test_each_signal_is_noted_once(number):
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Interrupt() as interrupt:
+        with signals_noted(), Interrupt() as interrupt:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.01)
             assert interrupt.signal == 0

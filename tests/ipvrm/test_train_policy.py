@@ -43,6 +43,7 @@ from ipvrm.models.causal_lm import (
     weights_hash,
 )
 from ipvrm.models.reward_model import read_info, write_info
+from ipvrm.progress import signals_noted
 from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.verify import Verdict
@@ -1136,7 +1137,7 @@ def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, signals_noted():
         patch.setattr(train_policy_module._Trainer, "_step", signalled)
         with pytest.raises(TrainingInterrupted, match="stopped after update 2 of 4") as caught:
             train(settings)
@@ -1158,7 +1159,7 @@ def test_resuming_an_older_checkpoint_keeps_what_it_saves(uninterrupted, tmp_pat
         os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, signals_noted():
         patch.setattr(train_policy_module._Trainer, "_step", signalled)
         with pytest.raises(TrainingInterrupted, match="after update 2 of 4") as caught:
             train(replace(settings, resume_from_checkpoint=str(outside)))

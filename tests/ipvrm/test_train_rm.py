@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import ipvrm.training.train_rm as train_rm
 from ipvrm import IpvrmError
 from ipvrm.losses import objectives
+from ipvrm.progress import signals_noted
 from ipvrm.training import checkpoint
 from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
 from ipvrm.training.optimizer import learning_rate_factor
@@ -575,7 +576,7 @@ def test_resume_refuses_another_run(uninterrupted, tmp_path, rollouts):
 def test_the_same_command_starts_goes_on_and_is_finished(config, tmp_path, monkeypatch):
     """`auto`: no checkpoint, a checkpoint, a finished run, which is left alone; others are refused."""
     settings = config(max_steps=3, resume_from_checkpoint="auto")
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, signals_noted():
         interrupt_after(patch, 1)
         with pytest.raises(TrainingInterrupted):
             train(settings)
@@ -640,7 +641,7 @@ def interrupt_after(monkeypatch, step, signal_number=signal.SIGINT):
 def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monkeypatch, signal_number):
     folder = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, signals_noted():
         interrupt_after(patch, 2, signal_number)
         with pytest.raises(TrainingInterrupted, match="resume_from_checkpoint auto") as caught:
             train(copy_of(uninterrupted, folder))
@@ -658,6 +659,22 @@ def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_num
     with signalled_while_writing(train_rm._Trainer, signal_number, monkeypatch):
         folder = train(config(max_steps=1)).output_dir
     assert {"model.safetensors", "results.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_signal_in_a_library_call_is_its_caller_s(config, monkeypatch):
+    """A notebook's or a cluster's own handlers stay in place, and the run goes on behind them."""
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 1, signal.SIGTERM)
+            result = train(config(max_steps=3))
+        assert seen == [signal.SIGTERM] and [record["step"] for record in log_of(result.output_dir)][-1] == 3
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_after(patch, 1, signal.SIGINT)
+            train(config("other", max_steps=3))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow

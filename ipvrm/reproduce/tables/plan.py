@@ -137,7 +137,7 @@ def run_plan(units: Sequence[Unit], output: Path, shown: Progress) -> dict[str, 
 
     Raises:
         IpvrmError: a unit that was asked for with other settings before.
-        TrainingInterrupted: a signal.
+        TrainingInterrupted: a signal, in a command.
     """
     failed: dict[str, str] = {}
     for number, unit in enumerate(units, 1):

@@ -78,7 +78,7 @@ def reproduce(config: ReproduceConfig, progress: bool = True, scale: Scale | Non
     Raises:
         IpvrmError: no table named, inputs of `full` missing, units that were asked for otherwise before; or,
             once the tables are written, units that failed.
-        TrainingInterrupted: a signal.
+        TrainingInterrupted: a signal, in a command.
     """
     if not config.names:
         raise IpvrmError(f"name a table: {', '.join(TABLES)}, or {ALL}")
