@@ -127,7 +127,7 @@ def worker(rank, rendezvous, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_gradients_equal_one_process(tmp_path):
     mp.spawn(worker, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=WORLD)
     found = torch.load(tmp_path / "found.pt", weights_only=True)

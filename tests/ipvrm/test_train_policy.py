@@ -1113,7 +1113,7 @@ KILLED_IN_A_SAVE = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_in_the_middle_of_a_save(uninterrupted, toy, tmp_path):
     """kill -9 while the reward model of checkpoint 2 is half written: the end is the same bits."""
     folder = tmp_path / "run"

@@ -763,8 +763,8 @@ def test_two_gloo_processes_give_the_update_of_one(config, tmp_path):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lora_r", [0, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("lora_r", [0, 2])
 def test_two_sharded_processes_give_the_run_of_one(config, tmp_path, lora_r):
     """FSDP2 by torch itself, on gloo; a checkpoint of two ranks is gone on from by one, which shards
     nothing."""

@@ -24,6 +24,24 @@ from ipvrm_kernels import backend
 from ipvrm_kernels.head import matmul
 
 DEAD_CONTEXT = 70  # exit status
+LONG_IN_THE_INTERPRETER = (  # 100 of its 280 seconds: `full`
+    "test_a_decay_near_one_keeps_its_digits",
+    "test_a_row_is_the_same_whatever_surrounds_it",
+    "test_a_tiny_old_probability",
+    "test_frozen_head_in_row_blocks",
+    "test_matches_loop",
+    "test_micro_batches_add_up",
+    "test_opcheck",
+    "test_rules",
+    "test_workspace_is_honoured_or_refused_with_the_least_that_works",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by -m
+def pytest_collection_modifyitems(items):
+    for item in items if backend.INTERPRETED else ():
+        if getattr(item, "originalname", item.name) in LONG_IN_THE_INTERPRETER:
+            item.add_marker(pytest.mark.full)
 
 
 def pytest_generate_tests(metafunc):

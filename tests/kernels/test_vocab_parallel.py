@@ -166,7 +166,7 @@ def worker(rank, world, rendezvous, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_equals_one_process(tmp_path, world):
     mp.spawn(worker, (world, str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=world)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
