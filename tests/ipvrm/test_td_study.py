@@ -10,9 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import interrupted_at, write_jsonl
+from runs import flags, interrupted_at, write_jsonl
+from served import FakeServer
 
 from ipvrm import IpvrmError
+from ipvrm.cli import main
 from ipvrm.demo.base_model import make_model, make_tokenizer
 from ipvrm.losses.metrics import auc
 from ipvrm.models.causal_lm import save_model, template_hash
@@ -394,6 +396,31 @@ def test_a_half_written_prompt_heals(toy, finished, tmp_path, monkeypatch, capsy
     assert json.loads(path.read_text()).keys() == json.loads(text).keys()
     notes = [line for line in capsys.readouterr().err.splitlines() if "made again" in line]
     assert len(notes) == 1 and notes[0].startswith(str(path))
+
+
+@pytest.mark.slow
+def test_a_server_s_study_is_the_local_one(toy, tmp_path, monkeypatch, capsys):
+    """By `eval td --engine`; the server dies behind a prompt, and goes on at another address."""
+    monkeypatch.setattr(td_study, "CHUNK_PROMPTS", 1)
+    small = {"num_prompts": 2, "num_responses": 2, "prefixes_per_response": 1, "completions": 2}
+    local = study(replace(config(toy, tmp_path / "local"), **small), progress=False)
+    assert local["counts"]["branches"] >= 2
+    ours = replace(config(toy, tmp_path / "served"), **small)
+    kept = tmp_path / "served" / "prompts"
+    with FakeServer(toy / "policy", make_tokenizer()) as server:
+        server.fault = lambda path, body: "die" if any(kept.glob("*.json")) else None
+        assert main(["eval", "td", *flags(replace(ours, engine=server.url))]) == 2
+    (said,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("ipvrm eval td: ")]
+    assert said.startswith(f"ipvrm eval td: {server.url}/completions: ") and "same command" in said
+    assert len(list(kept.glob("*.json"))) == 1
+    with FakeServer(toy / "policy", make_tokenizer()) as server:
+        served = study(replace(ours, engine=server.url), progress=False)
+    assert served["counts"] == local["counts"]
+    assert records(tmp_path / "served") == records(tmp_path / "local")
+    with pytest.raises(IpvrmError, match="changed: engine"):
+        study(ours, progress=False)
+    with FakeServer(toy / "rm", make_tokenizer()) as server, pytest.raises(IpvrmError, match="not .*policy"):
+        study(replace(ours, engine=server.url, output_dir=str(tmp_path / "other")), progress=False)
 
 
 def test_a_branch_at_its_end_is_judged_and_not_continued(toy):
