@@ -1,5 +1,6 @@
 """Tiny runs of TRL's GRPOTrainer and of ours, for test_trl.py and its processes."""
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -67,27 +68,36 @@ def rollout(prompts, run):
     return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
 
-def main(home, out):
-    """One rank of a run whose groups of 8 lie on all ranks; its weights go to `out`."""
-    import os
-
-    torch.set_num_threads(1)
+def on_all_ranks(home):
+    """Trained weights of runs whose groups of 8 lie on all ranks: our policy and online reward model; the
+    stock trainer's policy, and ours with alpha and GAE's coefficient 0."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    config = settings(
-        DistRLConfig, per_device_train_batch_size=8 // world, num_generations=8, max_steps=2,
-        ddp_backend="gloo" if world > 1 else None, rm_update="before", rm_learning_rate=1e-3,
-    )  # fmt: skip
-    weights, run = trained(Path(home), DistRLTrainer, config, rollout_func=rollout)
-    if run.accelerator.is_main_process:
-        rm = run.prefix_rewards.model
-        torch.save(
-            {
-                "world": world,
-                "policy": {name.removeprefix("module."): w for name, w in weights.items()},
-                "reward model": {name: p.detach() for name, p in rm.named_parameters()},
-            },
-            out,
-        )
+
+    def run(kind, config, **more):
+        backend = "gloo" if world > 1 else None
+        config = settings(
+            config, per_device_train_batch_size=8 // world, num_generations=8, max_steps=2,
+            ddp_backend=backend, **more,
+        )  # fmt: skip
+        weights, run = trained(home, kind, config, rollout_func=rollout)
+        return {name.removeprefix("module."): w for name, w in weights.items()}, run
+
+    policy, online = run(DistRLTrainer, DistRLConfig, rm_update="before", rm_learning_rate=1e-3)
+    return {
+        "world": online.accelerator.num_processes,
+        "policy": policy,
+        "reward model": {name: p.detach() for name, p in online.prefix_rewards.model.named_parameters()},
+        "stock": run(GRPOTrainer, GRPOConfig)[0],
+        "without weights": run(DistRLTrainer, DistRLConfig, alpha=0.0, gae_coef=0.0)[0],
+    }
+
+
+def main(home, out):
+    """One rank; the main one writes what it finds to `out`."""
+    torch.set_num_threads(1)
+    found = on_all_ranks(Path(home))
+    if os.environ["RANK"] == "0":
+        torch.save(found, out)
 
 
 if __name__ == "__main__":
