@@ -1,5 +1,7 @@
 """FSDP2 with two gloo processes: gradients of a sharded model with the patched head equal one process's."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -166,7 +168,9 @@ def test_memory_estimate_of_qwen3_8b_on_eight_devices(tmp_path):
     one = memory_estimate(tmp_path, **options)
     eight = memory_estimate(tmp_path, shards=8, **options)
     assert 8.1e9 < one["parameters"] < 8.3e9 and one["gathered_bytes"] == 0
-    assert one["total_bytes"] > 130e9 and eight["total_bytes"] < 40e9
+    assert one["total_bytes"] > 130e9
+    page = (Path(__file__).parents[2] / "ipvrm/integrations/README.md").read_text(encoding="utf-8")
+    assert f"{eight['total_bytes'] / 1e9:.1f} GB on each of eight devices,\nat least three of 80 GB" in page
     assert eight["weights_gradients_adam_bytes"] == one["weights_gradients_adam_bytes"] // 8
     ends = 2 * 151_936 * 4096
     assert eight["gathered_bytes"] > 4 * ends

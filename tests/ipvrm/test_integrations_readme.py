@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from served import FakeServer
 
 README = Path(__file__).resolve().parents[2] / "ipvrm" / "integrations" / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
@@ -45,9 +47,31 @@ def test_trl(tiny_folder, tmp_path):
     write_info(
         rm, RewardModelInfo("ipvrm", 1.0, 1.0, **entries, template_hash=template_hash(tokenizer), versions={})
     )
+    steps = {"prompt": "What is 1 + 1?", "completions": ["1 and 1", "Answer: 2"], "labels": [True, True]}
     names = {
         "policy": str(tiny_folder), "rm": rm, "output_dir": str(tmp_path / "out"),
         "dataset": Dataset.from_list([{"prompt": f"What is {i} + 1?",
         "answer": str(i + 1)} for i in range(4)]),
+        "stepwise": [steps, steps | {"completions": ["1 and 1", "Answer: 3"], "labels": [True, False]}],
     }  # fmt: skip
     assert run(names, (3,))["trainer"].state.global_step == 1
+    scores = run(names, (4,))["scores"]
+    assert scores.step_scores.shape == (2,)
+    ran = run(names, (5,))
+    assert (
+        ran["trainer"].state.global_step == 1
+        and ran["trainer"].prefix_rewards.info.objective == "implicit_prm"
+    )
+    assert ran["trainer"].prefix_rewards.behaviour  # it has learnt
+
+
+def test_servers_and_verl(tiny_folder):
+    from ipvrm.models.causal_lm import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_folder)
+    with FakeServer(tiny_folder, tokenizer) as server:
+        ran = run({"address": server.url, "policy": str(tiny_folder), "tokenizer": tokenizer}, (6,))
+    assert 1 <= len(ran["sampled"]) <= 8
+    found = run({"torch": torch}, (7,))["found"]
+    assert len(BLOCKS) == 8 and found.shape == (2, 6) and not found[1, 4:].any()
+    assert found[0].unique().numel() > 3
