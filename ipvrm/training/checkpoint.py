@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ipvrm.errors import IpvrmError, cause
 from ipvrm.run_folder import JsonlLog, read_json, remove_folder, sha256_of, write_json, write_tensors
@@ -224,10 +225,17 @@ def save_optimizer(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 def load_optimizer(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
 ) -> None:
-    """Restores what `save_optimizer` wrote; `optimizer` must be fresh and `model` without gradients."""
+    """Restores what `save_optimizer` wrote, on any number of ranks and sharded (FSDP2) or not; `optimizer`
+    must be fresh and `model` without gradients."""
     state: dict[str, Any] = {**load_file(folder / OPTIMIZER)}
     for name, value in scalars.items():
         state[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples (betas)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and parameter.requires_grad:
+            mesh, placements = parameter.device_mesh, parameter.placements
+            for key in (f"state.{name}.exp_avg", f"state.{name}.exp_avg_sq"):
+                # the whole lies on each rank, which keeps its share; nothing is sent
+                state[key] = distribute_tensor(state[key], mesh, placements, src_data_rank=None)
     set_optimizer_state_dict(model, optimizer, state, options=_LOAD)
 
 

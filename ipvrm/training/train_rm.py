@@ -233,11 +233,6 @@ class _Trainer:
                 raise IpvrmError(
                     "--fsdp: a value head (q_rm) was not tested in shards; leave one of them out"
                 )
-            if run.resumed is not None:
-                raise IpvrmError(
-                    f"--fsdp: {run.resumed} cannot be gone on from in shards yet; leave --fsdp out, which "
-                    "goes on from it on any number of processes, each with the whole optimizer"
-                )
             module = fully_sharded(module, self.accelerator)
         optimizer = adamw(module, config.learning_rate, config, self.device)
         if config.fsdp:

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import flags, log_of, run_cli, same_bits, signalled_while_writing, train, weights, write_jsonl
+from runs import ROOT, flags, log_of, run_cli, same_bits, signalled_while_writing, train, weights, write_jsonl
 from safetensors.torch import load_file
 
 import ipvrm.training.train_rm as train_rm
 from ipvrm import IpvrmError
 from ipvrm.losses import objectives
 from ipvrm.progress import signals_noted
+from ipvrm.run_folder import write_json
 from ipvrm.training import checkpoint
 from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
 from ipvrm.training.optimizer import learning_rate_factor
@@ -763,39 +764,55 @@ def test_two_gloo_processes_give_the_update_of_one(config, tmp_path):
     }
 
 
+RUNS = """
+import json, sys
+from ipvrm.cli import main
+for given in json.load(open(sys.argv[1])):
+    assert main(["train-rm", *given]) == 0, given
+"""
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("lora_r", [0, 2])
-def test_two_sharded_processes_give_the_run_of_one(config, tmp_path, lora_r):
-    """FSDP2 by torch itself, on gloo; a checkpoint of two ranks is gone on from by one, which shards
-    nothing."""
+def test_two_sharded_processes_give_the_run_of_one(config, tmp_path):
+    """FSDP2 by torch itself, on gloo, of the whole model and of adapters. A checkpoint of one process is gone
+    on from by two sharded ranks, and one of theirs by one process, which shards nothing."""
     rows = Path(config().train_data).read_text().splitlines(keepends=True)[:17]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(rows))
-    common = {"train_data": str(data), "num_train_epochs": 2, "save_steps": 2, "lora_r": lora_r}
+    common = {"train_data": str(data), "num_train_epochs": 2, "save_steps": 2}
     common |= {"adam_epsilon": 1.0, "learning_rate": 1.0}  # see test_the_split_does_not_matter
-    one = train(config("one", **common))
-    two = config("two", per_device_train_batch_size=3, fsdp=True, **common)
+
+    def behind_step_2_of(name):
+        """The settings of a run that goes on in a folder with the log so far and this checkpoint alone."""
+        source, copy = tmp_path / name, tmp_path / f"from_{name}"
+        shutil.copytree(source / "checkpoint-2", copy / "checkpoint-2")
+        shutil.copy(source / "metrics.jsonl", copy)
+        return {"name": copy.name, "resume_from_checkpoint": "auto"}
+
+    ones, sharded = {}, []
+    for r in (0, 2):
+        ones[r] = train(config(f"one_{r}", lora_r=r, **common))
+        for more in ({"name": f"two_{r}"}, behind_step_2_of(f"one_{r}")):
+            sharded.append(config(lora_r=r, fsdp=True, per_device_train_batch_size=3, **common, **more))
+    (tmp_path / "runs.py").write_text(RUNS)
+    write_json(tmp_path / "runs.json", [flags(one) for one in sharded])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run_cli(*launch, "-m", "ipvrm", "train-rm", *flags(two))
+    done = run_cli(*launch, tmp_path / "runs.py", tmp_path / "runs.json", path=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    want, start = weights(one.output_dir), weights(config().model)
-    moved = max(float((want[n] - start[n]).abs().max()) for n in want)
-    assert moved > 1e-3
 
-    def farthest(folder):
-        got = weights(folder)
-        assert got.keys() == want.keys()
-        return max(float((got[n] - want[n]).abs().max()) for n in want)
-
-    assert farthest(two.output_dir) < 1e-5
-    last = max(Path(two.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    shutil.copytree(last, tmp_path / "resumed" / last.name)
-    again = train(
-        config(
-            "resumed", **{**common, "output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "auto"}
-        )
-    )
-    assert again.steps == one.steps and farthest(again.output_dir) < 1e-5
+    start = weights(config().model)
+    for r, one in ones.items():
+        want = weights(one.output_dir)
+        assert max(float((want[n] - start[n]).abs().max()) for n in want) > 1e-3  # it has moved
+        again = train(config(lora_r=r, **common, **behind_step_2_of(f"two_{r}")))
+        assert again.steps == one.steps == 4
+        for name in (f"two_{r}", f"from_one_{r}", f"from_two_{r}"):
+            got = weights(tmp_path / name)
+            assert got.keys() == want.keys()
+            assert max(float((got[n] - want[n]).abs().max()) for n in want) < 1e-5, name
+            assert_same_log(tmp_path / name, one.output_dir)
+        for name in (f"two_{r}", f"from_one_{r}"):
+            assert json.loads((tmp_path / name / "manifest.json").read_text())["ranks"] == 2
 
 
 def test_sharding_needs_several_processes(config):
