@@ -343,3 +343,38 @@ def test_contract_of_the_plugin_group(wheel):
     assert "_entry_points(group='verl.plugins')" in source and "_ep.load()" in source
     assert source.index("import DataProto") < source.index("_ep.load()")
     assert ".debug(\"Failed to load plugin '%s': %s\"" in source
+
+
+# ------------------------------------------------------------------------------------ verl itself, installed
+
+
+@pytest.mark.full
+def test_verl_itself(batch):
+    """In an environment of verl's own, with ipvrm installed beside it: what its registries hold by then."""
+    core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
+    from verl import DataProto
+    from verl.experimental.reward_loop.reward_manager.registry import get_reward_manager_cls
+    from verl.trainer.config import AlgoConfig
+    from verl.trainer.ppo.ray_trainer import compute_advantage
+    from verl.workers.config import ActorConfig
+
+    assert ours.plugin_state() == "registered"  # by the entry point, in verl's own import
+    assert get_reward_manager_cls(ours.NAME) is sys.modules[ours.PLUGIN].DenseRewardManager
+    rewards, mask, *_ = batch
+    tensors = {"token_level_rewards": rewards, "response_mask": mask.long()}
+    for name, preset in ours.ESTIMATORS.items():
+        data = DataProto.from_dict(tensors=tensors, non_tensors={"uid": PROMPTS})
+        found = compute_advantage(data, name, config=AlgoConfig(gamma=1.0, lam=0.9)).batch["advantages"]
+        config = replace(AdvantageConfig.preset(preset), lam=0.9)
+        assert torch.equal(found, ours.advantages(rewards, mask, PROMPTS, config=config)) and found.any()
+    config = ActorConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, rollout_n=1, clip_ratio_high=0.3)
+    old, advantages = torch.randn(6, 8), 3 * torch.randn(6, 8)
+    new = (old + torch.randn(6, 8)).requires_grad_()
+    kwargs = {"old_log_prob": old, "log_prob": new, "advantages": advantages, "response_mask": mask}
+    kwargs |= {"loss_agg_mode": "token-mean", "config": config, "rollout_is_weights": torch.rand(6, 8)}
+    results = [core.get_policy_loss_fn(name)(**kwargs) for name in (ours.NAME, "vanilla")]
+    (mine, metrics), (theirs, of_theirs) = results
+    assert float(mine) == pytest.approx(float(theirs), rel=1e-5)
+    assert metrics == pytest.approx(of_theirs, rel=1e-5, abs=1e-6)
+    gradients = [torch.autograd.grad(loss, new)[0] for loss in (mine, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
