@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.studies import release_differences as study
 
@@ -80,3 +81,29 @@ def test_the_gradient_at_the_start():
     want = [-5 * (1 + 1 / 2 + 1 / 3) / 3, -5 * (1 / 2 + 1 / 3) / 3, -5 / 3 / 3]
     assert got.tolist() == pytest.approx(want, rel=1e-5)
     assert study.start_gradient(3, 0).tolist() == pytest.approx([-x for x in want], rel=1e-5)
+
+
+def test_values_of_states():
+    """Two responses of two tokens whose states are scalars: the head of one step is the difference of the
+    mean states before the tokens."""
+    before, after = ([torch.tensor([[x], [y]], dtype=torch.float64) for x, y in of] for of in (
+        ((1.0, 2.0), (0.0, 1.0)),
+        ((2.0, 5.0), (1.0, 0.0)),
+    ))  # fmt: skip
+    found = study.value_heads([((before[0], after[0]), (before[1], after[1]))])
+    assert found["gradient_distance"]["median"] == pytest.approx((3.5 - 0.5 - 1) / 3)
+    moved = torch.tensor([1.0, 3, 1, -1]).std() / torch.tensor([1.0, 2, 0, 1]).std()
+    assert found["value_distance"] == pytest.approx(float(moved)) and found["tokens"] == 4
+    same = study.value_heads([((before[0], before[0]), (before[1], before[1]))])
+    assert same["gradient_distance"]["p95"] == same["value_distance"] == 0
+    assert same["value_correlation"] == pytest.approx(1)
+
+
+def test_the_shortest_pairs():
+    def response(prompt, length, label):
+        return study.Response((prompt, *range(length)), 1, label)
+
+    long, short, wrong = response(7, 3, 1), response(7, 2, 1), response(7, 4, 0)
+    assert study.shortest_pairs([long, wrong, short, response(8, 1, 1)]) == [(short, wrong)]
+    first = response(9, 1, 1), response(9, 1, 0)
+    assert study.shortest_pairs([long, wrong, *first]) == [first, (long, wrong)]

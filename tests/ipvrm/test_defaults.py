@@ -527,6 +527,8 @@ def said_of_the_presets():
     )
     paper, release = policy["paper"], policy["release"]
     assert paper.lora_r == paper.rm_lora_r and release.lora_r == release.rm_lora_r == 0
+    assert rm["release"].mixed_precision == release.mixed_precision
+    assert rm["paper"].mixed_precision == paper.mixed_precision == "no"
     assert release.candidate_mode == "top_k" and config_class("train-rm").preset == paper.preset
     rates = (f"{rate:.0e}".replace("e-0", "e-") for rate in (paper.learning_rate, paper.rm_learning_rate))
     yield f"`--preset {config_class('train-policy').preset}`, the default of both trainers"
@@ -536,7 +538,8 @@ def said_of_the_presets():
     )
     yield (
         f"margin {rm['release'].margin:g} offline, full fine-tuning, n {release.num_generations}, "
-        f"GAE at {release.gae_coef:g}, top-{release.top_k} candidates"
+        f"GAE at {release.gae_coef:g}, top-{release.top_k} candidates, forwards of both trainers in "
+        f"{release.mixed_precision}"
     )
 
 
@@ -552,7 +555,12 @@ def wrong_or_unknown(text):
 def test_the_guide_names_the_defaults():
     text = readme_on_presets(README.read_text(encoding="utf-8"))
     assert wrong_or_unknown(text) == ([], [])
-    for right, wrong in (("margin 5", "margin 4"), ("1e-4 online", "1e-5 online"), ("n 16", "n 8")):
+    for right, wrong in (
+        ("margin 5", "margin 4"),
+        ("1e-4 online", "1e-5 online"),
+        ("n 16", "n 8"),
+        ("in bf16", "in fp16"),
+    ):
         assert right in text
         missing, numbers = wrong_or_unknown(text.replace(right, wrong))
         assert missing and numbers, f"{wrong} is not noticed"

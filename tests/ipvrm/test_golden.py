@@ -9,7 +9,9 @@ for a scalar, against the mean of the absolute terms. Measured: at most 3e-7 of 
 
 import json
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +21,11 @@ from runs import released_scores
 
 import ipvrm
 from ipvrm.evaluate.thresholds import released_grid
-from ipvrm.training.reward_config import RewardConfig, objective_of, resolve
 from ipvrm_kernels import distrl_loss, pack, prefix_values, unpack
+
+sys.path.append(str(Path(__file__).parents[2]))  # behind the installed packages
+
+from benchmarks.studies.release_differences import offline_gradient, released_offline_loss  # noqa: E402
 
 INPUTS = {
     "mask", "log_ratio", "outcome", "group", "weight", "margin", "old_logp", "new_logp", "new_token_logp",
@@ -228,26 +233,6 @@ def test_golden_release(compare, path):
     assert golden.compared or "dpo_pairs" not in golden
 
 
-def released_offline_loss(log_ratio, mask, outcome, beta=10.0, margin=0.0):
-    """`compute_ipvrm_loss` of the released train_rm_with_accelerate.py on a padded micro-batch (b, T): BCE of
-    V_t / t against the outcome, mean over the tokens of all its rows."""
-    mask = mask.float()
-    mean_value = beta * (log_ratio * mask).cumsum(-1) / mask.cumsum(-1).clamp_min(1.0)
-    label = outcome.float()[:, None]
-    right, wrong = (torch.nn.functional.logsigmoid(sign * mean_value - margin) for sign in (1, -1))
-    return (-(label * right + (1 - label) * wrong) * mask).sum() / mask.sum()
-
-
-def released_offline_gradient(log_ratio, mask, outcome, rows):
-    """Of an update that accumulates over micro-batches of `rows` rows; accelerate divides by their number."""
-    log_ratio = log_ratio.clone().requires_grad_()
-    parts = range(0, len(log_ratio), rows)
-    for i in parts:
-        own = slice(i, i + rows)
-        (released_offline_loss(log_ratio[own], mask[own], outcome[own]) / len(parts)).backward()
-    return log_ratio.grad
-
-
 @pytest.mark.parametrize("path", RELEASES, ids=lambda path: path.stem)
 def test_the_offline_gradient_of_the_preset_release_is_the_released_commands(path):
     """The command runs at micro-batch 1 with 8 accumulated; at equal tokens its gradient is the preset's,
@@ -257,23 +242,8 @@ def test_the_offline_gradient_of_the_preset_release_is_the_released_commands(pat
     for margin in (5, 0):  # the transcription is the released function's
         loss = released_offline_loss(log_ratio, mask, outcome, margin=float(margin))
         golden.compare(f"offline_token_mean_loss_m{margin}", loss)
-    want = pack(released_offline_gradient(log_ratio, mask, outcome, rows=1), mask)[0]
-    objective = objective_of(resolve(RewardConfig("m", "d", "o", preset="release")))
-    lengths = golden.cu_seqlens.diff().tolist()
-
-    def distance(gradient):
-        return float((gradient - want).norm() / want.norm())
-
-    for rows in (1, 3, len(lengths)):
-        packed = golden.packed("log_ratio").requires_grad_()
-        for first in range(0, len(lengths), rows):
-            cu_seqlens = golden.cu_seqlens[first : first + rows + 1]
-            part = packed[cu_seqlens[0] : cu_seqlens[-1]]
-            of_part = outcome[first : first + rows]
-            objective(part, cu_seqlens - cu_seqlens[0], of_part, objective.denominator(lengths))[0].backward()
-        assert distance(packed.grad) < 1e-6
-    pooled = pack(released_offline_gradient(log_ratio, mask, outcome, rows=len(lengths)), mask)[0]
-    assert distance(pooled) > 0.05
+    found = offline_gradient([path])
+    assert found["distance"] < 1e-6 and found["least_distance_of_pooled"] > 0.05
 
 
 @pytest.mark.parametrize("path", RELEASES, ids=lambda path: path.stem)
