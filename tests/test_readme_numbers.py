@@ -1,6 +1,6 @@
 """Every number of the results that the READMEs tell of is in a file of benchmarks/results: what is said is
-written here from the files, and where all of that is taken out of the text no number is left but settings.
-And the tree of the top-level README is true."""
+written here from the files, and where all of that is taken out of the text no number is left but those that
+are listed here as no measurement, each with what it is. And the tree of the top-level README is true."""
 
 import json
 import re
@@ -9,10 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import test_defaults
+import test_differences
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README, DEMO = "README.md", "benchmarks/results/demo/README.md"
+README, DEMO, GUIDE = "README.md", "benchmarks/results/demo/README.md", "ipvrm/README.md"
 
 
 def read(name):
@@ -261,6 +263,22 @@ def of_the_steps():
         yield f"{said} {ours}{above} against {full} / {slices}"
 
 
+def of_the_machine():
+    """What the table of speeds and the whole steps were measured on."""
+    machine = read("cpu-amd-zen-5.json")["machine"]
+    assert machine["processor"] == "AMD Zen 5" and machine["simd"] == "AVX512" and machine["cores"] == 2
+    shapes = {row["shape"] for row in Cases("cpu-amd-zen-5.json").rows}
+    assert any(shape.startswith("N=2048 D=1024 V=32000 float32") for shape in shapes)
+    yield (
+        f"on two CPU cores ({machine['cpu']}, Zen 5, AVX-512), 2,048 tokens, hidden 1,024, "
+        "vocabulary 32,000, fp32"
+    )
+    assert any(
+        shape.startswith("8 sequences, 1149 response tokens, 4 layers D=512 V=32000") for shape in shapes
+    )
+    yield "A whole training step (4 layers, D=512, 8 sequences)"
+
+
 def of_the_matmul():
     of = Cases("cpu_matmul-amd-zen-5.json")
     shapes = {row["shape"] for row in of.rows if row["op"] == "op"}
@@ -310,13 +328,41 @@ def of_the_outcome():
         gain["mean"] for name, gain in found["policy_differences"].items() if name.endswith("less base model")
     ]
     yield f"Policies gain {percent(min(gains))} to {percent(max(gains))} points"
-    yield f"of {base_models()[0]['base']['parameters'] / 1e6:.2f} M parameters"
+    assert len(base_models()) == 3
+    yield f"three base models of {base_models()[0]['base']['parameters'] / 1e6:.2f} M parameters"
+    assert list(of_best_of_n())  # majority vote against every reward model, on every base model
+    yield "Of 16 answers majority vote finds the right one more often than either"
+
+
+def of_the_studies():
+    """The guide's sentences on fig6 and `eval td`: one base model each, and what was found on it."""
+    fig6 = read("fig6_smoke/results.json")
+    assert len(fig6["config"]["seeds"]) == 3 and isinstance(fig6["demo"]["seed"], int)
+    yield "run with three seeds of one base model, too few to set one update above another"
+    for name in ("ipvrm", "implicit_prm"):
+        found = read(f"td_study/{name}.json")["correlation"].values()
+        for kind in ("pearson", "spearman"):
+            for what in ("td", "log_prob"):
+                assert all(view[what][kind]["low"] > 0 for view in found)
+        assert all(view["td_less_log_prob"]["pearson"]["high"] < 0 for view in found)
+    yield "On one base model of the demo and one seed the TD of both reward models was correlated with the"
+    yield "so was the policy's own probability, by linear correlation more"
+
+
+def of_the_presets():
+    yield from test_defaults.said_of_the_presets()
+
+
+def of_the_release():
+    yield from test_differences.said(json.loads(test_differences.study.RESULTS.read_text(encoding="utf-8")))
 
 
 CLAIMS = {
     (DEMO, "What `ipvrm demo` shows"): (of_the_demo, of_the_reward_models, of_best_of_n, of_the_policies),
-    (README, "Speed"): (of_the_heads, of_the_matmul, of_the_steps),
+    (README, "Speed"): (of_the_machine, of_the_heads, of_the_matmul, of_the_steps),
     (README, "What the reward models can do so far"): (of_the_outcome,),
+    (GUIDE, "Policies"): (of_the_studies,),
+    (GUIDE, "Presets, and what none of them reproduces"): (of_the_presets, of_the_release),
 }
 
 
@@ -331,6 +377,52 @@ def test_the_readmes_have_no_number_that_no_file_has(place):
         text = text.replace(said, "")
     left = re.findall(r".{0,40}?\d+\.\d+.{0,20}", re.sub(SETTINGS, "", text))
     assert not left
+
+
+# Of a whole page, by what they are; blocks of code, names in `` and targets of links are left out before.
+NO_MEASUREMENT = {
+    "a name of others": [
+        r"arXiv 2604\.13197", "Figure 6", r"section 4\.3\.3", r"Apache-2\.0", r"verl 0\.9\.1", r"sm_\d+",
+        r"Eq\. \d+(, \d+)*",
+    ],
+    "a version that is needed": [r"Python 3\.11", r"torch 2\.9 to 2\.13"],
+    "a size or a value by definition": [
+        r"\(B\+1,\)", "1 or 0 for right", r"label\*\* 1 if it ended correct, else 0", "; 1 if the response",
+        "from 0, -1 for none",
+    ],
+    "a setting of what is measured": [
+        r"p >= 0\.1", "of 64 rows at a time", "of 8 tokens a row", "with 8 candidates a row",
+        "at temperature 1",
+    ],
+    "a setting of the released code or of ours, from the code": [
+        "on a grid of 1,000 from -1 to 1", "stopped after 1 s", "a deadline of 10 s",
+    ],
+}  # fmt: skip
+LISTED = [regex for regexes in NO_MEASUREMENT.values() for regex in regexes]
+
+
+def numbers_left(page, text):
+    """Numbers of a page that no claim of its sections and no entry of NO_MEASUREMENT accounts for."""
+    text = " ".join(re.sub(r"```.*?```", "", text, flags=re.S).split())
+    for said in (said for place in CLAIMS if place[0] == page for of in CLAIMS[place] for said in of()):
+        text = text.replace(said, "")
+    text = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "", text))
+    for regex in LISTED:
+        text = re.sub(regex, "", text)
+    return re.findall(r".{0,40}?(?<![A-Za-z\d])\d[\d.,]*.{0,20}", text)
+
+
+@pytest.mark.parametrize("page", [README, GUIDE])
+def test_every_number_of_a_readme_is_compared_or_listed(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert numbers_left(page, text) == []
+    for added in ("IPVRM is 7 points ahead.", "F1 was 83.1 %.", "in 12 minutes"):
+        assert len(numbers_left(page, f"{text}\n{added}")) == 1, f"{added} is not noticed"
+
+
+def test_nothing_is_listed_that_no_readme_holds():
+    text = " ".join("".join((ROOT / page).read_text(encoding="utf-8") for page in (README, GUIDE)).split())
+    assert not [regex for regex in LISTED if not re.search(regex, text)]
 
 
 @pytest.mark.parametrize(
