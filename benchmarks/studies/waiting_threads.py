@@ -106,7 +106,7 @@ def main() -> None:
     from benchmarks.suite.machine import describe
     from ipvrm.run_folder import write_json
 
-    machine, rows = describe(), []
+    machine, rows = describe() | {"threads": os.cpu_count()}, []  # of the workers
     for scale in options.scales:
         workers = {name: started(scale, setting) for name, setting in SETTINGS.items()}
         try:
