@@ -127,7 +127,8 @@ def page(
 
 
 def _opening(files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequence[str]]) -> list[str]:
-    """The picture, what is lost in it, and the table, of the first file that has them all measured."""
+    """The picture, what is lost in it, and the table, of the first file that has them all measured; errors
+    against fp64 of the first that has those."""
     found = []
     for name, content in files.items():
         rows = _rows(content)
@@ -144,6 +145,8 @@ def _opening(files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequenc
             headline.table(rows) + "\n",
         ]
         break
+    lines = (headline.accuracy(_rows(content), content["machine"]) for content in files.values())
+    found += [f"{line}\n" for line in [next(filter(None, lines), "")] if line]
     if files and not any("parts" in content for content in files.values()):
         found.append("No GPU has run this yet.\n")
     return found

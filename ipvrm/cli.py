@@ -93,6 +93,7 @@ COMMANDS = {
         "the benchmark suite on this machine (needs the checkout)", "benchmarks.run", None, "main"
     ),
 }
+SPINS = "1000"  # of a waiting thread before it sleeps; GNU OpenMP's 300,000 hold a core that others want
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -114,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Returns 0, 2 for an error of the user's (one line on stderr), 130 when interrupted."""
     if argv is None:  # as a command
         protect()
+        if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:  # read when torch loads OpenMP
+            os.environ["GOMP_SPINCOUNT"] = SPINS
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -343,7 +343,7 @@ def linear_candidates(
         top_k: number of slots K; with min_prob the best top_k of the set. Default K: floor(1/min_prob +
             1e-4). On the GPU (impl "triton") at most 512 if min_prob is None and V > 16384.
         sampled: (N,) int64 or int32 below V, the sampled tokens, whose log-probs come out of the same
-            pass.
+            pass. Negative ids and unchecked ones from V on as in `linear_logprobs`: -inf.
         return_entropy: whether to compute the entropy.
         impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
 

@@ -294,7 +294,8 @@ def linear_distrl_loss(
     Args:
         hidden, weight, bias, logit_scale, softcap, temperature, max_workspace_bytes, deterministic: as in
             `linear_logprobs`.
-        token_ids: (N,) int64 or int32 below V, the sampled tokens. Any negative id is "no token".
+        token_ids: (N,) int64 or int32 below V, the sampled tokens. Any negative id is "no token". One from V
+            on, where that is not checked, is a token of probability 0: no gradient, and an infinite KL.
         candidate_ids: (N, K) likewise; unused slots -1. Duplicates add their gradients.
         old_logprobs, old_candidate_logprobs: (N,), (N, K) float, under the behaviour policy; -inf marks an
             unused element, which adds no loss, gradient or count. No gradient.

@@ -381,8 +381,8 @@ def linear_logprobs(
             these. The matmul's operands are rounded to autocast's dtype if enabled, else to hidden's; sums
             are fp32 or better.
         ids: (N,) or (N, K) int64 or int32 below V. Any negative id (-1, -100) is "no token": log-prob
-            `fill_value`, no gradient.
-            Duplicates add their gradients.
+            `fill_value`, no gradient. Duplicates add their gradients. An id from V on, where that is not
+            checked, is a token of probability 0: log-prob -inf whatever `fill_value`, no gradient.
         bias: (V,) of weight's dtype or fp32, added in fp32.
         logit_scale, softcap, temperature: see above, in this order; finite, the latter two > 0.
         fill_value: the log-prob of no token; 0.0 keeps `(logprobs * mask).sum()` finite. The losses know an

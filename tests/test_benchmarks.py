@@ -1318,6 +1318,30 @@ def test_the_page_has_a_table_of_errors():
     assert "| error of a log-prob, nats | N=8 D=4 float32 calibrated | N=8 D=4 float32 peaked | " in page
     assert "| **cpp** | 1.0e-06 | 1.0e-06 | 2.0e-03 | 2.0e-03 |" in page
     assert "\n| eager log_softmax | 1.0e-06 |" in page
+    opening = page.partition("\n## ")[0]
+    assert headline.accuracy(rows, FAKE_MACHINE) in opening.splitlines()
+
+
+def test_the_line_on_accuracy_takes_the_worst_of_each():
+    """Of ours over implementations and cases; contenders by their error; no matmul, no missing one."""
+    errors = {
+        "bfloat16": {"cpp": (4e-7, 5e-7), "triton": (6e-7, 1e-7), "TRL": (3.5e-3, 1e-3), "CCE": (1e-3, None)},
+        "float32": {"cpp": (2e-7, 3e-7), "TRL": (1e-7, 9e-8)},
+    }
+    rows = [
+        row(name, 1, shape=f"N=8 D=4 {dtype} {measure.ACCURACY}, {kind}: 1", fp64_error=error)
+        for dtype, found in errors.items()
+        for name, both in {"matmul": (1.0, 1.0), **found}.items()
+        for kind, error in zip(("calibrated", "peaked"), both, strict=True)
+    ]
+    said = headline.accuracy(rows, FAKE_MACHINE)
+    assert said.startswith(
+        "A log-prob is off by at most **6.0e-07** of bf16 inputs (CCE 1.0e-03, TRL 3.5e-03) and **3.0e-07** "
+        "of fp32 inputs (TRL 1.0e-07), in nats against fp64,"
+    )
+    assert headline.where(FAKE_MACHINE) in said
+    assert not headline.accuracy([r for r in rows if measure.is_ours(r.contender)], FAKE_MACHINE)
+    assert not headline.accuracy([row("cpp", 1), row("eager", 1)], FAKE_MACHINE)
 
 
 def test_a_peer_that_cannot_be_imported_says_why(monkeypatch):

@@ -12,6 +12,9 @@ import pytest
 import test_defaults
 import test_differences
 
+from benchmarks.suite import headline
+from benchmarks.suite.measure import Row
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README, DEMO, GUIDE = "README.md", "benchmarks/results/demo/README.md", "ipvrm/README.md"
@@ -286,6 +289,15 @@ def of_the_matmul():
     yield f"the same ops take {min(times):.1f} to {max(times):.1f} times as long"
 
 
+def of_the_accuracy():
+    """The results page's sentence, which the README says too once a processor has rows for it."""
+    for path in sorted(RESULTS.glob("cpu-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if said := headline.accuracy(map(Row.from_dict, found.get("rows", ())), found.get("machine", {})):
+            yield said
+            return
+
+
 def of_the_results_page():
     """Its lines on the targets, from the rows: what single numbers of the users' interest are."""
     of, op = Cases("cpu-amd-zen-5.json"), "linear_logprobs"
@@ -362,7 +374,7 @@ def of_the_release():
 
 CLAIMS = {
     (DEMO, "What `ipvrm demo` shows"): (of_the_demo, of_the_reward_models, of_best_of_n, of_the_policies),
-    (README, "Speed"): (of_the_machine, of_the_heads, of_the_matmul, of_the_steps),
+    (README, "Speed"): (of_the_machine, of_the_heads, of_the_matmul, of_the_steps, of_the_accuracy),
     (README, "What the reward models can do so far"): (of_the_outcome,),
     (GUIDE, "Policies"): (of_the_studies,),
     (GUIDE, "Presets, and what none of them reproduces"): (of_the_presets, of_the_release),

@@ -2,9 +2,9 @@
 
 PyTorch's threads (GNU OpenMP's, on Linux) spin at the end of every parallel region, some milliseconds unless
 told otherwise. Alone on a machine that saves waking them; where other processes want the cores, a thread
-spins while the one it waits for is not running. Each setting in processes of its own, in turns, alone (as far
-as the machine is) and beside as many busy processes as it has cores: wall and CPU time of a training step at
-the scale of `ipvrm demo`, whose regions are short, and of one with D=512, V=32,000.
+spins while the one it waits for is not running. A process for each setting, in turns and sleeping between
+them, alone (as far as the machine is) and beside as many busy processes as it has cores: wall and CPU time of
+a training step at the scale of `ipvrm demo`, whose regions are short, and of one with D=512, V=32,000.
 
     python -m benchmarks.studies.waiting_threads --out benchmarks/results/waiting_threads-KIND.json
 """
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 SETTINGS: dict[str, dict[str, str]] = {
@@ -23,7 +24,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     **{f"GOMP_SPINCOUNT={n}": {"GOMP_SPINCOUNT": str(n)} for n in (1000, 10_000)},
 }
-STEPS = {"demo": 12, "D=512 V=32000": 2}
+STEPS = {"demo": 4, "D=512 V=32000": 2}
 
 
 def step(scale: str) -> Any:
@@ -52,22 +53,41 @@ def step(scale: str) -> Any:
 
 
 def worker(scale: str) -> None:
-    """Prints milliseconds a step: wall, CPU."""
+    """For each line of stdin prints milliseconds a step: wall, CPU."""
     run = step(scale)
     run()
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(STEPS[scale]):
-        run()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(json.dumps([1e3 * wall / STEPS[scale], 1e3 * cpu / STEPS[scale]]))
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(STEPS[scale]):
+            run()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        print(json.dumps([1e3 * wall / STEPS[scale], 1e3 * cpu / STEPS[scale]]), flush=True)
 
 
-def measured(scale: str, setting: dict[str, str]) -> tuple[float, float]:
-    """(wall, CPU) of a fresh process."""
-    unset = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+def started(scale: str, setting: dict[str, str]) -> subprocess.Popen[str]:
+    """A worker of a thread for each core."""
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
+    unset = {k: v for k, v in os.environ.items() if k not in ours}
     command = [sys.executable, "-m", "benchmarks.studies.waiting_threads", "--worker", scale]
-    done = subprocess.run(command, env=unset | setting, capture_output=True, text=True, check=True)
-    wall, cpu = json.loads(done.stdout.splitlines()[-1])
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=unset | setting, stdin=pipe, stdout=pipe, text=True)
+
+
+def answer(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"a worker ended with status {process.wait()}")
+    return line
+
+
+def measured(process: subprocess.Popen[str]) -> tuple[float, float]:
+    """(wall, CPU) of its steps."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    wall, cpu = json.loads(answer(process))
     return wall, cpu
 
 
@@ -76,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scales", nargs="+", choices=STEPS, default=[*STEPS])
     parser.add_argument("--worker", choices=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -85,27 +106,33 @@ def main() -> None:
     from benchmarks.suite.machine import describe
     from ipvrm.run_folder import write_json
 
-    machine, rows = describe(), []
-    for beside in (0, os.cpu_count() or 1):
-        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
+    machine, rows = describe() | {"threads": os.cpu_count()}, []  # of the workers
+    for scale in options.scales:
+        workers = {name: started(scale, setting) for name, setting in SETTINGS.items()}
         try:
-            for scale in STEPS:
-                times: dict[str, list[tuple[float, float]]] = {name: [] for name in SETTINGS}
-                for _ in range(options.rounds):
-                    for name, setting in SETTINGS.items():
-                        times[name].append(measured(scale, setting))
-                for name, found in times.items():
+            for process in workers.values():
+                answer(process)
+            for beside in (0, os.cpu_count() or 1):
+                busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
+                try:
+                    rounds = [[measured(p) for p in workers.values()] for _ in range(options.rounds)]
+                finally:
+                    stop(busy)
+                for name, found in zip(workers, zip(*rounds, strict=True), strict=True):
                     wall, cpu = (statistics.median(column) for column in zip(*found, strict=True))
                     rows.append(dict(busy=beside, scale=scale, setting=name, wall_ms=wall, cpu_ms=cpu))
                     rows[-1]["rounds_ms"] = [wall for wall, _ in found]
-                    print(
-                        f"{beside} busy  {scale:<14} {name:<24} {wall:9.1f} ms, {cpu:9.1f} of CPU", flush=True
-                    )
+                    said = f"{beside} busy  {scale:<14} {name:<24} {wall:9.1f} ms, {cpu:9.1f} of CPU"
+                    print(said, flush=True)
                 write_json(options.out, {"machine": machine, "times": rows})
         finally:
-            for process in busy:
-                process.kill()
-                process.wait()
+            stop(workers.values())
+
+
+def stop(processes: Iterable[subprocess.Popen[Any]]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.suite.measure import LESS_WORK, Row, is_ours
-from benchmarks.suite.tables import cell, verdicts
+from benchmarks.suite.measure import ACCURACY, LESS_WORK, Row, is_ours
+from benchmarks.suite.tables import cell, error, verdicts
 
 SIZE = "N=2048 D=1024 V=32000 float32"
 FORWARD = f"{SIZE} lse + sampled + entropy"
@@ -173,6 +173,31 @@ def where(machine: Mapping[str, Any]) -> str:
         return f"{machine['device']}, {measured}"
     kind = f", {machine['processor']}" if machine.get("processor") else ""
     return f"{machine['cpu']}{kind}, {machine['simd']}, {machine['threads']} cores, {measured}"
+
+
+def accuracy(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
+    """How far a log-prob is from fp64, ours and the others', in one sentence; "" where nobody's was measured.
+
+    Of ours the worst implementation, of each contender the worst case of that dtype.
+    """
+    worst: dict[str, dict[str, float]] = {"bfloat16": {}, "float32": {}}
+    for row in rows:
+        if ACCURACY in row.shape and row.fp64_error is not None and row.contender not in LESS_WORK:
+            found = next(found for dtype, found in worst.items() if dtype in row.shape.split())
+            found[row.contender] = max(row.fp64_error, found.get(row.contender, 0.0))
+    said = []
+    for name, found in zip(("bf16", "fp32"), worst.values(), strict=True):
+        ours = [value for contender, value in found.items() if is_ours(contender)]
+        others = sorted((value, contender) for contender, value in found.items() if not is_ours(contender))
+        if ours and others:
+            told = ", ".join(f"{contender} {error(value)}" for value, contender in others)
+            said.append(f"**{error(max(ours))}** of {name} inputs ({told})")
+    if not said:
+        return ""
+    return (
+        f"A log-prob is off by at most {' and '.join(said)}, in nats against fp64, on rows like a trained "
+        f"model's and on peaked ones ({where(machine)})."
+    )
 
 
 def notes(found: Sequence[Panel]) -> str:

@@ -3,12 +3,14 @@
 import filecmp
 import importlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ipvrm import IpvrmError, cli
 from ipvrm.cli import COMMANDS, main, parse
@@ -30,6 +32,27 @@ def test_help_imports_nothing_heavy():
     done = run(code)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
     assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU OpenMP comes with torch on Linux")
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    ids=["ours", "spins", "policy"],
+)
+def test_a_command_sets_how_long_threads_spin(given, spins):
+    """As OpenMP itself says in the command's process, where a user's value wins."""
+    runtimes = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    if not runtimes:
+        pytest.skip("this torch brings no GNU OpenMP")
+    code = "import ctypes, sys\nfrom ipvrm.cli import main\nsys.argv = ['ipvrm', '--version']\nmain()\n"
+    code += f"assert 'torch' not in sys.modules\nctypes.CDLL({str(runtimes[0])!r})"
+    unset = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=unset | given | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import ipvrm_kernels
 from ipvrm_kernels import (
+    backend,
     clipped_surrogate,
     distrl_loss,
     linear_candidates,
@@ -20,6 +21,7 @@ from ipvrm_kernels import (
     segment_scan,
 )
 
+OP = "segment_scan"  # it has every implementation
 N, K, D, V = 7, 2, 3, 5
 G = torch.Generator().manual_seed(0)
 CU, OUTCOME = torch.tensor([0, 3, N], dtype=torch.int32), torch.tensor([1.0, 0.0])
@@ -27,26 +29,40 @@ WEIGHT, IDS = torch.randn(V, D, generator=G), torch.randint(0, V, (N,), generato
 CANDIDATES, OLD = torch.randint(0, V, (N, K), generator=G), torch.full((N,), -1.5)
 OLD_CANDIDATES, A = torch.full((N, K), -1.5), torch.randn(N, generator=G)
 AC, X = torch.randn(N, K, generator=G), torch.linspace(-1, 1, N)
+NEW_CANDIDATES = torch.linspace(-2, -1.2, N * K).view(N, K)
 HIDDEN = torch.randn(N, D, generator=G)
 LOSS = (OLD, OLD_CANDIDATES, A, AC, CU)
-# every op: {name: (its first input, a function of that input, of options, to a tensor)}
+
+
+def beside(x, *inputs):
+    """The other inputs of an op whose first one is x: on its device, those that float of its dtype."""
+    if not isinstance(x, torch.Tensor):
+        return inputs
+    return [y.to(x.device, x.dtype if y.is_floating_point() else y.dtype) for y in inputs]
+
+
+# every op: {name: (its first input, a function of that input, of a head's weight, of options, to a tensor)}
 OPS = {
-    "linear_logprobs": (HIDDEN, lambda h, **o: linear_logprobs(h, WEIGHT, IDS, **o).logprobs),
+    "linear_logprobs": (
+        HIDDEN, lambda h, w=WEIGHT, **o: linear_logprobs(h, *beside(h, w, IDS), **o).logprobs
+    ),
     "linear_logprobs_partial": (
         HIDDEN,
-        lambda h, **o: linear_logprobs_partial(h, WEIGHT, IDS, vocab_start=0, **o).sumexp,
+        lambda h, w=WEIGHT, **o: linear_logprobs_partial(h, *beside(h, w, IDS), vocab_start=0, **o).sumexp,
     ),
-    "linear_candidates": (HIDDEN, lambda h, **o: linear_candidates(h, WEIGHT, top_k=2, **o).logprobs),
+    "linear_candidates": (
+        HIDDEN, lambda h, w=WEIGHT, **o: linear_candidates(h, *beside(h, w), top_k=2, **o).logprobs
+    ),
     "linear_distrl_loss": (
         HIDDEN,
-        lambda h, **o: linear_distrl_loss(h, WEIGHT, IDS, CANDIDATES, *LOSS, **o).loss,
+        lambda h, w=WEIGHT, **o: linear_distrl_loss(h, *beside(h, w, IDS, CANDIDATES, *LOSS), **o).loss,
     ),
-    "distrl_loss": (X, lambda x, **o: distrl_loss(x, OLD_CANDIDATES, *LOSS, **o).loss),
-    "clipped_surrogate": (X, lambda x, **o: clipped_surrogate(x, OLD, A, **o).loss),
-    "segment_scan": (X, lambda x, **o: segment_scan(x, CU, **o)),
-    "prefix_values": (X, lambda x, **o: prefix_values(x, CU, **o).prob),
-    "prefix_value_loss": (X, lambda x, **o: prefix_value_loss(x, CU, OUTCOME, **o)),
-}
+    "distrl_loss": (X, lambda x, **o: distrl_loss(x, *beside(x, NEW_CANDIDATES, *LOSS), **o).loss),
+    "clipped_surrogate": (X, lambda x, **o: clipped_surrogate(x, *beside(x, OLD, A), **o).loss),
+    "segment_scan": (X, lambda x, **o: segment_scan(x, *beside(x, CU), **o)),
+    "prefix_values": (X, lambda x, **o: prefix_values(x, *beside(x, CU), **o).prob),
+    "prefix_value_loss": (X, lambda x, **o: prefix_value_loss(x, *beside(x, CU, OUTCOME), **o)),
+}  # fmt: skip
 NUMBERS = {  # those that may vary: {op: {option: a value of v in 0.25 .. 0.95}}
     "linear_logprobs": {"temperature": lambda v: v, "logit_scale": lambda v: 1 + v},
     "linear_logprobs_partial": {"temperature": lambda v: v, "logit_scale": lambda v: 1 + v},
@@ -202,6 +218,36 @@ def test_a_tensor_means_its_number(op, option, dtype):
             function(x, **{option: bad})
         words.append(str(caught.value).replace("[nan, nan]", "nan"))
     assert words[0] == words[1] or option == "margin"
+
+
+def values_and_gradients(op, dtype, device, trained, impl, numbers):
+    """The result and its gradients by the first input and, if `trained`, the weight, at an upstream of no
+    symmetry; a result without gradient alone."""
+    x, function = OPS[op]
+    inputs = [y.to(device, dtype).requires_grad_() for y in ((x, WEIGHT) if trained else (x,))]
+    out = function(*inputs, impl=impl, **numbers)
+    if not out.requires_grad:
+        return [out]
+    upstream = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=device).view(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+
+
+def test_tensors_in_every_implementation(op, impl, device):
+    """All numbers of an op at once, as tensors of either dtype: in the bits of floats, and near fp64."""
+    if impl not in ipvrm_kernels.OPS[op]:
+        pytest.skip(f"{op} has no impl={impl!r}")
+    heads = (True,) if backend.INTERPRETED else (False, True)  # trained or frozen; seconds each in Triton's
+    for trained in heads if op.startswith("linear_") else (False,):
+        found = []
+        for v in (torch.tensor(0.3), torch.tensor(0.9, dtype=torch.float64)):
+            numbers = {option: number(v) for option, number in NUMBERS[op].items()}
+            floats = {option: number.item() for option, number in numbers.items()}
+            found.append(values_and_gradients(op, torch.float32, device, trained, impl, numbers))
+            exact = values_and_gradients(op, torch.float64, device, trained, "torch", floats)
+            torch.testing.assert_close(found[-1], [x.float() for x in exact])
+        same = values_and_gradients(op, torch.float32, device, trained, impl, floats)
+        assert all(map(torch.equal, found[-1], same))
+        assert all(not torch.allclose(a, b) for a, b in zip(*found, strict=True))  # none is deaf to them
 
 
 def test_min_prob_decides_the_shape_without_top_k():
