@@ -1,0 +1,254 @@
+"""Offline policy training: what `rollout --min_prob` stores, that `label` keeps it, and what is learnt of it.
+
+The toy task is that of test_train_policy.py.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import log_of, same_bits, weights, write_jsonl
+
+sys.path.append(str(Path(__file__).parents[2]))  # behind the installed packages
+
+from benchmarks.faults.toy import make_toy
+from ipvrm import IpvrmError
+from ipvrm.models.causal_lm import load_model, load_tokenizer
+from ipvrm.rollouts.label import LabelConfig, label_file
+from ipvrm.rollouts.rollout import RolloutConfig, roll_out
+from ipvrm.training.policy_config import PolicyConfig, resolve
+from ipvrm.training.policy_rollouts import Collector
+from ipvrm.training.stored_rollouts import StoredRollouts
+from ipvrm.training.train_policy import train_policy
+
+BEHAVIOUR = ("old_logprobs", "candidate_ids", "old_candidate_logprobs", "temperature", "min_prob")
+TEMPERATURE = 0.8
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A folder with the policy `sft`, the reward model `ipvrm`, `rollouts.parquet` and `data.parquet`."""
+    folder = make_toy(tmp_path_factory.mktemp("toy"), ("ipvrm",))
+    sys.path.insert(0, str(folder))
+    rollouts = RolloutConfig(
+        str(folder / "sft"),
+        str(folder / "prompts.jsonl"),
+        str(folder / "rollouts.parquet"),
+        limit=16,
+        max_new_tokens=5,
+        temperature=TEMPERATURE,
+        min_prob=0.1,
+        per_device_eval_batch_size=24,
+        use_cpu=True,
+    )
+    roll_out(rollouts, progress=False)
+    label = LabelConfig(rollouts.output, str(folder / "data.parquet"), "toy_verifiers:first", num_workers=1)
+    label_file(label, progress=False)
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def config(toy, tmp_path):
+    def make(name="run", **changes):
+        settings = {
+            "model": str(toy / "sft"),
+            "train_data": str(toy / "data.parquet"),
+            "output_dir": str(tmp_path / name),
+            "reward_model": str(toy / "ipvrm"),
+            "offline": True,
+            "temperature": TEMPERATURE,
+            "train_prompts": 8,
+            "minibatch_size": 64,
+            "per_device_train_batch_size": 16,
+            "lora_r": 0,
+            "max_steps": 1,
+            "learning_rate": 1e-3,
+            "use_cpu": True,
+        }
+        if changes.get("algorithm") == "grpo":
+            del settings["reward_model"]
+        return PolicyConfig(**(settings | changes))
+
+    return make
+
+
+def train(config):
+    return train_policy(config, progress=False)
+
+
+def rows_of(path):
+    return pq.read_table(path).to_pylist()
+
+
+def test_what_is_stored_is_what_the_policy_that_sampled_knows(toy):
+    model = load_model(toy / "sft", torch.float64)
+    rows = rows_of(toy / "rollouts.parquet")
+    assert len(rows) == 64 and len({row["response_tokens"] for row in rows}) > 1
+    several = 0
+    for row in rows:
+        ids = row["prompt_ids"] + row["response_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, len(row["prompt_ids"]) - 1 : -1]
+        logprobs = (logits / TEMPERATURE).log_softmax(-1)  # (T, V)
+        sampled = logprobs.gather(1, torch.tensor(row["response_ids"])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(row["old_logprobs"]).double(), sampled, atol=1e-5, rtol=0)
+        assert (row["temperature"], row["min_prob"]) == (TEMPERATURE, 0.1)
+        assert row["candidate_ids"][-1] == row["old_candidate_logprobs"][-1] == []  # it carries the outcome
+        for t, (of_ids, found) in enumerate(zip(row["candidate_ids"], row["old_candidate_logprobs"])):
+            if t + 1 == len(row["response_ids"]):
+                break
+            probable = {i for i, p in enumerate(logprobs[t].exp().tolist()) if p >= 0.1}
+            assert {*of_ids} == probable and len(of_ids) == len(found)
+            torch.testing.assert_close(torch.tensor(found).double(), logprobs[t][of_ids], atol=1e-5, rtol=0)
+            several += len(of_ids) > 1
+    assert several > 20
+
+
+def test_nothing_is_stored_unless_asked_for(toy, tmp_path):
+    settings = RolloutConfig(
+        str(toy / "sft"), str(toy / "prompts.jsonl"), str(tmp_path / "o.parquet"), limit=2, max_new_tokens=3,
+        use_cpu=True,
+    )  # fmt: skip
+    roll_out(settings, progress=False)
+    assert not {*rows_of(tmp_path / "o.parquet")[0]} & {*BEHAVIOUR}
+    stored = {(row["row"], row["sample"]): row for row in rows_of(toy / "rollouts.parquet")}
+    for row in rows_of(toy / "data.parquet"):
+        before = stored[row["row"], row["sample"]]
+        assert {name: row[name] for name in BEHAVIOUR} == {name: before[name] for name in BEHAVIOUR}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"min_prob": 0.001}, "min_prob must lie in"),
+        ({"min_prob": 0.1, "top_p": 0.9}, "--top_p 1"),
+        ({"min_prob": 0.1, "top_k": 3}, "--top_k 0"),
+        ({"min_prob": 0.1, "temperature": 0.0, "num_generations": 1}, "--temperature above 0"),
+        ({"min_prob": 0.1, "engine": "http://localhost:1/v1"}, "--engine transformers"),
+    ],
+)
+def test_log_probs_that_are_not_those_of_the_draw_are_not_stored(toy, tmp_path, changes, reason):
+    settings = RolloutConfig(str(toy / "sft"), str(toy / "prompts.jsonl"), str(tmp_path / "o.parquet"))
+    with pytest.raises(IpvrmError, match=reason):
+        roll_out(replace(settings, **changes), progress=False)
+
+
+@pytest.mark.parametrize("algorithm", ["distrl", "grpo_prm", "grpo"])
+def test_an_offline_update_is_the_online_update_on_the_same_rollouts(config, toy, monkeypatch, algorithm):
+    """Online, the same responses are given to the trainer without what was stored of them."""
+    # Adam's first step is lr * g / (|g| + epsilon): with a small epsilon a gradient of rounding errors alone
+    # would move a weight as far as any other
+    offline = config("offline", algorithm=algorithm, adam_epsilon=1e-3, lr_scheduler_type="constant")
+    train(offline)
+    resolved, method = resolve(offline)
+    tokenizer = load_tokenizer(toy / "sft")
+    stored = StoredRollouts(resolved, tokenizer, method.candidates, None)
+
+    def collect(collector, place):
+        rollouts, place, numbers = stored.collect(place, torch.device("cpu"))
+        nothing = torch.empty(0)
+        rollouts.old_logprobs = rollouts.candidate_ids = rollouts.old_candidate_logprobs = nothing
+        return rollouts, place, numbers
+
+    monkeypatch.setattr(Collector, "collect", collect)
+    frozen = {} if algorithm == "grpo" else {"rm_update": "frozen"}
+    prompts = str(toy / "prompts.jsonl")
+    more = {"train_data": prompts, "verifier": "toy_verifiers:first", "verifier_workers": 1} | frozen
+    online = replace(
+        offline, offline=False, output_dir=str(Path(offline.output_dir).parent / "online"), **more
+    )
+    train(online)
+    got, want, start = (weights(f) for f in (offline.output_dir, online.output_dir, toy / "sft"))
+    assert max(float((want[name] - start[name]).abs().max()) for name in want) > 1e-4
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], atol=1e-6, rtol=0)
+    if algorithm == "distrl":
+        assert log_of(offline.output_dir)[0]["candidate_loss"] != 0
+
+
+def test_an_offline_run_resumes_to_the_same_bits(config, tmp_path):
+    whole = config("whole", max_steps=3, save_steps=1, save_total_limit=9, train_prompts=5)
+    train(whole)
+    first = config("first", max_steps=3, save_steps=1, train_prompts=5)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "first" / "checkpoint-1")
+    train(replace(first, resume_from_checkpoint="auto"))
+    assert same_bits(whole.output_dir, first.output_dir)
+    log = log_of(whole.output_dir)
+    assert [line["prompts_seen"] for line in log] == [5, 10, 15]  # into the next epoch: a step goes on
+    assert {line["prompts"] for line in log} == {5} and all(0 < line["rollout_accuracy"] < 1 for line in log)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"algorithm": "prime"}, "--offline is for distrl, grpo, grpo_prm; algorithm 'prime' has to sample"),
+        ({"rm_update": "before"}, "--rm_update before: a reward model that learns is saved with the policy"),
+        ({"candidate_mode": "top_k"}, "candidates are those of --candidate_mode min_prob"),
+        ({"num_generations": 4}, "nothing is sampled to train on; leave --num_generations out"),
+        ({"rollout_prompts": 4}, "leave --rollout_prompts out"),
+        ({"max_rounds": 2}, "leave --max_rounds out"),
+        ({"drop_truncated": "prompt"}, "leave --drop_truncated out"),
+        ({"engine": "http://localhost:1/v1", "lora_r": 4}, "leave --engine out"),
+        ({"temperature": 1.0}, "stored at temperature 0.8, and --temperature is 1"),
+        ({"min_prob": 0.2}, "stored at min_prob 0.1, and --min_prob is 0.2"),
+    ],
+)
+def test_settings_that_stored_rollouts_do_not_have(config, changes, reason):
+    with pytest.raises(IpvrmError) as error:
+        train(config(**changes))
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def without(*names):
+    return lambda row: {name: value for name, value in row.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (without(*BEHAVIOUR), "needs the columns of `ipvrm rollout --min_prob`; missing: old_logprobs, cand"),
+        (without("prompt_ids", "response_ids", "tokenizer_hash"), "missing: prompt_ids"),
+        (lambda row: row | {"tokenizer_hash": "0" * 64}, "its ids are of another tokenizer than that of"),
+        (lambda row: row | {"label": 1}, "no prompt has both a right and a wrong response"),
+    ],
+)
+def test_files_that_cannot_be_learnt_from_end_in_one_line(config, toy, tmp_path, edit, reason):
+    rows = [edit(row) for row in rows_of(toy / "data.parquet")]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    with pytest.raises(IpvrmError) as error:
+        train(config(train_data=str(tmp_path / "data.jsonl")))
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rows_that_do_not_fit_are_named_or_skipped_and_cut_ones_left_out(config, toy, tmp_path):
+    good, short, odd, foreign, cut, *rest = rows_of(toy / "data.parquet")
+    short["old_logprobs"].pop()
+    odd["candidate_ids"][0].append(1)
+    foreign["candidate_ids"][0][0] = 10**6
+    cut["truncated"] = True
+    write_jsonl(tmp_path / "data.jsonl", [good, short, odd, foreign, cut, *rest])
+    settings = config(train_data=str(tmp_path / "data.jsonl"))
+    with pytest.raises(IpvrmError, match="3 of .* rows are bad") as error:
+        train(settings)
+    for number, reason in (
+        (2, "one entry a token"),
+        (3, "how many a token has"),
+        (4, "ids must lie in [0, "),
+    ):
+        assert f"data.jsonl:{number}: " in str(error.value) and reason in str(error.value)
+    resolved, method = resolve(replace(settings, on_bad_row="skip"))
+    found = StoredRollouts(resolved, load_tokenizer(toy / "sft"), method.candidates, None)
+    assert (found.counts["bad"], found.counts["truncated"]) == (3, 1)
+    assert found.counts["rows"] == len(rest) + 5
+
+
+def test_dry_run_counts_the_rollouts(config, capsys):
+    train(config(dry_run=True))
+    data = json.loads(capsys.readouterr().out)["data"]
+    assert data["rows"] == 64 - data["truncated"] and 0 < data["prompts_mixed"] <= data["prompts"] == 16
