@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ipvrm.data.batches import epoch_order
 from ipvrm.data.chat import tokenizer_hash
@@ -29,9 +30,9 @@ class Stored:
     """A response of T tokens, and what was known of them when they were sampled."""
 
     response: Response
-    logprobs: list[float]  # T
-    candidate_ids: list[list[int]]  # T, of each as many as there are
-    candidate_logprobs: list[list[float]]
+    logprobs: Tensor  # (T,)
+    candidate_ids: Tensor  # (T, K_b), -1 where there are fewer
+    candidate_logprobs: Tensor  # (T, K_b), -inf there
 
 
 class StoredRollouts:
@@ -65,10 +66,11 @@ class StoredRollouts:
                     continue
                 found = _stored(given, row.label, row.source, vocabulary, context)
                 groups.setdefault(found.response.input_ids[: found.response.prompt_length], []).append(found)
+            except IpvrmError:
+                raise
             except ValueError as error:
                 bad.append(BadRow(file, number, str(error)))
         report_bad_rows(bad, config.on_bad_row, total=counts["rows"])
-        self.bad = bad
         self.groups = [g for g in groups.values() if len({s.response.label for s in g}) == 2]
         self.counts = {
             "rows": counts["rows"],
@@ -117,12 +119,11 @@ class StoredRollouts:
         taken = [(p, i, stored) for p in places for i, stored in enumerate(self._group(p))]
         rollouts = rollouts_of([Verified(p, i, stored.response) for p, i, stored in taken], device)
         stored = [s for *_, s in taken]
-        rollouts.old_logprobs = torch.tensor([x for s in stored for x in s.logprobs], device=device)
-        ids = [row for s in stored for row in s.candidate_ids]
-        logprobs = [row for s in stored for row in s.candidate_logprobs]
-        width = 0 if self.candidates is None else max(map(len, ids))
-        rollouts.candidate_ids = _padded(ids, width, -1, torch.int64).to(device)
-        rollouts.old_candidate_logprobs = _padded(logprobs, width, -torch.inf, torch.float32).to(device)
+        width = 0 if self.candidates is None else None  # all
+        ids = _joined([s.candidate_ids[:, :width] for s in stored], -1)
+        logprobs = _joined([s.candidate_logprobs[:, :width] for s in stored], -torch.inf)
+        rollouts.old_logprobs = torch.cat([s.logprobs for s in stored]).to(device)
+        rollouts.candidate_ids, rollouts.old_candidate_logprobs = ids.to(device), logprobs.to(device)
         rollouts.candidate_advantages = torch.zeros_like(rollouts.old_candidate_logprobs)
         numbers = {
             "prompts": float(size),
@@ -142,9 +143,15 @@ class StoredRollouts:
 
 
 def _padded(rows: list[list[Any]], width: int, fill: float, dtype: torch.dtype) -> Tensor:
-    """(N, width), what is missing behind a row filled up."""
-    padded = [row[:width] + [fill] * (width - len(row)) for row in rows]
+    """(T, width), what is missing behind a row filled up."""
+    padded = [row + [fill] * (width - len(row)) for row in rows]
     return torch.tensor(padded, dtype=dtype).reshape(len(rows), width)
+
+
+def _joined(parts: list[Tensor], fill: float) -> Tensor:
+    """(N, K) of (T, K_b), end to end."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
 
 
 def _stored(
@@ -162,13 +169,17 @@ def _stored(
         )
     if any(len(a) != len(b) for a, b in zip(ids, of_ids, strict=True)):
         raise ValueError("candidate_ids and old_candidate_logprobs differ in how many a token has")
+    if not all(isinstance(x, float) and x <= 0 for row in (logprobs, *of_ids) for x in row):
+        raise ValueError("log-probs must be numbers of at most 0")
     every = [*prompt, *answer, *(i for row in ids for i in row)]
     if not all(0 <= i < vocabulary for i in every):
-        raise ValueError(
-            f"its ids must lie in [0, {vocabulary}); they reach from {min(every)} to {max(every)}"
-        )
-    if context is not None and len(prompt) + len(answer) > context:
-        raise ValueError(
-            f"its {len(prompt) + len(answer)} tokens are more than the model's {context} positions"
-        )
-    return Stored(Response((*prompt, *answer), len(prompt), label, source), logprobs, ids, of_ids)
+        raise ValueError(f"ids must lie in [0, {vocabulary}); they go from {min(every)} to {max(every)}")
+    if context is not None and (length := len(prompt) + len(answer)) > context:
+        raise ValueError(f"its {length} tokens are more than the model's {context} positions")
+    width = max(map(len, ids))
+    return Stored(
+        Response((*prompt, *answer), len(prompt), label, source),
+        torch.tensor(logprobs),
+        _padded(ids, width, -1, torch.int64),
+        _padded(of_ids, width, -torch.inf, torch.float32),
+    )

@@ -226,22 +226,23 @@ def test_files_that_cannot_be_learnt_from_end_in_one_line(config, toy, tmp_path,
 
 
 def test_rows_that_do_not_fit_are_named_or_skipped_and_cut_ones_left_out(config, toy, tmp_path):
-    good, short, odd, foreign, cut, *rest = rows_of(toy / "data.parquet")
+    good, short, odd, foreign, above, cut, *rest = rows_of(toy / "data.parquet")
     short["old_logprobs"].pop()
     odd["candidate_ids"][0].append(1)
     foreign["candidate_ids"][0][0] = 10**6
+    above["old_logprobs"][0] = 0.1
     cut["truncated"] = True
-    write_jsonl(tmp_path / "data.jsonl", [good, short, odd, foreign, cut, *rest])
+    write_jsonl(tmp_path / "data.jsonl", [good, short, odd, foreign, above, cut, *rest])
     settings = config(train_data=str(tmp_path / "data.jsonl"))
-    with pytest.raises(IpvrmError, match="3 of .* rows are bad") as error:
+    with pytest.raises(IpvrmError, match="4 of .* rows are bad") as error:
         train(settings)
-    reasons = ("one entry a token", "how many a token has", "ids must lie in [0, ")
+    reasons = ("one entry a token", "how many a token has", "ids must lie in [0, ", "of at most 0")
     for number, reason in enumerate(reasons, start=2):
         assert f"data.jsonl:{number}: " in str(error.value) and reason in str(error.value)
     resolved, method = resolve(replace(settings, on_bad_row="skip"))
     found = StoredRollouts(resolved, load_tokenizer(toy / "sft"), method.candidates, None)
-    assert (found.counts["bad"], found.counts["truncated"]) == (3, 1)
-    assert found.counts["rows"] == len(rest) + 5
+    assert (found.counts["bad"], found.counts["truncated"]) == (4, 1)
+    assert found.counts["rows"] == len(rest) + 6
 
 
 def test_dry_run_counts_the_rollouts(config, toy, capsys):
