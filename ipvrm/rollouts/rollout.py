@@ -82,7 +82,8 @@ class RolloutConfig:
     min_prob: float | None = None
     """Also store what `ipvrm train-policy --offline` needs: the log-prob of every response token, and in its
     place the ids and log-probs of all tokens with p >= min_prob (the paper's is 0.1), at `temperature`:
-    `old_logprobs`, `candidate_ids`, `old_candidate_logprobs`, `temperature`, `min_prob`. Default: none."""
+    `old_logprobs`, `candidate_ids`, `old_candidate_logprobs`, `temperature`, `min_prob`, `policy_hash`.
+    Default: none."""
     seed: int = 42
     limit: int | None = None
     """Only the first so many rows."""
@@ -151,7 +152,8 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
                 pairs = zip(batch, generated, strict=True)
                 rows = [_response(*pair, tokenizer, stops) for pair in pairs]
                 if config.min_prob is not None:
-                    known = _behaviour(engine, batch, generated, config.temperature, config.min_prob)
+                    kind = (config.temperature, config.min_prob, made_from["model_hash"])
+                    known = _behaviour(engine, batch, generated, *kind)
                     rows = [row | found for row, found in zip(rows, known, strict=True)]
                 shards.add(rows, seconds)
                 tokens = sum(map(len, generated))
@@ -234,7 +236,12 @@ def _response(job: Job, ids: list[int], tokenizer: Any, stops: set[int]) -> dict
 
 
 def _behaviour(
-    engine: Engine, jobs: Sequence[Job], generated: Sequence[list[int]], temperature: float, min_prob: float
+    engine: Engine,
+    jobs: Sequence[Job],
+    generated: Sequence[list[int]],
+    temperature: float,
+    min_prob: float,
+    policy_hash: str,
 ) -> list[dict[str, Any]]:
     """The columns `BEHAVIOUR` of the responses generated for these jobs."""
     model = cast(TransformersEngine, engine).model
@@ -254,7 +261,7 @@ def _behaviour(
         start = 0
         for i in indices:
             end = start + responses[i].length
-            values = (*(column[start:end] for column in columns), temperature, min_prob)
+            values = (*(column[start:end] for column in columns), temperature, min_prob, policy_hash)
             found[i], start = dict(zip(BEHAVIOUR, values, strict=True)), end
     return found
 

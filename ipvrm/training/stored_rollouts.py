@@ -4,6 +4,7 @@ candidates of the policy that sampled them, as `ipvrm rollout --min_prob` and `i
 A step takes the next prompts with mixed outcomes, in an order that is a pure function of the seed.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ipvrm.data.responses import Response
 from ipvrm.data.rows import BEHAVIOUR, COLUMNS, SAMPLED, TURNS, BadRow, as_object, report_bad_rows, row_of
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.policy_loss import CandidateConfig
+from ipvrm.models.causal_lm import vocab_size, weights_hash
 from ipvrm.training.flags import filled
 from ipvrm.training.policy_config import PolicyConfig
 from ipvrm.training.policy_rollouts import Rollouts, Verified, rollouts_of
@@ -43,8 +45,9 @@ class StoredRollouts:
         context: most tokens of prompt and response; None for no limit.
 
     Raises:
-        IpvrmError: a file without these columns or of another tokenizer, temperature or `min_prob`, bad rows
-            under `on_bad_row="error"`, or not one prompt with both outcomes.
+        IpvrmError: a file without these columns; a row of another tokenizer, policy, temperature or
+            `min_prob`; bad rows, among them such as lack the columns, under `on_bad_row="error"`; or not one
+            prompt with both outcomes.
     """
 
     def __init__(
@@ -53,14 +56,24 @@ class StoredRollouts:
         self.config, self.candidates = config, candidates
         counts: Counter[str] = Counter()
         bad: list[BadRow] = []
-        digest, vocabulary = tokenizer_hash(tokenizer), len(tokenizer)
+        vocabulary = vocab_size(config.model)
+        self.kind: dict[str, Any] = {
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "policy_hash": weights_hash(config.model),
+            "temperature": config.temperature,
+        }
+        if candidates is not None:
+            self.kind["min_prob"] = candidates.min_prob
         groups: dict[tuple[int, ...], list[Stored]] = {}
         for file, number, _, record in records(config.train_data, (*COLUMNS, *BEHAVIOUR), TURNS):
             try:
                 counts["rows"] += 1
-                given = as_object(record)
-                self._check_kind(given, digest)
-                row = row_of(f"{file}:{number}", given)
+                given, where = as_object(record), f"{file}:{number}"
+                if missing := [n for n in (*SAMPLED, *BEHAVIOUR) if given.get(n) is None]:
+                    counts["incomplete"] += 1
+                    raise ValueError(f"lacks {', '.join(missing)}, which --offline needs")
+                self._check_kind(where, given)
+                row = row_of(where, given)
                 if not row.ended:
                     counts["truncated"] += 1
                     continue
@@ -70,6 +83,11 @@ class StoredRollouts:
                 raise
             except ValueError as error:
                 bad.append(BadRow(file, number, str(error)))
+        if counts["incomplete"] == counts["rows"] > 0:
+            raise IpvrmError(
+                f"{config.train_data}: none of its {counts['rows']} rows has what --offline needs; make it "
+                f"with `ipvrm rollout --min_prob` and `ipvrm label`. The first: {bad[0]}"
+            )
         report_bad_rows(bad, config.on_bad_row, total=counts["rows"])
         self.groups = [g for g in groups.values() if len({s.response.label for s in g}) == 2]
         self.counts = {
@@ -85,23 +103,21 @@ class StoredRollouts:
                 "there is nothing to learn from"
             )
 
-    def _check_kind(self, record: dict[str, Any], digest: str) -> None:
-        """Raises IpvrmError for a row that shows what the whole file is."""
-        path = self.config.train_data
-        missing = [name for name in (*SAMPLED, *BEHAVIOUR) if record.get(name) is None]
-        if missing:
-            raise IpvrmError(
-                f"{path}: --offline needs the columns of `ipvrm rollout --min_prob`; missing: "
-                f"{', '.join(missing)}"
-            )
-        if record["tokenizer_hash"] != digest:
-            raise IpvrmError(f"{path}: its ids are of another tokenizer than that of {self.config.model}")
-        wanted = {"temperature": self.config.temperature}
-        if self.candidates is not None:
-            wanted["min_prob"] = self.candidates.min_prob
-        for name, value in wanted.items():
-            if record[name] != value:
-                raise IpvrmError(f"{path}: stored at {name} {record[name]}, and --{name} is {value:g}")
+    def _check_kind(self, where: str, record: dict[str, Any]) -> None:
+        """Raises IpvrmError for a row of another kind: then the file is not of this run."""
+        for name, value in self.kind.items():
+            if record[name] == value:
+                continue
+            if name == "tokenizer_hash":
+                raise IpvrmError(
+                    f"{where}: its ids are of another tokenizer than that of {self.config.model}"
+                )
+            if name == "policy_hash":
+                raise IpvrmError(
+                    f"{where}: its log-probs are of another policy than {self.config.model}; --offline "
+                    "starts from the one that sampled"
+                )
+            raise IpvrmError(f"{where}: stored at {name} {record[name]}, and --{name} is {value:g}")
 
     @property
     def longest(self) -> int:
@@ -159,21 +175,22 @@ def _stored(
 ) -> Stored:
     """What a row holds. Raises ValueError with the reason."""
     prompt, answer = (record[name] for name in SAMPLED[:2])
-    logprobs, ids, of_ids = (record[name] for name in BEHAVIOUR[:3])
+    logprobs, ids, of_ids = columns = [record[name] for name in BEHAVIOUR[:3]]
     if not prompt or not answer:
         raise ValueError("prompt_ids and response_ids must hold at least one id each")
-    if not len(answer) == len(logprobs) == len(ids) == len(of_ids):
-        raise ValueError(
-            f"response_ids, {', '.join(BEHAVIOUR[:3])} must have one entry a token; they have "
-            f"{len(answer)}, {len(logprobs)}, {len(ids)}, {len(of_ids)}"
-        )
-    if any(len(a) != len(b) for a, b in zip(ids, of_ids, strict=True)):
+    for name, column in zip(BEHAVIOUR, columns, strict=False):
+        if not isinstance(column, list) or len(column) != len(answer):
+            raise ValueError(f"{name} must be a list with one entry a token of response_ids: {len(answer)}")
+    pairs = list(zip(ids, of_ids, strict=True))
+    if not all(isinstance(a, list) and isinstance(b, list) and len(a) == len(b) for a, b in pairs):
         raise ValueError("candidate_ids and old_candidate_logprobs differ in how many a token has")
-    if not all(isinstance(x, float) and x <= 0 for row in (logprobs, *of_ids) for x in row):
-        raise ValueError("log-probs must be numbers of at most 0")
+    if ids[-1]:
+        raise ValueError("the last token has candidates; it carries the outcome and must have none")
+    if not all(isinstance(x, float) and -math.inf < x <= 0 for row in (logprobs, *of_ids) for x in row):
+        raise ValueError("log-probs must be finite numbers of at most 0")
     every = [*prompt, *answer, *(i for row in ids for i in row)]
-    if not all(0 <= i < vocabulary for i in every):
-        raise ValueError(f"ids must lie in [0, {vocabulary}); they go from {min(every)} to {max(every)}")
+    if not all(type(i) is int and 0 <= i < vocabulary for i in every):
+        raise ValueError(f"ids must be whole numbers in [0, {vocabulary})")
     if context is not None and (length := len(prompt) + len(answer)) > context:
         raise ValueError(f"its {length} tokens are more than the model's {context} positions")
     width = max(map(len, ids))

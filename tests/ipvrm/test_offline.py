@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[2]))  # behind the installed packages
 
 from benchmarks.faults.toy import make_toy
 from ipvrm import IpvrmError
-from ipvrm.models.causal_lm import load_model, load_tokenizer
+from ipvrm.models.causal_lm import load_model, load_tokenizer, weights_hash
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
 from ipvrm.training.policy_config import PolicyConfig, resolve
@@ -25,7 +25,9 @@ from ipvrm.training.policy_rollouts import Collector
 from ipvrm.training.stored_rollouts import StoredRollouts
 from ipvrm.training.train_policy import train_policy
 
-BEHAVIOUR = ("old_logprobs", "candidate_ids", "old_candidate_logprobs", "temperature", "min_prob")
+BEHAVIOUR = (
+    "old_logprobs", "candidate_ids", "old_candidate_logprobs", "temperature", "min_prob", "policy_hash"
+)  # fmt: skip
 TEMPERATURE = 1.5  # responses of several lengths
 
 
@@ -85,6 +87,7 @@ def rows_of(path):
     return pq.read_table(path).to_pylist()
 
 
+@pytest.mark.slow
 def test_what_is_stored_is_what_the_policy_that_sampled_knows(toy):
     model = load_model(toy / "sft", torch.float64)
     rows = rows_of(toy / "rollouts.parquet")
@@ -98,6 +101,7 @@ def test_what_is_stored_is_what_the_policy_that_sampled_knows(toy):
         sampled = logprobs.gather(1, torch.tensor(row["response_ids"])[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(row["old_logprobs"]).double(), sampled, atol=1e-5, rtol=0)
         assert (row["temperature"], row["min_prob"]) == (TEMPERATURE, 0.1)
+        assert row["policy_hash"] == weights_hash(toy / "sft")
         assert row["candidate_ids"][-1] == row["old_candidate_logprobs"][-1] == []  # it carries the outcome
         for t, of_ids in enumerate(row["candidate_ids"][:-1]):
             found = row["old_candidate_logprobs"][t]
@@ -137,6 +141,7 @@ def test_log_probs_that_are_not_those_of_the_draw_are_not_stored(toy, tmp_path, 
         roll_out(replace(settings, **changes), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["distrl", "grpo_prm", "grpo"])
 def test_an_offline_update_is_the_online_update_on_the_same_rollouts(
     config, toy, tmp_path, monkeypatch, algorithm
@@ -146,9 +151,7 @@ def test_an_offline_update_is_the_online_update_on_the_same_rollouts(
     # would move a weight as far as any other
     offline = config("offline", algorithm=algorithm, adam_epsilon=1e-3, lr_scheduler_type="constant")
     train(offline)
-    resolved, method = resolve(offline)
-    tokenizer = load_tokenizer(toy / "sft")
-    stored = StoredRollouts(resolved, tokenizer, method.candidates, None)
+    stored = stored_of(offline)
 
     def collect(collector, place):
         rollouts, place, numbers = stored.collect(place, torch.device("cpu"))
@@ -212,9 +215,13 @@ def without(*names):
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (without(*BEHAVIOUR), "needs the columns of `ipvrm rollout --min_prob`; missing: old_logprobs, cand"),
-        (without("prompt_ids", "response_ids", "tokenizer_hash"), "missing: prompt_ids"),
+        (without(*BEHAVIOUR), "rows has what --offline needs; make it with `ipvrm rollout --min_prob`"),
+        (
+            without("prompt_ids", "response_ids", "tokenizer_hash"),
+            "data.jsonl:1: lacks prompt_ids, resp",
+        ),
         (lambda row: row | {"tokenizer_hash": "0" * 64}, "its ids are of another tokenizer than that of"),
+        (lambda row: row | {"policy_hash": "0" * 64}, "its log-probs are of another policy than"),
         (lambda row: row | {"label": 1}, "no prompt has both a right and a wrong response"),
     ],
 )
@@ -226,28 +233,82 @@ def test_files_that_cannot_be_learnt_from_end_in_one_line(config, toy, tmp_path,
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
-def test_rows_that_do_not_fit_are_named_or_skipped_and_cut_ones_left_out(config, toy, tmp_path):
-    good, short, odd, foreign, above, cut, *rest = rows_of(toy / "data.parquet")
-    short["old_logprobs"].pop()
-    odd["candidate_ids"][0].append(1)
-    foreign["candidate_ids"][0][0] = 10**6
-    above["old_logprobs"][0] = 0.1
-    cut["truncated"] = True
-    write_jsonl(tmp_path / "data.jsonl", [good, short, odd, foreign, above, cut, *rest])
+def broken(row, name, at, value):
+    row[name][at] = value
+
+
+@pytest.mark.parametrize(
+    ("reason", "edit"),
+    [
+        ("old_logprobs must be a list with one entry a token", lambda r: r["old_logprobs"].pop()),
+        ("candidate_ids must be a list with one entry a token", lambda r: r.update(candidate_ids=3)),
+        ("lacks old_candidate_logprobs, which --off", lambda r: r.update(old_candidate_logprobs=None)),
+        ("lacks policy_hash, which --offline needs", lambda r: r.pop("policy_hash")),
+        ("differ in how many a token has", lambda r: r["candidate_ids"][0].append(1)),
+        ("differ in how many a token has", lambda r: broken(r, "candidate_ids", 0, None)),
+        ("ids must be whole numbers in [0, ", lambda r: broken(r, "response_ids", 0, 10**6)),
+        ("finite numbers of at most 0", lambda r: broken(r, "old_logprobs", 0, 0.1)),
+        ("finite numbers of at most 0", lambda r: broken(r, "old_logprobs", 0, None)),
+        (
+            "the last token has candidates",
+            lambda r: [broken(r, "candidate_ids", -1, [1]), broken(r, "old_candidate_logprobs", -1, [-0.1])],
+        ),
+        (
+            "ids must be whole numbers in [0, ",
+            lambda r: [broken(r, "candidate_ids", 0, [None]), broken(r, "old_candidate_logprobs", 0, [-0.1])],
+        ),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_or_skipped(config, toy, tmp_path, reason, edit):
+    rows = rows_of(toy / "data.parquet")
+    edit(rows[1])
+    write_jsonl(tmp_path / "data.jsonl", rows)
     settings = config(train_data=str(tmp_path / "data.jsonl"))
-    with pytest.raises(IpvrmError, match="4 of .* rows are bad") as error:
+    with pytest.raises(IpvrmError, match=f"1 of {len(rows)} rows are bad") as error:
         train(settings)
-    reasons = ("one entry a token", "how many a token has", "ids must lie in [0, ", "of at most 0")
-    for number, reason in enumerate(reasons, start=2):
-        assert f"data.jsonl:{number}: " in str(error.value) and reason in str(error.value)
-    resolved, method = resolve(replace(settings, on_bad_row="skip"))
-    found = StoredRollouts(resolved, load_tokenizer(toy / "sft"), method.candidates, None)
-    assert (found.counts["bad"], found.counts["truncated"]) == (4, 1)
-    assert found.counts["rows"] == len(rest) + 6
+    assert "data.jsonl:2: " in str(error.value) and reason in str(error.value)
+    found = stored_of(replace(settings, on_bad_row="skip"))
+    assert (found.counts["bad"], found.counts["rows"]) == (1, len(rows))
+
+
+def test_one_row_of_another_policy_ends_the_run_though_bad_rows_are_skipped(config, toy, tmp_path):
+    rows = rows_of(toy / "data.parquet")
+    rows[2]["policy_hash"] = "0" * 64
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    with pytest.raises(IpvrmError, match="data.jsonl:3: its log-probs are of another policy"):
+        train(config(train_data=str(tmp_path / "data.jsonl"), on_bad_row="skip"))
+
+
+def test_what_was_cut_off_is_left_out_and_counted(config, toy, tmp_path):
+    rows = rows_of(toy / "data.parquet")
+    cut = [row["truncated"] for row in rows]
+    changed = cut.index(False)
+    rows[changed]["truncated"] = True
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    found = stored_of(config(train_data=str(tmp_path / "data.jsonl")))
+    assert found.counts["truncated"] == sum(cut) + 1
+    assert sum(map(len, found.groups)) <= len(rows) - found.counts["truncated"]
+
+
+def stored_of(config):
+    resolved, method = resolve(config)
+    return StoredRollouts(resolved, load_tokenizer(config.model), method.candidates, None)
 
 
 def test_dry_run_counts_the_rollouts(config, toy, capsys):
     train(config(dry_run=True))
     data = yaml.safe_load(capsys.readouterr().out)["data"]
-    assert data["rows"] == len(rows_of(toy / "data.parquet"))
-    assert 8 < data["prompts_mixed"] <= data["prompts"] <= 16
+    rows = rows_of(toy / "data.parquet")
+    labels = {}
+    for row in rows:
+        if not row["truncated"]:
+            labels.setdefault(tuple(row["prompt_ids"]), set()).add(row["label"])
+    mixed = [found for found in labels.values() if len(found) == 2]
+    assert len(mixed) >= 8  # or the tests above do not train on what they say
+    assert data == {
+        "rows": len(rows),
+        "bad": 0,
+        "truncated": sum(row["truncated"] for row in rows),
+        "prompts": len(labels),
+        "prompts_mixed": len(mixed),
+    }
