@@ -31,9 +31,10 @@ from ipvrm.losses.advantages import distrl_advantages, outcome_advantages, tempo
 from ipvrm.losses.baselines import per_token
 from ipvrm.losses.objectives import ipvrm_loss
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
+from ipvrm.models.behaviour import behaviour
 from ipvrm.models.causal_lm import head, hidden_states, response_logprobs
 from ipvrm.training.online_reward import token_and_candidate_logprobs
-from ipvrm.training.policy_model import PolicyLoss, behaviour
+from ipvrm.training.policy_model import PolicyLoss
 from ipvrm.training.policy_rollouts import Targets
 from ipvrm_kernels import linear_candidates
 

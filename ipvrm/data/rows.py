@@ -32,6 +32,9 @@ COLUMNS = (
 )  # fmt: skip
 PROMPT_COLUMNS = ("prompt", "system", "tools", "answer", "reward_model", "data_source", *NOT_READ)
 SAMPLED = ("prompt_ids", "response_ids", "tokenizer_hash")
+BEHAVIOUR = (
+    "old_logprobs", "candidate_ids", "old_candidate_logprobs", "temperature", "min_prob", "policy_hash"
+)  # fmt: skip
 TURNS = (("conversation",), ("prompt", "response"))  # one of these sets of columns holds a rollout
 LABELLED = (*TURNS, PAIR_COLUMNS)  # ... or two of them
 SHOWN_BAD_ROWS = 10

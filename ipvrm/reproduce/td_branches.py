@@ -11,11 +11,11 @@ import torch
 from ipvrm.data.batches import collate, length_sorted_microbatches
 from ipvrm.data.responses import Response
 from ipvrm.losses.policy_loss import CandidateConfig
+from ipvrm.models.behaviour import behaviour
 from ipvrm.models.reward_model import RewardModel
 from ipvrm.rollouts.answers import Question, judge, sample
 from ipvrm.rollouts.engine import Engine, Sampling
 from ipvrm.rollouts.verify import Verdict, VerifierPool
-from ipvrm.training.policy_model import behaviour
 
 FRACTIONS = (25, 50, 75, 100)  # of an answer, in percent
 

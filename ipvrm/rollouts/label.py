@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm.data.files import chunked, file_hash, records
-from ipvrm.data.rows import COLUMNS as CONVERSATION_COLUMNS
 from ipvrm.data.rows import (
+    BEHAVIOUR,
     TURNS,
     BadRow,
     BadRows,
@@ -26,6 +26,7 @@ from ipvrm.data.rows import (
     truncated,
     turns,
 )
+from ipvrm.data.rows import COLUMNS as CONVERSATION_COLUMNS
 from ipvrm.errors import IpvrmError
 from ipvrm.output import locked
 from ipvrm.progress import Progress
@@ -45,7 +46,7 @@ from ipvrm.run_folder import (
     write_table,
 )
 
-COLUMNS = (*CONVERSATION_COLUMNS, "answer", "reward_model", "data_source", "sample")
+COLUMNS = (*CONVERSATION_COLUMNS, "answer", "reward_model", "data_source", "sample", *BEHAVIOUR)
 CHUNK = 1024  # answers verified, and kept, at a time
 LISTED_FAILURES = 20
 ANY_VERDICT = Verdict("right", "1")
@@ -109,6 +110,7 @@ class _Rollout:
     sample: int | None
     truncated: bool
     sampled: Sampled | None
+    behaviour: dict[str, Any]  # the columns `BEHAVIOUR` that the row has
 
 
 def _read(path: str | Path) -> Iterator[_Rollout | BadRow]:
@@ -119,7 +121,8 @@ def _read(path: str | Path) -> Iterator[_Rollout | BadRow]:
             if sample is not None and type(sample) is not int:
                 raise ValueError(f"sample must be a whole number; got {sample!r:.40}")
             answer, source, cut = ground_truth(record), data_source(record), truncated(record)
-            yield _Rollout(index, turns(record), answer, source, sample, cut, sampled(record))
+            known = {name: record[name] for name in BEHAVIOUR if record.get(name) is not None}
+            yield _Rollout(index, turns(record), answer, source, sample, cut, sampled(record), known)
         except ValueError as error:
             yield BadRow(file, number, str(error))
 
@@ -306,7 +309,7 @@ def _rows(checked: _Checked, verdicts: Iterable[Verdict]) -> Iterator[dict[str, 
             row["tools"] = json.dumps(found.tools)
         if rollout.sampled is not None:
             row |= asdict(rollout.sampled)
-        yield row
+        yield row | rollout.behaviour
 
 
 def main(config: LabelConfig) -> None:

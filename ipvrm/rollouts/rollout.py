@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from ipvrm.data.batches import length_sorted_microbatches
+from ipvrm.data.batches import collate, length_sorted_microbatches
 from ipvrm.data.chat import tokenizer_hash
 from ipvrm.data.files import file_hash
-from ipvrm.data.rows import OnBadRow, read_prompts
+from ipvrm.data.responses import Response
+from ipvrm.data.rows import BEHAVIOUR, OnBadRow, read_prompts
 from ipvrm.errors import IpvrmError
+from ipvrm.losses.policy_loss import CandidateConfig
+from ipvrm.models.behaviour import behaviour
 from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, max_positions, weights_hash
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, Server, check_engine, kind_of
 from ipvrm.output import locked
@@ -41,6 +44,7 @@ WORDS = {
     "model_hash": "the model",
     "tokenizer_files_hash": "the model's tokenizer files",
 }
+FORWARD_TOKENS = 8192  # most of a padded forward for the log-probs
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,11 @@ class RolloutConfig:
     """Only the likeliest tokens that together have this probability."""
     top_k: int = 0
     """Only so many of the likeliest tokens; 0 for no limit."""
+    min_prob: float | None = None
+    """Also store what `ipvrm train-policy --offline` needs: the log-prob of every response token, and in its
+    place the ids and log-probs of all tokens with p >= min_prob (the paper's is 0.1), at `temperature`:
+    `old_logprobs`, `candidate_ids`, `old_candidate_logprobs`, `temperature`, `min_prob`, `policy_hash`.
+    Default: none."""
     seed: int = 42
     limit: int | None = None
     """Only the first so many rows."""
@@ -141,7 +150,12 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
                 generated = sample(engine, batch, sampling, config.seed)
                 seconds = time.monotonic() - started
                 pairs = zip(batch, generated, strict=True)
-                shards.add([_response(*pair, tokenizer, stops) for pair in pairs], seconds)
+                rows = [_response(*pair, tokenizer, stops) for pair in pairs]
+                if config.min_prob is not None:
+                    kind = (config.temperature, config.min_prob, made_from["model_hash"])
+                    known = _behaviour(engine, batch, generated, *kind)
+                    rows = [row | found for row, found in zip(rows, known, strict=True)]
+                shards.add(rows, seconds)
                 tokens = sum(map(len, generated))
                 update(len(shards.rows), tokens_per_second=tokens / seconds)
     except KeyboardInterrupt:
@@ -195,6 +209,14 @@ def _check(config: RolloutConfig) -> Sampling:
             f"got {config.num_generations}"
         )
     check_engine(config.engine, config.engine_timeout, bf16=config.bf16, use_cpu=config.use_cpu)
+    if config.min_prob is not None:
+        if not 1 / 128 <= config.min_prob <= 1:
+            raise IpvrmError(f"min_prob must lie in [1/128, 1]; got {config.min_prob}")
+        if config.engine != LOCAL or config.temperature == 0 or config.top_p < 1 or config.top_k:
+            raise IpvrmError(
+                "--min_prob stores the log-probs that tokens were drawn with: it needs the model in memory "
+                "(--engine transformers), --temperature above 0, --top_p 1 and --top_k 0"
+            )
     if Path(config.output).suffix not in (".parquet", ".jsonl"):
         raise IpvrmError(f"--output {config.output}: must end in .parquet or .jsonl")
     return sampling
@@ -211,6 +233,37 @@ def _response(job: Job, ids: list[int], tokenizer: Any, stops: set[int]) -> dict
         "response_tokens": len(ids),
         "response_ids": ids,
     }
+
+
+def _behaviour(
+    engine: Engine,
+    jobs: Sequence[Job],
+    generated: Sequence[list[int]],
+    temperature: float,
+    min_prob: float,
+    policy_hash: str,
+) -> list[dict[str, Any]]:
+    """The columns `BEHAVIOUR` of the responses generated for these jobs."""
+    model = cast(TransformersEngine, engine).model
+    device, candidates = model.get_input_embeddings().weight.device, CandidateConfig(min_prob)
+    responses = [Response((*q.ids, *ids), len(q.ids)) for (q, *_), ids in zip(jobs, generated, strict=True)]
+    found: list[dict[str, Any]] = [{} for _ in responses]
+    lengths = [len(r.input_ids) for r in responses]
+    for indices in length_sorted_microbatches(lengths, max_tokens=FORWARD_TOKENS):
+        batch = collate([responses[i] for i in indices]).to(device)
+        logprobs, _, ids, of_ids = behaviour(model, batch, candidates, temperature)
+        used = (ids >= 0).sum(1).tolist()
+        columns = (
+            logprobs.tolist(),
+            [row[:count] for row, count in zip(ids.tolist(), used, strict=True)],
+            [row[:count] for row, count in zip(of_ids.tolist(), used, strict=True)],
+        )
+        start = 0
+        for i in indices:
+            end = start + responses[i].length
+            values = (*(column[start:end] for column in columns), temperature, min_prob, policy_hash)
+            found[i], start = dict(zip(BEHAVIOUR, values, strict=True)), end
+    return found
 
 
 class _Shards:

@@ -1,5 +1,6 @@
 """Settings of `ipvrm train-policy`, their defaults and what is refused."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -32,6 +33,7 @@ from ipvrm.training.flags import (
 )
 
 ALGORITHMS = ("distrl", "grpo", "grpo_prm", "prime", "spro", "reinforce_qrm")
+OFFLINE = ("distrl", "grpo", "grpo_prm")
 NO_REWARD_MODEL = {
     "grpo": "its advantage is the outcome alone",
     "spro": "its process reward comes from the policy itself",
@@ -70,6 +72,7 @@ LORA = Reader(lambda c: c.lora_r != 0, "--{flag} belongs to --lora_r")
 ADAPTERS = Reader(
     lambda c: c.lora_r != 0 or bool(c.rm_lora_r), "--{flag} belongs to --lora_r and --rm_lora_r"
 )
+SAMPLES = Reader(lambda c: not c.offline, "--offline: nothing is sampled to train on; leave --{flag} out")
 EVAL = Reader(lambda c: c.eval_data is not None, "--{flag} belongs to --eval_data")
 
 
@@ -85,7 +88,8 @@ class PolicyConfig:
     model: str = field(metadata=FREE)
     """Starting policy: a folder or a Hub name."""
     train_data: str = field(metadata=FREE)
-    """.parquet, .jsonl or .json of `prompt` and `answer` (or `reward_model.ground_truth`)."""
+    """.parquet, .jsonl or .json of `prompt` and `answer` (or `reward_model.ground_truth`); of --offline what
+    `ipvrm rollout --min_prob` and `ipvrm label` wrote."""
     output_dir: str = field(metadata=FREE)
     """Run folder: the policy, a Hugging Face model folder; in `reward_model` the reward model with the policy
     that it was trained against so that `ipvrm score` gives what trained; metrics.jsonl, results.json."""
@@ -97,6 +101,10 @@ class PolicyConfig:
     reinforce_qrm."""
     preset: Preset = "paper"
     """paper, or release: what the released code does. Flags whose default differs name both."""
+    offline: bool = False
+    """Learn from the stored rollouts in train_data, with the log-probs and candidates of the policy that
+    sampled them, in place of sampling (distrl, grpo, grpo_prm). The reward model is frozen; a step takes
+    train_prompts prompts with mixed outcomes."""
 
     td_reference: Literal["behaviour", "sft"] | None = field(
         default=None,
@@ -106,9 +114,10 @@ class PolicyConfig:
     """What the reward model's log-probs are compared with: the policy that sampled (default), or the
     reference it was trained against (Table 9; prime's default, which freezes its reference)."""
     rm_update: Literal["before", "after", "frozen"] | None = field(
-        default=None, metadata=read_by(REWARD) | default(lambda c: "before")
+        default=None, metadata=read_by(REWARD) | default(lambda c: "frozen" if c.offline else "before")
     )
-    """The reward model learns from the rollouts before it scores them (default), after that, or not."""
+    """The reward model learns from the rollouts before it scores them (default), after that, or not (always
+    under --offline)."""
     reference: str | None = field(default=None, metadata=FREE | read_by(REWARD, REFERENCE))
     """Where the reward model's reference is, if it has moved; read under `td_reference` sft, or if frozen."""
     dlw: bool | None = field(default=None, metadata=read_by(REWARD, ONLINE))
@@ -205,22 +214,21 @@ class PolicyConfig:
     num_generations: int | None = field(
         default=None,
         metadata=must("be at least 2: one response has no group to compare with", lambda x: x >= 2)
+        | read_by(SAMPLES)
         | defaults(paper=4, release=16),
     )
     """Responses per prompt. Default: 4; release: 16."""
     rollout_prompts: int | None = field(
-        default=None, metadata=AT_LEAST_ONE | defaults(paper=512, release=1024)
+        default=None, metadata=AT_LEAST_ONE | read_by(SAMPLES) | defaults(paper=512, release=1024)
     )
     """Prompts per round of rollouts. Default: 512; release: 1024."""
-    max_rounds: int = field(default=1, metadata=AT_LEAST_ONE)
+    max_rounds: int = field(default=1, metadata=AT_LEAST_ONE | read_by(SAMPLES))
     """Rounds until train_prompts are found; then the step takes what there is, be it one mixed prompt
     (`prompts_mixed` in the log)."""
     train_prompts: int | None = field(
         default=None,
         metadata=AT_LEAST_ONE
-        | default(
-            lambda c: min(by_preset(c.preset, paper=256, release=512), c.rollout_prompts * c.max_rounds)
-        ),
+        | default(lambda c: min(by_preset(c.preset, paper=256, release=512), _drawn(c))),
     )
     """Most prompts with mixed outcomes that a step trains on; the others are left out. Default: 256;
     release: 512; less where fewer are drawn."""
@@ -230,7 +238,7 @@ class PolicyConfig:
     max_new_tokens: int = field(default=2048, metadata=AT_LEAST_ONE)
     """Longest response; one that has not ended by then is truncated, counted and not trained on."""
     drop_truncated: Literal["response", "prompt"] | None = field(
-        default=None, metadata=defaults(paper="response", release="prompt")
+        default=None, metadata=read_by(SAMPLES) | defaults(paper="response", release="prompt")
     )
     """What a truncated response takes with it: nothing but itself (default; the moments are over the
     prompt's others), or all responses to its prompt (release)."""
@@ -351,6 +359,11 @@ class Method:
     """Of the online update of an ipvrm reward model."""
 
 
+def _drawn(config: PolicyConfig) -> float:
+    """Most prompts that a step draws; of stored ones there is no limit."""
+    return math.inf if config.offline else filled(config.rollout_prompts) * config.max_rounds
+
+
 def resolve(config: PolicyConfig) -> tuple[PolicyConfig, Method]:
     """`config` with the defaults of its algorithm and preset filled in, and what that means for the method;
     flags that nothing reads stay None.
@@ -370,6 +383,8 @@ def resolve(config: PolicyConfig) -> tuple[PolicyConfig, Method]:
         )
     config = fill(config)
     check_ranges(config)
+    if config.offline:
+        _check_offline(config)
     if config.eval_temperature == 0 and filled(config.eval_num_generations) > 1:
         raise IpvrmError(
             "eval_temperature 0 writes the same response every time; leave --eval_num_generations out"
@@ -380,13 +395,29 @@ def resolve(config: PolicyConfig) -> tuple[PolicyConfig, Method]:
             "--engine of a server needs --lora_r: adapters are what its protocol takes of a policy in "
             "training, and without them it would go on sampling from the first one"
         )
-    drawn = filled(config.rollout_prompts) * config.max_rounds
-    if filled(config.train_prompts) > drawn:
+    if filled(config.train_prompts) > _drawn(config):
         raise IpvrmError(
-            f"train_prompts {config.train_prompts}: a step draws {drawn} at most, rollout_prompts "
+            f"train_prompts {config.train_prompts}: a step draws {_drawn(config)} at most, rollout_prompts "
             f"{config.rollout_prompts} x max_rounds {config.max_rounds}"
         )
     return config, _method(config)
+
+
+def _check_offline(config: PolicyConfig) -> None:
+    """Raises IpvrmError for what stored rollouts cannot do."""
+    if config.algorithm not in OFFLINE:
+        raise IpvrmError(
+            f"--offline is for {', '.join(OFFLINE)}; algorithm {config.algorithm!r} has to sample"
+        )
+    if config.rm_update not in (None, "frozen"):
+        raise IpvrmError(
+            f"--offline --rm_update {config.rm_update}: a reward model that learns is saved with the policy "
+            "that it learnt against, which stored rollouts do not hold; leave it frozen"
+        )
+    if config.candidate_mode == "top_k":
+        raise IpvrmError("--offline: the stored candidates are those of --candidate_mode min_prob")
+    if config.engine != LOCAL:
+        raise IpvrmError("--offline: nothing is sampled to train on; leave --engine out")
 
 
 def _method(config: PolicyConfig) -> Method:

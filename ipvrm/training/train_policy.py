@@ -1,7 +1,8 @@
 """`ipvrm train-policy`: DistRL and its baselines (stage B). Read it top to bottom.
 
 One step, `_Trainer._step`: responses are sampled and verified, prompts whose outcomes differ are kept; one
-pass of the policy gives behaviour log-probs, entropy and exact candidates; the reward model learns from the
+pass of the policy gives behaviour log-probs, entropy and exact candidates (--offline reads all of that from
+files that `ipvrm rollout` and `ipvrm label` wrote); the reward model learns from the
 labels (before or after it scores) and gives its log-probs of the same tokens; advantages are formed once;
 then the policy is updated in minibatches. Every loss is divided by the denominator of its whole minibatch, so
 that the update does not depend on micro-batches, packing or ranks. Ranks share the work and hold the same
@@ -28,6 +29,7 @@ from ipvrm.losses.baselines import (
 )
 from ipvrm.losses.metrics import MetricSums, auc, paired, stacked
 from ipvrm.losses.objectives import dpo_pairs
+from ipvrm.models.behaviour import behaviour
 from ipvrm.models.card import write_card
 from ipvrm.models.causal_lm import (
     load_model,
@@ -50,10 +52,11 @@ from ipvrm.training.online_reward import FOLDER, OnlineReward, RewardInputs
 from ipvrm.training.optimizer import NotFinite, adamw, data_parallel_accelerator, learning_rate_factor, update
 from ipvrm.training.policy_config import Method, PolicyConfig, resolve
 from ipvrm.training.policy_engine import PolicyServer
-from ipvrm.training.policy_model import PolicyLoss, behaviour
+from ipvrm.training.policy_model import PolicyLoss
 from ipvrm.training.policy_rollouts import Collector, Rollouts, Unanimous, questions_hash
 from ipvrm.training.q_values import QValues
 from ipvrm.training.run import RESULTS, Run, TrainResult, held, report, with_template_kwargs
+from ipvrm.training.stored_rollouts import StoredRollouts
 from ipvrm_kernels import DISTRL_METRICS, prefix_values
 
 LOSSES = ("policy_loss", "token_loss", "candidate_loss")
@@ -110,10 +113,17 @@ class _Inputs:
             self.server = Server(config.engine, config.model, config.engine_timeout, size)
             limits = [n for n in (self.context, self.server.max_positions) if n is not None]
             self.context = min(limits, default=None)
-        self.questions, bad = self._read(config.train_data)
+        self.questions: list[Question] = []
+        self.stored: StoredRollouts | None = None
+        if config.offline:
+            self.stored = StoredRollouts(config, self.tokenizer, method.candidates, self.context)
+            self.counts = self.stored.counts
+        else:
+            self.questions, bad = self._read(config.train_data)
+            self.counts = {"prompts": len(self.questions), "bad": len(bad)}
         self.eval_questions = None if config.eval_data is None else self._read(config.eval_data)[0]
-        self.counts = {"prompts": len(self.questions), "bad": len(bad)}
-        run.progress.note(f"{config.train_data}: {len(self.questions):,} prompts, {len(bad)} bad")
+        counts = ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
+        run.progress.note(f"{config.train_data}: {counts}")
 
     def _read(self, path: str) -> tuple[list[Question], list[BadRow]]:
         prompts, bad = read_prompts(path, self.config.on_bad_row)
@@ -121,7 +131,8 @@ class _Inputs:
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the weights of the run."""
-        hashes = {"start_hash": weights_hash(self.config.model), "data_hash": questions_hash(self.questions)}
+        data = questions_hash(self.questions) if self.stored is None else self.stored.fingerprint()
+        hashes = {"start_hash": weights_hash(self.config.model), "data_hash": data}
         scores = self.reward or self.q_values
         reward = {} if scores is None else scores.fingerprint()
         return settings_of(self.config) | kind_of(self.config.engine) | hashes | reward
@@ -133,11 +144,16 @@ class _Inputs:
         if self.reward is not None and self.reward.trained:
             trained["reward_model"] = str(self.reward.folder)
         ranks = {"policy": config.lora_r or 0, "reward_model": config.rm_lora_r or 0}
+        length = (
+            max(len(q.ids) for q in self.questions) + config.max_new_tokens
+            if self.stored is None
+            else self.stored.longest
+        )
         estimates = {
             name: memory_estimate(
                 folder,
                 rows=config.per_device_train_batch_size,
-                length=max(len(q.ids) for q in self.questions) + config.max_new_tokens,
+                length=length,
                 mixed_precision=filled(config.mixed_precision),
                 gradient_checkpointing=config.gradient_checkpointing,
                 lora_r=ranks[name],
@@ -179,7 +195,7 @@ class _Trainer:
         if inputs.server is not None:
             engine = self.server = PolicyServer(inputs.server, self.policy, stops, run)
         parts = (engine, stops, inputs.tokenizer, pool, self.accelerator)
-        self.collector = Collector(inputs.questions, config, *parts)
+        self.collector = None if inputs.stored else Collector(inputs.questions, config, *parts)
         self.evaluator: Collector | None = None
         if inputs.eval_questions is not None:
             self.evaluator = Collector(inputs.eval_questions, config, *parts)
@@ -232,20 +248,12 @@ class _Trainer:
         config, reward, before = self.config, self.reward, time.perf_counter()
         self.seconds = {}
         factor = learning_rate_factor(step, config.max_steps, config)
-        try:
-            self._serve()
-            rollouts, place, collected = self.collector.collect(self.place)
-        except Unanimous as error:
-            self.place = error.place  # what resumes goes on behind these prompts
-            raise
-        with self._timed("behaviour"):
-            self._behaviour(rollouts)
+        rollouts, place, collected = self._collect()
         record: dict[str, Any] = {
             "step": step + 1,
             "algorithm": config.algorithm,
             "prompts_seen": place,
             **collected,
-            "entropy": float(rollouts.entropy.mean()),
         }
         if self.server is not None:
             record["engine_gap"] = self.server.check(rollouts.responses)
@@ -286,6 +294,20 @@ class _Trainer:
         seconds = time.perf_counter() - before
         record |= self.seconds | {"seconds": seconds, "tokens_per_second": collected["tokens"] / seconds}
         return record | {"peak_memory_bytes": peak_memory(self.run.device)}
+
+    def _collect(self) -> tuple[Rollouts, int, dict[str, float]]:
+        """Rollouts with what the policy that sampled knows of them, the place of the next prompt, numbers."""
+        if self.collector is None:
+            return cast(StoredRollouts, self.inputs.stored).collect(self.place, self.run.device)
+        try:
+            self._serve()
+            rollouts, place, collected = self.collector.collect(self.place)
+        except Unanimous as error:
+            self.place = error.place  # what resumes goes on behind these prompts
+            raise
+        with self._timed("behaviour"):
+            self._behaviour(rollouts)
+        return rollouts, place, collected | {"entropy": float(rollouts.entropy.mean())}
 
     def _not_finite(self, rollouts: Rollouts) -> str | None:
         """Whose log-prob of which response is not finite, in words; on all ranks."""

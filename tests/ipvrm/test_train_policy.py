@@ -34,6 +34,7 @@ from ipvrm.losses.advantages import AdvantageConfig
 from ipvrm.losses.metrics import auc
 from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
+from ipvrm.models.behaviour import behaviour
 from ipvrm.models.causal_lm import (
     load_model,
     load_tokenizer,
@@ -51,7 +52,7 @@ from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
 from ipvrm.training.online_reward import OnlineReward, RewardInputs, token_and_candidate_logprobs
 from ipvrm.training.optimizer import NotFinite, data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, resolve
-from ipvrm.training.policy_model import PolicyLoss, behaviour
+from ipvrm.training.policy_model import PolicyLoss
 from ipvrm.training.policy_rollouts import Collector, Targets, Unanimous, Verified, rollouts_of
 from ipvrm.training.train_policy import train_policy
 from ipvrm_kernels import describe_cpu_matmul, prefix_values

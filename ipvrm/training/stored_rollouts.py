@@ -1,0 +1,202 @@
+"""What `train-policy --offline` trains on in the place of sampling: labelled rollouts with the log-probs and
+candidates of the policy that sampled them, as `ipvrm rollout --min_prob` and `ipvrm label` write them.
+
+A step takes the next prompts with mixed outcomes, in an order that is a pure function of the seed.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ipvrm.data.batches import epoch_order
+from ipvrm.data.chat import tokenizer_hash
+from ipvrm.data.files import file_hash, records
+from ipvrm.data.responses import Response
+from ipvrm.data.rows import BEHAVIOUR, COLUMNS, SAMPLED, TURNS, BadRow, as_object, report_bad_rows, row_of
+from ipvrm.errors import IpvrmError
+from ipvrm.losses.policy_loss import CandidateConfig
+from ipvrm.models.causal_lm import vocab_size, weights_hash
+from ipvrm.training.flags import filled
+from ipvrm.training.policy_config import PolicyConfig
+from ipvrm.training.policy_rollouts import Rollouts, Verified, rollouts_of
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A response of T tokens, and what was known of them when they were sampled."""
+
+    response: Response
+    logprobs: Tensor  # (T,)
+    candidate_ids: Tensor  # (T, K_b), -1 where there are fewer
+    candidate_logprobs: Tensor  # (T, K_b), -inf there
+
+
+class StoredRollouts:
+    """Collects as `Collector` does, from a file.
+
+    Args:
+        candidates: those that the run asks for; None for none.
+        context: most tokens of prompt and response; None for no limit.
+
+    Raises:
+        IpvrmError: a file without these columns; a row of another tokenizer, policy, temperature or
+            `min_prob`; bad rows, among them such as lack the columns, under `on_bad_row="error"`; or not one
+            prompt with both outcomes.
+    """
+
+    def __init__(
+        self, config: PolicyConfig, tokenizer: Any, candidates: CandidateConfig | None, context: int | None
+    ):
+        self.config, self.candidates = config, candidates
+        counts: Counter[str] = Counter()
+        bad: list[BadRow] = []
+        vocabulary = vocab_size(config.model)
+        self.kind: dict[str, Any] = {
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "policy_hash": weights_hash(config.model),
+            "temperature": config.temperature,
+        }
+        if candidates is not None:
+            self.kind["min_prob"] = candidates.min_prob
+        groups: dict[tuple[int, ...], list[Stored]] = {}
+        for file, number, _, record in records(config.train_data, (*COLUMNS, *BEHAVIOUR), TURNS):
+            try:
+                counts["rows"] += 1
+                given, where = as_object(record), f"{file}:{number}"
+                if missing := [n for n in (*SAMPLED, *BEHAVIOUR) if given.get(n) is None]:
+                    counts["incomplete"] += 1
+                    raise ValueError(f"lacks {', '.join(missing)}, which --offline needs")
+                self._check_kind(where, given)
+                row = row_of(where, given)
+                if not row.ended:
+                    counts["truncated"] += 1
+                    continue
+                found = _stored(given, row.label, row.source, vocabulary, context)
+                groups.setdefault(found.response.input_ids[: found.response.prompt_length], []).append(found)
+            except IpvrmError:
+                raise
+            except ValueError as error:
+                bad.append(BadRow(file, number, str(error)))
+        if counts["incomplete"] == counts["rows"] > 0:
+            raise IpvrmError(
+                f"{config.train_data}: none of its {counts['rows']} rows has what --offline needs; make it "
+                f"with `ipvrm rollout --min_prob` and `ipvrm label`. The first: {bad[0]}"
+            )
+        report_bad_rows(bad, config.on_bad_row, total=counts["rows"])
+        self.groups = [g for g in groups.values() if len({s.response.label for s in g}) == 2]
+        self.counts = {
+            "rows": counts["rows"],
+            "bad": len(bad),
+            "truncated": counts["truncated"],
+            "prompts": len(groups),
+            "prompts_mixed": len(self.groups),
+        }
+        if not self.groups:
+            raise IpvrmError(
+                f"{config.train_data}: no prompt has both a right and a wrong response ({self.counts}), so "
+                "there is nothing to learn from"
+            )
+
+    def _check_kind(self, where: str, record: dict[str, Any]) -> None:
+        """Raises IpvrmError for a row of another kind: then the file is not of this run."""
+        for name, value in self.kind.items():
+            if record[name] == value:
+                continue
+            if name == "tokenizer_hash":
+                raise IpvrmError(
+                    f"{where}: its ids are of another tokenizer than that of {self.config.model}"
+                )
+            if name == "policy_hash":
+                raise IpvrmError(
+                    f"{where}: its log-probs are of another policy than {self.config.model}; --offline "
+                    "starts from the one that sampled"
+                )
+            raise IpvrmError(f"{where}: stored at {name} {record[name]}, and --{name} is {value:g}")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and response."""
+        return max(len(s.response.input_ids) for group in self.groups for s in group)
+
+    def fingerprint(self) -> str:
+        """What decides the data of the run."""
+        return file_hash(Path(self.config.train_data))
+
+    def collect(self, place: int, device: torch.device) -> tuple[Rollouts, int, dict[str, float]]:
+        """The next prompts' rollouts with log-probs and candidates, the place of the next prompt, counts."""
+        size = min(filled(self.config.train_prompts), len(self.groups))
+        places = range(place, place + size)
+        taken = [(p, i, stored) for p in places for i, stored in enumerate(self._group(p))]
+        rollouts = rollouts_of([Verified(p, i, stored.response) for p, i, stored in taken], device)
+        stored = [s for *_, s in taken]
+        width = 0 if self.candidates is None else None  # all
+        ids = _joined([s.candidate_ids[:, :width] for s in stored], -1)
+        logprobs = _joined([s.candidate_logprobs[:, :width] for s in stored], -torch.inf)
+        rollouts.old_logprobs = torch.cat([s.logprobs for s in stored]).to(device)
+        rollouts.candidate_ids, rollouts.old_candidate_logprobs = ids.to(device), logprobs.to(device)
+        rollouts.candidate_advantages = torch.zeros_like(rollouts.old_candidate_logprobs)
+        numbers = {
+            "prompts": float(size),
+            "prompts_mixed": float(size),
+            "responses": float(len(taken)),
+            "responses_trained": float(len(taken)),
+            "response_tokens": float(sum(rollouts.lengths)),
+            "tokens": float(sum(len(r.input_ids) for r in rollouts.responses)),
+            "rollout_accuracy": float(rollouts.outcome.mean()),
+        }
+        return rollouts, places.stop, numbers
+
+    def _group(self, place: int) -> list[Stored]:
+        """The rollouts of the prompt at this place of the order of the run."""
+        epoch, index = divmod(place, len(self.groups))
+        return self.groups[epoch_order(len(self.groups), self.config.seed, epoch)[index]]
+
+
+def _padded(rows: list[list[Any]], width: int, fill: float, dtype: torch.dtype) -> Tensor:
+    """(T, width), what is missing behind a row filled up."""
+    padded = [row + [fill] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=dtype).reshape(len(rows), width)
+
+
+def _joined(parts: list[Tensor], fill: float) -> Tensor:
+    """(N, K) of (T, K_b), end to end."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
+
+
+def _stored(
+    record: dict[str, Any], label: int | None, source: str, vocabulary: int, context: int | None
+) -> Stored:
+    """What a row holds. Raises ValueError with the reason."""
+    prompt, answer = (record[name] for name in SAMPLED[:2])
+    logprobs, ids, of_ids = columns = [record[name] for name in BEHAVIOUR[:3]]
+    if not prompt or not answer:
+        raise ValueError("prompt_ids and response_ids must hold at least one id each")
+    for name, column in zip(BEHAVIOUR, columns, strict=False):
+        if not isinstance(column, list) or len(column) != len(answer):
+            raise ValueError(f"{name} must be a list with one entry a token of response_ids: {len(answer)}")
+    pairs = list(zip(ids, of_ids, strict=True))
+    if not all(isinstance(a, list) and isinstance(b, list) and len(a) == len(b) for a, b in pairs):
+        raise ValueError("candidate_ids and old_candidate_logprobs differ in how many a token has")
+    if ids[-1]:
+        raise ValueError("the last token has candidates; it carries the outcome and must have none")
+    if not all(isinstance(x, float) and -math.inf < x <= 0 for row in (logprobs, *of_ids) for x in row):
+        raise ValueError("log-probs must be finite numbers of at most 0")
+    every = [*prompt, *answer, *(i for row in ids for i in row)]
+    if not all(type(i) is int and 0 <= i < vocabulary for i in every):
+        raise ValueError(f"ids must be whole numbers in [0, {vocabulary})")
+    if context is not None and (length := len(prompt) + len(answer)) > context:
+        raise ValueError(f"its {length} tokens are more than the model's {context} positions")
+    width = max(map(len, ids))
+    return Stored(
+        Response((*prompt, *answer), len(prompt), label, source),
+        torch.tensor(logprobs),
+        _padded(ids, width, -1, torch.int64),
+        _padded(of_ids, width, -torch.inf, torch.float32),
+    )

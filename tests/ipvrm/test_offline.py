@@ -1,0 +1,314 @@
+"""Offline policy training: what `rollout --min_prob` stores, that `label` keeps it, and what is learnt of it.
+
+The toy task is that of test_train_policy.py.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from runs import log_of, same_bits, weights, write_jsonl
+
+sys.path.append(str(Path(__file__).parents[2]))  # behind the installed packages
+
+from benchmarks.faults.toy import make_toy
+from ipvrm import IpvrmError
+from ipvrm.models.causal_lm import load_model, load_tokenizer, weights_hash
+from ipvrm.rollouts.label import LabelConfig, label_file
+from ipvrm.rollouts.rollout import RolloutConfig, roll_out
+from ipvrm.training.policy_config import PolicyConfig, resolve
+from ipvrm.training.policy_rollouts import Collector
+from ipvrm.training.stored_rollouts import StoredRollouts
+from ipvrm.training.train_policy import train_policy
+
+BEHAVIOUR = (
+    "old_logprobs", "candidate_ids", "old_candidate_logprobs", "temperature", "min_prob", "policy_hash"
+)  # fmt: skip
+TEMPERATURE = 1.5  # responses of several lengths
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A folder with the policy `sft`, the reward model `ipvrm`, `rollouts.parquet` and `data.parquet`."""
+    folder = make_toy(tmp_path_factory.mktemp("toy"), ("ipvrm",))
+    sys.path.insert(0, str(folder))
+    rollouts = RolloutConfig(
+        str(folder / "sft"),
+        str(folder / "prompts.jsonl"),
+        str(folder / "rollouts.parquet"),
+        limit=16,
+        max_new_tokens=6,
+        temperature=TEMPERATURE,
+        min_prob=0.1,
+        per_device_eval_batch_size=24,
+        use_cpu=True,
+    )
+    roll_out(rollouts, progress=False)
+    label = LabelConfig(rollouts.output, str(folder / "data.parquet"), "toy_verifiers:first", num_workers=1)
+    label_file(label, progress=False)
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def config(toy, tmp_path):
+    def make(name="run", **changes):
+        settings = {
+            "model": str(toy / "sft"),
+            "train_data": str(toy / "data.parquet"),
+            "output_dir": str(tmp_path / name),
+            "reward_model": str(toy / "ipvrm"),
+            "offline": True,
+            "temperature": TEMPERATURE,
+            "train_prompts": 8,
+            "minibatch_size": 64,
+            "per_device_train_batch_size": 16,
+            "lora_r": 0,
+            "max_steps": 1,
+            "learning_rate": 1e-3,
+            "use_cpu": True,
+        }
+        if changes.get("algorithm") == "grpo":
+            del settings["reward_model"]
+        return PolicyConfig(**(settings | changes))
+
+    return make
+
+
+def train(config):
+    return train_policy(config, progress=False)
+
+
+def rows_of(path):
+    return pq.read_table(path).to_pylist()
+
+
+@pytest.mark.slow
+def test_what_is_stored_is_what_the_policy_that_sampled_knows(toy):
+    model = load_model(toy / "sft", torch.float64)
+    rows = rows_of(toy / "rollouts.parquet")
+    assert len(rows) == 64 and len({row["response_tokens"] for row in rows}) > 1
+    several = 0
+    for row in rows:
+        ids = row["prompt_ids"] + row["response_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, len(row["prompt_ids"]) - 1 : -1]
+        logprobs = (logits / TEMPERATURE).log_softmax(-1)  # (T, V)
+        sampled = logprobs.gather(1, torch.tensor(row["response_ids"])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(row["old_logprobs"]).double(), sampled, atol=1e-5, rtol=0)
+        assert (row["temperature"], row["min_prob"]) == (TEMPERATURE, 0.1)
+        assert row["policy_hash"] == weights_hash(toy / "sft")
+        assert row["candidate_ids"][-1] == row["old_candidate_logprobs"][-1] == []  # it carries the outcome
+        for t, of_ids in enumerate(row["candidate_ids"][:-1]):
+            found = row["old_candidate_logprobs"][t]
+            probable = {i for i, p in enumerate(logprobs[t].exp().tolist()) if p >= 0.1}
+            assert {*of_ids} == probable and len(of_ids) == len(found)
+            torch.testing.assert_close(torch.tensor(found).double(), logprobs[t][of_ids], atol=1e-5, rtol=0)
+            several += len(of_ids) > 1
+    assert several > 20
+
+
+def test_nothing_is_stored_unless_asked_for(toy, tmp_path):
+    settings = RolloutConfig(
+        str(toy / "sft"), str(toy / "prompts.jsonl"), str(tmp_path / "o.parquet"), limit=2, max_new_tokens=3,
+        use_cpu=True,
+    )  # fmt: skip
+    roll_out(settings, progress=False)
+    assert not {*rows_of(tmp_path / "o.parquet")[0]} & {*BEHAVIOUR}
+    stored = rows_of(toy / "rollouts.parquet")
+    for row in rows_of(toy / "data.parquet"):
+        before = stored[row["row"] - 1]  # counted from 1
+        assert {name: row[name] for name in BEHAVIOUR} == {name: before[name] for name in BEHAVIOUR}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"min_prob": 0.001}, "min_prob must lie in"),
+        ({"min_prob": 0.1, "top_p": 0.9}, "--top_p 1"),
+        ({"min_prob": 0.1, "top_k": 3}, "--top_k 0"),
+        ({"min_prob": 0.1, "temperature": 0.0, "num_generations": 1}, "--temperature above 0"),
+        ({"min_prob": 0.1, "engine": "http://localhost:1/v1"}, "--engine transformers"),
+    ],
+)
+def test_log_probs_that_are_not_those_of_the_draw_are_not_stored(toy, tmp_path, changes, reason):
+    settings = RolloutConfig(str(toy / "sft"), str(toy / "prompts.jsonl"), str(tmp_path / "o.parquet"))
+    with pytest.raises(IpvrmError, match=reason):
+        roll_out(replace(settings, **changes), progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["distrl", "grpo_prm", "grpo"])
+def test_an_offline_update_is_the_online_update_on_the_same_rollouts(
+    config, toy, tmp_path, monkeypatch, algorithm
+):
+    """Online, the same responses are given to the trainer without what was stored of them."""
+    # Adam's first step is lr * g / (|g| + epsilon): with a small epsilon a gradient of rounding errors alone
+    # would move a weight as far as any other
+    offline = config("offline", algorithm=algorithm, adam_epsilon=1e-3, lr_scheduler_type="constant")
+    train(offline)
+    stored = stored_of(offline)
+
+    def collect(collector, place):
+        rollouts, place, numbers = stored.collect(place, torch.device("cpu"))
+        nothing = torch.empty(0)
+        rollouts.old_logprobs = rollouts.candidate_ids = rollouts.old_candidate_logprobs = nothing
+        return rollouts, place, numbers
+
+    monkeypatch.setattr(Collector, "collect", collect)
+    frozen = {} if algorithm == "grpo" else {"rm_update": "frozen"}
+    prompts = str(toy / "prompts.jsonl")
+    more = {"train_data": prompts, "max_new_tokens": 6, "verifier": "toy_verifiers:first"} | frozen
+    online = replace(offline, offline=False, output_dir=str(tmp_path / "online"), **more)
+    train(online)
+    got, want, start = (weights(f) for f in (offline.output_dir, online.output_dir, toy / "sft"))
+    assert max(float((want[name] - start[name]).abs().max()) for name in want) > 1e-4
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], atol=1e-6, rtol=0)
+    if algorithm == "distrl":
+        assert log_of(offline.output_dir)[0]["candidate_loss"] != 0
+
+
+@pytest.mark.slow
+def test_an_offline_run_resumes_to_the_same_bits(config, tmp_path):
+    whole = config("whole", max_steps=3, save_steps=1, save_total_limit=9, train_prompts=5)
+    train(whole)
+    first = config("first", max_steps=3, save_steps=1, train_prompts=5)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "first" / "checkpoint-1")
+    train(replace(first, resume_from_checkpoint="auto"))
+    assert same_bits(whole.output_dir, first.output_dir)
+    log = log_of(whole.output_dir)
+    assert [line["prompts_seen"] for line in log] == [5, 10, 15]  # into the next epoch: a step goes on
+    assert {line["prompts"] for line in log} == {5} and all(0 < line["rollout_accuracy"] < 1 for line in log)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"algorithm": "prime"}, "--offline is for distrl, grpo, grpo_prm; algorithm 'prime' has to sample"),
+        ({"rm_update": "before"}, "--rm_update before: a reward model that learns is saved with the policy"),
+        ({"candidate_mode": "top_k"}, "candidates are those of --candidate_mode min_prob"),
+        ({"num_generations": 4}, "nothing is sampled to train on; leave --num_generations out"),
+        ({"rollout_prompts": 4}, "leave --rollout_prompts out"),
+        ({"max_rounds": 2}, "leave --max_rounds out"),
+        ({"drop_truncated": "prompt"}, "leave --drop_truncated out"),
+        ({"engine": "http://localhost:1/v1", "lora_r": 4}, "leave --engine out"),
+        ({"temperature": 1.0}, "stored at temperature 1.5, and --temperature is 1"),
+        ({"min_prob": 0.2}, "stored at min_prob 0.1, and --min_prob is 0.2"),
+    ],
+)
+def test_settings_that_stored_rollouts_do_not_have(config, changes, reason):
+    with pytest.raises(IpvrmError) as error:
+        train(config(**changes))
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def without(*names):
+    return lambda row: {name: value for name, value in row.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (without(*BEHAVIOUR), "rows has what --offline needs; make it with `ipvrm rollout --min_prob`"),
+        (
+            without("prompt_ids", "response_ids", "tokenizer_hash"),
+            "data.jsonl:1: lacks prompt_ids, resp",
+        ),
+        (lambda row: row | {"tokenizer_hash": "0" * 64}, "its ids are of another tokenizer than that of"),
+        (lambda row: row | {"policy_hash": "0" * 64}, "its log-probs are of another policy than"),
+        (lambda row: row | {"label": 1}, "no prompt has both a right and a wrong response"),
+    ],
+)
+def test_files_that_cannot_be_learnt_from_end_in_one_line(config, toy, tmp_path, edit, reason):
+    rows = [edit(row) for row in rows_of(toy / "data.parquet")]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    with pytest.raises(IpvrmError) as error:
+        train(config(train_data=str(tmp_path / "data.jsonl")))
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def broken(row, name, at, value):
+    row[name][at] = value
+
+
+@pytest.mark.parametrize(
+    ("reason", "edit"),
+    [
+        ("old_logprobs must be a list with one entry a token", lambda r: r["old_logprobs"].pop()),
+        ("candidate_ids must be a list with one entry a token", lambda r: r.update(candidate_ids=3)),
+        ("lacks old_candidate_logprobs, which --off", lambda r: r.update(old_candidate_logprobs=None)),
+        ("lacks policy_hash, which --offline needs", lambda r: r.pop("policy_hash")),
+        ("differ in how many a token has", lambda r: r["candidate_ids"][0].append(1)),
+        ("differ in how many a token has", lambda r: broken(r, "candidate_ids", 0, None)),
+        ("ids must be whole numbers in [0, ", lambda r: broken(r, "response_ids", 0, 10**6)),
+        ("finite numbers of at most 0", lambda r: broken(r, "old_logprobs", 0, 0.1)),
+        ("finite numbers of at most 0", lambda r: broken(r, "old_logprobs", 0, None)),
+        (
+            "the last token has candidates",
+            lambda r: [broken(r, "candidate_ids", -1, [1]), broken(r, "old_candidate_logprobs", -1, [-0.1])],
+        ),
+        (
+            "ids must be whole numbers in [0, ",
+            lambda r: [broken(r, "candidate_ids", 0, [None]), broken(r, "old_candidate_logprobs", 0, [-0.1])],
+        ),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_or_skipped(config, toy, tmp_path, reason, edit):
+    rows = rows_of(toy / "data.parquet")
+    edit(rows[1])
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    settings = config(train_data=str(tmp_path / "data.jsonl"))
+    with pytest.raises(IpvrmError, match=f"1 of {len(rows)} rows are bad") as error:
+        train(settings)
+    assert "data.jsonl:2: " in str(error.value) and reason in str(error.value)
+    found = stored_of(replace(settings, on_bad_row="skip"))
+    assert (found.counts["bad"], found.counts["rows"]) == (1, len(rows))
+
+
+def test_one_row_of_another_policy_ends_the_run_though_bad_rows_are_skipped(config, toy, tmp_path):
+    rows = rows_of(toy / "data.parquet")
+    rows[2]["policy_hash"] = "0" * 64
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    with pytest.raises(IpvrmError, match="data.jsonl:3: its log-probs are of another policy"):
+        train(config(train_data=str(tmp_path / "data.jsonl"), on_bad_row="skip"))
+
+
+def test_what_was_cut_off_is_left_out_and_counted(config, toy, tmp_path):
+    rows = rows_of(toy / "data.parquet")
+    cut = [row["truncated"] for row in rows]
+    changed = cut.index(False)
+    rows[changed]["truncated"] = True
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    found = stored_of(config(train_data=str(tmp_path / "data.jsonl")))
+    assert found.counts["truncated"] == sum(cut) + 1
+    assert sum(map(len, found.groups)) <= len(rows) - found.counts["truncated"]
+
+
+def stored_of(config):
+    resolved, method = resolve(config)
+    return StoredRollouts(resolved, load_tokenizer(config.model), method.candidates, None)
+
+
+def test_dry_run_counts_the_rollouts(config, toy, capsys):
+    train(config(dry_run=True))
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    rows = rows_of(toy / "data.parquet")
+    labels = {}
+    for row in rows:
+        if not row["truncated"]:
+            labels.setdefault(tuple(row["prompt_ids"]), set()).add(row["label"])
+    mixed = [found for found in labels.values() if len(found) == 2]
+    assert len(mixed) >= 8  # or the tests above do not train on what they say
+    assert data == {
+        "rows": len(rows),
+        "bad": 0,
+        "truncated": sum(row["truncated"] for row in rows),
+        "prompts": len(labels),
+        "prompts_mixed": len(mixed),
+    }
