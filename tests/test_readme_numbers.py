@@ -394,7 +394,7 @@ NO_MEASUREMENT = {
     ],
     "a setting of what is measured": [
         r"p >= 0\.1", "of 64 rows at a time", "of 8 tokens a row", "with 8 candidates a row",
-        "at temperature 1",
+        "at temperature 1", r"--min_prob 0\.1",
     ],
     "a setting of the released code or of ours, from the code": [
         "on a grid of 1,000 from -1 to 1", "stopped after 1 s", "a deadline of 10 s",
