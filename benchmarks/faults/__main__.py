@@ -182,6 +182,9 @@ def page(report: dict[str, Any]) -> str:
             "Nothing to do: the command had ended before, nothing was kept that could be damaged, or the "
             "machine does not allow it (a mount). These are no trials; what they left is judged as well.",
             "",
+            "Peak memory of `label` and `score` with a row of 50 MB, and with 10,000 and 100,000 rows: "
+            "[memory.json](memory.json), by `python -m benchmarks.faults.memory`.",
+            "",
             f"`{header['command']}`, commit {header['commit']}{changed}, {header['cpu']}, "
             f"{header['cores']} cores, {header['date']}, {minutes:.0f} minutes. Small disks: {mounted}; "
             f"op calls {sanitized}. Another seed makes other trials, as many as the minutes allow.",
