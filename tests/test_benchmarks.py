@@ -682,6 +682,7 @@ def test_the_gate_judges_another_cpu_loosely(monkeypatch, tmp_path, capsys):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_CPP, reason="the gate compares the C++ kernels")
 def test_the_committed_gate_covers_every_case_and_pytest_benchmark_runs_them():
     committed = json.loads(gate.COMMITTED.read_text())["ratios"]
@@ -1289,6 +1290,7 @@ def test_an_error_that_cannot_be_computed_leaves_the_times(spin):
     assert [r.fp64_error for r in rows] == [None, None] and not any(r.error for r in rows)
 
 
+@pytest.mark.slow
 def test_tables_and_the_chart_show_errors(tmp_path):
     shape = f"N=1 {measure.ACCURACY}, peaked"
     rows = [

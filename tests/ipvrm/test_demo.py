@@ -273,6 +273,7 @@ def test_its_trainings_say_how_far_they_are_and_what_multiplied(demo, tmp_path, 
     assert results["stages"]["rollouts"]["cpu_matmul"] != "another: FAKE"
 
 
+@pytest.mark.slow
 def test_a_base_model_that_never_errs_is_refused(tmp_path, monkeypatch):
     def right(model, tokenizer, problems, *, per_problem, seed, on_batch):
         rng = Random(seed)
@@ -419,6 +420,7 @@ def test_intervals_come_from_problems_and_seeds():
     )
 
 
+@pytest.mark.slow
 def test_curve_of_one_and_of_three_seeds(tmp_path):
     for seeds in (1, 3):
         rng = np.random.default_rng(seeds)

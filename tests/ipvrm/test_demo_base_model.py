@@ -47,6 +47,7 @@ def test_prompt_of_sampling_is_the_prompt_of_training_data(tokenizer):
     assert response.input_ids[-1] == tokenizer.eos_token_id and response.length == 9
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_on_the_solution_only(tokenizer, model):
     losses = []
     train_base(

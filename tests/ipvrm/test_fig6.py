@@ -79,6 +79,7 @@ def trained(monkeypatch):
     return configs
 
 
+@pytest.mark.slow
 def test_the_variants_differ_in_their_switches_alone(demo, trained, tmp_path):
     output = tmp_path / "fig6"
     results = reproduce(Fig6Config(demo=str(demo), output_dir=str(output)), progress=False, scale=SCALE)

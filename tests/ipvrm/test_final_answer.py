@@ -357,6 +357,7 @@ def test_a_ground_truth_must_be_a_text_or_a_number(value):
         ground_truth({"answer": value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pa.float64(), pa.float32(), pa.decimal128(10, 2)])
 @pytest.mark.parametrize("verifier", ["math", "string"])
 def test_a_column_of_numbers(tmp_path, kind, verifier):

@@ -135,6 +135,7 @@ def test_an_unknown_logit_transform_is_refused():
         check_head(model)
 
 
+@pytest.mark.slow
 def test_adapters_on_the_head_are_refused(batch):
     peft = pytest.importorskip("peft")
     on_head = peft.get_peft_model(make("qwen3_untied"), peft.LoraConfig(target_modules=["lm_head"], r=2))

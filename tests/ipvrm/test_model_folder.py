@@ -189,6 +189,7 @@ def test_an_adapter_is_called_one(tiny_folder, tmp_path):
                 read(folder)
 
 
+@pytest.mark.slow
 def test_a_pickled_adapter_is_not_loaded(tiny_folder, tmp_path):
     from ipvrm.training.adapters import ADAPTER, add_adapters, save_trained
 

@@ -81,6 +81,7 @@ def test_with_one_minibatch_the_auc_is_that_of_the_frozen_model(measured):
     assert records[0]["rm_auc_responses"] == 24 and records[0]["rm_auc"] not in (0.0, 0.5, 1.0)
 
 
+@pytest.mark.slow
 def test_with_several_minibatches_it_is_that_of_the_first_before_any_update(measured):
     _, ((frozen, outcome), _) = measured("frozen", 8)
     record, ((first, labels), (scored, _)) = measured("before", 8)

@@ -160,6 +160,7 @@ def test_a_pair_is_dropped_whole(config, tmp_path):
 # ------------------------------------------------------------------------------------------------ training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "pairs"), [("dpo", "one"), ("q_rm", "all")])
 def test_it_learns(config, groups, objective, pairs):
     result = train(config(objective=objective, pairs=pairs, eval_data=str(groups), num_train_epochs=6))
@@ -173,6 +174,7 @@ def test_it_learns(config, groups, objective, pairs):
     assert right.mean_values[-1] > wrong.mean_values[-1]
 
 
+@pytest.mark.slow
 def test_the_step_of_a_q_rm_by_hand(config, tiny_folder, groups):
     """One update against plain PyTorch: the state after each token, its mean, one pair at a time."""
     start = train(config("start", objective="q_rm", max_steps=1, learning_rate=1e-9)).output_dir

@@ -414,6 +414,7 @@ def test_a_folder_is_all_its_subsets(config, tmp_path):
     assert list(results["subsets"]) == ["gsm8k", "math"] and results["transfer_from"] == "gsm8k"
 
 
+@pytest.mark.slow
 def test_generators_calibration_and_the_released_grid(config, run_folder, capsys):
     """Each against its definition, from the scores in the parquet file."""
     path = Path(config.data[0])

@@ -292,6 +292,7 @@ def config(sharp, prompts_file, tmp_path, **settings):
     return RolloutConfig(str(sharp), str(prompts_file), **given)
 
 
+@pytest.mark.slow
 def test_rollout_is_the_local_engine_s(server, sharp, prompts_file, tmp_path):
     local = config(sharp, prompts_file, tmp_path, use_cpu=True)
     roll_out(local, progress=False)

@@ -187,6 +187,7 @@ def test_auc_of_the_value_grows_with_the_planted_gap():
     assert values == sorted(values) and values[-1] == 1.0 and values[0] < 0.95
 
 
+@pytest.mark.slow
 def test_the_papers_two_numbers_are_over_all_branches_with_one_completion_each():
     found = analyse(planted(lambda rate, rng: 5 * rate), resamples=200)["paper"]
     branches = [
@@ -377,6 +378,7 @@ def test_a_killed_study_goes_on_and_batches_do_not_matter(toy, finished, tmp_pat
     assert calls == [2, 2, 2]  # nothing was left to do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["half", "empty", "other"])
 def test_a_half_written_prompt_heals(toy, finished, tmp_path, monkeypatch, capsys, damage):
     output, results = finished

@@ -198,6 +198,7 @@ def test_it_learns(config, toy):
         assert after - before > 3 * error, (algorithm, before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -549,6 +550,7 @@ def test_what_is_saved_scores_what_was_trained(config, toy, tmp_path, trained_va
         assert logged["value_mean"] == pytest.approx(float(got.mean()), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_fails_at_once_keeps_what_the_reward_model_was_trained_against(
     config, toy, tmp_path, monkeypatch
 ):
@@ -1177,6 +1179,7 @@ def test_a_signal_in_the_last_save_loses_nothing(config, monkeypatch, signal_num
     assert {"model.safetensors", "reward_model", "results.json"} <= {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_unanimous_prompts_late_in_a_run_lose_nothing(config, monkeypatch):
     """What has been learnt is saved, and the resumed run goes on behind those prompts."""
     settings = config(algorithm="grpo", max_steps=3, save_steps=0)

@@ -367,6 +367,7 @@ def test_lora(config, tiny_folder, rollouts, tmp_path):
     assert same_bits(resumed, folder) and log_of(resumed) == log_of(folder)
 
 
+@pytest.mark.slow
 def test_lora_scale_layers_and_checkpointing(config, tiny_folder):
     """Twice the scale is another model; gradients are the same with activation checkpointing."""
     common = {"lora_r": 2, "lora_target_modules": ("q_proj",), "max_steps": 2}

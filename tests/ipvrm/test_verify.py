@@ -175,6 +175,7 @@ def test_bad_pool_settings():
 # ------------------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.slow
 def test_hangs_deaths_and_exceptions_are_verdicts_of_their_own(rude):
     """In order, beside good answers that are not lost, within the time that the deadlines allow."""
     responses = ["right", "hang", "exit", "wrong", "segfault", "raise", "none", "hang-in-c", "print", "one"]
@@ -208,6 +209,7 @@ def test_hangs_deaths_and_exceptions_are_verdicts_of_their_own(rude):
     )
 
 
+@pytest.mark.slow
 def test_a_verifier_that_always_hangs_costs_its_deadlines(rude):
     started = time.monotonic()
     with VerifierPool(rude, 2, 0.2) as pool:

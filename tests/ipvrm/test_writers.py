@@ -142,6 +142,7 @@ def test_what_a_killed_run_left_of_an_output_goes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
+@pytest.mark.slow
 def test_what_changed_is_asked_in_one_place():
     """Whether to go on with what lies there: `same_run` refuses, `reusable` has it made again."""
     found = [

@@ -243,6 +243,7 @@ def test_double_backward_is_refused(impl, device):
         gradient.sum().backward()
 
 
+@pytest.mark.slow
 def test_opcheck(impl, device):
     new = torch.randn(6, 2, device=device, requires_grad=True)
     old, advantage = torch.randn(2, 6, 2, device=device)

@@ -355,6 +355,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(loss, (of_tokens, of_candidates))
 
 
+@pytest.mark.slow
 def test_opcheck(impl, device):
     of_tokens, of_candidates, *rest = arguments(device=device)
     columns = torch.cat([of_tokens[:, None], of_candidates], 1).detach().requires_grad_()

@@ -291,6 +291,7 @@ def test_errors(change, message):
         linear_candidates(arguments.pop("hidden"), arguments.pop("weight"), **arguments)
 
 
+@pytest.mark.slow
 def test_opcheck(impl, device):
     hidden, weight = (x.to(device) for x in case(N=6, V=20))
     sampled = torch.randint(-1, 20, (6,), device=device)

@@ -171,6 +171,7 @@ def test_shapes(impl, device, lengths, K):
     check(case(lengths, K), impl, device, tolerance=2e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=5 if backend.INTERPRETED else 25, deadline=None)  # the interpreter is slow
 @given(
     lengths=st.lists(st.integers(0, 12), max_size=5), K=st.integers(0, 5), V=st.integers(6, 80),

@@ -198,6 +198,7 @@ def test_autocast(impl, device):
     assert loss.dtype == gradient.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_opcheck(impl, device):
     inputs, variables = trained(device)
     bias = torch.randn(5, device=device, requires_grad=True)

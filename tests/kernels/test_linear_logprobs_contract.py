@@ -86,6 +86,7 @@ def test_autocast_rounds_operands_only(impl, device):
     assert {d.dtype for d in gradients} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_opcheck(impl, device):
     hidden = torch.randn(6, 5, device=device, requires_grad=True)
     weight = torch.randn(11, 5, device=device, requires_grad=True)

@@ -294,6 +294,7 @@ def test_gradcheck():
     torch.autograd.gradcheck(function, variables)
 
 
+@pytest.mark.slow
 def test_opcheck(impl, device):
     (hidden, weight, bias), ids = inputs(dtype=torch.float32, device=device)
     arguments = (hidden, weight, bias, ids, 1.0, None, 4.0, 0.7, None, torch.float32, impl)

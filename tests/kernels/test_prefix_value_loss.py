@@ -295,6 +295,7 @@ def test_a_long_sequence_is_cut_into_pieces(threads, weighting, poisoned):
         assert ((got[1] - exact[1]) / exact[1]).abs().max() < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not backend.HAS_CPP, reason="the extension ipvrm_kernels._C is not built")
 def test_softplus_and_sigmoid_keep_relative_accuracy():
     """One-token sequences with x = 0: the loss of each is softplus(margin), its gradient -sigmoid(margin)."""
@@ -420,6 +421,7 @@ def test_errors(change, message):
         prefix_value_loss(args.pop("log_ratio"), args.pop("cu_seqlens"), args.pop("outcome"), **args)
 
 
+@pytest.mark.slow
 def test_opcheck(impl, device):
     cu = edges([3, 4], device)
     x = torch.randn(7, device=device, requires_grad=True)

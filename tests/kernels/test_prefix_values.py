@@ -162,6 +162,7 @@ def test_errors(change, message):
         prefix_values(**args)
 
 
+@pytest.mark.slow
 def test_opcheck(impl, device):
     cu = edges([3, 4], device)
     x = torch.randn(7, device=device, requires_grad=True)

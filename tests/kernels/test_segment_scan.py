@@ -222,6 +222,7 @@ def test_fp64_needs_the_reference():
         segment_scan(torch.zeros(1).double(), edges([1]), impl="cpp")
 
 
+@pytest.mark.slow
 def test_opcheck(impl, device):
     cu = edges([3, 4], device)
     x = torch.randn(7, device=device, requires_grad=True)
