@@ -73,6 +73,10 @@ ADAPTERS = Reader(
     lambda c: c.lora_r != 0 or bool(c.rm_lora_r), "--{flag} belongs to --lora_r and --rm_lora_r"
 )
 SAMPLES = Reader(lambda c: not c.offline, "--offline: nothing is sampled to train on; leave --{flag} out")
+ANSWERS = Reader(
+    lambda c: not c.offline or c.eval_data is not None,
+    "--offline without --eval_data: no answer is sampled or verified; leave --{flag} out",
+)
 EVAL = Reader(lambda c: c.eval_data is not None, "--{flag} belongs to --eval_data")
 
 
@@ -235,7 +239,7 @@ class PolicyConfig:
     chat_template_kwargs: str | None = None
     """Variables of the chat template as a JSON object. Default: none; release: '{"enable_thinking": false}'
     where the template reads it."""
-    max_new_tokens: int = field(default=2048, metadata=AT_LEAST_ONE)
+    max_new_tokens: int = field(default=2048, metadata=AT_LEAST_ONE | read_by(ANSWERS))
     """Longest response; one that has not ended by then is truncated, counted and not trained on."""
     drop_truncated: Literal["response", "prompt"] | None = field(
         default=None, metadata=read_by(SAMPLES) | defaults(paper="response", release="prompt")
@@ -244,7 +248,7 @@ class PolicyConfig:
     prompt's others), or all responses to its prompt (release)."""
     temperature: float = field(default=1.0, metadata=POSITIVE)
     """Of the rollouts and of every log-prob."""
-    verifier: str = "math"
+    verifier: str = field(default="math", metadata=read_by(ANSWERS))
     """math, string or module:function, as in `ipvrm label`."""
     verifier_timeout: float = field(default=TIMEOUT_SECONDS, metadata=FREE | POSITIVE)
     """Hard deadline of one answer, in seconds; what fails is counted and left out."""

@@ -196,6 +196,8 @@ def test_an_offline_run_resumes_to_the_same_bits(config, tmp_path):
         ({"num_generations": 4}, "nothing is sampled to train on; leave --num_generations out"),
         ({"rollout_prompts": 4}, "leave --rollout_prompts out"),
         ({"max_rounds": 2}, "leave --max_rounds out"),
+        ({"verifier": "string"}, "no answer is sampled or verified; leave --verifier out"),
+        ({"max_new_tokens": 8}, "--offline without --eval_data: no answer is sampled or verified"),
         ({"drop_truncated": "prompt"}, "leave --drop_truncated out"),
         ({"engine": "http://localhost:1/v1", "lora_r": 4}, "leave --engine out"),
         ({"temperature": 1.0}, "stored at temperature 1.5, and --temperature is 1"),
