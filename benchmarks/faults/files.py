@@ -21,7 +21,9 @@ from ipvrm.training import checkpoint
 
 MEMORY = 4 << 30  # bytes a command may take here: the models are tiny, so that more is a bomb's
 HASHED = ("model.safetensors", "config.json")  # of a reward model: what its own hash covers
-KEPT = ("checkpoint-", ".partial/", "/part-", "/prompts/", "/scores.jsonl")  # what a next run goes on with
+KEPT = (  # what a next run goes on with
+    "checkpoint-", "reference_logprobs", ".partial/", "/part-", "/prompts/", "/scores.jsonl"
+)  # fmt: skip
 SETTINGS = ("settings.json", "key.json")  # half of them is refused: what lies beside may be of other ones
 READERS = ("score", "eval processbench", "eval bon", "eval td", "inspect", "train-policy")  # of the model
 RUN = ("metrics.jsonl", "config.yaml", "results.json")  # what `report`, which has no data, reads of a run

@@ -192,7 +192,23 @@ def finite(value: Any, name: str) -> Any:
         json.dumps(value, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"`{name}` holds NaN or an infinity, which JSON does not have") from error
+    except TypeError as error:  # a date or bytes of a parquet column
+        raise ValueError(f"`{name}` holds what JSON does not have: {error}") from error
     return value
+
+
+def without_none(value: Any, name: str) -> Any:
+    """A JSON value without keys that hold nothing, as parquet (None) and pandas (NaN) fill them in.
+
+    Raises:
+        ValueError: what JSON does not have is in it.
+    """
+    if isinstance(value, dict):
+        kept = {key: without_none(inner, name) for key, inner in value.items()}
+        return {key: inner for key, inner in kept.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_none(inner, name) for inner in value]
+    return value if isinstance(value, str) else finite(value, name)
 
 
 # --------------------------------------------------------------------------------------------------- JSON

@@ -9,7 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from ipvrm.data.files import records
+from ipvrm.data.files import records, without_none
 from ipvrm.data.preference import PAIR_COLUMNS, split_preference
 from ipvrm.errors import IpvrmError
 
@@ -263,7 +263,7 @@ def tools_of(record: dict[str, Any]) -> tuple[Any, ...] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"tools must be a list of objects; got {tools!r:.40}")
-    return tuple(_without_none(tools))
+    return tuple(without_none(tools, "tools"))
 
 
 def truncated(record: dict[str, Any]) -> bool:
@@ -389,7 +389,7 @@ def _messages(value: Any, column: str) -> list[Message]:
     for index, message in enumerate(value):
         if not isinstance(message, dict):
             raise ValueError(f"{column}[{index}] must be a message; got {type(message).__name__}")
-        message = _without_none(message)
+        message = without_none(message, f"{column}[{index}]")
         if message.get("tool_calls") == []:
             del message["tool_calls"]
         elif "tool_calls" in message:
@@ -402,12 +402,6 @@ def _messages(value: Any, column: str) -> list[Message]:
             )
         messages.append(message)
     return messages
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
 def _label(record: dict[str, Any], required: bool) -> int | None:

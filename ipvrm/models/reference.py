@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ipvrm.data.batches import collate, microbatches_for_rank
 from ipvrm.data.responses import Response
-from ipvrm.errors import IpvrmError
+from ipvrm.errors import IpvrmError, reading
 from ipvrm.models.causal_lm import ResponseLogprobs, load_model
 from ipvrm.progress import Progress
 from ipvrm.run_folder import reusable, write_tensors
@@ -65,7 +65,8 @@ def reference_logprobs(
             )
     if accelerator.is_main_process:
         tensors = {f"set.{i}": values for i, values in enumerate(packed)}
-        write_tensors(path, tensors, {"settings": json.dumps(settings)})
+        metadata = {"settings": json.dumps(settings), "sha256": values_hash(packed)}
+        write_tensors(path, tensors, metadata)
     return packed
 
 
@@ -94,11 +95,21 @@ def _read(path: Path, settings: dict[str, Any], num_sets: int, progress: Progres
     """What is stored; None where there is nothing or it was made otherwise, which is said."""
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        made_from = json.loads((file.metadata() or {}).get("settings", "{}"))
-        if not reusable(made_from, settings, str(path), progress.note, WORDS):
-            return None
-        return [file.get_tensor(f"set.{i}") for i in range(num_sets)]
+    try:
+        with reading(path, "cannot be read", "it is made again"), safe_open(path, framework="pt") as file:
+            stored = file.metadata() or {}
+            names = [f"set.{i}" for i in range(num_sets) if f"set.{i}" in file.keys()]  # noqa: SIM118
+            tensors = [file.get_tensor(name) for name in names]
+            made_from, digest = json.loads(stored.get("settings", "{}")), stored.get("sha256")
+    except IpvrmError as error:
+        progress.note(str(error))
+        return None
+    if not reusable(made_from, settings, str(path), progress.note, WORDS):
+        return None
+    if len(tensors) < num_sets or values_hash(tensors) != digest:
+        progress.note(f"{path} is not what was written: damaged; it is made again")
+        return None
+    return tensors
 
 
 def split_packed(packed: Tensor, responses: Sequence[Response]) -> list[Tensor]:
@@ -117,6 +128,14 @@ def not_finite(packed: Tensor, responses: Sequence[Response]) -> str | None:
                 f"{response.length} (id {token_id}) is {values[token]:g}"
             )
     return None
+
+
+def values_hash(packed: Sequence[Tensor]) -> str:
+    """sha256 of fp32 values on the CPU, in order: what lies beside a checkpoint has no other checksum."""
+    digest = hashlib.sha256()
+    for values in packed:
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def data_hash(responses: Sequence[Response]) -> str:

@@ -173,14 +173,14 @@ def _demo(demo: Path, shown: Progress) -> dict[str, Any]:
     """
     choice = CHOICES[0]
     reward = f"reward-{choice.objective}"
-    if not (demo / "results.json").exists():
-        _refuse_another(demo)
-        demo.mkdir(parents=True, exist_ok=True)
-        stages = Stages(demo, shown, BUDGETS)
-        prepare(stages, FULL, seed=0)
-        train_choice(stages, reward, choice, seed=0)
-    else:
+    if (demo / "results.json").exists():
         shown.note(f"{demo}: a finished demo")
+    else:
+        with locked(demo, folder=True):  # `ipvrm demo` may be at work there
+            _refuse_another(demo)
+            stages = Stages(demo, shown, BUDGETS)
+            prepare(stages, FULL, seed=0)
+            train_choice(stages, reward, choice, seed=0)
     stored = {name: read_json(demo / name / STAGE_FILE) for name in ("base", "rollouts", reward)}
     return {
         "key": stored[reward]["key"],

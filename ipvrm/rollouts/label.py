@@ -10,7 +10,7 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
-from ipvrm.data.files import chunked, file_hash, records
+from ipvrm.data.files import chunked, file_hash, finite, records
 from ipvrm.data.rows import (
     BEHAVIOUR,
     TURNS,
@@ -121,7 +121,7 @@ def _read(path: str | Path) -> Iterator[_Rollout | BadRow]:
             if sample is not None and type(sample) is not int:
                 raise ValueError(f"sample must be a whole number; got {sample!r:.40}")
             answer, source, cut = ground_truth(record), data_source(record), truncated(record)
-            known = {name: record[name] for name in BEHAVIOUR if record.get(name) is not None}
+            known = {name: finite(record[name], name) for name in BEHAVIOUR if record.get(name) is not None}
             yield _Rollout(index, turns(record), answer, source, sample, cut, sampled(record), known)
         except ValueError as error:
             yield BadRow(file, number, str(error))

@@ -14,7 +14,7 @@ from ipvrm.data.batches import collate, length_sorted_microbatches
 from ipvrm.data.chat import tokenizer_hash
 from ipvrm.data.files import file_hash
 from ipvrm.data.responses import Response
-from ipvrm.data.rows import BEHAVIOUR, OnBadRow, read_prompts
+from ipvrm.data.rows import BEHAVIOUR, OnBadRow, Prompt, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.policy_loss import CandidateConfig
 from ipvrm.models.behaviour import behaviour
@@ -34,6 +34,7 @@ from ipvrm.run_folder import (
     remove_partial_folder,
     settings_of,
     summary_path,
+    table_schema,
     write_json,
     write_table,
 )
@@ -126,6 +127,9 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
             shown.note(f"{output} is already there, from the same prompts, model and settings")
             return stored
     tokenizer = load_tokenizer(config.model)
+    chat = tokenizer.chat_template is not None
+    if output.suffix == ".parquet":  # what the writer cannot take must show before the work
+        table_schema([_carried(prompt, chat) for prompt in prompts])
     engine, stops, context, device = _engine(config, tokenizer)
     prompts_in = len(prompts) + len(bad)
     questions, bad = as_questions(prompts, bad, config.input, tokenizer, config, context, answers=False)
@@ -161,7 +165,6 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
     except KeyboardInterrupt:
         shown.note(f"{len(shards.rows)} of {len(jobs)} responses are kept; the same command goes on")
         raise
-    chat = tokenizer.chat_template is not None
     digest = tokenizer_hash(tokenizer)
     rows = [_row(job, shards.rows[job[1:]], chat, digest) for job in jobs]
     summary = {
@@ -296,9 +299,14 @@ class _Shards:
 
 
 def _row(job: Job, response: dict[str, Any], chat: bool, digest: str) -> dict[str, Any]:
-    """A row of the output. A text prompt is the user's message where the tokenizer has a chat template."""
+    """A row of the output."""
     question, *_ = job
-    given = question.prompt
+    ids = {"prompt_tokens": len(question.ids), "prompt_ids": list(question.ids), "tokenizer_hash": digest}
+    return _carried(question.prompt, chat) | response | ids
+
+
+def _carried(given: Prompt, chat: bool) -> dict[str, Any]:
+    """What a row has from the input. A text prompt is the user's message where there is a chat template."""
     prompt: Any = given.prompt
     if not isinstance(prompt, str):
         prompt = list(prompt)
@@ -307,8 +315,7 @@ def _row(job: Job, response: dict[str, Any], chat: bool, digest: str) -> dict[st
     carried = {"prompt": prompt, "answer": given.answer, "data_source": given.data_source}
     if given.tools is not None:
         carried["tools"] = json.dumps(given.tools)
-    ids = {"prompt_tokens": len(question.ids), "prompt_ids": list(question.ids), "tokenizer_hash": digest}
-    return carried | response | ids
+    return carried
 
 
 def _counts(rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:

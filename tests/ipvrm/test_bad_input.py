@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import math
 import os
 import random
 import subprocess
 import sys
+from datetime import datetime
 
 import pyarrow
 import pyarrow.parquet
@@ -279,6 +281,28 @@ def test_ids_that_json_does_not_have(tmp_path):
     for value in (float("inf"), [float("nan")]):
         with pytest.raises(ValueError, match="`id` holds NaN or an infinity"):
             finite(value, "id")
+    with pytest.raises(ValueError, match="`id` holds what JSON does not have: .*datetime"):
+        finite(datetime.now(), "id")
+
+
+@pytest.mark.parametrize("command", ["label", "rollout"])
+def test_messages_with_numbers_that_json_does_not_have(tmp_path, tiny_folder, capsys, command):
+    """NaN is pandas' way to say that there is none; an infinity is a bad row before the work."""
+
+    def row(number):
+        message = {"role": "user", "content": "q", "id": number}
+        return {"prompt": [message], "response": "Answer: 1", "answer": "1"}
+
+    source, output = tmp_path / "in.jsonl", tmp_path / "o.jsonl"
+    source.write_text("".join(json.dumps(row(number)) + "\n" for number in (1.5, math.nan, math.inf)))
+    arguments = [command, "--input", source, "--output", output, "--on_bad_row"]
+    more = ["--model", tiny_folder, "--max_new_tokens", 2, "--num_generations", 1, "--use_cpu"]
+    arguments[1:1] = more if command == "rollout" else ["--verifier", "string"]
+    assert main([*map(str, arguments), "error"]) == 2
+    assert f"{source}:3: `prompt[0]` holds NaN or an infinity" in capsys.readouterr().err
+    assert main([*map(str, arguments), "skip"]) == 0
+    written = [json.loads(line)["prompt"][0] for line in output.read_text().splitlines()]
+    assert written == [{"role": "user", "content": "q", "id": 1.5}, {"role": "user", "content": "q"}]
 
 
 @pytest.mark.slow

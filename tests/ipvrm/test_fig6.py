@@ -13,6 +13,7 @@ from runs import write_jsonl
 from ipvrm import IpvrmError
 from ipvrm.demo.arithmetic import Problem, make_problems
 from ipvrm.losses.objectives import BalanceConfig
+from ipvrm.output import locked
 from ipvrm.reproduce import fig6
 from ipvrm.reproduce.fig6 import VARIANTS, Fig6Config, Scale, reproduce, summary
 from ipvrm.reproduce.fig6_report import COLOURS, NORMAL_95, accuracy_points, conclusions, draw
@@ -195,6 +196,14 @@ def test_a_missing_demo_is_made_by_its_own_stages(trained, tmp_path, monkeypatch
     write_base(demo, multiple_of=fig6.FULL.multiple_of, seed=0)
     reproduce(Fig6Config(demo=str(demo), output_dir=str(tmp_path / "f")), progress=False, scale=SCALE)
     assert made == [("prepare", fig6.FULL, 0), ("reward-ipvrm", "ipvrm", 0)]
+
+
+def test_a_demo_at_work_is_left_alone(trained, demo, tmp_path):
+    (demo / "results.json").unlink()
+    write_base(demo, multiple_of=fig6.FULL.multiple_of, seed=0)
+    with locked(demo, folder=True), pytest.raises(IpvrmError, match=f"{demo}.*another run"):
+        reproduce(Fig6Config(demo=str(demo), output_dir=str(tmp_path / "f")), progress=False, scale=SCALE)
+    assert not trained
 
 
 def write_base(demo, **settings):

@@ -507,6 +507,15 @@ def test_parquet_of_prompts(tmp_path, data_dir):
         read_prompts(path)
 
 
+def test_what_the_writer_cannot_take_shows_before_the_work(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ipvrm.rollouts.rollout._engine", lambda *a: pytest.fail("a model was loaded"))
+    messages = [{"role": "user", "content": "q", "extra": extra} for extra in (1, "a")]
+    write_jsonl(tmp_path / "in.jsonl", [{"prompt": [message]} for message in messages])
+    settings = config(tiny_folder, tmp_path / "in.jsonl", tmp_path)
+    with pytest.raises(IpvrmError, match=r"a column has values of several types.*write .jsonl"):
+        roll_out(settings, progress=False)
+
+
 def test_skipped_rows_keep_the_others_responses(tiny_folder, prompts_file, tmp_path):
     """The seed goes with the row's number in the file, not with its rank among the usable ones."""
     settings = config(tiny_folder, prompts_file, tmp_path)

@@ -233,6 +233,26 @@ def test_reference_logprobs_are_computed_once(config, monkeypatch):
         assert (folder / "reference_logprobs.safetensors").read_bytes() != stored, changes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["a flipped bit", "half of it", "not of this kind"])
+def test_damaged_reference_logprobs_are_made_again(config, capsys, damage):
+    """They lie beside the checkpoints, whose checksums do not cover them."""
+    with signals_noted(), pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(TrainingInterrupted):
+            train(config(max_steps=3))
+    path = Path(config().output_dir) / "reference_logprobs.safetensors"
+    whole = path.read_bytes()
+    values = {name: value.clone() for name, value in load_file(path).items()}  # not the file's own pages
+    flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    path.write_bytes({"a flipped bit": flipped, "half of it": whole[: len(whole) // 2]}.get(damage, b"{}"))
+    result = train_reward_model(config(max_steps=3, resume_from_checkpoint="auto"))
+    assert f"{path}" in capsys.readouterr().err
+    assert all(bool((load_file(path)[name] == value).all()) for name, value in values.items())
+    straight = train(config("straight", max_steps=3))
+    assert same_bits(straight.output_dir, result.output_dir)
+
+
 def test_dropout_of_the_starting_model_is_off(config, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "dropout")
     path = tmp_path / "dropout" / "config.json"
