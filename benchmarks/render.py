@@ -50,13 +50,14 @@ on each kind of processor, whose rows stay when another kind is measured (killed
 and a GPU's by `python -m benchmarks.gpu_report && python -m benchmarks.render`. Every contender's result is
 checked before anything is timed; then contenders take turns, and the median, the 20th and the 80th percentile
 of their times are kept; memory is the peak above inputs, scratch that less what is returned. Ratios are to
-the faster of the bare matmuls, by PyTorch's BLAS and by the oneDNN it brings along, in the same rounds, or
-else to the first contender of a case. Ours (`cpp`, `cuda`, `triton`, `ipvrm`) are judged against the fastest
-other contender that does the same work, and the faster one is bold; the bare matmul does less and is never
-judged. What stands behind a comma is a variant: compared with the same variant only; "by blas" and "by
-onednn" are ours by the matmul library that is not the default on that processor. TFLOP/s count the matmuls
-that an op cannot do without (one forward, two backward, one of them for a frozen head). The error against
-fp64 is the largest on 128 rows: of log-probs in nats, of gradients of hidden relative to the largest.
+the bare matmul, the faster one where a file has both, by PyTorch's BLAS and by the oneDNN it brings along, in
+the same rounds (files made before commit e0da461 have BLAS alone), or else to the first contender of a case.
+Ours (`cpp`, `cuda`, `triton`, `ipvrm`) are judged against the fastest other contender that does the same
+work, and the faster one is bold; the bare matmul does less and is never judged. What stands behind a comma is
+a variant: compared with the same variant only; "by blas" and "by onednn" are ours by the matmul library that
+is not the default on that processor. TFLOP/s count the matmuls that an op cannot do without (one forward, two
+backward, one of them for a frozen head). The error against fp64 is the largest on 128 rows: of log-probs in
+nats, of gradients of hidden relative to the largest.
 """
 READING = """Times are multiples of the yardstick's, in brackets MiB of scratch memory; the fastest of a line
 is bold. Plain PyTorch is `log_softmax` of all logits, or (s) of 64 rows at a time, as the method's released
