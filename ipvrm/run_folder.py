@@ -154,6 +154,16 @@ def read_json(path: str | Path) -> Any:
         raise IpvrmError(f"{path} is not valid JSON: {cause(error)}") from error
 
 
+def read_json_lines(path: str | Path) -> list[Any]:
+    """The parsed lines. Raises IpvrmError, with the file's name, when it is missing or a line is not JSON."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise IpvrmError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise IpvrmError(f"{path} is not valid JSON lines: {cause(error)}") from error
+
+
 def read_part(path: Path, entries: set[str], note: Callable[[str], None]) -> dict[str, Any] | None:
     """What an interrupted run has kept in `path`, a JSON object with `entries`; None where it is to be made.
 
@@ -418,9 +428,12 @@ def move_into(source: Path, folder: Path, *, last: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes the temporary files and folders that a killed process left in `folder`."""
+    """Deletes the temporary files and folders that a killed process left in `folder`, whose lock is held; not
+    those of a file there that has a lock of its own, such as the page of an `inspect` at work."""
     for path in folder.glob(".*.tmp"):
-        _delete(path)
+        of_a_file = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+        if of_a_file is None or not (folder / f".{of_a_file[1]}.lock").exists():
+            _delete(path)
 
 
 def remove_leftovers_of(*files: Path) -> None:

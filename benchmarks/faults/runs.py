@@ -79,7 +79,8 @@ def commands_of(toy: Path) -> list[Command]:
         Command(
             "rollout",
             ["--model", sft, "--input", str(toy / "prompts.jsonl"), "--limit", "6", "--use_cpu"]
-            + ["--num_generations", "2", "--max_new_tokens", "6", "--per_device_eval_batch_size", "4"],
+            + ["--num_generations", "2", "--max_new_tokens", "6", "--per_device_eval_batch_size", "4"]
+            + ["--min_prob", "0.1"],
             "rollouts.jsonl",
         ),
         Command(

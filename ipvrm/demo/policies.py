@@ -10,7 +10,6 @@ which is a third less with three seeds (Rao and Wu 1988). The base model and the
 one each; their seeds are not redrawn.
 """
 
-import json
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from ipvrm.progress import Progress
 from ipvrm.rollouts.answers import Question, judge, sample
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import load_verifier
-from ipvrm.run_folder import read_json, write_json, write_table
+from ipvrm.run_folder import read_json, read_json_lines, write_json, write_table
 from ipvrm.training.checkpoint import checkpoints
 from ipvrm.training.policy_config import PolicyConfig
 from ipvrm.training.train_policy import train_policy
@@ -58,8 +57,7 @@ def write_start(folder: Path, base: Path, sizes: Sizes, seed: int) -> None:
 
 def read_problems(path: Path) -> list[Problem]:
     """The problems of a file that `write_start` wrote."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [parse_problem(json.loads(line)["prompt"]) for line in lines]
+    return [parse_problem(row["prompt"]) for row in read_json_lines(path)]
 
 
 def parse_problem(text: str) -> Problem:
@@ -202,8 +200,7 @@ def compare(
 
 def run_log(folder: Path) -> dict[str, Any]:
     """What a run cost (medians over its steps) and what its log says of each step."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
+    steps = read_json_lines(folder / "metrics.jsonl")
     return {
         "responses": sum(step["responses"] for step in steps),
         "step_seconds": statistics.median(step["seconds"] for step in steps),

@@ -1,7 +1,6 @@
 """Rollouts of the demo's base model: training data with outcome labels, and what is held out."""
 
 import itertools
-import json
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -13,7 +12,7 @@ from ipvrm.demo.arithmetic import STEP_SEPARATOR, Problem, answer_of, first_wron
 from ipvrm.demo.base_model import sample
 from ipvrm.demo.settings import Sizes
 from ipvrm.progress import Progress
-from ipvrm.run_folder import write_json, write_table
+from ipvrm.run_folder import read_json_lines, write_json, write_table
 
 
 def problems_of_parts(sizes: Sizes, seed: int) -> dict[str, list[Problem]]:
@@ -79,8 +78,5 @@ def _count(problems: list[Problem], responses: list[list[str | None]]) -> dict[s
 
 def read_rollouts(path: Path) -> list[tuple[Problem, list[str | None]]]:
     """(problem, responses) of a JSONL file of the rollouts stage; None for a response that never ended."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        found.append((Problem(row["start"], tuple(row["changes"])), row["responses"]))
-    return found
+    rows = read_json_lines(path)
+    return [(Problem(row["start"], tuple(row["changes"])), row["responses"]) for row in rows]

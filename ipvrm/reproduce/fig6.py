@@ -11,7 +11,6 @@ minibatch; frozen, on all.
 Scale `smoke` is the demo's arithmetic task on a CPU. A finished variant is kept and reused.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -25,11 +24,11 @@ from ipvrm.demo.arithmetic import Problem, make_problems
 from ipvrm.demo.base_model import MAX_NEW_TOKENS
 from ipvrm.demo.run import STAGE_FILE, Stages, prepare, train_choice
 from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
-from ipvrm.errors import IpvrmError
+from ipvrm.errors import IpvrmError, reading
 from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.reproduce.fig6_report import mean_with_error, problem_error, write_report
-from ipvrm.run_folder import manifest, read_json, same_run, settings_of, write_table
+from ipvrm.run_folder import manifest, read_json, read_json_lines, same_run, settings_of, write_table
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {"rm_update": "frozen"},
@@ -203,7 +202,9 @@ def write_problems(folder: Path, demo: Path, held_out: int, seed: int) -> None:
     """train.jsonl, the problems that the reward model's data answered, and held_out.jsonl, other ones."""
     import pyarrow.parquet as pq
 
-    prompts = pq.read_table(demo / "rollouts" / "train.parquet", columns=["prompt"])["prompt"].to_pylist()
+    path = demo / "rollouts" / "train.parquet"
+    with reading(path, "cannot be read", "delete its folder, and `ipvrm demo` makes it again"):
+        prompts = pq.read_table(path, columns=["prompt"])["prompt"].to_pylist()
     train = [_problem(text) for text in dict.fromkeys(prompts)]
     multiple_of = read_json(demo / "base" / STAGE_FILE)["settings"]["multiple_of"]
     others = make_problems(held_out, Random(seed), frozenset(train), multiple_of)
@@ -263,7 +264,7 @@ def _policy_config(demo: Path, output: Path, name: str, settings: dict[str, Any]
 def _curves(run: Path) -> dict[str, Any]:
     """From the metrics of a run: held-out accuracy by step, and what each step says of reward model and
     policy."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_json_lines(run / "metrics.jsonl")
     steps = [r for r in records if r["step"] > 0]
     evaluated = [r for r in records if "eval_accuracy" in r]
     return {

@@ -15,7 +15,7 @@ from ipvrm.data.chat import tokenizer_hash
 from ipvrm.data.files import file_hash
 from ipvrm.data.responses import Response
 from ipvrm.data.rows import BEHAVIOUR, OnBadRow, Prompt, read_prompts
-from ipvrm.errors import IpvrmError
+from ipvrm.errors import IpvrmError, reading
 from ipvrm.losses.policy_loss import CandidateConfig
 from ipvrm.models.behaviour import behaviour
 from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, max_positions, weights_hash
@@ -337,7 +337,8 @@ def _made_from(config: RolloutConfig) -> dict[str, Any]:
     digest, folder = hashlib.sha256(), local_folder(config.model)
     for name in TOKENIZER_FILES:
         if (path := folder / name).is_file():
-            digest.update(path.read_bytes())
+            with reading(path, "cannot be read", "look at the model's folder"):
+                digest.update(path.read_bytes())
     return (
         settings_of(config)
         | kind_of(config.engine)

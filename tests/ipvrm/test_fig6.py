@@ -170,6 +170,18 @@ def test_an_interruption_says_what_the_same_command_will_do(demo, trained, tmp_p
     assert caught.value.exit_code == 143
 
 
+def test_a_damaged_demo_is_said_in_one_line(demo, tmp_path):
+    from ipvrm.demo.policies import run_log
+
+    (demo / "rollouts" / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(IpvrmError, match="train.parquet: cannot be read: .*; delete its folder"):
+        fig6.write_problems(tmp_path, demo, 50, seed=1)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st')
+    for read in (run_log, fig6._curves):
+        with pytest.raises(IpvrmError, match="metrics.jsonl is not valid JSON lines"):
+            read(tmp_path)
+
+
 def test_problems_are_the_demos_and_held_out_ones_are_others(demo, tmp_path):
     fig6.write_problems(tmp_path, demo, 50, seed=1)
     rows = {

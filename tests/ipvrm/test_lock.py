@@ -15,6 +15,7 @@ from ipvrm import IpvrmError
 from ipvrm.cli import main
 from ipvrm.models.tiny_model import TinyModelConfig, make_tiny_model
 from ipvrm.output import check_writable, lock_path, locked
+from ipvrm.run_folder import remove_leftovers, replacing
 
 HOLD = """import sys, time
 from ipvrm.output import locked
@@ -105,6 +106,17 @@ def test_ranks_behind_the_first_take_no_lock(tmp_path, monkeypatch, hold):
         pass
 
 
+def test_a_folder_s_run_leaves_what_another_command_is_writing_in_it(tmp_path):
+    """`inspect --output FOLDER/page.html` beside a run that clears its folder."""
+    (tmp_path / ".old.html.7.tmp").touch()
+    with locked(tmp_path / "page.html"), replacing(tmp_path / "page.html") as temporary:
+        temporary.write_text("half")
+        remove_leftovers(tmp_path)
+        assert temporary.read_text() == "half" and not (tmp_path / ".old.html.7.tmp").exists()
+        temporary.write_text("whole")
+    assert (tmp_path / "page.html").read_text() == "whole"
+
+
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     for output, folder, reason in (
@@ -121,6 +133,7 @@ def test_places_that_cannot_be_written(tmp_path):
 HELD = {
     "label": "file", "score": "file", "rollout": "file", "inspect": "o.html", "report": "o.html",
     "eval processbench": "folder", "eval bon": "folder", "eval policy": "folder", "eval td": "folder",
+    "demo": "folder", "reproduce fig6": "folder", "reproduce": "folder", "train-policy": "folder",
 }  # fmt: skip
 
 
@@ -148,6 +161,11 @@ def test_commands_refuse_an_output_that_is_held(tmp_path, tiny_folder, hold, cap
         "eval policy": [*model, "--data", source, "--output_dir", output],
         "eval td": ["--policy", tiny_folder, "--reward_model", tiny_folder, "--data", source]
         + ["--output_dir", output],
+        "demo": ["--output_dir", output],
+        "reproduce fig6": ["--demo", tmp_path / "demo", "--output_dir", output],
+        "reproduce": ["table1", "--output_dir", output],
+        "train-policy": [*model, "--train_data", source, "--algorithm", "grpo", "--output_dir", output]
+        + ["--use_cpu", "--verifier", "string"],
     }[command]
     assert main([*command.split(), *map(str, flags)]) == 2
     error = capsys.readouterr().err

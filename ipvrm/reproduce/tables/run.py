@@ -93,8 +93,8 @@ def reproduce(config: ReproduceConfig, progress: bool = True, scale: Scale | Non
     if config.dry_run:
         return {}
     warning = FULL_WARNING if config.scale == "full" else SMOKE_WARNING
-    shown.note(warning)
     with locked(output, folder=True):
+        shown.note(warning)
         failed = run_plan(units, output, shown)
         written = {
             name: write_table_of(name, output, scale, config.base_model, warning, failed, progress)
