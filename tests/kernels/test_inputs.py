@@ -259,13 +259,17 @@ def test_min_prob_decides_the_shape_without_top_k():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tensor", "float"])
-def test_twelve_values_compile_at_most_twice(op, kind):
+@pytest.mark.parametrize("implementation", ["cpp", pytest.param("torch", marks=pytest.mark.full)])
+def test_twelve_values_compile_at_most_twice(op, kind, implementation):
     """Values, gradients; a Python float is a constant of the first graph and symbolic from the second on."""
+    if (why := backend.why_not(implementation, "cpu")) is not None:
+        pytest.skip(why)
     x, function = OPS[op]
     x = x.clone().requires_grad_()
 
     def call(x, v):
-        return function(x, **{option: number(v) for option, number in NUMBERS[op].items()})
+        numbers = {option: number(v) for option, number in NUMBERS[op].items()}
+        return function(x, impl=implementation, **numbers)
 
     torch._dynamo.reset()  # other cases count for the same function
     counter = CompileCounterWithBackend("aot_eager")
