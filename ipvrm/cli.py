@@ -94,7 +94,7 @@ COMMANDS = {
     ),
 }
 # Of a waiting thread before it sleeps: GNU OpenMP's 300,000 hold a core that others want. A step took half the
-# time with this on a crowded machine, and the same alone: benchmarks/results/waiting_threads-amd-zen-3.json.
+# time on a crowded machine, and the same alone: benchmarks/results/waiting_threads-amd-zen-3.json.
 SPINS = "1000"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
