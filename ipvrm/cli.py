@@ -93,8 +93,8 @@ COMMANDS = {
         "the benchmark suite on this machine (needs the checkout)", "benchmarks.run", None, "main"
     ),
 }
-# Of a waiting thread before it sleeps: GNU OpenMP's 300,000 hold a core that others want. A step took half the
-# time on a crowded machine, and the same alone: benchmarks/results/waiting_threads-amd-zen-3.json.
+# Of a waiting thread before it sleeps: GNU OpenMP's 300,000 hold a core that others want. A step took half
+# the time on a crowded machine, and the same alone: benchmarks/results/waiting_threads-amd-zen-3.json.
 SPINS = "1000"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
