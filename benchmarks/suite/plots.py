@@ -75,7 +75,7 @@ def accuracy(rows: Sequence[Row], machine: Mapping[str, Any]) -> Figure:
     total = 2.1 + 0.34 * len(names) + 0.22 * len(cases)
     figure = Figure(figsize=(11, total), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
-    _heading(figure, total, "error of a log-prob against fp64, in nats (left is better)", machine)
+    _heading(figure, total, "error of a log-prob against fp64, in nats (left is better)", machine, "Bold")
     axes = figure.add_axes((0.29, (0.7 + 0.22 * len(cases)) / total, 0.68, 0.34 * len(names) / total))
     for number, shape in enumerate(cases):
         here = [row for row in rows if row.shape == shape]
@@ -214,7 +214,8 @@ def dots(
     dpi = min(110, int(TALLEST / total))
     figure = Figure(figsize=(12.5, total), dpi=dpi, facecolor="white")
     FigureCanvasAgg(figure)
-    _heading(figure, total, f"{op}: time relative to the yardstick (left is faster)", machine)
+    title = f"{op}: time relative to the yardstick (left is faster)"
+    _heading(figure, total, title, machine, "Large dots" if any(map(is_ours, names)) else "All dots")
     axes = figure.add_axes((0.17, 0.55 / total, 0.55, height / total))
     shown = [r.ratio for _, _, _, group in plan for r in group]
     axes.set_xscale("log")
@@ -301,7 +302,7 @@ def lines(
     total = 1.1 + 3.3 * len(groups)
     figure = Figure(figsize=(11, total), dpi=min(130, int(TALLEST / total)), facecolor="white")
     FigureCanvasAgg(figure)
-    _heading(figure, total, f"time and memory over {AXES.get(axis, axis)}", machine)
+    _heading(figure, total, f"time and memory over {AXES.get(axis, axis)}", machine, "Thick lines")
     grid = figure.add_gridspec(
         len(groups),
         2,
@@ -335,7 +336,9 @@ def lines(
             _log_ticks(axes.yaxis)
             axes.set_xlabel(AXES.get(axis, axis), fontsize=9, color=INK)
             axes.set_ylabel(unit, fontsize=9, color=INK)
-            axes.legend(fontsize=8, frameon=False, loc="best")
+            low, high = axes.get_ylim()  # on a log axis; room for the legend above the lines
+            axes.set_ylim(low, high * (high / low) ** (0.12 * len(group)))
+            axes.legend(fontsize=8, frameon=False, loc="upper left")
             if side == 0:
                 axes.set_title(
                     f"{op.partition(' over ')[0]}: {series}",
@@ -364,12 +367,13 @@ def _colours(rows: Iterable[Row]) -> dict[str, str]:
     return {row.contender: chosen[row.contender.partition(", ")[0]] for row in rows}
 
 
-def _heading(figure: Any, total: float, title: str, machine: Mapping[str, Any]) -> None:
+def _heading(figure: Any, total: float, title: str, machine: Mapping[str, Any], ours: str) -> None:
+    """The title and what was measured on; `ours` says how this package is drawn."""
     figure.text(0.02, 1 - 0.3 / total, title, fontsize=13, fontweight="bold", color=INK)
     figure.text(
         0.02,
         1 - 0.62 / total,
-        _wrapped(f"{conditions(machine)}. Blue: this package.", 160),
+        _wrapped(f"{conditions(machine)}. {ours}: this package.", 160),
         fontsize=7.5,
         color=MUTED,
         va="center",
