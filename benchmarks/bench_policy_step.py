@@ -32,8 +32,7 @@ from ipvrm.losses.baselines import per_token
 from ipvrm.losses.objectives import ipvrm_loss
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
 from ipvrm.models.behaviour import behaviour
-from ipvrm.models.causal_lm import head, hidden_states, response_logprobs
-from ipvrm.training.online_reward import token_and_candidate_logprobs
+from ipvrm.models.causal_lm import candidate_logprobs, head, hidden_states, response_logprobs
 from ipvrm.training.policy_model import PolicyLoss
 from ipvrm.training.policy_rollouts import Targets
 from ipvrm_kernels import linear_candidates
@@ -78,7 +77,7 @@ def case(policy: Any, reward: Any, batch: Batch, device: str, *, with_target: bo
         )[0]
         reward_gradients = torch.autograd.grad(loss, list(reward.parameters()))
         with torch.no_grad():
-            sampled, others = token_and_candidate_logprobs(reward, batch, old.candidate_ids, temperature)
+            sampled, _, others = candidate_logprobs(reward, batch, old.candidate_ids, temperature)
         found = distrl_advantages(
             temporal_difference(sampled, old.logprobs, batch.cu_seqlens),
             temporal_difference(others, old.candidate_logprobs, batch.cu_seqlens),

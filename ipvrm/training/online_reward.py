@@ -22,9 +22,8 @@ from ipvrm.losses.metrics import paired, stacked
 from ipvrm.losses.objectives import Balance, BalanceConfig, Objective, online_balance
 from ipvrm.models.causal_lm import (
     ResponseLogprobs,
+    candidate_logprobs,
     disable_dropout,
-    head,
-    hidden_states,
     load_model,
     load_tokenizer,
     local_folder,
@@ -55,24 +54,12 @@ from ipvrm.training.flags import filled
 from ipvrm.training.optimizer import NotFinite, adamw, update
 from ipvrm.training.policy_config import PolicyConfig, reads_reference
 from ipvrm.training.policy_rollouts import Rollouts
-from ipvrm_kernels import linear_logprobs, prefix_values
+from ipvrm_kernels import prefix_values
 
 FOLDER = "reward_model"
 REFERENCE = "reference"
 LOG_RATIOS = ("ipvrm", "implicit_prm", "dpo")  # objectives whose value is a sum of them
 RELEASE_MARGIN = 5.0  # of the released code's online update; offline it has none
-
-
-def token_and_candidate_logprobs(
-    model: nn.Module, batch: Batch, candidate_ids: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """log-probs (N,) of the sampled tokens and (N, K) of the candidates, -inf at id -1; one pass."""
-    parts = head(model)
-    ids = torch.cat([batch.token_ids[:, None], candidate_ids], 1)  # (N, 1 + K)
-    found = linear_logprobs(
-        hidden_states(model, batch), parts.weight, ids, temperature=temperature, **parts.transform()
-    ).logprobs
-    return found[:, 0], found[:, 1:]
 
 
 class RewardInputs:
@@ -173,7 +160,8 @@ class OnlineReward:
         temperature = self.config.temperature
 
         def forward(batch: Batch, tokens: Tensor) -> tuple[Tensor, Tensor]:
-            return token_and_candidate_logprobs(model, batch, rollouts.candidate_ids[tokens], temperature)
+            found = candidate_logprobs(model, batch, rollouts.candidate_ids[tokens], temperature)
+            return found.logprobs, found.candidate_logprobs
 
         rows = self.config.per_device_train_batch_size
         sampled, candidates = rollouts.forward(forward, rows, self.accelerator)

@@ -36,6 +36,7 @@ from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.losses.policy_loss import CandidateConfig, PolicyLossConfig
 from ipvrm.models.behaviour import behaviour
 from ipvrm.models.causal_lm import (
+    candidate_logprobs,
     load_model,
     load_tokenizer,
     response_logprobs,
@@ -49,7 +50,7 @@ from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.verify import Verdict
 from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
-from ipvrm.training.online_reward import OnlineReward, RewardInputs, token_and_candidate_logprobs
+from ipvrm.training.online_reward import OnlineReward, RewardInputs
 from ipvrm.training.optimizer import NotFinite, data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_model import PolicyLoss
@@ -334,7 +335,7 @@ def test_ratios_are_one_in_the_first_epoch(sampled, temperature, candidates):
         for indices in split:
             tokens = rollouts.tokens_of(indices)
             ids = old.candidate_ids[tokens]
-            got, others = token_and_candidate_logprobs(policy, rollouts.batch(indices), ids, temperature)
+            got, _, others = candidate_logprobs(policy, rollouts.batch(indices), ids, temperature)
             assert (got - old.logprobs[tokens]).exp().sub(1).abs().max() < allowed
             ratios = (others - old.candidate_logprobs[tokens])[ids >= 0].exp()
             assert torch.allclose(ratios, torch.ones_like(ratios), rtol=0, atol=allowed)
@@ -388,7 +389,7 @@ def test_no_logits_in_an_update(sampled, toy, peak_of, fault):
     def update():
         old = behaviour(model, batch, CandidateConfig(), 1.0)
         ids, logprobs = old.candidate_ids, old.candidate_logprobs
-        token_and_candidate_logprobs(model, batch, ids, 1.0)
+        candidate_logprobs(model, batch, ids, 1.0)
         targets = Targets(ids, old.logprobs, logprobs, torch.ones(N), torch.zeros_like(logprobs))
         PolicyLoss(model, PolicyLossConfig(), 1.0)(batch, targets, 768.0, 768.0).loss.backward()
         if fault:
@@ -890,10 +891,10 @@ def test_nan_in_the_reward_model_stops_the_run(config, toy, tmp_path, monkeypatc
         train(config(reward_model=edited(toy, tmp_path, poison_and_record)))
 
     def poisoned(*arguments):
-        sampled, candidates = token_and_candidate_logprobs(*arguments)
-        return sampled * float("nan"), candidates
+        found = candidate_logprobs(*arguments)
+        return found._replace(logprobs=found.logprobs * float("nan"))
 
-    monkeypatch.setattr("ipvrm.training.online_reward.token_and_candidate_logprobs", poisoned)
+    monkeypatch.setattr(online_reward_module, "candidate_logprobs", poisoned)
     with pytest.raises(IpvrmError, match="reward model's log-probs are not numbers"):
         train(config("frozen", rm_update="frozen"))
 
@@ -937,8 +938,8 @@ def test_an_infinite_log_ratio_names_its_row(config, toy, monkeypatch, settings,
         return logprobs
 
     def scored(model, batch, *rest):
-        sampled, candidates = token_and_candidate_logprobs(model, batch, *rest)
-        return ruled_out(sampled, batch, model), candidates
+        found = candidate_logprobs(model, batch, *rest)
+        return found._replace(logprobs=ruled_out(found.logprobs, batch, model))
 
     def learnt_from(self, batch, temperature=1.0):
         return ruled_out(forward(self, batch, temperature), batch, self.model)
@@ -958,7 +959,7 @@ def test_an_infinite_log_ratio_names_its_row(config, toy, monkeypatch, settings,
         if self.reference is not None:
             self.reference.is_reference = True
 
-    monkeypatch.setattr(online_reward_module, "token_and_candidate_logprobs", scored)
+    monkeypatch.setattr(online_reward_module, "candidate_logprobs", scored)
     if whose == "policy that sampled":
         monkeypatch.setattr(train_policy_module, "behaviour", behaviour)
     elif whose == "reward model":

@@ -170,8 +170,7 @@ def test_dense_advantages_against_our_own_trainers_path(runs, home):
     from ipvrm import AdvantageConfig, distrl_advantages, temporal_difference
     from ipvrm.data.batches import collate
     from ipvrm.data.responses import Response
-    from ipvrm.models.causal_lm import load_model, response_logprobs
-    from ipvrm.training.online_reward import token_and_candidate_logprobs
+    from ipvrm.models.causal_lm import candidate_logprobs, load_model, response_logprobs
     from ipvrm_kernels import pack
 
     run, seen = observed(runs, home, gae_coef=1.0)
@@ -185,7 +184,7 @@ def test_dense_advantages_against_our_own_trainers_path(runs, home):
     slots = pack(out["candidate_ids"], mask)[0]
     with torch.no_grad():
         old = response_logprobs(load_model(home / "policy"), batch)
-        rm, rm_candidates = token_and_candidate_logprobs(load_model(home / "rm"), batch, slots, 1.0)
+        rm, _, rm_candidates = candidate_logprobs(load_model(home / "rm"), batch, slots, 1.0)
     td = temporal_difference(rm, old, batch.cu_seqlens, beta=2.0)
     candidate_td = temporal_difference(
         rm_candidates, pack(out["old_candidate_logps"], mask)[0], batch.cu_seqlens, beta=2.0
