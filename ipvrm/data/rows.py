@@ -35,6 +35,7 @@ SAMPLED = ("prompt_ids", "response_ids", "tokenizer_hash")
 BEHAVIOUR = (
     "old_logprobs", "candidate_ids", "old_candidate_logprobs", "temperature", "min_prob", "policy_hash"
 )  # fmt: skip
+SCORED = ("rm_logprobs", "rm_candidate_logprobs", "rm_hash")  # beside them, of a reward model
 TURNS = (("conversation",), ("prompt", "response"))  # one of these sets of columns holds a rollout
 LABELLED = (*TURNS, PAIR_COLUMNS)  # ... or two of them
 SHOWN_BAD_ROWS = 10

@@ -13,6 +13,7 @@ from torch import Tensor
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.objectives import BETA, Balance, BalanceConfig, Objective, online_balance
 from ipvrm.losses.prompt_groups import Reduce
+from ipvrm.models.behaviour import check_same_tokens
 from ipvrm.models.causal_lm import (
     disable_dropout,
     load_model,
@@ -25,7 +26,7 @@ from ipvrm.models.patch_head import patch_head
 from ipvrm.models.reward_model import check_own_weights, read_info, write_info
 from ipvrm.run_folder import save_folder, versions
 from ipvrm.training.adapters import save_merged, trained_weights, with_weights
-from ipvrm.training.online_reward import REFERENCE, check_same_tokens
+from ipvrm.training.online_reward import REFERENCE
 from ipvrm.training.optimizer import NotFinite
 from ipvrm_kernels import pack
 

@@ -1,14 +1,21 @@
-"""What the policy that sampled responses knows of their tokens: log-probs, entropy and candidates."""
+"""What the policy that sampled responses knows of their tokens: log-probs, entropy and candidates; and which
+reward model's log-probs of the same tokens can be compared with them.
+"""
 
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ipvrm.data.batches import Batch
+from ipvrm.errors import IpvrmError
 from ipvrm.losses.policy_loss import CandidateConfig, select_candidates
-from ipvrm.models.causal_lm import head, hidden_states
+from ipvrm.models.causal_lm import head, hidden_states, template_hash, vocab_size
+from ipvrm.models.reward_model import RewardModelInfo
 from ipvrm_kernels import linear_logprobs
+
+LOG_RATIOS = ("ipvrm", "implicit_prm", "dpo")  # objectives whose value is a sum of them
 
 
 class Behaviour(NamedTuple):
@@ -38,3 +45,35 @@ def behaviour(
     )
     sampled, entropy = cast(Tensor, chosen.sampled_logprobs), cast(Tensor, chosen.entropy)
     return Behaviour(sampled, entropy, chosen.ids, chosen.logprobs)
+
+
+def check_log_ratios(folder: Path, info: RewardModelInfo, needs: str) -> None:
+    """Raises IpvrmError unless the value of the reward model in `folder` is a sum of log-ratios; `needs` is
+    what asks for one."""
+    if info.objective not in LOG_RATIOS:
+        raise IpvrmError(
+            f"{folder}: objective {info.objective!r} gives no log-ratio of a model and its reference; "
+            f"{needs} needs one ({', '.join(LOG_RATIOS)})"
+        )
+
+
+def check_same_tokens(
+    folder: Path, info: RewardModelInfo, tokenizer: Any, policy_tokenizer: Any, policy_head_size: int
+) -> None:
+    """Raises IpvrmError unless reward model and policy mean the same text by the same tokens."""
+    if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
+        raise IpvrmError(
+            f"{folder}: its tokenizer is not the policy's: the same text would be other tokens, and "
+            "the log-probs of policy and reward model could not be compared"
+        )
+    if (found := template_hash(policy_tokenizer)) != info.template_hash:
+        raise IpvrmError(
+            f"{folder}: it was trained with another chat template (sha256 {info.template_hash[:12]}) "
+            f"than the "
+            f"policy's ({found[:12]}); use one template for both"
+        )
+    if (own := vocab_size(folder)) != policy_head_size:
+        raise IpvrmError(
+            f"{folder}: its head has {own} tokens, the policy's {policy_head_size}; their probabilities "
+            "are over different sets"
+        )

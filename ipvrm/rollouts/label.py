@@ -13,6 +13,7 @@ from typing import Any
 from ipvrm.data.files import chunked, file_hash, finite, records
 from ipvrm.data.rows import (
     BEHAVIOUR,
+    SCORED,
     TURNS,
     BadRow,
     BadRows,
@@ -46,7 +47,7 @@ from ipvrm.run_folder import (
     write_table,
 )
 
-COLUMNS = (*CONVERSATION_COLUMNS, "answer", "reward_model", "data_source", "sample", *BEHAVIOUR)
+COLUMNS = (*CONVERSATION_COLUMNS, "answer", "reward_model", "data_source", "sample", *BEHAVIOUR, *SCORED)
 CHUNK = 1024  # answers verified, and kept, at a time
 LISTED_FAILURES = 20
 ANY_VERDICT = Verdict("right", "1")
@@ -110,7 +111,7 @@ class _Rollout:
     sample: int | None
     truncated: bool
     sampled: Sampled | None
-    behaviour: dict[str, Any]  # the columns `BEHAVIOUR` that the row has
+    known: dict[str, Any]  # the columns `BEHAVIOUR` and `SCORED` that the row has
 
 
 def _read(path: str | Path) -> Iterator[_Rollout | BadRow]:
@@ -121,7 +122,8 @@ def _read(path: str | Path) -> Iterator[_Rollout | BadRow]:
             if sample is not None and type(sample) is not int:
                 raise ValueError(f"sample must be a whole number; got {sample!r:.40}")
             answer, source, cut = ground_truth(record), data_source(record), truncated(record)
-            known = {name: finite(record[name], name) for name in BEHAVIOUR if record.get(name) is not None}
+            kept = [name for name in (*BEHAVIOUR, *SCORED) if record.get(name) is not None]
+            known = {name: finite(record[name], name) for name in kept}
             yield _Rollout(index, turns(record), answer, source, sample, cut, sampled(record), known)
         except ValueError as error:
             yield BadRow(file, number, str(error))
@@ -309,7 +311,7 @@ def _rows(checked: _Checked, verdicts: Iterable[Verdict]) -> Iterator[dict[str, 
             row["tools"] = json.dumps(found.tools)
         if rollout.sampled is not None:
             row |= asdict(rollout.sampled)
-        yield row | rollout.behaviour
+        yield row | rollout.known
 
 
 def main(config: LabelConfig) -> None:

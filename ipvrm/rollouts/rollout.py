@@ -9,16 +9,26 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from ipvrm.data.batches import collate, length_sorted_microbatches
 from ipvrm.data.chat import tokenizer_hash
 from ipvrm.data.files import file_hash
 from ipvrm.data.responses import Response
-from ipvrm.data.rows import BEHAVIOUR, OnBadRow, Prompt, read_prompts
+from ipvrm.data.rows import OnBadRow, Prompt, read_prompts
 from ipvrm.errors import IpvrmError, reading
 from ipvrm.losses.policy_loss import CandidateConfig
-from ipvrm.models.behaviour import behaviour
-from ipvrm.models.causal_lm import load_model, load_tokenizer, local_folder, max_positions, weights_hash
+from ipvrm.models.behaviour import behaviour, check_log_ratios, check_same_tokens
+from ipvrm.models.causal_lm import (
+    candidate_logprobs,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    max_positions,
+    vocab_size,
+    weights_hash,
+)
+from ipvrm.models.reward_model import check_own_weights, read_info
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, Server, check_engine, kind_of
 from ipvrm.output import locked
 from ipvrm.progress import Progress
@@ -43,6 +53,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 WORDS = {
     "input_hash": "the prompts",
     "model_hash": "the model",
+    "rm_hash": "the reward model",
     "tokenizer_files_hash": "the model's tokenizer files",
 }
 FORWARD_TOKENS = 8192  # most of a padded forward for the log-probs
@@ -85,6 +96,10 @@ class RolloutConfig:
     place the ids and log-probs of all tokens with p >= min_prob (the paper's is 0.1), at `temperature`:
     `old_logprobs`, `candidate_ids`, `old_candidate_logprobs`, `temperature`, `min_prob`, `policy_hash`.
     Default: none."""
+    reward_model: str | None = field(default=None, metadata=FREE)
+    """With min_prob: also store the log-probs of the same tokens under this reward model, in fp32, so that
+    `ipvrm train-policy --offline` with it never loads it: `rm_logprobs`, `rm_candidate_logprobs`, `rm_hash`.
+    A folder that train-rm wrote (ipvrm, implicit_prm or dpo). Default: none."""
     seed: int = 42
     limit: int | None = None
     """Only the first so many rows."""
@@ -96,7 +111,7 @@ class RolloutConfig:
     engine_timeout: float = field(default=ENGINE_TIMEOUT, metadata=FREE)
     """Most seconds to wait for one of its answers."""
     bf16: bool = False
-    """Weights and cache in bf16, in place of fp32."""
+    """Weights and cache of the policy in bf16, in place of fp32."""
     on_bad_row: OnBadRow = field(default="error", metadata=FREE)
     """Rows that cannot be used: stop and list them, or skip."""
     use_cpu: bool = field(default=False, metadata=FREE)
@@ -130,7 +145,9 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
     chat = tokenizer.chat_template is not None
     if output.suffix == ".parquet":  # what the writer cannot take must show before the work
         table_schema([_carried(prompt, chat) for prompt in prompts])
+    reward_folder = _reward_folder(config, tokenizer)
     engine, stops, context, device = _engine(config, tokenizer)
+    reward = None if reward_folder is None else load_model(reward_folder, torch.float32, device)
     prompts_in = len(prompts) + len(bad)
     questions, bad = as_questions(prompts, bad, config.input, tokenizer, config, context, answers=False)
     for row in bad:
@@ -156,8 +173,8 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
                 pairs = zip(batch, generated, strict=True)
                 rows = [_response(*pair, tokenizer, stops) for pair in pairs]
                 if config.min_prob is not None:
-                    kind = (config.temperature, config.min_prob, made_from["model_hash"])
-                    known = _behaviour(engine, batch, generated, *kind)
+                    policy = cast(TransformersEngine, engine).model
+                    known = _known(policy, reward, batch, generated, _kind(config, made_from))
                     rows = [row | found for row, found in zip(rows, known, strict=True)]
                 shards.add(rows, seconds)
                 tokens = sum(map(len, generated))
@@ -199,6 +216,17 @@ def _engine(config: RolloutConfig, tokenizer: Any) -> tuple[Engine, set[int], in
     return engine, stops, max_positions(model), str(device)
 
 
+def _reward_folder(config: RolloutConfig, tokenizer: Any) -> Path | None:
+    """The reward model's folder, checked to speak of the policy's tokens; None where none is asked for."""
+    if config.reward_model is None:
+        return None
+    folder = local_folder(config.reward_model)
+    info = read_info(folder)
+    check_log_ratios(folder, info, "--reward_model")
+    check_same_tokens(folder, info, load_tokenizer(folder), tokenizer, vocab_size(config.model))
+    return folder
+
+
 def _check(config: RolloutConfig) -> Sampling:
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     for name in ("num_generations", "per_device_eval_batch_size", "limit"):
@@ -212,6 +240,10 @@ def _check(config: RolloutConfig) -> Sampling:
             f"got {config.num_generations}"
         )
     check_engine(config.engine, config.engine_timeout, bf16=config.bf16, use_cpu=config.use_cpu)
+    if config.reward_model is not None and config.min_prob is None:
+        raise IpvrmError(
+            "--reward_model stores log-probs of the tokens that --min_prob finds; add that, or leave it out"
+        )
     if config.min_prob is not None:
         if not 1 / 128 <= config.min_prob <= 1:
             raise IpvrmError(f"min_prob must lie in [1/128, 1]; got {config.min_prob}")
@@ -238,35 +270,52 @@ def _response(job: Job, ids: list[int], tokenizer: Any, stops: set[int]) -> dict
     }
 
 
-def _behaviour(
-    engine: Engine,
+def _kind(config: RolloutConfig, made_from: dict[str, Any]) -> dict[str, Any]:
+    """Of what `_known` stores, that which is the same in every row."""
+    kind = {name: getattr(config, name) for name in ("temperature", "min_prob")}
+    kind["policy_hash"] = made_from["model_hash"]
+    return kind if config.reward_model is None else kind | {"rm_hash": made_from["rm_hash"]}
+
+
+@torch.no_grad()
+def _known(
+    policy: nn.Module,
+    reward: nn.Module | None,
     jobs: Sequence[Job],
     generated: Sequence[list[int]],
-    temperature: float,
-    min_prob: float,
-    policy_hash: str,
+    kind: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """The columns `BEHAVIOUR` of the responses generated for these jobs."""
-    model = cast(TransformersEngine, engine).model
-    device, candidates = model.get_input_embeddings().weight.device, CandidateConfig(min_prob)
+    """The columns `BEHAVIOUR` of the responses generated for these jobs, with a reward model `SCORED` too."""
+    device, temperature = next(policy.parameters()).device, kind["temperature"]
+    candidates = CandidateConfig(kind["min_prob"])
     responses = [Response((*q.ids, *ids), len(q.ids)) for (q, *_), ids in zip(jobs, generated, strict=True)]
     found: list[dict[str, Any]] = [{} for _ in responses]
     lengths = [len(r.input_ids) for r in responses]
     for indices in length_sorted_microbatches(lengths, max_tokens=FORWARD_TOKENS):
         batch = collate([responses[i] for i in indices]).to(device)
-        logprobs, _, ids, of_ids = behaviour(model, batch, candidates, temperature)
+        known = behaviour(policy, batch, candidates, temperature)
+        ids, of_ids = known.candidate_ids, known.candidate_logprobs
         used = (ids >= 0).sum(1).tolist()
-        columns = (
-            logprobs.tolist(),
-            [row[:count] for row, count in zip(ids.tolist(), used, strict=True)],
-            [row[:count] for row, count in zip(of_ids.tolist(), used, strict=True)],
-        )
+        columns = {
+            "old_logprobs": known.logprobs.tolist(),
+            "candidate_ids": _cut(ids, used),
+            "old_candidate_logprobs": _cut(of_ids, used),
+        }
+        if reward is not None:
+            scored = candidate_logprobs(reward, batch, ids, temperature)
+            columns["rm_logprobs"] = scored.logprobs.tolist()
+            columns["rm_candidate_logprobs"] = _cut(scored.candidate_logprobs, used)
         start = 0
         for i in indices:
             end = start + responses[i].length
-            values = (*(column[start:end] for column in columns), temperature, min_prob, policy_hash)
-            found[i], start = dict(zip(BEHAVIOUR, values, strict=True)), end
+            found[i] = {name: column[start:end] for name, column in columns.items()} | kind
+            start = end
     return found
+
+
+def _cut(slots: Tensor, used: Sequence[int]) -> list[list[Any]]:
+    """Of (n, K) the first so many of each row."""
+    return [row[:count] for row, count in zip(slots.tolist(), used, strict=True)]
 
 
 class _Shards:
@@ -334,6 +383,12 @@ def _counts(rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
 
 def _made_from(config: RolloutConfig) -> dict[str, Any]:
     """What decides the responses: an interrupted run goes on only with the same."""
+    of_reward = {}
+    if config.reward_model is not None:
+        reward_folder = local_folder(config.reward_model)
+        info = read_info(reward_folder)
+        check_own_weights(reward_folder, info)
+        of_reward["rm_hash"] = info.weights_hash
     digest, folder = hashlib.sha256(), local_folder(config.model)
     for name in TOKENIZER_FILES:
         if (path := folder / name).is_file():
@@ -347,6 +402,7 @@ def _made_from(config: RolloutConfig) -> dict[str, Any]:
             "model_hash": weights_hash(config.model),
             "tokenizer_files_hash": digest.hexdigest(),
         }
+        | of_reward
     )
 
 

@@ -4,6 +4,7 @@
 
 with pi_ref the behaviour policy, which costs nothing (Appendix B), or the model that the reward model was
 trained against (`td_reference` sft, Table 9). The same reference serves the scores and the online update.
+Where stored rollouts hold log pi_phi, only what the reward model's folder says of it is read.
 """
 
 import shutil
@@ -20,6 +21,7 @@ from ipvrm.data.chat import parse_template_kwargs
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.metrics import paired, stacked
 from ipvrm.losses.objectives import Balance, BalanceConfig, Objective, online_balance
+from ipvrm.models.behaviour import check_log_ratios, check_same_tokens
 from ipvrm.models.causal_lm import (
     ResponseLogprobs,
     candidate_logprobs,
@@ -27,7 +29,6 @@ from ipvrm.models.causal_lm import (
     load_model,
     load_tokenizer,
     local_folder,
-    template_hash,
     vocab_size,
     weights_hash,
 )
@@ -58,7 +59,6 @@ from ipvrm_kernels import prefix_values
 
 FOLDER = "reward_model"
 REFERENCE = "reference"
-LOG_RATIOS = ("ipvrm", "implicit_prm", "dpo")  # objectives whose value is a sum of them
 RELEASE_MARGIN = 5.0  # of the released code's online update; offline it has none
 
 
@@ -67,24 +67,24 @@ class RewardInputs:
 
     Args:
         balance: of the online update.
+        scored: the rollouts hold its log-probs, so that its weights are not read.
 
     Raises:
-        IpvrmError: no reward model, one of another kind, or with another tokenizer or chat template.
+        IpvrmError: no reward model, one of another kind, or with another tokenizer or chat template; or a
+            --reference that nothing reads.
     """
 
-    def __init__(self, config: PolicyConfig, balance: BalanceConfig, policy_tokenizer: Any):
+    def __init__(
+        self, config: PolicyConfig, balance: BalanceConfig, policy_tokenizer: Any, scored: bool = False
+    ):
         assert config.reward_model is not None
         self.config = config
         self.folder = local_folder(config.reward_model)
         self.info = read_info(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
-        self.trained = config.rm_update != "frozen"
+        self.trained, self.scored = config.rm_update != "frozen", scored
+        check_log_ratios(self.folder, self.info, f"algorithm {config.algorithm!r}")
         objective = self.info.objective
-        if objective not in LOG_RATIOS:
-            raise IpvrmError(
-                f"{self.folder}: objective {objective!r} gives no log-ratio of a model and its reference; "
-                f"algorithm {config.algorithm!r} needs one ({', '.join(LOG_RATIOS)})"
-            )
         if objective != "ipvrm" and (config.dlw or config.adb or config.rm_margin is not None):
             raise IpvrmError(
                 f"{self.folder}: objective {objective!r} has neither margin nor weights, so --dlw, --adb and "
@@ -96,9 +96,15 @@ class RewardInputs:
         self.objective = Objective(objective, self.info.beta, margin or 0.0)
         check_same_tokens(self.folder, self.info, self.tokenizer, policy_tokenizer, vocab_size(config.model))
         self.reference_folder: Path | None = None
-        if reads_reference(config):
+        if reads_reference(config) and (config.td_reference == "sft" or not scored):
             self.reference_folder = find_reference(self.folder, self.info, config.reference)
-        check_own_weights(self.folder, self.info)
+        elif config.reference is not None:
+            raise IpvrmError(
+                f"{config.train_data} holds the reward model's log-probs: nothing reads --reference; leave "
+                "it out, or add --td_reference sft"
+            )
+        if not scored:
+            check_own_weights(self.folder, self.info)
 
     def fingerprint(self) -> dict[str, str]:
         """What decides the scores besides the settings."""
@@ -106,7 +112,8 @@ class RewardInputs:
 
 
 class OnlineReward:
-    """The reward model of a run on every rank; `reference` is a model only under `td_reference` sft.
+    """The reward model of a run on every rank; `reference` is a model only under `td_reference` sft, and the
+    reward model itself is none where the rollouts hold its log-probs (`inputs.scored`).
 
     Args:
         resumed, scalars: the checkpoint that weights and optimizer come from, where the run goes on.
@@ -121,6 +128,15 @@ class OnlineReward:
     ):
         self.inputs, self.config, self.accelerator = inputs, inputs.config, accelerator
         self.info, self.objective, self.trained = inputs.info, inputs.objective, inputs.trained
+        self.behaviour: Mapping[str, Tensor] | Path = {}  # see `learnt_from`; of a checkpoint, its folder
+        self.reference: nn.Module | None = None
+        if self.config.td_reference == "sft":
+            assert inputs.reference_folder is not None
+            self.reference = load_model(inputs.reference_folder, torch.float32, self.accelerator.device)
+        if resumed is not None and self.trained and self.reference is None:
+            self.behaviour = resumed / FOLDER / REFERENCE
+        if inputs.scored:
+            return
         # a checkpoint's weights are merged ones; its adapters belong on the starting weights
         merged = resumed is None or bool(self.config.rm_lora_r)
         model = load_model(inputs.folder if merged else cast(Path, resumed) / FOLDER, torch.float32)
@@ -132,13 +148,6 @@ class OnlineReward:
             model = add_adapters(model, r, alpha=float(r), target_modules=names, saved=saved)
         if self.config.gradient_checkpointing and self.trained:
             recompute_activations(model)
-        self.behaviour: Mapping[str, Tensor] | Path = {}  # see `learnt_from`; of a checkpoint, its folder
-        self.reference: nn.Module | None = None
-        if self.config.td_reference == "sft":
-            assert inputs.reference_folder is not None
-            self.reference = load_model(inputs.reference_folder, torch.float32, self.accelerator.device)
-        if resumed is not None and self.trained and self.reference is None:
-            self.behaviour = resumed / FOLDER / REFERENCE
         if not self.trained:
             self.module: nn.Module = ResponseLogprobs(model.to(self.accelerator.device))
             return
@@ -180,6 +189,8 @@ class OnlineReward:
 
     def logprobs(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """What `score` returns, whatever it is."""
+        if self.inputs.scored:
+            return rollouts.rm_logprobs, rollouts.rm_candidate_logprobs
         return self._logprobs(self.model, rollouts)
 
     def reference_logprobs(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
@@ -320,26 +331,4 @@ class OnlineReward:
         r = self.config.rm_lora_r
         return (
             adapter_entries(self.inputs.folder, weights_hash(self.inputs.folder), r, float(r)) if r else None
-        )
-
-
-def check_same_tokens(
-    folder: Path, info: RewardModelInfo, tokenizer: Any, policy_tokenizer: Any, policy_head_size: int
-) -> None:
-    """Raises IpvrmError unless reward model and policy mean the same text by the same tokens."""
-    if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
-        raise IpvrmError(
-            f"{folder}: its tokenizer is not the policy's: the same text would be other tokens, and "
-            "the log-probs of policy and reward model could not be compared"
-        )
-    if (found := template_hash(policy_tokenizer)) != info.template_hash:
-        raise IpvrmError(
-            f"{folder}: it was trained with another chat template (sha256 {info.template_hash[:12]}) "
-            f"than the "
-            f"policy's ({found[:12]}); use one template for both"
-        )
-    if (own := vocab_size(folder)) != policy_head_size:
-        raise IpvrmError(
-            f"{folder}: its head has {own} tokens, the policy's {policy_head_size}; their probabilities "
-            "are over different sets"
         )

@@ -96,7 +96,8 @@ class PolicyConfig:
     `ipvrm rollout --min_prob` and `ipvrm label` wrote."""
     output_dir: str = field(metadata=FREE)
     """Run folder: the policy, a Hugging Face model folder; in `reward_model` the reward model with the policy
-    that it was trained against so that `ipvrm score` gives what trained; metrics.jsonl, results.json."""
+    that it was trained against so that `ipvrm score` gives what trained (none where its log-probs come from
+    train_data); metrics.jsonl, results.json."""
     algorithm: str = "distrl"
     """distrl (Eq. 11 to 14), grpo (outcome), grpo_prm (Eq. 13: distrl without candidates), prime, spro,
     reinforce_qrm (token scores of a Q-RM; no ratio, no clip)."""
@@ -107,7 +108,8 @@ class PolicyConfig:
     """paper, or release: what the released code does. Flags whose default differs name both."""
     offline: bool = False
     """Learn from the stored rollouts in train_data, with the log-probs and candidates of the policy that
-    sampled them, in place of sampling (distrl, grpo, grpo_prm). The reward model is frozen; a step takes
+    sampled them, in place of sampling (distrl, grpo, grpo_prm). The reward model is frozen, and its weights
+    are not read where every row holds its log-probs (`ipvrm rollout --reward_model`); a step takes
     train_prompts prompts with mixed outcomes."""
 
     td_reference: Literal["behaviour", "sft"] | None = field(

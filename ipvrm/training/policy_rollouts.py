@@ -58,8 +58,8 @@ class Targets(NamedTuple):
 class Rollouts:
     """B labelled responses of G prompts, N response tokens packed in their order, K candidates.
 
-    Filled in this order: tokens and labels, the behaviour policy's log-probs, advantages. Tensors are on the
-    device of the run.
+    Filled in this order: tokens and labels, the behaviour policy's log-probs, a reward model's where they are
+    stored, advantages. Tensors are on the device of the run.
     """
 
     responses: list[Response]
@@ -71,6 +71,8 @@ class Rollouts:
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))  # (N,)
     candidate_ids: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, K) int64, -1 for none
     old_candidate_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, K)
+    rm_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # (N,)
+    rm_candidate_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, K)
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (N,)
     candidate_advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, K)
 

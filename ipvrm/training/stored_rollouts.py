@@ -1,5 +1,6 @@
 """What `train-policy --offline` trains on in the place of sampling: labelled rollouts with the log-probs and
-candidates of the policy that sampled them, as `ipvrm rollout --min_prob` and `ipvrm label` write them.
+candidates of the policy that sampled them, as `ipvrm rollout --min_prob` and `ipvrm label` write them, and
+the log-probs of a reward model where `ipvrm rollout --reward_model` has added them.
 
 A step takes the next prompts with mixed outcomes, in an order that is a pure function of the seed.
 """
@@ -8,7 +9,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,10 +19,21 @@ from ipvrm.data.batches import epoch_order
 from ipvrm.data.chat import tokenizer_hash
 from ipvrm.data.files import file_hash, records
 from ipvrm.data.responses import Response
-from ipvrm.data.rows import BEHAVIOUR, COLUMNS, SAMPLED, TURNS, BadRow, as_object, report_bad_rows, row_of
+from ipvrm.data.rows import (
+    BEHAVIOUR,
+    COLUMNS,
+    SAMPLED,
+    SCORED,
+    TURNS,
+    BadRow,
+    as_object,
+    report_bad_rows,
+    row_of,
+)
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.policy_loss import CandidateConfig
-from ipvrm.models.causal_lm import vocab_size, weights_hash
+from ipvrm.models.causal_lm import local_folder, vocab_size, weights_hash
+from ipvrm.models.reward_model import read_info
 from ipvrm.training.flags import filled
 from ipvrm.training.policy_config import PolicyConfig
 from ipvrm.training.policy_rollouts import Rollouts, Verified, rollouts_of
@@ -35,19 +47,24 @@ class Stored:
     logprobs: Tensor  # (T,)
     candidate_ids: Tensor  # (T, K_b), -1 where there are fewer
     candidate_logprobs: Tensor  # (T, K_b), -inf there
+    rm_logprobs: Tensor | None  # (T,), of the run's reward model; None where they are not stored
+    rm_candidate_logprobs: Tensor | None  # (T, K_b)
 
 
 class StoredRollouts:
     """Collects as `Collector` does, from a file.
+
+    `scored` says whether all that is learnt from comes with the log-probs of the run's reward model; if not,
+    that is to score them.
 
     Args:
         candidates: those that the run asks for; None for none.
         context: most tokens of prompt and response; None for no limit.
 
     Raises:
-        IpvrmError: a file without these columns; a row of another tokenizer, policy, temperature or
-            `min_prob`; bad rows, among them such as lack the columns, under `on_bad_row="error"`; or not one
-            prompt with both outcomes.
+        IpvrmError: a file without these columns; a row of another tokenizer, policy, temperature, `min_prob`
+            or reward model; bad rows, among them such as lack the columns, under `on_bad_row="error"`; or not
+            one prompt with both outcomes.
     """
 
     def __init__(
@@ -64,20 +81,30 @@ class StoredRollouts:
         }
         if candidates is not None:
             self.kind["min_prob"] = candidates.min_prob
+        scores: tuple[str, ...] = ()
+        if config.reward_model is not None:
+            self.kind["rm_hash"] = read_info(local_folder(config.reward_model)).weights_hash
+            scores = SCORED
         groups: dict[tuple[int, ...], list[Stored]] = {}
-        for file, number, _, record in records(config.train_data, (*COLUMNS, *BEHAVIOUR), TURNS):
+        for file, number, _, record in records(config.train_data, (*COLUMNS, *BEHAVIOUR, *scores), TURNS):
             try:
                 counts["rows"] += 1
                 given, where = as_object(record), f"{file}:{number}"
                 if missing := [n for n in (*SAMPLED, *BEHAVIOUR) if given.get(n) is None]:
                     counts["incomplete"] += 1
                     raise ValueError(f"lacks {', '.join(missing)}, which --offline needs")
+                found_scores = [n for n in scores if given.get(n) is not None]
+                if found_scores and len(found_scores) < len(scores):
+                    raise ValueError(
+                        f"{', '.join(scores)} belong together; the row has {', '.join(found_scores)} alone"
+                    )
                 self._check_kind(where, given)
                 row = row_of(where, given)
                 if not row.ended:
                     counts["truncated"] += 1
                     continue
-                found = _stored(given, row.label, row.source, vocabulary, context)
+                found = _stored(given, row.label, row.source, vocabulary, context, bool(found_scores))
+                counts["scored"] += found.rm_logprobs is not None
                 groups.setdefault(found.response.input_ids[: found.response.prompt_length], []).append(found)
             except IpvrmError:
                 raise
@@ -90,6 +117,7 @@ class StoredRollouts:
             )
         report_bad_rows(bad, config.on_bad_row, total=counts["rows"])
         self.groups = [g for g in groups.values() if len({s.response.label for s in g}) == 2]
+        self.scored = bool(scores) and all(s.rm_logprobs is not None for g in self.groups for s in g)
         self.counts = {
             "rows": counts["rows"],
             "bad": len(bad),
@@ -97,6 +125,8 @@ class StoredRollouts:
             "prompts": len(groups),
             "prompts_mixed": len(self.groups),
         }
+        if scores:
+            self.counts["rm_scored"] = counts["scored"]
         if not self.groups:
             raise IpvrmError(
                 f"{config.train_data}: no prompt has both a right and a wrong response ({self.counts}), so "
@@ -106,7 +136,7 @@ class StoredRollouts:
     def _check_kind(self, where: str, record: dict[str, Any]) -> None:
         """Raises IpvrmError for a row of another kind: then the file is not of this run."""
         for name, value in self.kind.items():
-            if record[name] == value:
+            if record.get(name) in (value, None):  # only `rm_hash` may be missing
                 continue
             if name == "tokenizer_hash":
                 raise IpvrmError(
@@ -116,6 +146,12 @@ class StoredRollouts:
                 raise IpvrmError(
                     f"{where}: its log-probs are of another policy than {self.config.model}; --offline "
                     "starts from the one that sampled"
+                )
+            if name == "rm_hash":
+                raise IpvrmError(
+                    f"{where}: its rm_logprobs are of another reward model (sha256 {record[name]!s:.12}) "
+                    f"than {self.config.reward_model} ({value[:12]}); give the one that scored, or take "
+                    f"{', '.join(SCORED)} out of the file, and yours scores the tokens"
                 )
             raise IpvrmError(f"{where}: stored at {name} {record[name]}, and --{name} is {value:g}")
 
@@ -141,6 +177,10 @@ class StoredRollouts:
         rollouts.old_logprobs = torch.cat([s.logprobs for s in stored]).to(device)
         rollouts.candidate_ids, rollouts.old_candidate_logprobs = ids.to(device), logprobs.to(device)
         rollouts.candidate_advantages = torch.zeros_like(rollouts.old_candidate_logprobs)
+        if self.scored:
+            of_ids = [cast(Tensor, s.rm_candidate_logprobs)[:, :width] for s in stored]
+            rollouts.rm_candidate_logprobs = _joined(of_ids, -torch.inf).to(device)
+            rollouts.rm_logprobs = torch.cat([cast(Tensor, s.rm_logprobs) for s in stored]).to(device)
         numbers = {
             "prompts": float(size),
             "prompts_mixed": float(size),
@@ -171,32 +211,47 @@ def _joined(parts: list[Tensor], fill: float) -> Tensor:
 
 
 def _stored(
-    record: dict[str, Any], label: int | None, source: str, vocabulary: int, context: int | None
+    record: dict[str, Any],
+    label: int | None,
+    source: str,
+    vocabulary: int,
+    context: int | None,
+    scored: bool,
 ) -> Stored:
-    """What a row holds. Raises ValueError with the reason."""
+    """What a row holds; `scored`: with the log-probs of a reward model. Raises ValueError with the reason."""
     prompt, answer = (record[name] for name in SAMPLED[:2])
-    logprobs, ids, of_ids = columns = [record[name] for name in BEHAVIOUR[:3]]
+    whose = ("old", "rm") if scored else ("old",)
+    ids = record["candidate_ids"]
+    of_tokens = {name: record[name] for name in (f"{w}_logprobs" for w in whose)}
+    of_candidates = {name: record[name] for name in (f"{w}_candidate_logprobs" for w in whose)}
     if not prompt or not answer:
         raise ValueError("prompt_ids and response_ids must hold at least one id each")
-    for name, column in zip(BEHAVIOUR, columns, strict=False):
+    for name, column in {**of_tokens, "candidate_ids": ids, **of_candidates}.items():
         if not isinstance(column, list) or len(column) != len(answer):
             raise ValueError(f"{name} must be a list with one entry a token of response_ids: {len(answer)}")
-    pairs = list(zip(ids, of_ids, strict=True))
-    if not all(isinstance(a, list) and isinstance(b, list) and len(a) == len(b) for a, b in pairs):
-        raise ValueError("candidate_ids and old_candidate_logprobs differ in how many a token has")
+    for name, column in of_candidates.items():
+        pairs = list(zip(ids, column, strict=True))
+        if not all(isinstance(a, list) and isinstance(b, list) and len(a) == len(b) for a, b in pairs):
+            raise ValueError(f"candidate_ids and {name} differ in how many a token has")
     if ids[-1]:
         raise ValueError("the last token has candidates; it carries the outcome and must have none")
-    if not all(isinstance(x, float) and -math.inf < x <= 0 for row in (logprobs, *of_ids) for x in row):
-        raise ValueError("log-probs must be finite numbers of at most 0")
+    flat = {name: [x for row in column for x in row] for name, column in of_candidates.items()}
+    for name, column in {**of_tokens, **flat}.items():
+        if not all(isinstance(x, float) and -math.inf < x <= 0 for x in column):
+            raise ValueError(f"{name} must hold finite numbers of at most 0")
     every = [*prompt, *answer, *(i for row in ids for i in row)]
     if not all(type(i) is int and 0 <= i < vocabulary for i in every):
         raise ValueError(f"ids must be whole numbers in [0, {vocabulary})")
     if context is not None and (length := len(prompt) + len(answer)) > context:
         raise ValueError(f"its {length} tokens are more than the model's {context} positions")
     width = max(map(len, ids))
+    logprobs = [torch.tensor(column) for column in of_tokens.values()]
+    of_ids = [_padded(column, width, -torch.inf, torch.float32) for column in of_candidates.values()]
     return Stored(
         Response((*prompt, *answer), len(prompt), label, source),
-        torch.tensor(logprobs),
+        logprobs[0],
         _padded(ids, width, -1, torch.int64),
-        _padded(of_ids, width, -torch.inf, torch.float32),
+        of_ids[0],
+        rm_logprobs=logprobs[1] if scored else None,
+        rm_candidate_logprobs=of_ids[1] if scored else None,
     )

@@ -100,13 +100,17 @@ class _Inputs:
     def __init__(self, config: PolicyConfig, method: Method, run: Run):
         self.config, self.method, self.run = config, method, run
         self.tokenizer = load_tokenizer(config.model)
+        self.context = max_positions(config.model)
+        self.stored: StoredRollouts | None = None
+        if config.offline:
+            self.stored = StoredRollouts(config, self.tokenizer, method.candidates, self.context)
+        scored = self.stored is not None and self.stored.scored
         self.reward: RewardInputs | None = None
         self.q_values: QValues | None = None
         if config.algorithm == "reinforce_qrm":
             self.q_values = QValues(config, self.tokenizer)
         elif config.reward_model is not None:
-            self.reward = RewardInputs(config, method.balance, self.tokenizer)
-        self.context = max_positions(config.model)
+            self.reward = RewardInputs(config, method.balance, self.tokenizer, scored)
         self.server: Server | None = None
         if config.engine != LOCAL and not (config.dry_run or run.finished):
             size = config.per_device_eval_batch_size
@@ -114,9 +118,7 @@ class _Inputs:
             limits = [n for n in (self.context, self.server.max_positions) if n is not None]
             self.context = min(limits, default=None)
         self.questions: list[Question] = []
-        self.stored: StoredRollouts | None = None
-        if config.offline:
-            self.stored = StoredRollouts(config, self.tokenizer, method.candidates, self.context)
+        if self.stored is not None:
             self.counts = self.stored.counts
         else:
             self.questions, bad = self._read(config.train_data)
@@ -124,6 +126,10 @@ class _Inputs:
         self.eval_questions = None if config.eval_data is None else self._read(config.eval_data)[0]
         counts = ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
         run.progress.note(f"{config.train_data}: {counts}")
+        if scored:
+            run.progress.note(f"it holds the log-probs of {config.reward_model}, whose weights are not read")
+        elif self.counts.get("rm_scored"):
+            run.progress.note(f"some rows lack the log-probs of {config.reward_model}: it scores them all")
 
     def _read(self, path: str) -> tuple[list[Question], list[BadRow]]:
         prompts, bad = read_prompts(path, self.config.on_bad_row)
@@ -498,11 +504,12 @@ class _Trainer:
         """Every rank has all of it."""
 
     def write_model(self, folder: Path, place: Path) -> None:
-        """The policy, under LoRA the merged weights with the adapters in a folder, and the reward model."""
+        """The policy, under LoRA the merged weights with the adapters in a folder, and the reward model where
+        the run has its weights."""
         save_trained(self.policy, folder)
         self.inputs.tokenizer.save_pretrained(folder)
         self._write_card(folder)
-        if self.reward is not None:
+        if self.reward is not None and not self.reward.inputs.scored:
             (folder / FOLDER).mkdir()
             self.reward.write_model(folder / FOLDER, self.policy, place / FOLDER)
 
@@ -524,7 +531,7 @@ class _Trainer:
             summary="A causal language model trained on its own verified answers"
             + (
                 ", with the implicit reward model that it was trained against in `reward_model`."
-                if info
+                if self.reward is not None and not self.reward.inputs.scored
                 else "."
             ),
             usage="from transformers import AutoModelForCausalLM\n\n"

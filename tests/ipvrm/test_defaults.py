@@ -217,6 +217,7 @@ ROLLOUT = {
     "top_p": one(1.0, "released step2_rm_training/generate_rollouts_vllm.py; the paper names none"),
     "top_k": one(0, "released step2_rm_training/generate_rollouts_vllm.py; the paper names none"),
     "min_prob": one(None, OURS + "what reward-model data does not need is not stored"),
+    "reward_model": one(None, OURS + "a reward model is there when rollouts are to be learnt from with it"),
     "seed": one(42, APP_C),
     "limit": one(None, OURS + "all rows"),
     "per_device_eval_batch_size": one(64, SPEED),

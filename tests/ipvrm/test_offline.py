@@ -3,6 +3,7 @@
 The toy task is that of test_train_policy.py.
 """
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +29,14 @@ from ipvrm.training.train_policy import train_policy
 BEHAVIOUR = (
     "old_logprobs", "candidate_ids", "old_candidate_logprobs", "temperature", "min_prob", "policy_hash"
 )  # fmt: skip
+SCORED = ("rm_logprobs", "rm_candidate_logprobs", "rm_hash")
 TEMPERATURE = 1.5  # responses of several lengths
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A folder with the policy `sft`, the reward model `ipvrm`, `rollouts.parquet` and `data.parquet`."""
+    """A folder with the policy `sft`, the reward model `ipvrm`, `rollouts.parquet`, and labelled `scored.parquet`
+    and `data.parquet`, which is without the reward model's columns."""
     folder = make_toy(tmp_path_factory.mktemp("toy"), ("ipvrm",))
     sys.path.insert(0, str(folder))
     rollouts = RolloutConfig(
@@ -44,12 +47,15 @@ def toy(tmp_path_factory):
         max_new_tokens=6,
         temperature=TEMPERATURE,
         min_prob=0.1,
+        reward_model=str(folder / "ipvrm"),
         per_device_eval_batch_size=24,
         use_cpu=True,
     )
     roll_out(rollouts, progress=False)
-    label = LabelConfig(rollouts.output, str(folder / "data.parquet"), "toy_verifiers:first", num_workers=1)
+    label = LabelConfig(rollouts.output, str(folder / "scored.parquet"), "toy_verifiers:first", num_workers=1)
     label_file(label, progress=False)
+    labelled = pq.read_table(folder / "scored.parquet")
+    pq.write_table(labelled.drop_columns(list(SCORED)), folder / "data.parquet")
     yield folder
     sys.path.remove(str(folder))
 
@@ -89,25 +95,32 @@ def rows_of(path):
 
 @pytest.mark.slow
 def test_what_is_stored_is_what_the_policy_that_sampled_knows(toy):
-    model = load_model(toy / "sft", torch.float64)
+    model, reward = load_model(toy / "sft", torch.float64), load_model(toy / "ipvrm", torch.float64)
     rows = rows_of(toy / "rollouts.parquet")
     assert len(rows) == 64 and len({row["response_tokens"] for row in rows}) > 1
     several = 0
     for row in rows:
         ids = row["prompt_ids"] + row["response_ids"]
         with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, len(row["prompt_ids"]) - 1 : -1]
-        logprobs = (logits / TEMPERATURE).log_softmax(-1)  # (T, V)
-        sampled = logprobs.gather(1, torch.tensor(row["response_ids"])[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(row["old_logprobs"]).double(), sampled, atol=1e-5, rtol=0)
+            logits = [
+                m(torch.tensor([ids])).logits[0, len(row["prompt_ids"]) - 1 : -1] for m in (model, reward)
+            ]
+        logprobs, of_reward = ((x / TEMPERATURE).log_softmax(-1) for x in logits)  # (T, V)
+        for name, under in (("old_logprobs", logprobs), ("rm_logprobs", of_reward)):
+            sampled = under.gather(1, torch.tensor(row["response_ids"])[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(row[name]).double(), sampled, atol=1e-5, rtol=0)
         assert (row["temperature"], row["min_prob"]) == (TEMPERATURE, 0.1)
         assert row["policy_hash"] == weights_hash(toy / "sft")
+        assert row["rm_hash"] == weights_hash(toy / "ipvrm")
         assert row["candidate_ids"][-1] == row["old_candidate_logprobs"][-1] == []  # it carries the outcome
+        assert row["rm_candidate_logprobs"][-1] == []
         for t, of_ids in enumerate(row["candidate_ids"][:-1]):
             found = row["old_candidate_logprobs"][t]
             probable = {i for i, p in enumerate(logprobs[t].exp().tolist()) if p >= 0.1}
             assert {*of_ids} == probable and len(of_ids) == len(found)
             torch.testing.assert_close(torch.tensor(found).double(), logprobs[t][of_ids], atol=1e-5, rtol=0)
+            found = torch.tensor(row["rm_candidate_logprobs"][t]).double()
+            torch.testing.assert_close(found, of_reward[t][of_ids], atol=1e-5, rtol=0)
             several += len(of_ids) > 1
     assert several > 20
 
@@ -118,11 +131,12 @@ def test_nothing_is_stored_unless_asked_for(toy, tmp_path):
         use_cpu=True,
     )  # fmt: skip
     roll_out(settings, progress=False)
-    assert not {*rows_of(tmp_path / "o.parquet")[0]} & {*BEHAVIOUR}
+    assert not {*rows_of(tmp_path / "o.parquet")[0]} & {*BEHAVIOUR, *SCORED}
     stored = rows_of(toy / "rollouts.parquet")
-    for row in rows_of(toy / "data.parquet"):
+    for row in rows_of(toy / "scored.parquet"):
         before = stored[row["row"] - 1]  # counted from 1
-        assert {name: row[name] for name in BEHAVIOUR} == {name: before[name] for name in BEHAVIOUR}
+        for name in (*BEHAVIOUR, *SCORED):
+            assert row[name] == before[name]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +147,7 @@ def test_nothing_is_stored_unless_asked_for(toy, tmp_path):
         ({"min_prob": 0.1, "top_k": 3}, "--top_k 0"),
         ({"min_prob": 0.1, "temperature": 0.0, "num_generations": 1}, "--temperature above 0"),
         ({"min_prob": 0.1, "engine": "http://localhost:1/v1"}, "--engine transformers"),
+        ({"reward_model": "ipvrm"}, "of the tokens that --min_prob finds"),
     ],
 )
 def test_log_probs_that_are_not_those_of_the_draw_are_not_stored(toy, tmp_path, changes, reason):
@@ -173,11 +188,86 @@ def test_an_offline_update_is_the_online_update_on_the_same_rollouts(
         assert log_of(offline.output_dir)[0]["candidate_loss"] != 0
 
 
+def reward_model_without_weights(toy, tmp_path):
+    """A copy of the reward model's folder that nobody can load."""
+    copy = tmp_path / "without_weights"
+    shutil.copytree(toy / "ipvrm", copy, ignore=shutil.ignore_patterns("*.safetensors", "checkpoint-*"))
+    with pytest.raises(IpvrmError, match=r"no model\.safetensors"):
+        load_model(copy)
+    return str(copy)
+
+
 @pytest.mark.slow
-def test_an_offline_run_resumes_to_the_same_bits(config, tmp_path):
-    whole = config("whole", max_steps=3, save_steps=1, save_total_limit=9, train_prompts=5)
+@pytest.mark.parametrize(
+    "changes",
+    [{"algorithm": "distrl"}, {"algorithm": "grpo_prm"}, {"algorithm": "distrl", "td_reference": "sft"}],
+    ids=["distrl", "grpo_prm", "distrl-sft"],
+)
+def test_an_update_from_stored_scores_is_that_of_the_reward_model_whose_weights_it_does_not_read(
+    config, toy, tmp_path, changes
+):
+    # adam_epsilon: as in the test above
+    settings = {"adam_epsilon": 1e-3, "lr_scheduler_type": "constant"} | changes
+    scoring = config("scoring", **settings)
+    stored = config(
+        "stored",
+        train_data=str(toy / "scored.parquet"),
+        reward_model=reward_model_without_weights(toy, tmp_path),
+        **settings,
+    )
+    train(scoring)
+    train(stored)
+    got, want, start = (weights(f) for f in (stored.output_dir, scoring.output_dir, toy / "sft"))
+    assert max(float((want[name] - start[name]).abs().max()) for name in want) > 1e-4
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], atol=1e-6, rtol=0)
+    records = [log_of(c.output_dir)[0] for c in (stored, scoring)]
+    for name in ("rm_scored_auc", "value_right", "value_wrong", "value_std"):
+        assert records[0][name] == pytest.approx(records[1][name], abs=1e-4)
+    written = [(Path(c.output_dir) / "reward_model").is_dir() for c in (stored, scoring)]
+    assert written == [False, True]
+
+
+def test_some_rows_without_scores_are_scored_with_all_others(config, toy, tmp_path):
+    rows = rows_of(toy / "scored.parquet")
+    whole = stored_of(config(train_data=str(toy / "scored.parquet")))
+    assert whole.scored and whole.counts["rm_scored"] == whole.counts["rows"] - whole.counts["truncated"]
+    learnt = {s.response.source for group in whole.groups for s in group}
+    source = min(learnt, key=lambda s: int(s.rpartition(":")[2]))
+    place = int(source.rpartition(":")[2]) - 1
+    rows[place] = without(*SCORED)(rows[place])
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    found = stored_of(config(train_data=str(tmp_path / "data.jsonl")))
+    assert not found.scored and found.counts["rm_scored"] == whole.counts["rm_scored"] - 1
+    assert not len(found.collect(0, torch.device("cpu"))[0].rm_logprobs)
+    assert not stored_of(config(algorithm="grpo", train_data=str(toy / "scored.parquet"))).scored
+
+
+def test_scores_of_another_reward_model_end_the_run_though_bad_rows_are_skipped(config, toy, tmp_path):
+    rows = rows_of(toy / "scored.parquet")
+    rows[2]["rm_hash"] = "0" * 64
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    with pytest.raises(IpvrmError) as error:
+        train(config(train_data=str(tmp_path / "data.jsonl"), on_bad_row="skip"))
+    own = weights_hash(toy / "ipvrm")[:12]
+    for words in ("data.jsonl:3: its rm_logprobs", f"sha256 {'0' * 12})", f"{toy / 'ipvrm'} ({own})"):
+        assert words in str(error.value)
+
+
+def test_a_reference_that_stored_scores_do_not_need_is_refused(config, toy):
+    with pytest.raises(IpvrmError, match="nothing reads --reference"):
+        train(config(train_data=str(toy / "scored.parquet"), reference=str(toy / "sft")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["data", "scored"])
+def test_an_offline_run_resumes_to_the_same_bits(config, toy, tmp_path, data):
+    more = {"train_data": str(toy / f"{data}.parquet")}
+    if data == "scored":
+        more["reward_model"] = reward_model_without_weights(toy, tmp_path)
+    whole = config("whole", max_steps=3, save_steps=1, save_total_limit=9, train_prompts=5, **more)
     train(whole)
-    first = config("first", max_steps=3, save_steps=1, train_prompts=5)
+    first = config("first", max_steps=3, save_steps=1, train_prompts=5, **more)
     (tmp_path / "first").mkdir()
     (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "first" / "checkpoint-1")
     train(replace(first, resume_from_checkpoint="auto"))
@@ -251,6 +341,18 @@ def broken(row, name, at, value):
         ("ids must be whole numbers in [0, ", lambda r: broken(r, "response_ids", 0, 10**6)),
         ("finite numbers of at most 0", lambda r: broken(r, "old_logprobs", 0, 0.1)),
         ("finite numbers of at most 0", lambda r: broken(r, "old_logprobs", 0, None)),
+        ("rm_logprobs must be a list with one entry a token", lambda r: r["rm_logprobs"].append(-0.5)),
+        ("rm_logprobs must hold finite numbers of at most 0", lambda r: broken(r, "rm_logprobs", 0, 1e-3)),
+        ("the row has rm_candidate_logprobs, rm_hash alone", lambda r: r.pop("rm_logprobs")),
+        ("the row has rm_logprobs, rm_candidate_logprobs alone", lambda r: r.update(rm_hash=None)),
+        (
+            "candidate_ids and rm_candidate_logprobs differ",
+            lambda r: r["rm_candidate_logprobs"][0].append(-0.5),
+        ),
+        (
+            "rm_candidate_logprobs must hold finite numbers of at most 0",
+            lambda r: broken(r, "rm_candidate_logprobs", 0, [float("-inf")] * len(r["candidate_ids"][0])),
+        ),
         (
             "the last token has candidates",
             lambda r: [broken(r, "candidate_ids", -1, [1]), broken(r, "old_candidate_logprobs", -1, [-0.1])],
@@ -262,7 +364,7 @@ def broken(row, name, at, value):
     ],
 )
 def test_a_row_that_does_not_fit_is_named_or_skipped(config, toy, tmp_path, reason, edit):
-    rows = rows_of(toy / "data.parquet")
+    rows = rows_of(toy / "scored.parquet")
     edit(rows[1])
     write_jsonl(tmp_path / "data.jsonl", rows)
     settings = config(train_data=str(tmp_path / "data.jsonl"))
@@ -313,4 +415,5 @@ def test_dry_run_counts_the_rollouts(config, toy, capsys):
         "truncated": sum(row["truncated"] for row in rows),
         "prompts": len(labels),
         "prompts_mixed": len(mixed),
+        "rm_scored": 0,
     }
