@@ -3,6 +3,7 @@
 The toy task is that of test_train_policy.py.
 """
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -35,8 +36,8 @@ TEMPERATURE = 1.5  # responses of several lengths
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A folder with the policy `sft`, the reward model `ipvrm`, `rollouts.parquet`, and labelled `scored.parquet`
-    and `data.parquet`, which is without the reward model's columns."""
+    """A folder with the policy `sft`, the reward model `ipvrm`, `rollouts.parquet` and, labelled,
+    `scored.parquet` and, without the reward model's columns, `data.parquet`."""
     folder = make_toy(tmp_path_factory.mktemp("toy"), ("ipvrm",))
     sys.path.insert(0, str(folder))
     rollouts = RolloutConfig(
@@ -101,10 +102,9 @@ def test_what_is_stored_is_what_the_policy_that_sampled_knows(toy):
     several = 0
     for row in rows:
         ids = row["prompt_ids"] + row["response_ids"]
+        places = slice(len(row["prompt_ids"]) - 1, -1)
         with torch.no_grad():
-            logits = [
-                m(torch.tensor([ids])).logits[0, len(row["prompt_ids"]) - 1 : -1] for m in (model, reward)
-            ]
+            logits = [m(torch.tensor([ids])).logits[0, places] for m in (model, reward)]
         logprobs, of_reward = ((x / TEMPERATURE).log_softmax(-1) for x in logits)  # (T, V)
         for name, under in (("old_logprobs", logprobs), ("rm_logprobs", of_reward)):
             sampled = under.gather(1, torch.tensor(row["response_ids"])[:, None])[:, 0]
@@ -125,12 +125,16 @@ def test_what_is_stored_is_what_the_policy_that_sampled_knows(toy):
     assert several > 20
 
 
-def test_nothing_is_stored_unless_asked_for(toy, tmp_path):
-    settings = RolloutConfig(
+def small(toy, tmp_path, **more):
+    """Settings of eight responses."""
+    return RolloutConfig(
         str(toy / "sft"), str(toy / "prompts.jsonl"), str(tmp_path / "o.parquet"), limit=2, max_new_tokens=3,
-        use_cpu=True,
+        use_cpu=True, **more,
     )  # fmt: skip
-    roll_out(settings, progress=False)
+
+
+def test_nothing_is_stored_unless_asked_for(toy, tmp_path):
+    roll_out(small(toy, tmp_path), progress=False)
     assert not {*rows_of(tmp_path / "o.parquet")[0]} & {*BEHAVIOUR, *SCORED}
     stored = rows_of(toy / "rollouts.parquet")
     for row in rows_of(toy / "scored.parquet"):
@@ -154,6 +158,30 @@ def test_log_probs_that_are_not_those_of_the_draw_are_not_stored(toy, tmp_path, 
     settings = RolloutConfig(str(toy / "sft"), str(toy / "prompts.jsonl"), str(tmp_path / "o.parquet"))
     with pytest.raises(IpvrmError, match=reason):
         roll_out(replace(settings, **changes), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "reason"),
+    [
+        ("objective", "q_rm", "--reward_model needs one"),
+        ("template_hash", "0" * 64, "trained with another chat template"),
+        ("weights_hash", "0" * 64, "its weights or config are not those"),
+    ],
+)
+def test_a_reward_model_that_cannot_speak_of_these_tokens_is_refused(toy, tmp_path, entry, value, reason):
+    other = tmp_path / "other"
+    shutil.copytree(toy / "ipvrm", other)
+    stored = json.loads((other / "ipvrm_config.json").read_text())
+    (other / "ipvrm_config.json").write_text(json.dumps(stored | {entry: value}))
+    with pytest.raises(IpvrmError, match=reason):
+        roll_out(small(toy, tmp_path, min_prob=0.1, reward_model=str(other)), progress=False)
+
+
+def test_rollouts_are_made_again_for_a_reward_model(toy, tmp_path):
+    for given in (None, str(toy / "ipvrm")):
+        roll_out(small(toy, tmp_path, min_prob=0.1, reward_model=given), progress=False)
+        row = rows_of(tmp_path / "o.parquet")[0]
+        assert {*row} >= {*BEHAVIOUR} and ({*row} >= {*SCORED}) == (given is not None)
 
 
 @pytest.mark.slow
@@ -329,6 +357,12 @@ def broken(row, name, at, value):
     row[name][at] = value
 
 
+def one_candidate(row, at, value):
+    broken(row, "candidate_ids", at, [value])
+    for name in ("old_candidate_logprobs", "rm_candidate_logprobs"):
+        broken(row, name, at, [-0.1])
+
+
 @pytest.mark.parametrize(
     ("reason", "edit"),
     [
@@ -353,14 +387,8 @@ def broken(row, name, at, value):
             "rm_candidate_logprobs must hold finite numbers of at most 0",
             lambda r: broken(r, "rm_candidate_logprobs", 0, [float("-inf")] * len(r["candidate_ids"][0])),
         ),
-        (
-            "the last token has candidates",
-            lambda r: [broken(r, "candidate_ids", -1, [1]), broken(r, "old_candidate_logprobs", -1, [-0.1])],
-        ),
-        (
-            "ids must be whole numbers in [0, ",
-            lambda r: [broken(r, "candidate_ids", 0, [None]), broken(r, "old_candidate_logprobs", 0, [-0.1])],
-        ),
+        ("the last token has candidates", lambda r: one_candidate(r, -1, 1)),
+        ("ids must be whole numbers in [0, ", lambda r: one_candidate(r, 0, None)),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_or_skipped(config, toy, tmp_path, reason, edit):
