@@ -214,7 +214,7 @@ class _Encoder:
             ids.pop()
         prompt = self.chat.prompt_ids(row.prompt, row.tools)
         if (sampled := row.sampled) is not None and self._is_ours(sampled):
-            self._check_sampled(row, sampled)
+            check_sampled(row, sampled, self.chat.tokenizer, self.vocab_size)
             prompt = sampled.prompt_ids
             if list(sampled.response_ids) != ids:
                 self.counts["other_tokens_than_sampled"] += 1
@@ -236,30 +236,32 @@ class _Encoder:
         self.counts["ids_of_another_tokenizer"] += sampled.tokenizer_hash != self.hash
         return sampled.tokenizer_hash == self.hash
 
-    def _check_sampled(self, row: Row, sampled: Sampled) -> None:
-        """Raises ValueError unless the stored ids are the model's and decode to the row's text."""
-        body = sampled.response_ids[:-1] if row.ended else sampled.response_ids
-        if not sampled.prompt_ids or not sampled.response_ids:
-            raise ValueError("prompt_ids and response_ids must hold at least one id each")
-        # A tokenizer may decode an id that nobody has to no text at all, so the texts below do not show it.
-        for name, ids in (("prompt_ids", sampled.prompt_ids), ("response_ids", sampled.response_ids)):
-            if self.vocab_size is not None and max(ids) >= self.vocab_size:
-                raise ValueError(
-                    f"{name} hold {max(ids)}, and the model has the ids below {self.vocab_size} alone; roll "
-                    "out again with this model, or leave out prompt_ids, response_ids and tokenizer_hash"
-                )
-        if (found := self._decode(body)) != row.response:
-            raise ValueError(f"response_ids decode to another text than the response: {found!r:.60}")
-        text = self._decode(sampled.prompt_ids)
-        messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-        if missing_part(messages, row.tools, text):
-            raise ValueError(f"prompt_ids decode to another text than the prompt: {text!r:.60}")
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        try:
-            return str(self.chat.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-        except (OverflowError, IndexError, TypeError) as error:
-            raise ValueError(f"ids that the tokenizer does not have: {error}") from error
+def check_sampled(row: Row, sampled: Sampled, tokenizer: Any, vocab_size: int | None) -> None:
+    """Raises ValueError unless the stored ids are below `vocab_size` and decode to the row's text."""
+    body = sampled.response_ids[:-1] if row.ended else sampled.response_ids
+    if not sampled.prompt_ids or not sampled.response_ids:
+        raise ValueError("prompt_ids and response_ids must hold at least one id each")
+    # A tokenizer may decode an id that nobody has to no text at all, so the texts below do not show it.
+    for name, ids in (("prompt_ids", sampled.prompt_ids), ("response_ids", sampled.response_ids)):
+        if vocab_size is not None and max(ids) >= vocab_size:
+            raise ValueError(
+                f"{name} hold {max(ids)}, and the model has the ids below {vocab_size} alone; roll "
+                "out again with this model, or leave out prompt_ids, response_ids and tokenizer_hash"
+            )
+    if (found := _decode(tokenizer, body)) != row.response:
+        raise ValueError(f"response_ids decode to another text than the response: {found!r:.60}")
+    text = _decode(tokenizer, sampled.prompt_ids)
+    messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+    if missing_part(messages, row.tools, text):
+        raise ValueError(f"prompt_ids decode to another text than the prompt: {text!r:.60}")
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    try:
+        return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+    except (OverflowError, IndexError, TypeError) as error:
+        raise ValueError(f"ids that the tokenizer does not have: {error}") from error
 
 
 def offsets_of(tokenizer: Any, ids: Sequence[int]) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from ipvrm.data.batches import epoch_order
 from ipvrm.data.chat import tokenizer_hash
 from ipvrm.data.files import file_hash, records
-from ipvrm.data.responses import Response
+from ipvrm.data.responses import Response, check_sampled
 from ipvrm.data.rows import (
     BEHAVIOUR,
     COLUMNS,
@@ -26,6 +26,7 @@ from ipvrm.data.rows import (
     SCORED,
     TURNS,
     BadRow,
+    Sampled,
     as_object,
     report_bad_rows,
     row_of,
@@ -104,6 +105,7 @@ class StoredRollouts:
                     counts["truncated"] += 1
                     continue
                 found = _stored(given, row.label, row.source, vocabulary, context, bool(found_scores))
+                check_sampled(row, cast(Sampled, row.sampled), tokenizer, vocabulary)
                 counts["scored"] += found.rm_logprobs is not None
                 groups.setdefault(found.response.input_ids[: found.response.prompt_length], []).append(found)
             except IpvrmError:

@@ -389,6 +389,8 @@ def one_candidate(row, at, value):
         ),
         ("the last token has candidates", lambda r: one_candidate(r, -1, 1)),
         ("ids must be whole numbers in [0, ", lambda r: one_candidate(r, 0, None)),
+        ("response_ids decode to another text", lambda r: r.update(response=r["response"] + "9")),
+        ("prompt_ids decode to another text", lambda r: r["prompt"][-1].update(content="another one")),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_or_skipped(config, toy, tmp_path, reason, edit):
