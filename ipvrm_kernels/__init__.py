@@ -6,7 +6,6 @@ its function, so that whatever imported the module would replace a function not 
 """
 
 import collections.abc
-import importlib.metadata
 import sys
 import types
 
@@ -26,10 +25,7 @@ from .prefix_values import PrefixValues, prefix_values
 from .segment_scan import segment_scan
 from .vocab_parallel import vocab_parallel_candidates, vocab_parallel_logprobs
 
-try:
-    __version__ = importlib.metadata.version("ipvrm")
-except importlib.metadata.PackageNotFoundError:  # a source tree that was not installed
-    __version__ = "absent"
+__version__ = "0.1.0"  # pyproject.toml reads it here
 
 # what is imported above and no module, private or of the standard library
 __all__ = [
