@@ -131,7 +131,7 @@ def aims(rows: Sequence[Row]) -> list[Aim]:
     return found
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float:
+def growth_exponent(points: Sequence[tuple[float, float]]) -> float:
     """The exponent p of the best fit y = c * x ** p, least squares in logarithms."""
     logs = [(math.log(x), math.log(y)) for x, y in points]
     mean_x, mean_y = (sum(column) / len(logs) for column in zip(*logs, strict=True))
@@ -157,7 +157,8 @@ def growth(rows: Iterable[Row]) -> list[Growth]:
         memory = [(x, max(mib, 2**-10)) for x, _, mib in points]
         ends = [scratch[key].get(points[i][0]) for i in (0, -1)]
         known = (ends[0], ends[1]) if ends[0] is not None and ends[1] is not None else None
-        fits.append(Growth(*key, points, slope([(x, ms) for x, ms, _ in points]), slope(memory), known))
+        time, peak = growth_exponent([(x, ms) for x, ms, _ in points]), growth_exponent(memory)
+        fits.append(Growth(*key, points, time, peak, known))
     return fits
 
 

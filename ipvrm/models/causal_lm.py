@@ -440,11 +440,11 @@ def fewest_devices(one: dict[str, int], two: dict[str, int], device_bytes: float
 
     A tenth of a device is left to CUDA, to buffers of communication and to what the allocator cannot use.
     """
-    room = 0.9 * device_bytes
-    if one["total_bytes"] <= room:
+    available = 0.9 * device_bytes
+    if one["total_bytes"] <= available:
         return 1
-    room -= two["gathered_bytes"] + two["activation_bytes"]
-    return None if room <= 0 else math.ceil(one["weights_gradients_adam_bytes"] / room)
+    available -= two["gathered_bytes"] + two["activation_bytes"]
+    return None if available <= 0 else math.ceil(one["weights_gradients_adam_bytes"] / available)
 
 
 # -------------------------------------------------------------------------------------------- fingerprints
