@@ -162,9 +162,10 @@ def train_choice(stages: "Stages", name: str, choice: Choice, seed: int) -> None
         seed=seed,
         use_cpu=True,
     )
-    settings = {k: v for k, v in asdict(config).items() if k not in ("model", "train_data", "output_dir")}
     shown = stages.progress.enabled
-    stages.in_place(name, settings, lambda: train_reward_model(config, progress=shown), after=["rollouts"])
+    stages.in_place(
+        name, _settings(config), lambda: train_reward_model(config, progress=shown), after=["rollouts"]
+    )
 
 
 def train_policies(stages: "Stages", sizes: Sizes, seed: int, num_seeds: int) -> dict[str, Any]:
@@ -203,13 +204,22 @@ def train_algorithm(stages: "Stages", name: str, algorithm: str, settings: Polic
 
     start = stages.output / "policy-start"
     config = policy_config(stages.output, stages.output / name, algorithm, settings, seed)
-    paths = ("model", "reward_model", "train_data", "output_dir")
     stages.in_place(
         name,
-        {k: v for k, v in asdict(config).items() if k not in paths},
+        _settings(config),
         lambda: train(config, read_problems(start / "held_out.jsonl"), stages.progress.enabled),
         after=["policy-start"] + ["reward-ipvrm"] * (config.reward_model is not None),
     )
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """All fields but the paths, whose contents the stages before decide.
+
+    More than `settings_of`: how often is logged and measured is free on resume, but a stage's log and curve
+    are among its results.
+    """
+    paths = ("model", "reward_model", "train_data", "output_dir")
+    return {name: value for name, value in asdict(config).items() if name not in paths}
 
 
 class Stages:
