@@ -17,12 +17,15 @@ python3 -m venv "$scratch/venv"
 # shellcheck disable=SC1091
 . "$scratch/venv/bin/activate"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PIP_DISABLE_PIP_VERSION_CHECK=1
+# What an isolated build is made of: pip before 25.3 reads the first, newer ones the second. Not exported: the tests and `lowest`
+# install other versions.
+pinned=(env PIP_CONSTRAINT="$PWD/.ci/constraints.txt" PIP_BUILD_CONSTRAINT="$PWD/.ci/constraints.txt")
 
 checks() {
   part "source distribution" 30 bash -c "pip install -q -c .ci/constraints.txt 'setuptools>=77' 'pybind11>=2.13' &&
     python -c 'import setuptools.build_meta as b; b.build_sdist(\"$scratch/sdist\")' > $scratch/sdist.log"
   # the wheel is built from it: what a checkout has and the sdist lacks is missing here as it is for users
-  part "wheel" 120 pip wheel -q --no-deps -w "$scratch/wheel" "$scratch"/sdist/*.tar.gz
+  part "wheel" 120 "${pinned[@]}" pip wheel -q --no-deps -w "$scratch/wheel" "$scratch"/sdist/*.tar.gz
   part "install" 120 pip install -q -c .ci/constraints.txt "$(echo "$scratch"/wheel/*.whl)[test,dev]"
   part "the installed wheel" 60 pytest -q tests/kernels/test_backend.py tests/kernels/test_segment_scan.py \
     tests/ipvrm/test_steps.py tests/ipvrm/test_objectives.py
@@ -30,7 +33,7 @@ checks() {
   part "ruff" 30 bash -c 'ruff check . && ruff format --check .'
   part "clang-format" 10 bash -c 'clang-format --dry-run --Werror csrc/*'
   part "mypy" 90 mypy
-  part "editable install" 90 pip install -q -c .ci/constraints.txt -e '.[test]'
+  part "editable install" 90 "${pinned[@]}" pip install -q -e '.[test]'
   part "the regression gate" 60 python -m benchmarks.gate
 }
 

@@ -28,6 +28,15 @@ def test_lowest_versions_are_those_of_pyproject():
     assert {*PURE, *compiled} == {name.lower() for name in allowed}
 
 
+@pytest.mark.parametrize("name", ["constraints.txt", "lowest.txt"])
+def test_what_a_build_needs_is_pinned(name):
+    """pip freeze leaves setuptools out of its list before Python 3.12."""
+    tomllib = pytest.importorskip("tomllib")
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    lines = (ROOT / ".ci" / name).read_text().splitlines()
+    assert {text.partition(">=")[0] for text in needed} <= {line.partition("==")[0] for line in lines}
+
+
 @pytest.mark.parametrize("name", ["parts.sh", "run", "full"])
 def test_scripts_parse(name):
     done = subprocess.run(
