@@ -52,10 +52,13 @@ def run_cli(*arguments, path=None):
 
 
 def train(config):
-    """A reward model, without the progress bar."""
+    """The model of a RewardConfig or a PolicyConfig, without the progress bar."""
+    from ipvrm.training.policy_config import PolicyConfig
+    from ipvrm.training.train_policy import train_policy
     from ipvrm.training.train_rm import train_reward_model
 
-    return train_reward_model(config, progress=False)
+    run = train_policy if isinstance(config, PolicyConfig) else train_reward_model
+    return run(config, progress=False)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from runs import log_of, same_bits, weights, write_jsonl
+from runs import log_of, same_bits, train, weights, write_jsonl
 
 sys.path.append(str(Path(__file__).parents[2]))  # behind the installed packages
 
@@ -25,7 +25,6 @@ from ipvrm.rollouts.rollout import RolloutConfig, roll_out
 from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_rollouts import Collector
 from ipvrm.training.stored_rollouts import StoredRollouts
-from ipvrm.training.train_policy import train_policy
 
 BEHAVIOUR = (
     "old_logprobs", "candidate_ids", "old_candidate_logprobs", "temperature", "min_prob", "policy_hash"
@@ -84,10 +83,6 @@ def config(toy, tmp_path):
         return PolicyConfig(**(settings | changes))
 
     return make
-
-
-def train(config):
-    return train_policy(config, progress=False)
 
 
 def rows_of(path):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import flags, log_of, run_cli, same_bits, signalled_while_writing, weights, write_jsonl
+from runs import flags, log_of, run_cli, same_bits, signalled_while_writing, train, weights, write_jsonl
 from safetensors.torch import save_file
 from served import FakeServer, scaled
 
@@ -108,10 +108,6 @@ def toy_config(toy, output, **changes):
         if "reward_model" not in settings or (frozen and name not in changes):
             settings.pop(name)
     return PolicyConfig(**settings)
-
-
-def train(config):
-    return train_policy(config, progress=False)
 
 
 def assert_close_weights(got, want, start, allowed=0.02):
