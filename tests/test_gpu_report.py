@@ -3,17 +3,21 @@
 Everything called FAKE is invented for these tests and stands in no results folder.
 """
 
+import ast
 import importlib
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 import types
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks" / "run.py").is_file():
@@ -366,6 +370,47 @@ def test_wheels_are_installed_by_exact_names_and_nothing_they_need(fake_gpu, tmp
     found = content["parts"]
     assert code == 1 and found["wheels"]["status"].startswith("failed")  # not a wheel; the rest runs
     assert found["a"]["status"] == "passed" and len(found["wheels"]["left_alone"]) == 4
+
+
+def needed(names):
+    """The distributions of these names and what they need, as far as they are installed here."""
+    found, left = set(), set(map(normalised, names))
+    while left:
+        found.add(name := left.pop())
+        try:
+            asked = map(Requirement, metadata.requires(name) or [])
+        except metadata.PackageNotFoundError:
+            continue
+        here = [one.name for one in asked if not one.marker or one.marker.evaluate({"extra": ""})]
+        left |= set(map(normalised, here)) - found
+    return found
+
+
+def normalised(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported_anywhere(path):
+    """Top-level names of what a file imports, in its functions too."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.slow
+def test_the_names_of_wheels_cover_what_the_parts_import():
+    folders = ("benchmarks", "benchmarks/gpu", "benchmarks/suite", "tests/kernels")
+    files = [path for name in folders for path in (ROOT / name).glob("*.py") if path.name != "plots.py"]
+    modules = [f"benchmarks.bench_{name}" for name in run.MODULES] + ["benchmarks.gpu_report"]
+    code = f"import sys, {', '.join(modules)}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = set(ran.stdout.split()).union(*map(imported_anywhere, files))
+    distributions = metadata.packages_distributions()
+    direct = {found for name in names for found in distributions.get(name, ())} - {"ipvrm"}
+    assert {"pytest", "transformers", "safetensors", "PyYAML"} <= direct
+    missing = needed(direct | set(wheels.NAMES)) - needed(["torch", "triton", "numpy"]) - set(wheels.NAMES)
+    assert not missing
 
 
 def test_tests_run_side_by_side_where_xdist_is_installed(monkeypatch):

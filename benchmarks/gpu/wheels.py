@@ -11,12 +11,14 @@ from pathlib import Path
 from benchmarks.gpu.process import Part
 
 # distributions that are installed if a wheel of theirs is there; make the folder with
-# `pip download --no-deps -d DIR NAME==VERSION ...`
+# `pip download --no-deps -d DIR NAME==VERSION ...`. With what they need themselves, but for what torch brings
 NAMES = (
     "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels", "transformers", "accelerate", "tokenizers",
     "safetensors", "huggingface-hub", "datasets", "pytest", "pluggy", "iniconfig", "pytest-xdist", "execnet",
-    "pytest-benchmark", "py-cpuinfo", "hypothesis", "sortedcontainers", "rich", "pygments", "markdown-it-py",
-    "mdurl", "pybind11", "tyro",
+    "pytest-benchmark", "py-cpuinfo2", "hypothesis", "sortedcontainers", "rich", "pygments", "markdown-it-py",
+    "mdurl", "pybind11", "tyro", "typeguard", "docstring-parser", "pyyaml", "packaging", "psutil", "regex",
+    "tqdm", "hf-xet", "click", "typer", "shellingham", "annotated-doc", "pydantic", "pydantic-core",
+    "annotated-types", "typing-inspection", "httpx2", "httpcore2", "h11", "anyio", "idna", "truststore",
 )  # fmt: skip
 
 
