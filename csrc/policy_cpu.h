@@ -14,8 +14,8 @@ void clipped_surrogate_fwd_cpu(const float* logprobs, const float* old_logprobs,
 void clipped_surrogate_bwd_cpu(const float* dloss, const float* derivative, float* dlogprobs, int64_t count,
                                int num_threads);
 
-// n rows of a batch, from its row `row0` on: K candidates each, in cu_seqlens (B+1,) of the whole batch. An id below 0 and
-// an old log-prob of -inf mark an unused element, whose other inputs are not read.
+// n rows of a batch, from its row `row0` on: K candidates each, in cu_seqlens (B+1,) of the whole batch. An old log-prob of
+// -inf marks an unused element, whose other inputs are not read.
 struct PolicyRows {
   const float* logprobs;                // (n, 1 + K), the sampled token first
   const float* old_logprobs;            // (n,)

@@ -345,7 +345,7 @@ def linear_candidates(
         sampled: (N,) int64 or int32 below V, the sampled tokens, whose log-probs come out of the same
             pass. Negative ids and unchecked ones from V on as in `linear_logprobs`: -inf.
         return_entropy: whether to compute the entropy.
-        impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
+        impl: None | "torch" | "cpp" | "triton", see `backends()`.
 
     Returns: Candidates, detached; sorted by log-prob descending, ties to the lower id; unused slots -1 and
         -inf. Where a plain top-k ends among tokens whose log-probs round alike, the larger logit stays.

@@ -395,7 +395,7 @@ def linear_logprobs(
         deterministic: bitwise the same result for a row whatever N and its neighbours. impl="torch" is
             repeatable run to run, but its vendor matmul may sum in another order at another N; so are the
             gradients of impl="triton", whose outputs hold the guarantee with or without this option.
-        impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
+        impl: None | "torch" | "cpp" | "triton", see `backends()`.
 
     Returns: LinearLogprobs, fp32 (fp64 for fp64 inputs), log-probs <= 0. All three are differentiable once in
     hidden, weight and bias; gradients come in each input's own dtype from fp32 accumulators.

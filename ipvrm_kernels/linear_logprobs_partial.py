@@ -273,7 +273,7 @@ def linear_logprobs_partial(
         ids: (N,) or (N, K), as in `linear_logprobs`, ids into the whole vocabulary; a negative one, or one
             that no shard owns, is "no token".
         vocab_start: the id of weight's first row.
-        impl: None | "torch" | "cpp" | "triton" | "cuda", see `backends()`.
+        impl: None | "torch" | "cpp" | "triton", see `backends()`.
 
     Returns: Partial, fp32 (fp64 for fp64 inputs). sumexp, sum_z_exp and id_logits are differentiable once in
         hidden, weight and bias; max is a constant, whose gradient cancels in the merge. An empty shard's are

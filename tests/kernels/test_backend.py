@@ -119,6 +119,12 @@ def test_version_matches_the_metadata():
     assert ipvrm_kernels.__version__ == version("ipvrm")
 
 
+@pytest.mark.parametrize("op", ipvrm_kernels.OPS)
+def test_the_docstring_of_an_op_names_its_implementations(op):
+    line = re.search(r"^ +impl: None (.*), see `backends\(\)`", getattr(ipvrm_kernels, op).__doc__, re.M)
+    assert set(re.findall(r'"(\w+)"', line[1])) == set(ipvrm_kernels.OPS[op])
+
+
 def test_every_public_name_stands_once():
     text = Path(ipvrm_kernels.__file__).read_text(encoding="utf-8")
     nodes = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
