@@ -211,6 +211,7 @@ def test_the_verdicts_say_how_to_do_without_an_op(monkeypatch, capsys):
     assert "WRONG with cpp on cpu in fp32: RuntimeError: no kernel image" in line
     assert "Switch it off: impl='torch' in the call, or IPVRM_WITHOUT=linear_candidates:cpp in" in line
     assert "segment_scan: right with cpp (cpu), torch (cpu)" in out and "NOT all right" in out
+    assert "not checked: vocab_parallel_candidates, vocab_parallel_logprobs, which need a process" in out
     assert "No other implementation" in check.switch_off("segment_scan", "cpu", ["cpp", "torch"])
 
 
