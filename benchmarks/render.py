@@ -62,6 +62,8 @@ nats, of gradients of hidden relative to the largest.
 READING = """Times are multiples of the yardstick's, in brackets MiB of scratch memory; the fastest of a line
 is bold. Plain PyTorch is `log_softmax` of all logits, or (s) of 64 rows at a time, as the method's released
 code does, where that is faster; "padded eager" where sequences are padded."""
+UNMODELLED = """Empty: no model, which `_column_sums_kernel` (the gradient of a bias) and "other"
+(what PyTorch launches besides matmuls) lack, and of the benchmarks the steps of training."""
 OTHER_PAGES = {
     "demo": "what `ipvrm demo` shows",
     "demo_spread": "the demo over several base models",
@@ -204,7 +206,7 @@ def _kernels(found: Sequence[Mapping[str, Any]]) -> str:
             *told,
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", UNMODELLED])
 
 
 def _tests(found: Mapping[str, Any]) -> str:

@@ -913,6 +913,17 @@ def test_the_headline_times_every_configuration_and_its_kernels(monkeypatch, tmp
         dict(machine=FAKE_MACHINE, parts=dict(headline=dict(status="passed", seconds=1, kernels=found)))
     )
     assert f"| trainable | {large} | _head_stats_kernel | 1 | 4.30 | 4.13 | 1.04 |" in page
+    assert render.UNMODELLED in page
+
+
+def test_the_page_names_the_kernels_of_the_head_without_a_model():
+    package = ROOT / "ipvrm_kernels"
+    files = [*(package / "head").glob("*.py"), package / "linear_candidates.py"]
+    written = {name for path in files for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())}
+    kinds = ("forward", "candidates", "trainable", "frozen", "distrl_loss")
+    shape = heads.shapes("cuda", True)[0]
+    modelled = {name for kind in kinds for name in roofline.kernels(kind, shape, roofline.H200)}
+    assert written - modelled == set(re.findall(r"`(_\w+_kernel)`", render.UNMODELLED))
 
 
 def test_a_cuda_error_in_a_profile_leaves_the_other_kernels(fragile, monkeypatch, tmp_path, capsys):
