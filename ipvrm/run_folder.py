@@ -29,7 +29,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields the name of a temporary sibling to write, which in the end takes the place of `path`.
 
     It is flushed to disk first; on an error it is deleted, and what was at `path` stays. Every file of this
-    package is written through here.
+    package is written through here, but for those of a folder (`save_folder`) and logs (`JsonlFile`).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

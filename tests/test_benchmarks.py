@@ -817,7 +817,7 @@ def test_every_op_runs_once_for_the_sanitizer(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "done"
     if HAS_CPP:
-        assert {line.split()[0] for line in lines[:-1]} == {op for op in ipvrm_kernels.OPS if "_" in op}
+        assert {line.split()[0] for line in lines[:-1]} == set(ipvrm_kernels.OPS)
 
 
 def test_no_implementation_to_watch_is_an_error(monkeypatch):
