@@ -335,6 +335,73 @@ def test_refuses_what_does_not_belong_together(runs, home, monkeypatch):
     assert "is not resumed" in refusal(lambda: half.train(resume_from_checkpoint=True))
 
 
+def beside_a_policy(home, folder, objective, update, **settings):
+    """What DistRLTrainer makes of a reward model of `objective`, in `folder`; TRL is not needed for it."""
+    import shutil
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from ipvrm.integrations.trl_reward_model import PrefixRewardModel
+    from ipvrm.models.causal_lm import load_tokenizer, vocab_size
+    from ipvrm.models.reward_model import read_info, write_info
+
+    shutil.copytree(home / "rm", folder)
+    write_info(folder, replace(read_info(folder), objective=objective))
+    return PrefixRewardModel(
+        folder, load_tokenizer(home / "policy"), vocab_size(home / "policy"),
+        SimpleNamespace(device=torch.device("cpu")), torch.float32, online=update != "frozen",
+        learning_rate=1e-3, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("objective", "update", "words"),
+    [
+        ("q_rm", "frozen", "gives no log-ratio of a model and its reference"),
+        ("q_rm", "before", "gives no log-ratio of a model and its reference"),
+        ("endo_rm", "frozen", "gives no log-ratio of a model and its reference"),
+        ("endo_rm", "before", "gives no log-ratio of a model and its reference"),
+        ("dpo", "before", "learns from pairs of a right and a wrong response"),
+    ],
+)
+def test_refuses_reward_models_whose_log_ratios_mean_nothing_here(home, tmp_path, objective, update, words):
+    assert words in refusal(lambda: beside_a_policy(home, tmp_path / "rm", objective, update))
+
+
+@pytest.mark.parametrize(
+    ("objective", "update"),
+    [
+        ("ipvrm", "frozen"), ("ipvrm", "before"), ("implicit_prm", "frozen"), ("implicit_prm", "before"),
+        ("dpo", "frozen"),
+    ],
+)  # fmt: skip
+def test_takes_reward_models_of_log_ratios(home, tmp_path, objective, update):
+    rm = beside_a_policy(home, tmp_path / "rm", objective, update)
+    assert rm.objective.name == objective and (rm.optimizer is None) == (update == "frozen")
+
+
+@pytest.mark.parametrize("setting", [{"dlw": False}, {"adb": False}, {"margin": 2.0}])
+@pytest.mark.parametrize(("objective", "update"), [("implicit_prm", "before"), ("ipvrm", "frozen")])
+def test_refuses_settings_that_the_reward_model_does_not_read(home, tmp_path, objective, update, setting):
+    name = {"margin": "rm_margin"}.get(*setting, *setting)
+    words = refusal(lambda: beside_a_policy(home, tmp_path / "rm", objective, update, **setting))
+    assert f"{name}: of the online update of an ipvrm model alone" in words and repr(objective) in words
+    rm = beside_a_policy(home, tmp_path / "other", "ipvrm", "before", **setting)  # there it is read
+    assert (rm.balance.dlw, rm.balance.adb) == (setting.get("dlw", True), setting.get("adb", True))
+    assert rm.objective.margin == setting.get("margin", 1.0)
+
+
+@pytest.mark.parametrize("setting", [{"dlw": False}, {"rm_margin": 2.0}])
+def test_the_trainer_passes_these_settings_on(runs, home, setting):
+    config = runs.settings(runs.DistRLConfig, rm_update="before", **setting)
+    rm = runs.trainer(home, runs.DistRLTrainer, config).prefix_rewards
+    assert (rm.balance.dlw, rm.objective.margin) == (setting.get("dlw", True), setting.get("rm_margin", 1.0))
+    config = runs.settings(runs.DistRLConfig, **setting)
+    assert f"{[*setting][0]}: of the online" in refusal(
+        lambda: runs.trainer(home, runs.DistRLTrainer, config)
+    )
+
+
 def test_reward_functions_in_an_unmodified_trainer(runs, home):
     from ipvrm.integrations.trl import prefix_value_reward, verifier_reward
 
