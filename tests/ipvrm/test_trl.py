@@ -164,6 +164,67 @@ def test_loss_from_full_logits(runs, home, loss_type):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * scale)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_loss_off_policy_from_full_logits(runs, home, loss_type):
+    """One call of the loss where both branches clip, with vLLM's importance weights, tokens of a tool and two
+    accumulation steps out of a generation batch of four."""
+    from ipvrm.models.causal_lm import load_model
+
+    config = runs.settings(
+        runs.DistRLConfig, loss_type=loss_type, alpha=0.7, epsilon=0.1, epsilon_high=0.15, temperature=0.7,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, steps_per_generation=4,
+    )  # fmt: skip
+    run = runs.trainer(home, runs.DistRLTrainer, config)
+    run.model.train()
+    run.use_vllm = run.vllm_importance_sampling_correction = True  # the loss itself asks no server
+    run.current_gradient_accumulation_steps = 2  # what the training loop would say
+    g, B, P, T, K = torch.Generator().manual_seed(7), 4, 3, 6, 3
+    ids = torch.randint(10, 200, (B, P + T), generator=g)
+    x = {
+        "prompt_ids": ids[:, :P], "prompt_mask": torch.ones(B, P, dtype=torch.int64),
+        "completion_ids": ids[:, P:],
+        "completion_mask": (torch.arange(T) < torch.tensor([[6], [4], [5], [2]])).long(),
+        "tool_mask": torch.ones(B, T, dtype=torch.int64), "num_items_in_batch": torch.tensor(53.0),
+        "advantages": torch.randn(B, T, generator=g),
+        "candidate_advantages": torch.randn(B, T, K, generator=g),
+        "importance_sampling_ratio": 0.5 + torch.rand(B, T, generator=g),
+    }  # fmt: skip
+    x["tool_mask"][0, 2] = x["tool_mask"][2, 1:3] = 0
+    model = load_model(home / "policy")
+    attention = torch.cat([x["prompt_mask"], x["completion_mask"]], 1)
+    logits = model(ids, attention_mask=attention).logits[:, -T - 1 : -1]  # (B, T, V)
+    log_p = (logits / 0.7).log_softmax(-1)
+    used = torch.rand(B, T, K, generator=g) < 0.7
+    slots = torch.where(used, torch.randint(10, 200, (B, T, K), generator=g), -1)
+    logprobs = torch.cat([x["completion_ids"][..., None], slots.clamp(min=0)], 2)
+    logprobs = log_p.gather(2, logprobs)  # (B, T, 1 + K)
+    old = logprobs.detach() + 0.3 * torch.randn(B, T, 1 + K, generator=g)
+    x["old_per_token_logps"], x["candidate_ids"] = old[..., 0], slots
+    x["old_candidate_logps"] = old[..., 1:].masked_fill(~used, -torch.inf)
+
+    of = torch.cat([x["advantages"][..., None], x["candidate_advantages"]], 2)
+    ratio = (logprobs - old).exp()
+    plain, clipped = ratio * of, ratio.clamp(0.9, 1.15) * of
+    mask = x["completion_mask"] * x["tool_mask"]
+    acts = (clipped < plain) & mask[..., None].bool()
+    assert int(acts[..., 0].sum()) > 1 and int((acts[..., 1:] & used).sum()) > 5
+    surrogate = -torch.min(plain, clipped)
+    candidates = torch.where(used, old[..., 1:].exp() * surrogate[..., 1:], 0).sum(-1)
+    element = (surrogate[..., 0] + 0.7 * candidates) * x["importance_sampling_ratio"] * mask
+    want = {
+        "grpo": (element.sum(1) / mask.sum(1)).mean() / 2,
+        "bnpo": element.sum() / mask.sum() / 2,
+        "dr_grpo": element.sum() / (B * run.max_completion_length) / 2,
+        "dapo": element.sum() / (53.0 * 2 / 4),
+    }[loss_type]
+    loss = run._compute_loss(run.model, x)
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-6)
+    gradient = torch.autograd.grad(want, list(model.parameters()))
+    scale = max(float(d.abs().max()) for d in gradient)
+    for mine, theirs in zip(torch.autograd.grad(loss, list(run.model.parameters())), gradient, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
 def test_dense_advantages_against_our_own_trainers_path(runs, home):
     """td, sigma_V and GAE of the rollouts again, from packed right-padded responses and the ops of
     train-policy."""
@@ -410,6 +471,37 @@ def test_reward_functions_in_an_unmodified_trainer(runs, home):
     _, run = runs.trained(home, runs.GRPOTrainer, config, reward_funcs=rewards)
     log = run.state.log_history[0]
     assert "rewards/prefix_value_final/mean" in log and log["rewards/verifier_string/mean"] == 0
+
+
+def test_trl_grpo_takes_one_by_its_module(runs, home, tmp_path, monkeypatch):
+    """`trl grpo --reward_funcs my_rewards.value`, by TRL's own parser and script."""
+    import json
+
+    from trl.scripts import grpo
+
+    (tmp_path / "my_rewards.py").write_text(
+        "from ipvrm.integrations.trl import prefix_value_reward\n\n"
+        f"value = prefix_value_reward({str(home / 'rm')!r})\n"
+    )
+    rows = [json.dumps({"prompt": f"What is {i} + 1?"}) for i in range(4)]
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions" / "train.jsonl").write_text("\n".join(rows) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds the working directory
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    flags = (
+        f"--model_name_or_path {home / 'policy'} --dtype float32 --dataset_name {tmp_path / 'questions'} "
+        f"--output_dir {tmp_path / 'out'} --reward_funcs my_rewards.value --use_cpu true --bf16 false "
+        "--per_device_train_batch_size 4 --num_generations 4 --max_completion_length 8 --max_steps 1 "
+        "--report_to none --logging_steps 1 --save_steps 1 --gradient_checkpointing false"
+    )
+    arguments = grpo.make_parser().parse_args_and_config(flags.split(), fail_with_unknown_args=False)
+    try:
+        grpo.main(*arguments)
+    finally:
+        sys.modules.pop("my_rewards", None)
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert "rewards/prefix_value_final/mean" in state["log_history"][0]
 
 
 def test_prefix_value_reward_is_best_of_ns_score(home):
