@@ -26,7 +26,7 @@ checks() {
     python -c 'import setuptools.build_meta as b; b.build_sdist(\"$scratch/sdist\")' > $scratch/sdist.log"
   # the wheel is built from it: what a checkout has and the sdist lacks is missing here as it is for users
   part "wheel" 120 "${pinned[@]}" pip wheel -q --no-deps -w "$scratch/wheel" "$scratch"/sdist/*.tar.gz
-  part "install" 120 pip install -q -c .ci/constraints.txt "$(echo "$scratch"/wheel/*.whl)[test,dev]"
+  part "install" 120 pip install -q -c .ci/constraints.txt "$(echo "$scratch"/wheel/*.whl)[test,dev,trl]"
   part "the installed wheel" 60 pytest -q tests/kernels/test_backend.py tests/kernels/test_segment_scan.py \
     tests/ipvrm/test_steps.py tests/ipvrm/test_objectives.py
   (cd / && python -c 'import ipvrm_kernels; print(ipvrm_kernels.__file__); print(ipvrm_kernels.backends())')

@@ -24,8 +24,8 @@ def gathered_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     backward alike; the gradient that reaches the sharded parameter is averaged over the ranks, as FSDP2's own
     are, once for every backward: `set_requires_gradient_sync(False)` does not defer it, nor
     `set_gradient_divide_factor` change it. The gathered weight lives as long as the graph that holds it:
-    until the backward of `linear_logprobs`, which forms the logits again; `linear_distrl_loss`, whose
-    gradients are formed in the forward, lets go of it there.
+    until the backward of `linear_logprobs`, which forms the logits again, and of `linear_distrl_loss`, which
+    does not read it.
 
     Args:
         module: the head (`model.get_output_embeddings()`), with `weight` and perhaps `bias`.

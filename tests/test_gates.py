@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_trl import PINNED
 
 ROOT = Path(__file__).parents[1]
 PURE = {"transformers", "accelerate", "rich", "tyro", "jinja2", "peft", "math-verify"}
@@ -35,6 +36,24 @@ def test_what_a_build_needs_is_pinned(name):
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     lines = (ROOT / ".ci" / name).read_text().splitlines()
     assert {text.partition(">=")[0] for text in needed} <= {line.partition("==")[0] for line in lines}
+
+
+def test_the_gates_have_trl():
+    """Its tests skip without it: run and full install the extra, pinned with all it brings; full has the
+    wheels of both versions that the contract is read from."""
+    pinned = dict(
+        line.lower().split("==")
+        for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    assert pinned["trl"] == PINNED[-1]
+    assert {"datasets", "dill", "multiprocess", "pandas", "xxhash"} <= pinned.keys()  # TRL's, and datasets'
+    (install,) = re.findall(r'part "install" .*', (ROOT / ".ci" / "parts.sh").read_text())
+    assert "trl" in install.rpartition("[")[2].partition("]")[0].split(",")
+    full = (ROOT / ".ci" / "full").read_text()
+    (peers,) = re.findall(r"for peer in (.*); do", full)
+    assert [f"trl=={version}" for version in PINNED] == [x for x in peers.split() if x.startswith("trl")]
+    assert full.index("IPVRM_TRL_WHEELS=") < full.index("pytest -n 2")
 
 
 @pytest.mark.parametrize("name", ["parts.sh", "run", "full"])

@@ -529,7 +529,6 @@ OF_CHANGED_CHECKOUTS = {
 # Made on branches that were rebased afterwards: the code is in the history, under another commit.
 OF_LOST_COMMITS = {
     "label_truths/label_truths.json", "rollout_and_label/label_agreement.json",
-    "trl_updates/trl_updates.json",
 }  # fmt: skip
 # The first is what the runs beside it give, the second was written before commands wrote a manifest.
 WITHOUT_A_COMMIT = {"demo_spread/summary.json", "real_input/rm/results.json"}

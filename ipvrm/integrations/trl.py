@@ -27,7 +27,6 @@ from ipvrm.errors import IpvrmError
 from ipvrm.integrations.reward_functions import prefix_value_reward, verifier_reward
 from ipvrm.integrations.trl_reward_model import PrefixRewardModel
 from ipvrm.losses.advantages import AdvantageConfig, distrl_advantages, last_tokens, temporal_difference
-from ipvrm.losses.objectives import BalanceConfig
 from ipvrm.models.causal_lm import head
 from ipvrm.models.patch_head import patch_head
 from ipvrm.training.online_reward import FOLDER
@@ -72,9 +71,13 @@ class DistRLConfig(GRPOConfig):
     rm_margin: float | None = field(
         default=None, metadata={"help": "Of the online update; default the model's own."}
     )
-    dlw: bool = field(default=True, metadata={"help": "Dynamic loss weighting of the online update."})
-    adb: bool = field(
-        default=True, metadata={"help": "Adaptive difficulty boundary of the online update (Eq. 15)."}
+    dlw: bool | None = field(
+        default=None,
+        metadata={"help": "Dynamic loss weighting of an ipvrm model's online update; default true."},
+    )
+    adb: bool | None = field(
+        default=None,
+        metadata={"help": "Adaptive difficulty boundary of the same (Eq. 15); default true."},
     )
 
 
@@ -83,10 +86,10 @@ class DistRLTrainer(GRPOTrainer):
     train-rm`.
 
     Args:
-        reward_model: folder of the reward model, on the policy's tokenizer and chat template. Its log-probs
-            are taken at the rollout temperature, its reference is the policy that sampled. Updated online
-            (`rm_update`) it needs rewards of 0 and 1, and is saved in `reward_model/` beside the policy with
-            the policy it learnt from.
+        reward_model: folder of the reward model, on the policy's tokenizer and chat template: of objective
+            ipvrm or implicit_prm, or, frozen, dpo. Its log-probs are taken at the rollout temperature, its
+            reference is the policy that sampled. Updated online (`rm_update`) it needs rewards of 0 and 1,
+            and is saved in `reward_model/` beside the policy with the policy it learnt from.
         args: a DistRLConfig. All other arguments are GRPOTrainer's.
 
     Raises:
@@ -116,7 +119,7 @@ class DistRLTrainer(GRPOTrainer):
             self.prefix_rewards = PrefixRewardModel(
                 reward_model, self.processing_class, head_size, self.accelerator, self.model.dtype,
                 online=args.rm_update != "frozen", learning_rate=args.rm_learning_rate, margin=args.rm_margin,
-                balance=BalanceConfig(dlw=args.dlw, adb=args.adb),
+                dlw=args.dlw, adb=args.adb,
             )  # fmt: skip
         self._passes: list[Any] | None = None  # of the policy over a generation batch, while it is made
         self._rewards = torch.empty(0)  # (B,) of all ranks, NaN where nobody could judge

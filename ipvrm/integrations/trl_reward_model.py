@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ipvrm.errors import IpvrmError
-from ipvrm.losses.objectives import BETA, Balance, BalanceConfig, Objective, online_balance
+from ipvrm.losses.objectives import PAIRWISE, Balance, BalanceConfig, Objective, online_balance
 from ipvrm.losses.prompt_groups import Reduce
-from ipvrm.models.behaviour import check_same_tokens
+from ipvrm.models.behaviour import check_log_ratios, check_same_tokens
 from ipvrm.models.causal_lm import (
     disable_dropout,
     load_model,
@@ -36,27 +36,24 @@ class PrefixRewardModel:
 
     Args:
         online: whether it learns; then `update` and `save` are for it.
-        margin: of the online update; None for the one that it was trained with.
+        margin, dlw, adb: of the online update of an ipvrm model; None for the margin that it was trained
+            with, and for True.
 
     Raises:
-        IpvrmError: another tokenizer, template or head than the policy's, or an objective without log-ratios
-            (or, online, without an update).
+        IpvrmError: another tokenizer, template or head than the policy's, an objective without log-ratios,
+            online one that compares responses, or settings that this model does not read.
     """
 
     def __init__(
         self, folder: str | Path, tokenizer: Any, head_size: int, accelerator: Any, dtype: torch.dtype, *,
-        online: bool, learning_rate: float, margin: float | None, balance: BalanceConfig,
+        online: bool, learning_rate: float, margin: float | None = None, dlw: bool | None = None,
+        adb: bool | None = None,
     ):  # fmt: skip
-        self.folder, self.accelerator, self.balance = local_folder(folder), accelerator, balance
+        self.folder, self.accelerator = local_folder(folder), accelerator
         self.info, self.tokenizer = read_info(self.folder), load_tokenizer(self.folder)
         check_own_weights(self.folder, self.info)
-        allowed = tuple(BETA) if online else (*BETA, "dpo")
-        if self.info.objective not in allowed:
-            use = "updated online" if online else "asked for its log-ratios"
-            raise IpvrmError(
-                f"{self.folder}: objective {self.info.objective!r}; a model that is {use} must be one of "
-                f"{', '.join(allowed)}"
-            )
+        self._check_objective(online, {"rm_margin": margin, "dlw": dlw, "adb": adb})
+        self.balance = BalanceConfig(dlw=dlw is not False, adb=adb is not False)
         check_same_tokens(self.folder, self.info, self.tokenizer, tokenizer, head_size)
         own_margin = self.info.margin if margin is None else margin
         self.objective = Objective(self.info.objective, self.info.beta, own_margin or 0.0)
@@ -68,6 +65,21 @@ class PrefixRewardModel:
             torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0) if online else None
         )
         self.behaviour: dict[str, Tensor] = {}  # the policy that the last update was compared with
+
+    def _check_objective(self, online: bool, settings: dict[str, Any]) -> None:
+        check_log_ratios(self.folder, self.info, "DistRLTrainer")
+        objective = self.info.objective
+        if online and objective in PAIRWISE:
+            raise IpvrmError(
+                f"{self.folder}: objective {objective!r} learns from pairs of a right and a wrong response, "
+                "which DistRLTrainer does not make; give rm_update='frozen', or use `ipvrm train-policy`"
+            )
+        given = [name for name, value in settings.items() if value is not None]
+        if given and not (online and objective == "ipvrm"):
+            raise IpvrmError(
+                f"{self.folder}: {', '.join(given)}: of the online update of an ipvrm model alone; this one "
+                f"is {objective!r}, {'updated online' if online else 'frozen'}, so leave them out"
+            )
 
     @torch.no_grad()
     def logprobs(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, Server, check_engine, kin
 from ipvrm.output import locked
 from ipvrm.progress import Progress
 from ipvrm.rollouts.answers import Job, as_questions, response_text, sample
-from ipvrm.rollouts.engine import Engine, Sampling, TransformersEngine, stop_ids
+from ipvrm.rollouts.engine import Engine, Sampling, TransformersEngine, response_seed, stop_ids
 from ipvrm.rollouts.server_engine import ServerEngine
 from ipvrm.run_folder import (
     FREE,
@@ -95,7 +95,8 @@ class RolloutConfig:
     """Also store what `ipvrm train-policy --offline` needs: the log-prob of every response token, and in its
     place the ids and log-probs of all tokens with p >= min_prob (the paper's is 0.1), at `temperature`:
     `old_logprobs`, `candidate_ids`, `old_candidate_logprobs`, `temperature`, `min_prob`, `policy_hash`.
-    Default: none."""
+    A server must allow 1 / min_prob `logprobs`, and under --temperature other than 1 be started with
+    --logprobs-mode processed_logprobs. Default: none."""
     reward_model: str | None = field(default=None, metadata=FREE)
     """With min_prob: also store the log-probs of the same tokens under this reward model, in fp32, so that
     `ipvrm train-policy --offline` with it never loads it: `rm_logprobs`, `rm_candidate_logprobs`, `rm_hash`.
@@ -168,13 +169,18 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
         with shown.bar("responses", len(jobs), len(shards.rows)) as update:
             for batch in ([remaining[i] for i in indices] for indices in batches):
                 started = time.monotonic()
-                generated = sample(engine, batch, sampling, config.seed)
+                known: list[dict[str, Any]] = []
+                if config.min_prob is not None and isinstance(engine, ServerEngine):
+                    kind = _kind(config, made_from)
+                    generated, known = _served(engine, batch, sampling, config.seed, kind)
+                else:
+                    generated = sample(engine, batch, sampling, config.seed)
                 seconds = time.monotonic() - started
                 pairs = zip(batch, generated, strict=True)
                 rows = [_response(*pair, tokenizer, stops) for pair in pairs]
                 if config.min_prob is not None:
-                    policy = cast(TransformersEngine, engine).model
-                    known = _known(policy, reward, batch, generated, _kind(config, made_from))
+                    if isinstance(engine, TransformersEngine):
+                        known = _known(engine.model, reward, batch, generated, _kind(config, made_from))
                     rows = [row | found for row, found in zip(rows, known, strict=True)]
                 shards.add(rows, seconds)
                 tokens = sum(map(len, generated))
@@ -244,13 +250,18 @@ def _check(config: RolloutConfig) -> Sampling:
         raise IpvrmError(
             "--reward_model stores log-probs of the tokens that --min_prob finds; add that, or leave it out"
         )
+    if config.reward_model is not None and config.engine != LOCAL:
+        raise IpvrmError(
+            "--reward_model scores beside a policy in memory (--engine transformers); leave it out, and "
+            "`train-policy --offline` asks its own"
+        )
     if config.min_prob is not None:
         if not 1 / 128 <= config.min_prob <= 1:
             raise IpvrmError(f"min_prob must lie in [1/128, 1]; got {config.min_prob}")
-        if config.engine != LOCAL or config.temperature == 0 or config.top_p < 1 or config.top_k:
+        if config.temperature == 0 or config.top_p < 1 or config.top_k:
             raise IpvrmError(
-                "--min_prob stores the log-probs that tokens were drawn with: it needs the model in memory "
-                "(--engine transformers), --temperature above 0, --top_p 1 and --top_k 0"
+                "--min_prob stores the log-probs that tokens were drawn with: it needs --temperature above "
+                "0, --top_p 1 and --top_k 0"
             )
     if Path(config.output).suffix not in (".parquet", ".jsonl"):
         raise IpvrmError(f"--output {config.output}: must end in .parquet or .jsonl")
@@ -311,6 +322,25 @@ def _known(
             found[i] = {name: column[start:end] for name, column in columns.items()} | kind
             start = end
     return found
+
+
+def _served(
+    engine: ServerEngine, jobs: Sequence[Job], sampling: Sampling, seed: int, kind: dict[str, Any]
+) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """Responses of a server, and the columns `BEHAVIOUR` by what it says they were drawn with."""
+    seeds = [response_seed(seed, number, i) for _, number, i in jobs]
+    found = engine.with_candidates([q.ids for q, *_ in jobs], sampling, seeds, min_prob=kind["min_prob"])
+    columns = []
+    for response in found:
+        used = (response.candidate_ids >= 0).sum(1).tolist()
+        used[-1] = 0  # the last token carries the outcome and has no candidates
+        own = {
+            "old_logprobs": response.logprobs.tolist(),
+            "candidate_ids": _cut(response.candidate_ids, used),
+            "old_candidate_logprobs": _cut(response.candidate_logprobs, used),
+        }
+        columns.append(own | kind)
+    return [response.ids for response in found], columns
 
 
 def _cut(slots: Tensor, used: Sequence[int]) -> list[list[Any]]:

@@ -145,7 +145,7 @@ def test_nothing_is_stored_unless_asked_for(toy, tmp_path):
         ({"min_prob": 0.1, "top_p": 0.9}, "--top_p 1"),
         ({"min_prob": 0.1, "top_k": 3}, "--top_k 0"),
         ({"min_prob": 0.1, "temperature": 0.0, "num_generations": 1}, "--temperature above 0"),
-        ({"min_prob": 0.1, "engine": "http://localhost:1/v1"}, "--engine transformers"),
+        ({"min_prob": 0.1, "engine": "http://localhost:1/v1", "reward_model": "rm"}, "--engine transformers"),
         ({"reward_model": "ipvrm"}, "of the tokens that --min_prob finds"),
     ],
 )

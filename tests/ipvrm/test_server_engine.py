@@ -6,6 +6,7 @@ import math
 import threading
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from runs import write_jsonl
@@ -14,6 +15,8 @@ from served import FakeServer, scaled
 from ipvrm import IpvrmError
 from ipvrm.cli import main
 from ipvrm.data.responses import Response
+from ipvrm.data.rows import BEHAVIOUR
+from ipvrm.evaluate.policy import PolicyEvalConfig, evaluate
 from ipvrm.models.causal_lm import load_model, save_model
 from ipvrm.models.server import Server
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, response_seed, stop_ids
@@ -300,6 +303,59 @@ def test_rollout_is_the_local_engine_s(server, sharp, prompts_file, tmp_path):
     summary = roll_out(over, progress=False)
     assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
     assert summary["device"] == f"{server.url} ({sharp})"
+
+
+@pytest.mark.slow
+def test_eval_policy_is_the_local_engine_s(server, sharp, prompts_file, tmp_path):
+    given = PolicyEvalConfig(
+        str(sharp), str(prompts_file), str(tmp_path / "local"), num_generations=2, k=(1, 2),
+        max_new_tokens=8, verifier="string", verifier_workers=1, bootstrap_resamples=20, use_cpu=True,
+    )  # fmt: skip
+    local = evaluate(given, progress=False)
+    over = dataclasses.replace(given, engine=server.url, use_cpu=False, output_dir=str(tmp_path / "served"))
+    served = evaluate(over, progress=False)
+    assert sum(body is not None for _, body in server.asked) == 2 * len(PROMPTS)
+    assert served["sources"] == local["sources"] and served["counts"] == local["counts"]
+    ids = [
+        pq.read_table(tmp_path / name / "rollouts.parquet")["response_ids"].to_pylist()
+        for name in ("local", "served")
+    ]
+    assert ids[0] == ids[1] and len({*map(tuple, ids[0])}) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "temperature"), [("raw_logprobs", 1.0), ("processed_logprobs", 0.8), ("raw_logprobs", 0.8)]
+)
+def test_stored_log_probs_and_candidates_are_the_local_engine_s(
+    sharp, tokenizer, prompts_file, tmp_path, mode, temperature
+):
+    """What `rollout --min_prob` writes for `train-policy --offline`; refused where the server's log-probs are
+    of another temperature."""
+    given = config(sharp, prompts_file, tmp_path, temperature=temperature, min_prob=0.03, use_cpu=True)
+    with FakeServer(sharp, tokenizer, mode=mode) as server:
+        over = dataclasses.replace(given, engine=server.url, use_cpu=False, output=str(tmp_path / "b.jsonl"))
+        if (mode, temperature) == ("raw_logprobs", 0.8):
+            with pytest.raises(IpvrmError, match="from before temperature 0.8"):
+                roll_out(over, progress=False)
+            return
+        roll_out(over, progress=False)
+    roll_out(given, progress=False)
+    local, served = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("out.jsonl", "b.jsonl")
+    )
+    several, floats = 0, ("old_logprobs", "old_candidate_logprobs")
+    for a, b in zip(local, served, strict=True):
+        assert a.keys() == b.keys() >= {*BEHAVIOUR}
+        assert {k: v for k, v in a.items() if k not in floats} == {
+            k: v for k, v in b.items() if k not in floats
+        }
+        assert b["old_logprobs"] == pytest.approx(a["old_logprobs"], abs=1e-5)
+        for mine, theirs in zip(b["old_candidate_logprobs"], a["old_candidate_logprobs"], strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5)
+        several += sum(len(ids) > 1 for ids in b["candidate_ids"])
+    assert several > 3
 
 
 @pytest.mark.slow

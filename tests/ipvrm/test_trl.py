@@ -164,6 +164,67 @@ def test_loss_from_full_logits(runs, home, loss_type):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * scale)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_loss_off_policy_from_full_logits(runs, home, loss_type):
+    """One call of the loss where both branches clip, with vLLM's importance weights, tokens of a tool and two
+    accumulation steps out of a generation batch of four."""
+    from ipvrm.models.causal_lm import load_model
+
+    config = runs.settings(
+        runs.DistRLConfig, loss_type=loss_type, alpha=0.7, epsilon=0.1, epsilon_high=0.15, temperature=0.7,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, steps_per_generation=4,
+    )  # fmt: skip
+    run = runs.trainer(home, runs.DistRLTrainer, config)
+    run.model.train()
+    run.use_vllm = run.vllm_importance_sampling_correction = True  # the loss itself asks no server
+    run.current_gradient_accumulation_steps = 2  # what the training loop would say
+    g, B, P, T, K = torch.Generator().manual_seed(7), 4, 3, 6, 3
+    ids = torch.randint(10, 200, (B, P + T), generator=g)
+    x = {
+        "prompt_ids": ids[:, :P], "prompt_mask": torch.ones(B, P, dtype=torch.int64),
+        "completion_ids": ids[:, P:],
+        "completion_mask": (torch.arange(T) < torch.tensor([[6], [4], [5], [2]])).long(),
+        "tool_mask": torch.ones(B, T, dtype=torch.int64), "num_items_in_batch": torch.tensor(53.0),
+        "advantages": torch.randn(B, T, generator=g),
+        "candidate_advantages": torch.randn(B, T, K, generator=g),
+        "importance_sampling_ratio": 0.5 + torch.rand(B, T, generator=g),
+    }  # fmt: skip
+    x["tool_mask"][0, 2] = x["tool_mask"][2, 1:3] = 0
+    model = load_model(home / "policy")
+    attention = torch.cat([x["prompt_mask"], x["completion_mask"]], 1)
+    logits = model(ids, attention_mask=attention).logits[:, -T - 1 : -1]  # (B, T, V)
+    log_p = (logits / 0.7).log_softmax(-1)
+    used = torch.rand(B, T, K, generator=g) < 0.7
+    slots = torch.where(used, torch.randint(10, 200, (B, T, K), generator=g), -1)
+    logprobs = torch.cat([x["completion_ids"][..., None], slots.clamp(min=0)], 2)
+    logprobs = log_p.gather(2, logprobs)  # (B, T, 1 + K)
+    old = logprobs.detach() + 0.3 * torch.randn(B, T, 1 + K, generator=g)
+    x["old_per_token_logps"], x["candidate_ids"] = old[..., 0], slots
+    x["old_candidate_logps"] = old[..., 1:].masked_fill(~used, -torch.inf)
+
+    of = torch.cat([x["advantages"][..., None], x["candidate_advantages"]], 2)
+    ratio = (logprobs - old).exp()
+    plain, clipped = ratio * of, ratio.clamp(0.9, 1.15) * of
+    mask = x["completion_mask"] * x["tool_mask"]
+    acts = (clipped < plain) & mask[..., None].bool()
+    assert int(acts[..., 0].sum()) > 1 and int((acts[..., 1:] & used).sum()) > 5
+    surrogate = -torch.min(plain, clipped)
+    candidates = torch.where(used, old[..., 1:].exp() * surrogate[..., 1:], 0).sum(-1)
+    element = (surrogate[..., 0] + 0.7 * candidates) * x["importance_sampling_ratio"] * mask
+    want = {
+        "grpo": (element.sum(1) / mask.sum(1)).mean() / 2,
+        "bnpo": element.sum() / mask.sum() / 2,
+        "dr_grpo": element.sum() / (B * run.max_completion_length) / 2,
+        "dapo": element.sum() / (53.0 * 2 / 4),
+    }[loss_type]
+    loss = run._compute_loss(run.model, x)
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-6)
+    gradient = torch.autograd.grad(want, list(model.parameters()))
+    scale = max(float(d.abs().max()) for d in gradient)
+    for mine, theirs in zip(torch.autograd.grad(loss, list(run.model.parameters())), gradient, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
 def test_dense_advantages_against_our_own_trainers_path(runs, home):
     """td, sigma_V and GAE of the rollouts again, from packed right-padded responses and the ops of
     train-policy."""
@@ -335,6 +396,73 @@ def test_refuses_what_does_not_belong_together(runs, home, monkeypatch):
     assert "is not resumed" in refusal(lambda: half.train(resume_from_checkpoint=True))
 
 
+def beside_a_policy(home, folder, objective, update, **settings):
+    """What DistRLTrainer makes of a reward model of `objective`, in `folder`; TRL is not needed for it."""
+    import shutil
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from ipvrm.integrations.trl_reward_model import PrefixRewardModel
+    from ipvrm.models.causal_lm import load_tokenizer, vocab_size
+    from ipvrm.models.reward_model import read_info, write_info
+
+    shutil.copytree(home / "rm", folder)
+    write_info(folder, replace(read_info(folder), objective=objective))
+    return PrefixRewardModel(
+        folder, load_tokenizer(home / "policy"), vocab_size(home / "policy"),
+        SimpleNamespace(device=torch.device("cpu")), torch.float32, online=update != "frozen",
+        learning_rate=1e-3, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("objective", "update", "words"),
+    [
+        ("q_rm", "frozen", "gives no log-ratio of a model and its reference"),
+        ("q_rm", "before", "gives no log-ratio of a model and its reference"),
+        ("endo_rm", "frozen", "gives no log-ratio of a model and its reference"),
+        ("endo_rm", "before", "gives no log-ratio of a model and its reference"),
+        ("dpo", "before", "learns from pairs of a right and a wrong response"),
+    ],
+)
+def test_refuses_reward_models_whose_log_ratios_mean_nothing_here(home, tmp_path, objective, update, words):
+    assert words in refusal(lambda: beside_a_policy(home, tmp_path / "rm", objective, update))
+
+
+@pytest.mark.parametrize(
+    ("objective", "update"),
+    [
+        ("ipvrm", "frozen"), ("ipvrm", "before"), ("implicit_prm", "frozen"), ("implicit_prm", "before"),
+        ("dpo", "frozen"),
+    ],
+)  # fmt: skip
+def test_takes_reward_models_of_log_ratios(home, tmp_path, objective, update):
+    rm = beside_a_policy(home, tmp_path / "rm", objective, update)
+    assert rm.objective.name == objective and (rm.optimizer is None) == (update == "frozen")
+
+
+@pytest.mark.parametrize("setting", [{"dlw": False}, {"adb": False}, {"margin": 2.0}])
+@pytest.mark.parametrize(("objective", "update"), [("implicit_prm", "before"), ("ipvrm", "frozen")])
+def test_refuses_settings_that_the_reward_model_does_not_read(home, tmp_path, objective, update, setting):
+    name = {"margin": "rm_margin"}.get(*setting, *setting)
+    words = refusal(lambda: beside_a_policy(home, tmp_path / "rm", objective, update, **setting))
+    assert f"{name}: of the online update of an ipvrm model alone" in words and repr(objective) in words
+    rm = beside_a_policy(home, tmp_path / "other", "ipvrm", "before", **setting)  # there it is read
+    assert (rm.balance.dlw, rm.balance.adb) == (setting.get("dlw", True), setting.get("adb", True))
+    assert rm.objective.margin == setting.get("margin", 1.0)
+
+
+@pytest.mark.parametrize("setting", [{"dlw": False}, {"rm_margin": 2.0}])
+def test_the_trainer_passes_these_settings_on(runs, home, setting):
+    config = runs.settings(runs.DistRLConfig, rm_update="before", **setting)
+    rm = runs.trainer(home, runs.DistRLTrainer, config).prefix_rewards
+    assert (rm.balance.dlw, rm.objective.margin) == (setting.get("dlw", True), setting.get("rm_margin", 1.0))
+    config = runs.settings(runs.DistRLConfig, **setting)
+    assert f"{[*setting][0]}: of the online" in refusal(
+        lambda: runs.trainer(home, runs.DistRLTrainer, config)
+    )
+
+
 def test_reward_functions_in_an_unmodified_trainer(runs, home):
     from ipvrm.integrations.trl import prefix_value_reward, verifier_reward
 
@@ -343,6 +471,37 @@ def test_reward_functions_in_an_unmodified_trainer(runs, home):
     _, run = runs.trained(home, runs.GRPOTrainer, config, reward_funcs=rewards)
     log = run.state.log_history[0]
     assert "rewards/prefix_value_final/mean" in log and log["rewards/verifier_string/mean"] == 0
+
+
+def test_trl_grpo_takes_one_by_its_module(runs, home, tmp_path, monkeypatch):
+    """`trl grpo --reward_funcs my_rewards.value`, by TRL's own parser and script."""
+    import json
+
+    from trl.scripts import grpo
+
+    (tmp_path / "my_rewards.py").write_text(
+        "from ipvrm.integrations.trl import prefix_value_reward\n\n"
+        f"value = prefix_value_reward({str(home / 'rm')!r})\n"
+    )
+    rows = [json.dumps({"prompt": f"What is {i} + 1?"}) for i in range(4)]
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions" / "train.jsonl").write_text("\n".join(rows) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds the working directory
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    flags = (
+        f"--model_name_or_path {home / 'policy'} --dtype float32 --dataset_name {tmp_path / 'questions'} "
+        f"--output_dir {tmp_path / 'out'} --reward_funcs my_rewards.value --use_cpu true --bf16 false "
+        "--per_device_train_batch_size 4 --num_generations 4 --max_completion_length 8 --max_steps 1 "
+        "--report_to none --logging_steps 1 --save_steps 1 --gradient_checkpointing false"
+    )
+    arguments = grpo.make_parser().parse_args_and_config(flags.split(), fail_with_unknown_args=False)
+    try:
+        grpo.main(*arguments)
+    finally:
+        sys.modules.pop("my_rewards", None)
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert "rewards/prefix_value_final/mean" in state["log_history"][0]
 
 
 def test_prefix_value_reward_is_best_of_ns_score(home):

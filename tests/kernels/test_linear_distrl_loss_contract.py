@@ -147,6 +147,20 @@ def test_a_retained_graph_scales_copies_and_the_last_backward_in_place(impl, dev
         loss.backward()
 
 
+def test_the_backward_reads_no_weight_and_the_graph_holds_it(impl, device):
+    """What integrations/README.md says of a weight that was gathered for the op."""
+    inputs, variables = trained(device)
+    expected = torch.autograd.grad(call(inputs, impl=impl).loss, variables)
+    gathered, kept = inputs["weight"] * 1, []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x)
+    with hooks:
+        loss = call({**inputs, "weight": gathered}, impl=impl).loss
+    assert gathered.data_ptr() in kept
+    gathered.data.fill_(math.nan)  # behind autograd's back
+    for found, gradient in zip(torch.autograd.grad(loss, variables), expected, strict=True):
+        assert torch.equal(found, gradient)
+
+
 def test_create_graph_scales_copies(impl, device):
     """Its own derivative is refused."""
     inputs, variables = trained(device)
