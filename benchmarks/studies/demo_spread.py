@@ -10,40 +10,37 @@ Best-of-N beside majority vote and pass@N. Five policies, one run each: the demo
 DistRL + IPVRM at the paper's GAE (coefficient 1; lambda 0.95). Seed 1, on which the
 demo's settings were chosen, stays out.
 
-Intervals redraw base models and, within each, traces or problems together: 95 %, one draw of models fewer
-than there are (Rao and Wu 1988). Each base model is a file of its own in benchmarks/results/demo_spread; a
-rerun with the same --work_dir goes on where the last one stopped. Some fifteen minutes a base model on two
-idle cores.
+Intervals are those of benchmarks/studies/spread.py. Each base model is a file of its own in
+benchmarks/results/demo_spread; a rerun with the same --work_dir goes on where the last one stopped. Some
+fifteen minutes a base model on two idle cores.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from benchmarks.suite.machine import describe
-from ipvrm.data.steps import RULES
-from ipvrm.demo.arithmetic import answer_of
-from ipvrm.demo.evaluation import FORMATS, TRAINING_FORMAT, _pick_scores, read_traces, score_traces
-from ipvrm.demo.policies import read_outcomes
-from ipvrm.demo.rollouts import read_rollouts
-from ipvrm.demo.run import Stages, prepare, prepare_policies, train_algorithm, train_choice
-from ipvrm.demo.settings import CHOICES, FULL, Choice
-from ipvrm.evaluate.best_of_n import PICKS, Samples, expected_pick, majority_vote, pass_at_n
-from ipvrm.evaluate.thresholds import (
-    f1_of_hits,
-    harmonic_mean,
-    hits,
-    percentile_interval,
-    sweep,
-    trivial_baselines,
+from benchmarks.studies.spread import (
+    difference,
+    estimate,
+    f1_statistic,
+    mean_statistic,
+    reward_model_results,
+    table,
+    traces,
 )
+from benchmarks.suite.machine import describe
+from ipvrm.demo.evaluation import FORMATS, TRAINING_FORMAT, read_traces
+from ipvrm.demo.policies import read_outcomes
+from ipvrm.demo.run import Stages, prepare, prepare_policies, train_algorithm, train_choice
+from ipvrm.demo.settings import CHOICES, FULL
+from ipvrm.evaluate.best_of_n import PICKS
+from ipvrm.evaluate.thresholds import trivial_baselines
 from ipvrm.models.reward_model import RewardModel
 from ipvrm.progress import Progress
 from ipvrm.run_folder import manifest, read_json, write_json, write_text
@@ -64,55 +61,10 @@ POLICIES = {
     "grpo_prm, the paper's GAE": ("grpo_prm", PAPER_GAE),
     "distrl, the paper's GAE": ("distrl", PAPER_GAE),
 }
-RESAMPLES = 2000
 
 
 def folder_of(kind: str, name: str) -> str:
     return f"{kind}-" + name.replace(", the paper's", "-paper").replace(" GAE", "-gae")
-
-
-def reward_model_results(stages: Stages, name: str, choice: Choice) -> dict[str, Any]:
-    """F1 by format at the rule and threshold that the validation traces choose, and Best-of-N."""
-    rollouts = stages.output / "rollouts"
-    model = RewardModel.from_pretrained(stages.output / folder_of("reward", name), device="cpu")
-    validation, _ = read_traces(rollouts / "validation.jsonl")
-    test, _ = read_traces(rollouts / "test.jsonl")
-    found = score_traces(model, validation)
-    swept = {rule: sweep([s.by_rule[rule] for s in found], [t.label for t in validation]) for rule in RULES}
-    rule = max(RULES, key=lambda r: swept[r][1].f1)
-    labels = [trace.label for trace in test]
-    formats = {}
-    for written in FORMATS:
-        scores = [s.by_rule[rule] for s in score_traces(model, test, written)]
-        hit = hits(scores, labels, swept[rule][0].score)
-        formats[written.name] = {"f1": f1_of_hits(hit, labels).f1, "hit": [int(h) for h in hit]}
-    problems = []
-    for (problem, responses), scores in zip(
-        read_rollouts(rollouts / "best_of_n.jsonl"),
-        _pick_scores(model, rollouts / "best_of_n.jsonl"),
-        strict=True,
-    ):
-        answers = [answer_of(r) if r else None for r in responses]
-        problems.append(Samples(answers, [a == problem.answer for a in answers], scores))
-    picked = {
-        str(n): {pick: [expected_pick(p.scores[pick], p.correct, n) for p in problems] for pick in PICKS}
-        for n in FULL.best_of_n
-    }
-    other = {
-        str(n): {
-            "majority vote": [majority_vote(p.answers, p.correct, n) for p in problems],
-            "pass@N": [pass_at_n(p.correct, n) for p in problems],
-            "one sample": [pass_at_n(p.correct, 1) for p in problems],
-        }
-        for n in FULL.best_of_n
-    }
-    return {
-        "choice": asdict(choice) | {"rule": rule},
-        "validation_f1": {r: swept[r][1].f1 for r in RULES},
-        "formats": formats,
-        "best_of_n": picked,
-        "without_a_model": other,
-    }
 
 
 def measure(work: Path, seed: int, commit: str | None) -> dict[str, Any]:
@@ -123,7 +75,16 @@ def measure(work: Path, seed: int, commit: str | None) -> dict[str, Any]:
     prepare(stages, FULL, seed)
     for name, choice in REWARD_MODELS.items():
         train_choice(stages, folder_of("reward", name), choice, seed)
-    models = {name: reward_model_results(stages, name, choice) for name, choice in REWARD_MODELS.items()}
+    models = {
+        name: reward_model_results(
+            RewardModel.from_pretrained(work / folder_of("reward", name), device="cpu"),
+            work / "rollouts",
+            choice,
+            FORMATS,
+            FULL.best_of_n,
+        )
+        for name, choice in REWARD_MODELS.items()
+    }
     prepare_policies(stages, FULL, seed)
     outcomes = {"base model": read_outcomes(work / "policy-start")["0"]}
     for name, (algorithm, settings) in POLICIES.items():
@@ -150,56 +111,9 @@ def measure(work: Path, seed: int, commit: str | None) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------------- summary
 
-Weights = NDArray[np.float64]  # (n,) of a resample, sum 1
-Statistic = Callable[[dict[str, Any], Weights | None], float]
-
-
-def estimate(
-    runs: Sequence[dict[str, Any]], size: Callable[[dict[str, Any]], int], of: Statistic
-) -> dict[str, Any]:
-    """Mean over base models of a statistic, each one's value, and an interval over both levels."""
-    rng = np.random.default_rng(0)
-    values = [of(run, None) for run in runs]
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        drawn = rng.integers(0, len(runs), max(1, len(runs) - 1))
-        weights = [rng.multinomial(size(runs[d]), np.full(size(runs[d]), 1 / size(runs[d]))) for d in drawn]
-        means[i] = np.mean([of(runs[d], w / w.sum()) for d, w in zip(drawn, weights, strict=True)])
-    return {
-        "mean": statistics.fmean(values),
-        "by_model": values,
-        "interval": list(percentile_interval(means)),
-    }
-
-
-def f1_statistic(name: str, written: str) -> Statistic:
-    def of(run: dict[str, Any], weights: Weights | None) -> float:
-        hit = np.asarray(run["reward_models"][name]["formats"][written]["hit"], float)
-        wrong = np.asarray(run["erroneous"], bool)
-        w = np.full(len(hit), 1 / len(hit)) if weights is None else weights
-        parts = [float((hit * w)[part].sum() / max(w[part].sum(), 1e-12)) for part in (wrong, ~wrong)]
-        return harmonic_mean(*parts)
-
-    return of
-
-
-def mean_statistic(values: Callable[[dict[str, Any]], Sequence[float]]) -> Statistic:
-    def of(run: dict[str, Any], weights: Weights | None) -> float:
-        found = np.asarray(values(run), float)
-        return float(found.mean() if weights is None else (found * weights).sum())
-
-    return of
-
-
-def difference(a: Statistic, b: Statistic) -> Statistic:
-    return lambda run, weights: a(run, weights) - b(run, weights)
-
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Tables over all base models; differences are paired by trace or problem."""
-
-    def traces(run: dict[str, Any]) -> int:
-        return len(run["erroneous"])
 
     def held_out(run: dict[str, Any]) -> int:
         return len(run["outcomes"]["base model"])
@@ -269,16 +183,6 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def page(runs: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
     """The tables as Markdown."""
-
-    def cell(entry: dict[str, Any], sign: str = "") -> str:
-        low, high = (100 * x for x in entry["interval"])
-        each = " / ".join(format(100 * x, f"{sign}.1f") for x in entry["by_model"])
-        return f"{format(100 * entry['mean'], f'{sign}.1f')} ({low:{sign}.1f} to {high:{sign}.1f}) | {each}"
-
-    def table(head: str, rows: dict[str, Any], sign: str = "") -> list[str]:
-        return [f"| {head} | mean and 95 % interval | each base model |", "|---|--:|--:|"] + [
-            f"| {name} | {cell(entry, sign)} |" for name, entry in rows.items()
-        ]
 
     lines = [
         f"# The demo over {len(runs)} base models",

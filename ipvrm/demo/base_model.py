@@ -31,7 +31,8 @@ CHAT_TEMPLATE = (
 )
 NOISE = 0.08
 MUON_RATE, ADAMW_RATE = 4e-3, 2e-3
-LEARNT, LEARNT_OVER = 0.14, 25  # nats per token (the noise alone is worth about 0.05), over so many updates
+LEARNT = 0.14  # nats per character; the noise alone is worth about 0.05
+LEARNT_OVER = 25  # updates
 MAX_NEW_TOKENS = 72  # a solution of six steps has 54
 
 
@@ -144,12 +145,13 @@ def train_base(
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     warmup, decay = max_steps // 20 + 1, max_steps // 5 + 1
     decay_from: int | None = None
+    threshold = LEARNT / len(tokenizer("0", add_special_tokens=False)["input_ids"])  # nats per token
     pad = tokenizer.pad_token_id
     losses: list[float] = []
     model.train()
     for step in range(1, max_steps + 1):
         recent = losses[-LEARNT_OVER:]
-        learnt = len(recent) == LEARNT_OVER and sum(recent) / len(recent) < LEARNT
+        learnt = len(recent) == LEARNT_OVER and sum(recent) / len(recent) < threshold
         if decay_from is None and (learnt or step > max_steps - decay):
             decay_from = step
         factor = step / warmup if decay_from is None else 1 - (step - decay_from) / decay

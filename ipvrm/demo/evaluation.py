@@ -125,7 +125,7 @@ def evaluate_models(
                 },
                 "formats": formats,
             }
-            picks[choice.objective] = _pick_scores(reward_model, rollouts / "best_of_n.jsonl")
+            picks[choice.objective] = pick_scores(reward_model, rollouts / "best_of_n.jsonl")
             update(done := done + 1)
     write_json(
         folder / "evaluation.json",
@@ -170,7 +170,7 @@ def _differences(
     return result
 
 
-def _pick_scores(reward_model: RewardModel, path: Path) -> list[dict[str, list[float]]]:
+def pick_scores(reward_model: RewardModel, path: Path) -> list[dict[str, list[float]]]:
     """Per problem, the four scores of each response; -inf for one that never ended, so it is picked last."""
     problems = read_rollouts(path)
     items = [(p.text, r.split(STEP_SEPARATOR)) for p, responses in problems for r in responses if r]

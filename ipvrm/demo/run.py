@@ -23,7 +23,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,12 @@ def prepare(stages: "Stages", sizes: Sizes, seed: int) -> None:
     )
 
 
-def train_choice(stages: "Stages", name: str, choice: Choice, seed: int) -> None:
-    """A reward model from the outcome labels of the rollouts, into the folder `name`."""
+def train_choice(stages: "Stages", name: str, choice: Choice, seed: int, **options: Any) -> None:
+    """A reward model from the outcome labels of the rollouts, into the folder `name`.
+
+    Args:
+        options: of `RewardConfig`, in place of the demo's.
+    """
     from ipvrm.training.reward_config import RewardConfig
     from ipvrm.training.train_rm import train_reward_model
 
@@ -162,6 +166,7 @@ def train_choice(stages: "Stages", name: str, choice: Choice, seed: int) -> None
         seed=seed,
         use_cpu=True,
     )
+    config = replace(config, **options)
     shown = stages.progress.enabled
     stages.in_place(
         name, _settings(config), lambda: train_reward_model(config, progress=shown), after=["rollouts"]
