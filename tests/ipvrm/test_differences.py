@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.studies import release_differences as study
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "ipvrm" / "README.md").read_text(encoding="utf-8")
 
 
