@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -557,19 +557,20 @@ def _saved(logprobs: Tensor) -> Sequence[tuple[int, ...]]:
 IMPLS = {impl: backend.Impl(_forward_of(impl), _scaled, _saved) for impl in EVALUATE}
 
 
-TAKES_BWD = {"dloss": "float"}
+TAKES_BWD = {"dloss": "float", "logprobs": "float N K+1"}
 
 
-def _bwd_saved(saved: list[Tensor]) -> list[Any]:
-    """One matrix of any size: its own is the gradient's."""
-    return [[tuple(x.shape)] if len(saved) == 1 and x.dim() == 2 else [("N", "1+K")] for x in saved[:1]]
+def _bwd_fake(logprobs: Tensor) -> Tensor:
+    return torch.empty_like(logprobs, memory_format=torch.contiguous_format)
 
 
-@register(
-    fake=lambda saved: torch.empty_like(saved[0]), gradient_of=OP, instead=INSTEAD, takes=TAKES_BWD,
-    saved=_bwd_saved,
-)  # fmt: skip
-def _distrl_loss_bwd(dloss: Tensor, impl: str, saved: list[Tensor]) -> Tensor:
+def _bwd_saved(logprobs: Tensor, impl: str) -> list[Sequence[tuple[int, ...]]]:
+    return [IMPLS[impl].saved(logprobs)]
+
+
+@register(fake=_bwd_fake, gradient_of=OP, instead=INSTEAD, takes=TAKES_BWD, saved=_bwd_saved)
+def _distrl_loss_bwd(dloss: Tensor, logprobs: Tensor, impl: str, saved: list[Tensor]) -> Tensor:
+    """logprobs only tells autograd what the gradient depends on."""
     return IMPLS[impl].backward(dloss, saved)
 
 
@@ -579,8 +580,8 @@ def _fake(logprobs: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return new(()), new(()), new(()), new(len(DISTRL_METRICS), 2), saved
 
 
-def _backward(dloss: Tensor, impl: str, saved: list[Tensor]) -> dict[str, Tensor]:
-    return {"logprobs": _distrl_loss_bwd(dloss, impl, saved)}
+def _backward(dloss: Tensor, logprobs: Tensor, impl: str, saved: list[Tensor]) -> dict[str, Tensor]:
+    return {"logprobs": _distrl_loss_bwd(dloss, logprobs, impl, saved)}
 
 
 TAKES = {

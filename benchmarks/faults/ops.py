@@ -65,7 +65,7 @@ def raw_calls(
         },
         "clipped_surrogate_bwd": {"dloss": f(N), "logprobs": f(N), "saved": [f(N)]},
         "distrl_loss": {"logprobs": f(N, 1 + K), **batch, **objective},
-        "distrl_loss_bwd": {"dloss": one, "saved": [f(N, 1 + K)]},
+        "distrl_loss_bwd": {"dloss": one, "logprobs": f(N, 1 + K), "saved": [f(N, 1 + K)]},
         "linear_candidates": {
             **head, "sampled": ids[:, 0] if K else torch.zeros(N, dtype=torch.int64), **logits,
             "min_prob": None, "K": K, "return_entropy": True, "deterministic": False,
