@@ -2,10 +2,15 @@
 
 import os
 import signal
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# For `benchmarks`; behind the installed packages, which stay the ones that are tested.
+sys.path.append(str(Path(__file__).parents[1]))
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the processes that tests start:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other's cores spin

@@ -19,6 +19,7 @@ NAMES = (
     "mdurl", "pybind11", "tyro", "typeguard", "docstring-parser", "pyyaml", "packaging", "psutil", "regex",
     "tqdm", "hf-xet", "click", "typer", "shellingham", "annotated-doc", "pydantic", "pydantic-core",
     "annotated-types", "typing-inspection", "httpx2", "httpcore2", "h11", "anyio", "idna", "truststore",
+    "dill", "multiprocess", "pandas", "pyarrow", "python-dateutil", "tzdata", "xxhash",
 )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def test_sft_is_a_config_of_trl():
     config = yaml.safe_load(file.read_text())
     assert config["dataset_name"] == "PRIME-RL/Eurus-2-SFT-Data"
     assert config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * 8 == 64
-    paper = {"num_train_epochs": 1, "warmup_ratio": 0.01, "max_length": 3072, "learning_rate": 5e-5}
+    paper = {"num_train_epochs": 1, "warmup_steps": 0.01, "max_length": 3072, "learning_rate": 5e-5}
     assert {name: config[name] for name in paper} == paper
     text = file.read_text()
     assert all(f"# {line}" in text for line in ("lora_r: 128", "lora_alpha: 128", "learning_rate: 1.0e-4"))
