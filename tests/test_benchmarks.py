@@ -21,7 +21,6 @@ import torch
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks" / "run.py").is_file():
     pytest.skip("no checkout with benchmarks/ beside the tests", allow_module_level=True)
-sys.path.append(str(ROOT))  # behind the installed packages, which stay the ones that are tested
 
 import ipvrm_kernels  # noqa: E402
 from benchmarks import (  # noqa: E402

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # behind the installed packages
 
 from benchmarks.faults import files, ops, runs, sanitized  # noqa: E402
 from benchmarks.faults.__main__ import KINDS, LEFT_OUT, RESUMED, Faults, page  # noqa: E402

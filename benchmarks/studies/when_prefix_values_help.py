@@ -37,9 +37,9 @@ import pyarrow.parquet as pq
 from benchmarks.studies.spread import reward_model_results
 from benchmarks.suite.machine import describe
 from ipvrm.demo.arithmetic import TRAINING_FORMAT
-from ipvrm.demo.base_model import CHARACTERS, LEARNT, train_base
+from ipvrm.demo.base_model import CHARACTERS, LEARNT
 from ipvrm.demo.evaluation import read_traces
-from ipvrm.demo.run import Stages, prepare, train_choice
+from ipvrm.demo.run import Stages, fit_base, prepare, train_choice
 from ipvrm.demo.settings import FULL, Choice, Sizes
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import trivial_baselines
@@ -145,19 +145,7 @@ def train_long_base(folder: Path, short: Path, sizes: Sizes, seed: int, progress
     model.config.rope_parameters |= {"rope_type": "linear", "factor": float(LENGTHS["8x"])}
     save_model(model, folder)
     model = load_model(folder, torch.float32)  # with the positions of its new configuration
-    with progress.bar("base model, 8x", sizes.base_max_steps) as update:
-        steps, loss = train_base(
-            model,
-            tokenizer,
-            max_steps=sizes.base_max_steps,
-            batch_size=sizes.base_batch,
-            multiple_of=sizes.multiple_of,
-            seed=seed,
-            on_step=lambda step, loss: update(step, loss=loss),
-        )
-    save_model(model, folder)
-    tokenizer.save_pretrained(folder)
-    write_json(folder / "base.json", {"steps": steps, "loss": loss})
+    fit_base(folder, model, tokenizer, sizes, seed, progress, "base model, 8x")
 
 
 def flipped(labels: Sequence[int], per_cent: int, seed: int) -> list[int]:

@@ -299,11 +299,18 @@ class Stages:
 
 
 def _train_base(folder: Path, sizes: Sizes, seed: int, progress: Progress) -> None:
-    from ipvrm.models.causal_lm import save_model
-
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, sizes.hidden_size, sizes.num_layers, seed)
-    with progress.bar("base model", sizes.base_max_steps) as update:
+    fit_base(folder, model, tokenizer, sizes, seed, progress, "base model")
+
+
+def fit_base(
+    folder: Path, model: Any, tokenizer: Any, sizes: Sizes, seed: int, progress: Progress, what: str
+) -> None:
+    """Trains a base model and saves it with its tokenizer and base.json; `what` names the progress bar."""
+    from ipvrm.models.causal_lm import save_model
+
+    with progress.bar(what, sizes.base_max_steps) as update:
         steps, loss = train_base(
             model,
             tokenizer,
