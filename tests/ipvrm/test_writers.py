@@ -14,7 +14,8 @@ from ipvrm.run_folder import JsonlLog, remove_leftovers_of, replacing, reusable
 
 ROOT = Path(ipvrm.__file__).parent
 WRITES = {"savefig", "save_file", "write_bytes", "rename", "to_parquet", "to_csv", "dump"}
-HANDED = {"write_model", "save_trained", "save_merged", "save_model", "_train_base"}  # a folder, to be filled
+# Functions that are handed a folder, to be filled.
+HANDED = {"write_model", "save_trained", "save_merged", "save_model", "fit_base", "_train_base"}
 FILLS = HANDED | {"save_pretrained", "copytree"}
 ATOMIC = {"replacing", "save_folder"}
 
