@@ -20,6 +20,7 @@ from typing import Any, Self
 from ipvrm.errors import IpvrmError, cause
 
 ROWS_AT_A_TIME = 4096
+ABOUT = "about"  # key of safetensors metadata
 CPU_MATMUL = "cpu_matmul"
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
@@ -130,13 +131,22 @@ def _chunks(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
+    path: str | Path, tensors: Mapping[str, Any], about: Mapping[str, Any] | None = None
 ) -> None:
-    """Replaces `path` by `tensors` as safetensors."""
+    """Replaces `path` by `tensors` as safetensors, with what JSON can hold about them.
+
+    Under one key, since safetensors writes several in any order: the same values are the same bytes.
+    """
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=metadata)
+        save_file(dict(tensors), temporary, metadata=None if about is None else {ABOUT: json.dumps(about)})
+
+
+def read_about(file: Any) -> dict[str, Any]:
+    """What `write_tensors` was told about the tensors of an opened safetensors file; {} for nothing."""
+    found = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+    return found if isinstance(found, dict) else {}
 
 
 def summary_path(output: str | Path) -> Path:

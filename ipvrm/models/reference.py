@@ -1,7 +1,6 @@
 """Log-probabilities of the responses under the reference, computed once and kept in the run folder."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +14,10 @@ from ipvrm.data.responses import Response
 from ipvrm.errors import IpvrmError, reading
 from ipvrm.models.causal_lm import ResponseLogprobs, load_model
 from ipvrm.progress import Progress
-from ipvrm.run_folder import reusable, write_tensors
+from ipvrm.run_folder import read_about, reusable, write_tensors
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
+DIGEST = "sha256"
 WORDS = {"data": "the data", "reference": "the reference"}
 
 
@@ -65,8 +65,7 @@ def reference_logprobs(
             )
     if accelerator.is_main_process:
         tensors = {f"set.{i}": values for i, values in enumerate(packed)}
-        metadata = {"settings": json.dumps(settings), "sha256": values_hash(packed)}
-        write_tensors(path, tensors, metadata)
+        write_tensors(path, tensors, settings | {DIGEST: values_hash(packed)})
     return packed
 
 
@@ -97,13 +96,13 @@ def _read(path: Path, settings: dict[str, Any], num_sets: int, progress: Progres
         return None
     try:
         with reading(path, "cannot be read", "it is made again"), safe_open(path, framework="pt") as file:
-            stored = file.metadata() or {}
+            made_from = read_about(file)
             names = [f"set.{i}" for i in range(num_sets) if f"set.{i}" in file.keys()]  # noqa: SIM118
             tensors = [file.get_tensor(name) for name in names]
-            made_from, digest = json.loads(stored.get("settings", "{}")), stored.get("sha256")
     except IpvrmError as error:
         progress.note(str(error))
         return None
+    digest = made_from.pop(DIGEST, None)
     if not reusable(made_from, settings, str(path), progress.note, WORDS):
         return None
     if len(tensors) < num_sets or values_hash(tensors) != digest:

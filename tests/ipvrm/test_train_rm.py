@@ -243,12 +243,11 @@ def test_damaged_reference_logprobs_are_made_again(config, capsys, damage):
             train(config(max_steps=3))
     path = Path(config().output_dir) / "reference_logprobs.safetensors"
     whole = path.read_bytes()
-    values = {name: value.clone() for name, value in load_file(path).items()}  # not the file's own pages
     flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
     path.write_bytes({"a flipped bit": flipped, "half of it": whole[: len(whole) // 2]}.get(damage, b"{}"))
     result = train_reward_model(config(max_steps=3, resume_from_checkpoint="auto"))
     assert f"{path}" in capsys.readouterr().err
-    assert all(bool((load_file(path)[name] == value).all()) for name, value in values.items())
+    assert path.read_bytes() == whole
     straight = train(config("straight", max_steps=3))
     assert same_bits(straight.output_dir, result.output_dir)
 
@@ -758,7 +757,7 @@ def test_the_starting_model_is_not_overwritten(config, tiny_folder):
 # ------------------------------------------------------------------------------------------- two ranks
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_gloo_processes_give_the_update_of_one(config, tmp_path):
     """The last update of the epoch has one row: one of the ranks has none."""
     rows = Path(config().train_data).read_text().splitlines(keepends=True)[:17]
