@@ -64,7 +64,7 @@ def test_fsdp2_of_trl():
         data_parallel_accelerator("train-rm", use_cpu=True, mixed_precision="no")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_machines_train_one_reward_model(tiny_folder, rollouts, tmp_path):
     """Two launchers as two machines would start them, of one process each; --fsdp over both."""
     config = RewardConfig(

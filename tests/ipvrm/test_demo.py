@@ -214,7 +214,7 @@ def test_an_interruption_says_what_the_same_command_will_do(demo, tmp_path, monk
     assert "--" not in str(caught.value) and caught.value.exit_code == 143
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_another_choice_repeats_only_what_depends_on_it(demo, again):
     other = (dataclasses.replace(CHOICES[0], margin=0.5), CHOICES[1])
     repeated, trained = again(choices=other)

@@ -123,15 +123,9 @@ def test_an_answer_beyond_every_model_is_given_to_no_worker(monkeypatch):
     assert found[1].detail == "110 characters, more than 100" and found[1].label is None
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: ru_maxrss is inherited from the parent")
-@pytest.mark.parametrize(
-    "command",
-    [
-        *(pytest.param(name, marks=pytest.mark.full) for name in ("train-rm", "train-rm prompt", "rollout")),
-        "label",
-    ],
-)
+@pytest.mark.parametrize("command", ["train-rm", "train-rm prompt", "rollout", "label"])
 def test_a_row_of_50_mb_costs_less_than_1_gb(tmp_path, tiny_folder, command):
     rows = [
         {"prompt": f"q{n}", "response": f"Answer: {n}", "label": n % 2, "answer": str(n)} for n in range(20)

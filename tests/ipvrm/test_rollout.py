@@ -339,7 +339,7 @@ def test_finished_work_is_not_done_again(tiny_folder, prompts_file, tmp_path, mo
     assert "74 + 19" in read(settings.output)[3]["prompt"][0]["content"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_run_goes_on_to_the_same_file(tiny_folder, prompts_file, tmp_path):
     """SIGKILL after the second batch; the rest is not generated twice; bytes equal an uninterrupted run's."""
     settings = config(

@@ -1073,14 +1073,19 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"algorithm": "grpo"},
-        {"algorithm": "grpo_prm", "rm_update": "after"},
         {"algorithm": "prime", "num_epochs": 2},
-        {"algorithm": "spro", "num_epochs": 2},
-        {"td_reference": "sft"},
-        {"rm_update": "frozen"},
         {"preset": "release", "num_generations": 4},
-        {"mixed_precision": "bf16"},
+        *(
+            pytest.param(changes, marks=pytest.mark.full)
+            for changes in (
+                {"algorithm": "grpo"},
+                {"algorithm": "grpo_prm", "rm_update": "after"},
+                {"algorithm": "spro", "num_epochs": 2},
+                {"td_reference": "sft"},
+                {"rm_update": "frozen"},
+                {"mixed_precision": "bf16"},
+            )
+        ),
     ],
     ids=str,
 )
@@ -1461,7 +1466,7 @@ def test_a_server_samples_from_the_policy_of_now(config, toy):
     assert len(loaded) == 4 and asked == set(loaded)  # at the start, step 2, and evaluations behind 2 and 3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_server_that_dies_costs_no_step(config, toy):
     tokenizer = load_tokenizer(toy / "sft")
     with FakeServer(toy / "sft", tokenizer) as server:

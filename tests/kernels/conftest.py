@@ -24,16 +24,30 @@ from ipvrm_kernels import backend
 from ipvrm_kernels.head import matmul
 
 DEAD_CONTEXT = 70  # exit status
-LONG_IN_THE_INTERPRETER = (  # 120 of its 300 seconds: `full`
+LONG_IN_THE_INTERPRETER = (  # most of its time: `full`
     "test_a_decay_near_one_keeps_its_digits",
+    "test_a_reference_far_below_the_maximum",
     "test_a_row_is_the_same_whatever_surrounds_it",
     "test_a_tiny_old_probability",
+    "test_an_empty_shard_adds_nothing",
+    "test_an_upstream_gradient_that_is_not_finite_stays_in_its_row",
+    "test_any_shape",
+    "test_candidates_crowded_in_a_group_and_tied_across_groups",
+    "test_composition",
+    "test_fp32_master_of_which_no_copy_fits",
     "test_frozen_head_in_row_blocks",
+    "test_frozen_inputs",
+    "test_gradients_repeat_bitwise",
+    "test_gradients_that_cancel_in_sum",
     "test_matches_loop",
     "test_micro_batches_add_up",
+    "test_more_slots_than_a_row_can_be_picked_from",
     "test_opcheck",
+    "test_option_pairs",
+    "test_row_blocks_and_recomputation_agree",
     "test_rules",
     "test_shapes",
+    "test_the_accounting_is_close_to_what_is_allocated",
     "test_workspace_is_honoured_or_refused_with_the_least_that_works",
 )
 
