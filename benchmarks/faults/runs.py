@@ -280,8 +280,9 @@ def killed(world: World, command: Command, rng: random.Random) -> Found:
     for _ in range(rng.choice((1, 1, 2, 3))):
         if rng.random() < 0.7:
             at = rng.randint(1, max(1, command.changes))
-            ended = run(command.arguments(trial), trial, tune=smaller, wire=Wire(trial, at, die))
-            done.append(f"change {at}")
+            opened = rng.random() < 0.5
+            ended = run(command.arguments(trial), trial, tune=smaller, wire=Wire(trial, at, die, opened))
+            done.append(f"change {at}" + " (a file just opened)" * opened)
         else:
             running = start(command.arguments(trial), trial, tune=smaller)
             after = rng.uniform(0, 1.1 * command.seconds)
