@@ -54,6 +54,9 @@ class Progress:
     @contextmanager
     def bar(self, description: str, total: int, start: int = 0) -> Iterator[Callable[..., None]]:
         """Yields update(done, loss=, prefix_accuracy=, tokens_per_second=, ...), which moves the bar."""
+        if not self.enabled:
+            yield lambda done, **numbers: None  # who stands around it (`never_silent`) goes on speaking
+            return
         if not self.live:
             with _Lines(self.note, description, total, start) as lines:
                 yield lines.update

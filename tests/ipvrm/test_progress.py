@@ -15,14 +15,8 @@ from ipvrm.progress import Progress, never_silent
 from ipvrm.run_folder import other_matmul
 
 SHORT = ("env", "make-tiny-model", "report")  # seconds
-ELSEWHERE = (
-    "train-policy",
-    "inspect",
-    "demo",
-    "reproduce fig6",
-    "reproduce",
-    "bench",
-)  # their own; the last: below
+ELSEWHERE = ("train-policy", "inspect", "demo", "reproduce fig6")  # their own tests
+BELOW = ("reproduce", "bench")
 SLOW = ("eval policy", "eval td")
 
 
@@ -74,7 +68,7 @@ def marked(names):
     return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
 
 
-TESTED = [name for name in COMMANDS if name not in (*SHORT, *ELSEWHERE)]
+TESTED = [name for name in COMMANDS if name not in (*SHORT, *ELSEWHERE, *BELOW)]
 
 
 @pytest.mark.parametrize("command", marked(TESTED))
@@ -112,6 +106,28 @@ def test_one_long_step_is_not_silent(monkeypatch, capsys):
         assert "ipvrm label: 1 s so far" in capsys.readouterr().err.splitlines()
     time.sleep(0.25)
     assert not capsys.readouterr().err
+
+
+def test_the_units_of_reproduce_say_how_far_they_are(commands, tmp_path, capsys, monkeypatch):
+    """Of a plan of one unit the unit's own lines are seen, not its name alone."""
+    from ipvrm.reproduce.tables.plan import Unit
+
+    unit = Unit("rows", "label", {"input": str(tmp_path / "labelled.jsonl"), "verifier": "string"})
+    monkeypatch.setattr("ipvrm.reproduce.tables.run.needed", lambda *_: [unit])
+    monkeypatch.setattr("ipvrm.reproduce.tables.run.write_table_of", lambda *_: {})
+    assert main(["reproduce", "table1", "--output_dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"^1/1 rows: label \.\.\.$", said, re.MULTILINE), said
+    assert re.search(r"^verify 20/20  [\d.e+-]+/s", said, re.MULTILINE), said
+
+
+def test_a_disabled_bar_mutes_nobody(monkeypatch, capsys):
+    """A quiet function inside a command: the command goes on saying that it runs."""
+    monkeypatch.setattr(progress_module, "LONGEST_SILENCE", 0.02)
+    with never_silent("ipvrm x"), Progress(enabled=False).bar("y", 3) as update:
+        time.sleep(0.2)
+        update(3, loss=0.5)
+        assert set(capsys.readouterr().err.splitlines()) == {"ipvrm x: 0 s so far"}
 
 
 def test_an_exception_ends_the_thread(monkeypatch, capsys):

@@ -160,7 +160,7 @@ def run_plan(units: Sequence[Unit], output: Path, shown: Progress) -> dict[str, 
         shown.note(f"{label}: {unit.command} ...")
         step, started = STEPS[unit.command], time.perf_counter()
         try:
-            getattr(import_module(step.module), step.run)(config_of(unit, units, output), shown.live)
+            getattr(import_module(step.module), step.run)(config_of(unit, units, output), shown.enabled)
         except TrainingInterrupted as error:
             message = f"{unit.name}: stopped; the same command goes on"
             raise TrainingInterrupted(message, error.checkpoint, error.exit_code) from error
