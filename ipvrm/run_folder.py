@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-from ipvrm.errors import IpvrmError, cause
+from ipvrm.errors import IpvrmError, cause, reading
 
 ROWS_AT_A_TIME = 4096
 ABOUT = "about"  # key of safetensors metadata
@@ -245,20 +245,35 @@ class JsonlFile:
 class JsonlLog(JsonlFile):
     """The log of a training run.
 
-    `after_step` (resume): records of later steps and a torn last line are dropped first; None starts afresh.
+    Args:
+        after_step: of a resumed run: records of later steps and lines that are no record are dropped first.
+            None starts afresh.
+        note: is told how many lines were damaged; a torn last one, which a kill leaves, is not.
+
+    Raises:
+        IpvrmError: as in `JsonlFile`, and where the log that is there cannot be read.
     """
 
-    def __init__(self, path: str | Path, *, after_step: int | None = None):
+    def __init__(
+        self, path: str | Path, *, after_step: int | None = None, note: Callable[[str], None] | None = None
+    ):
         path = Path(path)
-        kept = []
+        kept, damaged = [], 0
         if after_step is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            with reading(path, "cannot be read", "move it away, and the run goes on with a new log"):
+                *lines, torn = path.read_bytes().split(b"\n")
+            for line in (*lines, torn):
                 try:
-                    step = json.loads(line)["step"]
-                except (ValueError, KeyError, TypeError):
+                    step = json.loads(line.decode())["step"]
+                    if type(step) is not int:
+                        raise ValueError(step)
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    damaged += line is not torn
                     continue
                 if step <= after_step:
-                    kept.append(line + "\n")
+                    kept.append(line.decode() + "\n")
+        if damaged and note is not None:
+            note(f"{path}: dropped damaged lines: {damaged}; the numbers of those steps are lost")
         write_text(path, "".join(kept))
         super().__init__(path)
 

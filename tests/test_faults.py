@@ -130,6 +130,40 @@ class OneCommand:
         pass
 
 
+@pytest.mark.parametrize(
+    "resumed, lost",
+    [
+        ('{"step": 2}\n', None),
+        (None, "metrics.jsonl holds what is no record"),
+        ("", "metrics.jsonl is empty"),
+        ("Traceback (most recent call last)", "a traceback"),
+    ],
+)
+def test_a_damaged_log_is_tried(monkeypatch, tmp_path, resumed, lost):
+    """It is among what is damaged; the run that goes on drops the bad lines, and does not end by them."""
+    world, log, ends = OneCommand(0), tmp_path / "run" / "metrics.jsonl", []
+    world.command.expected = {"run/metrics.jsonl": "of a run that nothing has happened to"}
+
+    def run(*_, **__):
+        if not ends:  # killed
+            log.parent.mkdir()
+            log.write_text('{"step": 1}\n')
+        elif resumed is not None and resumed[:1] != "T":
+            log.write_text(resumed)
+        said = resumed if ends and resumed is not None else ""
+        ends.append(Ended(1 if said[:1] == "T" else 0 if ends else -signal.SIGKILL, said, 1))
+        return ends[-1]
+
+    monkeypatch.setattr(world, "trial", lambda command: tmp_path)
+    monkeypatch.setattr(files, "run", run)
+    monkeypatch.setattr(
+        files, "damage", lambda path, rng: path.write_bytes(b'{"step": 1, "\xff"}\n') and "bad"
+    )
+    found = files.damaged_state(world, world.command, random.Random(0))
+    assert (found.lost or "").startswith(lost or "") and (found.lost is None) == (lost is None)
+    assert found.said == "run/metrics.jsonl: bad" and len(ends) == 2
+
+
 @pytest.mark.parametrize("status, tried", [(0, False), (-signal.SIGKILL, True)])
 def test_what_had_nothing_to_do_is_no_trial(monkeypatch, tmp_path, status, tried):
     """A command that had ended before it could be killed, and one that was killed."""

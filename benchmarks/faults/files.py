@@ -21,12 +21,13 @@ from ipvrm.training import checkpoint
 
 MEMORY = 4 << 30  # bytes a command may take here: the models are tiny, so that more is a bomb's
 HASHED = ("model.safetensors", "config.json")  # of a reward model: what its own hash covers
+LOG = "metrics.jsonl"
 KEPT = (  # what a next run goes on with
-    "checkpoint-", "reference_logprobs", ".partial/", "/part-", "/prompts/", "/scores.jsonl"
+    "checkpoint-", "reference_logprobs", ".partial/", "/part-", "/prompts/", "/scores.jsonl", f"/{LOG}"
 )  # fmt: skip
 SETTINGS = ("settings.json", "key.json")  # half of them is refused: what lies beside may be of other ones
 READERS = ("score", "eval processbench", "eval bon", "eval td", "inspect", "train-policy")  # of the model
-RUN = ("metrics.jsonl", "config.yaml", "results.json")  # what `report`, which has no data, reads of a run
+RUN = (LOG, "config.yaml", "results.json")  # what `report`, which has no data, reads of a run
 DATA = {"label": "rollouts.jsonl", "rollout": "prompts.jsonl", "score": "solutions.jsonl",
         "eval processbench": "gsm8k.json", "eval td": "prompts.jsonl", "train-rm": "labelled.jsonl",
         "train-policy": "prompts.jsonl", "make-tiny-model": "labelled.jsonl", "eval bon": "candidates.jsonl",
@@ -132,8 +133,8 @@ def damaged_state(world: World, command: Command, rng: random.Random) -> Found:
     """What an interrupted run has left is damaged: healed or passed over; settings and checkpoints may be
     refused in one line.
 
-    Checkpoints carry checksums, so that anything may happen to them; of what other commands keep, a file is
-    cut or gone, as a disk or a copy leaves it.
+    Checkpoints carry checksums, so that anything may happen to them, and to a log, which decides nothing and
+    may lose lines; of what other commands keep, a file is cut or gone, as a disk or a copy leaves it.
     """
     trial, at = world.trial(command), rng.randint(1, max(1, command.changes))
     ended = run(command.arguments(trial), trial, tune=smaller, wire=Wire(trial, at, die))
@@ -150,7 +151,7 @@ def damaged_state(world: World, command: Command, rng: random.Random) -> Found:
     if not kept:
         return Found(f"killed at change {at}, nothing was kept", world.judge(command, trial), False)
     path = rng.choice(kept)
-    if "checkpoint-" in str(path):
+    if "checkpoint-" in str(path) or path.name == LOG:
         said = damage(path, rng)
     elif rng.random() < 0.3:
         path.unlink()
@@ -178,8 +179,23 @@ def damaged_state(world: World, command: Command, rng: random.Random) -> Found:
                 {name: x for name, x in files.items() if not name.startswith(kept_so)}
                 for files in (expected, found)
             )
-        problem = differ(expected, found)
+        if path.name == LOG:
+            problem = _torn(path)
+            expected, found = (
+                {name: x for name, x in files.items() if not name.endswith(LOG)}
+                for files in (expected, found)
+            )
+        problem = problem or differ(expected, found)
     return Found(said, problem)
+
+
+def _torn(log: Path) -> str | None:
+    """What is wrong with a training log that has lost lines, in words: each that is there is a record."""
+    try:
+        steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{log.name} holds what is no record: {error}"
+    return None if steps else f"{log.name} is empty"
 
 
 # ---------------------------------------------------------------------------------------------- hostile

@@ -226,7 +226,7 @@ def contents(trial: Path) -> dict[str, str]:
             continue
         data = path.read_bytes()
         if path.suffix in TEXTS:
-            text = data.decode().replace(str(trial), "$TRIAL")
+            text = data.decode(errors="backslashreplace").replace(str(trial), "$TRIAL")
             text = re.sub(r'"date": ?"[-\d]+"', "$DATE", text)
             try:
                 lines = text.splitlines() if path.suffix == ".jsonl" else [text]

@@ -84,11 +84,15 @@ def resumed_from(folder: Path, given: str | None, mark: str, note: Callable[[str
     return None
 
 
-def open_log(folder: Path, start: int, resumed: bool) -> JsonlLog:
-    """The run's log after `start` steps; a resumed run first loses what came later (`remove_later`)."""
+def open_log(folder: Path, start: int, resumed: bool, note: Callable[[str], None]) -> JsonlLog:
+    """The run's log after `start` steps; a resumed run first loses what came later (`remove_later`).
+
+    Args:
+        note: is told of damaged lines.
+    """
     if resumed:
         remove_later(folder, start)
-    return JsonlLog(folder / "metrics.jsonl", after_step=start or None)
+    return JsonlLog(folder / "metrics.jsonl", after_step=start or None, note=note)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

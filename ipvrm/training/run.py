@@ -197,7 +197,8 @@ class Run:
         written: `finish` belongs inside.
         """
         if self.main:
-            self._log = checkpoint.open_log(self.output, self.start, resumed=self.resumed is not None)
+            resumed = self.resumed is not None
+            self._log = checkpoint.open_log(self.output, self.start, resumed, self.progress.note)
         self._started = time.perf_counter()
         tracked = bool(self.accelerator.log_with)
         if tracked:

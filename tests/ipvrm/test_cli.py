@@ -1,5 +1,6 @@
 """The command line: cheap help, YAML below flags, clean errors; and the small commands."""
 
+import errno
 import filecmp
 import importlib
 import json
@@ -223,6 +224,30 @@ def test_jsonl_log_drops_what_a_resumed_run_repeats(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "new": true}\n'
     JsonlLog(path).close()
     assert path.read_text() == ""
+
+
+def test_damaged_lines_of_a_log_are_dropped_and_said(tmp_path):
+    path, said = tmp_path / "log.jsonl", []
+    bad = [b'{"step": 2, "x": "\xff"}', b"\0" * 40, b'{"step": "2"}', b"3", b"[" * 100_000, b""]
+    path.write_bytes(b"\n".join([b'{"step": 1}', *bad, b'{"step": 3}', b'{"step": 9}', b'{"st']))
+    JsonlLog(path, after_step=3, note=said.append).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+    assert said == [f"{path}: dropped damaged lines: 6; the numbers of those steps are lost"]
+    JsonlLog(path, after_step=3, note=said.append).close()
+    assert len(said) == 1
+
+
+def test_a_log_that_cannot_be_read_is_called_that(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n')
+
+    def fails(self):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(IpvrmError, match="log.jsonl: cannot be read: Input/output error; move it away"):
+        JsonlLog(path, after_step=1)
+    assert path.read_text() == '{"step": 1}\n'
 
 
 def test_json_has_no_nan(tmp_path):
