@@ -179,6 +179,58 @@ def test_what_had_nothing_to_do_is_no_trial(monkeypatch, tmp_path, status, tried
     assert f"| kill -9 | {int(tried)} | 0 | {int(not tried)} |" in page(report)
 
 
+@pytest.mark.parametrize(
+    "logged, status, said, results, lost",
+    [
+        (True, -signal.SIGTERM, "", False, "ended with -15 and has not saved what it had done"),
+        (True, 143, "", False, "ended with 143 and has not saved what it had done"),
+        (
+            True,
+            128 + signal.SIGTERM,
+            "stopped after update 1 of 4",
+            False,
+            "stopped after 1 with 2 steps done",
+        ),
+        (True, 128 + signal.SIGTERM, "stopped after update 2 of 4", False, None),
+        (True, -signal.SIGTERM, "", True, None),  # its work was done
+        (True, 0, "", False, None),
+        (False, -signal.SIGTERM, "", False, None),
+    ],
+)
+def test_a_trainer_that_a_signal_kills_is_noticed(monkeypatch, tmp_path, logged, status, said, results, lost):
+    world, folder = OneCommand(0), tmp_path / "rm"
+    world.command = runs.Command("train-rm", [], "rm", trains=True)
+    (folder / "checkpoint-2").mkdir(parents=True)
+    if results:
+        (folder / "results.json").touch()
+
+    class Running:
+        def poll(self):
+            return False
+
+        def send(self, number):
+            return True
+
+        def wait(self):
+            return Ended(status, said, 3)
+
+    def start(*_, **__):
+        if logged:
+            (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+        return Running()
+
+    class Chosen(random.Random):
+        def choice(self, values):
+            return signal.SIGTERM
+
+        def random(self):
+            return 0.2 if logged else 0.9  # not ignored; after the first step, or by the clock
+
+    monkeypatch.setattr(world, "trial", lambda command: tmp_path)
+    monkeypatch.setattr(runs, "start", start)
+    assert runs.signalled(world, world.command, Chosen(0)).lost == lost
+
+
 def test_a_disk_that_cannot_be_mounted_is_not_tried(monkeypatch, tmp_path):
     @contextmanager
     def none(*_):
@@ -232,23 +284,31 @@ def in_place(path):
 def trusting(path, entries, note):
     return run_folder.read_json(path) if path.exists() else None
 
-if sys.argv.pop(1) == "planted":  # files are written under their own names, and no half of one is made again
+planted = sys.argv.pop(1)
+if planted == "in place":  # files are written under their own names, and no half of one is made again
     run_folder.replacing, run_folder.read_part = in_place, trusting
+if planted == "no handler":  # a signal ends a trainer at once
+    import ipvrm.progress
+    ipvrm.progress.STOPPING.clear()
 runpy.run_module("benchmarks.faults", run_name="__main__", alter_sys=True)
 """
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(
+    "fault, kinds, command",
+    [("in place", ("kill -9", "disks"), "rollout"), ("no handler", ("signals",), "train-rm")],
+)
 @pytest.mark.parametrize("planted", [True, False])
-def test_a_writer_in_place_is_noticed(tmp_path, planted):
-    arguments = ["--trials", "12", "--seed", "5", "--only", "kill -9", "disks", "--commands", "rollout"]
-    code = [sys.executable, "-c", PLANTED.format(root=str(ROOT)), "planted" if planted else "as it is"]
+def test_a_planted_fault_is_noticed(tmp_path, planted, fault, kinds, command):
+    arguments = ["--trials", "12", "--seed", "5", "--only", *kinds, "--commands", command]
+    code = [sys.executable, "-c", PLANTED.format(root=str(ROOT)), fault if planted else "as it is"]
     done = subprocess.run(
         [*code, *arguments, "--results", str(tmp_path)], capture_output=True, text=True, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     report = json.loads((tmp_path / "faults.json").read_text())
-    assert report["trials"] + report["nothing_to_do"] == 24
+    assert report["trials"] + report["nothing_to_do"] == 12 * len(kinds)
     assert (done.returncode, report["lost"] > 0) == ((1, True) if planted else (0, False)), done.stdout
 
 

@@ -297,25 +297,45 @@ def killed(world: World, command: Command, rng: random.Random) -> Found:
 
 
 def signalled(world: World, command: Command, rng: random.Random) -> Found:
-    """One signal; a training run saves first, and loses no finished step. Sometimes a parent ignores it."""
+    """One signal; a training run that has logged a step saves first, and loses no finished step. Sometimes a
+    parent ignores it."""
     trial, number, ignored = world.trial(command), rng.choice(SIGNALS), rng.random() < 0.15
     before = (lambda: signal.signal(number, signal.SIG_IGN)) if ignored else (lambda: None)
     running = start(command.arguments(trial), trial, tune=smaller, before=before)
-    after = rng.uniform(0, command.seconds)
+    folder, after = trial / command.output, rng.uniform(0, command.seconds)
+    name = f"{signal.Signals(number).name} after {after:.2f} s"
+    if command.trains and rng.random() < 0.5:  # most of a small run is before its first step
+        after = rng.uniform(0, 0.1 * command.seconds)
+        name = f"{signal.Signals(number).name} {after:.2f} s after the first step"
+        while not _has_logged(folder) and not running.poll():
+            time.sleep(0.002)
     _sleep_while(running, after)
+    had_logged = _has_logged(folder)
     sent = running.send(number)
     ended = running.wait()
-    name = f"{signal.Signals(number).name} after {after:.2f} s" + (", ignored" if ignored else "")
+    name += ", ignored" if ignored else ""
     allowed = (0,) if ignored else (0, -number, 128 + number)
     if problem := ended.wrong(allowed):
         return Found(name, problem)
-    if command.trains and ended.status == 128 + number and "stopped after update" in ended.said:
-        step = int(re.findall(r"stopped after update (\d+)", ended.said)[-1])
-        log = (trial / command.output / "metrics.jsonl").read_text().splitlines()
-        last = max(int(json.loads(line)["step"]) for line in log)
-        if step < last or not (trial / command.output / f"checkpoint-{step}").is_dir():
-            return Found(name, f"stopped after {step} with {last} steps done")
+    if command.trains and ended.status:
+        stopped = re.findall(r"stopped after update (\d+)", ended.said)
+        if had_logged and not stopped and not (folder / "results.json").exists():
+            return Found(name, f"ended with {ended.status} and has not saved what it had done")
+        if stopped:
+            step = int(stopped[-1])
+            last = max(int(json.loads(line)["step"]) for line in _log(folder).read_text().splitlines())
+            if step < last or not (folder / f"checkpoint-{step}").is_dir():
+                return Found(name, f"stopped after {step} with {last} steps done")
     return Found(name, world.judge(command, trial), sent)
+
+
+def _log(folder: Path) -> Path:
+    return folder / "metrics.jsonl"
+
+
+def _has_logged(folder: Path) -> bool:
+    """Whether a training run has written a whole record: a signal is noted from before the first step on."""
+    return _log(folder).is_file() and b"\n" in _log(folder).read_bytes()
 
 
 def two_at_once(world: World, command: Command, rng: random.Random) -> Found:
