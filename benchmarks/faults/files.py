@@ -163,6 +163,8 @@ def damaged_state(world: World, command: Command, rng: random.Random) -> Found:
         said = f"cut to {cut} of {size} bytes"
     said = f"{path.relative_to(trial)}: {said}"
     ended = run(command.arguments(trial), trial, tune=smaller)
+    if command.trains and ended.status == 0 and "finished already" in ended.said:
+        return Found(f"it had finished, and reads nothing: {said}", ended.wrong((0,)), False)
     refusable = "checkpoint-" in str(path) or path.name in SETTINGS
     problem = ended.wrong((0, 2) if refusable else (0,))
     if problem is None and ended.status == 0:
@@ -212,11 +214,13 @@ class _Pickled:
 
 
 CODE = "import os\nos.system({0!r})\nclass Any:\n    def __init__(self, *a, **k): os.system({0!r})\n"
-ESCAPES = (
+ESCAPES = (  # of a chat template
     "{{% for c in ''.__class__.__mro__[1].__subclasses__() %}}{{{{ c.__init__.__globals__ }}}}{{% endfor %}}",
     "{{{{ cycler.__init__.__globals__.os.popen({0!r}).read() }}}}",
     "{{{{ messages.__class__.__base__.__subclasses__() }}}}",
     "{{{{ self.__init__.__globals__.__builtins__.__import__('os').system({0!r}) }}}}",
+)
+BOMBS = (
     "{{% set x = 'a' * 9999999999 %}}",
     "{{% for i in range(10**12) %}}{{% endfor %}}",
 )
@@ -269,7 +273,7 @@ def _own_tokenizer_code(model: Path, payload: str, rng: random.Random) -> None:
 
 
 def _template(model: Path, payload: str, rng: random.Random) -> None:
-    text = rng.choice(ESCAPES).format(payload)
+    text = rng.choice((*ESCAPES, *BOMBS)).format(payload)
     (model / "chat_template.jinja").write_text(text + "{{ messages[0].content }}")
 
 

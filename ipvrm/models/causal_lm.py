@@ -100,11 +100,13 @@ def load_model(
                 "start from a causal LM"
             )
     weight_files(folder)
-    options: dict[str, Any] = {**SAFE, "use_safetensors": True, "output_loading_info": True}
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with reading(name, "transformers cannot load it as a causal LM", AGAIN), _no_progress_bars():
-        model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, **SAFE, **options
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise IpvrmError(

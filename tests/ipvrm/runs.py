@@ -126,3 +126,17 @@ def interrupted_at(monkeypatch, owner, name, number):
 
     monkeypatch.setattr(owner, name, counting)
     return calls
+
+
+def assert_nothing_to_unpickle(folder):
+    """Of a run with its checkpoints: safetensors, JSON and texts, by their names and by what is in them."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json"}
+    for path in files:
+        if path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        else:
+            assert path.suffix in (".jinja", ".jsonl", ".md", ".yaml"), path
+            path.read_text(encoding="utf-8")

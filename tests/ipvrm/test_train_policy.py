@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import flags, log_of, run_cli, same_bits, signalled_while_writing, train, weights, write_jsonl
+from runs import (
+    assert_nothing_to_unpickle,
+    flags,
+    log_of,
+    run_cli,
+    same_bits,
+    signalled_while_writing,
+    train,
+    weights,
+    write_jsonl,
+)
 from safetensors.torch import save_file
 from served import FakeServer, scaled
 
@@ -153,7 +163,8 @@ def test_run_folder(uninterrupted, toy):
         "config.json model.safetensors tokenizer.json metrics.jsonl results.json config.yaml manifest.json"
     )
     assert set(names.split()) | {"reward_model", "checkpoint-3"} <= {path.name for path in folder.iterdir()}
-    assert not list(folder.rglob("*.bin")) + list(folder.rglob("*.pt")) + list(folder.rglob(".*"))
+    assert_nothing_to_unpickle(folder)
+    assert not list(folder.rglob(".*"))
     assert yaml.safe_load((folder / "config.yaml").read_text())["alpha"] == 0.1  # resolved
     records = log_of(folder)
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4]

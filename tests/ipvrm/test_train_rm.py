@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import ROOT, flags, log_of, run_cli, same_bits, signalled_while_writing, train, weights, write_jsonl
+from runs import (
+    ROOT,
+    assert_nothing_to_unpickle,
+    flags,
+    log_of,
+    run_cli,
+    same_bits,
+    signalled_while_writing,
+    train,
+    weights,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 
 import ipvrm.training.train_rm as train_rm
@@ -506,6 +517,7 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
     """From each checkpoint, by name and as `auto`; logging every 3 updates spans those at 2 and 4."""
     whole = Path(uninterrupted.output_dir)
     assert [p.name for p in checkpoints(whole)] == ["checkpoint-2", "checkpoint-4"]
+    assert_nothing_to_unpickle(whole)
     for step in (2, 4):
         folder = tmp_path / f"from{step}"
         shutil.copytree(whole, folder)
