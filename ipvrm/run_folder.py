@@ -411,7 +411,7 @@ def save_folder(path: str | Path) -> Iterator[Path]:
         with writing(path):
             temporary.mkdir()
             yield temporary
-            for file in temporary.rglob("*"):
+            for file in (*temporary.rglob("*"), temporary):
                 _sync(file)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -445,19 +445,24 @@ def move_into(source: Path, folder: Path, *, last: str) -> None:
     A folder of the same name is replaced whole.
     """
     for file in sorted(source.iterdir(), key=lambda path: path.name == last):
-        if file.is_dir():
-            shutil.rmtree(folder / file.name, ignore_errors=True)
+        if file.is_dir() and (folder / file.name).exists():
+            remove_folder(folder / file.name)
         os.replace(file, folder / file.name)
     _sync(folder)
     source.rmdir()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes the temporary files and folders that a killed process left in `folder`, whose lock is held; not
-    those of a file there that has a lock of its own, such as the page of an `inspect` at work."""
+    """Deletes the temporary files and folders that a killed process left in `folder`, whose lock is held.
+
+    Those of an output there that has a lock of its own stay: its name, without its suffix, begins theirs (a
+    page and its data, a file and its summary, the folder of its unfinished work).
+    """
+    others = tuple(
+        Path(path.name.removesuffix(".lock").lstrip(".")).stem + "." for path in folder.glob(".*.lock")
+    )
     for path in folder.glob(".*.tmp"):
-        of_a_file = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
-        if of_a_file is None or not (folder / f".{of_a_file[1]}.lock").exists():
+        if not path.name.lstrip(".").startswith(others):
             _delete(path)
 
 

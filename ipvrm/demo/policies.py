@@ -10,7 +10,6 @@ which is a third less with three seeds (Rao and Wu 1988). The base model and the
 one each; their seeds are not redrawn.
 """
 
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from ipvrm.progress import Progress
 from ipvrm.rollouts.answers import Question, judge, sample
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import load_verifier
-from ipvrm.run_folder import read_json, read_json_lines, write_json, write_table
+from ipvrm.run_folder import read_json, read_json_lines, remove_folder, write_json, write_table
 from ipvrm.training.checkpoint import checkpoints
 from ipvrm.training.policy_config import PolicyConfig
 from ipvrm.training.train_policy import train_policy
@@ -125,7 +124,7 @@ def train(config: PolicyConfig, problems: Sequence[Problem], progress: bool) -> 
     found = {}
     for saved in Progress(progress).track(checkpoints(folder), "outcomes"):
         found[saved.name.rpartition("-")[2]] = outcomes(saved, problems)
-        shutil.rmtree(saved)
+        remove_folder(saved)
     write_json(folder / OUTCOMES, found | {str(config.max_steps): outcomes(folder, problems)})
 
 

@@ -20,7 +20,6 @@ Thresholds are chosen in each run, on its validation traces in the training form
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -49,6 +48,8 @@ from ipvrm.run_folder import (
     manifest,
     other_matmul,
     read_json,
+    remove_folder,
+    remove_leftovers,
     reusable,
     save_folder,
     write_json,
@@ -92,6 +93,7 @@ def _run_demo(
     from ipvrm.demo.report import write_report
 
     output = Path(config.output_dir)
+    remove_leftovers(output)
     budgets = BUDGETS if sizes == FULL else {}
     stages = Stages(output, Progress(enabled=progress), budgets)
     prepare(stages, sizes, config.seed)
@@ -259,7 +261,8 @@ class Stages:
         key = self._key(name, settings, after or [])
         if self._is_done(name, key, settings):
             return
-        shutil.rmtree(self.output / name, ignore_errors=True)
+        if (self.output / name).exists():
+            remove_folder(self.output / name)
         started = time.perf_counter()
         try:
             make()

@@ -117,6 +117,26 @@ def test_a_folder_s_run_leaves_what_another_command_is_writing_in_it(tmp_path):
     assert (tmp_path / "page.html").read_text() == "whole"
 
 
+@pytest.mark.parametrize(
+    "output, left",
+    [
+        ("o.jsonl", ".o.jsonl.summary.json.{pid}.tmp"),
+        ("o.jsonl", "..o.jsonl.partial.{pid}.removed.tmp"),
+        ("tiny.model", ".tiny.{pid}.tmp"),  # the folder `tiny` of make-tiny-model
+        ("page.html", ".page.json.{pid}.tmp"),  # of `inspect --json`
+    ],
+)
+def test_a_folder_s_run_leaves_what_belongs_to_another_output(tmp_path, output, left):
+    temporary, killed = tmp_path / left.format(pid=7), tmp_path / ".other.json.7.tmp"
+    with locked(tmp_path / output):
+        for path in (temporary, killed):
+            path.touch()
+        remove_leftovers(tmp_path)
+        assert temporary.exists() and not killed.exists()
+    remove_leftovers(tmp_path)
+    assert not temporary.exists()
+
+
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     for output, folder, reason in (

@@ -3,14 +3,19 @@
 import ast
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import ipvrm
-from ipvrm import IpvrmError
+from ipvrm import IpvrmError, run_folder
 from ipvrm.cli import main
-from ipvrm.run_folder import JsonlLog, remove_leftovers_of, replacing, reusable
+from ipvrm.demo import policies
+from ipvrm.demo.run import Stages
+from ipvrm.progress import Progress
+from ipvrm.run_folder import JsonlLog, remove_leftovers_of, replacing, reusable, save_folder
 
 ROOT = Path(ipvrm.__file__).parent
 WRITES = {"savefig", "save_file", "write_bytes", "rename", "to_parquet", "to_csv", "dump"}
@@ -141,6 +146,52 @@ def test_what_a_killed_run_left_of_an_output_goes(tmp_path):
         (tmp_path / name).touch()
     remove_leftovers_of(tmp_path / "page.html", tmp_path / "page.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def _reward_folder(folder):
+    (folder / "new").mkdir()
+    (folder / "new" / "x").mkdir()
+    run_folder.move_into(folder / "new", folder, last="x")
+
+
+def _stage(folder):
+    Stages(folder, Progress(enabled=False)).in_place("x", {}, lambda: None)
+
+
+def _checkpoint(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policies, "train_policy", lambda *_, **__: SimpleNamespace(output_dir=folder))
+        patch.setattr(policies, "checkpoints", lambda _: [folder / "x"])
+        patch.setattr(policies, "outcomes", lambda *_: [])
+        policies.train(SimpleNamespace(max_steps=1), [], False)
+
+
+@pytest.mark.parametrize("replaces", [_reward_folder, _stage, _checkpoint])
+def test_deleting_renames_first(tmp_path, monkeypatch, replaces):
+    """Killed while it deletes: no half of a folder is left under its name."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "half").touch()
+
+    def killed(path, *_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replaces(tmp_path)
+    assert not (tmp_path / "x").exists()
+    (left,) = tmp_path.glob(".x.*.removed.tmp")
+    assert (left / "half").exists()
+
+
+def test_a_folder_s_own_entries_reach_the_disk(tmp_path, monkeypatch):
+    """Files, folders in it, and the folder itself before it is renamed: else its names may be lost."""
+    synced = []
+    monkeypatch.setattr(run_folder, "_sync", synced.append)
+    with save_folder(tmp_path / "x") as temporary:
+        (temporary / "in").mkdir()
+        (temporary / "in" / "file").touch()
+    inside = [temporary / "in", temporary / "in" / "file"]
+    assert sorted(synced[:2]) == inside and synced[2:] == [temporary, tmp_path]
 
 
 @pytest.mark.slow
