@@ -33,7 +33,10 @@ class Unbreakable:
 
     def write(self, text: str) -> int:
         with self._lost_on_failure():
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as error:  # a stream of ASCII, say: nothing of the text is written yet
+                self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
