@@ -37,6 +37,9 @@ __all__ = ["Head", "Judge", "Result", "add_flags", "check", "head_of_config", "m
 DEFAULTS = dict(cuda=Head(1024, 151_936), cpu=Head(1024, 32_000))
 INTERPRETED = Head(48, 700)  # Triton's interpreter is slow
 ROWS = 256
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the head's ops
+TILES = ("linear_logprobs", "triton", "tiles")  # of `wrong_tile`
+DEAD = "not checked: the CUDA context is dead"
 CALLS, ENOUGH = 5, 1.0  # of which the median counts; fewer once they have taken so many seconds
 
 
@@ -52,10 +55,30 @@ def check(head: Head, devices: Sequence[str], say: Callable[[str], None] = lambd
                 say(line(result))
                 if device == "cuda" and result.failure and not _answers():
                     say("the CUDA context is dead; nothing after this is checked on the GPU")
+                    results += _unreached(device, results)
                     break
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return results
+
+
+def _planned(device: str) -> Iterator[tuple[str, str, str]]:
+    """(op, impl, dtype) of every result on the device."""
+    yield from ((op, impl, "fp32") for op in sequences.CHECKS for impl in runnable(op, device))
+    for dtype in DTYPES:
+        yield from ((op, impl, dtype) for op in heads.CHECKS for impl in runnable(op, device))
+    if applies(device):
+        yield TILES
+
+
+def _unreached(device: str, results: Sequence[Result]) -> list[Result]:
+    """Where the context has died: what was planned and is not among the results."""
+    reached = {(r.op, r.impl, r.dtype) for r in results if r.device == device}
+    return [
+        Result(op, impl, device, dtype, [], DEAD)
+        for op, impl, dtype in _planned(device)
+        if (op, impl, dtype) not in reached
+    ]
 
 
 def _sequences(device: str) -> Iterator[Result]:
@@ -66,7 +89,7 @@ def _sequences(device: str) -> Iterator[Result]:
 
 
 def _heads(head: Head, device: str) -> Iterator[Result]:
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    for name, dtype in DTYPES.items():
         pairs = [(op, impl) for op in heads.CHECKS for impl in runnable(op, device)]
         try:
             given = heads.draw(head, 48 if backend.INTERPRETED else ROWS, device, dtype)
@@ -89,7 +112,8 @@ def _heads(head: Head, device: str) -> Iterator[Result]:
                 result = result._replace(times=times)
             yield result
     if applies(device):
-        yield _judged("linear_logprobs", "triton", device, "tiles", partial(wrong_tile, device=device))
+        op, impl, name = TILES
+        yield _judged(op, impl, device, name, partial(wrong_tile, device=device))
 
 
 def _judged(op: str, impl: str, device: str, dtype: str, function: Callable[[Judge], None]) -> Result:
@@ -143,14 +167,19 @@ def line(result: Result) -> str:
 
 
 def verdicts(results: Sequence[Result]) -> list[str]:
-    """A line for each op: right, or what is wrong and how to do without it."""
+    """A line for each op: right, or what is wrong and how to do without it, or that it was not checked."""
     lines = []
     for op in dict.fromkeys(result.op for result in results):
         mine = [result for result in results if result.op == op]
-        wrong = [result for result in mine if not result.right]
-        impls = ", ".join(dict.fromkeys(f"{r.impl} ({r.device})" for r in mine if r.right))
+        wrong = [result for result in mine if not result.right and result.failure != DEAD]
+        impls, left = (
+            ", ".join(dict.fromkeys(f"{r.impl} ({r.device})" for r in found))
+            for found in ([r for r in mine if r.right], [r for r in mine if r.failure == DEAD])
+        )
         if not wrong:
-            lines.append(f"{op}: right with {impls}")
+            said = [f"right with {impls}"] if impls else []
+            said += [f"NOT CHECKED with {left}: the CUDA context was dead by then"] if left else []
+            lines.append(f"{op}: {'; '.join(said)}")
             continue
         first = wrong[0]
         names = list(dict.fromkeys(r.impl for r in wrong))

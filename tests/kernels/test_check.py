@@ -255,20 +255,44 @@ def test_a_gpu_that_is_asked_for_must_be_there(capsys):
     assert check.main(["--device", "cuda"]) == 2 and "needs a GPU" in capsys.readouterr().err
 
 
+OPS = list(ipvrm_kernels.OPS)[:3]
+
+
 def test_a_dead_context_ends_the_check_of_its_device(monkeypatch):
+    """What it kept from being checked is no right result of the GPU, and has one that says so."""
     said, begun = [], []
+    findings = [check.judge.Finding("y", 0.0, 1.0)]
 
     def fake_results(device):
-        for op in ("a", "b"):
+        for op in OPS[:2]:
             begun.append((device, op))
-            yield check.Result(op, "cuda", device, "fp32", [], "RuntimeError: CUDA error")
+            failure = "RuntimeError: CUDA error" if device == "cuda" else ""
+            yield check.Result(op, device, device, "fp32", findings, failure)
 
+    planned = [
+        (OPS[0], "cuda", "fp32"),
+        (OPS[1], "cuda", "fp32"),
+        (OPS[1], "cuda", "bf16"),
+        (OPS[2], "cuda", "fp32"),
+    ]
     monkeypatch.setattr(check, "_sequences", fake_results)
-    monkeypatch.setattr(check, "_heads", lambda head, device: fake_results(device))
+    monkeypatch.setattr(check, "_heads", lambda head, device: [])
+    monkeypatch.setattr(check, "_planned", lambda device: planned)
     monkeypatch.setattr(check, "_answers", lambda: False)
-    assert len(check.check(HEAD, ["cuda", "cpu"], said.append)) == 5
-    assert begun == [("cuda", "a"), *[("cpu", op) for op in "abab"]]  # nothing runs ahead of what is said
+    results = check.check(HEAD, ["cuda", "cpu"], said.append)
+    assert begun == [("cuda", OPS[0]), ("cpu", OPS[0]), ("cpu", OPS[1])]  # nothing runs ahead of what is said
     assert "the CUDA context is dead" in said[1]
+    assert [(r.op, r.impl, r.dtype) for r in results if r.failure == check.DEAD] == planned[1:]
+    assert not any(r.right for r in results if r.device == "cuda")
+    first, second, third = check.verdicts(results)
+    assert first.startswith(f"{OPS[0]}: WRONG with cuda on cuda in fp32: RuntimeError: CUDA error")
+    dead = "NOT CHECKED with cuda (cuda): the CUDA context was dead by then"
+    assert second == f"{OPS[1]}: right with cpu (cpu); {dead}" and third == f"{OPS[2]}: {dead}"
+
+
+def test_what_is_planned_is_what_is_checked():
+    done = check.check(HEAD, ["cpu"])
+    assert [(r.op, r.impl, r.dtype) for r in done] == list(check._planned("cpu"))
 
 
 def test_no_memory_for_the_check_is_said(monkeypatch):
