@@ -49,6 +49,22 @@ def test_every_tile_is_right(impl, device, same_dot_for_every_row):
         assert any(what.startswith(name) for what in found)
 
 
+def test_a_kernel_with_smaller_tiles_has_a_program_for_each_too(impl, device, monkeypatch):
+    """As a tuned.json may have it: of dz and saved values with half the rows, alone in the larger grid."""
+    ops, launched = check.draw(device).ops, []
+    for kernel in ("saved", "dz"):
+        smaller = tiles.DEPARTURES.get((*ops.row, kernel), {}) | dict(BLOCK_N=ops.config.BLOCK_N // 2)
+        monkeypatch.setitem(tiles.DEPARTURES, (*ops.row, kernel), smaller)
+    monkeypatch.setattr(check, "computed", lambda given, programs: launched.append(programs) or {})
+    monkeypatch.setattr(check, "_against_a_matmul", lambda *_: None)
+    check.wrong_tile(Judge(), device)
+    count = check.counts(ops)
+    assert count["dz"] == count["saved"] > count["forward"]
+    configs = {kernel: ops.of_kernel(kernel) for kernel in count}
+    each = ops._replace(programs=launched[0])
+    assert {k: tiles.num_programs(each, configs[k], count[k]) for k in count} == count
+
+
 if backend.INTERPRETED:
     position, load_tile = tiles._tile_position, tiles._load_tile
 
