@@ -16,6 +16,8 @@ from ipvrm.data.rows import Message, Prompt
 from ipvrm.errors import IpvrmError
 
 MOST_KEPT = 1024  # prompts, or shapes of conversations, whose result is kept
+# Of a prompt or a response where the model names no limit; a tokenizer takes 100 bytes for each.
+MOST_CHARACTERS = 1 << 22
 OF_THE_PROTOCOL = {"role", "tool_call_id", "id", "type", "index"}  # not for the model to read
 
 
@@ -116,27 +118,37 @@ class Chat:
         self._prompts: dict[str, tuple[int, ...]] = {}  # rollouts of one prompt share its tokens
         self._shapes: dict[str, str | None] = {}
 
-    def most_characters(self, limit: int) -> int:
+    def most_characters(self, limit: int | None) -> int:
         """A text of more characters has more than `limit` tokens, whatever it says: it need not be tokenised.
+        Without a limit, `MOST_CHARACTERS`.
 
         No token stands for more characters than the longest one has; four times as many, because a tokenizer
         may compose characters first (NFC).
         """
+        if limit is None:
+            return MOST_CHARACTERS
         if not self._longest:
             self._longest = max(map(len, self.tokenizer.get_vocab()))
         return 4 * limit * self._longest
 
+    def too_long(self, what: str, size: int, limit: int | None) -> str | None:
+        """Why `what` of `size` characters is not tokenised; None where it is."""
+        if size <= (most := self.most_characters(limit)):
+            return None
+        if limit is None:
+            return (
+                f"its {what} of {size:,} characters is more than the {most:,} that are read where the model "
+                "names no limit of tokens"
+            )
+        return f"its {what} of {size:,} characters is more than {limit} tokens can hold ({most:,})"
+
     def check_length(
         self, prompt: str | Sequence[Message], tools: Sequence[Any] | None, limit: int | None
     ) -> None:
-        """Raises ValueError where the prompt's texts alone have more than `limit` tokens for certain."""
-        if limit is None:
-            return
+        """Raises ValueError where the prompt's texts alone are `too_long`."""
         size = sum(map(len, _leaves([prompt, tools]))) if not isinstance(prompt, str) else len(prompt)
-        if size > (most := self.most_characters(limit)):
-            raise ValueError(
-                f"its prompt of {size:,} characters is more than {limit} tokens can hold ({most:,})"
-            )
+        if reason := self.too_long("prompt", size, limit):
+            raise ValueError(reason)
 
     def encode(self, texts: Sequence[str]) -> Any:
         """The tokenizer's encodings of `texts`, special tokens written out in them included, none added."""

@@ -70,7 +70,8 @@ def tokenize(
     Args:
         chat: tokenizer and the variables of its template.
         max_length: most tokens of prompt and response together; None for no limit.
-        max_positions: of the model; a row that is longer after all is a bad one.
+        max_positions: of the model; a row that is longer after all is a bad one. Without either limit a
+            prompt or a response of more than `chat.MOST_CHARACTERS` characters is one.
         vocab_size: of the model; a row with a stored id beyond it is a bad one.
         on_long: `drop` leaves longer rows out and counts them; `truncate` cuts the response on the right (it
             then has no end-of-turn token) and drops only rows whose prompt alone is too long.
@@ -182,19 +183,14 @@ class _Encoder:
     def _answer(self, row: Row) -> str | ValueError:
         """The text that becomes the response's tokens."""
         try:
-            if self.limit is not None:
-                most = self.chat.most_characters(self.limit)
-                try:
-                    self.chat.check_length(row.prompt, row.tools, self.limit)
-                except ValueError as error:
-                    raise TooLong(str(error)) from error
-                if len(row.response) > most:
-                    if not self.cut or row.message is not None:
-                        raise TooLong(
-                            f"its response of {len(row.response):,} characters is more than {self.limit} "
-                            f"tokens can hold ({most:,})"
-                        )
-                    return row.response[:most]
+            try:
+                self.chat.check_length(row.prompt, row.tools, self.limit)
+            except ValueError as error:
+                raise TooLong(str(error)) from error
+            if reason := self.chat.too_long("response", len(row.response), self.limit):
+                if not self.cut or row.message is not None:
+                    raise TooLong(reason)
+                return row.response[: self.chat.most_characters(self.limit)]
             if row.message is None:
                 return row.response
             if not self.chat.has_template:

@@ -29,6 +29,15 @@ def test_texts_beyond_the_limit_are_not_tokenised(tokenizer, monkeypatch):
         assert found.counts["too_long_dropped"] == 1 and not found.bad
 
 
+def test_where_the_model_names_no_limit_there_is_one_of_characters(tokenizer, monkeypatch):
+    monkeypatch.setattr(Chat, "encode", lambda self, texts: pytest.fail(f"{sum(map(len, texts))} characters"))
+    long = "a" * (chat_module.MOST_CHARACTERS + 1)
+    for row, what in ((Row("f:1", "p", long, 1), "response"), (Row("f:1", long, "a", 1), "prompt")):
+        reason = rf"f:1: its {what} of 4,194,305 characters is more than the 4,194,304 that are read where"
+        with pytest.raises(IpvrmError, match=reason):
+            tokenize([row], Chat(tokenizer), max_length=None, max_positions=None)
+
+
 def test_a_cut_response_is_the_start_of_the_whole(tokenizer):
     chat = Chat(tokenizer)
     text = "12 + 7 is 19. " * chat.most_characters(64)
@@ -125,20 +134,23 @@ def test_an_answer_beyond_every_model_is_given_to_no_worker(monkeypatch):
 
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: ru_maxrss is inherited from the parent")
-@pytest.mark.parametrize("command", ["train-rm", "train-rm prompt", "rollout", "label"])
+@pytest.mark.parametrize("command", ["train-rm", "train-rm prompt", "rollout", "label", "score", "eval bon"])
 def test_a_row_of_50_mb_costs_less_than_1_gb(tmp_path, tiny_folder, command):
     rows = [
         {"prompt": f"q{n}", "response": f"Answer: {n}", "label": n % 2, "answer": str(n)} for n in range(20)
     ]
+    if command == "score":
+        rows = [{"problem": row["prompt"], "steps": [row["response"]]} for row in rows]
     peaks = []
     for name in ("short", "long"):
         if name == "long":
             column = "prompt" if command in ("rollout", "train-rm prompt") else "response"
-            rows.insert(7, {**rows[7], column: "word and é " * (LONG // 11)})
+            text = "word and é " * (LONG // 11)
+            rows.insert(7, {**rows[7]} | ({"steps": [text]} if command == "score" else {column: text}))
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         model = ["--model", tiny_folder, "--use_cpu", "--on_bad_row", "skip"]
-        output = tmp_path / f"{name}-out"
+        output, endo = tmp_path / f"{name}-out", ["--objective", "endo_rm"]
         flags = {
             "train-rm": ["train-rm", *model, "--train_data", path, "--output_dir", output, "--max_steps", 1],
             "rollout": [
@@ -151,6 +163,8 @@ def test_a_row_of_50_mb_costs_less_than_1_gb(tmp_path, tiny_folder, command):
                 "--max_new_tokens",
                 4,
             ],
+            "score": ["score", *model, *endo, "--input", path, "--output", f"{output}.jsonl"],
+            "eval": ["eval", "bon", *model[:-2], *endo, "--data", path, "--output_dir", output, "--n", 2],
             "label": ["label", "--input", path, "--output", f"{output}.jsonl", "--num_workers", 1],
         }[command.split()[0]]
         code, memory, said = peak(flags)
