@@ -156,6 +156,11 @@ class _Lines:
         _Lines.entered.remove(self)
 
 
+def portion(total: int, most: int) -> int:
+    """How many of `total` to do between two updates, at most `most`: each tenth is to have its line."""
+    return max(1, min(most, total // 10))
+
+
 def duration(seconds: float) -> str:
     """`42 s`, `3 min` or `2 h 05 min`."""
     if seconds < 100:

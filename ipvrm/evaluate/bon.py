@@ -37,7 +37,7 @@ from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.best_of_n import PICKS, Samples, best_of_n, response_scores
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
 from ipvrm.output import locked
-from ipvrm.progress import Progress
+from ipvrm.progress import Progress, portion
 from ipvrm.rollouts.final_answer import as_number
 from ipvrm.run_folder import (
     FREE,
@@ -50,7 +50,7 @@ from ipvrm.run_folder import (
     write_json,
 )
 
-CHUNK = 64  # responses scored, and kept, at a time
+CHUNK = 64  # most responses scored, and kept, at a time
 WORDS = {
     "data_hash": "the data",
     "model_hash": "the reward model",
@@ -312,7 +312,7 @@ def _score(
         shown.note(f"going on behind {done} of {len(rollouts)} responses")
     remaining: Iterator[_Rollout] = (r for r in rollouts if r.number > last)
     with JsonlFile(file) as opened, shown.bar("score", len(rollouts), done) as update:
-        for chunk in chunked(remaining, CHUNK):
+        for chunk in chunked(remaining, portion(len(rollouts), CHUNK)):
             skipped: list[BadRow] = []
             rows = [r.row for r in chunk if r.row is not None]
             found = _scores(

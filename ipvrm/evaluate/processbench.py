@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ipvrm.data.chat import given_template_kwargs
-from ipvrm.data.files import check_values, file_hash, finite, records
+from ipvrm.data.files import check_values, chunked, file_hash, finite, records
 from ipvrm.data.files import kind_of as kind_of_file
 from ipvrm.data.rows import as_object, listed
 from ipvrm.data.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
@@ -53,6 +53,7 @@ from ipvrm.evaluate.thresholds import (
 )
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, kind_of, served_pair
 from ipvrm.output import locked
+from ipvrm.progress import Progress, portion
 from ipvrm.run_folder import (
     FREE,
     begin_or_go_on,
@@ -226,8 +227,6 @@ def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
         IpvrmError: unreadable data or model, a bad step format, or an output folder with scores made under
             other settings.
     """
-    from ipvrm.progress import Progress
-
     check_step_format(config.step_format)
     for name in ("max_length", "batch_tokens", "limit", "bootstrap_resamples"):
         value = getattr(config, name)
@@ -308,16 +307,18 @@ def _scores(
     begin_or_go_on(folder / "key.json", key, f"what is in {folder}", WORDS, note)
     remove_leftovers(folder)
     rows: list[dict[str, Any]] = []
-    starts = range(0, len(items), PART_ITEMS)
-    for start in shown.track(starts, f"scoring {name}"):
-        chunk = items[start : start + PART_ITEMS]
-        part = folder / f"part-{start:06d}-{len(chunk)}.parquet"
-        if (stored := _read_part(part, len(chunk), shown)) is not None:
-            rows += stored
-            continue
-        new = _score_chunk(config, reward_model, chunk)
-        _write_parquet(part, new)
-        rows += new
+    with shown.bar(f"scoring {name}", len(items)) as update:
+        for chunk in chunked(items, PART_ITEMS):
+            start = len(rows)
+            part = folder / f"part-{start:06d}-{len(chunk)}.parquet"
+            if (stored := _read_part(part, len(chunk), shown)) is not None:
+                rows += stored
+            else:
+                for few in chunked(chunk, portion(len(items), PART_ITEMS)):
+                    rows += _score_chunk(config, reward_model, few)
+                    update(len(rows))
+                _write_parquet(part, rows[start:])
+            update(len(rows))
     if all(row["unusable"] for row in rows):
         raise IpvrmError(f"{path}: no solution can be scored; {items[0].name}: {rows[0]['unusable']}")
     return rows

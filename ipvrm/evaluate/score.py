@@ -14,7 +14,7 @@ from ipvrm.evaluate.scoring import one_by_one
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, Score
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, kind_of, served_pair
 from ipvrm.output import locked
-from ipvrm.progress import Progress
+from ipvrm.progress import Progress, portion
 from ipvrm.run_folder import (
     FREE,
     JsonlFile,
@@ -36,7 +36,7 @@ WORDS = {
     "template_hash": "the chat template",
 }
 COLUMNS = ("id", "problem", "steps")
-CHUNK = 64  # solutions scored, and written, at a time
+CHUNK = 64  # most solutions scored, and written, at a time
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
     remaining = (item for item in _read(config.input) if isinstance(item, _Item) and item.line > done)
     passed = written
     with JsonlFile(partial) as file, shown.bar("score", total, passed) as update:
-        for chunk in chunked(remaining, CHUNK):
+        for chunk in chunked(remaining, portion(total, CHUNK)):
             scores, refused = _score(config, reward_model, chunk)
             report_bad_rows(refused, config.on_bad_row, total=total)
             for row in refused:

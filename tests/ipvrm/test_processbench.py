@@ -219,11 +219,17 @@ def damage(path, first=4):
     return target, items
 
 
+def in_parts_of_8(monkeypatch):
+    """Each scored at once."""
+    monkeypatch.setattr(processbench, "PART_ITEMS", 8)
+    monkeypatch.setattr(processbench, "portion", lambda total, most: most)
+
+
 def test_one_unusable_item_of_any_kind_counts_as_missed(config, monkeypatch, capsys):
     """F1 by hand from the predictions of the others; also behind an interruption among the bad ones."""
     from ipvrm.evaluate import scoring
 
-    monkeypatch.setattr(processbench, "PART_ITEMS", 8)
+    in_parts_of_8(monkeypatch)
     path, items = damage(Path(config.data[0]))
     config = dataclasses.replace(config, data=(str(path), config.data[1]))
     calls = interrupted_at(monkeypatch, scoring, "score_solutions", 3)
@@ -312,7 +318,7 @@ def test_scores_that_are_no_numbers(config, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["half", "empty", "other"])
 def test_a_half_written_part_heals(config, monkeypatch, damage):
-    monkeypatch.setattr(processbench, "PART_ITEMS", 8)
+    in_parts_of_8(monkeypatch)
     first = evaluate(config, progress=False)
     parts = sorted(Path(config.output_dir).glob("scores/math/part-*.parquet"))
     whole = parts[1].read_bytes()
@@ -366,7 +372,7 @@ def test_every_form_of_the_benchmark_scores_alike(config, tmp_path, form):
 
 @pytest.mark.slow
 def test_interrupted_run_keeps_its_scores(config, monkeypatch):
-    monkeypatch.setattr(processbench, "PART_ITEMS", 8)
+    in_parts_of_8(monkeypatch)
     from ipvrm.evaluate import scoring
 
     calls = interrupted_at(monkeypatch, scoring, "score_solutions", 3)

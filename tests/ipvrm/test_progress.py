@@ -108,6 +108,16 @@ def test_one_long_step_is_not_silent(monkeypatch, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["score", "eval bon", "eval processbench"])
+def test_a_short_file_has_a_line_every_tenth(commands, capsys, command):
+    arguments, (loop,) = commands[command]
+    assert main([*command.split(), *arguments]) == 0
+    said = capsys.readouterr().err
+    lines = re.findall(rf"^{loop} ([\d,]+)/([\d,]+)  ", said, re.MULTILINE)
+    tenths = {int(done) * 10 // int(total) for done, total in lines}
+    assert tenths == set(range(1, 11)), said
+
+
 def test_the_units_of_reproduce_say_how_far_they_are(commands, tmp_path, capsys, monkeypatch):
     """Of a plan of one unit the unit's own lines are seen, not its name alone."""
     from ipvrm.reproduce.tables.plan import Unit
