@@ -5,7 +5,7 @@
 
 Tables appear as they are measured; files are rewritten after every case, so that a run that is killed keeps
 what it has, and the same command with --go-on measures the rest. Exits 1 if a result was wrong, one of ours
-failed or a benchmark could not be built; 2 without the device.
+failed or a benchmark could not be built; 2 without the device, or where another run writes the files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at import: the profiler's own notices, two a contender
 
@@ -27,6 +29,8 @@ from benchmarks.suite.machine import describe, results_name
 from benchmarks.suite.measure import Case
 from benchmarks.suite.session import GO_ON, OtherRun, Session, run_main, write_json, write_text
 from benchmarks.suite.tables import as_csv
+from ipvrm.errors import IpvrmError
+from ipvrm.output import locked
 
 __all__ = ["MODULES", "main", "suite", "write_json", "write_text"]
 
@@ -87,7 +91,19 @@ def main(arguments: list[str] | None = None) -> int:
         options.csv = options.csv or options.results / f"{stem}.csv"
         options.plot = options.plot or options.results / "plots" / stem
     if options.plot:
-        from benchmarks.suite import plots  # before anything is measured: it may be missing
+        from benchmarks.suite import plots  # noqa: F401 (before anything is measured: it may be missing)
+    with ExitStack() as held:
+        try:
+            for output in filter(None, (options.json, options.csv)):
+                held.enter_context(locked(output))
+        except IpvrmError as error:
+            print(f"ipvrm bench: {error}", file=sys.stderr)
+            return 2
+        return measured(options, machine, start)
+
+
+def measured(options: argparse.Namespace, machine: dict[str, Any], start: float) -> int:
+    """Measures and writes; the exit code. The outputs are this process's alone."""
     torch.manual_seed(0)
     try:
         session = Session(machine, options.json, options.go_on)
@@ -126,6 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     session.close()
     screen.summary(rows)
     if options.plot:
+        from benchmarks.suite import plots
+
         for path in plots.draw(rows, machine, options.plot):
             screen.note(f"plot: {path}")
     screen.note(f"{len(rows)} rows in {machine['seconds']} s")
