@@ -166,10 +166,23 @@ def spills(code: list[Instruction]) -> int:
 
 
 def pipeline_faults(code: list[Instruction]) -> list[str]:
-    """What is wrong or slow about the wgmma and the TMA loads of a kernel of sm_90, in words."""
+    """What is wrong or slow about the wgmma and the loads of a kernel of sm_90, in words.
+
+    A stage is filled by TMA, or, of operands that no descriptor addresses, by cp.async and by the threads'
+    own stores. Of cp.async it is seen that a wait and a barrier stand before a read, not for how many groups
+    is waited.
+    """
     found = []
+    own = () if any(x.is_a("UTMALDG") for x in code) else ("STS", "STSM")
     waiting = last_wait = None  # wgmma in flight; the wait after which no barrier came yet
+    landing = waited = False  # cp.async in flight; the wait for it after which no barrier came yet
     for x in code:
+        if landing and x.is_a("HGMMA", "LDS", "LDSM") and "[RZ]" not in x.text:
+            found.append(f"{x.address:#x}: what cp.async loads is read before a wait and a barrier: {x.text}")
+        if x.is_a("LDGSTS"):
+            landing, waited = True, False
+        elif x.is_a("DEPBAR"):
+            waited = True
         if x.is_a("HGMMA"):
             if not re.search(r"^\S*\s*R\d+, gdesc\[", x.text[x.text.index("HGMMA") :]):
                 found.append(f"{x.address:#x}: an operand of wgmma comes from registers: {x.text}")
@@ -180,7 +193,8 @@ def pipeline_faults(code: list[Instruction]) -> list[str]:
             last_wait = x
         elif x.is_a("BAR"):
             waiting = last_wait = None
-        elif x.is_a("UTMALDG") and waiting is not None:
+            landing = landing and not waited
+        elif x.is_a("UTMALDG", "LDGSTS", *own) and waiting is not None:
             found.append(f"{x.address:#x}: a stage is refilled before every warp has left it")
         elif x.opcode == RELEASE and waiting is not None:
             found.append(f"{x.address:#x}: a stage is released before every warp has left it")

@@ -41,6 +41,28 @@ EXIT
 """
 
 
+# as of hidden in bf16 that no descriptor addresses (the threads store it) and weight in fp32 (by cp.async)
+POINTERS = f"""
+LDGSTS.E [R84], desc[UR18][R22.64], P2
+LDGDEPBAR
+step: @!PT LDS RZ, [RZ]
+DEPBAR.LE SB0, 0x0
+BAR.SYNC.DEFER_BLOCKING 0x0
+LDS R122, [R76+UR4]
+STS.U16 [R60+UR8+0x6000], R122
+BAR.SYNC.DEFER_BLOCKING 0x0
+{WGMMA}
+WARPGROUP.DEPBAR.LE gsb0, 0x0
+BAR.SYNC.DEFER_BLOCKING 0x0
+@P1 LDGSTS.E [R84], desc[UR18][R22.64], P6
+LDGDEPBAR
+@!P3 BRA step
+EXIT
+"""
+BARRIER, STORE = "BAR.SYNC.DEFER_BLOCKING 0x0\n", "STS.U16 [R60], R122\n"
+REFILL = f"{BARRIER}@P1 LDGSTS"
+
+
 def assembled(text):
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     labels = {line.partition(":")[0]: 16 * i for i, line in enumerate(lines) if re.match(r"\w+:", line)}
@@ -79,6 +101,30 @@ def test_faults_of_the_pipeline(right, wrong, said):
     assert right in KERNEL
     found = sass.pipeline_faults(assembled(KERNEL.replace(right, wrong)))
     assert len(found) == 1 and said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        (REFILL, "@P1 LDGSTS", "refilled before every warp has left it"),
+        (
+            REFILL,
+            "STS.U16 [R60], R122\nBAR.SYNC.DEFER_BLOCKING 0x0\n@P1 LDGSTS",
+            "refilled before every warp",
+        ),
+        ("DEPBAR.LE SB0, 0x0\n", "", "read before a wait and a barrier: LDS R122"),
+        (
+            "SB0, 0x0\nBAR.SYNC.DEFER_BLOCKING 0x0\n",
+            "SB0, 0x0\n",
+            "read before a wait and a barrier: LDS R122",
+        ),
+    ],
+    ids=["cp.async", "stores", "no wait", "no barrier"],
+)
+def test_faults_of_operands_that_no_descriptor_addresses(right, wrong, said):
+    assert sass.pipeline_faults(assembled(POINTERS)) == []
+    assert right in POINTERS
+    assert any(said in found for found in sass.pipeline_faults(assembled(POINTERS.replace(right, wrong))))
 
 
 def test_a_stage_released_too_early_is_a_fault():
