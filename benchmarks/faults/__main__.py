@@ -78,7 +78,11 @@ class Faults:
         if kind in runs.TRIALS or kind in files.TRIALS:
             assert self.world is not None
             act: Any = runs.TRIALS.get(kind) or files.TRIALS[kind]
-            names = [n for n in self.world.commands if act is not files.damaged_state or n in RESUMED]
+            names = list(self.world.commands)
+            if kind in files.TRIALS:
+                names = [n for n in names if n not in files.WITHOUT_FILES]
+            if act is files.damaged_state:
+                names = [n for n in names if n in RESUMED]
             command = self.world.commands[names[number % len(names)]]
             found: runs.Found = act(self.world, command, rng)
             self.world.clear()
@@ -136,9 +140,9 @@ RESUMED = (
     "train-policy",
 )  # fmt: skip
 LEFT_OUT = {
-    "demo": "made of the others",
-    "reproduce fig6": "made of the others",
-    "reproduce": "made of the others",
+    "reproduce fig6": "a picture of what the demo has left; its own stages are not tried",
+    "reproduce": "a plan of the others, each of which goes on by itself; its own stages are not tried: the "
+    "smallest plan takes many minutes",
     "env": "writes no file",
     "bench": "writes what it has measured, and goes on with nothing",
 }
@@ -165,6 +169,10 @@ def page(report: dict[str, Any]) -> str:
         "tmpfs mounts" if report["mounts"] else "no mounts were allowed: limits and injected errors alone"
     )
     changed = ", with uncommitted changes" if header["modified"] else ""
+    tried = {name for counts in report["kinds"].values() for name in counts["of"]}
+    others = LEFT_OUT | {
+        command.name: "not in this run" for command in runs.commands_of(Path()) if command.name not in tried
+    }
     minutes = sum(counts["seconds"] for counts in report["kinds"].values()) / 60
     return "\n".join(
         [
@@ -176,7 +184,7 @@ def page(report: dict[str, Any]) -> str:
             *lines,
             "",
             "All commands but "
-            + ", ".join(f"`{name}` ({why})" for name, why in LEFT_OUT.items())
+            + ", ".join(f"`{name}` ({why})" for name, why in others.items())
             + " are tried.",
             "",
             "Nothing to do: the command had ended before, nothing was kept that could be damaged, or the "

@@ -27,6 +27,7 @@ KEPT = (  # what a next run goes on with
 )  # fmt: skip
 SETTINGS = ("settings.json", "key.json")  # half of them is refused: what lies beside may be of other ones
 READERS = ("score", "eval processbench", "eval bon", "eval td", "inspect", "train-policy")  # of the model
+WITHOUT_FILES = ("demo",)  # it reads none
 RUN = (LOG, "config.yaml", "results.json")  # what `report`, which has no data, reads of a run
 DATA = {"label": "rollouts.jsonl", "rollout": "prompts.jsonl", "score": "solutions.jsonl",
         "eval processbench": "gsm8k.json", "eval td": "prompts.jsonl", "train-rm": "labelled.jsonl",

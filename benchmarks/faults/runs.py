@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,20 +22,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.faults.process import FULL, Ended, Wire, die, failing, limited_files, run, small_disk, start
-from benchmarks.faults.toy import make_toy, write_jsonl
+from benchmarks.faults.toy import MINI, make_toy, noisy_engine, noisy_samples, write_jsonl
 
-VARYING = ("seconds", "tokens_per_second", "peak_memory", "commit")  # beginnings of names
+VARYING = ("seconds", "step_seconds", "tokens_per_second", "peak_memory", "commit")  # beginnings of names
 TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md", ".csv")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 OTHER = "another run writes there"
 
 
 def smaller() -> None:
-    """Portions so small that a command of two seconds has several."""
+    """Portions so small that a command of two seconds has several; the demo in miniature."""
+    import ipvrm.demo.rollouts
+    import ipvrm.demo.run
     import ipvrm.evaluate.bon
     import ipvrm.evaluate.processbench
     import ipvrm.evaluate.score
     import ipvrm.reproduce.td_study
+    import ipvrm.rollouts.engine
     import ipvrm.rollouts.label
 
     ipvrm.rollouts.label.CHUNK = 8
@@ -42,6 +46,10 @@ def smaller() -> None:
     ipvrm.evaluate.score.CHUNK = 4
     ipvrm.evaluate.processbench.PART_ITEMS = 4
     ipvrm.reproduce.td_study.CHUNK_PROMPTS = 1
+    if sys.argv[1] == "demo":
+        ipvrm.demo.run.QUICK = MINI
+        ipvrm.demo.rollouts.sample = noisy_samples
+        ipvrm.rollouts.engine.TransformersEngine.__call__ = noisy_engine
 
 
 @dataclass
@@ -144,6 +152,7 @@ def commands_of(toy: Path) -> list[Command]:
             "traces.html",
         ),
         Command("report", [rm], "report.html"),
+        Command("demo", ["--quick"], "demo"),
     ]
 
 
@@ -227,7 +236,7 @@ def contents(trial: Path) -> dict[str, str]:
         data = path.read_bytes()
         if path.suffix in TEXTS:
             text = data.decode(errors="backslashreplace").replace(str(trial), "$TRIAL")
-            text = re.sub(r'"date": ?"[-\d]+"', "$DATE", text)
+            text = re.sub(r'"date": ?"[-\d]+"|^- time: .*', "$TIME", text, flags=re.MULTILINE)
             try:
                 lines = text.splitlines() if path.suffix == ".jsonl" else [text]
                 data = json.dumps([_steady(json.loads(line)) for line in lines]).encode()

@@ -1,17 +1,38 @@
 """The world of the trials: a policy that writes a digit from 0 to 3, a semicolon and another digit, its
-reward models, and data. Right is a first digit 3."""
+reward models, and data. Right is a first digit 3. And the demo in miniature: every stage is real, but
+responses come from the noise model of its task; a model that is trained for a second would never answer."""
 
 from __future__ import annotations
 
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ipvrm import RewardConfig, train_reward_model
-from ipvrm.demo.base_model import make_model, make_tokenizer
+from ipvrm.demo.arithmetic import noisy_solution
+from ipvrm.demo.base_model import SPECIAL, make_model, make_tokenizer
+from ipvrm.demo.policies import parse_problem
+from ipvrm.demo.settings import PolicySettings, Sizes
 from ipvrm.models.causal_lm import save_model
+
+MINI = Sizes(
+    hidden_size=32,
+    num_layers=2,
+    base_max_steps=20,
+    base_batch=8,
+    train_problems=48,
+    rollouts_per_problem=4,
+    validation_traces=48,
+    test_traces=64,
+    best_of_problems=8,
+    best_of_samples=4,
+    best_of_n=(2, 4),
+    bootstrap_resamples=100,
+    policies=PolicySettings(steps=2, prompts=4, responses=4, minibatch_size=16, held_out=24, points=2),
+)
 
 VERIFIERS = """
 import os
@@ -92,3 +113,26 @@ def make_toy(folder: Path, objectives: tuple[str, ...] = ("ipvrm", "implicit_prm
 def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def noisy_samples(
+    model: Any, tokenizer: Any, problems: Any, *, per_problem: int, seed: int, on_batch: Any = lambda count: 0
+) -> list[list[str | None]]:
+    """Answers to the demo's problems, right about half of the time; one never ends."""
+    rng = random.Random(seed)
+    on_batch(len(problems) * per_problem)
+    found: list[list[str | None]] = [
+        [noisy_solution(p, 0.15, rng) for _ in range(per_problem)] for p in problems
+    ]
+    found[0][0] = None if per_problem > 1 else found[0][0]
+    return found
+
+
+def noisy_engine(engine: Any, prompts: Any, sampling: Any, seeds: Any) -> list[list[int]]:
+    """The same for the demo's policies."""
+    tokenizer, found = make_tokenizer(), []
+    for ids, seed in zip(prompts, seeds, strict=True):
+        text = tokenizer.decode(ids).removeprefix(SPECIAL["user"]).removesuffix(SPECIAL["assistant"])
+        solution = noisy_solution(parse_problem(text), 0.15, random.Random(seed))
+        found.append(tokenizer(solution + SPECIAL["end"], add_special_tokens=False)["input_ids"])
+    return found

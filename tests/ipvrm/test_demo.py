@@ -14,54 +14,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.faults.toy import MINI, noisy_engine, noisy_samples
 from ipvrm import IpvrmError
 from ipvrm.demo import evaluation, policies, rollouts, run
 from ipvrm.demo.arithmetic import Problem, answer_of, first_wrong_step, noisy_solution
-from ipvrm.demo.base_model import SPECIAL, make_tokenizer
 from ipvrm.demo.figures import draw_policies, draw_trace
 from ipvrm.demo.report import conclusions
 from ipvrm.demo.rollouts import read_rollouts
 from ipvrm.demo.run import run_demo
-from ipvrm.demo.settings import ALGORITHMS, CHOICES, Choice, DemoConfig, PolicySettings, Sizes
+from ipvrm.demo.settings import ALGORITHMS, CHOICES, Choice, DemoConfig, PolicySettings
 from ipvrm.evaluate.thresholds import f1_of_hits, hits, sweep
 from ipvrm.rollouts.engine import TransformersEngine
 from ipvrm.training import train_policy as policy_training
 from ipvrm.training.checkpoint import TrainingInterrupted, interrupted
-
-MINI = Sizes(
-    hidden_size=32,
-    num_layers=2,
-    base_max_steps=20,
-    base_batch=8,
-    train_problems=48,
-    rollouts_per_problem=4,
-    validation_traces=48,
-    test_traces=64,
-    best_of_problems=8,
-    best_of_samples=4,
-    best_of_n=(2, 4),
-    bootstrap_resamples=100,
-    policies=PolicySettings(steps=2, prompts=4, responses=4, minibatch_size=16, held_out=24, points=2),
-)
-
-
-def noisy_samples(model, tokenizer, problems, *, per_problem, seed, on_batch=lambda count: None):
-    """An untrained model would never answer; these answers are right about half of the time."""
-    rng = Random(seed)
-    on_batch(len(problems) * per_problem)
-    found = [[noisy_solution(p, 0.15, rng) for _ in range(per_problem)] for p in problems]
-    found[0][0] = None if per_problem > 1 else found[0][0]  # one that never ended
-    return found
-
-
-def noisy_engine(engine, prompts, sampling, seeds):
-    """The same for the policies."""
-    tokenizer, found = make_tokenizer(), []
-    for ids, seed in zip(prompts, seeds, strict=True):
-        text = tokenizer.decode(ids).removeprefix(SPECIAL["user"]).removesuffix(SPECIAL["assistant"])
-        solution = noisy_solution(policies.parse_problem(text), 0.15, Random(seed))
-        found.append(tokenizer(solution + SPECIAL["end"], add_special_tokens=False)["input_ids"])
-    return found
 
 
 @pytest.fixture(scope="module")
