@@ -15,12 +15,13 @@ to meet than in a whole step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.suite.exact import Exact, ExactStep, eager_logprobs, exact_logprobs
 from benchmarks.suite.measure import Case, Target, assert_close
 from benchmarks.suite.models import PROMPT, qwen3, ragged_batch, title
 from ipvrm.data.batches import Batch, collate
@@ -93,7 +94,19 @@ def case(policy: Any, reward: Any, batch: Batch, device: str, *, with_target: bo
             found.advantages,
             found.candidate_advantages,
         )
-        return *updated(targets, alpha), *reward_gradients
+        return *updated(targets, alpha), loss.detach(), *reward_gradients
+
+    def exact_reward_step(logprobs: Callable[..., Tensor]) -> ExactStep:
+        """Eq. 9 with log-probs of the behaviour policy and the reward model from full logits."""
+        ids = batch.token_ids[:, None]
+        with torch.no_grad():
+            old = logprobs(hidden_states(policy, batch), head(policy).weight, ids, temperature)
+        new = logprobs(hidden_states(reward, batch), head(reward).weight, ids, temperature)
+        leaves = [x.detach()[:, 0].requires_grad_() for x in (old, new)]
+        loss = ipvrm_loss(leaves[1] - leaves[0], batch.cu_seqlens, batch.outcome)[0]
+        slopes = torch.autograd.grad(loss, leaves)
+        gradients = torch.autograd.grad(new, list(reward.parameters()), slopes[1][:, None])
+        return ExactStep(loss.detach(), gradients, torch.stack([s.abs().sum() for s in slopes]).sum())
 
     def updated(targets: Targets, alpha: float) -> tuple[Tensor, ...]:
         module = PolicyLoss(policy, PolicyLossConfig(alpha=alpha), temperature)
@@ -109,7 +122,11 @@ def case(policy: Any, reward: Any, batch: Batch, device: str, *, with_target: bo
     def check(results: Mapping[str, Any]) -> None:
         expected, mine = results["grpo_prm"], results["distrl"]
         assert_close("token loss", mine[0], expected[0], 1e-2 if device == "cuda" else 1e-4)
-        assert_close("reward gradient", mine[-1], expected[-1], 1e-2 if device == "cuda" else 1e-4)
+        exact, plain = exact_reward_step(exact_logprobs), exact_reward_step(eager_logprobs)
+        off = max(Exact(hidden_states(m, batch), head(m).weight).allowed for m in (policy, reward))
+        for name in ("grpo_prm", "distrl"):
+            got = results[name][-1 - len(exact.gradients) :]
+            exact.compare(f"{name} reward", got, (plain.loss, *plain.gradients), off / temperature)
 
     contenders = {
         "grpo_prm": lambda: scored(None, 0.0),

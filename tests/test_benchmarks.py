@@ -24,6 +24,7 @@ if not (ROOT / "benchmarks" / "run.py").is_file():
 
 import ipvrm_kernels  # noqa: E402
 from benchmarks import (  # noqa: E402
+    bench_distrl_step,
     bench_linear_candidates,
     bench_linear_distrl_loss,
     bench_linear_logprobs,
@@ -1385,6 +1386,35 @@ def test_ligers_shared_ids_are_those_of_every_row():
     upstream = torch.randn(24, 3)
     mine, right = (torch.autograd.grad(y, hidden, upstream)[0] for y in (got, expected))
     measure.assert_close("gradient", mine, right, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("module", [bench_reward_step, bench_distrl_step])
+def test_a_wrong_step_of_ours_is_seen(module, dtype, monkeypatch):
+    """In the dtype of a GPU's benchmark too: its loss and gradients, by the same step with an fp32 head."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    def small(device, quick):
+        return Qwen3ForCausalLM(Qwen3Config(
+            vocab_size=999, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=32, tie_word_embeddings=True, use_cache=False,
+        )).to(dtype).train()  # fmt: skip
+
+    monkeypatch.setattr(module, "qwen3", small)
+    torch.manual_seed(0)
+    (case,) = module.cases("cpu", True)
+    results = {name: case.contenders[name]() for name in ("eager full logits", "ipvrm")}
+    case.check(results)
+    loss, *gradients = results["ipvrm"]
+    wrong = 1.0 if dtype == torch.bfloat16 else 0.01
+    for changed in (
+        (loss + 0.05, *gradients),
+        (loss, gradients[0] * (1 + wrong), *gradients[1:]),
+        (loss, *gradients[:-1], gradients[-1] * float("nan")),
+    ):
+        with pytest.raises(AssertionError, match=r"^ipvrm (loss|gradient): "):
+            case.check(results | {"ipvrm": changed})
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,45 @@ BLOCK = 8192  # rows of weight converted to fp64 at a time
 def gradient_tolerance(dtype: torch.dtype) -> float:
     """Of gradients, relative to the largest; in half precision they are rounded to it."""
     return 1e-4 if dtype == torch.float32 else 2e-2
+
+
+class ExactStep(NamedTuple):
+    """A training step of a model whose head is multiplied in fp32 and differentiated by PyTorch.
+
+    gradients: one for each parameter. slope: by how much the loss moves, to first order, where every log-prob
+    that it is made of is off by 1.
+    """
+
+    loss: Tensor
+    gradients: Sequence[Tensor]
+    slope: Tensor
+
+    def compare(self, name: str, got: Sequence[Tensor], eager: Sequence[Tensor], allowed: float) -> None:
+        """`got` is the loss and the gradients of one of ours.
+
+        The loss may be off by what log-probs that are `allowed` off move it by; gradients by
+        `gradient_tolerance`, or by twice what those of `eager`, full logits in the model's dtype, are off:
+        what is rounded in the head's gradient goes through every layer, and small gradients are sums that
+        cancel.
+        """
+        eps = 8 * torch.finfo(torch.float32).eps * self.loss.abs().item()
+        assert_within(f"{name} loss", got[0], self.loss, self.slope.item() * allowed + eps)
+        for mine, plain, right in zip(got[1:], eager[1:], self.gradients, strict=True):
+            tolerance = gradient_tolerance(right.dtype) * right.abs().max().item()
+            error = (plain.double() - right.double()).abs().max().item()
+            assert_within(f"{name} gradient", mine, right, max(tolerance, 2 * error))
+
+
+def exact_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """(N, K) log-probs of ids (N, K) from full fp32 logits."""
+    logits = torch.nn.functional.linear(hidden.float(), weight.float()) / temperature
+    return torch.log_softmax(logits, 1).gather(1, ids)
+
+
+def eager_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """The same from full logits in the operands' dtype, as a model's own head makes them."""
+    logits = torch.nn.functional.linear(hidden, weight).float() / temperature
+    return torch.log_softmax(logits, 1).gather(1, ids)
 
 
 class Exact:
