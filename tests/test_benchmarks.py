@@ -1407,7 +1407,7 @@ def test_a_wrong_step_of_ours_is_seen(module, dtype, monkeypatch):
     results = {name: case.contenders[name]() for name in ("eager full logits", "ipvrm")}
     case.check(results)
     loss, *gradients = results["ipvrm"]
-    wrong = 1.0 if dtype == torch.bfloat16 else 0.01
+    wrong = 0.2 if dtype == torch.bfloat16 else 0.01
     for changed in (
         (loss + 0.05, *gradients),
         (loss, gradients[0] * (1 + wrong), *gradients[1:]),
