@@ -91,9 +91,9 @@ def counts(ops: Any) -> dict[str, int]:
 def wrong_tile(judge: Judge, device: str) -> None:
     tiles = draw(device)
     ops, num_tiles = tiles.ops, counts(tiles.ops)
-    for kernel, count in num_tiles.items():
+    for kernel, whole in num_tiles.items():
         programs = ops.programs * ops.of_kernel(kernel).programs_per_sm
-        assert programs < count, f"some program of {kernel} has to work through several tiles"
+        assert programs < whole, f"some program of {kernel} has to work through several tiles"
     each = computed(tiles, max(num_tiles.values()))
     none = torch.zeros((), dtype=torch.int64, device=device)
     differ = dict.fromkeys(each, none)
