@@ -35,8 +35,9 @@ class Unbreakable:
         with self._lost_on_failure():
             try:
                 self._stream.write(text)
-            except UnicodeEncodeError as error:  # a stream of ASCII, say: nothing of the text is written yet
-                self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+            except UnicodeEncodeError:  # a stream of ASCII, say: nothing of the text is written yet
+                encoding = self._stream.encoding
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def writelines(self, lines: Any) -> None:

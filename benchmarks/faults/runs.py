@@ -21,7 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.faults.process import FULL, Ended, Wire, die, failing, limited_files, run, small_disk, start
+from benchmarks.faults.process import (
+    FULL,
+    PATIENCE,
+    Ended,
+    Wire,
+    die,
+    failing,
+    limited_files,
+    run,
+    small_disk,
+    start,
+)
 from benchmarks.faults.toy import MINI, make_toy, noisy_engine, noisy_samples, write_jsonl
 
 VARYING = ("seconds", "step_seconds", "tokens_per_second", "peak_memory", "commit")  # beginnings of names
@@ -316,7 +327,8 @@ def signalled(world: World, command: Command, rng: random.Random) -> Found:
     if command.trains and rng.random() < 0.5:  # most of a small run is before its first step
         after = rng.uniform(0, 0.1 * command.seconds)
         name = f"{signal.Signals(number).name} {after:.2f} s after the first step"
-        while not _has_logged(folder) and not running.poll():
+        waiting = time.monotonic() + PATIENCE
+        while not _has_logged(folder) and not running.poll() and time.monotonic() < waiting:
             time.sleep(0.002)
     _sleep_while(running, after)
     had_logged = _has_logged(folder)

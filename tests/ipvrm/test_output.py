@@ -72,7 +72,11 @@ def test_a_training_run_goes_on_without_its_output(tiny_folder, rollouts, tmp_pa
 def test_a_character_that_the_terminal_does_not_have_is_escaped(tmp_path):
     """And what comes after it is not lost."""
     code = "import sys; from ipvrm.output import protect; protect(); print('é', '\\ud800'); print('after')"
-    for encoding, said in (("ascii", b"\\xe9 \\ud800\nafter\n"), ("utf-8", b"\xc3\xa9 \\ud800\nafter\n")):
+    for encoding, said in (
+        ("ascii", b"\\xe9 \\ud800\nafter\n"),
+        ("utf-8", b"\xc3\xa9 \\ud800\nafter\n"),
+        ("cp1251", b"\\xe9 \\ud800\nafter\n"),
+    ):
         environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": os.getcwd()}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
         assert (done.returncode, done.stdout) == (0, said), done.stderr
