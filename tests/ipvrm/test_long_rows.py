@@ -139,6 +139,8 @@ def test_a_row_of_50_mb_costs_less_than_1_gb(tmp_path, tiny_folder, command):
     rows = [
         {"prompt": f"q{n}", "response": f"Answer: {n}", "label": n % 2, "answer": str(n)} for n in range(20)
     ]
+    if command == "eval bon":
+        rows = [row | {"prompt": f"q{n // 2}"} for n, row in enumerate(rows)]
     if command == "score":
         rows = [{"problem": row["prompt"], "steps": [row["response"]]} for row in rows]
     peaks = []
