@@ -149,8 +149,8 @@ class DistRLTrainer(GRPOTrainer):
                     self.scale_rewards != "group" or self.multi_objective_aggregation != "sum_then_normalize"
                 )
             ),
-            "beta needs a reference model, which TRL shards before its head can be patched; under FSDP take "
-            "beta=0, or LoRA, whose reference is the policy without its adapter": (
+            "beta needs a reference model, which TRL shards before its head can be patched: under FSDP take "
+            "beta=0": (
                 self.ref_model is not None and self.is_fsdp_enabled
             ),
             "an online reward model lies whole on every device, which FSDP was not tested with": (
