@@ -25,7 +25,8 @@ def gathered_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     are, once for every backward: `set_requires_gradient_sync(False)` does not defer it, nor
     `set_gradient_divide_factor` change it. The gathered weight lives as long as the graph that holds it:
     until the backward of `linear_logprobs`, which forms the logits again, and of `linear_distrl_loss`, which
-    does not read it.
+    does not read it. A tied head is sharded together with its embedding (`fully_shard([embedding, head])`),
+    not alone: a parameter belongs to one unit.
 
     Args:
         module: the head (`model.get_output_embeddings()`), with `weight` and perhaps `bias`.

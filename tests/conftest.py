@@ -32,10 +32,14 @@ BUDGETS = {
     "install": 120,
     "end to end and faults": 240,
     "kernels": 240,
+    "integrations": 300,
 }
 PARTS = (
     ("test_interpreter", "interpreter"), ("test_ahead_of_time", "ahead of time"),
-    ("test_cuda_emulation", "emulation"),
+    ("test_cuda_emulation", "emulation"), ("test_trl", "integrations"), ("test_patch_head", "integrations"),
+    ("test_fully_sharded", "integrations"), ("test_vocab_parallel", "integrations"),
+    ("test_verl", "integrations"), ("test_server_engine", "integrations"),
+    ("test_integrations_readme", "integrations"),
 )  # fmt: skip
 LONGEST_FIRST = ("test_ahead_of_time", "test_interpreter", "test_benchmarks", "test_install")
 _seconds = defaultdict(float)

@@ -149,6 +149,10 @@ class DistRLTrainer(GRPOTrainer):
                     self.scale_rewards != "group" or self.multi_objective_aggregation != "sum_then_normalize"
                 )
             ),
+            "beta needs a reference model, which TRL shards before its head can be patched: under FSDP take "
+            "beta=0": (
+                self.ref_model is not None and self.is_fsdp_enabled
+            ),
             "an online reward model lies whole on every device, which FSDP was not tested with": (
                 args.rm_update != "frozen" and self.is_fsdp_enabled
             ),

@@ -100,11 +100,11 @@ def gradients(module, rank):
     return {name: p.grad.full_tensor() for name, p in module.named_parameters()}
 
 
-def worker(rank, rendezvous, folder):
+def worker(rank, rendezvous, folder, cases):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     mesh, found = init_device_mesh("cpu", (WORLD,)), {}
-    for tied, unit, fused in CASES:
+    for tied, unit, fused in cases:
         found[tied, unit, fused] = gradients(sharded(make(tied, fused), unit, mesh), rank)
 
     # what a plain full_tensor() gives for a head that is a unit of its own: the gradient of one rank
@@ -129,11 +129,17 @@ def worker(rank, rendezvous, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.full
-def test_gradients_equal_one_process(tmp_path):
-    mp.spawn(worker, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=WORLD)
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([(False, "own", False)], marks=pytest.mark.slow, id="a unit of its own"),
+        pytest.param(CASES, marks=pytest.mark.full, id="all"),
+    ],
+)
+def test_gradients_equal_one_process(tmp_path, cases):
+    mp.spawn(worker, (str(tmp_path / "rendezvous"), str(tmp_path), cases), nprocs=WORLD)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
-    for tied, unit, fused in CASES:
+    for tied, unit, fused in cases:
         module = make(tied, fused)
         for number in range(2 * WORLD):
             (module(*batch(number)) / WORLD).backward()

@@ -36,6 +36,7 @@ FAMILIES = {  # name: (class without "Config" and "ForCausalLM", further config)
     "gemma4": ("Gemma4", {**GEMMA4, "final_logit_softcapping": 3.0}),
     "cohere": ("Cohere", {"logit_scale": 0.25}),
     "gpt2": ("GPT2", {}),
+    "phi": ("Phi", {"num_key_value_heads": 2}),  # its head has a bias
 }
 
 
@@ -58,6 +59,8 @@ def make(family, dtype=torch.float32):
         for p in model.parameters():
             if p.ndim > 1:
                 p.normal_(0, 0.6)
+        if model.lm_head.bias is not None:
+            model.lm_head.bias.normal_()
     return model.to(dtype).eval()
 
 

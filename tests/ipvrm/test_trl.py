@@ -292,20 +292,25 @@ def test_online_reward_model_learns_and_is_saved(runs, home, tmp_path, when):
     assert any(not torch.equal(policy[name], value) for name, value in behaviour.items())
 
 
+def by_two_ranks(home, tmp_path, what, **environment):
+    """What `trl_runs.{what}` finds in the main one of two gloo processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/ipvrm"), *sys.path])
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/ipvrm/trl_runs.py"), str(home), str(tmp_path / "two.pt"), what],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment, capture_output=True,
+        text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    return torch.load(tmp_path / "two.pt", weights_only=True)
+
+
 @pytest.mark.full
 def test_two_ranks_equal_one_and_the_stock_trainer(runs, home, tmp_path):
     """Groups of 8 lie on both ranks; the reward model is updated online as well."""
     from ipvrm.models.causal_lm import load_model
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/ipvrm"), *sys.path])
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/ipvrm/trl_runs.py"), str(home), str(tmp_path / "two.pt")],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = runs.on_all_ranks(home), torch.load(tmp_path / "two.pt", weights_only=True)
+    one, two = runs.on_all_ranks(home), by_two_ranks(home, tmp_path, "on_all_ranks")
     assert (one["world"], two["world"]) == (1, 2)
     for name, start in (("policy", "policy"), ("reward model", "rm"), ("stock", "policy")):
         begin = {n: p.detach() for n, p in load_model(home / start).named_parameters()}
@@ -313,6 +318,26 @@ def test_two_ranks_equal_one_and_the_stock_trainer(runs, home, tmp_path):
         # AdamW of the reward model: see the 2 % above
         assert moved > 0 and farthest(one[name], two[name]) <= (2e-2 if start == "rm" else 1e-3) * moved
     assert farthest(two["stock"], two["without weights"]) <= 1e-4 * moved
+
+
+@pytest.mark.full
+def test_shards_of_two_ranks_learn_what_one_process_learns(runs, home, tmp_path):
+    """FSDP2 as accelerate makes it of `examples/accelerate/trl_fsdp2.yaml`, in fp32."""
+    import yaml
+
+    from ipvrm.models.causal_lm import load_model
+
+    config = yaml.safe_load((ROOT / "examples/accelerate/trl_fsdp2.yaml").read_text())
+    given = {name.upper(): str(value) for name, value in config["fsdp_config"].items()}
+    assert config["distributed_type"] == "FSDP" and given["FSDP_VERSION"] == "2"
+    two = by_two_ranks(home, tmp_path, "in_shards", ACCELERATE_USE_FSDP="true", **given)
+    one = runs.in_shards(home)
+    assert two["sharded"] and {"", "lm_head", "model.layers.0", "model.norm"} <= set(two["units"])
+    assert not one["sharded"] and one["units"] == []
+    begin = {n: p.detach() for n, p in load_model(home / "policy").named_parameters()}
+    moved = farthest(begin, one["policy"])
+    assert moved > 0 and farthest(one["policy"], two["policy"]) <= 1e-4 * moved
+    assert farthest(two["policy"], two["saved"]) == 0
 
 
 def refusal(action):
@@ -383,8 +408,12 @@ def test_refuses_what_does_not_belong_together(runs, home, monkeypatch):
     monkeypatch.setattr(ours, "is_deepspeed_zero3_enabled", lambda: True)
     assert "ZeRO-3" in refusal(vlm._refuse_unknown)
     monkeypatch.undo()
-    monkeypatch.setattr(vlm.args, "rm_update", "before")
     monkeypatch.setattr(vlm, "is_fsdp_enabled", True)
+    vlm._refuse_unknown()
+    monkeypatch.setattr(vlm, "ref_model", vlm.model)
+    assert "which TRL shards before its head can be patched" in refusal(vlm._refuse_unknown)
+    monkeypatch.setattr(vlm, "ref_model", None)
+    monkeypatch.setattr(vlm.args, "rm_update", "before")
     assert "which FSDP was not tested with" in refusal(vlm._refuse_unknown)
     monkeypatch.undo()
 

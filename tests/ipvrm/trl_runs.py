@@ -6,7 +6,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, GRPOTrainer
 
 from ipvrm.integrations.trl import DistRLConfig, DistRLTrainer
@@ -92,10 +95,47 @@ def on_all_ranks(home):
     }
 
 
-def main(home, out):
+def take_fsdp_on_a_cpu():
+    """accelerate asks for a GPU before it takes FSDP, and runs DDP on a CPU without a word. Past that one
+    check its code is the same; its `fsdp2_prepare_model` shards here too."""
+    init = AcceleratorState.__init__
+
+    def told(self, *positional, fsdp_plugin=None, **named):
+        init(self, *positional, fsdp_plugin=fsdp_plugin, **named)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = told
+
+
+def in_shards(home):
+    """Whole trained weights of our policy, the weights that were saved, and what of it is sharded."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = settings(
+        DistRLConfig, per_device_train_batch_size=4 // world, gradient_accumulation_steps=2,
+        num_generations=8, max_steps=2, ddp_backend="gloo" if world > 1 else None,
+    )  # fmt: skip
+    weights, run = trained(home, DistRLTrainer, config, rollout_func=rollout)
+    run.save_model(config.output_dir)
+    if sharded := all(isinstance(p, DTensor) for p in weights.values()):
+        weights = {name: w.full_tensor() for name, w in weights.items()}
+    found = {
+        "sharded": sharded,
+        "units": [name for name, module in run.model.named_modules() if isinstance(module, FSDPModule)],
+        "policy": weights,
+    }
+    if run.accelerator.is_main_process:
+        found["saved"] = {n: p.detach() for n, p in load_model(config.output_dir).named_parameters()}
+    return found
+
+
+def main(home, out, what):
     """One rank; the main one writes what it finds to `out`."""
     torch.set_num_threads(1)
-    found = on_all_ranks(Path(home))
+    if what == "in_shards":
+        take_fsdp_on_a_cpu()
+    found = {"on_all_ranks": on_all_ranks, "in_shards": in_shards}[what](Path(home))
     if os.environ["RANK"] == "0":
         torch.save(found, out)
 

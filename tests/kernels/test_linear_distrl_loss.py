@@ -146,6 +146,24 @@ def test_tied_head(impl, device):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("retain", [False, True], ids=["last backward", "retained graph"])
+def test_backward_reads_no_weight(impl, device, retain):
+    """A gathered copy may be freed behind the forward, as FSDP2 and ZeRO-3 free theirs."""
+    inputs = {name: x.to(device) for name, x in case().items()}
+    bias = inputs.pop("bias")
+    leaves = [inputs.pop(name).requires_grad_() for name in ("hidden", "weight")]
+
+    def loss(weight):
+        return linear_distrl_loss(leaves[0], weight, **inputs, bias=bias, impl=impl).loss
+
+    want = torch.autograd.grad(loss(leaves[1]), leaves)
+    gathered = leaves[1].clone()
+    out = loss(gathered)
+    gathered.untyped_storage().resize_(0)
+    for found, gradient in zip(torch.autograd.grad(out, leaves, retain_graph=retain), want, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=["trainable", "frozen"])
 def test_composition_over_several_tiles_of_the_vocabulary(impl, device, trained):
     """Ids in each tile and in the masked tail, both branches clipping, a block of rows after another."""

@@ -146,21 +146,39 @@ def worker(rank, world, rendezvous, folder):
     empty = vocab_parallel_candidates(hidden[:0], w, **place)
     assert empty.ids.shape == (0, 10)
 
-    found["refused"] = []
+    found["refused"] = {}
 
-    def refused(*args, **kwargs):
+    def refused(what, op, *args, **kwargs):
         try:
-            vocab_parallel_logprobs(*args, **kwargs)
+            op(*args, **kwargs)
         except ValueError as error:
-            found["refused"].append(str(error))
+            found["refused"][what, op.__name__] = str(error)
 
-    refused(hidden[: N - rank], w, ids[: N - rank], **place)
-    refused(hidden, w, ids.roll(rank, 0), **place)
-    refused(hidden.clone().requires_grad_(rank == 0), w, ids, **place)
-    refused(hidden, w, ids, vocab_start=start + rank, group=group)
-    refused(hidden, w, ids + V, **place)
-    mesh = init_device_mesh("cpu", (world,))
-    refused(hidden, distribute_tensor(weight, mesh, [Shard(0)]), ids, **place)
+    sharded = distribute_tensor(weight, init_device_mesh("cpu", (world,)), [Shard(0)])
+    for op, given in (
+        (vocab_parallel_logprobs, lambda ids: {"ids": ids}),
+        (vocab_parallel_candidates, lambda ids: {"sampled": ids[:, 0]}),
+    ):
+        refused("rows", op, hidden[: N - rank], w, **given(ids[: N - rank]), **place)
+        refused("ids", op, hidden, w, **given(ids.roll(rank, 0)), **place)
+        refused("cover", op, hidden, w, **given(ids), vocab_start=start + rank, group=group)
+        refused("above", op, hidden, w, **given(ids + V), **place)
+        refused("DTensor", op, hidden, sharded, **given(ids), **place)
+    refused("K", vocab_parallel_candidates, hidden, w, top_k=5 + rank, **place)
+    refused("K", vocab_parallel_logprobs, hidden, w, ids[:, : 1 + (rank > 0)], **place)
+    trained = hidden.clone().requires_grad_(rank == 0)
+    refused("gradient", vocab_parallel_logprobs, trained, w, ids, **place)
+
+    if world == 3:  # ranks 0 and 2 share one head meanwhile, and rank 1 has another of its own
+        groups = [dist.new_group([0, 2]), dist.new_group([1])]
+        edges, place_in_group = ((0, V), 0) if rank == 1 else ((0, 90, V), rank // 2)
+        start, w, b = shard_of(place_in_group, edges)
+        place = dict(vocab_start=start, group=groups[rank % 2])
+        h = (hidden * (1 + rank % 2)).requires_grad_()
+        out = vocab_parallel_logprobs(h, w, ids, bias=b, return_entropy=True, **place)
+        gradients = torch.autograd.grad(objective(out, ids), (h, w, b))
+        best = vocab_parallel_candidates(h, w, bias=b, sampled=ids[:, 2], return_entropy=True, **place)
+        found["groups"] = [x.detach() for x in (*out, *gradients)], [*best]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -210,11 +228,29 @@ def test_equals_one_process(tmp_path, world):
         torch.testing.assert_close(rank["batches"], want, **close)
 
     for rank in ranks:  # on every rank alike, so that none waits for another
-        rows, others, trains, cover, above, dtensor = rank["refused"]
-        assert "the same N" in rows and "FSDP2" in rows
-        assert "the same ids" in others and "hidden.requires_grad" in trains
-        assert "cover the vocabulary" in cover and f"below V={V}" in above
-        assert "got a DTensor" in dtensor and "gathered_weight" in dtensor
+        for op in ("vocab_parallel_logprobs", "vocab_parallel_candidates"):
+            said = {what: words for (what, of), words in rank["refused"].items() if of == op}
+            assert all(words.startswith(op) for words in said.values())
+            assert "the same N" in said["rows"] and "FSDP2" in said["rows"]
+            assert "the same ids" in said["ids"] and "number of ids or slots" in said["K"]
+            assert "cover the vocabulary" in said["cover"] and f"below V={V}" in said["above"]
+            assert "got a DTensor" in said["DTensor"] and "gathered_weight" in said["DTensor"]
+        assert "hidden.requires_grad" in rank["refused"]["gradient", "vocab_parallel_logprobs"]
+
+    if world == 3:
+        for members, scale in (([0, 2], 1), ([1], 2)):
+            leaves = [x.requires_grad_() for x in (scale * hidden, weight.clone(), bias.clone())]
+            whole = linear_logprobs(leaves[0], leaves[1], ids, bias=leaves[2], return_entropy=True)
+            dhidden, *dhead = torch.autograd.grad(objective(whole, ids), leaves)
+            best = linear_candidates(
+                scale * hidden, weight, bias=bias, sampled=ids[:, 2], return_entropy=True
+            )
+            found = [ranks[member]["groups"] for member in members]
+            for values, candidates in found:
+                torch.testing.assert_close(values[:4], [x.detach() for x in (*whole, dhidden)], **close)
+                torch.testing.assert_close(candidates, [*best], **close)
+            for place, theirs in zip((4, 5), dhead, strict=True):
+                torch.testing.assert_close(torch.cat([values[place] for values, _ in found]), theirs, **close)
 
 
 def gathered(own, rank):
