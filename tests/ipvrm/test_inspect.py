@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +154,25 @@ def test_the_scale_is_of_all_traces_not_of_those_shown(shown, pair, tmp_path):
     model = RewardModel.from_pretrained(pair[0], device="cpu")
     td = torch.cat([model.score(t["problem"], t["steps"], **FORMAT).td for t in TRACES]).abs().double()
     assert one["models"][0]["scale"] == pytest.approx(float(td.quantile(0.98)), rel=6e-3)
+
+
+def test_one_pair_of_models_is_in_memory_at_a_time(pair, tmp_path, monkeypatch):
+    """When the second pair is loaded, nothing holds the first one's model or reference any more."""
+    load, loaded, alive = RewardModel.from_pretrained, [], []
+
+    def counting(*args, **kwargs):
+        alive.append([ref() for ref in loaded if ref() is not None])
+        model = load(*args, **kwargs)
+        loaded.extend(weakref.ref(x) for x in (model, model.model, model.reference))
+        return model
+
+    monkeypatch.setattr(RewardModel, "from_pretrained", counting)
+    source = write_jsonl(tmp_path / "in.jsonl", TRACES)
+    config = InspectConfig(
+        str(source), str(tmp_path / "x.html"), tuple(pair), pick="first", use_cpu=True, **FORMAT
+    )
+    inspect(config, progress=False)
+    assert len(loaded) == 6 and alive == [[], []]
 
 
 def test_another_policy_gives_the_candidates(pair, tiny_folder, tmp_path):
