@@ -7,7 +7,7 @@ function digits(v) {
   if (v == null) return "–";
   const a = Math.abs(v), sign = v < 0 ? "−" : "";
   if (!a) return "0";
-  return sign + (a < 0.001 ? a.toExponential(2).replace("-", "−") : a < 999.5 ? a.toPrecision(3) : (+a.toPrecision(3)).toLocaleString("en"));
+  return sign + (a < 0.0009995 ? a.toExponential(2).replace("-", "−") : a < 999.5 ? a.toPrecision(3) : (+a.toPrecision(3)).toLocaleString("en"));
 }
 const paint = run => `var(--r${run % 8})`;
 const dash = run => ["", "6 3", "2 3"][Math.floor(run / 8) % 3];
@@ -104,7 +104,8 @@ for (const table of data.tables) { // the curves stand behind what is short and 
   if (table.rows.length <= shortTable) $("above").append(...parts);
   else $("below").append(parts[0], h("details", { open: table.name !== "settings" }, h("summary", {}, `${table.rows.length} rows`), ...parts.slice(1)));
 }
-$("bands").textContent = data.groups.map(group => `band: lowest to highest of ${group.length} seeds (${group.map(i => data.runs[i].name).join(", ")})`).join(" · ");
+const bands = data.groups.map(group => `band: lowest to highest of ${group.length} seeds (${group.map(i => data.runs[i].name).join(", ")})`).join(" · ");
+const sentence = () => { $("bands").textContent = bands && x !== "step" ? "no band over time: seeds reach a step at different times" : bands; };
 $("curves").hidden = $("x").hidden = !data.metrics.length;
 data.metrics.forEach((metric, i) => $(i < shownFirst ? "charts" : "others").append(chart(metric)));
 const rest = data.metrics.length - shownFirst;
@@ -112,7 +113,8 @@ $("more").hidden = rest <= 0;
 $("more").firstElementChild.textContent = `${rest} more metrics`;
 $("more").addEventListener("toggle", draw);
 $("x").disabled = !data.metrics.some(metric => metric.lines.some(line => line.seconds.some(v => v != null)));
-$("x").addEventListener("click", () => { x = x === "step" ? "seconds" : "step"; $("x").ariaPressed = String(x === "seconds"); draw(); });
+$("x").addEventListener("click", () => { x = x === "step" ? "seconds" : "step"; $("x").ariaPressed = String(x === "seconds"); sentence(); draw(); });
+sentence();
 let drawn = innerWidth;
 addEventListener("resize", () => { if (innerWidth !== drawn) { drawn = innerWidth; draw(); } });
 draw();

@@ -1,18 +1,21 @@
 """Solutions as reward models read them, token by token: what `ipvrm inspect` writes into its page.
 
     {"schema": "ipvrm-inspect/1", "ipvrm": version, "command", "date", "min_prob", "vocabulary": [piece, ...],
-     "models": [{"name", "objective", "beta", "rule", "threshold" (logit), "threshold_from", "scale",
-                 "tokens": which of a trace's texts is its}],
+     "models": [{"name", "objective", "beta", "rule", "threshold" (logit), "flags" ("none" or "all"
+                 where the threshold is -inf or inf, which no JSON holds; else null), "threshold_from",
+                 "scale", "tokens": which of a trace's texts is its}],
      "traces": [{"id", "problem", "label" (null unknown, -1 none), "picked_for",
        "texts": [{"ids": [vocabulary index], "ends": [last token of each step], "prob": [policy's p]}],
        "models": [{"td": [per token], "scores": [per step], "first_error"}],
-       "candidates": {position: [[vocabulary index], [p], [TD of A], [TD of B]]}}]}
+       "candidates": {position: [[vocabulary index], [p], [TD of A], [TD of B]]},
+       "dropped": [position whose candidates were left out for size]}]}
 
 V is the running sum of TD. Numbers have three significant digits; null stands for what is not finite. `scale`
 is the 98th percentile of |TD| over all traces that the model has scored, not only those that are shown.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -425,12 +428,14 @@ def data_block(
                     for r in of_models
                 ],
                 "candidates": candidates,
+                "dropped": [],
             }
         )
     models = [
         {
             **vars(judge),
             "threshold": rounded(judge.threshold),
+            "flags": {-math.inf: "none", math.inf: "all"}.get(judge.threshold),
             "scale": rounded(spread_of([r.td for r in of_model])),
             "tokens": 0 if shared else number,
         }
@@ -440,7 +445,8 @@ def data_block(
 
 
 def shrink(data: dict[str, Any], limit: int) -> int:
-    """Leaves out the candidates whose TD differ least until the block has at most `limit` bytes.
+    """Leaves out the candidates whose TD differ least until the block has at most `limit` bytes, and names
+    their positions in `dropped`.
 
     Returns:
         How many positions have lost theirs.
@@ -455,7 +461,10 @@ def shrink(data: dict[str, Any], limit: int) -> int:
     for _, number, t in sorted(entries):
         if excess <= 0:
             break
-        excess -= len(json.dumps({t: data["traces"][number]["candidates"].pop(t)}, separators=(",", ":"))) - 1
+        trace = data["traces"][number]
+        excess -= len(json.dumps({t: trace["candidates"].pop(t)}, separators=(",", ":"))) - 1
+        excess += len(t) + 1
+        trace["dropped"].append(int(t))
         dropped += 1
     return dropped
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import contrast
 from runs import sharp, write_jsonl
 
 from ipvrm import IpvrmError, RewardModel
@@ -225,6 +226,9 @@ def test_where_the_threshold_comes_from(pair, tmp_path):
     (home / "evaluation" / "evaluation.json").write_text(json.dumps(demo))
     assert judge() == (0.25, "mean", "evaluation/evaluation.json")
     assert judge(rule="prefix")[0] is None  # -inf: it flags nothing
+    none = inspect(replace(config, rule="prefix"), progress=False)
+    assert none["models"][0]["flags"] == "none" and none["traces"][0]["models"][0]["first_error"] == -1
+    assert inspect(replace(config, rule="mean"), progress=False)["models"][0]["flags"] is None
 
 
 # ------------------------------------------------------------------------------------------------ picking
@@ -291,6 +295,7 @@ def test_the_block_ends_no_script_and_has_no_nan():
     (trace,) = data["traces"]
     assert trace["models"][0] == {"td": [0, None], "scores": [5000], "first_error": -1}
     assert trace["texts"][0]["prob"] == [1, None] and data["models"][0]["threshold"] is None
+    assert data["models"][0]["flags"] == "all"
     assert data["models"][0]["scale"] == 0  # of the one that is finite
     assert [rounded(x) for x in (1.23456, -0.00123456, 1234.5, 0.0)] == [1.23, -0.00123, 1230, 0]
 
@@ -303,7 +308,9 @@ def test_what_is_too_large_loses_the_candidates_that_say_least():
     data = data_block([(0, "")], items(None), [[found]], [judge()])
     size = len(block(data).encode())
     assert shrink(data, size) == 0 and len(data["traces"][0]["candidates"]) == 4
+    assert data["traces"][0]["dropped"] == []
     assert shrink(data, size - 40) == 2 and list(data["traces"][0]["candidates"]) == ["0", "2"]
+    assert data["traces"][0]["dropped"] == [3, 1]  # which the page says of them
     assert len(block(data).encode()) <= size - 40
 
 
@@ -418,24 +425,17 @@ def palette():
     return {"light": found[0], "dark": found[0] | found[1]}
 
 
-def contrast(a, b):
-    """WCAG 2: of two colours like #ffffff."""
-
-    def luminance(colour):
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance(a), luminance(b)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_stands_out_from_what_is_behind_it(scheme):
     colours = palette()[scheme]
+    of_ink = re.findall(
+        r"\.([np]\d) small", (VIEW / "trace.html").read_text()
+    )  # signs in the token's own ink
     pairs = [(text, behind) for text in ("ink", "second", "label", "flag") for behind in ("page", "panel")]
     pairs += [("ink", f"{sign}{n}") for sign in "np" for n in (1, 2)]
     pairs += [("strong", f"{sign}{n}") for sign in "np" for n in (3, 4)]
+    pairs += [("second", f"{sign}{n}") for sign in "np" for n in (1, 2, 3, 4) if f"{sign}{n}" not in of_ink]
+    pairs += [("page", "ink")]  # a pressed button
     pairs += [(text, "label-band") for text in ("ink", "second", "label", "flag")]
     low = {pair: round(c, 2) for pair in pairs if (c := contrast(*(colours[name] for name in pair))) < 4.5}
     assert not low
