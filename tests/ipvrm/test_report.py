@@ -103,6 +103,14 @@ def test_report_of_this_repositorys_real_input(tmp_path, capsys):
     assert str(REAL_INPUT) not in page
 
 
+@pytest.mark.skipif(not REAL_INPUT.exists(), reason="no checkout with results beside the tests")
+def test_inspect_of_the_real_input_needs_the_weights_that_are_not_kept(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"problem": "p", "steps": ["a"], "label": -1}])
+    command = ["inspect", "--input", str(source), "--output", str(tmp_path / "x.html")]
+    assert main([*command, "--model", str(REAL_INPUT / "rm")]) == 2
+    assert "no ipvrm_config.json; this is not a folder that `ipvrm train-rm`" in capsys.readouterr().err
+
+
 def test_an_undefined_f1_is_explained(tmp_path):
     entry = {"f1": None, "f1_interval": [None, None], "accuracy_erroneous": None, "accuracy_correct": 1.0}
     (tmp_path / "pb").mkdir()
