@@ -582,6 +582,10 @@ def test_the_chat_settings_of_the_run_are_saved_with_its_reward_model(config, to
         folder = train(config(name, rm_update=update, **settings)).output_dir
         saved = json.loads((folder / "reward_model" / "ipvrm_config.json").read_text())
         assert saved["chat_template_kwargs"] == {"thinking": want}
+        log = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        card, metric = (folder / "reward_model" / "README.md").read_text(), "rm_scored_auc"
+        assert "| train data | prompts.jsonl |" in card and f"| {metric} | {log[metric]:.4g} |" in card
+        assert ("| rm_loss |" in card) == (update != "frozen") and "| learning_rate |" not in card
 
 
 def test_auc():
