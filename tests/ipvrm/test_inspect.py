@@ -24,7 +24,7 @@ from ipvrm.run_folder import versions
 from ipvrm.view import traces
 from ipvrm.view.inspect import InspectConfig, inspect
 from ipvrm.view.page import block, rounded
-from ipvrm.view.traces import Choice, Item, Judge, Reading, data_block, pick, shrink
+from ipvrm.view.traces import Choice, Item, Judge, Reading, data_block, pick, piece_of, shrink
 
 VIEW = Path(traces.__file__).parent
 ODD = ["<b>bold</b> </script> <!-- x", "漢字 😀\u2028\t\r\nשלום", "", "plain, and an end."]
@@ -131,9 +131,16 @@ def test_the_candidates_against_dense_logits(shown, pair):
                 taken, row = int(ids[0, start + int(t)]), reference[int(t)]
                 wanted = (row.exp() >= 0.01).nonzero()[:, 0].tolist()
                 wanted += [] if taken in wanted else [taken]
-                assert sorted(prob) == pytest.approx(sorted(row[wanted].exp().tolist()), rel=0.02)
-                want = 2.0 * (own[int(t)] - row)[wanted]
-                assert sorted(td[number]) == pytest.approx(sorted(want.tolist()), rel=0.02, abs=2e-5)
+                texts = [piece_of(model.tokenizer, token) for token in wanted]
+                texts[wanted.index(taken)] = solution.tokens[int(t)]
+                want_td = 2.0 * (own[int(t)] - row)[wanted]
+                want = sorted(zip(texts, row[wanted].exp().tolist(), want_td.tolist(), strict=True))
+                shown_pieces = [data["vocabulary"][piece] for piece in pieces]
+                got = sorted(zip(shown_pieces, prob, td[number], strict=True))
+                assert [piece for piece, *_ in got] == [piece for piece, *_ in want]
+                for (_, p, own_td), (_, want_p, of_it) in zip(got, want, strict=True):
+                    assert p == pytest.approx(want_p, rel=6e-3)  # three significant digits
+                    assert own_td == pytest.approx(of_it, rel=6e-3, abs=2e-5)
                 assert trace["texts"][0]["ids"][int(t)] in pieces
                 entries += 1
     assert entries > 20
