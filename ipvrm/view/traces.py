@@ -45,7 +45,7 @@ MIN_PROB = 0.1  # P_min of the paper
 QUANTILE = 0.98
 CHUNK = 32  # solutions read at a time
 BOARD = "response_tokens"  # a record with this column is one of the released code's logging board
-BOARD_CANDIDATES = 5
+BOARD_CANDIDATES, CANDIDATE_COLUMNS = 5, ("tokens", "policy_logp", "advs")
 
 
 @dataclass(frozen=True)
@@ -473,13 +473,19 @@ def shrink(data: dict[str, Any], limit: int) -> int:
 
 
 def _checked_board(record: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError unless the columns of a record have one entry a token."""
+    """Raises ValueError unless the columns of a record have one entry of their kind a token."""
     size = len(record[BOARD]) if isinstance(record[BOARD], list) else 0
     if not size or not all(isinstance(piece, str) for piece in record[BOARD]):
         raise ValueError(f"`{BOARD}` must be a list of texts, none is missing; got {record[BOARD]!r:.40}")
-    for name in ("logprobs", "ref_logprobs", "values", "value", "step_rewards"):
-        if name in record and (not isinstance(record[name], list) or len(record[name]) != size):
-            raise ValueError(f"`{name}` must hold a number for each of the {size} tokens")
+    of_candidates = [f"top{k}_{column}" for k in range(BOARD_CANDIDATES) for column in CANDIDATE_COLUMNS]
+    for name in ("logprobs", "ref_logprobs", "values", "value", "step_rewards", *of_candidates):
+        if name not in record:
+            continue
+        kind, what = (str, "text") if name.endswith("_tokens") else (int | float, "number")
+        column = record[name]
+        whole = isinstance(column, list) and len(column) == size
+        if not whole or not all(isinstance(x, kind) and not isinstance(x, bool) for x in column):
+            raise ValueError(f"`{name}` must hold a {what} for each of the {size} tokens; got {column!r:.40}")
     if _board_td(record) is None:
         raise ValueError("needs `values` (or `step_rewards`), or `logprobs` with `ref_logprobs`")
     return record
@@ -515,9 +521,9 @@ def read_board(records: Sequence[dict[str, Any]]) -> tuple[list[Item], list[Read
         )
         for t, piece in enumerate(pieces):
             columns: list[list[Any]] = [
-                [record[name][t] for name in (f"top{k}_tokens", f"top{k}_policy_logp", f"top{k}_advs")]
+                [record[f"top{k}_{column}"][t] for column in CANDIDATE_COLUMNS]
                 for k in range(BOARD_CANDIDATES)
-                if f"top{k}_tokens" in record and f"top{k}_policy_logp" in record and f"top{k}_advs" in record
+                if all(f"top{k}_{column}" in record for column in CANDIDATE_COLUMNS)
             ]
             columns = [c for c in columns if np.exp(c[1]) >= MIN_PROB]
             if not any(c[0] == piece for c in columns):

@@ -20,6 +20,7 @@ from ipvrm.cli import main
 from ipvrm.data.steps import render_steps, token_pieces
 from ipvrm.models.causal_lm import load_model, load_tokenizer, save_model, template_hash
 from ipvrm.models.reward_model import RewardModelInfo, read_info, reference_entries
+from ipvrm.models.tiny_model import TinyModelConfig, make_tiny_model
 from ipvrm.run_folder import versions
 from ipvrm.view import traces
 from ipvrm.view.inspect import InspectConfig, inspect
@@ -195,6 +196,40 @@ def test_another_policy_gives_the_candidates(pair, tiny_folder, tmp_path):
     model = RewardModel.from_pretrained(pair[1], device="cpu")
     want = model.score(TRACES[0]["problem"], TRACES[0]["steps"]).logprobs.exp()
     assert data["traces"][0]["texts"][0]["prob"] == pytest.approx(want.tolist(), rel=6e-3)
+
+
+def test_two_models_of_different_vocabularies(pair, tmp_path):
+    """Each has its own tokens, TD and p; of the candidates, the first one's, the second says nothing."""
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "carry Answer: carry the Answer: one token"}] * 9)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = make_tiny_model(
+        TinyModelConfig(str(tmp_path / "base"), (str(texts),), vocab_size=290, num_key_value_heads=1, **sizes)
+    )
+    other = save_reward_model(tmp_path / "other", base, seed=3)
+    source = write_jsonl(tmp_path / "in.jsonl", TRACES)
+    config = InspectConfig(
+        str(source), str(tmp_path / "x.html"), (pair[0], str(other)), pick="first", use_cpu=True, **FORMAT
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traces, "MIN_PROB", 0.01)
+        data = inspect(config, progress=False)
+    assert [model["tokens"] for model in data["models"]] == [0, 1]
+    differ = candidates = 0
+    for number, path in enumerate((pair[0], other)):
+        model = RewardModel.from_pretrained(path, device="cpu")
+        for trace, picked in zip(TRACES, data["traces"], strict=True):
+            want = model.score(trace["problem"], trace["steps"], **FORMAT)
+            text, found = picked["texts"][number], picked["models"][number]
+            pieces = [data["vocabulary"][i] for i in text["ids"]]
+            assert "".join(pieces[: text["ends"][-1] + 1]) == render_steps(trace["steps"], **FORMAT)[0]
+            assert pieces == list(want.tokens) and text["ends"] == want.step_ends.tolist()
+            assert found["td"] == pytest.approx(want.td.tolist(), rel=6e-3, abs=1e-6)
+            assert text["prob"] == pytest.approx(want.ref_logprobs.exp().tolist(), rel=6e-3, abs=1e-6)
+            differ += len(picked["texts"][0]["ids"]) != len(picked["texts"][1]["ids"])
+            for _, prob, *td in picked["candidates"].values():
+                assert None not in td[0] and td[1] == [None] * len(prob)
+                candidates += 1
+    assert differ and candidates > 20
 
 
 # ------------------------------------------------------------------------------------------------- thresholds
@@ -412,6 +447,22 @@ def test_the_logging_board_of_the_released_code_is_read(tmp_path, capsys):
         ([TRACES[0]], [], "--model takes one or two run folders; got 0"),
         ([TRACES[0] | {"label": 2}], [], "`label` must be -1, one of the 2 steps"),
         ([BOARD | {"values": [1.0]}], [], "`values` must hold a number for each of the 4 tokens"),
+        (
+            [BOARD | {"values": [1.0, None, 1.0, 1.0]}],
+            [],
+            "`values` must hold a number for each of the 4 tokens",
+        ),
+        (
+            [BOARD | {"top1_tokens": ["a", "b"]}],
+            [],
+            "`top1_tokens` must hold a text for each of the 4 tokens",
+        ),
+        (
+            [BOARD | {"top0_advs": [1.0, 1.0, None, 0]}],
+            [],
+            "`top0_advs` must hold a number for each of the 4",
+        ),
+        ([BOARD | {"top0_policy_logp": None}], [], "`top0_policy_logp` must hold a number for each of the 4"),
         ([TRACES[0]], ["--k", "0"], "--k, --limit and --max_size must be positive"),
     ],
 )
