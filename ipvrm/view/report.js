@@ -18,7 +18,7 @@ function tableOf(head, rows) {
     h("tbody", {}, ...rows.map(row => h("tr", {}, ...row.map((c, i) => h("td", place(i), String(c))))))));
 }
 
-// Round numbers between low and high, about `count` of them.
+// Round numbers between low and high, at most about `count` and two fifths of it or more.
 function ticks(low, high, count, least = 0) {
   const raw = Math.max((high - low) / count || 1, least), power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find(m => m * power >= raw), found = [];
@@ -39,7 +39,7 @@ function chart(metric) {
     let low = Math.min(...ys), high = Math.max(...ys);
     if (low === high) { low -= Math.abs(low) * 0.1 || 1; high += Math.abs(high) * 0.1 || 1; }
     const x0 = Math.min(...xs), x1 = Math.max(...xs), px = v => left + (right - left) * (x1 > x0 ? (v - x0) / (x1 - x0) : 0.5), py = v => bottom - (bottom - top) * (v - low) / (high - low);
-    for (const v of ticks(low, high, 3)) svg.append(s("line", { x1: left, x2: right, y1: py(v), y2: py(v), stroke: "var(--line)" }), s("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, digits(v)));
+    for (const v of ticks(low, high, 5)) svg.append(s("line", { x1: left, x2: right, y1: py(v), y2: py(v), stroke: "var(--line)" }), s("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, digits(v)));
     const marks = ticks(x0, x1, Math.max(2, Math.floor(width / 90)), x === "step" ? 1 : 0);
     for (const v of x1 > x0 ? marks : [x0]) svg.append(s("text", { x: px(v), y: height - 6, "text-anchor": v > x1 - (x1 - x0) * 0.02 ? "end" : "middle" }, v.toLocaleString("en") + (x === "seconds" ? " s" : "")));
     for (const group of data.groups) band(svg, group, lines, px, py);

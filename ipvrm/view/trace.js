@@ -12,7 +12,7 @@ function digits(x) {
   return a < 0.0009995 ? a.toExponential(2).replace("-", "−") : a < 999.5 ? a.toPrecision(3) : String(+a.toPrecision(3));
 }
 const number = x => (x > 0 ? "+" : x < 0 ? "−" : "") + digits(x);
-const limit = m => (m.flags ? `${m.flags === "all" ? "+" : "−"}∞ (flags ${m.flags})` : number(m.threshold));
+const limit = m => (m.flags ? `${m.flags === "all" ? "+" : "−"}∞ flags ${m.flags}` : number(m.threshold));
 const visible = piece => piece.replace(/ /g, "␣").replace(/\r/g, "␍").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";
 const plural = (n, word) => n + " " + word + (n === 1 ? "" : "s");
 const inWords = step => (step < 0 ? "none" : "step " + (step + 1));
@@ -336,7 +336,7 @@ addEventListener("hashchange", () => { const i = +location.hash.slice(1) - 1; if
 data.traces.forEach((t, i) => $("pick").append(h("option", {},
   `${i + 1}/${data.traces.length} ${t.id} · ${t.label == null ? "no label" : t.label < 0 ? "all right" : "error at " + (t.label + 1)}${t.picked_for ? " · " + t.picked_for : ""}`)));
 $("about").textContent = [...models.map((m, k) => `${letters[k]} ${m.name}: ${m.objective}, beta ${m.beta}, rule ${m.rule}, threshold ${limit(m)} from ${m.threshold_from}`),
-  ...(data.dropped_candidates ? [plural(data.dropped_candidates, "token") + " lost their candidates to --max_size"] : []),
+  ...(data.dropped_candidates ? ["candidates of " + plural(data.dropped_candidates, "token") + " left out (--max_size)"] : []),
   `ipvrm ${data.ipvrm}, ${data.date}`].join(" · ");
 const asked = +location.hash.slice(1) - 1;
 open(data.traces[asked] ? asked : 0);

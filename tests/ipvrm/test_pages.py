@@ -190,7 +190,9 @@ def test_every_key_and_what_the_read_out_says(opened, pages):
         assert words in read
     assert "Labelled first error: step 3 of 4" in tab.text("#sentence")
     assert tab("$('problem').textContent").startswith("<img")
-    assert "threshold 0 from logit 0" in tab.text("#about") and "1 token lost" in tab.text("#about")
+    assert "threshold 0 from logit 0" in tab.text("#about") and "candidates of 1 token left out" in tab.text(
+        "#about"
+    )
     for key, want in (
         ("ArrowRight", 21),
         ("ArrowLeft", 20),
@@ -368,7 +370,7 @@ def test_a_threshold_beyond_all_scores_flags_all_or_none(opened):
     filled = tab(f"{cells}.map(e => e.getAttribute('fill') === 'var(--n4)')")
     assert filled == [True] * 3 + [False] * 3  # the steps of A, then of B, whose scores are below 0 too
     for place in ("#legend", "#about"):
-        assert "+∞ (flags all)" in tab.text(place) and "−∞ (flags none)" in tab.text(place)
+        assert "+∞ flags all" in tab.text(place) and "−∞ flags none" in tab.text(place)
         assert "unknown" not in tab.text(place)
     assert "flags step 1" in tab.text("#sentence") and "flags none" in tab.text("#sentence")
 
@@ -484,6 +486,8 @@ def test_the_report_shows_values_and_hides_runs(opened):
     x, y, width, height = tab(
         f"(b => [b.x, b.y, b.width, b.height])({figure}.querySelector('svg').getBoundingClientRect())"
     )
+    spans = [(0.6, 1.4), (0.56, 0.625), (0.999, 1.001), (-3, 3), (0, 1), (1, 2.01), (0.1, 0.349)]
+    assert all(tab(f"ticks({low}, {high}, 5).length") >= 2 for low, high in spans)  # one is no scale
     values = f"[...{figure}.querySelectorAll('figcaption span span')].map(e => e.textContent.trim())"
     for place, want in ((60, ["1.00 at 1", "2.00 at 1", "3.00 at 1"]), (width / 2 + 20, ["– at 2"] * 3),
                         (width - 12, ["3.00 at 3", "4.00 at 3", "5.00 at 3"])):  # fmt: skip
