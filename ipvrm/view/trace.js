@@ -251,7 +251,7 @@ function candidates(k) {
   const { text } = trace.shown[0], t = tokenOf(0), note = words => h("div", { className: "note" }, words);
   if (!trace.candidates) return note("no candidates in this file");
   if (trace.shown[k].text !== text) return note("the candidates are of A's vocabulary");
-  if (!trace.candidates[t]) return note(trace.dropped.includes(t) ? "left out to stay under --max_size" : `no second candidate with p ≥ ${data.min_prob}`);
+  if (!trace.candidates[t]) return note(trace.dropped.includes(t) ? "left out (--max_size)" : `no second candidate with p ≥ ${data.min_prob}`);
   const [ids, prob, ...td] = trace.candidates[t], body = h("table", {});
   ids.forEach((id, j) => body.append(h("tr", {}, h("td", {}, id === text.ids[t] ? "▸" : ""),
     h("td", { className: "left" }, h("code", {}, visible(data.vocabulary[id]))), h("td", {}, "p " + digits(prob[j])),

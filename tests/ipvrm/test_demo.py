@@ -304,8 +304,8 @@ def test_the_pages_of_the_demos_folder_open_in_a_browser(looked_at, tmp_path):
             assert tab("document.documentElement.scrollWidth") <= width and not tab.heard()
             assert tab("$('title').textContent").endswith(" runs")
             assert tab("[...document.querySelectorAll('#charts figure path')].length") > 0
-            scales = "[...document.querySelectorAll('#charts svg')].map(e => e.querySelectorAll('[x=\"46\"]').length)"
-            assert min(tab(scales)) >= 2  # one number beside a curve is no scale
+            numbers = "e => e.querySelectorAll('[x=\"46\"]').length"  # beside a curve; one is no scale
+            assert min(tab(f"[...document.querySelectorAll('#charts svg')].map({numbers})")) >= 2
             tab.close()
 
 

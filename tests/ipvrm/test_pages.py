@@ -202,7 +202,7 @@ def test_every_key_and_what_the_read_out_says(opened, pages):
     ):
         tab.press(key)
         assert tab("cursor") == want, key
-        left_out = "left out to stay under --max_size" in tab.text("#read")
+        left_out = "left out (--max_size)" in tab.text("#read")
         assert left_out == (want == 31), key  # the one whose candidates were dropped
     assert "no second candidate with p ≥ 0.1" in tab.text("#read")
     tab.press("d")
