@@ -180,17 +180,31 @@ def parse(config_class: type, arguments: Sequence[str], *, prog: str) -> Any:
     """`config_class` from flags, over `--config FILE.yaml`, over its defaults. Exits with 2 on a bad flag.
 
     Raises:
-        IpvrmError: a YAML file that cannot be read, or that holds a key which is no flag.
+        IpvrmError: a flag given twice, a YAML file that cannot be read, or one with a key which is no flag.
     """
     import tyro
 
+    _check_given_once(config_class, arguments)
     explicit, yaml_path = _take_config(list(arguments))
     if yaml_path is not None:
-        explicit = [*_yaml_flags(config_class, yaml_path), *explicit]  # of a repeated flag the last counts
+        explicit = [*_yaml_flags(config_class, yaml_path), *explicit]  # to tyro the last counts
     description = (
         config_class.__doc__ or ""
     ).strip() + "\n\n--config FILE.yaml holds flags too; those given here win."
     return tyro.cli(config_class, args=explicit, prog=prog, description=description, use_underscores=True)
+
+
+def _check_given_once(config_class: type, arguments: Sequence[str]) -> None:
+    """Refuses a flag that stands twice, of which tyro would keep the last without a word."""
+    names = ["config", *(field.name for field in dataclasses.fields(config_class))]
+    name_of = {flag: name for name in names for flag in (name, f"no_{name}")}
+    given = (text[2:].partition("=")[0].replace("-", "_") for text in arguments if text.startswith("--"))
+    found = [name_of[flag] for flag in given if flag in name_of]
+    for name in found:
+        if found.count(name) > 1:
+            raise IpvrmError(
+                f"--{name} stands twice; give it once, several values behind it where it takes them"
+            )
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:

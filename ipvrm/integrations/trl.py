@@ -27,6 +27,7 @@ from ipvrm.errors import IpvrmError
 from ipvrm.integrations.reward_functions import prefix_value_reward, verifier_reward
 from ipvrm.integrations.trl_reward_model import PrefixRewardModel
 from ipvrm.losses.advantages import AdvantageConfig, distrl_advantages, last_tokens, temporal_difference
+from ipvrm.models.card import write_policy_card
 from ipvrm.models.causal_lm import head
 from ipvrm.models.patch_head import patch_head
 from ipvrm.training.online_reward import FOLDER
@@ -370,12 +371,41 @@ class DistRLTrainer(GRPOTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **named)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """GRPOTrainer's, and an online reward model in `reward_model/` beside it once it has learnt."""
+        """GRPOTrainer's, a model card, and an online reward model in `reward_model/` beside it once it has
+        learnt."""
         super().save_model(output_dir, _internal_call)
-        rm = self.prefix_rewards
-        if rm is not None and rm.behaviour and self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir) / FOLDER
-            rm.save(folder, self.accelerator.unwrap_model(self.model), self.temperature)
+        if not self.args.should_save:
+            return
+        folder, rm = Path(output_dir or self.args.output_dir), self.prefix_rewards
+        saved = rm is not None and bool(rm.behaviour)
+        data = {"prompts": len(self.train_dataset)} if hasattr(self.train_dataset, "__len__") else {}
+        log = self.state.log_history
+        metrics: dict[str, Any] = next((line for line in reversed(log) if "loss" in line), {})
+        self._write_card(folder, saved, data, metrics)
+        if saved:
+            assert rm is not None
+            own = {k: v for k, v in metrics.items() if k in ("step", "reward") or k.startswith("distrl/")}
+            policy = self.accelerator.unwrap_model(self.model)
+            rm.save(folder / FOLDER, policy, self.temperature, data, own)
+
+    def _write_card(
+        self, folder: Path, with_reward_model: bool, data: dict[str, Any], metrics: dict[str, Any]
+    ) -> None:
+        args, rm = self.args, self.prefix_rewards
+        names = ["learning_rate", "num_generations", "temperature", "loss_type"]
+        names += ["alpha", "gae_coef", "rm_update"] if self._dense else []
+        settings = {name: getattr(args, name) for name in names}
+        if rm is not None:
+            settings |= {"reward_model": str(rm.folder), "objective": rm.info.objective, "beta": rm.info.beta}
+        write_policy_card(
+            folder,
+            algorithm="distrl" if self._dense else "grpo",
+            with_reward_model=with_reward_model,
+            base=self.model.config._name_or_path or None,
+            settings=settings,
+            data=data,
+            metrics=metrics,
+        )
 
 
 def labelled(ids: Tensor, attention: Tensor, kept: int) -> Tensor:

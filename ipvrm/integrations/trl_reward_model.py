@@ -3,6 +3,7 @@
 It lies whole on every device, frozen in the policy's dtype or updated in fp32; ranks add their gradients.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,9 +157,16 @@ class PrefixRewardModel:
             self.behaviour = trained_weights(policy)
         return loss_sum
 
-    def save(self, folder: Path, policy: Any, temperature: float) -> None:
+    def save(
+        self,
+        folder: Path,
+        policy: Any,
+        temperature: float,
+        data: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+    ) -> None:
         """The folder that `RewardModel.from_pretrained` reads; its reference is the policy that it last
-        learnt from."""
+        learnt from; `data` and `metrics` of the run stand in its card."""
         with save_folder(folder) as temporary:
             save_model(self.model, temporary)
             self.tokenizer.save_pretrained(temporary)
@@ -170,4 +178,4 @@ class PrefixRewardModel:
                 temperature=temperature, adapter=None,
                 margin=None if self.info.margin is None else self.objective.margin,
             )  # fmt: skip
-            write_info(temporary, info)
+            write_info(temporary, info, data, metrics)

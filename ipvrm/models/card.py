@@ -49,6 +49,27 @@ def write_card(
     write_text(folder / CARD, "\n".join(parts) + "\n")
 
 
+def write_policy_card(
+    folder: Path, *, algorithm: str, with_reward_model: bool, settings: Mapping[str, Any], **about: Any
+) -> None:
+    """The card of a policy; `about` are `write_card`'s base, data and metrics.
+
+    Args:
+        with_reward_model: the one that it was trained against is saved in `reward_model` beside it.
+    """
+    beside = ", with the implicit reward model that it was trained against in `reward_model`"
+    write_card(
+        folder,
+        name=f"Policy trained by {algorithm}",
+        summary=f"A causal language model trained on its own verified answers{beside * with_reward_model}.",
+        usage="from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("this folder")',
+        tags=("reinforcement-learning", algorithm),
+        settings={"algorithm": algorithm, **settings},
+        **about,
+    )
+
+
 def _on_the_hub(name: str) -> bool:
     return not Path(name).exists() and not name.startswith((".", "/", "~")) and name.count("/") <= 1
 

@@ -284,7 +284,14 @@ class OnlineReward:
         if self.reference is None and self.accelerator.is_main_process:
             self.behaviour = trained_weights(policy)
 
-    def write_model(self, folder: Path, policy: nn.Module, final_place: Path) -> None:
+    def write_model(
+        self,
+        folder: Path,
+        policy: nn.Module,
+        final_place: Path,
+        data: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
         """The model folder that `RewardModel.from_pretrained` reads, which then scores what was trained.
 
         Its reference is what it was updated against: the one that it came with, or the behaviour policy of
@@ -292,7 +299,7 @@ class OnlineReward:
 
         Args:
             folder: where to write. policy: the run's, which lends its shape. final_place: where `folder` will
-                be.
+                be. data, metrics: of the run, for the model card.
         """
         save_trained(self.model, folder)
         if self.inputs.reference_folder is not None:
@@ -325,7 +332,7 @@ class OnlineReward:
             adapter=self._adapter(),
             **entries,
         )
-        write_info(folder, info)
+        write_info(folder, info, data, metrics)
 
     def _adapter(self) -> dict[str, Any] | None:
         r = self.config.rm_lora_r

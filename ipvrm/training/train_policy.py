@@ -30,7 +30,7 @@ from ipvrm.losses.baselines import (
 from ipvrm.losses.metrics import MetricSums, auc, paired, stacked
 from ipvrm.losses.objectives import dpo_pairs
 from ipvrm.models.behaviour import behaviour
-from ipvrm.models.card import write_card
+from ipvrm.models.card import write_policy_card
 from ipvrm.models.causal_lm import (
     load_model,
     load_tokenizer,
@@ -508,12 +508,15 @@ class _Trainer:
         the run has its weights."""
         save_trained(self.policy, folder)
         self.inputs.tokenizer.save_pretrained(folder)
-        self._write_card(folder)
+        data = {"train data": self.config.train_data, **self.inputs.counts}
+        metrics = {name: value for name, value in self.run.last.items() if name != "algorithm"}
+        self._write_card(folder, data, metrics)
         if self.reward is not None and not self.reward.inputs.scored:
             (folder / FOLDER).mkdir()
-            self.reward.write_model(folder / FOLDER, self.policy, place / FOLDER)
+            own = {name: value for name, value in metrics.items() if name == "step" or name.startswith("rm_")}
+            self.reward.write_model(folder / FOLDER, self.policy, place / FOLDER, data, own)
 
-    def _write_card(self, folder: Path) -> None:
+    def _write_card(self, folder: Path, data: dict[str, Any], metrics: dict[str, Any]) -> None:
         config = self.config
         names = (
             "preset",
@@ -524,29 +527,18 @@ class _Trainer:
             "temperature",
             "alpha",
         )
-        info = None if self.reward is None else self.reward.info
-        write_card(
+        settings = {name: getattr(config, name) for name in names}
+        if self.reward is not None:
+            info = self.reward.info
+            settings |= {"objective": info.objective, "beta": info.beta, "margin": info.margin}
+        write_policy_card(
             folder,
-            name=f"Policy trained by {config.algorithm}",
-            summary="A causal language model trained on its own verified answers"
-            + (
-                ", with the implicit reward model that it was trained against in `reward_model`."
-                if self.reward is not None and not self.reward.inputs.scored
-                else "."
-            ),
-            usage="from transformers import AutoModelForCausalLM\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("this folder")',
-            tags=("reinforcement-learning", config.algorithm),
+            algorithm=config.algorithm,
+            with_reward_model=self.reward is not None and not self.reward.inputs.scored,
             base=config.model,
-            settings={"algorithm": config.algorithm}
-            | {name: getattr(config, name) for name in names}
-            | (
-                {}
-                if info is None
-                else {"objective": info.objective, "beta": info.beta, "margin": info.margin}
-            ),
-            data={"train data": config.train_data, **self.inputs.counts},
-            metrics={k: v for k, v in self.run.last.items() if k != "algorithm"},
+            settings=settings,
+            data=data,
+            metrics=metrics,
         )
 
     def write_state(self, folder: Path) -> dict[str, Any]:

@@ -169,6 +169,7 @@ def _read(
                 [{} if r is None else r.choices for r in known],
                 tokenizer_hash(model.tokenizer),
             )
+        del model  # else the next pair would be loaded beside it
     kept = []
     for number, (item, *of_item) in enumerate(zip(items, *found, strict=True)):
         reason = next((reading for reading in of_item if isinstance(reading, str)), None)

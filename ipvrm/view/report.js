@@ -7,7 +7,7 @@ function digits(v) {
   if (v == null) return "–";
   const a = Math.abs(v), sign = v < 0 ? "−" : "";
   if (!a) return "0";
-  return sign + (a < 0.001 ? a.toExponential(2).replace("-", "−") : a < 999.5 ? a.toPrecision(3) : (+a.toPrecision(3)).toLocaleString("en"));
+  return sign + (a < 0.0009995 ? a.toExponential(2).replace("-", "−") : a < 999.5 ? a.toPrecision(3) : (+a.toPrecision(3)).toLocaleString("en"));
 }
 const paint = run => `var(--r${run % 8})`;
 const dash = run => ["", "6 3", "2 3"][Math.floor(run / 8) % 3];
@@ -18,7 +18,7 @@ function tableOf(head, rows) {
     h("tbody", {}, ...rows.map(row => h("tr", {}, ...row.map((c, i) => h("td", place(i), String(c))))))));
 }
 
-// Round numbers between low and high, about `count` of them.
+// Round numbers between low and high, at most about `count` and two fifths of it or more.
 function ticks(low, high, count, least = 0) {
   const raw = Math.max((high - low) / count || 1, least), power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find(m => m * power >= raw), found = [];
@@ -39,7 +39,7 @@ function chart(metric) {
     let low = Math.min(...ys), high = Math.max(...ys);
     if (low === high) { low -= Math.abs(low) * 0.1 || 1; high += Math.abs(high) * 0.1 || 1; }
     const x0 = Math.min(...xs), x1 = Math.max(...xs), px = v => left + (right - left) * (x1 > x0 ? (v - x0) / (x1 - x0) : 0.5), py = v => bottom - (bottom - top) * (v - low) / (high - low);
-    for (const v of ticks(low, high, 3)) svg.append(s("line", { x1: left, x2: right, y1: py(v), y2: py(v), stroke: "var(--line)" }), s("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, digits(v)));
+    for (const v of ticks(low, high, 5)) svg.append(s("line", { x1: left, x2: right, y1: py(v), y2: py(v), stroke: "var(--line)" }), s("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, digits(v)));
     const marks = ticks(x0, x1, Math.max(2, Math.floor(width / 90)), x === "step" ? 1 : 0);
     for (const v of x1 > x0 ? marks : [x0]) svg.append(s("text", { x: px(v), y: height - 6, "text-anchor": v > x1 - (x1 - x0) * 0.02 ? "end" : "middle" }, v.toLocaleString("en") + (x === "seconds" ? " s" : "")));
     for (const group of data.groups) band(svg, group, lines, px, py);
@@ -104,7 +104,8 @@ for (const table of data.tables) { // the curves stand behind what is short and 
   if (table.rows.length <= shortTable) $("above").append(...parts);
   else $("below").append(parts[0], h("details", { open: table.name !== "settings" }, h("summary", {}, `${table.rows.length} rows`), ...parts.slice(1)));
 }
-$("bands").textContent = data.groups.map(group => `band: lowest to highest of ${group.length} seeds (${group.map(i => data.runs[i].name).join(", ")})`).join(" · ");
+const bands = data.groups.map(group => `band: lowest to highest of ${group.length} seeds (${group.map(i => data.runs[i].name).join(", ")})`).join(" · ");
+const sentence = () => { $("bands").textContent = bands && x !== "step" ? "no band over time: seeds reach a step at different times" : bands; };
 $("curves").hidden = $("x").hidden = !data.metrics.length;
 data.metrics.forEach((metric, i) => $(i < shownFirst ? "charts" : "others").append(chart(metric)));
 const rest = data.metrics.length - shownFirst;
@@ -112,7 +113,8 @@ $("more").hidden = rest <= 0;
 $("more").firstElementChild.textContent = `${rest} more metrics`;
 $("more").addEventListener("toggle", draw);
 $("x").disabled = !data.metrics.some(metric => metric.lines.some(line => line.seconds.some(v => v != null)));
-$("x").addEventListener("click", () => { x = x === "step" ? "seconds" : "step"; $("x").ariaPressed = String(x === "seconds"); draw(); });
+$("x").addEventListener("click", () => { x = x === "step" ? "seconds" : "step"; $("x").ariaPressed = String(x === "seconds"); sentence(); draw(); });
+sentence();
 let drawn = innerWidth;
 addEventListener("resize", () => { if (innerWidth !== drawn) { drawn = innerWidth; draw(); } });
 draw();

@@ -9,9 +9,10 @@ function digits(x) {
   if (x == null || !Number.isFinite(x)) return "unknown";
   const a = Math.abs(x);
   if (!a) return "0";
-  return a < 0.001 ? a.toExponential(2).replace("-", "−") : a < 999.5 ? a.toPrecision(3) : String(+a.toPrecision(3));
+  return a < 0.0009995 ? a.toExponential(2).replace("-", "−") : a < 999.5 ? a.toPrecision(3) : String(+a.toPrecision(3));
 }
 const number = x => (x > 0 ? "+" : x < 0 ? "−" : "") + digits(x);
+const limit = m => (m.flags ? `${m.flags === "all" ? "+" : "−"}∞ flags ${m.flags}` : number(m.threshold));
 const visible = piece => piece.replace(/ /g, "␣").replace(/\r/g, "␍").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";
 const plural = (n, word) => n + " " + word + (n === 1 ? "" : "s");
 const inWords = step => (step < 0 ? "none" : "step " + (step + 1));
@@ -42,7 +43,7 @@ function prepared(t) {
     let sum = 0;
     return { ...m, text, values: m.td.map(x => (sum += x || 0)) };
   });
-  return { ...t, texts, shown, length: Math.max(1, ...texts.map(x => x.starts[x.pieces.length])) };
+  return { ...t, label: t.label ?? undefined, texts, shown, length: Math.max(1, ...texts.map(x => x.starts[x.pieces.length])) };
 }
 const value = (k, t) => trace.shown[k].values[t] / (asMean ? t + 1 : 1);
 // The other model's token that ends at, or first behind, the same character.
@@ -66,7 +67,7 @@ function open(i) {
   sentence(); legend(); rows(); draw();
   if (!$("table").hidden) table();
   const flagged = trace.shown.map(m => m.first_error).find(step => step >= 0);
-  const step = trace.label >= 0 && trace.label != null ? trace.label : flagged;
+  const step = trace.label >= 0 ? trace.label : flagged;
   scrollTo(0, 0);
   move(lowest(step), true);
 }
@@ -75,7 +76,7 @@ function lowest(step) {
   let best = -1;
   for (let t = 0; t < td.length; t++)
     if ((step == null || text.steps[t] === step) && (best < 0 || (td[t] || 0) < (td[best] || 0))) best = t;
-  return Math.max(best, 0);
+  return best < 0 ? text.ends[step] || 0 : best; // of a step without tokens: where it would stand
 }
 function sentence() {
   const { label, shown } = trace, total = shown[0].scores.length;
@@ -98,7 +99,7 @@ function legend() {
   const full = which.map(([m, k]) => `${letters[k]} ${digits(scale(k))} (${digits(scale(k) / m.beta)} nats)`);
   const flat = models.filter(m => !m.scale).map(m => m.name + " changes nowhere: no colour");
   const unknown = trace.shown.reduce((n, m) => n + m.td.filter(x => x == null).length, 0);
-  const at = which.map(([m, k]) => `${letters[k]} ${number(m.threshold)}`);
+  const at = which.map(([m, k]) => `${letters[k]} ${limit(m)}`);
   $("legend").replaceChildren(
     h("span", {}, "TD − ", ramp, (narrow.matches ? " + full from " : " + full colour from ") + full.join(" · "),
       h("span", { className: "wide" }, inNats ? " — one scale for all" : " — the 98th percentile of each")),
@@ -134,20 +135,26 @@ function cells(m, k, step) {
   box.dataset.model = k;
   for (let t = 0; t < m.td.length; t++) {
     if (m.text.steps[t] !== step) continue;
-    const piece = m.text.pieces[t], paint = colour(m.td[t], k), blank = /^ +$/.test(piece);
-    const lead = blank ? "" : piece.match(/^ */)[0], span = h("span", { className: paint });
-    if (lead) box.append(lead);
-    if (blank) span.append(paint ? h("small", {}, "␣".repeat(piece.length)) : piece);
-    else piece.slice(lead.length).split(/(\r?\n|\t)/).forEach(part => {
-      if (part === "\t" || part.endsWith("\n")) span.append(h("small", {}, visible(part)));
-      span.append(part);
-    });
+    const piece = m.text.pieces[t], lead = piece.match(/^ */)[0], span = h("span");
+    if (lead !== piece) {
+      if (lead) box.append(lead);
+      piece.slice(lead.length).split(/(\r?\n|\t)/).forEach(part => {
+        if (part === "\t" || part.endsWith("\n")) span.append(h("small", {}, visible(part)));
+        span.append(part);
+      });
+    }
+    dress(span, piece, colour(m.td[t], k));
     span.token = t;
     spans[k][t] = span;
     box.append(span);
   }
   if (!box.childNodes.length) box.append(h("span", { className: "note" }, "no token of its own"));
   return box;
+}
+// A lone blank is a sign where it is coloured.
+function dress(span, piece, paint) {
+  span.className = paint;
+  if (/^ +$/.test(piece)) span.replaceChildren(paint ? h("small", {}, visible(piece)) : piece);
 }
 // Below 761 px one model at a time.
 function one() {
@@ -171,10 +178,10 @@ function draw() {
     const values = m.values.map((_, t) => value(k, t));
     const low = Math.min(0, ...values), high = Math.max(0, ...values), y = v => y0 + 3 + (y1 - y0 - 6) * (high - v) / (high - low || 1);
     const edge = step => x(text.starts[step < 0 ? 0 : text.ends[step] + 1]);
-    if (trace.label >= 0 && trace.label != null)
+    if (trace.label >= 0)
       svg.append(s("rect", { x: edge(trace.label - 1), y: y0, width: Math.max(2, edge(trace.label) - edge(trace.label - 1)), height: y1 - y0 + 9, fill: "var(--label-band)" }));
     text.ends.forEach((_, step) => {
-      const a = edge(step - 1), b = edge(step), labelled = step === trace.label, below = m.scores[step] < models[k].threshold;
+      const a = edge(step - 1), b = edge(step), labelled = step === trace.label, { flags, threshold } = models[k], below = m.scores[step] != null && (flags ? flags === "all" : m.scores[step] < threshold);
       svg.append(s("line", { x1: b, x2: b, y1: y0, y2: y1 + 9, stroke: "var(--line)" }));
       svg.append(s("rect", { x: a + 0.5, y: y1 + 2, width: Math.max(0.5, b - a - 1), height: 7, fill: below ? "var(--n4)" : "var(--line)" }));
       if (!place && (b - a > 14 || labelled))
@@ -244,7 +251,7 @@ function candidates(k) {
   const { text } = trace.shown[0], t = tokenOf(0), note = words => h("div", { className: "note" }, words);
   if (!trace.candidates) return note("no candidates in this file");
   if (trace.shown[k].text !== text) return note("the candidates are of A's vocabulary");
-  if (!trace.candidates[t]) return note(`no second candidate with p ≥ ${data.min_prob}`);
+  if (!trace.candidates[t]) return note(trace.dropped.includes(t) ? "left out (--max_size)" : `no second candidate with p ≥ ${data.min_prob}`);
   const [ids, prob, ...td] = trace.candidates[t], body = h("table", {});
   ids.forEach((id, j) => body.append(h("tr", {}, h("td", {}, id === text.ids[t] ? "▸" : ""),
     h("td", { className: "left" }, h("code", {}, visible(data.vocabulary[id]))), h("td", {}, "p " + digits(prob[j])),
@@ -273,8 +280,7 @@ function tabular() {
 
 // ------------------------------------------------------------------------------------------------- the keys
 function step(by) {
-  const { text } = trace.shown[active], here = text.steps[cursor] < 0 ? text.ends.length : text.steps[cursor];
-  const at = t => (text.steps[t] < 0 ? text.ends.length : text.steps[t]);
+  const { text } = trace.shown[active], at = t => (text.steps[t] < 0 ? text.ends.length : text.steps[t]), here = at(cursor);
   for (let t = cursor; t >= 0 && t < text.pieces.length; t += by)
     if (at(t) !== here) { while (t > 0 && at(t - 1) === at(t)) t--; return move(t, true); }
 }
@@ -285,15 +291,15 @@ function drop() {
   if (sorted.length) move(sorted[(place + 1) % sorted.length][1], true);
 }
 function repaint() {
-  trace.shown.forEach((m, k) => m.td.forEach((td, t) => { if (spans[k][t]) spans[k][t].className = colour(td, k); }));
+  trace.shown.forEach((m, k) => m.td.forEach((td, t) => { if (spans[k][t]) dress(spans[k][t], m.text.pieces[t], colour(td, k)); }));
   legend(); draw(); move(cursor);
 }
 const actions = {
   ArrowLeft: () => move(cursor - 1, true), ArrowRight: () => move(cursor + 1, true), ArrowUp: () => step(-1), ArrowDown: () => step(1),
   "[": () => open(index - 1), "]": () => open(index + 1), d: drop,
-  e: () => { if (trace.label != null && trace.label >= 0) move(lowest(trace.label), true); },
+  e: () => { if (trace.label >= 0) move(lowest(trace.label), true); },
   f: () => { const p = trace.shown[active].first_error; if (p >= 0) move(lowest(p), true); },
-  m: () => { const t = tokenOf((active + 1) % models.length); active = (active + 1) % models.length; one(); legend(); draw(); move(t, true); },
+  m: () => { const other = (active + 1) % models.length, t = tokenOf(other); active = other; one(); legend(); draw(); move(t, true); },
   u: () => { inNats = !inNats; $("units").ariaPressed = String(inNats); repaint(); },
   v: () => { asMean = !asMean; $("mean").ariaPressed = String(asMean); draw(); move(cursor); },
   t: tabular, p: () => $("problem").classList.toggle("open"), "?": () => $("keys").showModal(),
@@ -329,8 +335,8 @@ addEventListener("resize", () => { if (innerWidth !== drawn) { drawn = innerWidt
 addEventListener("hashchange", () => { const i = +location.hash.slice(1) - 1; if (i !== index && data.traces[i]) open(i); });
 data.traces.forEach((t, i) => $("pick").append(h("option", {},
   `${i + 1}/${data.traces.length} ${t.id} · ${t.label == null ? "no label" : t.label < 0 ? "all right" : "error at " + (t.label + 1)}${t.picked_for ? " · " + t.picked_for : ""}`)));
-$("about").textContent = [...models.map((m, k) => `${letters[k]} ${m.name}: ${m.objective}, beta ${m.beta}, rule ${m.rule}, threshold ${number(m.threshold)} from ${m.threshold_from}`),
-  ...(data.dropped_candidates ? [plural(data.dropped_candidates, "token") + " lost their candidates to --max_size"] : []),
+$("about").textContent = [...models.map((m, k) => `${letters[k]} ${m.name}: ${m.objective}, beta ${m.beta}, rule ${m.rule}, threshold ${limit(m)} from ${m.threshold_from}`),
+  ...(data.dropped_candidates ? ["candidates of " + plural(data.dropped_candidates, "token") + " left out (--max_size)"] : []),
   `ipvrm ${data.ipvrm}, ${data.date}`].join(" · ");
 const asked = +location.hash.slice(1) - 1;
 open(data.traces[asked] ? asked : 0);

@@ -1,18 +1,21 @@
 """Solutions as reward models read them, token by token: what `ipvrm inspect` writes into its page.
 
     {"schema": "ipvrm-inspect/1", "ipvrm": version, "command", "date", "min_prob", "vocabulary": [piece, ...],
-     "models": [{"name", "objective", "beta", "rule", "threshold" (logit), "threshold_from", "scale",
-                 "tokens": which of a trace's texts is its}],
+     "models": [{"name", "objective", "beta", "rule", "threshold" (logit), "flags" ("none" or "all"
+                 where the threshold is -inf or inf, which no JSON holds; else null), "threshold_from",
+                 "scale", "tokens": which of a trace's texts is its}],
      "traces": [{"id", "problem", "label" (null unknown, -1 none), "picked_for",
        "texts": [{"ids": [vocabulary index], "ends": [last token of each step], "prob": [policy's p]}],
        "models": [{"td": [per token], "scores": [per step], "first_error"}],
-       "candidates": {position: [[vocabulary index], [p], [TD of A], [TD of B]]}}]}
+       "candidates": {position: [[vocabulary index], [p], [TD of A], [TD of B]]},
+       "dropped": [position whose candidates were left out for size]}]}
 
 V is the running sum of TD. Numbers have three significant digits; null stands for what is not finite. `scale`
 is the 98th percentile of |TD| over all traces that the model has scored, not only those that are shown.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -42,7 +45,7 @@ MIN_PROB = 0.1  # P_min of the paper
 QUANTILE = 0.98
 CHUNK = 32  # solutions read at a time
 BOARD = "response_tokens"  # a record with this column is one of the released code's logging board
-BOARD_CANDIDATES = 5
+BOARD_CANDIDATES, CANDIDATE_COLUMNS = 5, ("tokens", "policy_logp", "advs")
 
 
 @dataclass(frozen=True)
@@ -425,12 +428,14 @@ def data_block(
                     for r in of_models
                 ],
                 "candidates": candidates,
+                "dropped": [],
             }
         )
     models = [
         {
             **vars(judge),
             "threshold": rounded(judge.threshold),
+            "flags": {-math.inf: "none", math.inf: "all"}.get(judge.threshold),
             "scale": rounded(spread_of([r.td for r in of_model])),
             "tokens": 0 if shared else number,
         }
@@ -440,7 +445,8 @@ def data_block(
 
 
 def shrink(data: dict[str, Any], limit: int) -> int:
-    """Leaves out the candidates whose TD differ least until the block has at most `limit` bytes.
+    """Leaves out the candidates whose TD differ least until the block has at most `limit` bytes, and names
+    their positions in `dropped`.
 
     Returns:
         How many positions have lost theirs.
@@ -455,7 +461,10 @@ def shrink(data: dict[str, Any], limit: int) -> int:
     for _, number, t in sorted(entries):
         if excess <= 0:
             break
-        excess -= len(json.dumps({t: data["traces"][number]["candidates"].pop(t)}, separators=(",", ":"))) - 1
+        trace = data["traces"][number]
+        excess -= len(json.dumps({t: trace["candidates"].pop(t)}, separators=(",", ":"))) - 1
+        excess += len(t) + 1
+        trace["dropped"].append(int(t))
         dropped += 1
     return dropped
 
@@ -464,13 +473,19 @@ def shrink(data: dict[str, Any], limit: int) -> int:
 
 
 def _checked_board(record: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError unless the columns of a record have one entry a token."""
+    """Raises ValueError unless the columns of a record have one entry of their kind a token."""
     size = len(record[BOARD]) if isinstance(record[BOARD], list) else 0
     if not size or not all(isinstance(piece, str) for piece in record[BOARD]):
         raise ValueError(f"`{BOARD}` must be a list of texts, none is missing; got {record[BOARD]!r:.40}")
-    for name in ("logprobs", "ref_logprobs", "values", "value", "step_rewards"):
-        if name in record and (not isinstance(record[name], list) or len(record[name]) != size):
-            raise ValueError(f"`{name}` must hold a number for each of the {size} tokens")
+    of_candidates = [f"top{k}_{column}" for k in range(BOARD_CANDIDATES) for column in CANDIDATE_COLUMNS]
+    for name in ("logprobs", "ref_logprobs", "values", "value", "step_rewards", *of_candidates):
+        if name not in record:
+            continue
+        kind, what = (str, "text") if name.endswith("_tokens") else (int | float, "number")
+        column = record[name]
+        whole = isinstance(column, list) and len(column) == size
+        if not whole or not all(isinstance(x, kind) and not isinstance(x, bool) for x in column):
+            raise ValueError(f"`{name}` must hold a {what} for each of the {size} tokens; got {column!r:.40}")
     if _board_td(record) is None:
         raise ValueError("needs `values` (or `step_rewards`), or `logprobs` with `ref_logprobs`")
     return record
@@ -506,9 +521,9 @@ def read_board(records: Sequence[dict[str, Any]]) -> tuple[list[Item], list[Read
         )
         for t, piece in enumerate(pieces):
             columns: list[list[Any]] = [
-                [record[name][t] for name in (f"top{k}_tokens", f"top{k}_policy_logp", f"top{k}_advs")]
+                [record[f"top{k}_{column}"][t] for column in CANDIDATE_COLUMNS]
                 for k in range(BOARD_CANDIDATES)
-                if f"top{k}_tokens" in record and f"top{k}_policy_logp" in record and f"top{k}_advs" in record
+                if all(f"top{k}_{column}" in record for column in CANDIDATE_COLUMNS)
             ]
             columns = [c for c in columns if np.exp(c[1]) >= MIN_PROB]
             if not any(c[0] == piece for c in columns):

@@ -152,3 +152,15 @@ class Tab:
 
     def close(self):
         self.browser.send("Target.closeTarget", targetId=self.target)
+
+
+def contrast(a, b):
+    """WCAG 2: of two colours like #ffffff."""
+
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -111,6 +112,36 @@ def released_scores(item):
         "mean_sigmoid": mean / math.sqrt(1e-3),
         "meandiff_sigmoid": step / length / math.sqrt(1e-3),
     }
+
+
+def fake_tensorboard(monkeypatch):
+    """A writer in the place of tensorboardX's, which need not be there; the list gets what it is sent."""
+    from accelerate import tracking
+    from accelerate.utils import LoggerType
+
+    logged = []
+
+    class Writer:
+        def __init__(self, folder):
+            logged.append(("folder", str(folder)))
+
+        def add_hparams(self, values, metric_dict):
+            logged.append(("settings", values))
+
+        def add_scalar(self, name, value, global_step, **_):
+            logged.append((name, value, global_step))
+
+        def flush(self): ...
+
+        def close(self):
+            logged.append("closed")
+
+    fake = types.ModuleType("tensorboardX")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD])
+    return logged
 
 
 def interrupted_at(monkeypatch, owner, name, number):

@@ -19,6 +19,7 @@ from ipvrm.models.tiny_model import TinyModelConfig, make_tiny_model
 from ipvrm.run_folder import JsonlLog, manifest, save_folder, write_json, write_text
 from ipvrm.training.reward_config import RewardConfig
 from ipvrm.view.environment import openmp_runtimes
+from ipvrm.view.inspect import InspectConfig
 
 REQUIRED = ["--model", "m", "--train_data", "d", "--output_dir", "o"]
 
@@ -109,6 +110,31 @@ def test_yaml_lies_between_defaults_and_flags(tmp_path):
     assert config.use_cpu is False
     path.write_text("output_dir: o\ntexts: [a, b]\n")
     assert parse(TinyModelConfig, ["--config", str(path)], prog="p").texts == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "flag"),
+    [
+        ("inspect", ["--model", "a", "--k", "3", "--model", "b"], "--model"),
+        ("inspect", ["--model=a", "--model", "b"], "--model"),
+        ("inspect", ["--use-cpu", "--no_use_cpu"], "--use_cpu"),
+        ("train-rm", ["--seed", "1", "--seed=2"], "--seed"),
+        ("score", ["--config", "a.yaml", "--config=b.yaml"], "--config"),
+    ],
+)
+def test_a_flag_that_stands_twice_is_refused_in_one_line(capsys, command, more, flag):
+    assert main([command, *more]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"ipvrm {command}: {flag} stands twice; give it once, several values behind it where it takes them\n"
+    )
+
+
+def test_a_flag_in_the_file_and_on_the_command_line_is_not_given_twice(tmp_path):
+    (tmp_path / "c.yaml").write_text("step_format: '{step}'\nmodel: [a, b]\n")
+    given = ["--config", str(tmp_path / "c.yaml"), "--model", "c", "--input", "i", "--output", "o"]
+    config = parse(InspectConfig, given, prog="p")
+    assert config.model == ("c",) and config.step_format == "{step}"
 
 
 def test_a_saved_config_is_a_config(tmp_path):

@@ -13,9 +13,11 @@ from random import Random
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from browser import CHROMIUM, Chromium
 
 from benchmarks.faults.toy import MINI, noisy_engine, noisy_samples
 from ipvrm import IpvrmError
+from ipvrm.cli import main
 from ipvrm.demo import evaluation, policies, rollouts, run
 from ipvrm.demo.arithmetic import Problem, answer_of, first_wrong_step, noisy_solution
 from ipvrm.demo.figures import draw_policies, draw_trace
@@ -23,10 +25,11 @@ from ipvrm.demo.report import conclusions
 from ipvrm.demo.rollouts import read_rollouts
 from ipvrm.demo.run import run_demo
 from ipvrm.demo.settings import ALGORITHMS, CHOICES, Choice, DemoConfig, PolicySettings
-from ipvrm.evaluate.thresholds import f1_of_hits, hits, sweep
+from ipvrm.evaluate.thresholds import f1_of_hits, hits, predict, sweep
 from ipvrm.rollouts.engine import TransformersEngine
 from ipvrm.training import train_policy as policy_training
 from ipvrm.training.checkpoint import TrainingInterrupted, interrupted
+from ipvrm.view.page import rounded
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +119,7 @@ def test_table_follows_from_the_stored_scores(demo):
                 scores = [row["scores"][name][written][rule] for row in rows]
                 chosen = model["validation"][rule]
                 assert entries["transfer"]["tau"] == chosen["tau"]  # one threshold for all formats
-                score = chosen["score"] if chosen["score"] is not None else math.inf * (chosen["tau"] - 0.5)
+                score = score_threshold_of(chosen)
                 assert entries["transfer"]["f1"] == pytest.approx(
                     f1_of_hits(hits(scores, labels, score), labels).f1
                 )
@@ -188,6 +191,87 @@ def test_another_choice_repeats_only_what_depends_on_it(demo, again):
     assert ours["ipvrm"]["formats"] != theirs["ipvrm"]["formats"]
     assert ours["implicit_prm"]["formats"] == theirs["implicit_prm"]["formats"]
     again()  # the module's other tests find the folder as it was
+
+
+@pytest.fixture(scope="module")
+def looked_at(demo, tmp_path_factory):
+    """(the page of both reward models' mistakes, its data, the report of the folder), by the two commands."""
+    output, folder = demo[0], tmp_path_factory.mktemp("looked_at")
+    mistakes, report = folder / "mistakes.html", folder / "report.html"
+    command = ["inspect", "--input", str(output / "evaluation" / "test_scores.jsonl"), "--json", "--use_cpu"]
+    command += ["--model", *(str(output / f"reward-{choice.objective}") for choice in CHOICES), "--k", "5"]
+    command += ["--step_format", "{step}", "--step_separator", ";", "--output", str(mistakes)]
+    assert main(command) == 0
+    assert main(["report", str(output), "--output", str(folder / "report")]) == 0
+    return mistakes, json.loads(mistakes.with_suffix(".json").read_text()), report
+
+
+@pytest.mark.slow
+def test_inspect_shows_the_demos_test_traces(demo, looked_at):
+    """Scores, thresholds and labels are those that the evaluation has stored."""
+    (output, results), (page, data, _) = demo, looked_at
+    stored = (output / "evaluation" / "test_scores.jsonl").read_text().splitlines()
+    validation = {}
+    for choice, model in zip(CHOICES, data["models"], strict=True):
+        about = results["models"][choice.objective]
+        validation[choice.objective] = threshold = score_threshold_of(about["validation"][about["rule"]])
+        assert [model["name"], model["rule"]] == [f"reward-{choice.objective}", about["rule"]]
+        assert model["threshold_from"] == "evaluation/evaluation.json"
+        assert model["threshold"] == rounded(threshold)
+    assert 1 <= len(data["traces"]) <= 5
+    for trace in data["traces"]:
+        row, (text,) = json.loads(stored[int(trace["id"]) - 1]), trace["texts"]
+        assert [trace["problem"], trace["label"]] == [row["problem"], row["label"]]
+        pieces = [data["vocabulary"][i] for i in text["ids"]]
+        assert "".join(pieces[: text["ends"][-1] + 1]) == ";".join(row["steps"])
+        for choice, found in zip(CHOICES, trace["models"], strict=True):
+            rule = results["models"][choice.objective]["rule"]
+            scores = row["scores"][choice.objective]["training format"][rule]
+            assert found["scores"] == pytest.approx(scores, rel=6e-3, abs=1e-5)
+            assert found["first_error"] == predict(scores, validation[choice.objective])
+        assert trace["models"][0]["first_error"] != trace["label"]  # a mistake of the first model
+    assert '"reward-ipvrm"' in page.read_text(encoding="utf-8")
+
+
+def score_threshold_of(chosen):
+    return chosen["score"] if chosen["score"] is not None else math.inf * (chosen["tau"] - 0.5)
+
+
+@pytest.mark.slow
+def test_report_of_the_demos_folder(demo, looked_at):
+    """Its trainings with their curves, and its evaluation with the numbers that the demo prints."""
+    results, report = demo[1], looked_at[2]
+    text = re.search(r'id="data">(.*?)</script>', report.read_text(encoding="utf-8"), re.DOTALL)
+    data = json.loads(text[1])
+    trained = {f"reward-{choice.objective}" for choice in CHOICES} | {f"policy-{name}" for name in ALGORITHMS}
+    assert trained <= {run["name"].split("/")[0] for run in data["runs"]}
+    assert {"loss", "rollout_accuracy"} <= {metric["name"] for metric in data["metrics"]}
+    rows = {tuple(row[1:3]): row for t in data["tables"] if t["name"] == "evaluations" for row in t["rows"]}
+    assert len(rows) == 2 * 3 * 4  # models, formats, rules
+    for (place, rule), row in rows.items():
+        objective, written = place.split(", ")
+        f1 = results["models"][objective]["formats"][written][rule]["transfer"]["f1"]
+        assert row[3].split(" ")[0] == f"{100 * f1:.1f}"
+
+
+@pytest.mark.full
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (IPVRM_CHROMIUM names one)")
+def test_the_pages_of_the_demos_folder_open_in_a_browser(looked_at, tmp_path):
+    mistakes, data, report = looked_at
+    with Chromium(tmp_path / "browser") as browser:
+        for width in (1280, 390):
+            tab = browser.open(mistakes.as_uri(), width, 844)
+            assert tab("document.documentElement.scrollWidth") <= width and not tab.heard()
+            assert tab.count("#pick") == 1 and tab("$('pick').length") == len(data["traces"])
+            assert "A reward-ipvrm flags" in " ".join(tab.text("#sentence").split())
+            tab.close()
+            tab = browser.open(report.as_uri(), width, 844)
+            assert tab("document.documentElement.scrollWidth") <= width and not tab.heard()
+            assert tab("$('title').textContent").endswith(" runs")
+            assert tab("[...document.querySelectorAll('#charts figure path')].length") > 0
+            numbers = "e => e.querySelectorAll('[x=\"46\"]').length"  # beside a curve; one is no scale
+            assert min(tab(f"[...document.querySelectorAll('#charts svg')].map({numbers})")) >= 2
+            tab.close()
 
 
 @pytest.mark.slow

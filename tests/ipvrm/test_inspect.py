@@ -5,12 +5,14 @@ import math
 import os
 import re
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import contrast
 from runs import sharp, write_jsonl
 
 from ipvrm import IpvrmError, RewardModel
@@ -18,11 +20,12 @@ from ipvrm.cli import main
 from ipvrm.data.steps import render_steps, token_pieces
 from ipvrm.models.causal_lm import load_model, load_tokenizer, save_model, template_hash
 from ipvrm.models.reward_model import RewardModelInfo, read_info, reference_entries
+from ipvrm.models.tiny_model import TinyModelConfig, make_tiny_model
 from ipvrm.run_folder import versions
 from ipvrm.view import traces
 from ipvrm.view.inspect import InspectConfig, inspect
 from ipvrm.view.page import block, rounded
-from ipvrm.view.traces import Choice, Item, Judge, Reading, data_block, pick, shrink
+from ipvrm.view.traces import Choice, Item, Judge, Reading, data_block, pick, piece_of, shrink
 
 VIEW = Path(traces.__file__).parent
 ODD = ["<b>bold</b> </script> <!-- x", "漢字 😀\u2028\t\r\nשלום", "", "plain, and an end."]
@@ -129,9 +132,16 @@ def test_the_candidates_against_dense_logits(shown, pair):
                 taken, row = int(ids[0, start + int(t)]), reference[int(t)]
                 wanted = (row.exp() >= 0.01).nonzero()[:, 0].tolist()
                 wanted += [] if taken in wanted else [taken]
-                assert sorted(prob) == pytest.approx(sorted(row[wanted].exp().tolist()), rel=0.02)
-                want = 2.0 * (own[int(t)] - row)[wanted]
-                assert sorted(td[number]) == pytest.approx(sorted(want.tolist()), rel=0.02, abs=2e-5)
+                texts = [piece_of(model.tokenizer, token) for token in wanted]
+                texts[wanted.index(taken)] = solution.tokens[int(t)]
+                want_td = 2.0 * (own[int(t)] - row)[wanted]
+                want = sorted(zip(texts, row[wanted].exp().tolist(), want_td.tolist(), strict=True))
+                shown_pieces = [data["vocabulary"][piece] for piece in pieces]
+                got = sorted(zip(shown_pieces, prob, td[number], strict=True))
+                assert [piece for piece, *_ in got] == [piece for piece, *_ in want]
+                for (_, p, own_td), (_, want_p, of_it) in zip(got, want, strict=True):
+                    assert p == pytest.approx(want_p, rel=6e-3)  # three significant digits
+                    assert own_td == pytest.approx(of_it, rel=6e-3, abs=2e-5)
                 assert trace["texts"][0]["ids"][int(t)] in pieces
                 entries += 1
     assert entries > 20
@@ -155,6 +165,25 @@ def test_the_scale_is_of_all_traces_not_of_those_shown(shown, pair, tmp_path):
     assert one["models"][0]["scale"] == pytest.approx(float(td.quantile(0.98)), rel=6e-3)
 
 
+def test_one_pair_of_models_is_in_memory_at_a_time(pair, tmp_path, monkeypatch):
+    """When the second pair is loaded, nothing holds the first one's model or reference any more."""
+    load, loaded, alive = RewardModel.from_pretrained, [], []
+
+    def counting(*args, **kwargs):
+        alive.append([ref() for ref in loaded if ref() is not None])
+        model = load(*args, **kwargs)
+        loaded.extend(weakref.ref(x) for x in (model, model.model, model.reference))
+        return model
+
+    monkeypatch.setattr(RewardModel, "from_pretrained", counting)
+    source = write_jsonl(tmp_path / "in.jsonl", TRACES)
+    config = InspectConfig(
+        str(source), str(tmp_path / "x.html"), tuple(pair), pick="first", use_cpu=True, **FORMAT
+    )
+    inspect(config, progress=False)
+    assert len(loaded) == 6 and alive == [[], []]
+
+
 def test_another_policy_gives_the_candidates(pair, tiny_folder, tmp_path):
     """The policy is the second reward model's: its p, and the first one's TD at its candidates."""
     source = write_jsonl(tmp_path / "in.jsonl", TRACES[:1])
@@ -167,6 +196,40 @@ def test_another_policy_gives_the_candidates(pair, tiny_folder, tmp_path):
     model = RewardModel.from_pretrained(pair[1], device="cpu")
     want = model.score(TRACES[0]["problem"], TRACES[0]["steps"]).logprobs.exp()
     assert data["traces"][0]["texts"][0]["prob"] == pytest.approx(want.tolist(), rel=6e-3)
+
+
+def test_two_models_of_different_vocabularies(pair, tmp_path):
+    """Each has its own tokens, TD and p; of the candidates, the first one's, the second says nothing."""
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "carry Answer: carry the Answer: one token"}] * 9)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = make_tiny_model(
+        TinyModelConfig(str(tmp_path / "base"), (str(texts),), vocab_size=290, num_key_value_heads=1, **sizes)
+    )
+    other = save_reward_model(tmp_path / "other", base, seed=3)
+    source = write_jsonl(tmp_path / "in.jsonl", TRACES)
+    config = InspectConfig(
+        str(source), str(tmp_path / "x.html"), (pair[0], str(other)), pick="first", use_cpu=True, **FORMAT
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traces, "MIN_PROB", 0.01)
+        data = inspect(config, progress=False)
+    assert [model["tokens"] for model in data["models"]] == [0, 1]
+    differ = candidates = 0
+    for number, path in enumerate((pair[0], other)):
+        model = RewardModel.from_pretrained(path, device="cpu")
+        for trace, picked in zip(TRACES, data["traces"], strict=True):
+            want = model.score(trace["problem"], trace["steps"], **FORMAT)
+            text, found = picked["texts"][number], picked["models"][number]
+            pieces = [data["vocabulary"][i] for i in text["ids"]]
+            assert "".join(pieces[: text["ends"][-1] + 1]) == render_steps(trace["steps"], **FORMAT)[0]
+            assert pieces == list(want.tokens) and text["ends"] == want.step_ends.tolist()
+            assert found["td"] == pytest.approx(want.td.tolist(), rel=6e-3, abs=1e-6)
+            assert text["prob"] == pytest.approx(want.ref_logprobs.exp().tolist(), rel=6e-3, abs=1e-6)
+            differ += len(picked["texts"][0]["ids"]) != len(picked["texts"][1]["ids"])
+            for _, prob, *td in picked["candidates"].values():
+                assert None not in td[0] and td[1] == [None] * len(prob)
+                candidates += 1
+    assert differ and candidates > 20
 
 
 # ------------------------------------------------------------------------------------------------- thresholds
@@ -205,6 +268,9 @@ def test_where_the_threshold_comes_from(pair, tmp_path):
     (home / "evaluation" / "evaluation.json").write_text(json.dumps(demo))
     assert judge() == (0.25, "mean", "evaluation/evaluation.json")
     assert judge(rule="prefix")[0] is None  # -inf: it flags nothing
+    none = inspect(replace(config, rule="prefix"), progress=False)
+    assert none["models"][0]["flags"] == "none" and none["traces"][0]["models"][0]["first_error"] == -1
+    assert inspect(replace(config, rule="mean"), progress=False)["models"][0]["flags"] is None
 
 
 # ------------------------------------------------------------------------------------------------ picking
@@ -271,6 +337,7 @@ def test_the_block_ends_no_script_and_has_no_nan():
     (trace,) = data["traces"]
     assert trace["models"][0] == {"td": [0, None], "scores": [5000], "first_error": -1}
     assert trace["texts"][0]["prob"] == [1, None] and data["models"][0]["threshold"] is None
+    assert data["models"][0]["flags"] == "all"
     assert data["models"][0]["scale"] == 0  # of the one that is finite
     assert [rounded(x) for x in (1.23456, -0.00123456, 1234.5, 0.0)] == [1.23, -0.00123, 1230, 0]
 
@@ -283,19 +350,34 @@ def test_what_is_too_large_loses_the_candidates_that_say_least():
     data = data_block([(0, "")], items(None), [[found]], [judge()])
     size = len(block(data).encode())
     assert shrink(data, size) == 0 and len(data["traces"][0]["candidates"]) == 4
+    assert data["traces"][0]["dropped"] == []
     assert shrink(data, size - 40) == 2 and list(data["traces"][0]["candidates"]) == ["0", "2"]
+    assert data["traces"][0]["dropped"] == [3, 1]  # which the page says of them
     assert len(block(data).encode()) <= size - 40
 
 
-def test_bytes_per_token_on_real_text(data_dir):
-    """At most 60 a token for two models and 45 for one, all of Qwen3's tokens of 40 real solutions."""
-    if "IPVRM_TOKENIZERS" not in os.environ:
-        pytest.skip("IPVRM_TOKENIZERS names no folder of tokenizers")
-    from tokenizers import Tokenizer
+def qwen3_or_trained(texts):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer.from_file(str(Path(os.environ["IPVRM_TOKENIZERS"]) / "qwen3" / "tokenizer.json"))
+    if folder := os.environ.get("IPVRM_TOKENIZERS"):
+        return Tokenizer.from_file(str(Path(folder) / "qwen3" / "tokenizer.json"))
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
+    )
+    return made
+
+
+def test_bytes_per_token_on_real_text(data_dir):
+    """At most 60 a token for two models and 45 for one, all tokens of 40 real solutions: of Qwen3's where it
+    is at hand, else of a BPE trained on these solutions."""
+    records = json.loads((data_dir / "processbench" / "math.json").read_text())[:40]
+    tokenizer = qwen3_or_trained([render_steps(record["steps"])[0] for record in records])
     rng, readings, solutions = np.random.default_rng(0), [[], []], []
-    for record in json.loads((data_dir / "processbench" / "math.json").read_text())[:40]:
+    for record in records:
         text, ends = render_steps(record["steps"])
         offsets = tokenizer.encode(text, add_special_tokens=False).offsets
         pieces = token_pieces(text, offsets, [""] * len(offsets))
@@ -365,6 +447,22 @@ def test_the_logging_board_of_the_released_code_is_read(tmp_path, capsys):
         ([TRACES[0]], [], "--model takes one or two run folders; got 0"),
         ([TRACES[0] | {"label": 2}], [], "`label` must be -1, one of the 2 steps"),
         ([BOARD | {"values": [1.0]}], [], "`values` must hold a number for each of the 4 tokens"),
+        (
+            [BOARD | {"values": [1.0, None, 1.0, 1.0]}],
+            [],
+            "`values` must hold a number for each of the 4 tokens",
+        ),
+        (
+            [BOARD | {"top1_tokens": ["a", "b"]}],
+            [],
+            "`top1_tokens` must hold a text for each of the 4 tokens",
+        ),
+        (
+            [BOARD | {"top0_advs": [1.0, 1.0, None, 0]}],
+            [],
+            "`top0_advs` must hold a number for each of the 4",
+        ),
+        ([BOARD | {"top0_policy_logp": None}], [], "`top0_policy_logp` must hold a number for each of the 4"),
         ([TRACES[0]], ["--k", "0"], "--k, --limit and --max_size must be positive"),
     ],
 )
@@ -398,24 +496,17 @@ def palette():
     return {"light": found[0], "dark": found[0] | found[1]}
 
 
-def contrast(a, b):
-    """WCAG 2: of two colours like #ffffff."""
-
-    def luminance(colour):
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance(a), luminance(b)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_stands_out_from_what_is_behind_it(scheme):
     colours = palette()[scheme]
+    of_ink = re.findall(
+        r"\.([np]\d) small", (VIEW / "trace.html").read_text()
+    )  # signs in the token's own ink
     pairs = [(text, behind) for text in ("ink", "second", "label", "flag") for behind in ("page", "panel")]
     pairs += [("ink", f"{sign}{n}") for sign in "np" for n in (1, 2)]
     pairs += [("strong", f"{sign}{n}") for sign in "np" for n in (3, 4)]
+    pairs += [("second", f"{sign}{n}") for sign in "np" for n in (1, 2, 3, 4) if f"{sign}{n}" not in of_ink]
+    pairs += [("page", "ink")]  # a pressed button
     pairs += [(text, "label-band") for text in ("ink", "second", "label", "flag")]
     low = {pair: round(c, 2) for pair in pairs if (c := contrast(*(colours[name] for name in pair))) < 4.5}
     assert not low

@@ -2,20 +2,24 @@
 
 import json
 import math
+import re
 from random import Random
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, Chromium
+from browser import CHROMIUM, Chromium, contrast
 
-from ipvrm.view.page import page
-from ipvrm.view.traces import Choice, Item, Judge, Reading, data_block
+from ipvrm.view.page import block, page
+from ipvrm.view.traces import Choice, Item, Judge, Reading, data_block, shrink
 
 pytestmark = [
     pytest.mark.full,
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (IPVRM_CHROMIUM names one)"),
 ]
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+# Milliseconds on an idle core: the page is there, the cursor moves, 95 of 100 frames at 400 px each.
+LIMITS = {"opened": 500.0, "move": 5.0, "frame": 34.0}
+SLOW = 3.0  # times as long on a machine with other work; the best of several tries counts
 ODD = [
     "<b>",
     "</script>",
@@ -48,11 +52,14 @@ def sample():
     rng = Random(0)
     pieces = [*ODD, *(f" w{n}" for n in range(40)), "<end>"]
     td = [rng.gauss(0, 1) for _ in pieces]
-    td[20], td[30], td[40] = -8.0, 0.0, 5000.0
+    td[20], td[30], td[31], td[40], td[41] = -8.0, 0.0, 0.2, 5000.0, 0.001
     ends = [9, 9, 30, len(pieces) - 2]
     first = reading(pieces, td, ends)
-    first.choices = {20: Choice([0, 1], [" other", pieces[20]], [0.8, 0.17])}
-    first.choices_td = {20: [9.3, -8.0]}
+    first.choices = {
+        20: Choice([0, 1], [" other", pieces[20]], [0.8, 0.17]),
+        31: Choice([0, 1], [" alike", pieces[31]], [0.5, 0.4]),  # TD hardly differ: the first to be dropped
+    }
+    first.choices_td = {20: [9.3, -8.0], 31: [0.21, 0.2]}
     second = reading(["x", "y"], [math.nan, -1.0], [1])
     third = reading(["1"], [0.5], [0])
     items = [
@@ -92,11 +99,17 @@ def pages(tmp_path_factory):
         min_prob=0.1,
         ipvrm="0",
         date="d",
-        dropped_candidates=3,
     )
+    same["dropped_candidates"] = shrink(same, len(block(same).encode()) - 1)
     halves = reading(["one tw", "o th", "ree"], [1.0, -2.0, 3.0], [1])
     other = reading(["one", " two", " three"], [1.0, 1.0, -1.0], [1])
     two = data_block([(0, "")], [Item("v", "p", ("a",), 0)], [[halves], [other]], judges, min_prob=0.1)
+    blank, end = [" ", "a", " ", "b", "\n"], [2, 2, 4]
+    quiet = reading(blank, [0.5, 1.0, -0.3, 0.2, 0.1], end, math.inf)
+    loud = reading(blank, [50.0, -100.0, 3.0, -40.0, 20.0], end, -math.inf)
+    item = Item("limits", "p", ("a", "", "b"), 1)
+    limits = [judge("every", 1.0, math.inf), judge("never", 1.0, -math.inf)]
+    extreme = data_block([(0, "")], [item], [[quiet], [loud]], limits, min_prob=0.1, ipvrm="0", date="d")
     rng = Random(1)
     words = [f" word{rng.randrange(900)}" for _ in range(3000)]
     ends = [*range(99, 3000, 100)]
@@ -105,16 +118,23 @@ def pages(tmp_path_factory):
         [(0, "")], [Item("long", "p", ("a",) * 30, 4)], [[r] for r in long], judges, min_prob=0.1
     )
     runs = [{"name": f"run {n} <b>", "state": "finished", "steps": 9, "seconds": 1} for n in range(3)]
-    line = {"step": [1, 2, 3], "seconds": [1, 2, None], "value": [1.0, None, 3.0]}
+    line = {"step": [1, 2, 3], "seconds": [1, 2, None]}
     report = {
         "runs": runs,
         "groups": [[0, 1]],
         "tables": [{"name": "t", "title": "T", "head": ["a", "b"], "rows": [["<i>", "1"]], "note": ""}],
-        "metrics": [{"name": f"m{n}", "lines": [line | {"run": r} for r in range(3)]} for n in range(10)],
+        "metrics": [
+            {
+                "name": f"m{n}",
+                "lines": [line | {"run": r, "value": [1.0 + r, None, 3.0 + r]} for r in range(3)],
+            }
+            for n in range(10)
+        ],
     }
     files = {}
     for name, (kind, data) in {
-        "same": ("trace", same), "two": ("trace", two), "long": ("trace", many), "report": ("report", report),
+        "same": ("trace", same), "two": ("trace", two), "long": ("trace", many),
+        "limits": ("trace", extreme), "report": ("report", report),
     }.items():  # fmt: skip
         files[name] = folder / f"{name}.html"
         files[name].write_text(page(kind, data), encoding="utf-8")
@@ -144,7 +164,7 @@ def opened(browser, pages):
     assert not any(heard), heard
 
 
-@pytest.mark.parametrize("name", ["same", "two", "long", "report"])
+@pytest.mark.parametrize("name", ["same", "two", "long", "limits", "report"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_page_opens_without_a_word_and_does_not_scroll_sideways(opened, name, size, dark):
@@ -170,7 +190,9 @@ def test_every_key_and_what_the_read_out_says(opened, pages):
         assert words in read
     assert "Labelled first error: step 3 of 4" in tab.text("#sentence")
     assert tab("$('problem').textContent").startswith("<img")
-    assert "threshold 0 from logit 0" in tab.text("#about") and "3 tokens lost" in tab.text("#about")
+    assert "threshold 0 from logit 0" in tab.text("#about") and "candidates of 1 token left out" in tab.text(
+        "#about"
+    )
     for key, want in (
         ("ArrowRight", 21),
         ("ArrowLeft", 20),
@@ -180,6 +202,8 @@ def test_every_key_and_what_the_read_out_says(opened, pages):
     ):
         tab.press(key)
         assert tab("cursor") == want, key
+        left_out = "left out (--max_size)" in tab.text("#read")
+        assert left_out == (want == 31), key  # the one whose candidates were dropped
     assert "no second candidate with p ≥ 0.1" in tab.text("#read")
     tab.press("d")
     assert tab("cursor") == 20
@@ -224,6 +248,149 @@ def test_every_key_and_what_the_read_out_says(opened, pages):
         tab("new Promise(done => setTimeout(() => done($('live').textContent), 400))")
         == "y, TD −1.00, V −1.00"
     )
+
+
+def shown_as(x):
+    """How the page writes a number: three digits, a real minus, an exponent only below 0.001."""
+    if x is None:
+        return "unknown"
+    size = abs(x)
+    if size == 0:
+        text = "0"
+    elif size < 0.0009995:
+        mantissa, exponent = f"{size:.2e}".split("e-")
+        text = f"{mantissa}e−{int(exponent)}"
+    elif size < 999.5:
+        text = f"{size:.{2 - math.floor(math.log10(float(f'{size:.3g}')))}f}"
+    else:
+        text = str(int(float(f"{size:.3g}")))
+    return text
+
+
+def signed(x):
+    return ("" if not x else "+" if x > 0 else "−") + shown_as(x)
+
+
+def test_how_numbers_are_written(opened):
+    tab = opened("same")
+    for x, text in (
+        (0, "0"), (None, "unknown"), (0.001, "0.00100"), (0.000999, "9.99e−4"), (0.0009999, "0.00100"),
+        (-8, "8.00"), (999.4, "999"), (999.6, "1000"), (5000, "5000"), (12345, "12300"),
+        (0.5, "0.500"), (9.999, "10.0"),
+    ):  # fmt: skip
+        assert tab(f"digits({json.dumps(x)})") == text == shown_as(x)
+    assert tab("[number(-8), number(0), number(2)]") == ["−8.00", "0", "+2.00"]
+
+
+SIGNS = str.maketrans({" ": "␣", "\r": "␍", "\n": "↵", "\t": "⇥"})
+READ = """(() => {
+  const all = (e, selector) => [...e.querySelectorAll(selector)];
+  const below = x => ['TABLE', 'DIV'].includes(x.nodeName);
+  const texts = e => [...e.children].map(x => x.textContent);
+  const line = of => [...of.childNodes].filter(x => !below(x)).map(x => x.textContent);
+  return { where: texts($('read').querySelector('.where')), models: all($('read'), '.of').map(of =>
+    ({ line: line(of).join(''), notes: all(of, '.note').length, rows: all(of, 'tr').map(texts) })) };
+})()"""
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_read_out_of_every_token_is_what_the_json_says(opened, pages, number):
+    """Of both models: an 8 down, 0, 5,000, null and 0.001 are among them."""
+    tab, data = opened("same"), pages[1]
+    trace, vocabulary = data["traces"][number], data["vocabulary"]
+    (text,) = trace["texts"]
+    tab(f"open({number})")
+    steps = len(text["ends"])
+    for t, index in enumerate(text["ids"]):
+        step = next((k for k, end in enumerate(text["ends"]) if t <= end), None)
+        place = "outside steps" if step is None else f"step {step + 1} of {steps}"
+        tab(f"move({t})")
+        found = tab(READ)
+        assert found["where"] == [
+            vocabulary[index].translate(SIGNS) or "∅",
+            f"token {t + 1} / {len(text['ids'])}",
+            place,
+            f"policy p {shown_as(text['prob'][t])}",
+        ]
+        pieces, probs, *tds = trace["candidates"].get(str(t), ([], []))
+        for k, (model, shown) in enumerate(zip(trace["models"], found["models"], strict=True)):
+            value = sum(x or 0 for x in model["td"][: t + 1])
+            td, mean = model["td"][t], value / (t + 1)
+            assert shown["line"] == f"{'AB'[k]} TD {signed(td)}  V {signed(value)}  V/t {signed(mean)}"
+            assert shown["rows"] == [
+                [
+                    "▸" if piece == index else "",
+                    vocabulary[piece].translate(SIGNS),
+                    f"p {shown_as(p)}",
+                    "TD",
+                    signed(of_it),
+                ]
+                for piece, p, of_it in zip(pieces, probs, tds[k] if pieces else [], strict=True)
+            ]
+            assert shown["notes"] == (not pieces)
+
+
+PAIRS = """(() => {
+  const hex = c => c.match(/[\\d.]+/g).slice(0, 3).map(x => (+x).toString(16).padStart(2, '0')).join('');
+  const clear = c => /, 0\\)$/.test(c) || c === 'transparent', found = {};
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walk.nextNode());) {
+    const e = node.parentElement;
+    if (!node.textContent.trim() || !e.checkVisibility()) continue;
+    let behind = e;
+    while (behind.parentElement && clear(getComputedStyle(behind).backgroundColor))
+      behind = behind.parentElement;
+    const style = getComputedStyle(e), of = e.namespaceURI.endsWith('svg') ? style.fill : style.color;
+    found['#' + hex(of) + ' #' + hex(getComputedStyle(behind).backgroundColor)] = e.outerHTML.slice(0, 80);
+  }
+  return found;
+})()"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("name", ["same", "report"])
+def test_every_text_of_the_page_stands_out(opened, name, dark):
+    """WCAG's 4.5 of the colours that the browser computes, signs in tokens of every bin among them."""
+    tab = opened(name, dark=dark)
+    if name == "same":  # tokens of every bin with a sign
+        tab(
+            "document.querySelector('.text').append(...['n', 'p'].flatMap(s => [1, 2, 3, 4].map(n =>"
+            " h('span', { className: s + n }, 'x', h('small', {}, '↵')))))"
+        )
+        tab.press("t")
+        tab("$('steps').hidden = false; $('keys').showModal()")
+    found = {tuple(pair.split()): where for pair, where in tab(PAIRS).items()}
+    low = {pair: (round(c, 2), where) for pair, where in found.items() if (c := contrast(*pair)) < 4.5}
+    assert not low and len(found) >= (15 if name == "same" else 3)
+
+
+def test_a_threshold_beyond_all_scores_flags_all_or_none(opened):
+    tab = opened("limits")
+    cells = "[...$('chart').querySelectorAll('rect')].filter(e => e.getAttribute('height') === '7')"
+    filled = tab(f"{cells}.map(e => e.getAttribute('fill') === 'var(--n4)')")
+    assert filled == [True] * 3 + [False] * 3  # the steps of A, then of B, whose scores are below 0 too
+    for place in ("#legend", "#about"):
+        assert "+∞ flags all" in tab.text(place) and "−∞ flags none" in tab.text(place)
+        assert "unknown" not in tab.text(place)
+    assert "flags step 1" in tab.text("#sentence") and "flags none" in tab.text("#sentence")
+
+
+def test_a_step_without_tokens_opens_where_it_would_stand(opened):
+    tab = opened("limits")
+    assert tab("[trace.label, cursor]") == [1, 2]
+    tab.press("ArrowRight")
+    tab.press("e")
+    assert tab("cursor") == 2
+
+
+def test_lone_blanks_are_signs_only_while_they_are_coloured(opened):
+    tab = opened("limits")
+    blanks = "[0, 2].map(t => spans[0][t].innerHTML)"
+    assert tab(blanks) == ["<small>␣</small>"] * 2
+    tab.press("u")  # in nats the other model is a hundred times as loud
+    assert tab(blanks) == [" ", " "] and tab("spans[1][0].innerHTML") == "<small>␣</small>"
+    tab.press("u")
+    assert tab(blanks) == ["<small>␣</small>"] * 2
 
 
 def word(tab, text):
@@ -273,24 +440,67 @@ def test_odd_tokens_are_text(opened):
     assert tab("document.querySelectorAll('#steps .text b, #problem img').length") == 0
 
 
+TIMED = """(async () => {
+  const frame = () => new Promise(requestAnimationFrame);
+  const upper = x => x.sort((a, b) => a - b)[Math.floor(x.length * 0.95)];
+  const painted = performance.getEntriesByName('first-contentful-paint').map(e => e.startTime);
+  const opened = Math.max(performance.getEntriesByType('navigation')[0].loadEventEnd, ...painted);
+  const from = performance.now();
+  for (let i = 0; i < 100; i++) move(i * 29, true);
+  const each = (performance.now() - from) / 100, gaps = [];
+  scrollTo(0, 0);
+  let last = await frame();
+  for (let y = 400; y < document.body.scrollHeight && gaps.length < 100; y += 400) {
+    scrollTo(0, y);
+    const now = await frame();
+    gaps.push(now - last);
+    last = now;
+  }
+  return { opened, move: each, frame: upper(gaps), frames: gaps.length };
+})()"""
+
+
 def test_speed_of_two_models_of_3000_tokens(opened):
-    """Generous here, since other work may run beside it; on an idle core 0.5 s and 5 ms."""
-    tab = opened("long")
-    load = tab("performance.getEntriesByType('navigation')[0].loadEventEnd")
-    moves = "for (let i = 0; i < 100; i++) move(i * 29);"
-    each = tab(f"(() => {{ const t = performance.now(); {moves} return (performance.now() - t) / 100; }})()")
-    print(json.dumps({"opened_ms": load, "move_ms": each}))
-    assert load < 10_000 and each < 100
+    tries = [opened("long")(TIMED) for _ in range(5)]
+    best = {name: min(found[name] for found in tries) for name in LIMITS}
+    print(json.dumps(best))  # what the README states, measured on an idle machine
+    assert min(found["frames"] for found in tries) >= 8
+    assert {name: ms for name, ms in best.items() if ms >= SLOW * LIMITS[name]} == {}
+
+
+def points(path):
+    """Where an SVG path goes."""
+    return [tuple(map(float, place.split())) for place in re.split("[MLZ]", path or "") if place]
 
 
 def test_the_report_shows_values_and_hides_runs(opened):
     tab = opened("report")
-    lines = "document.querySelectorAll('figure')[0].querySelectorAll('path[stroke]').length"
-    assert tab.count("figure") == 8 and tab(lines) == 3
+    figure = "document.querySelector('figure')"
+    lines = f"[...{figure}.querySelectorAll('path[stroke]')].map(e => e.getAttribute('d'))"
+    bands = f"[...{figure}.querySelectorAll('path[opacity]')].map(e => e.getAttribute('d'))"
+    assert tab.count("figure") == 8 and len(tab(lines)) == 3
+    (band,) = tab(bands)
+    first, second, _ = map(points, tab(lines))
+    assert points(band) == [*second, *reversed(first)] and len(first) == 2  # where both seeds have a value
+    assert "lowest to highest of 2 seeds (run 0 <b>, run 1 <b>)" in tab.text("#bands")
+    x, y, width, height = tab(
+        f"(b => [b.x, b.y, b.width, b.height])({figure}.querySelector('svg').getBoundingClientRect())"
+    )
+    spans = [(0.6, 1.4), (0.56, 0.625), (0.999, 1.001), (-3, 3), (0, 1), (1, 2.01), (0.1, 0.349)]
+    assert all(tab(f"ticks({low}, {high}, 5).length") >= 2 for low, high in spans)  # one is no scale
+    values = f"[...{figure}.querySelectorAll('figcaption span span')].map(e => e.textContent.trim())"
+    for place, want in ((60, ["1.00 at 1", "2.00 at 1", "3.00 at 1"]), (width / 2 + 20, ["– at 2"] * 3),
+                        (width - 12, ["3.00 at 3", "4.00 at 3", "5.00 at 3"])):  # fmt: skip
+        tab.send("Input.dispatchMouseEvent", type="mouseMoved", x=x + place, y=y + height / 2)
+        assert tab(values) == want
     tab.click(*tab.place("document.querySelector('#runs button')"))
-    assert tab(lines) == 2
+    assert len(tab(lines)) == 2 and tab(bands) == []
+    tab.click(*tab.place("document.querySelector('#runs button')"))
+    assert tab(bands) == [band]
     tab.click(*tab.place("$('x')"))
     assert " s" in tab("document.querySelector('figure svg').textContent")
+    assert tab(bands) == [] and tab.text("#bands").startswith("no band over time")
+    assert tab(values) == ["– at 2"] * 3  # the last value has no time
     tab.click(*tab.place("document.querySelector('figure summary')"))
     tab("new Promise(done => setTimeout(done, 300))")  # `toggle` comes after the click
     assert tab.count("figure tbody tr") == 2

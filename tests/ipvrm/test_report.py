@@ -4,13 +4,11 @@ import csv
 import json
 import math
 import re
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import yaml
-from runs import write_jsonl
+from runs import fake_tensorboard, write_jsonl
 
 from ipvrm import IpvrmError, RewardConfig, train_reward_model
 from ipvrm.cli import main
@@ -103,6 +101,14 @@ def test_report_of_this_repositorys_real_input(tmp_path, capsys):
     assert str(REAL_INPUT) not in page
 
 
+@pytest.mark.skipif(not REAL_INPUT.exists(), reason="no checkout with results beside the tests")
+def test_inspect_of_the_real_input_needs_the_weights_that_are_not_kept(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"problem": "p", "steps": ["a"], "label": -1}])
+    command = ["inspect", "--input", str(source), "--output", str(tmp_path / "x.html")]
+    assert main([*command, "--model", str(REAL_INPUT / "rm")]) == 2
+    assert "no ipvrm_config.json; this is not a folder that `ipvrm train-rm`" in capsys.readouterr().err
+
+
 def test_an_undefined_f1_is_explained(tmp_path):
     entry = {"f1": None, "f1_interval": [None, None], "accuracy_erroneous": None, "accuracy_correct": 1.0}
     (tmp_path / "pb").mkdir()
@@ -138,26 +144,6 @@ def test_folders_without_runs_are_refused(tmp_path, runs):
 # ----------------------------------------------------------------------------------------- cards and trackers
 
 
-class Writer:
-    """In the place of tensorboardX's SummaryWriter."""
-
-    logged: list = []
-
-    def __init__(self, folder):
-        self.logged.append(("folder", str(folder)))
-
-    def add_hparams(self, values, metric_dict):
-        self.logged.append(("settings", values))
-
-    def add_scalar(self, name, value, global_step, **_):
-        self.logged.append((name, value, global_step))
-
-    def flush(self): ...
-
-    def close(self):
-        self.logged.append("closed")
-
-
 def config(tiny_folder, rollouts, output, **changes):
     return RewardConfig(
         model=str(tiny_folder),
@@ -171,27 +157,21 @@ def config(tiny_folder, rollouts, output, **changes):
 
 def test_a_run_sends_its_log_to_a_tracker_and_writes_a_card(tiny_folder, rollouts, tmp_path, monkeypatch):
     from accelerate import tracking
-    from accelerate.utils import LoggerType
 
     with pytest.raises(IpvrmError, match="the package trackio is not installed here; pip install trackio"):
         monkeypatch.setattr(tracking, "_available_trackers", [])
         train_reward_model(
             config(tiny_folder, rollouts, tmp_path / "no", report_to="trackio"), progress=False
         )
-    fake = types.ModuleType("tensorboardX")
-    fake.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD])
-    monkeypatch.setattr(Writer, "logged", [])
+    logged = fake_tensorboard(monkeypatch)
     output = tmp_path / "rm"
     train_reward_model(config(tiny_folder, rollouts, output, report_to="tensorboard"), progress=False)
     log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2] and log[1]["seconds_total"] >= log[0]["seconds_total"] > 0
-    sent = {entry[0::2]: entry[1] for entry in Writer.logged if len(entry) == 3}
+    sent = {entry[0::2]: entry[1] for entry in logged if len(entry) == 3}
     assert sent["loss", 2] == log[1]["loss"] and ("grad_norm", 1) in sent
-    assert Writer.logged[0] == ("folder", str(output / "ipvrm")) and Writer.logged[-1] == "closed"
-    assert dict(Writer.logged[1:2])["settings"]["beta"] == 10.0
+    assert logged[0] == ("folder", str(output / "ipvrm")) and logged[-1] == "closed"
+    assert dict(logged[1:2])["settings"]["beta"] == 10.0
 
     card = (output / "README.md").read_text()
     _, header, text = card.split("---\n", 2)

@@ -19,6 +19,7 @@ import torch
 import yaml
 from runs import (
     assert_nothing_to_unpickle,
+    fake_tensorboard,
     flags,
     log_of,
     run_cli,
@@ -593,6 +594,21 @@ def test_the_chat_settings_of_the_run_are_saved_with_its_reward_model(config, to
         folder = train(config(name, rm_update=update, **settings)).output_dir
         saved = json.loads((folder / "reward_model" / "ipvrm_config.json").read_text())
         assert saved["chat_template_kwargs"] == {"thinking": want}
+        log = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        card, metric = (folder / "reward_model" / "README.md").read_text(), "rm_scored_auc"
+        assert "| train data | prompts.jsonl |" in card and f"| {metric} | {log[metric]:.4g} |" in card
+        assert ("| rm_loss |" in card) == (update != "frozen") and "| learning_rate |" not in card
+
+
+def test_a_run_sends_its_log_to_a_tracker(config, monkeypatch):
+    logged = fake_tensorboard(monkeypatch)
+    folder = train(config(report_to="tensorboard", max_steps=2)).output_dir
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    sent = {entry[0::2]: entry[1] for entry in logged if len(entry) == 3}
+    for name in ("policy_loss", "rollout_accuracy", "rm_loss"):
+        assert [sent[name, step] for step in (1, 2)] == [line[name] for line in log]
+    assert logged[0] == ("folder", str(folder / "ipvrm")) and logged[-1] == "closed"
+    assert dict(logged[1:2])["settings"]["algorithm"] == "distrl"
 
 
 def test_auc():

@@ -290,6 +290,14 @@ def test_online_reward_model_learns_and_is_saved(runs, home, tmp_path, when):
         torch.testing.assert_close(p, behaviour[name])
     policy = dict(run.model.named_parameters())
     assert any(not torch.equal(policy[name], value) for name, value in behaviour.items())
+    last = next(line for line in reversed(run.state.log_history) if "loss" in line)
+    cards = [(folder / "README.md").read_text() for folder in (tmp_path, tmp_path / "reward_model")]
+    loss = last["distrl/reward_model_loss"]
+    for card in cards:
+        assert "| prompts | 16 |" in card and f"| distrl/reward_model_loss | {loss:.4g} |" in card
+    assert "# Policy trained by distrl" in cards[0] and "trained against in `reward_model`" in cards[0]
+    assert "| objective | ipvrm |" in cards[0] and f"| rm_update | {when} |" in cards[0]
+    assert str(home) not in "".join(cards)
 
 
 def by_two_ranks(home, tmp_path, what, **environment):
