@@ -310,7 +310,7 @@ BON = {
     "max_length": one(8192, OURS + "as eval processbench; a longer response is picked last, never cut"),
     "batch_tokens": one(8192, SPEED),
     "bootstrap_resamples": one(2000, OURS + "intervals steady to a tenth of a point"),
-    "seed": one(0, OURS + "of the bootstrap and of the drawn subsets of the majority vote"),
+    "seed": one(0, OURS + "of the bootstrap"),
     "use_cpu": one(False, SPEED),
 }
 POLICY = {
