@@ -137,7 +137,7 @@ RESUMED = (
 )  # fmt: skip
 LEFT_OUT = {
     "demo": "made of the others",
-    "reproduce fig6": "made of the others",
+    "demo fig6": "made of the others",
     "reproduce": "made of the others",
     "env": "writes no file",
     "bench": "writes what it has measured, and goes on with nothing",

@@ -19,7 +19,7 @@ ELSEWHERE = (
     "train-policy",
     "inspect",
     "demo",
-    "reproduce fig6",
+    "demo fig6",
     "reproduce",
     "bench",
 )  # their own; the last: below
