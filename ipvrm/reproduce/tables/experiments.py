@@ -36,7 +36,9 @@ UPDATES = {
 }
 MARGINS = ("m = 0", "m = 5", "m = 10")  # of the paper; at another scale none, that of its IPVRM, twice that
 RESPONSES = 5  # a prompt, for the reward models (section 4.1)
-TD_BRANCHES = 5  # the likeliest tokens at a prefix (section 4.3.3)
+# Section 4.3.3: the likeliest tokens at a prefix whatever their probability, 2,500 of 500 prefixes; 1/128 is
+# the least that `eval td` asks for. It is not P_min, by which a prefix has 1.33 on average (Table 11).
+TD_BRANCHES, TD_MIN_PROB = 5, 1 / 128
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def experiments(scale: Scale) -> list[Unit]:
     add(
         "td", "eval td", scale.td_prompts * (1 + 2 * (1 + TD_BRANCHES)), policy=scale.model,
         reward_model=Output("rm-ipvrm"), data=td_problems, num_prompts=scale.td_prompts, num_responses=1,
-        prefixes_per_response=1, completions=2, top_k=TD_BRANCHES, min_prob=1 / 128,
+        prefixes_per_response=1, completions=2, top_k=TD_BRANCHES, min_prob=TD_MIN_PROB,
     )  # fmt: skip
     policies: dict[str, Output | str] = {"sft": scale.model}
     responses = scale.num_steps * scale.rollout_prompts * scale.num_generations

@@ -220,7 +220,8 @@ TABLES = {
         "Section 4.3.3: does the one-step TD foretell the outcome?",
         {"one-step TD": ("td",)},
         td,
-        "Of the five likeliest tokens those with p >= 1/128, one completion each.",
+        "Of the five likeliest tokens those with p >= 1/128, the least that can be asked for (the paper: all "
+        "five), one completion each.",
         digits=4,
     ),
 }
