@@ -418,6 +418,32 @@ def test_smoke_says_what_it_is_and_failures_come_behind_the_tables(tmp_path, mon
     assert "| one-step TD | here | - | - |" in text and "|  | paper | 0.0226 | 0.6400 |" in text
 
 
+def test_full_prints_plan_and_estimate_and_then_runs_it(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def records_the_plan(units, output, shown):
+        print("THE RUNS")
+        ran.extend(unit.name for unit in units)
+        return {}
+
+    monkeypatch.setattr("ipvrm.reproduce.tables.run.run_plan", records_the_plan)
+    given = ["--model", "sft", "--problems", "val.parquet", "--processbench", "pb", "--scale", "full"]
+    assert main(["reproduce", "sec433", *given, "--output_dir", str(tmp_path / "o")]) == 0
+    names = [unit.name for unit in units_of_tables(FULL, ("sec433",))]
+    assert ran == names
+    shown = capsys.readouterr().out
+    order = (
+        f"plan: {len(names)} units",
+        "h  ipvrm eval td ",
+        "h  in all on one GPU",
+        "THE RUNS",
+        "Section 4.3.3",
+    )
+    places = [shown.index(text) for text in order]
+    assert places == sorted(places) and shown.count("THE RUNS") == 1
+    assert "Our run of the paper's settings" in (tmp_path / "o" / "sec433.md").read_text()
+
+
 def test_nothing_named_is_refused(tmp_path):
     with pytest.raises(IpvrmError, match="name a table: table1, table2, "):
         reproduce(ReproduceConfig((), output_dir=str(tmp_path / "o")), progress=False)
