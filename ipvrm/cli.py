@@ -80,11 +80,14 @@ COMMANDS = {
         "TdConfig",
         "main",
     ),
-    "reproduce fig6": Command(
-        "five online updates of the reward model (Figure 6)", "ipvrm.reproduce.fig6", "Fig6Config", "main"
+    "demo fig6": Command(
+        "its policy under five updates of the reward model (Figure 6)",
+        "ipvrm.reproduce.fig6",
+        "Fig6Config",
+        "main",
     ),
     "reproduce": Command(
-        "the paper's tables, our numbers beside its: table1 table2 table5 table6 table10 sec433, or all",
+        "the paper's tables, our numbers beside its: table1 table2 table5 table6 table10 fig6 sec433, or all",
         "ipvrm.reproduce.tables.run",
         "ReproduceConfig",
         "main",

@@ -1,10 +1,13 @@
 """`benchmarks.studies.objectives_learn`: its tables from planted scores and labels."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks.studies import objectives_learn as study
+from ipvrm.reproduce.tables.plan import config_of
 from ipvrm.run_folder import write_table
 
 PROMPTS = [f"p{i}" for i in range(4)]
@@ -94,3 +97,30 @@ def test_the_units_are_of_every_objective_and_algorithm():
     }
     assert {u.settings["algorithm"] for u in units if u.command == "train-policy"} == set(ALGORITHMS)
     assert all(u.settings["temperature"] == 1.0 for u in units if u.command == "eval policy")
+
+
+def test_the_offline_policy_learns_from_as_much_as_the_online_one():
+    """What its commands would refuse is refused here; the reward model is stored with the rollouts."""
+    from ipvrm.training.policy_config import resolve
+
+    units = study.units(study.scale())
+    configs = {u.name: config_of(u, units, Path("o")) for u in units}
+    online, offline = (resolve(configs[f"policy-{name}"])[0] for name in ("distrl-ipvrm", "distrl-offline"))
+    assert (
+        offline.offline
+        and offline.rm_update == "frozen"
+        and offline.train_data == "o/offline-labelled.parquet"
+    )
+    same = ("model", "reward_model", "algorithm", "max_steps", "learning_rate", "minibatch_size", "gae_coef")
+    same += ("alpha", "min_prob", "lora_r", "seed", "td_reference")
+    assert [getattr(offline, name) for name in same] == [getattr(online, name) for name in same]
+    stored = configs["offline-rollouts"]
+    assert stored.min_prob == offline.min_prob and stored.reward_model == offline.reward_model
+    drawn = online.max_steps * online.rollout_prompts
+    assert (stored.limit, stored.num_generations) == (drawn, online.num_generations)
+    assert offline.max_steps * offline.train_prompts == 448 < drawn == 512 <= study.SIZES["problems"]
+    assert stored.seed != configs["rm-rollouts"].seed  # not what the reward model learnt from
+    assert configs["offline-labelled"].input == stored.output
+    assert replace(configs["eval-distrl-offline"], model="", output_dir="") == replace(
+        configs["eval-distrl-ipvrm"], model="", output_dir=""
+    )

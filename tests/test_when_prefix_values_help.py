@@ -1,6 +1,5 @@
 """The study "When do prefix values help?" (benchmarks/studies/when_prefix_values_help.py)."""
 
-import dataclasses
 import hashlib
 from random import Random
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from ipvrm.demo import rollouts
 from ipvrm.demo.arithmetic import STEP_SEPARATOR, TRAINING_FORMAT, make_problem, noisy_solution
 from ipvrm.demo.base_model import LEARNT_OVER, make_tokenizer, prompt_text, train_base
 from ipvrm.demo.settings import Sizes
-from ipvrm.errors import IpvrmError
 from ipvrm.run_folder import read_json, write_json
 
 MINI = Sizes(
@@ -124,13 +122,24 @@ def noisy_samples(model, tokenizer, problems, *, per_problem, seed, on_batch):
     return [[noisy_solution(p, 0.15, rng) for _ in range(per_problem)] for p in problems]
 
 
+def test_the_units_are_one_model_each_and_stand_behind_their_base_models():
+    names = [unit.name for unit in study.UNITS]
+    assert len({*names}) == len(names) == 2 * 3 + 4 * 3 * 10
+    for number, unit in enumerate(study.UNITS):
+        assert {base.name for base in unit.bases} <= {*names[:number]}
+    assert study.Unit(2, "8x", 10, "ipvrm (10, 5)").name == "seed2-8x-10-ipvrm-10-5"
+    assert [b.name for b in study.Unit(2, "8x", 10, study.ENDO).bases] == ["seed2-1x-base", "seed2-8x-base"]
+    assert study.SIZES.train_problems * study.SIZES.rollouts_per_problem == 4096
+
+
 @pytest.mark.full
 def test_two_cells_of_a_base_model_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(rollouts, "sample", noisy_samples)
     monkeypatch.setattr(study, "LEARNT", 1e9)
-    short, long = units = [study.Unit(0, cell) for cell in (study.CELLS[0], study.CELLS[3])]
+    cells = study.CELLS[0], study.CELLS[3]
+    short, long = (study.units_of(0, cell) for cell in cells)
     work, output = tmp_path / "seed0", tmp_path / "output"
-    study.run_units([short], tmp_path, output, MINI)
+    study.run_units(short, tmp_path, output, MINI)
     before = {p: hashlib.sha256(p.read_bytes()).digest() for p in (work / "rollouts").iterdir()}
     kill_at = "reward-4"
 
@@ -142,59 +151,73 @@ def test_two_cells_of_a_base_model_in_miniature(tmp_path, monkeypatch):
     train_choice = study.train_choice
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(study, "train_choice", killed)
-        study.run_units(units, tmp_path, output, MINI)
-    assert [path.stem for path in (output / "units").iterdir()] == [short.name]
-    kept = (work / long.cell.name / "reward-3" / "model.safetensors").stat().st_mtime_ns
-    study.run_units(units, tmp_path, output, MINI)  # goes on where it was killed
-    assert (work / long.cell.name / "reward-3" / "model.safetensors").stat().st_mtime_ns == kept
+        study.run_units([*short, *long], tmp_path, output, MINI)
+    done = {"seed0-1x-base", "seed0-8x-base"} | {unit.name for unit in (*short, *long[:4])}
+    assert {path.stem for path in (output / "units").iterdir()} == done
+    kept = (output / "units" / f"{long[3].name}.json").stat().st_mtime_ns
+    study.run_units([*short, *long], tmp_path, output, MINI)  # goes on where it was killed
+    assert (output / "units" / f"{long[3].name}.json").stat().st_mtime_ns == kept
     for path, digest in before.items():  # what is evaluated on, and its labels, is nobody's to change
         assert hashlib.sha256(path.read_bytes()).digest() == digest
-    trained = [pq.read_table(work / u.cell.name / "rollouts" / "train.parquet").to_pylist() for u in units]
+    trained = [pq.read_table(work / c.name / "rollouts" / "train.parquet").to_pylist() for c in cells]
     flips = [a["label"] != b["label"] for a, b in zip(*trained, strict=True)]
     assert sum(flips) == round(len(flips) / 10)
     assert [row["response"] for row in trained[0]] == [row["response"] for row in trained[1]]
     lengths = [
-        read_json(work / u.cell.name / "reward-0" / "results.json")["data"]["response_tokens"] for u in units
+        read_json(work / c.name / "reward-0" / "results.json")["data"]["response_tokens"] for c in cells
     ]
     assert lengths[1] - len(trained[0]) == 8 * (lengths[0] - len(trained[0]))  # but for the end of each
-    of_short, of_long = (read_json(output / "units" / f"{unit.name}.json") for unit in units)
-    assert of_short["erroneous"] == of_long["erroneous"]
-    for unit in (of_short, of_long):
-        models = unit["reward_models"]
-        assert {*models, *unit["chosen"]} == {*report.SHOWN}
+    files = {unit: read_json(output / "units" / f"{unit.name}.json") for unit in (*short, *long)}
+    for unit, found in files.items():
+        assert found["model"] == unit.model and found["manifest"]["seeds"] == {"demo": 0}
+        assert found["manifest"]["processor"] and len(found["stage_seconds"]) == 2 - (
+            unit.model == study.ENDO
+        )
+    bases = {unit: read_json(output / "units" / f"{unit.name}.json") for unit in (long[0].bases)}
+    assert [found["learnt"] for found in bases.values()] == [True, True]
+    (run,) = report.by_base_model(files | bases)
+    assert list(run["units"]) == [*cells]
+    for of_cell in run["units"].values():
+        models = of_cell["reward_models"]
+        assert {*models} == {*report.SHOWN}
         for objective, tries in study.TRIES.items():
             f1 = {name: max(models[name]["validation_f1"].values()) for name in tries}
-            assert f1[unit["chosen"][study.BEST[objective]]] == max(f1.values())
-        assert unit["manifest"]["processor"] and unit["manifest"]["seeds"] == {"demo": 0}
+            assert f1[of_cell["chosen"][study.BEST[objective]]] == max(f1.values())
     page = (output / "README.md").read_text()
-    assert "10 of 12 units are missing" in page and f"## {long.cell}" in page
+    assert "104 of 126 units are missing" in page and f"## {cells[1]}" in page
     assert (output / "when_prefix_values_help.png").stat().st_size > 5000
 
 
-def test_a_base_model_that_has_not_learnt_the_task_ends_the_study(tmp_path, monkeypatch):
-    """Made by hand: 0.1 nats a character at 1x, which is enough, and 0.1 a token at 8x, which is not."""
-
-    base = {"steps": 7, "loss": 0.1}
+def test_a_base_model_that_has_not_learnt_the_task_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    """Made by hand: 0.1 nats a character at 1x, which is enough; 0.1 a token at 8x, which is not, for one of
+    two base models."""
 
     def prepare(stages, sizes, seed):
         for name in ("base", "rollouts"):
             (stages.output / name).mkdir(exist_ok=True)
-            write_json(stages.output / name / "base.json", base)
             stages.done[name] = {"key": name, "seconds": 0.0}
+        write_json(stages.output / "base" / "base.json", {"steps": 7, "loss": 0.1})
+        write_json(stages.output / "rollouts" / "counts.json", {})
 
-    class Reached(Exception):
-        pass
-
-    def write(*arguments):
-        raise Reached
+    def train_long_base(folder, short, sizes, seed, progress):
+        write_json(folder / "base.json", {"steps": 7, "loss": 0.1 if seed == 0 else 0.01})
 
     monkeypatch.setattr(study, "prepare", prepare)
-    monkeypatch.setattr(study, "train_long_base", lambda folder, *_: write_json(folder / "base.json", base))
-    monkeypatch.setattr(study, "write_training_data", write)
-    with pytest.raises(Reached):
-        study.measure(tmp_path, study.Unit(0, study.CELLS[0]), MINI, None)
-    with pytest.raises(IpvrmError, match=r"seed0-8x-0: its base model has 0\.80 nats a character after 7 up"):
-        study.measure(tmp_path, study.Unit(0, study.CELLS[2]), MINI, None)
+    monkeypatch.setattr(study, "train_long_base", train_long_base)
+    traces = [SimpleNamespace(label=label, steps=["47+25=72"]) for label in (0, -1)]
+    monkeypatch.setattr(study, "read_traces", lambda path: (traces, []))
+    of_model = {"result": {}, "stage_seconds": {}}
+    monkeypatch.setattr(study, "of_model", lambda *_: of_model)
+    units = [study.Unit(seed, length, 0, study.ENDO) for length in ("1x", "8x") for seed in (0, 2)]
+    study.run_units(units, tmp_path / "work", tmp_path / "out", MINI)
+    found = {path.stem: read_json(path) for path in (tmp_path / "out" / "units").iterdir()}
+    assert {*found} == {
+        "seed0-1x-base", "seed2-1x-base", "seed0-8x-base", "seed2-8x-base",
+        "seed0-1x-0-endo_rm", "seed2-1x-0-endo_rm", "seed2-8x-0-endo_rm",
+    }  # fmt: skip
+    learnt = {name: unit["learnt"] for name, unit in found.items() if name.endswith("base")}
+    assert [name for name, has in learnt.items() if not has] == ["seed0-8x-base"]
+    assert found["seed0-8x-base"]["base"] == {"steps": 7, "loss": 0.1, "nats_a_character": pytest.approx(0.8)}
 
 
 # ----------------------------------------------------------------------------------------------- the report
@@ -205,8 +228,8 @@ OURS = {LAST[study.BEST["ipvrm"]], report.PAPER["ipvrm"]}
 
 
 def made_up(seed, cell, f1, traces=200):
-    """A unit in which the reward models find a share `f1[name]` (default a half) of everything; of every
-    objective the last try is the best."""
+    """The files of a cell, in which the reward models find a share `f1[name]` (default a half) of everything;
+    of every objective the last try is the best."""
     rng = Random(f"{seed} {cell}")
     models = {}
     for name in (*study.CHOICES, study.ENDO):
@@ -217,23 +240,25 @@ def made_up(seed, cell, f1, traces=200):
         summed = objective in ("implicit_prm", "endo_rm")
         models[name] = {
             "choice": {"objective": objective},
+            "validation_f1": {"step": float(name in LAST.values())},
             "formats": {TRAINING_FORMAT.name: {"hit": hit}},
             "best_of_n": {"16": {"sum": own if summed else other, "final": other if summed else own}},
             "without_a_model": {"16": {way: [0.5] * traces for way in report.WITHOUT}},
         }
-    return {
-        "unit": study.Unit(seed, cell).name,
-        "seed": seed,
-        "cell": dataclasses.asdict(cell),
-        "base": {"loss": 0.08, "steps": 10},
-        "erroneous": [i % 2 for i in range(traces)],
-        "baselines": {"random_step": 0.2},
-        "reward_models": models,
-        "chosen": LAST,
+    common = {
         "stage_seconds": {},
         "machine": {"threads": 2, "load": 0},
         "manifest": {"commit": "abc", "processor": "none"},
     }
+    base = common | {
+        "base": {"nats_a_character": 0.08, "steps": 10},
+        "learnt": True,
+        "erroneous": [i % 2 for i in range(traces)],
+        "baselines": {"random_step": 0.2},
+    }
+    units = study.units_of(seed, cell)
+    found = dict.fromkeys((*units[0].bases, study.Unit(seed, cell.length)), base)
+    return found | {unit: common | {"result": models[unit.model]} for unit in units}
 
 
 @pytest.fixture(autouse=True)
@@ -242,8 +267,11 @@ def few_resamples(monkeypatch):
 
 
 def told(f1_of_cell):
-    units = [made_up(seed, cell, f1) for seed in (0, 2, 3) for cell, f1 in f1_of_cell.items()]
-    return report.paragraph(report.summarise(report.by_base_model(units)))
+    files = {}
+    for seed in (0, 2, 3):
+        for cell, f1 in f1_of_cell.items():
+            files |= made_up(seed, cell, f1)
+    return report.paragraph(report.summarise(report.by_base_model(files)))
 
 
 def test_the_paragraph_says_what_the_numbers_say():
@@ -261,17 +289,23 @@ def test_the_paragraph_says_what_the_numbers_say():
     assert "changes" not in alone and "8x" not in alone
 
 
-def test_the_report_is_of_the_units_that_are_there_and_names_the_others(tmp_path):
+def test_the_report_is_of_the_cells_that_are_complete_and_names_what_is_not(tmp_path):
     short, long = study.CELLS[0], study.CELLS[2]
-    assert len(report.write_results(tmp_path)) == 12 and not (tmp_path / "README.md").exists()
+    report.write_results(tmp_path)
+    assert not (tmp_path / "README.md").exists()
     (tmp_path / "units").mkdir()
-    for seed, cell in ((0, short), (2, short), (0, long)):
-        unit = made_up(seed, cell, {})
-        write_json(tmp_path / "units" / f"{unit['unit']}.json", unit)
-    missing = [unit.name for unit in report.write_results(tmp_path)]
-    assert len(missing) == 9 and missing[0] == "seed3-1x-0"
+    files = made_up(0, short, {}) | made_up(2, short, {}) | made_up(0, long, {})
+    files[study.Unit(2, "8x")] = files[study.Unit(2, "1x")] | {
+        "learnt": False, "base": {"nats_a_character": 0.8, "steps": 10},
+    }  # fmt: skip
+    files |= dict([*made_up(3, short, {}).items()][:5])  # not complete
+    for unit, found in files.items():
+        write_json(tmp_path / "units" / f"{unit.name}.json", found)
+    report.write_results(tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert f"9 of 12 units are missing ({', '.join(missing)})" in page
+    missing = [u.name for u in study.UNITS if u not in files and not (u.seed == 2 and u.length == "8x")]
+    assert f"{len(missing)} of 126 units are missing, the first of them {missing[0]}." in page
+    assert "**Left out:** seed2-8x-base has 0.80 nats a character after 10 updates, more than 0.14" in page
     assert f"## {short}\n\nBase models 0, 2." in page and f"## {long}\n\nBase models 0." in page
     assert report.CAUTION in page
     summary = read_json(tmp_path / "summary.json")
@@ -282,12 +316,13 @@ def test_the_report_is_of_the_units_that_are_there_and_names_the_others(tmp_path
 
 def test_the_lead_is_paired_by_trace():
     """Two reward models with the same hits have a lead of 0, and an interval of no width."""
-    units = [made_up(seed, study.CELLS[0], {}) for seed in (0, 2, 3)]
-    ours, rival = study.BEST["ipvrm"], study.BEST["q_rm"]
-    for unit in units:
-        models = unit["reward_models"]
-        models[LAST[rival]]["formats"] = models[LAST[ours]]["formats"]
-    of_cell = report.summarise(report.by_base_model(units))["cells"]["1x-0"]
+    cell, ours, rival = study.CELLS[0], study.BEST["ipvrm"], study.BEST["q_rm"]
+    files = {}
+    for seed in (0, 2, 3):
+        files |= made_up(seed, cell, {})
+        of = {unit.model: files[unit]["result"] for unit in study.units_of(seed, cell)}
+        of[LAST[rival]]["formats"] = of[LAST[ours]]["formats"]
+    of_cell = report.summarise(report.by_base_model(files))["cells"]["1x-0"]
     assert of_cell["f1_lead"][f"{ours} less {rival}"]["interval"] == [0.0, 0.0]
     wide = of_cell["f1"][rival]["interval"]
     assert wide[1] - wide[0] > 0.01

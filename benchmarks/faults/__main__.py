@@ -140,7 +140,7 @@ RESUMED = (
     "train-policy",
 )  # fmt: skip
 LEFT_OUT = {
-    "reproduce fig6": "a picture of what the demo has left; its own stages are not tried",
+    "demo fig6": "a picture of what the demo has left; its own stages are not tried",
     "reproduce": "a plan of the others, each of which goes on by itself; its own stages are not tried: the "
     "smallest plan takes many minutes",
     "env": "writes no file",

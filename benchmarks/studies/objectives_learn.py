@@ -10,7 +10,9 @@ problems, of every mixed problem one right and one wrong one, from which all rew
                  learns if the interval lies above one half; beside it stands "the shorter the better", which
                  needs no model (longer chains have more chances of a slip).
     algorithms   accuracy on other problems, eight responses each at temperature 1, as in training, less that
-                 of the base model on the same problems. A policy learns if the interval lies above zero.
+                 of the base model on the same problems. A policy learns if the interval lies above zero. The
+                 one offline learns from stored rollouts of the base model, as many as the others sample,
+                 with the IPVRM as it is.
 
 Intervals are of 95 %, over problems drawn with replacement. One seed: that of another run is not in them.
 The results go to benchmarks/results/objectives_learn; a rerun with the same --work_dir goes on where the last
@@ -34,7 +36,7 @@ from ipvrm.losses.metrics import auc
 from ipvrm.progress import Progress
 from ipvrm.reproduce.correlation import bootstrap
 from ipvrm.reproduce.tables.experiments import Scale, experiments, on_task
-from ipvrm.reproduce.tables.plan import Unit, needed, run_plan
+from ipvrm.reproduce.tables.plan import Output, Unit, needed, run_plan
 from ipvrm.reproduce.tables.report import SUM_SCORES
 from ipvrm.run_folder import manifest, write_json, write_text
 
@@ -53,6 +55,7 @@ ALGORITHMS = {
     "GRPO": "grpo",
     "GRPO + IPVRM": "grpo_prm-ipvrm",
     "DistRL + IPVRM": "distrl-ipvrm",
+    "DistRL + IPVRM, offline": "distrl-offline",
     "GRPO + DPO-RM, online": "grpo_prm-dpo",
     "PRIME": "prime",
     "SPRO": "spro",
@@ -60,6 +63,19 @@ ALGORITHMS = {
 }
 SIZES = {"multiple_of": 1, "base_max_steps": 1600, "problems": 2048, "held_out": 510, "traces": 8}
 SEED, RESAMPLES = 0, 2000
+STORED_SEED = (
+    43  # of stored rollouts: with the default, 42, they are those that the reward models learnt from
+)
+STORED = 0.1  # candidates with at least this probability, train-policy's default
+# Of train-policy: what only sampling, or a reward model that learns, reads.
+ONLINE = (
+    "num_generations",
+    "rollout_prompts",
+    "max_new_tokens",
+    "verifier",
+    "rm_lora_r",
+    "rm_minibatch_size",
+)
 
 
 def scale() -> Scale:
@@ -76,7 +92,46 @@ def units(of: Scale) -> list[Unit]:
     """Those of the two tables."""
     names = [f"bon-{model}" for model in OBJECTIVES.values()]
     names += [f"eval-{policy}" for policy in ("sft", *ALGORITHMS.values())]
-    return needed(experiments(of), names)
+    online = experiments(of)
+    return needed([*online, *offline(of, online)], names)
+
+
+def offline(of: Scale, online: Sequence[Unit]) -> list[Unit]:
+    """DistRL from stored rollouts: those of its steps are sampled at once, and the rest is as online.
+
+    An online step draws `rollout_prompts` problems and learns from the mixed ones; here it takes seven in
+    eight as many mixed ones, so that there are enough for all steps.
+    """
+    by_name = {unit.name: unit for unit in online}
+    sampled, labelled = by_name["rm-rollouts"], by_name["rm-labelled"]
+    policy, measured = by_name["policy-distrl-ipvrm"], by_name["eval-distrl-ipvrm"]
+    stored = {
+        "num_generations": of.num_generations,
+        "limit": of.num_steps * of.rollout_prompts,
+        "min_prob": STORED,
+        "seed": STORED_SEED,
+        "reward_model": policy.settings["reward_model"],
+    }
+    kept = {name: value for name, value in policy.settings.items() if name not in ONLINE}
+    learnt = {
+        "train_data": Output("offline-labelled"),
+        "offline": True,
+        "train_prompts": of.rollout_prompts * 7 // 8,
+    }
+    return [
+        replace(sampled, name="offline-rollouts", settings=sampled.settings | stored),
+        replace(
+            labelled,
+            name="offline-labelled",
+            settings=labelled.settings | {"input": Output("offline-rollouts")},
+        ),
+        replace(policy, name="policy-distrl-offline", settings=kept | learnt),
+        replace(
+            measured,
+            name="eval-distrl-offline",
+            settings=measured.settings | {"model": Output("policy-distrl-offline")},
+        ),
+    ]
 
 
 def objectives(work: Path) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,8 @@ A cell is a length and a share of wrong labels. At 1x a character is a token, as
 tokenizer puts seven more tokens behind every character, always the same, so that the same text has eight
 times as many tokens and says no more. The two lengths of a base model share its rollouts, which the one of
 1x samples. The one of 8x is that one trained on, its positions divided by eight (arXiv 2306.15595), until its
-loss per character is as low as at 1x it had to be; where it does not get there, the study ends with an error.
+loss per character is as low as at 1x it had to be; one that does not get there is named, and has no reward
+models.
 Of the training labels a share is turned round, the same ones at both lengths and for every reward model;
 validation and test keep their own.
 
@@ -14,16 +15,18 @@ In every cell of a base model IPVRM, Implicit PRM and Q-RM have three tries each
 paper's beta and margin; EndoRM, which is not trained, has one. Step score and threshold of each, and the best
 of the three, have the highest first-error F1 on the validation traces; test traces choose nothing. Best-of-16
 picks by what the objective trains: the sum of EndoRM and Implicit PRM, the mean of the others. Q-RM learns
-from all pairs of a right and a wrong response to a problem. A reward model sees 2,048 rollouts once, sixteen
-(of Q-RM pairs) an update; the demo's see 4,096 three times, which at 8x and nine reward models would take
-hours.
+from all pairs of a right and a wrong response to a problem. A reward model sees 4,096 rollouts once, sixteen
+(of Q-RM pairs) an update; the demo's see as many three times, which at 8x and nine reward models would take
+most of a day.
 
-A unit is one base model in one cell, a file of its own in benchmarks/results/when_prefix_values_help/units;
-its models are in --work_dir. A rerun makes what is missing, also of a unit that was interrupted. Tables,
-picture and text are made again after every unit, of the units that are there.
+A unit is one reward model in one cell of a base model, or a base model at one length: a file of its own in
+benchmarks/results/when_prefix_values_help/units; its models are in --work_dir. A rerun makes what is missing,
+also of a unit that was interrupted. Tables, picture and text are made again whenever a cell of a base model
+is complete, of the cells that are.
 """
 
 import argparse
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -41,7 +44,6 @@ from ipvrm.demo.base_model import CHARACTERS, LEARNT
 from ipvrm.demo.evaluation import read_traces
 from ipvrm.demo.run import Stages, fit_base, prepare, train_choice
 from ipvrm.demo.settings import FULL, Choice, Sizes
-from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import trivial_baselines
 from ipvrm.models.causal_lm import load_model, load_tokenizer, save_model
 from ipvrm.models.reward_model import RewardModel
@@ -55,9 +57,9 @@ SEEDS = (0, 2, 3)  # the demo's settings were chosen on seed 1
 FILLER = "abcdefg"
 LENGTHS = {"1x": 1, "8x": 1 + len(FILLER)}  # tokens a character
 MAX_LENGTH = 1024  # tokens; no row is longer: a problem has 20 characters, a response ends within 72
-# Two idle cores, estimated from measured updates: 5 minutes a unit at 1x, 30 at 8x, and up to 20 for each
-# base model of 8x, which two units share.
-SIZES = replace(FULL, train_problems=512, test_traces=512, best_of_problems=64)
+# Two idle cores, estimated from measured updates: at 1x a minute a unit, at 8x 7 minutes, and up to 20 for a
+# base model of 8x; in all eight hours, of which seven at 8x.
+SIZES = replace(FULL, test_traces=512, best_of_problems=64)
 EPOCHS, BATCH = 1, 16
 OPTIONS = {"max_length": MAX_LENGTH, "global_batch_size": BATCH, "per_device_train_batch_size": BATCH}
 TRIES = {
@@ -80,6 +82,8 @@ TRIES = {
 CHOICES = {name: choice for tries in TRIES.values() for name, choice in tries.items()}
 BEST = {objective: f"{objective} (best of {len(tries)})" for objective, tries in TRIES.items()}
 ENDO = "endo_rm"
+MODELS = (*CHOICES, ENDO)
+BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -102,17 +106,40 @@ CELLS = tuple(Cell(length, wrong) for length in LENGTHS for wrong in (0, 10))
 
 @dataclass(frozen=True)
 class Unit:
-    """One base model in one cell."""
+    """One of `MODELS` in a cell of a base model, trained and evaluated; or, as `BASE`, that base model at a
+    length, and at 1x what it wrote."""
 
     seed: int
-    cell: Cell
+    length: str
+    wrong: int | None = None
+    model: str = BASE
 
     @property
     def name(self) -> str:
-        return f"seed{self.seed}-{self.cell.name}"
+        model = re.sub(r"[^\w.]+", "-", self.model).strip("-")
+        wrong = () if self.wrong is None else (str(self.wrong),)
+        return "-".join((f"seed{self.seed}", self.length, *wrong, model))
+
+    @property
+    def bases(self) -> "list[Unit]":
+        """The base models that it needs, that of 1x first."""
+        needed = [Unit(self.seed, length) for length in dict.fromkeys(("1x", self.length))]
+        return [base for base in needed if base != self]
 
 
-UNITS = tuple(Unit(seed, cell) for cell in CELLS for seed in SEEDS)
+def units_of(seed: int, cell: Cell) -> list[Unit]:
+    """All reward models of a cell of a base model."""
+    return [Unit(seed, cell.length, cell.wrong, model) for model in MODELS]
+
+
+UNITS = tuple(
+    unit
+    for length in LENGTHS
+    for unit in (
+        *(Unit(seed, length) for seed in SEEDS),
+        *(u for cell in CELLS if cell.length == length for seed in SEEDS for u in units_of(seed, cell)),
+    )
+)
 
 
 # ------------------------------------------------------------------------------------- base model and labels
@@ -173,24 +200,52 @@ def measure(work: Path, unit: Unit, sizes: Sizes, commit: str | None) -> dict[st
     started = time.perf_counter()
     work = work / f"seed{unit.seed}"
     work.mkdir(parents=True, exist_ok=True)
-    shared, seed, cell = Stages(work, Progress()), unit.seed, unit.cell
-    prepare(shared, sizes, seed)
+    shared = Stages(work, Progress())
+    prepare(shared, sizes, unit.seed)
     base = "base"
-    if cell.length != "1x":
-        base = f"base-{cell.length}"
+    if unit.length != "1x":
+        base = f"base-{unit.length}"
         shared.folder(
             base,
-            {"max_steps": sizes.base_max_steps, "seed": seed},
-            lambda folder: train_long_base(folder, work / "base", sizes, seed, shared.progress),
+            {"max_steps": sizes.base_max_steps, "seed": unit.seed},
+            lambda folder: train_long_base(folder, work / "base", sizes, unit.seed, shared.progress),
             after=["base"],
         )
-    found_base = read_json(work / base / "base.json")
-    if (nats := LENGTHS[cell.length] * found_base["loss"]) > LEARNT:
-        raise IpvrmError(
-            f"{unit.name}: its base model has {nats:.2f} nats a character after {found_base['steps']} "
-            f"updates, more than {LEARNT}: it has not learnt the task, and no reward model could; take more "
-            "updates (`SIZES`) or leave this seed out (`SEEDS`)"
-        )
+    found = of_base(shared, base, unit) if unit.model == BASE else of_model(shared, base, unit, sizes)
+    return {
+        "unit": unit.name,
+        **asdict(unit),
+        "sizes": asdict(sizes),
+        **found,
+        "seconds_of_this_run": time.perf_counter() - started,
+        "machine": describe(),
+        "manifest": manifest(COMMAND, seeds={"demo": unit.seed}) | {"commit": commit},
+    }
+
+
+def of_base(shared: Stages, base: str, unit: Unit) -> dict[str, Any]:
+    """A base model, whether it has learnt the task, and the traces of its seed."""
+    work, found = shared.output, read_json(shared.output / base / "base.json")
+    nats = LENGTHS[unit.length] * found["loss"]
+    stages = {name: stage["seconds"] for name, stage in shared.done.items()}
+    own = stages if unit.length == "1x" else {base: stages[base]}
+    test, _ = read_traces(work / "rollouts" / "test.jsonl")
+    labels = [trace.label for trace in test]
+    baselines = trivial_baselines(labels, [len(trace.steps) for trace in test])
+    return {
+        "base": found | {"nats_a_character": nats},
+        "learnt": nats <= LEARNT,
+        "rollouts": read_json(work / "rollouts" / "counts.json"),
+        "erroneous": [int(label >= 0) for label in labels],
+        "baselines": {name: value.f1 for name, value in baselines.items()},
+        "stage_seconds": own,
+    }
+
+
+def of_model(shared: Stages, base: str, unit: Unit, sizes: Sizes) -> dict[str, Any]:
+    """A reward model of the cell, and its results."""
+    assert unit.wrong is not None
+    work, seed, cell = shared.output, unit.seed, Cell(unit.length, unit.wrong)
     stages = Stages(work / cell.name, shared.progress)
     stages.folder(
         "base",
@@ -203,37 +258,15 @@ def measure(work: Path, unit: Unit, sizes: Sizes, commit: str | None) -> dict[st
         lambda folder: write_training_data(folder, work / "rollouts", cell.wrong, seed),
         after=["base"],
     )
-    found = {}
-    for number, (name, choice) in enumerate(CHOICES.items()):
+    name = "base"
+    choice = Choice(ENDO, 1.0, None, 0.0, 0, rule="")
+    if unit.model != ENDO:
+        name, choice = f"reward-{MODELS.index(unit.model)}", CHOICES[unit.model]
         options = OPTIONS | ({"pairs": "all"} if choice.objective == "q_rm" else {})
-        train_choice(stages, f"reward-{number}", choice, seed, **options)
-        found[name] = results_of(stages, f"reward-{number}", choice, work, sizes)
-    endo = Choice(ENDO, 1.0, None, 0.0, 0, rule="")
-    found[ENDO] = results_of(stages, "base", endo, work, sizes)
-    chosen = {
-        BEST[objective]: max(tries, key=lambda name: max(found[name]["validation_f1"].values()))
-        for objective, tries in TRIES.items()
-    }
-    test, _ = read_traces(work / "rollouts" / "test.jsonl")
-    labels = [trace.label for trace in test]
-    baselines = trivial_baselines(labels, [len(trace.steps) for trace in test])
-    done = shared.done | {f"{cell.name}/{name}": stage for name, stage in stages.done.items()}
-    return {
-        "unit": unit.name,
-        "seed": seed,
-        "cell": asdict(cell),
-        "sizes": asdict(sizes),
-        "base": found_base,
-        "rollouts": read_json(work / "rollouts" / "counts.json"),
-        "erroneous": [int(label >= 0) for label in labels],
-        "baselines": {name: value.f1 for name, value in baselines.items()},
-        "reward_models": found,
-        "chosen": chosen,
-        "stage_seconds": {name: stage["seconds"] for name, stage in done.items()},
-        "seconds_of_this_run": time.perf_counter() - started,
-        "machine": describe(),
-        "manifest": manifest(COMMAND, seeds={"demo": seed}) | {"commit": commit},
-    }
+        train_choice(stages, name, choice, seed, **options)
+    result = results_of(stages, name, choice, work, sizes)
+    own = {n: stage["seconds"] for n, stage in stages.done.items() if n not in ("base", "rollouts")}
+    return {"result": result, "stage_seconds": own}
 
 
 def results_of(stages: Stages, name: str, choice: Choice, work: Path, sizes: Sizes) -> dict[str, Any]:
@@ -253,16 +286,34 @@ def results_of(stages: Stages, name: str, choice: Choice, work: Path, sizes: Siz
 
 
 def run_units(units: Sequence[Unit], work: Path, output: Path, sizes: Sizes) -> None:
-    """Measures those of these units that have no file in `output` yet, in this order; reports after each."""
+    """Measures those of these units, and the base models that they need, that have no file in `output` yet;
+    those of a base model that has not learnt the task are left out."""
     from benchmarks.studies.when_prefix_values_help_report import write_results
 
     commit = manifest()["commit"]  # before the first result: a written one is a change of the checkout
-    (output / "units").mkdir(parents=True, exist_ok=True)
+    folder = output / "units"
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = list(dict.fromkeys(needed for unit in units for needed in (*unit.bases, unit)))
     with locked(work, folder=True):
-        while missing := [unit for unit in write_results(output) if unit in units]:
-            unit = missing[0]
-            print(f"{unit.name}; to do with it: {len(missing)}", flush=True)
-            write_json(output / "units" / f"{unit.name}.json", measure(work, unit, sizes, commit))
+        for number, unit in enumerate(asked, 1):
+            if (folder / f"{unit.name}.json").exists():
+                continue
+            if lost := [base for base in unit.bases if not has_learnt(output, base)]:
+                print(f"{unit.name}: left out, {lost[0].name} has not learnt the task", flush=True)
+                continue
+            print(f"{number}/{len(asked)} {unit.name}", flush=True)
+            write_json(folder / f"{unit.name}.json", measure(work, unit, sizes, commit))
+            if unit.wrong is not None:
+                of_cell = units_of(unit.seed, Cell(unit.length, unit.wrong))
+                if all((folder / f"{u.name}.json").exists() for u in of_cell):
+                    write_results(output)
+    write_results(output)
+
+
+def has_learnt(output: Path, base: Unit) -> bool:
+    """Whether the file of a base model says so; one that needs another which has not has no file."""
+    file = output / "units" / f"{base.name}.json"
+    return file.exists() and bool(read_json(file)["learnt"])
 
 
 def main() -> None:

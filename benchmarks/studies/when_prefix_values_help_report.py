@@ -18,7 +18,19 @@ from benchmarks.studies.spread import (
     table,
     traces,
 )
-from benchmarks.studies.when_prefix_values_help import BEST, CELLS, COMMAND, ENDO, LENGTHS, TRIES, Cell, Unit
+from benchmarks.studies.when_prefix_values_help import (
+    BASE,
+    BEST,
+    CELLS,
+    COMMAND,
+    ENDO,
+    MODELS,
+    SEEDS,
+    TRIES,
+    Cell,
+    Unit,
+    units_of,
+)
 from ipvrm.demo.arithmetic import TRAINING_FORMAT
 from ipvrm.reproduce.tables.report import SUM_SCORES
 from ipvrm.run_folder import read_json, replacing, write_json, write_text
@@ -39,22 +51,40 @@ CAUTION = (
     "rough, and of as many intervals some miss by chance. A reward model is trained once, so how much "
     "another seed of its own would change is in the spread over base models and not told apart from it. "
     "Three tries are a small grid, over beta, margin or the learning rate and over nothing else; EndoRM has "
-    "one. The reward models are trained for a sixth as many responses as the demo's, so what more training "
-    "would change is open, and the numbers stand beside no table of the demo or of the paper."
+    "one. The reward models see each of 4,096 responses once and the demo's see them three times, so what "
+    "more training would change is open, and the numbers stand beside no table of the demo or of the paper."
 )
 Run = dict[str, Any]  # of one base model: `erroneous`, and its `units` by cell
+Files = Mapping[Unit, dict[str, Any]]
 
 
-def by_base_model(units: Sequence[dict[str, Any]]) -> list[Run]:
-    """A run for each base model that has units, which have the best of the tries under a name of its own."""
-    runs: dict[int, Run] = {}
-    for unit in sorted(units, key=lambda unit: unit["seed"]):
-        models = unit["reward_models"]
-        best = {name: models[chosen] for name, chosen in unit["chosen"].items()}
-        unit = unit | {"reward_models": models | best}
-        run = runs.setdefault(unit["seed"], {"erroneous": unit["erroneous"], "units": {}})
-        run["units"][Cell(**unit["cell"])] = unit
-    return [*runs.values()]
+def by_base_model(files: Files) -> list[Run]:
+    """A run for each base model that has a cell with all its reward models; the best of an objective's tries,
+    by validation F1, stands beside them under a name of its own."""
+    runs: list[Run] = []
+    for seed in SEEDS:
+        units = {}
+        for cell in CELLS:
+            of_cell = {unit.model: files[unit] for unit in units_of(seed, cell) if unit in files}
+            if len(of_cell) < len(MODELS):
+                continue
+            models = {name: unit["result"] for name, unit in of_cell.items()}
+            chosen = {
+                BEST[objective]: max(tries, key=lambda n: max(models[n]["validation_f1"].values()))
+                for objective, tries in TRIES.items()
+            }
+            best = {name: models[of] for name, of in chosen.items()}
+            base = files[Unit(seed, cell.length)]
+            units[cell] = {
+                "seed": seed,
+                "erroneous": base["erroneous"],
+                "baselines": base["baselines"],
+                "reward_models": models | best,
+                "chosen": chosen,
+            }
+        if units:
+            runs.append({"erroneous": next(iter(units.values()))["erroneous"], "units": units})
+    return runs
 
 
 def in_cell(cell: Cell, of: Statistic) -> Statistic:
@@ -174,15 +204,22 @@ def paragraph(summary: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def page(runs: Sequence[Run], summary: Mapping[str, Any], missing: Sequence[Unit]) -> str:
+def page(files: Files, summary: Mapping[str, Any]) -> str:
     """Tables, picture and text as Markdown."""
     head, *explained = (study.__doc__ or "").strip().split("\n\n")
     lines = [f"# {head}", "", f"`{COMMAND}`; all numbers in %. Intervals are of 95 %.", ""]
-    if missing:
-        names = ", ".join(unit.name for unit in missing)
+    if missing := summary["missing"]:
         lines += [
-            f"**Not finished:** {len(missing)} of {len(study.UNITS)} units are missing ({names}). A cell "
-            "says which base models it is of; with one, its interval is over traces or problems alone.",
+            f"**Not finished:** {len(missing)} of {len(study.UNITS)} units are missing, the first of them "
+            f"{missing[0]}. A cell says which base models it is of; with one, its interval is over traces or "
+            "problems alone.",
+            "",
+        ]
+    for base in summary["not_learnt"]:
+        of = next(found for unit, found in files.items() if unit.name == base)["base"]
+        lines += [
+            f"**Left out:** {base} has {of['nats_a_character']:.2f} nats a character after {of['steps']} "
+            f"updates, more than {study.LEARNT}: it has not learnt the task, and no reward model could.",
             "",
         ]
     lines += [
@@ -210,15 +247,16 @@ def page(runs: Sequence[Run], summary: Mapping[str, Any], missing: Sequence[Unit
         for what, by_lead in change.items():
             lines += ["", *table(MEASURES[what], by_lead, "+")]
     lines += ["", "## Units", ""]
-    for run in runs:
-        for cell, unit in run["units"].items():
-            seconds, base = sum(unit["stage_seconds"].values()), unit["base"]
-            lines.append(
-                f"- {unit['unit']}: base model {LENGTHS[cell.length] * base['loss']:.3f} nats a character "
-                f"after {base['steps']} updates; {seconds:.0f} s of stages on "
-                f"{unit['manifest']['processor']}, {unit['machine']['threads']} threads, load "
-                f"{unit['machine']['load']}, commit {unit['manifest']['commit']}"
-            )
+    for unit, found in files.items():
+        told = ""
+        if unit.model == BASE:
+            of = found["base"]
+            told = f"{of['nats_a_character']:.3f} nats a character after {of['steps']} updates; "
+        lines.append(
+            f"- {unit.name}: {told}{sum(found['stage_seconds'].values()):.0f} s of stages on "
+            f"{found['manifest']['processor']}, {found['machine']['threads']} threads, load "
+            f"{found['machine']['load']}, commit {found['manifest']['commit']}"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -261,13 +299,17 @@ def draw(path: Path, summary: Mapping[str, Any]) -> None:
         figure.savefig(temporary, format="png")
 
 
-def write_results(output: Path) -> list[Unit]:
-    """Summary, page and picture of the units that are there; returns those that are missing."""
+def write_results(output: Path) -> None:
+    """Summary, page and picture of the cells that are complete."""
     paths = {unit: output / "units" / f"{unit.name}.json" for unit in study.UNITS}
-    missing = [unit for unit, path in paths.items() if not path.exists()]
-    if runs := by_base_model([read_json(path) for unit, path in paths.items() if unit not in missing]):
-        summary = summarise(runs) | {"missing": [unit.name for unit in missing]}
-        write_json(output / "summary.json", summary)
-        draw(output / "when_prefix_values_help.png", summary)
-        write_text(output / "README.md", page(runs, summary, missing))
-    return missing
+    files = {unit: read_json(path) for unit, path in paths.items() if path.exists()}
+    lost = [unit for unit, found in files.items() if unit.model == BASE and not found["learnt"]]
+    missing = [u for u in study.UNITS if u not in files and not any(base in lost for base in u.bases)]
+    runs = by_base_model(files)
+    if not runs:
+        return
+    names = {"missing": [unit.name for unit in missing], "not_learnt": [unit.name for unit in lost]}
+    summary = summarise(runs) | names
+    write_json(output / "summary.json", summary)
+    draw(output / "when_prefix_values_help.png", summary)
+    write_text(output / "README.md", page(files, summary))

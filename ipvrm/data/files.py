@@ -4,6 +4,7 @@ Whatever is wrong with a file becomes one line with its name. Whatever is wrong 
 place, as the ValueError that says why.
 """
 
+import glob
 import hashlib
 import io
 import json
@@ -25,6 +26,7 @@ WHITE = b" \t\r\n"
 LONGEST = 1 << 28  # bytes of a line, and 4 times as many of a JSON list: a few MB can unpack to any size
 DECODED = 1 << 28  # bytes of parquet rows at a time, if each row has every text of its batch
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+AROUND_SPLIT = "[-._ 0-9/]"  # what ends a split's name in a file's, as in the Hub's own library, `datasets`
 DEEPEST = 64  # levels of a record: far more than chat and tools need, far less than Python's stack
 AGAIN = "download or copy it again"
 
@@ -63,19 +65,36 @@ def shards(path: str | Path) -> list[Path]:
     return found
 
 
+def hub_data_set(name: str) -> tuple[str, str | None] | None:
+    """`org/name` and the split of `org/name:split`; None where `name` is no such name, or is a path."""
+    repository, _, split = name.partition(":")
+    if not HUB_NAME.fullmatch(repository) or kind_of(Path(repository)) or Path(name).exists():
+        return None
+    return repository, split or None
+
+
 def _of_hub(name: str) -> list[Path]:
     """The files of `org/name[:split]`, downloaded unless HF_HUB_OFFLINE=1; none where `name` is no such name.
 
-    A split's files are those with its name in theirs, or in their folder's, as the Hub itself takes them.
+    A split's files have its name as a word of their own (`AROUND_SPLIT`, or an end) in theirs; without such
+    files those in folders with it. `math` is that of math.json and math-2.json, not of omnimath.json. Other
+    words for a split, and what a data set's card says of its files, are not looked at.
     """
-    repository, _, split = name.partition(":")
-    if not HUB_NAME.fullmatch(repository) or kind_of(Path(repository)) or Path(name).exists():
+    asked = hub_data_set(name)
+    if asked is None:
         return []
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    split = split or "train"
-    patterns = [f"*{split}*{kind}{end}" for kind in KINDS for end in ("", *COMPRESSIONS)]
+    repository, split = asked[0], asked[1] or "train"
+    named = glob.escape(split)
+    patterns = [
+        f"{before}{named}{after}{kind}{end}"
+        for before in ("", f"*{AROUND_SPLIT}")
+        for after in ("", f"{AROUND_SPLIT}*")
+        for kind in KINDS
+        for end in ("", *COMPRESSIONS)
+    ]
     try:
         folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -83,8 +102,10 @@ def _of_hub(name: str) -> list[Path]:
         raise IpvrmError(
             f"{name}: neither a file or folder nor a data set that the Hub gives: {reason}"
         ) from error
-    found = sorted(p for p in folder.rglob(f"*{split}*") if p.is_file() and kind_of(p))
-    found = found or sorted(p for p in folder.glob(f"**/*{split}*/**/*") if p.is_file() and kind_of(p))
+    word = re.compile(f"(^|{AROUND_SPLIT}){re.escape(split)}({AROUND_SPLIT}|$)")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and kind_of(p))
+    found = [p for p in files if word.search(p.name)]
+    found = found or [p for p in files if word.search(p.parent.relative_to(folder).as_posix())]
     folders = {p.parent for p in found}
     if not found or len(folders) > 1:
         listed = ", ".join(sorted(str(p.relative_to(folder)) for p in folders)) or "none"

@@ -3,11 +3,14 @@
 Each problem has M >= N sampled responses. What is reported is the expectation over all subsets of N of them,
 without replacement, so that no response is favoured by its place in the file:
 
-    pick by score   exact. With the M responses sorted by score, the one of rank j (0 = best) is picked by
+    pick by score   With the M responses sorted by score, the one of rank j (0 = best) is picked by
                     C(M-1-j, N-1) of the C(M, N) subsets; equal scores share their ranks evenly.
-    pass@N          exact, 1 - C(M-c, N) / C(M, N) with c right answers among the M.
-    majority vote   exact by enumeration up to `MAX_SUBSETS` subsets, else the mean over that many drawn ones;
-                    tied answers share the vote evenly, and a response without an answer has no vote.
+    pass@N          1 - C(M-c, N) / C(M, N) with c right answers among the M.
+    majority vote   The subsets in which the most frequent answers have v votes, w of them tied, are counted
+                    for every v and w; tied answers share the win evenly, and a response without an answer
+                    has no vote.
+
+All of it is exact: subsets are counted in whole numbers, and none is drawn.
 
 Responses are scored by the value at the end or by their step scores (`PICKS`):
 
@@ -15,22 +18,20 @@ Responses are scored by the value at the end or by their step scores (`PICKS`):
     mean    mean of the step scores (rule `step`)              min   lowest step score
 """
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ipvrm.data.steps import step_scores
 from ipvrm.evaluate.thresholds import Interval, percentile_interval
 
 PICKS = ("final", "sum", "mean", "min")
-MAX_SUBSETS = 2000
 
 
 @dataclass(frozen=True)
@@ -105,26 +106,34 @@ def pass_at_n(correct: Sequence[bool], n: int) -> float:
     return 1.0 - math.comb(m - sum(map(bool, correct)), n) / math.comb(m, n)
 
 
-def majority_vote(
-    answers: Sequence[Hashable | None], correct: Sequence[bool], n: int, seed: int = 0
-) -> float:
-    """Chance that the most frequent answer of n random responses is right."""
+def majority_vote(answers: Sequence[Hashable | None], correct: Sequence[bool], n: int) -> float:
+    """Chance that the most frequent answer of n random responses is right (exact).
+
+    Of subsets in which no answer has more than v votes, answers with fewer than v responses are free, so
+    they and the responses without an answer count together; the others are added one by one.
+    """
     m = _check_n(len(answers), n)
     right = {answer for answer, ok in zip(answers, correct, strict=True) if ok}
-    subsets: Sequence[tuple[int, ...]] | NDArray[np.int64]
-    if math.comb(m, n) <= MAX_SUBSETS:
-        subsets = list(itertools.combinations(range(m), n))
-    else:
-        rng = np.random.default_rng(seed)
-        subsets = rng.permuted(np.tile(np.arange(m), (MAX_SUBSETS, 1)), axis=1)[:, :n]
-    total = 0.0
-    for subset in subsets:
-        votes = Counter(answers[i] for i in subset if answers[i] is not None)
-        if votes:
-            most = max(votes.values())
-            winners = [answer for answer, count in votes.items() if count == most]
-            total += sum(answer in right for answer in winners) / len(winners)
-    return total / len(subsets)
+    counts = Counter(answer for answer in answers if answer is not None)
+    total = Fraction(0)
+    for v in range(1, min(n, max(counts.values(), default=0)) + 1):
+        able = {answer: count for answer, count in counts.items() if count >= v}
+        rest = m - sum(able.values())
+        # (responses taken, answers with v votes): ways, and the right ones among these answers over all ways
+        found = {(0, 0): (1, 0)}
+        for answer, count in able.items():
+            before, found = found, {}
+            for (taken, tied), (ways, hits) in before.items():
+                for votes in range(min(v, n - taken) + 1):
+                    wins, each = votes == v, math.comb(count, votes)
+                    key = taken + votes, tied + wins
+                    more, extra = found.get(key, (0, 0))
+                    own = hits + ways * (wins and answer in right)
+                    found[key] = more + ways * each, extra + own * each
+        for (taken, tied), (_, hits) in found.items():
+            if tied:
+                total += Fraction(hits * math.comb(rest, n - taken), tied)
+    return float(total / math.comb(m, n))
 
 
 def best_of_n(
@@ -156,8 +165,7 @@ def best_of_n(
         rows.append(row("one_sample", n, [float(np.mean(p.correct)) for p in problems]))
         for name in names:
             rows.append(row(name, n, [expected_pick(p.scores[name], p.correct, n) for p in problems]))
-        vote = [majority_vote(p.answers, p.correct, n, seed + i) for i, p in enumerate(problems)]
-        rows.append(row("majority_vote", n, vote))
+        rows.append(row("majority_vote", n, [majority_vote(p.answers, p.correct, n) for p in problems]))
         rows.append(row("pass_at_n", n, [pass_at_n(p.correct, n) for p in problems]))
     return rows
 

@@ -1,11 +1,11 @@
 """`ipvrm eval bon`: Best-of-N of labelled rollouts with a reward model; and `rerank`, the same for new ones.
 
-Of each problem all M responses are scored once. What is reported for every N is exact over all subsets of N
-them (`ipvrm.evaluate.best_of_n`), with intervals over problems; a problem with fewer than N responses is left
-out at that N and counted. A response that is longer than allowed, or that cannot be scored, is picked last. A
-row that cannot be used (no label, no response, ...) counts as a wrong response to its prompt, picked last and
-without a vote; one without a prompt is of no problem. All are named with the reason. Answers vote by what
-`ipvrm label` extracted: numbers by value, everything else by its text.
+Of each problem all M responses are scored once. What is reported for every N is the exact mean over all
+subsets of N of them (`ipvrm.evaluate.best_of_n`), with intervals over problems; a problem with fewer than N
+responses is left out at that N and counted. A response that is longer than allowed, or that cannot be scored,
+is picked last. A row that cannot be used (no label, no response, ...) counts as a wrong response to its
+prompt, picked last and without a vote; one without a prompt is of no problem. All are named with the reason.
+Answers vote by what `ipvrm label` extracted: numbers by value, everything else by its text.
 """
 
 import json
@@ -92,7 +92,7 @@ class BonConfig:
     bootstrap_resamples: int = field(default=2000, metadata=FREE)
     """Resamples of the problems for the intervals."""
     seed: int = field(default=0, metadata=FREE)
-    """Of the bootstrap and of the subsets of the majority vote where there are too many to take them all."""
+    """Of the bootstrap."""
     use_cpu: bool = field(default=False, metadata=FREE)
     """Score on the CPU although there is an accelerator."""
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ipvrm.data.chat import given_template_kwargs
-from ipvrm.data.files import check_values, chunked, file_hash, finite, records
+from ipvrm.data.files import check_values, chunked, file_hash, finite, hub_data_set, records
 from ipvrm.data.files import kind_of as kind_of_file
 from ipvrm.data.rows import as_object, listed
 from ipvrm.data.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
@@ -129,7 +129,10 @@ def _files(data: Sequence[str]) -> list[str]:
 
 
 def _subset(path: str) -> str:
-    """`gsm8k` of `gsm8k.json`, `gsm8k.jsonl.gz` or the folder `gsm8k`."""
+    """`gsm8k` of `gsm8k.json`, `gsm8k.jsonl.gz`, the folder `gsm8k` or the Hub's `org/name:gsm8k`."""
+    asked = hub_data_set(path)
+    if asked is not None and asked[1] is not None:
+        return asked[1]
     return Path(path).name.partition(".")[0]
 
 

@@ -151,9 +151,7 @@ class DistRLTrainer(GRPOTrainer):
                 )
             ),
             "beta needs a reference model, which TRL shards before its head can be patched: under FSDP take "
-            "beta=0": (
-                self.ref_model is not None and self.is_fsdp_enabled
-            ),
+            "beta=0": (self.ref_model is not None and self.is_fsdp_enabled),
             "an online reward model lies whole on every device, which FSDP was not tested with": (
                 args.rm_update != "frozen" and self.is_fsdp_enabled
             ),

@@ -1,8 +1,9 @@
-"""What `ipvrm reproduce fig6` prints and writes: the table, the picture, and what they show."""
+"""What `ipvrm demo fig6` prints and writes: the table, the picture, and what they show; and Figure 6 as
+the paper has it."""
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,40 @@ def draw(path: Path, variants: dict[str, Any]) -> Path | None:
     count = f"{seeds} seeds" if seeds > 1 else "1 seed: of the problems alone"
     titles = [f"held-out accuracy of the policy, 95 % intervals ({count})"]
     titles += ["AUC of the reward model on new rollouts" + ", 95 % over seeds" * (seeds > 1)]
-    for axes, text in zip(panels, titles, strict=False):
+    _finish(figure, panels, titles[: len(panels)], path)
+    return path
+
+
+def draw_training(path: Path, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Path | None:
+    """Figure 6 as the paper has it: right rollouts, and right verdicts of the reward model, over steps.
+
+    Args:
+        curves: by variant two columns of percents by step; none of one that is not there.
+
+    Returns:
+        `path`, or None without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(13, 4.6), dpi=130, facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(1, 2))
+    for name, columns in curves.items():
+        for axes, points in zip(panels, columns.values(), strict=False):
+            style = {"color": COLOURS[name], "marker": MARKERS[name], "label": name}
+            axes.plot(range(1, len(points) + 1), points, markersize=4, linewidth=1.4, **style)
+    titles = ["right rollouts in %", "right verdicts of the reward model on new rollouts in %"]
+    _finish(figure, panels, titles, path)
+    return path
+
+
+def _finish(figure: Any, panels: Sequence[Any], titles: Sequence[str], path: Path) -> None:
+    """What both pictures share, and the file."""
+    for axes, text in zip(panels, titles, strict=True):
         axes.set_title(text, loc="left", fontsize=10.5, color=INK)
-    for axes in panels:
         axes.set_xlabel("step", color=MUTED, fontsize=9)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -215,11 +247,11 @@ def draw(path: Path, variants: dict[str, Any]) -> Path | None:
         for side in ("left", "bottom"):
             axes.spines[side].set_color(GRID)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=6, frameon=False, fontsize=9)
+    if handles:
+        figure.legend(handles, labels, loc="upper center", ncols=6, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.92))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-    return path
 
 
 def _print(output: Path, results: dict[str, Any], rows: list[list[str]], picture: Path | None) -> None:

@@ -2,12 +2,12 @@
 
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from ipvrm.evaluate import best_of_n as bon
 from ipvrm.evaluate.best_of_n import (
     Samples,
     best_of_n,
@@ -61,14 +61,34 @@ def test_responses_without_an_answer_do_not_vote():
     assert majority_vote([None, None], [False, False], 2) == 0.0
 
 
-def test_random_subsets_approach_the_enumeration(monkeypatch):
-    answers = [1, 1, 2, 3, 2, 1, 4, 1, 2, 2]
-    correct = [a == 1 for a in answers]
-    exact = majority_vote(answers, correct, 5)  # 252 subsets
-    monkeypatch.setattr(bon, "MAX_SUBSETS", 251)
-    sampled = [majority_vote(answers, correct, 5, seed) for seed in range(20)]
-    assert len(set(sampled)) > 1
-    assert np.mean(sampled) == pytest.approx(exact, abs=0.03)
+@pytest.mark.parametrize("seed", range(12))
+def test_majority_vote_equals_enumeration(seed):
+    """Few answers and many, with ties; some responses have none, and several answers are right."""
+    rng = np.random.default_rng(seed)
+    m, kinds = int(rng.integers(5, 11)), int(rng.integers(1, 7))
+    answers = [None if a == kinds else int(a) for a in rng.integers(0, kinds + 1, m)]
+    correct = [a is not None and a % 3 == 0 for a in answers]
+    for n in range(1, m + 1):
+        expected = []
+        for subset in itertools.combinations(answers, n):
+            votes = Counter(a for a in subset if a is not None)
+            winners = [a for a in votes if votes[a] == max(votes.values())]
+            expected.append(np.mean([a % 3 == 0 for a in winners]) if winners else 0.0)
+        assert majority_vote(answers, correct, n) == pytest.approx(np.mean(expected), abs=1e-12)
+
+
+def test_majority_vote_of_as_many_as_the_paper_samples():
+    """No subset of C(64, 4) or C(64, 16) is drawn: the same in any order, and one half where right and wrong
+    answers are alike."""
+    answers = [*[1] * 20, *[2] * 20, *[3] * 8, *[4] * 8, *range(10, 18)]
+    correct = [a in (1, 3) or a % 2 == 0 and a >= 10 for a in answers]
+    for n in (4, 16):
+        found = majority_vote(answers, correct, n)
+        assert found == majority_vote(answers[::-1], correct[::-1], n) == 0.5
+    # one of the four right among four different answers wins a quarter, two or more of them all
+    ways = 4 * math.comb(60, 3) / 4 + math.comb(4, 2) * math.comb(60, 2) + 4 * 60 + 1
+    found = majority_vote([0] * 4 + list(range(1, 61)), [True] * 4 + [False] * 60, 4)
+    assert found == pytest.approx(ways / math.comb(64, 4), abs=1e-15)
 
 
 def test_scores_of_a_response():

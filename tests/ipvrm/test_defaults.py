@@ -310,7 +310,7 @@ BON = {
     "max_length": one(8192, OURS + "as eval processbench; a longer response is picked last, never cut"),
     "batch_tokens": one(8192, SPEED),
     "bootstrap_resamples": one(2000, OURS + "intervals steady to a tenth of a point"),
-    "seed": one(0, OURS + "of the bootstrap and of the drawn subsets of the majority vote"),
+    "seed": one(0, OURS + "of the bootstrap"),
     "use_cpu": one(False, SPEED),
 }
 POLICY = {
@@ -374,7 +374,6 @@ DEMO = {
     "policy_seeds": one(1, OURS + "one run takes minutes, and another two more each"),
 }
 FIG6 = {
-    "scale": one("smoke", OURS + "what a CPU does in minutes; there is no other"),
     "demo": one("runs/demo", OURS + "where `ipvrm demo` writes"),
     "output_dir": one("runs/fig6", FOLDER),
     "seeds": one((0,), OURS + "one run of each variant takes minutes"),
@@ -407,7 +406,7 @@ TINY_MODEL = {
 }
 TABLES = {
     "demo": DEMO,
-    "reproduce fig6": FIG6,
+    "demo fig6": FIG6,
     "reproduce": REPRODUCE,
     "make-tiny-model": TINY_MODEL,
     "train-rm": TRAIN_RM,

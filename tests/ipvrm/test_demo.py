@@ -13,7 +13,9 @@ from random import Random
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from browser import CHROMIUM, Chromium
+from safetensors.torch import load_file
 
 from benchmarks.faults.toy import MINI, noisy_engine, noisy_samples
 from ipvrm import IpvrmError
@@ -26,6 +28,7 @@ from ipvrm.demo.rollouts import read_rollouts
 from ipvrm.demo.run import run_demo
 from ipvrm.demo.settings import ALGORITHMS, CHOICES, Choice, DemoConfig, PolicySettings
 from ipvrm.evaluate.thresholds import f1_of_hits, hits, predict, sweep
+from ipvrm.reproduce import fig6
 from ipvrm.rollouts.engine import TransformersEngine
 from ipvrm.training import train_policy as policy_training
 from ipvrm.training.checkpoint import TrainingInterrupted, interrupted
@@ -540,3 +543,27 @@ def test_settings_of_the_policies_are_the_selected_ones():
 def test_default_folder_and_quick_sizes():
     assert DemoConfig().output_dir == "runs/demo" and DemoConfig().seed == 0
     assert run.QUICK.test_traces < run.FULL.test_traces
+
+
+@pytest.mark.full
+def test_figure_6_of_a_finished_demo(demo, tmp_path, monkeypatch):
+    """One step of the five updates by the real trainer, from the reward model of the demo."""
+    monkeypatch.setattr(TransformersEngine, "__call__", noisy_engine)
+    scale = fig6.Scale(
+        steps=1, minibatch_size=16, prompts=8, num_generations=4, held_out=8, eval_steps=1,
+        learning_rate=2e-4, gae_coef=0.1,
+    )  # fmt: skip
+    config = fig6.Fig6Config(demo=str(demo[0]), output_dir=str(tmp_path / "fig6"))
+    results = fig6.reproduce(config, progress=False, scale=scale)
+    runs = {name: results["variants"][name]["seeds"]["0"] for name in fig6.VARIANTS}
+    for curves in runs.values():
+        assert [(point["step"], point["responses"]) for point in curves["held_out"]] == [(0, 8), (1, 8)]
+        assert curves["step"] == [1] and 0 <= curves["policy"]["rollout_accuracy"][0] <= 1
+    assert "rm_loss" not in runs["frozen"]["reward_model"]
+    losses = {runs[name]["reward_model"]["rm_loss"][0] for name in fig6.VARIANTS if name != "frozen"}
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
+    start = load_file(demo[0] / "reward-ipvrm" / "model.safetensors")
+    ends = [load_file(tmp_path / "fig6" / f"{n}-0" / "reward_model" / "model.safetensors") for n in runs]
+    same = [all(torch.equal(start[key], end[key]) for key in start) for end in ends]
+    assert same == [True, False, False, False, False]  # frozen alone
+    assert (tmp_path / "fig6" / "report.md").exists()

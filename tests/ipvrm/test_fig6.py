@@ -1,4 +1,4 @@
-"""`ipvrm reproduce fig6`: what the five variants are, what is reused, and the table from planted runs."""
+"""`ipvrm demo fig6`: what the five variants are, what is reused, and the table from planted runs."""
 
 import json
 import math
@@ -236,7 +236,6 @@ def test_an_unfinished_demo_of_other_settings_is_left_as_it_is(trained, demo, tm
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"scale": "paper"}, "--scale 'paper': unknown; the scales are smoke"),
         ({"seeds": (1, 1)}, "--seeds must be different"),
         ({"seeds": ()}, "--seeds"),
         ({"seeds": (-1,)}, "--seeds"),

@@ -153,7 +153,7 @@ def test_places_that_cannot_be_written(tmp_path):
 HELD = {
     "label": "file", "score": "file", "rollout": "file", "inspect": "o.html", "report": "o.html",
     "eval processbench": "folder", "eval bon": "folder", "eval policy": "folder", "eval td": "folder",
-    "demo": "folder", "reproduce fig6": "folder", "reproduce": "folder", "train-policy": "folder",
+    "demo": "folder", "demo fig6": "folder", "reproduce": "folder", "train-policy": "folder",
     "bench": "file",
 }  # fmt: skip
 
@@ -183,7 +183,7 @@ def test_commands_refuse_an_output_that_is_held(tmp_path, tiny_folder, hold, cap
         "eval td": ["--policy", tiny_folder, "--reward_model", tiny_folder, "--data", source]
         + ["--output_dir", output],
         "demo": ["--output_dir", output],
-        "reproduce fig6": ["--demo", tmp_path / "demo", "--output_dir", output],
+        "demo fig6": ["--demo", tmp_path / "demo", "--output_dir", output],
         "reproduce": ["table1", "--output_dir", output],
         "bench": ["--op", "segment_scan", "--quick", "--device", "cpu", "--json", output],
         "train-policy": [*model, "--train_data", source, "--algorithm", "grpo", "--output_dir", output]

@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import cast
 
@@ -113,6 +114,12 @@ def test_preferences_that_cannot_be_used(record, reason):
         split_preference(record)
 
 
+TRAIN_FILES = (
+    "train.jsonl", "data/train-00000.jsonl.gz", "data/train/0.parquet", "v2_train.json", "train2.json",
+    "data/pretrain-0.jsonl", "training.jsonl", "test.jsonl", "train.txt",
+)  # fmt: skip
+
+
 def test_data_sets_of_the_hub(tmp_path, monkeypatch):
     """`org/name` is its split train; offline it ends in one line."""
     record = [{"prompt": "q", "response": "r", "label": 1}]
@@ -122,7 +129,8 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
     asked = []
 
     def snapshot_download(name, **options):
-        asked.append((name, options["repo_type"], "*train*.jsonl" in options["allow_patterns"]))
+        fetched = [f for f in TRAIN_FILES if any(fnmatch(f, p) for p in options["allow_patterns"])]
+        asked.append((name, options["repo_type"], fetched))
         return str(tmp_path / "snapshot")
 
     with pytest.raises(
@@ -131,7 +139,8 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
         read_rows("someone/data")
     assert "\n" not in str(error.value)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert len(list(records("someone/data", None))) == 2 and asked == [("someone/data", "dataset", True)]
+    assert len(list(records("someone/data", None))) == 2
+    assert asked == [("someone/data", "dataset", list(TRAIN_FILES[:5]))]
     assert [Path(r.file).name for r in records("someone/data:test", None)] == ["test.jsonl"]
     with pytest.raises(IpvrmError, match="its split validation must be in one folder.*none"):
         read_rows("someone/data:validation")
@@ -140,6 +149,24 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
         read_rows("someone/data")
     with pytest.raises(IpvrmError, match="no such file"):
         read_rows("some/where/else.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("split", "files", "found"),
+    [
+        ("math", ["math.json", "omnimath.json", "mathematics.json"], ["math.json"]),
+        ("train", ["pretrain-00000.jsonl", "train-00000.jsonl", "trainer.jsonl"], ["train-00000.jsonl"]),
+        ("train", ["my_train.v2.jsonl", "train2.jsonl"], ["my_train.v2.jsonl", "train2.jsonl"]),
+        ("train", ["pretrain/a.jsonl", "train/a.jsonl", "train/b.jsonl"], ["train/a.jsonl", "train/b.jsonl"]),
+    ],
+)
+def test_a_split_is_a_word_of_its_own(tmp_path, monkeypatch, split, files, found):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, [{"prompt": "q", "response": "r", "label": 1}])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(tmp_path))
+    taken = [Path(r.file).relative_to(tmp_path).as_posix() for r in records(f"someone/data:{split}", None)]
+    assert taken == found
 
 
 def test_a_pair_is_dropped_whole(config, tmp_path):

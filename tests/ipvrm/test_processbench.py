@@ -420,6 +420,20 @@ def test_a_folder_is_all_its_subsets(config, tmp_path):
     assert list(results["subsets"]) == ["gsm8k", "math"] and results["transfer_from"] == "gsm8k"
 
 
+def test_a_subset_of_the_hub_is_named_after_its_split(config, tmp_path, monkeypatch):
+    """The threshold is transferred from its gsm8k, and its math is not its omnimath."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for path in map(Path, config.data):
+        path.rename(folder / path.name)
+    (folder / "omnimath.json").write_bytes((folder / "math.json").read_bytes())
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(folder))
+    given = ("someone/bench:gsm8k", "someone/bench:math")
+    results = evaluate(dataclasses.replace(config, data=given), progress=False)
+    assert list(results["subsets"]) == ["gsm8k", "math"] and results["transfer_from"] == "gsm8k"
+    assert [subset["items"] for subset in results["subsets"].values()] == [30, 24]
+
+
 @pytest.mark.slow
 def test_generators_calibration_and_the_released_grid(config, run_folder, capsys):
     """Each against its definition, from the scores in the parquet file."""

@@ -15,7 +15,7 @@ from ipvrm.progress import Progress, never_silent
 from ipvrm.run_folder import other_matmul
 
 SHORT = ("env", "make-tiny-model", "report")  # seconds
-ELSEWHERE = ("train-policy", "inspect", "demo", "reproduce fig6")  # their own tests
+ELSEWHERE = ("train-policy", "inspect", "demo", "demo fig6")  # their own tests
 BELOW = ("reproduce", "bench")
 SLOW = ("eval policy", "eval td")
 

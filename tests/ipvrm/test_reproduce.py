@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from runs import write_jsonl
 
 from ipvrm import IpvrmError
 from ipvrm.cli import COMMANDS, main, parse
 from ipvrm.data.files import records
 from ipvrm.progress import Progress
 from ipvrm.reproduce.tables import plan
-from ipvrm.reproduce.tables.experiments import experiments, full, on_task, smoke
+from ipvrm.reproduce.tables.experiments import UPDATES, experiments, full, on_task, smoke
 from ipvrm.reproduce.tables.inputs import PairsConfig, ProblemsConfig, keep_pairs, keep_problems
 from ipvrm.reproduce.tables.paper import AVERAGE, COLUMNS, PAPER
 from ipvrm.reproduce.tables.plan import Output, Step, Unit, command_line, config_of, needed, run_plan
@@ -166,8 +167,38 @@ def test_full_is_the_papers_settings():
     online = {
         n: p.rm_learning_rate for n, p in policies.items() if p.algorithm in ("distrl", "grpo_prm", "prime")
     }
-    assert len(online) == 7 and set(online.values()) == {1e-4}
+    assert online.pop("distrl-frozen") is None
+    assert len(online) == 10 and set(online.values()) == {1e-4}
     assert policies["reinforce_qrm"].reward_model == "o/rm-q_rm"
+
+
+@pytest.mark.parametrize("scale", [FULL, smoke()], ids=["full", "smoke"])
+def test_the_five_updates_differ_in_their_switches_alone(scale):
+    """Figure 6: four policies of its own, and the fifth is DistRL itself."""
+    from ipvrm.training.policy_config import resolve
+
+    units = {u.name: u for u in units_of_tables(scale, ("fig6",))}
+    resolved = {
+        row: resolve(config_of(units[f"policy-{unit}"], experiments(scale), Path("o")))
+        for row, (unit, _) in UPDATES.items()
+    }
+    assert {
+        row: (c.rm_update, *([] if c.rm_update == "frozen" else [m.balance.dlw, m.balance.adb]))
+        for row, (c, m) in resolved.items()
+    } == {
+        "frozen": ("frozen",),
+        "naive": ("before", False, False),
+        "DLW": ("before", True, False),
+        "ADB": ("before", False, True),
+        "both": ("before", True, True),
+    }
+    own = {"output_dir", "rm_update", "dlw", "adb"}
+    own |= {name for name in vars(resolved["both"][0]) if name.startswith("rm_")}  # frozen has none
+    first, *others = ({n: v for n, v in vars(c).items() if n not in own} for c, _ in resolved.values())
+    assert all(other == first for other in others) and first["reward_model"].endswith("rm-ipvrm")
+    online = [units[f"policy-{unit}"] for row, (unit, _) in UPDATES.items() if row != "frozen"]
+    assert {unit.passes for unit in online} == {units["policy-distrl-frozen"].passes * 8 / 5}
+    assert all(f"eval-{unit}" in units for unit, _ in UPDATES.values())
 
 
 def test_full_needs_its_inputs_and_estimates(tmp_path, capsys):
@@ -220,21 +251,24 @@ def test_problems_of_sources(tmp_path):
 
 
 def test_the_papers_averages_are_those_of_its_cells():
-    """All five tables hold what was printed: a slip of a digit shows in the mean of its row."""
+    """The tables hold what was printed: a slip of a digit shows in the mean of its row."""
     rows = [
         (table, model, row, values)
         for table, models in PAPER.items()
         for model, found in models.items()
         for row, values in found.items()
     ]
-    assert len(rows) == 20 + 20 + 32 + 12 + 3 + 1
+    assert len(rows) == 20 + 20 + 32 + 12 + 3 + 8 + 1
     for table, model, row, values in rows:
         assert len(values) == len(COLUMNS[table]), (table, model, row)
         assert row in TABLES[table].rows
-        if COLUMNS[table][-1] == AVERAGE:
-            assert statistics.fmean(values[:-1]) == pytest.approx(values[-1], abs=0.051), (table, model, row)
+        at = COLUMNS[table].index(AVERAGE) if AVERAGE in COLUMNS[table] else None
+        if at is not None and values[at] is not None:
+            assert statistics.fmean(values[:at]) == pytest.approx(values[at], abs=0.051), (table, model, row)
     for row in ("GRPO w/ DPO-RM", "GRPO w/ IPVRM", "DistRL w/ IPVRM"):
         assert PAPER["table5"]["qwen3-0.6b"][row] == PAPER["table6"]["qwen3-0.6b"][row]
+    implicit = PAPER["fig6"]["qwen3-0.6b"]["Implicit PRM, naive"]
+    assert implicit[:6] == PAPER["table6"]["qwen3-0.6b"]["DistRL w/ Implicit PRM"]
     assert PAPER["table10"]["qwen3-0.6b"]["m = 5"] == (
         PAPER["table1"]["qwen3-0.6b"]["IPVRM"][-1],
         PAPER["table2"]["qwen3-0.6b"]["IPVRM"][-1],
@@ -317,6 +351,31 @@ def test_policies_and_td(output):
     assert found["AUC of |V|"]["value"] is None and found["AUC of |V|"]["paper"] == 0.64
 
 
+def test_figure_6_has_the_ends_of_its_curves_and_a_picture(output):
+    """Means over the last ten steps; the start of a run, step 0, has no rollouts."""
+    metrics = {"avg@8": {"value": 0.1, "low": 0.05, "high": 0.15}}
+    plant(output, "eval-sft", {})
+    (output / "eval-distrl-naive").mkdir()
+    sources = {name: {"metrics": metrics} for name in FULL.benchmarks.values()}
+    plant(output, "eval-distrl-naive", {"sources": sources})
+    for name, seconds in (("distrl-naive", 1.0), ("distrl-DLW", None)):
+        (output / f"policy-{name}").mkdir()
+        plant(output, f"policy-{name}", {}, seconds)
+        steps = [{"step": i, "rollout_accuracy": i / 100, "rm_accuracy": 0.5} for i in range(1, 13)]
+        write_jsonl(output / f"policy-{name}" / "metrics.jsonl", [{"step": 0, "eval_accuracy": 0.5}, *steps])
+    found = cells("fig6", output, FULL, "llama3.2-1b")
+    naive = found["naive"]
+    assert naive["rollouts"]["value"] == pytest.approx(statistics.fmean(range(3, 13)))
+    assert naive["rollouts"]["difference"] == pytest.approx(7.5 - 3.2)
+    assert naive["RM acc."]["value"] == pytest.approx(50) and naive["RM acc."]["paper"] == 50.3
+    assert naive[AVERAGE]["value"] == pytest.approx(10) and naive[AVERAGE]["paper"] is None
+    assert found["DLW"]["RM acc."]["value"] is None  # not done
+    assert cells("fig6", output, FULL, "qwen3-0.6b")["naive"][AVERAGE]["difference"] == pytest.approx(-5.4)
+    results = write_table_of("fig6", output, FULL, "llama3.2-1b", "", {}, show=False)
+    assert results["picture"] == "fig6.png" and "(fig6.png)" in (output / "fig6.md").read_text()
+    assert (output / "fig6.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_report_shows_where_we_are_lower_and_what_is_missing(output, capsys):
     plant(output, "bon-ipvrm", bon_results(0.43))  # above 42.0, below 46.0 and 47.6, far above Minerva's
     failed = {"bon-dpo": "out of memory", "policy-grpo": "of another table"}
@@ -357,6 +416,32 @@ def test_smoke_says_what_it_is_and_failures_come_behind_the_tables(tmp_path, mon
     text = (tmp_path / "o" / "sec433.md").read_text()
     assert "no reproduction" in text and "- td: broken" in text
     assert "| one-step TD | here | - | - |" in text and "|  | paper | 0.0226 | 0.6400 |" in text
+
+
+def test_full_prints_plan_and_estimate_and_then_runs_it(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def records_the_plan(units, output, shown):
+        print("THE RUNS")
+        ran.extend(unit.name for unit in units)
+        return {}
+
+    monkeypatch.setattr("ipvrm.reproduce.tables.run.run_plan", records_the_plan)
+    given = ["--model", "sft", "--problems", "val.parquet", "--processbench", "pb", "--scale", "full"]
+    assert main(["reproduce", "sec433", *given, "--output_dir", str(tmp_path / "o")]) == 0
+    names = [unit.name for unit in units_of_tables(FULL, ("sec433",))]
+    assert ran == names
+    shown = capsys.readouterr().out
+    order = (
+        f"plan: {len(names)} units",
+        "h  ipvrm eval td ",
+        "h  in all on one GPU",
+        "THE RUNS",
+        "Section 4.3.3",
+    )
+    places = [shown.index(text) for text in order]
+    assert places == sorted(places) and shown.count("THE RUNS") == 1
+    assert "Our run of the paper's settings" in (tmp_path / "o" / "sec433.md").read_text()
 
 
 def test_nothing_named_is_refused(tmp_path):

@@ -10,6 +10,7 @@ a command's flags is not the paper's.
 from dataclasses import dataclass, field
 from typing import Any
 
+from ipvrm.reproduce.fig6 import VARIANTS
 from ipvrm.reproduce.tables.inputs import PARTS, STEP_PARTS
 from ipvrm.reproduce.tables.paper import BENCHMARKS, COLUMNS
 from ipvrm.reproduce.tables.plan import Output, Unit
@@ -28,9 +29,16 @@ POLICIES: dict[str, tuple[str, str | None]] = {  # unit: algorithm, reward model
     "distrl-implicit_prm": ("distrl", "implicit_prm"),
     "distrl-ipvrm": ("distrl", "ipvrm"),
 }
+# Of the reward model's online update (Figure 6): unit and switches; with both on it is the method itself.
+UPDATES = {
+    name: ("distrl-ipvrm", {}) if name == "both" else (f"distrl-{name}", switches)
+    for name, switches in VARIANTS.items()
+}
 MARGINS = ("m = 0", "m = 5", "m = 10")  # of the paper; at another scale none, that of its IPVRM, twice that
 RESPONSES = 5  # a prompt, for the reward models (section 4.1)
-TD_BRANCHES = 5  # the likeliest tokens at a prefix (section 4.3.3)
+# Section 4.3.3: the likeliest tokens at a prefix whatever their probability, 2,500 of 500 prefixes; 1/128 is
+# the least that `eval td` asks for. It is not P_min, by which a prefix has 1.33 on average (Table 11).
+TD_BRANCHES, TD_MIN_PROB = 5, 1 / 128
 
 
 @dataclass(frozen=True)
@@ -88,15 +96,15 @@ def full(model: str, prompts: str, problems: str, processbench: str) -> Scale:
         num_prompts=16_384,
         num_problems=1620,
         num_items=3400,
-        num_steps=176,
+        num_steps=95,
         flags={"rollout": {"on_bad_row": "skip"}, "train-policy": {"on_bad_row": "skip"}},
     )
 
 
 OPEN = (
-    "Where the paper is silent: 16,384 prompts for the reward models; 176 steps of a policy, the length of "
-    "its Figure 6 (Llama3.2-1B, 11 x 16,384 responses of 1,024 a step); Best-of-N picks by what the "
-    "objective trains: the mean value (IPVRM, Q-RM) or the sum (DPO-RM, Implicit PRM, EndoRM)."
+    "Where the paper is silent: 16,384 prompts for the reward models; 95 steps of a policy, the points of "
+    "its Figure 6 (Llama3.2-1B, one every 2,048 responses, which is 512 prompts of 4); Best-of-N picks by "
+    "what the objective trains: the mean value (IPVRM, Q-RM) or the sum (DPO-RM, Implicit PRM, EndoRM)."
 )
 
 
@@ -251,20 +259,25 @@ def experiments(scale: Scale) -> list[Unit]:
     add(
         "td", "eval td", scale.td_prompts * (1 + 2 * (1 + TD_BRANCHES)), policy=scale.model,
         reward_model=Output("rm-ipvrm"), data=td_problems, num_prompts=scale.td_prompts, num_responses=1,
-        prefixes_per_response=1, completions=2, top_k=TD_BRANCHES, min_prob=1 / 128,
+        prefixes_per_response=1, completions=2, top_k=TD_BRANCHES, min_prob=TD_MIN_PROB,
     )  # fmt: skip
     policies: dict[str, Output | str] = {"sft": scale.model}
     responses = scale.num_steps * scale.rollout_prompts * scale.num_generations
-    for name, (algorithm, reward) in POLICIES.items():
-        own = {} if reward is None else {"reward_model": Output(f"rm-{reward}")}
+    trained: list[tuple[str, str, str | None, dict[str, Any]]] = [
+        *((name, algorithm, reward, {}) for name, (algorithm, reward) in POLICIES.items()),
+        *((name, "distrl", "ipvrm", own) for name, own in UPDATES.values() if name not in POLICIES),
+    ]
+    for name, algorithm, reward, switches in trained:
+        own = switches | ({} if reward is None else {"reward_model": Output(f"rm-{reward}")})
         if algorithm in ("distrl", "grpo_prm"):
             own |= scale.gae_flags
-        online = algorithm in ("distrl", "grpo_prm", "prime")
+        online = algorithm in ("distrl", "grpo_prm", "prime") and switches.get("rm_update") != "frozen"
         if online:
             own |= scale.reward_flags
-        # behaviour, forward, backward; the reward model's own forward and backward besides
+        # behaviour, forward, backward; the reward model's forward, and where it learns both besides
+        passes = 4 + (4 if online else reward is not None)
         policies[name] = add(
-            f"policy-{name}", "train-policy", responses, responses * (4 + 4 * online + (reward == "q_rm")),
+            f"policy-{name}", "train-policy", responses, responses * passes,
             model=scale.model, train_data=scale.prompts, algorithm=algorithm, max_steps=scale.num_steps,
             **own,
         )  # fmt: skip

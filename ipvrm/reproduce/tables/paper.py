@@ -1,7 +1,8 @@
 """What the paper's tables hold (arXiv 2604.13197v2, as it stands in its release), by table and base model.
 
-Accuracies and F1 are in percent. `AVERAGE` is the paper's own last column, as printed: with it a row has one
-number more than `COLUMNS`. Tables 6 and 10 and section 4.3.3 are of fewer base models.
+Accuracies and F1 are in percent. `AVERAGE` is the paper's own last column, as printed.
+Tables 6 and 10, Figure 6 and section 4.3.3 are of fewer base models. `fig6` is Table 8 (Qwen3-0.6B) and the
+two panels of Figure 6 (Llama3.2-1B), None where the paper has no number.
 """
 
 AVERAGE = "Avg."
@@ -15,10 +16,13 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "table5": POLICY_COLUMNS,
     "table6": POLICY_COLUMNS,
     "table10": ("Best-of-N", "ProcessBench"),
+    "fig6": (*POLICY_COLUMNS, "rollouts", "RM acc."),
     "sec433": ("Pearson of TD", "AUC of |V|"),
 }
 
-Rows = dict[str, tuple[float, ...]]
+# Figure 6: means of the last ten of a curve's 95 points, taken from the lines of the PDF by its axes' ticks.
+Rows = dict[str, tuple[float | None, ...]]
+NONE = (None,) * len(POLICY_COLUMNS)
 PAPER: dict[str, dict[str, Rows]] = {
     "table1": {
         "qwen3-0.6b": {
@@ -141,5 +145,19 @@ PAPER: dict[str, dict[str, Rows]] = {
         },
     },
     "table10": {"qwen3-0.6b": {"m = 0": (26.1, 37.0), "m = 5": (28.1, 39.1), "m = 10": (27.5, 39.1)}},
+    "fig6": {
+        "qwen3-0.6b": {
+            "Implicit PRM, naive": (0.8, 37.1, 10.9, 10.5, 14.2, 14.7, None, None),
+            "naive": (1.0, 40.8, 11.2, 12.2, 12.0, 15.4, None, None),
+            "both": (1.2, 40.8, 13.1, 12.3, 13.6, 16.2, None, None),
+        },
+        "llama3.2-1b": {
+            "frozen": (*NONE, 7.4, 49.3),
+            "naive": (*NONE, 3.2, 50.3),
+            "DLW": (*NONE, 7.8, 52.4),
+            "ADB": (*NONE, 6.3, 57.0),
+            "both": (*NONE, 8.7, 58.3),
+        },
+    },
     "sec433": {"qwen3-0.6b": {"one-step TD": (0.0226, 0.64)}},
 }

@@ -6,11 +6,13 @@ dash; where ours is lower than the paper's it has an arrow, and the difference i
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
-from ipvrm.reproduce.tables.experiments import MARGINS, Scale, margin_unit
+from ipvrm.reproduce.fig6_report import MISSING, draw_training
+from ipvrm.reproduce.tables.experiments import MARGINS, UPDATES, Scale, margin_unit
 from ipvrm.reproduce.tables.paper import AVERAGE, BENCHMARKS, COLUMNS, PAPER
-from ipvrm.run_folder import manifest, read_json, write_json, write_text
+from ipvrm.run_folder import manifest, read_json, read_json_lines, write_json, write_text
 
 REWARD_ROWS = {
     "Q-RM": "q_rm",
@@ -32,6 +34,11 @@ POLICY_ROWS = {
     "GRPO w/ IPVRM": "grpo_prm-ipvrm",
     "DistRL w/ IPVRM": "distrl-ipvrm",
 }
+UPDATE_ROWS = {"Implicit PRM, naive": "distrl-implicit_prm"} | {
+    row: unit for row, (unit, _) in UPDATES.items()
+}
+CURVES = dict(zip(COLUMNS["fig6"][-2:], ("rollout_accuracy", "rm_accuracy"), strict=True))
+LAST_STEPS = 10  # of a policy's training, over which the curves' numbers are means
 SUM_SCORES = ("endo_rm", "dpo", "implicit_prm")  # of what they train, or are, the score is a sum over tokens
 F1 = ("step", "oracle")  # the paper's score (Eq. 31); the threshold as its released script takes it
 
@@ -55,12 +62,18 @@ class Table(NamedTuple):
     read: Read
     note: str
     digits: int = 1
+    picture: Callable[[Path], Path | None] | None = None
+    """Drawn of the units in a folder into it; None without matplotlib."""
+
+
+def _is_done(output: Path, unit: str) -> bool:
+    done = output / "units" / f"{unit}.json"
+    return done.exists() and read_json(done)["seconds"] is not None
 
 
 def _results(output: Path, unit: str) -> dict[str, Any] | None:
     """results.json of a unit that is done."""
-    done = output / "units" / f"{unit}.json"
-    if not done.exists() or read_json(done)["seconds"] is None:
+    if not _is_done(output, unit):
         return None
     found: dict[str, Any] = read_json(output / unit / "results.json")
     return found
@@ -111,6 +124,27 @@ def policy(output: Path, scale: Scale, name: str) -> Numbers:
             metric = results["sources"][source]["metrics"][f"avg@{scale.eval_samples}"]
             found[column] = _percent(metric["value"], metric["low"], metric["high"])
     return _with_average(found, BENCHMARKS)
+
+
+def curves(output: Path, name: str) -> dict[str, list[float]]:
+    """Right rollouts and right verdicts of the reward model in percent, by step of a policy that is done."""
+    if not _is_done(output, f"policy-{name}"):
+        return {}
+    steps = [r for r in read_json_lines(output / f"policy-{name}" / "metrics.jsonl") if r["step"] > 0]
+    return {column: [100 * r[key] for r in steps] for column, key in CURVES.items()}
+
+
+def update(output: Path, scale: Scale, name: str) -> Numbers:
+    """avg@8 of a policy, and where its training's curves end."""
+    ends = {column: Number(fmean(points[-LAST_STEPS:])) for column, points in curves(output, name).items()}
+    return policy(output, scale, name) | ends
+
+
+def draw_updates(output: Path) -> Path | None:
+    """The two panels of Figure 6, of the policies that are done."""
+    return draw_training(
+        output / "fig6.png", {row: curves(output, unit) for row, (unit, _) in UPDATES.items()}
+    )
 
 
 def margin(output: Path, scale: Scale, row: str) -> Numbers:
@@ -172,11 +206,22 @@ TABLES = {
         margin,
         "The averages of Tables 1 and 2.",
     ),
+    "fig6": Table(
+        "Figure 6 and Table 8: the reward model's online update under DistRL",
+        {row: (f"eval-{unit}",) for row, unit in UPDATE_ROWS.items()},
+        lambda output, scale, row: update(output, scale, UPDATE_ROWS[row]),
+        f"{AVG8} rollouts, RM acc.: right rollouts, and right verdicts of the reward model on them before it "
+        f"has learnt from any of the step, in %, means of the last {LAST_STEPS} steps. The paper has the "
+        "benchmarks for Qwen3-0.6B (Table 8) and the curves for Llama3.2-1B (Figure 6, read off its lines). "
+        "both is the run of Tables 5 and 6; the paper's Table 8 has another one.",
+        picture=draw_updates,
+    ),
     "sec433": Table(
         "Section 4.3.3: does the one-step TD foretell the outcome?",
         {"one-step TD": ("td",)},
         td,
-        "Of the five likeliest tokens those with p >= 1/128, one completion each.",
+        "Of the five likeliest tokens those with p >= 1/128, the least that can be asked for (the paper: all "
+        "five), one completion each.",
         digits=4,
     ),
 }
@@ -226,6 +271,9 @@ def write_table_of(
     left_out = [f"{unit}: {failed[unit]}" for unit in missing]
     if base_model not in PAPER[name]:
         left_out.append(f"the paper has no such table for {base_model}")
+    picture = None if table.picture is None else table.picture(output)
+    if table.picture is not None and picture is None:
+        left_out.append(MISSING)
     results = {
         "table": name,
         "title": table.title,
@@ -236,6 +284,7 @@ def write_table_of(
         "lower_than_the_paper": lower,
         "left_out": left_out,
         "note": table.note,
+        "picture": None if picture is None else picture.name,
         "manifest": manifest(),
     }
     write_json(output / f"{name}.json", results)
@@ -281,6 +330,7 @@ def _markdown(results: dict[str, Any], digits: int) -> str:
         "",
         *(f"- {sentence}" for sentence in _sentences(results, digits)),
         "",
+        *([f"![{results['title']}]({results['picture']})", ""] if results["picture"] else []),
     ]
     return "\n".join(lines)
 

@@ -40,11 +40,12 @@ class ReproduceConfig:
     --scale smoke wires every run on the demo's task. --scale full prints the commands, with the paper's
     models and data, and an estimate, then runs them in this process. What tables share is run once. The same
     command goes on where it stopped; a unit whose printed command was given by hand (on more devices, or with
-    a server) is found finished. Figure 6 is `ipvrm reproduce fig6`.
+    a server) is found finished. fig6 is Table 8, with
+    both panels of Figure 6 as fig6.png.
     """
 
     names: Annotated[
-        tuple[Literal["table1", "table2", "table5", "table6", "table10", "sec433", "all"], ...],
+        tuple[Literal["table1", "table2", "table5", "table6", "table10", "fig6", "sec433", "all"], ...],
         tyro.conf.Positional,
     ]
     """Tables, or all of them."""
