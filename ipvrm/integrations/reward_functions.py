@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm.data.responses import Response, offsets_of
+from ipvrm.data.rows import ground_truth
 from ipvrm.data.steps import step_of_token
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.best_of_n import PICKS, response_scores
@@ -86,17 +87,19 @@ def verifier_reward(
 ) -> RewardFunction:
     """ipvrm's verifier as a reward function: 1.0 right, 0.0 wrong or without an answer.
 
-    None where nothing is known: a time-out, a crash, a ground truth that cannot be read. TRL leaves such a
-        response
-    out of its group's mean and gives it advantage 0.
+    None where nothing is known: a time-out, a crash, a ground truth that is missing (None, NaN, blank) or
+    that the verifier cannot read. TRL leaves such a response out of its group's mean and gives it advantage
+    0.
 
     Args:
         verifier: math, string or `module:function`, as `ipvrm label` has it.
-        answer: the column of the data set that holds the ground truth.
+        answer: the column of the data set that holds the ground truth, a text or a number, read as by
+            `ipvrm label`: 4.0 is `4`.
         timeout_seconds, num_workers: of the worker processes, which live as long as the function.
 
     Raises:
-        IpvrmError: an unknown verifier; when called, a data set without the column.
+        IpvrmError: an unknown verifier; when called, a data set without the column, or a ground truth that is
+            neither text nor number.
     """
     pool = VerifierPool(verifier, num_workers, timeout_seconds)
 
@@ -105,8 +108,14 @@ def verifier_reward(
             raise IpvrmError(
                 f"verifier_reward: the data set has no column {answer!r}; name it with answer=..."
             )
-        pairs = [(_text(c), str(truth)) for c, truth in zip(completions, columns[answer], strict=True)]
-        return [None if (label := v.label) is None else float(label) for v in pool.judge(pairs)]
+        try:
+            truths = [ground_truth({"answer": value}) for value in columns[answer]]
+        except ValueError as error:
+            raise IpvrmError(f"verifier_reward: column {answer!r} of the data set: {error}") from error
+        pairs = [(_text(c), t) for c, t in zip(completions, truths, strict=True) if t is not None]
+        verdicts = iter(pool.judge(pairs))
+        labels = [None if truth is None else next(verdicts).label for truth in truths]
+        return [None if label is None else float(label) for label in labels]
 
     verified.__name__ = f"verifier_{verifier.rpartition(':')[2]}"
     return verified

@@ -538,9 +538,8 @@ def test_prefix_value_reward_is_best_of_ns_score(home):
 
 
 def test_verifier_reward_knows_that_it_does_not_know(tmp_path, monkeypatch):
-    pytest.importorskip("trl", reason="TRL is not installed; pip install 'ipvrm[trl]'")
     from ipvrm import IpvrmError
-    from ipvrm.integrations.trl import verifier_reward
+    from ipvrm.integrations.reward_functions import verifier_reward
 
     (tmp_path / "slow_verifier.py").write_text(
         "import time\ndef verify(response, answer):\n    time.sleep(60 * (response == 'hang'))\n"
@@ -553,6 +552,23 @@ def test_verifier_reward_knows_that_it_does_not_know(tmp_path, monkeypatch):
     assert reward(completions=chat, truth=["3"]) == [1.0]
     with pytest.raises(IpvrmError, match="no column 'truth'"):
         reward(completions=["3"], answer=["3"])
+
+
+@pytest.mark.parametrize("verifier", ["math", "string"])
+def test_verifier_reward_reads_ground_truths_as_label_does(verifier):
+    """NaN and None of a table were the words `nan` and `None`: every answer was wrong, by a score of 0."""
+    from ipvrm import IpvrmError
+    from ipvrm.integrations.reward_functions import verifier_reward
+
+    reward = verifier_reward(verifier, answer="truth", num_workers=1)
+    truths = [float("nan"), None, " ", "nan", 4.0, 4, 0.5, "4", 4.0]
+    right = ["Answer: 4"] * 6 + ["Answer: 0.5", "Answer: 4", "Answer: 5"]
+    assert reward(completions=right, truth=truths) == [None] * 4 + [1.0] * 4 + [0.0]
+    assert reward(completions=right[:2], truth=truths[:2]) == [None, None]
+    with pytest.raises(
+        IpvrmError, match=r"column 'truth' of the data set: the ground truth must be a text or"
+    ):
+        reward(completions=["4", "4"], truth=["4", ["4"]])
 
 
 # -------------------------------------------------------------------------------------------- the contract
