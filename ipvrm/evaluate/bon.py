@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from torch import Tensor
+
 from ipvrm.data.chat import given_template_kwargs
 from ipvrm.data.files import check_values, chunked, file_hash, records
-from ipvrm.data.responses import tokenize
+from ipvrm.data.responses import Response, tokenize
 from ipvrm.data.rows import (
     COLUMNS,
     TURNS,
@@ -35,6 +37,7 @@ from ipvrm.data.rows import (
 from ipvrm.data.steps import STEP_SEPARATOR, step_of_token
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.best_of_n import PICKS, Samples, best_of_n, response_scores
+from ipvrm.evaluate.scoring import one_by_one
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
 from ipvrm.output import locked
 from ipvrm.progress import Progress
@@ -152,16 +155,20 @@ def _scores(
     if skipped is not None:
         skipped += found.bad
     place = {row.source: i for i, row in enumerate(rows)}
-    rewards = reward_model.token_log_ratios(found.responses, batch_tokens)
+
+    def log_ratios(part: Sequence[Response]) -> list[Tensor]:
+        return reward_model.token_log_ratios(part, batch_tokens)
+
+    rewards: Sequence[Tensor | str] = (
+        log_ratios(found.responses) if skipped is None else one_by_one(log_ratios, found.responses)
+    )
     result: list[dict[str, float] | None] = [None] * len(rows)
     info = reward_model.info
     for response, log_ratio in zip(found.responses, rewards, strict=True):
-        if not bool(log_ratio.isfinite().all()):
+        if isinstance(log_ratio, str):
+            assert skipped is not None
             file, _, number = response.source.rpartition(":")
-            bad = BadRow(file, int(number), "the models' log-probabilities are not finite numbers")
-            if skipped is None:
-                raise IpvrmError(str(bad))
-            skipped.append(bad)
+            skipped.append(BadRow(file, int(number), log_ratio.removeprefix(f"{response.source}: ")))
             continue
         index = place[response.source]
         ends = _step_ends(rows[index].response, step_separator)

@@ -41,7 +41,8 @@ def prefix_value_reward(
         end token) or is longer than the models' positions.
 
     Raises:
-        IpvrmError: an unknown pick; when called, ids that are other text under the reward model's tokenizer.
+        IpvrmError: an unknown pick; when called, ids that are other text under the reward model's tokenizer,
+            or a token whose log-ratio is infinite or not a number.
     """
     if pick not in PICKS:
         raise IpvrmError(f"prefix_value_reward: pick must be one of {', '.join(PICKS)}; got {pick!r}")
@@ -65,7 +66,8 @@ def prefix_value_reward(
             )
             if rm.max_positions is not None and len(before) + len(ids) > rm.max_positions:
                 continue
-            responses.append(Response((*before, *ids), len(before)))
+            source = f"prefix_value_reward: completion {place + 1} of {len(prompts)}"
+            responses.append(Response((*before, *ids), len(before), source=source))
             places.append(place)
         for place, log_ratio in zip(places, rm.token_log_ratios(responses, batch_tokens), strict=True):
             text_ids = completion_ids[place][:-1]

@@ -45,6 +45,7 @@ from ipvrm.models.causal_lm import (
     weights_hash,
 )
 from ipvrm.models.folder import VALUE_HEAD
+from ipvrm.models.reference import not_finite
 from ipvrm.models.server import ENGINE_TIMEOUT, Server
 from ipvrm.models.token_rewards import TokenValues, endo_rewards, load_value_head, save_value_head
 from ipvrm.run_folder import move_into, read_json, save_folder, versions, write_json
@@ -382,6 +383,9 @@ class RewardModel:
         Args:
             batch_tokens: most tokens of a padded micro-batch (a longer response stands alone).
             ended: as in `endo_rewards`.
+
+        Raises:
+            IpvrmError: one is infinite or not a number, with the response's `source` and the token.
         """
         if self.reference is not None:
             return [p.logprobs - p.ref_logprobs for p in self.token_logprobs(responses, batch_tokens)]
@@ -399,6 +403,7 @@ class RewardModel:
                 indices, rewards.cpu().split([responses[i].length for i in indices]), strict=True
             ):
                 result[index] = part.clone()
+        _refuse_not_finite(responses, result, "reward")
         return result
 
     @torch.no_grad()
@@ -417,7 +422,8 @@ class RewardModel:
                 p >= this under the reference, best first; or their ids, a (T_b, K_b) int64 for each response.
 
         Raises:
-            IpvrmError: a reward model without a reference, or candidates of a served one.
+            IpvrmError: a reward model without a reference, candidates of a served one, or a log-prob that is
+                infinite or not a number, with the response's `source` and the token.
         """
         if self.reference is None:
             raise IpvrmError(
@@ -430,7 +436,7 @@ class RewardModel:
                     "candidates need the reward model in memory: a server gives those of its own choice"
                 )
             of_both = [cast(Server, m).logprobs(responses) for m in (self.model, self.reference)]
-            return [TokenLogprobs(a, b, None) for a, b in zip(*of_both, strict=True)]
+            return _checked(responses, [TokenLogprobs(a, b, None) for a, b in zip(*of_both, strict=True)])
         models, temperature = (self.model, self.reference), self.info.temperature
         device = next(self.model.parameters()).device
         found: dict[int, TokenLogprobs] = {}
@@ -453,7 +459,7 @@ class RewardModel:
             for index, own, ref, *others in zip(indices, *parts, strict=True):
                 of_others = TokenCandidates(*(part.clone() for part in others)) if others else None
                 found[index] = TokenLogprobs(own.clone(), ref.clone(), of_others)
-        return [found[i] for i in range(len(responses))]
+        return _checked(responses, [found[i] for i in range(len(responses))])
 
     def solutions(
         self,
@@ -508,7 +514,8 @@ class RewardModel:
             min_prob: with the candidates of each token, all with p >= this under the reference.
 
         Raises:
-            IpvrmError: from `solutions`.
+            IpvrmError: from `solutions`; a token whose l_t is infinite or not a number, with the position of
+                its solution.
         """
         solutions = self.solutions(items, **options)
         responses = [s.response for s in solutions if s is not None]
@@ -594,6 +601,26 @@ class RewardModel:
             candidates=(candidates := None if known is None else known.candidates),
             candidate_td=None if candidates is None else candidates.td(beta),
         )
+
+
+def _refuse_not_finite(responses: Sequence[Response], values: Sequence[Tensor], what: str) -> None:
+    """Raises IpvrmError, with the response and the token, unless all `values`, a (T_b,) each, are finite."""
+    if responses and (place := not_finite(torch.cat([*values]), responses, what)) is not None:
+        raise IpvrmError(f"{place}; a score of it means nothing")
+
+
+def _checked(responses: Sequence[Response], found: list[TokenLogprobs]) -> list[TokenLogprobs]:
+    """`found`. Raises IpvrmError unless all of its log-probs are finite, those of used candidates too."""
+    _refuse_not_finite(responses, [f.logprobs for f in found], "log-probability under the model")
+    _refuse_not_finite(responses, [f.ref_logprobs for f in found], "log-probability under the reference")
+    others = [f.candidates for f in found if f.candidates is not None]
+    if others:
+        own = [c.logprobs.masked_fill(c.ids < 0, 0.0).sum(-1) for c in others]  # (T_b,)
+        ref = [c.ref_logprobs.masked_fill(c.ids < 0, 0.0).sum(-1) for c in others]
+        of_one = "of a candidate in the place"
+        _refuse_not_finite(responses, own, f"log-probability under the model {of_one}")
+        _refuse_not_finite(responses, ref, f"log-probability under the reference {of_one}")
+    return found
 
 
 def _with_candidates(

@@ -28,6 +28,7 @@ from ipvrm.models.causal_lm import (
     vocab_size,
     weights_hash,
 )
+from ipvrm.models.reference import not_finite
 from ipvrm.models.reward_model import check_own_weights, read_info
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, Server, check_engine, kind_of
 from ipvrm.output import locked
@@ -299,7 +300,10 @@ def _known(
     """The columns `BEHAVIOUR` of the responses generated for these jobs, with a reward model `SCORED` too."""
     device, temperature = next(policy.parameters()).device, kind["temperature"]
     candidates = CandidateConfig(kind["min_prob"])
-    responses = [Response((*q.ids, *ids), len(q.ids)) for (q, *_), ids in zip(jobs, generated, strict=True)]
+    responses = [
+        Response((*q.ids, *ids), len(q.ids), source=f"prompt {row}")
+        for (q, row, _), ids in zip(jobs, generated, strict=True)
+    ]
     found: list[dict[str, Any]] = [{} for _ in responses]
     lengths = [len(r.input_ids) for r in responses]
     for indices in length_sorted_microbatches(lengths, max_tokens=FORWARD_TOKENS):
@@ -316,6 +320,10 @@ def _known(
             scored = candidate_logprobs(reward, batch, ids, temperature)
             columns["rm_logprobs"] = scored.logprobs.tolist()
             columns["rm_candidate_logprobs"] = _cut(scored.candidate_logprobs, used)
+            others = scored.candidate_logprobs.masked_fill(ids < 0, 0.0).sum(-1)  # (n,)
+            values, what = (scored.logprobs + others).cpu(), "log-probability, with its candidates',"
+            if (place := not_finite(values, [responses[i] for i in indices], what)) is not None:
+                raise IpvrmError(f"--reward_model: {place}; a value of it means nothing")
         start = 0
         for i in indices:
             end = start + responses[i].length

@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[2]))  # behind the installed packages
 
 from benchmarks.faults.toy import make_toy
 from ipvrm import IpvrmError
-from ipvrm.models.causal_lm import load_model, load_tokenizer, weights_hash
+from ipvrm.models.causal_lm import CandidateLogprobs, load_model, load_tokenizer, weights_hash
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
 from ipvrm.training.policy_config import PolicyConfig, resolve
@@ -126,6 +126,26 @@ def small(toy, tmp_path, **more):
         str(toy / "sft"), str(toy / "prompts.jsonl"), str(tmp_path / "o.parquet"), limit=2, max_new_tokens=3,
         use_cpu=True, **more,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sampled", "candidate"])
+def test_a_log_prob_that_is_infinite_under_the_reward_model_is_not_stored(toy, tmp_path, monkeypatch, kind):
+    """It was a traceback of the writer, or a row that no later command reads."""
+    import ipvrm.rollouts.rollout as rollout
+
+    real = rollout.candidate_logprobs
+
+    def patched(*arguments):
+        own, ids, of_ids = real(*arguments)
+        if kind == "sampled":
+            return CandidateLogprobs(own - torch.inf, ids, of_ids)
+        return CandidateLogprobs(own, ids, of_ids - torch.inf)
+
+    monkeypatch.setattr(rollout, "candidate_logprobs", patched)
+    with pytest.raises(
+        IpvrmError, match=r"--reward_model: prompt \d: the log-probability.* is -inf; a value"
+    ):
+        roll_out(small(toy, tmp_path, min_prob=0.1, reward_model=str(toy / "ipvrm")), progress=False)
 
 
 def test_nothing_is_stored_unless_asked_for(toy, tmp_path):

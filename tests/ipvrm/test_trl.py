@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ruled_out
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -504,11 +505,10 @@ def test_trl_grpo_takes_one_by_its_module(runs, home, tmp_path, monkeypatch):
     assert "rewards/prefix_value_final/mean" in state["log_history"][0]
 
 
-def test_prefix_value_reward_is_best_of_ns_score(home):
-    pytest.importorskip("trl", reason="TRL is not installed; pip install 'ipvrm[trl]'")
+def test_prefix_value_reward_is_best_of_ns_score(home, monkeypatch):
     from ipvrm import IpvrmError, RewardModel
     from ipvrm.data.responses import Response
-    from ipvrm.integrations.trl import prefix_value_reward
+    from ipvrm.integrations.reward_functions import prefix_value_reward
 
     rm = RewardModel.from_pretrained(home / "rm", device="cpu")
     end = rm.chat.end_of_turn
@@ -535,6 +535,12 @@ def test_prefix_value_reward_is_best_of_ns_score(home):
         prefix_value_reward(rm, "best")
     with pytest.raises(IpvrmError, match="other text"):
         prefix_value_reward(rm)(prompts=["1"], completions=["another text"], completion_ids=[[20, end]])
+    ruled_out(monkeypatch, ids[1][-2])
+    with pytest.raises(
+        IpvrmError,
+        match="^prefix_value_reward: completion 2 of 3: the log-prob.* under the model of .* is -inf",
+    ):
+        prefix_value_reward(rm)(prompts=[prompt] * 3, completions=completions, completion_ids=ids)
 
 
 def test_verifier_reward_knows_that_it_does_not_know(tmp_path, monkeypatch):
