@@ -70,7 +70,7 @@ def tokenize(
     Args:
         chat: tokenizer and the variables of its template.
         max_length: most tokens of prompt and response together; None for no limit.
-        max_positions: of the model; a row that is longer after all is a bad one.
+        max_positions: the fewest of the models in use; a row that is longer after all is a bad one.
         vocab_size: of the model; a row with a stored id beyond it is a bad one.
         on_long: `drop` leaves longer rows out and counts them; `truncate` cuts the response on the right (it
             then has no end-of-turn token) and drops only rows whose prompt alone is too long.
@@ -119,7 +119,7 @@ def tokenize(
                 response = replace(response, input_ids=response.input_ids[:max_length], offsets=offsets)
             if max_positions is not None and len(response.input_ids) > max_positions:
                 length, limit = len(response.input_ids), max_positions
-                excess = f"its {length} tokens are more than the model's {limit} positions"
+                excess = f"its {length} tokens are more than the {limit} positions of the models in use"
                 refused(row, f"{excess}; shorten it, or where the command has --max_length, give {limit}")
                 continue
             responses.append(response)

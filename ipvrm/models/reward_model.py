@@ -34,10 +34,10 @@ from ipvrm.errors import IpvrmError
 from ipvrm.models.card import REWARD_TAGS, write_card
 from ipvrm.models.causal_lm import (
     candidate_logprobs,
+    least_positions,
     load_model,
     load_tokenizer,
     local_folder,
-    max_positions,
     relative_to,
     response_logprobs,
     save_model,
@@ -206,7 +206,7 @@ class RewardModel:
             self._check_served(model, reference)
             return
         models = [m for m in (model, reference) if m is not None]
-        self.max_positions = min((n for m in models if (n := max_positions(m))), default=None)
+        self.max_positions = least_positions(*models)
         sizes = [cast(Any, m).get_input_embeddings().weight.shape[0] for m in models]
         if len({*sizes}) > 1:
             raise IpvrmError(
@@ -385,8 +385,10 @@ class RewardModel:
             ended: as in `endo_rewards`.
 
         Raises:
-            IpvrmError: one is infinite or not a number, with the response's `source` and the token.
+            IpvrmError: one is infinite or not a number, with the response's `source` and the token; or a
+                response has more tokens, with its prompt, than the models have positions.
         """
+        self._refuse_too_long(responses)
         if self.reference is not None:
             return [p.logprobs - p.ref_logprobs for p in self.token_logprobs(responses, batch_tokens)]
         model = cast(nn.Module, self.model)
@@ -406,6 +408,15 @@ class RewardModel:
         _refuse_not_finite(responses, result, "reward")
         return result
 
+    def _refuse_too_long(self, responses: Sequence[Response]) -> None:
+        for response in responses:
+            length, limit = len(response.input_ids), self.max_positions
+            if limit is not None and length > limit:
+                raise IpvrmError(
+                    f"{response.source or 'a response'}: its {length} tokens are more than the {limit} "
+                    "positions of the models in use"
+                )
+
     @torch.no_grad()
     def token_logprobs(
         self,
@@ -422,14 +433,15 @@ class RewardModel:
                 p >= this under the reference, best first; or their ids, a (T_b, K_b) int64 for each response.
 
         Raises:
-            IpvrmError: a reward model without a reference, candidates of a served one, or a log-prob that is
-                infinite or not a number, with the response's `source` and the token.
+            IpvrmError: a reward model without a reference, candidates of a served one, and what
+                `token_log_ratios` refuses.
         """
         if self.reference is None:
             raise IpvrmError(
                 f"objective {self.info.objective!r} has token rewards, and no log-probs of a model and its "
                 "reference"
             )
+        self._refuse_too_long(responses)
         if isinstance(self.model, Server) or isinstance(self.reference, Server):
             if candidates is not None:
                 raise IpvrmError(

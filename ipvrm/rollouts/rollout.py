@@ -21,6 +21,7 @@ from ipvrm.losses.policy_loss import CandidateConfig
 from ipvrm.models.behaviour import behaviour, check_log_ratios, check_same_tokens
 from ipvrm.models.causal_lm import (
     candidate_logprobs,
+    least_positions,
     load_model,
     load_tokenizer,
     local_folder,
@@ -151,6 +152,7 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
     engine, stops, context, device = _engine(config, tokenizer)
     reward = None if reward_folder is None else load_model(reward_folder, torch.float32, device)
     prompts_in = len(prompts) + len(bad)
+    context = least_positions(context, reward_folder)
     questions, bad = as_questions(prompts, bad, config.input, tokenizer, config, context, answers=False)
     for row in bad:
         shown.note(f"skipped {row}")
@@ -213,8 +215,8 @@ def _engine(config: RolloutConfig, tokenizer: Any) -> tuple[Engine, set[int], in
     if config.engine != LOCAL:
         server = Server(config.engine, config.model, config.engine_timeout, config.per_device_eval_batch_size)
         stops = stop_ids(config.model, tokenizer)
-        limits = [n for n in (max_positions(config.model), server.max_positions) if n is not None]
-        return ServerEngine(server, stops), stops, min(limits, default=None), f"{server.url} ({server.name})"
+        context = least_positions(config.model, server.max_positions)
+        return ServerEngine(server, stops), stops, context, f"{server.url} ({server.name})"
     accelerator = None if config.use_cpu else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
     model = load_model(config.model, torch.bfloat16 if config.bf16 else torch.float32, device)

@@ -245,7 +245,7 @@ def _stored(
     if not all(type(i) is int and 0 <= i < vocabulary for i in every):
         raise ValueError(f"ids must be whole numbers in [0, {vocabulary})")
     if context is not None and (length := len(prompt) + len(answer)) > context:
-        raise ValueError(f"its {length} tokens are more than the model's {context} positions")
+        raise ValueError(f"its {length} tokens are more than the {context} positions of the models in use")
     width = max(map(len, ids))
     logprobs = [torch.tensor(column) for column in of_tokens.values()]
     of_ids = [_padded(column, width, -torch.inf, torch.float32) for column in of_candidates.values()]

@@ -413,5 +413,7 @@ def test_settings_that_cannot_be(sharp, prompts_file, tmp_path, settings, reason
 
 def test_a_prompt_must_fit_the_server(server, sharp, prompts_file, tmp_path):
     server.max_model_len = 30
-    with pytest.raises(IpvrmError, match=r"tokens and 12 new ones .* are more than the model's 30 positions"):
+    with pytest.raises(
+        IpvrmError, match=r"tokens and 12 new ones .* are more than the 30 positions of the models in use"
+    ):
         roll_out(config(sharp, prompts_file, tmp_path, engine=server.url), progress=False)
