@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ipvrm.data.chat import given_template_kwargs
 from ipvrm.data.files import check_values, chunked, file_hash, records
-from ipvrm.data.responses import Response, tokenize
+from ipvrm.data.responses import NOTED, Response, tokenize
 from ipvrm.data.rows import (
     COLUMNS,
     TURNS,
@@ -141,8 +141,12 @@ def _scores(
     max_length: int | None,
     batch_tokens: int,
     skipped: list[BadRow] | None = None,
+    noted: dict[str, list[str]] | None = None,
 ) -> list[dict[str, float] | None]:
-    """Of every row the scores by `PICKS`; None for one that is too long, or is put into `skipped`."""
+    """Of every row the scores by `PICKS`; None for one that is too long, or is put into `skipped`.
+
+    `noted` gets the sources of the rows behind each of the counts `NOTED`.
+    """
     found = tokenize(
         rows,
         reward_model.chat,
@@ -154,6 +158,8 @@ def _scores(
     )
     if skipped is not None:
         skipped += found.bad
+    if noted is not None:
+        noted |= found.noted
     place = {row.source: i for i, row in enumerate(rows)}
 
     def log_ratios(part: Sequence[Response]) -> list[Tensor]:
@@ -321,10 +327,10 @@ def _score(
     with JsonlFile(file) as opened, shown.bar("score", len(rollouts), done) as update:
         for chunk in chunked(remaining, CHUNK):
             skipped: list[BadRow] = []
+            noted: dict[str, list[str]] = {}
             rows = [r.row for r in chunk if r.row is not None]
-            found = _scores(
-                reward_model, rows, config.step_separator, config.max_length, config.batch_tokens, skipped
-            )
+            limits = config.max_length, config.batch_tokens
+            found = _scores(reward_model, rows, config.step_separator, *limits, skipped, noted)
             scores = dict(zip((row.source for row in rows), found, strict=True))
             reasons = {f"{row.file}:{row.row}": row.reason for row in skipped}
             lines = []
@@ -332,6 +338,7 @@ def _score(
                 unusable = rollout.unusable or reasons.get(rollout.place)
                 line: dict[str, Any] = {"line": rollout.number, "unusable": unusable}
                 line |= scores.get(rollout.place) or dict.fromkeys(PICKS)
+                line |= {name: rollout.place in noted[name] for name in NOTED}
                 lines.append(line)
             opened.write(*lines)
             update(done := done + len(chunk))
@@ -353,6 +360,8 @@ def summarise(
             + (f", but {nowhere} without a prompt, which are of no problem" if nowhere else "")
             + f":\n{listed(lines, len(lines))}"
         )
+    counts = {name: sum(bool(scored[r.number].get(name)) for r in rollouts) for name in NOTED}
+    notes += [f"{n} of {len(rollouts)} responses {NOTED[name]}" for name, n in counts.items() if n]
     by_source: dict[str, dict[str, list[_Rollout]]] = {}
     for rollout in rollouts:
         if rollout.problem is not None:
@@ -394,6 +403,7 @@ def summarise(
         "sources": sources,
         "too_long": unscored - len(refused),
         "unusable": {r.place: scored[r.number]["unusable"] for r in refused},
+        **counts,
         "notes": notes,
     }
 

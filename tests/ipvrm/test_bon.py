@@ -14,6 +14,7 @@ from runs import interrupted_at, write_jsonl
 
 import ipvrm
 from ipvrm import IpvrmError, RewardModel
+from ipvrm.data.chat import tokenizer_hash
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import Row, read_rows
 from ipvrm.evaluate import bon
@@ -244,6 +245,26 @@ def test_a_response_whose_reward_is_no_number_is_named_and_picked_last(config, r
         assert found["final"] == (None if found["line"] in of_no else pytest.approx(want["final"], rel=1e-4))
     with pytest.raises(IpvrmError, match="^sample:2: the reward of response token 2 of 3"):
         ipvrm.rerank(reward_model, "q", ["yes", "no"])
+
+
+def test_other_tokens_than_the_texts_are_counted_and_said(config, reward_model, monkeypatch, capsys):
+    """Also of a run that was interrupted behind them."""
+    chat, rows = reward_model.chat, read_jsonl(config.data)
+    for row, digest in ((rows[0], tokenizer_hash(chat.tokenizer)), (rows[1], "0" * 16)):
+        letters = [i for c in row["response"] for i in chat.encode([c])["input_ids"][0]]
+        row |= {"response_ids": [*letters, chat.end_of_turn], "tokenizer_hash": digest}
+        row |= {"prompt_ids": list(chat.prompt_ids(row["prompt"]))}
+    write_jsonl(Path(config.data), rows)
+    monkeypatch.setattr(bon, "CHUNK", 4)
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, bon, "_scores", 2)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config, progress=False)
+    results = evaluate(config)
+    assert (results["other_tokens_than_sampled"], results["ids_of_another_tokenizer"]) == (1, 1)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 of 14 responses were sampled as other tokens than their text encodes to" in shown
+    assert "1 of 14 responses have ids of another tokenizer; their text is encoded" in shown
 
 
 def test_without_a_usable_row_it_is_one_line(config, monkeypatch):
