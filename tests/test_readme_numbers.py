@@ -338,10 +338,22 @@ def of_the_outcome():
         f"{percent(model['mean'])} % {between(*model['interval'], by=' to ')}" for model in (ipvrm, implicit)
     )
     yield f"is found at F1 {ours} by IPVRM and {theirs} by Implicit PRM"
-    beta, margin, _ = settings_of(base_models(), "ipvrm").split(", ", 2)
-    other = settings_of(base_models(), "implicit_prm").split(", ")[0]
+    (beta, margin, rule), (paper_beta, paper_margin, _), (other, _, other_rule), (paper_other, *_) = (
+        settings_of(base_models(), name).split(", ") for name in NAMES
+    )
     settings = f"beta {beta} and margin {margin}, beta {other}"
-    yield f"is ahead on every base model (in brackets 95 % over base models and traces; {settings})"
+    yield f"is ahead on every base model (in brackets 95 % over base models and traces; {settings};"
+    yield (
+        "steps are judged by the rule that did best on each base model's validation traces: "
+        f"{rule}, {other_rule})"
+    )
+    papers = [found["f1"]["training format"][f"{name}, the paper's"] for name in ("ipvrm", "implicit_prm")]
+    assert all(a < b for a, b in zip(*(paper["by_model"] for paper in papers), strict=True))
+    ours, theirs = (f"{percent(paper['mean'])} %" for paper in papers)
+    yield (
+        f"At the paper's beta and margin ({paper_beta} and {paper_margin}, {paper_other}) it is {ours} "
+        f"against {theirs}, IPVRM behind on every one too"
+    )
     constant, space = found["baselines"]["best_constant"], found["f1"]["space before ="]
     assert max(max(space[name]["by_model"]) for name in ("ipvrm", "implicit_prm")) < constant
     yield f"both fall below the best constant answer's {percent(constant)} %"
@@ -352,7 +364,12 @@ def of_the_outcome():
     assert len(base_models()) == 3
     yield f"three base models of {base_models()[0]['base']['parameters'] / 1e6:.2f} M parameters"
     assert list(of_best_of_n())  # majority vote against every reward model, on every base model
-    yield "Of 16 answers majority vote finds the right one more often than either"
+    words = {"final": "final value", "sum": "sum", "mean": "mean", "min": "least step"}
+    ways = [words[way.partition(": ")[2]] for way in found["best_of_n"]["16"] if way.startswith("ipvrm: ")]
+    yield (
+        "Of 16 answers majority vote finds the right one more often than either model picks it, by "
+        f"{', '.join(ways[:-1])} or {ways[-1]}"
+    )
 
 
 def of_the_studies():

@@ -4,6 +4,7 @@ A row is a conversation whose last message is the assistant's, or a prompt and a
 tokens of the prompt and those that the policy sampled, the end-of-turn token included where it ended.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,6 +16,10 @@ from ipvrm.errors import IpvrmError
 OnLong = Literal["drop", "truncate"]
 TOKENIZER_CHUNK = 4096  # rows
 TOKENIZER_CHARACTERS = 1 << 22
+NOTED = {  # counts of rows whose stored ids are worth a word, and what it says of them
+    "other_tokens_than_sampled": "were sampled as other tokens than their text encodes to; those are taken",
+    "ids_of_another_tokenizer": "have ids of another tokenizer; their text is encoded with this one",
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,13 @@ class Response:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Usable responses, how many rows went where, and the rows that were left out (`on_bad_row="skip"`)."""
+    """Usable responses, how many rows went where, the rows that were left out (`on_bad_row="skip"`), and the
+    sources of the rows behind each of the counts `NOTED`."""
 
     responses: list[Response]
     counts: dict[str, int]
     bad: list[BadRow]
+    noted: dict[str, list[str]]
 
 
 def tokenize(
@@ -61,7 +68,8 @@ def tokenize(
     """Rows to token ids, in order: prompt + what the policy sampled.
 
     A row's response is, in this order: (1) the ids that `ipvrm rollout` stored, if they are of this
-    tokenizer; they must decode to the row's text; (2) the text's own tokens behind the prompt's, and behind
+    tokenizer; they must decode to the row's text, and those of the prompt be what the template writes here,
+    since `score` will read such a prompt; (2) the text's own tokens behind the prompt's, and behind
     them the token that ends a turn under this template (else `eos_token`) where the response ended; (3) where
     the answer is a message with more than content (reasoning, tool calls), what the template writes for it.
     With a chat template a text prompt becomes one user message; without, prompt and response stand as they
@@ -70,8 +78,8 @@ def tokenize(
     Args:
         chat: tokenizer and the variables of its template.
         max_length: most tokens of prompt and response together; None for no limit.
-        max_positions: of the model; a row that is longer after all is a bad one. Without either limit a
-            prompt or a response of more than `chat.MOST_CHARACTERS` characters is one.
+        max_positions: the fewest of the models in use; a row that is longer after all is a bad one. Without
+            either limit a prompt or a response of more than `chat.MOST_CHARACTERS` characters is one.
         vocab_size: of the model; a row with a stored id beyond it is a bad one.
         on_long: `drop` leaves longer rows out and counts them; `truncate` cuts the response on the right (it
             then has no end-of-turn token) and drops only rows whose prompt alone is too long.
@@ -120,10 +128,12 @@ def tokenize(
                 response = replace(response, input_ids=response.input_ids[:max_length], offsets=offsets)
             if max_positions is not None and len(response.input_ids) > max_positions:
                 length, limit = len(response.input_ids), max_positions
-                excess = f"its {length} tokens are more than the model's {limit} positions"
+                excess = f"its {length} tokens are more than the {limit} positions of the models in use"
                 refused(row, f"{excess}; shorten it, or where the command has --max_length, give {limit}")
                 continue
             responses.append(response)
+    if on_bad_row == "error" and 0 < encoder.other_prompts == len(rows):
+        raise IpvrmError(f"all {len(rows)} rows are bad alike; {bad[0]}")
     report_bad_rows(bad, on_bad_row, total=len(rows))
     counts |= {
         "used": len(responses),
@@ -132,9 +142,13 @@ def tokenize(
         "response_tokens": sum(r.length for r in responses),
         "right": sum(r.label == 1 for r in responses),
         "wrong": sum(r.label == 0 for r in responses),
-        **encoder.counts,
+        **{name: len(sources) for name, sources in encoder.noted.items()},
     }
-    return Tokenized(responses, counts, bad)
+    return Tokenized(responses, counts, bad, encoder.noted)
+
+
+class OtherPrompt(ValueError):
+    """A row that was sampled behind another prompt than the template writes with these variables."""
 
 
 class TooLong(ValueError):
@@ -165,7 +179,8 @@ class _Encoder:
         self.chat, self.limit, self.vocab_size, self.cut = chat, limit, vocab_size, cut
         self.with_offsets = with_offsets
         self.hash: str | None = None
-        self.counts = {"other_tokens_than_sampled": 0, "ids_of_another_tokenizer": 0}
+        self.noted: dict[str, list[str]] = {name: [] for name in NOTED}
+        self.other_prompts = 0  # rows whose stored prompt is not the one that the template writes here
 
     def __call__(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Response | str | TooLong]]:
         texts = [self._answer(row) for row in rows]
@@ -177,6 +192,9 @@ class _Encoder:
                 yield row, self._response(row, text, next(encodings))
             except TooLong as error:
                 yield row, error
+            except OtherPrompt as error:
+                self.other_prompts += 1
+                yield row, str(error)
             except ValueError as error:
                 yield row, str(error)
 
@@ -209,11 +227,10 @@ class _Encoder:
         elif not row.ended and row.message is not None and ids[-1:] == [end]:
             ids.pop()
         prompt = self.chat.prompt_ids(row.prompt, row.tools)
-        if (sampled := row.sampled) is not None and self._is_ours(sampled):
-            check_sampled(row, sampled, self.chat.tokenizer, self.vocab_size)
-            prompt = sampled.prompt_ids
+        if (sampled := row.sampled) is not None and self._is_ours(row.source, sampled):
+            check_sampled(row, sampled, self.chat, self.vocab_size)
             if list(sampled.response_ids) != ids:
-                self.counts["other_tokens_than_sampled"] += 1
+                self.noted["other_tokens_than_sampled"].append(row.source)
                 ids = list(sampled.response_ids)
                 offsets = offsets_of(self.chat.tokenizer, ids) if self.with_offsets else []
         if not ids or (row.ended and len(ids) == 1 and not text):
@@ -226,15 +243,18 @@ class _Encoder:
                 relative = (*relative[:-1], (-1, -1))
         return Response((*prompt, *ids), len(prompt), row.label, row.source, relative)
 
-    def _is_ours(self, sampled: Sampled) -> bool:
+    def _is_ours(self, source: str, sampled: Sampled) -> bool:
         if self.hash is None:
             self.hash = tokenizer_hash(self.chat.tokenizer)
-        self.counts["ids_of_another_tokenizer"] += sampled.tokenizer_hash != self.hash
+        if sampled.tokenizer_hash != self.hash:
+            self.noted["ids_of_another_tokenizer"].append(source)
         return sampled.tokenizer_hash == self.hash
 
 
-def check_sampled(row: Row, sampled: Sampled, tokenizer: Any, vocab_size: int | None) -> None:
-    """Raises ValueError unless the stored ids are below `vocab_size` and decode to the row's text."""
+def check_sampled(row: Row, sampled: Sampled, chat: Chat, vocab_size: int | None) -> None:
+    """Raises ValueError unless the stored ids are below `vocab_size`, decode to the row's text and, those of
+    the prompt, are what the template writes."""
+    tokenizer = chat.tokenizer
     body = sampled.response_ids[:-1] if row.ended else sampled.response_ids
     if not sampled.prompt_ids or not sampled.response_ids:
         raise ValueError("prompt_ids and response_ids must hold at least one id each")
@@ -251,6 +271,16 @@ def check_sampled(row: Row, sampled: Sampled, tokenizer: Any, vocab_size: int | 
     messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
     if missing_part(messages, row.tools, text):
         raise ValueError(f"prompt_ids decode to another text than the prompt: {text!r:.60}")
+    if (here := chat.prompt_ids(row.prompt, row.tools)) != (there := sampled.prompt_ids):
+        pairs = enumerate(zip(here, there, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(here), len(there)))
+        read, written = (_decode(tokenizer, ids[same : same + 12]) for ids in (there, here))
+        raise OtherPrompt(
+            f"its prompt_ids are not what the chat template writes with --chat_template_kwargs "
+            f"'{json.dumps(chat.kwargs)}': from token {same + 1} on the policy read {read!r:.60}, and here "
+            f"it would be {written!r:.60}; give the variables that `ipvrm rollout` had, or leave out "
+            "prompt_ids, response_ids and tokenizer_hash, and the texts are encoded"
+        )
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

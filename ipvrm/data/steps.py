@@ -209,6 +209,12 @@ def first_error(scores: Tensor | Sequence[float], threshold: float = 0.5) -> int
     """First step whose sigmoid(score) lies below `threshold`, else -1.
 
     Compared as score < logit(threshold) in fp64: large scores still differ where their sigmoids do not.
+
+    Raises:
+        ValueError: a score that is not a number, or a threshold outside [0, 1].
     """
-    below = torch.as_tensor(scores, dtype=torch.float64) < logit(threshold)
+    of_steps = torch.as_tensor(scores, dtype=torch.float64)
+    if bool(of_steps.isnan().any()):
+        raise ValueError(f"first_error: scores must be numbers; got {of_steps.tolist()}")
+    below = of_steps < logit(threshold)
     return int(below.int().argmax()) if bool(below.any()) else -1

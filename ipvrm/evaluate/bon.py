@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from torch import Tensor
+
 from ipvrm.data.chat import given_template_kwargs
 from ipvrm.data.files import check_values, chunked, file_hash, records
-from ipvrm.data.responses import tokenize
+from ipvrm.data.responses import NOTED, Response, tokenize
 from ipvrm.data.rows import (
     COLUMNS,
     TURNS,
@@ -35,6 +37,7 @@ from ipvrm.data.rows import (
 from ipvrm.data.steps import STEP_SEPARATOR, step_of_token
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.best_of_n import PICKS, Samples, best_of_n, response_scores
+from ipvrm.evaluate.scoring import one_by_one
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
 from ipvrm.output import locked
 from ipvrm.progress import Progress, portion
@@ -138,8 +141,12 @@ def _scores(
     max_length: int | None,
     batch_tokens: int,
     skipped: list[BadRow] | None = None,
+    noted: dict[str, list[str]] | None = None,
 ) -> list[dict[str, float] | None]:
-    """Of every row the scores by `PICKS`; None for one that is too long, or is put into `skipped`."""
+    """Of every row the scores by `PICKS`; None for one that is too long, or is put into `skipped`.
+
+    `noted` gets the sources of the rows behind each of the counts `NOTED`.
+    """
     found = tokenize(
         rows,
         reward_model.chat,
@@ -151,17 +158,23 @@ def _scores(
     )
     if skipped is not None:
         skipped += found.bad
+    if noted is not None:
+        noted |= found.noted
     place = {row.source: i for i, row in enumerate(rows)}
-    rewards = reward_model.token_log_ratios(found.responses, batch_tokens)
+
+    def log_ratios(part: Sequence[Response]) -> list[Tensor]:
+        return reward_model.token_log_ratios(part, batch_tokens)
+
+    rewards: Sequence[Tensor | str] = (
+        log_ratios(found.responses) if skipped is None else one_by_one(log_ratios, found.responses)
+    )
     result: list[dict[str, float] | None] = [None] * len(rows)
     info = reward_model.info
     for response, log_ratio in zip(found.responses, rewards, strict=True):
-        if not bool(log_ratio.isfinite().all()):
+        if isinstance(log_ratio, str):
+            assert skipped is not None
             file, _, number = response.source.rpartition(":")
-            bad = BadRow(file, int(number), "the models' log-probabilities are not finite numbers")
-            if skipped is None:
-                raise IpvrmError(str(bad))
-            skipped.append(bad)
+            skipped.append(BadRow(file, int(number), log_ratio.removeprefix(f"{response.source}: ")))
             continue
         index = place[response.source]
         ends = _step_ends(rows[index].response, step_separator)
@@ -314,10 +327,10 @@ def _score(
     with JsonlFile(file) as opened, shown.bar("score", len(rollouts), done) as update:
         for chunk in chunked(remaining, portion(len(rollouts), CHUNK)):
             skipped: list[BadRow] = []
+            noted: dict[str, list[str]] = {}
             rows = [r.row for r in chunk if r.row is not None]
-            found = _scores(
-                reward_model, rows, config.step_separator, config.max_length, config.batch_tokens, skipped
-            )
+            limits = config.max_length, config.batch_tokens
+            found = _scores(reward_model, rows, config.step_separator, *limits, skipped, noted)
             scores = dict(zip((row.source for row in rows), found, strict=True))
             reasons = {f"{row.file}:{row.row}": row.reason for row in skipped}
             lines = []
@@ -325,6 +338,7 @@ def _score(
                 unusable = rollout.unusable or reasons.get(rollout.place)
                 line: dict[str, Any] = {"line": rollout.number, "unusable": unusable}
                 line |= scores.get(rollout.place) or dict.fromkeys(PICKS)
+                line |= {name: rollout.place in noted[name] for name in NOTED}
                 lines.append(line)
             opened.write(*lines)
             update(done := done + len(chunk))
@@ -346,6 +360,8 @@ def summarise(
             + (f", but {nowhere} without a prompt, which are of no problem" if nowhere else "")
             + f":\n{listed(lines, len(lines))}"
         )
+    counts = {name: sum(bool(scored[r.number].get(name)) for r in rollouts) for name in NOTED}
+    notes += [f"{n} of {len(rollouts)} responses {NOTED[name]}" for name, n in counts.items() if n]
     by_source: dict[str, dict[str, list[_Rollout]]] = {}
     for rollout in rollouts:
         if rollout.problem is not None:
@@ -387,6 +403,7 @@ def summarise(
         "sources": sources,
         "too_long": unscored - len(refused),
         "unusable": {r.place: scored[r.number]["unusable"] for r in refused},
+        **counts,
         "notes": notes,
     }
 

@@ -345,8 +345,6 @@ def _score_chunk(config: EvalConfig, reward_model: Any, chunk: Sequence[Item]) -
     new: list[dict[str, Any]] = []
     for item in chunk:
         found = item.unusable or next(of_usable)
-        if isinstance(found, SolutionScores) and not all(map(math.isfinite, found.by_rule["prefix"])):
-            found = "the models' log-probabilities are not finite numbers"
         if isinstance(found, SolutionScores):
             new.append({"num_tokens": found.num_tokens} | found.by_rule | {"unusable": None})
         else:

@@ -1,5 +1,6 @@
 """Solutions to step scores with a reward model: one forward of each model, all four rules."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from ipvrm.models.server import ServerError
 
 T = TypeVar("T")
 R = TypeVar("R")
+OF_ITEM = re.compile(r"\A.*?\bitem:\d+: ", re.DOTALL)  # what a reward model puts before an item's reason
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def one_by_one(score: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) 
             except ServerError:
                 raise
             except IpvrmError as error:
-                found.append(" ".join(str(error).rpartition("item:1: ")[2].split()))
+                found.append(" ".join(OF_ITEM.sub("", str(error), count=1).split()))
         return found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm.data.responses import Response, offsets_of
+from ipvrm.data.rows import ground_truth
 from ipvrm.data.steps import step_of_token
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.best_of_n import PICKS, response_scores
@@ -40,7 +41,8 @@ def prefix_value_reward(
         end token) or is longer than the models' positions.
 
     Raises:
-        IpvrmError: an unknown pick; when called, ids that are other text under the reward model's tokenizer.
+        IpvrmError: an unknown pick; when called, ids that are other text under the reward model's tokenizer,
+            or a token whose log-ratio is infinite or not a number.
     """
     if pick not in PICKS:
         raise IpvrmError(f"prefix_value_reward: pick must be one of {', '.join(PICKS)}; got {pick!r}")
@@ -64,7 +66,8 @@ def prefix_value_reward(
             )
             if rm.max_positions is not None and len(before) + len(ids) > rm.max_positions:
                 continue
-            responses.append(Response((*before, *ids), len(before)))
+            source = f"prefix_value_reward: completion {place + 1} of {len(prompts)}"
+            responses.append(Response((*before, *ids), len(before), source=source))
             places.append(place)
         for place, log_ratio in zip(places, rm.token_log_ratios(responses, batch_tokens), strict=True):
             text_ids = completion_ids[place][:-1]
@@ -86,17 +89,19 @@ def verifier_reward(
 ) -> RewardFunction:
     """ipvrm's verifier as a reward function: 1.0 right, 0.0 wrong or without an answer.
 
-    None where nothing is known: a time-out, a crash, a ground truth that cannot be read. TRL leaves such a
-        response
-    out of its group's mean and gives it advantage 0.
+    None where nothing is known: a time-out, a crash, a ground truth that is missing (None, NaN, blank) or
+    that the verifier cannot read. TRL leaves such a response out of its group's mean and gives it advantage
+    0.
 
     Args:
         verifier: math, string or `module:function`, as `ipvrm label` has it.
-        answer: the column of the data set that holds the ground truth.
+        answer: the column of the data set that holds the ground truth, a text or a number, read as by
+            `ipvrm label`: 4.0 is `4`.
         timeout_seconds, num_workers: of the worker processes, which live as long as the function.
 
     Raises:
-        IpvrmError: an unknown verifier; when called, a data set without the column.
+        IpvrmError: an unknown verifier; when called, a data set without the column, or a ground truth that is
+            neither text nor number.
     """
     pool = VerifierPool(verifier, num_workers, timeout_seconds)
 
@@ -105,8 +110,14 @@ def verifier_reward(
             raise IpvrmError(
                 f"verifier_reward: the data set has no column {answer!r}; name it with answer=..."
             )
-        pairs = [(_text(c), str(truth)) for c, truth in zip(completions, columns[answer], strict=True)]
-        return [None if (label := v.label) is None else float(label) for v in pool.judge(pairs)]
+        try:
+            truths = [ground_truth({"answer": value}) for value in columns[answer]]
+        except ValueError as error:
+            raise IpvrmError(f"verifier_reward: column {answer!r} of the data set: {error}") from error
+        pairs = [(_text(c), t) for c, t in zip(completions, truths, strict=True) if t is not None]
+        verdicts = iter(pool.judge(pairs))
+        labels = [None if truth is None else next(verdicts).label for truth in truths]
+        return [None if label is None else float(label) for label in labels]
 
     verified.__name__ = f"verifier_{verifier.rpartition(':')[2]}"
     return verified

@@ -38,6 +38,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "local_folder",
+    "least_positions",
     "max_positions",
     "memory_estimate",
     "relative_to",
@@ -211,6 +212,13 @@ def max_positions(model: nn.Module | str | Path) -> int | None:
     if stated is None or not factor or not original:
         return stated
     return max(int(stated), int(factor * original))
+
+
+def least_positions(*models: nn.Module | str | Path | int | None) -> int | None:
+    """The fewest positions of models that read the same tokens (`max_positions`), or of limits already known;
+    None where none names one."""
+    limits = (m if m is None or isinstance(m, int) else max_positions(m) for m in models)
+    return min((n for n in limits if n is not None), default=None)
 
 
 def transformer_body(model: Any) -> Callable[..., Any]:

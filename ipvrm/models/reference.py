@@ -116,14 +116,14 @@ def split_packed(packed: Tensor, responses: Sequence[Response]) -> list[Tensor]:
     return list(packed.split([r.length for r in responses]))
 
 
-def not_finite(packed: Tensor, responses: Sequence[Response]) -> str | None:
+def not_finite(packed: Tensor, responses: Sequence[Response], what: str = "log-probability") -> str | None:
     """The first response token whose value in `packed` (N,) is not finite, in words; None where all are."""
     for response, values in zip(responses, split_packed(packed, responses), strict=True):
         if bool((bad := ~values.isfinite()).any()):
             token = int(bad.int().argmax())
             token_id = response.input_ids[response.prompt_length + token]
             return (
-                f"{response.source or 'a response'}: the log-probability of response token {token + 1} of "
+                f"{response.source or 'a response'}: the {what} of response token {token + 1} of "
                 f"{response.length} (id {token_id}) is {values[token]:g}"
             )
     return None

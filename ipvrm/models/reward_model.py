@@ -34,10 +34,10 @@ from ipvrm.errors import IpvrmError
 from ipvrm.models.card import REWARD_TAGS, write_card
 from ipvrm.models.causal_lm import (
     candidate_logprobs,
+    least_positions,
     load_model,
     load_tokenizer,
     local_folder,
-    max_positions,
     relative_to,
     response_logprobs,
     save_model,
@@ -45,6 +45,7 @@ from ipvrm.models.causal_lm import (
     weights_hash,
 )
 from ipvrm.models.folder import VALUE_HEAD
+from ipvrm.models.reference import not_finite
 from ipvrm.models.server import ENGINE_TIMEOUT, Server
 from ipvrm.models.token_rewards import TokenValues, endo_rewards, load_value_head, save_value_head
 from ipvrm.run_folder import move_into, read_json, save_folder, versions, write_json
@@ -205,7 +206,7 @@ class RewardModel:
             self._check_served(model, reference)
             return
         models = [m for m in (model, reference) if m is not None]
-        self.max_positions = min((n for m in models if (n := max_positions(m))), default=None)
+        self.max_positions = least_positions(*models)
         sizes = [cast(Any, m).get_input_embeddings().weight.shape[0] for m in models]
         if len({*sizes}) > 1:
             raise IpvrmError(
@@ -382,7 +383,12 @@ class RewardModel:
         Args:
             batch_tokens: most tokens of a padded micro-batch (a longer response stands alone).
             ended: as in `endo_rewards`.
+
+        Raises:
+            IpvrmError: one is infinite or not a number, with the response's `source` and the token; or a
+                response has more tokens, with its prompt, than the models have positions.
         """
+        self._refuse_too_long(responses)
         if self.reference is not None:
             return [p.logprobs - p.ref_logprobs for p in self.token_logprobs(responses, batch_tokens)]
         model = cast(nn.Module, self.model)
@@ -399,7 +405,17 @@ class RewardModel:
                 indices, rewards.cpu().split([responses[i].length for i in indices]), strict=True
             ):
                 result[index] = part.clone()
+        _refuse_not_finite(responses, result, "reward")
         return result
+
+    def _refuse_too_long(self, responses: Sequence[Response]) -> None:
+        for response in responses:
+            length, limit = len(response.input_ids), self.max_positions
+            if limit is not None and length > limit:
+                raise IpvrmError(
+                    f"{response.source or 'a response'}: its {length} tokens are more than the {limit} "
+                    "positions of the models in use"
+                )
 
     @torch.no_grad()
     def token_logprobs(
@@ -417,20 +433,22 @@ class RewardModel:
                 p >= this under the reference, best first; or their ids, a (T_b, K_b) int64 for each response.
 
         Raises:
-            IpvrmError: a reward model without a reference, or candidates of a served one.
+            IpvrmError: a reward model without a reference, candidates of a served one, and what
+                `token_log_ratios` refuses.
         """
         if self.reference is None:
             raise IpvrmError(
                 f"objective {self.info.objective!r} has token rewards, and no log-probs of a model and its "
                 "reference"
             )
+        self._refuse_too_long(responses)
         if isinstance(self.model, Server) or isinstance(self.reference, Server):
             if candidates is not None:
                 raise IpvrmError(
                     "candidates need the reward model in memory: a server gives those of its own choice"
                 )
             of_both = [cast(Server, m).logprobs(responses) for m in (self.model, self.reference)]
-            return [TokenLogprobs(a, b, None) for a, b in zip(*of_both, strict=True)]
+            return _checked(responses, [TokenLogprobs(a, b, None) for a, b in zip(*of_both, strict=True)])
         models, temperature = (self.model, self.reference), self.info.temperature
         device = next(self.model.parameters()).device
         found: dict[int, TokenLogprobs] = {}
@@ -453,7 +471,7 @@ class RewardModel:
             for index, own, ref, *others in zip(indices, *parts, strict=True):
                 of_others = TokenCandidates(*(part.clone() for part in others)) if others else None
                 found[index] = TokenLogprobs(own.clone(), ref.clone(), of_others)
-        return [found[i] for i in range(len(responses))]
+        return _checked(responses, [found[i] for i in range(len(responses))])
 
     def solutions(
         self,
@@ -508,7 +526,8 @@ class RewardModel:
             min_prob: with the candidates of each token, all with p >= this under the reference.
 
         Raises:
-            IpvrmError: from `solutions`.
+            IpvrmError: from `solutions`; a token whose l_t is infinite or not a number, with the position of
+                its solution.
         """
         solutions = self.solutions(items, **options)
         responses = [s.response for s in solutions if s is not None]
@@ -594,6 +613,26 @@ class RewardModel:
             candidates=(candidates := None if known is None else known.candidates),
             candidate_td=None if candidates is None else candidates.td(beta),
         )
+
+
+def _refuse_not_finite(responses: Sequence[Response], values: Sequence[Tensor], what: str) -> None:
+    """Raises IpvrmError, with the response and the token, unless all `values`, a (T_b,) each, are finite."""
+    if responses and (place := not_finite(torch.cat([*values]), responses, what)) is not None:
+        raise IpvrmError(f"{place}; a score of it means nothing")
+
+
+def _checked(responses: Sequence[Response], found: list[TokenLogprobs]) -> list[TokenLogprobs]:
+    """`found`. Raises IpvrmError unless all of its log-probs are finite, those of used candidates too."""
+    _refuse_not_finite(responses, [f.logprobs for f in found], "log-probability under the model")
+    _refuse_not_finite(responses, [f.ref_logprobs for f in found], "log-probability under the reference")
+    others = [f.candidates for f in found if f.candidates is not None]
+    if others:
+        own = [c.logprobs.masked_fill(c.ids < 0, 0.0).sum(-1) for c in others]  # (T_b,)
+        ref = [c.ref_logprobs.masked_fill(c.ids < 0, 0.0).sum(-1) for c in others]
+        of_one = "of a candidate in the place"
+        _refuse_not_finite(responses, own, f"log-probability under the model {of_one}")
+        _refuse_not_finite(responses, ref, f"log-probability under the reference {of_one}")
+    return found
 
 
 def _with_candidates(

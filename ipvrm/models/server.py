@@ -184,13 +184,14 @@ class Server:
     def logprobs(self, responses: Sequence[Response], name: str | None = None) -> list[Tensor]:
         """log pi(y_t | x, y_<t) of every response token at temperature 1: a list of (T_b,) fp32.
 
-        They are the server's `prompt_logprobs` of the whole sequence, which no temperature enters.
+        They are the server's `prompt_logprobs` of the whole sequence, which no temperature enters; -inf of a
+        token that its model rules out.
 
         Args:
             name: of an adapter, in place of the model's.
 
         Raises:
-            ServerError: a response that is too long, an answer without them, or one that is not finite.
+            ServerError: a response that is too long, or an answer without them.
         """
 
         def of(response: Response) -> Tensor:
@@ -209,9 +210,7 @@ class Server:
             if any(value is None for value in values):
                 raise ServerError(f"{self.url}: a prompt_logprobs entry lacks its own token{HALF}")
             result = torch.tensor(values, dtype=torch.float32)
-            if not bool((result.isfinite() & (result > CLAMPED)).all()):
-                raise ServerError(f"{self.url}: a log-prob is not finite; a ratio of it means nothing")
-            return result
+            return result.masked_fill(result <= CLAMPED, -math.inf)
 
         return self.each(of, responses)
 

@@ -124,7 +124,7 @@ class Brancher:
         for (question, row, i), ids, verdict in zip(jobs, generated, verdicts, strict=True):
             outcomes[row][_became(verdict)] += 1
             if verdict is not None and verdict.label is not None:
-                response = Response((*question.ids, *ids), len(question.ids), verdict.label)
+                response = Response((*question.ids, *ids), len(question.ids), verdict.label, f"prompt {row}")
                 answers.append(Answer(question, i, response, verdict))
         return answers, outcomes
 
@@ -175,7 +175,9 @@ class Brancher:
         info = self.reward_model.info
         for ended in (False, True):
             of_kind = [b for b in branches if (b.token in self.stops) == ended]
-            responses = [Response(b.ids, len(b.ids) - 1) for b in of_kind]
+            responses = [
+                Response(b.ids, len(b.ids) - 1, source=f"prompt {b.key[0]}, a candidate") for b in of_kind
+            ]
             found = self.reward_model.token_log_ratios(responses, self.options.batch_tokens, ended=ended)
             for branch, log_ratio in zip(of_kind, found, strict=True):
                 position = branch.key[2]

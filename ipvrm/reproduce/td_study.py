@@ -44,7 +44,7 @@ from ipvrm.data.rows import OnBadRow, listed, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import finite_or_none
 from ipvrm.losses.metrics import auc
-from ipvrm.models.causal_lm import load_model, load_tokenizer, max_positions, weights_hash
+from ipvrm.models.causal_lm import least_positions, load_model, load_tokenizer, weights_hash
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, Server, check_engine, kind_of
 from ipvrm.output import locked
@@ -178,8 +178,8 @@ def _study(config: TdConfig, progress: bool) -> dict[str, Any]:
     if config.engine != LOCAL:
         size = config.per_device_eval_batch_size
         server = Server(config.engine, config.policy, config.engine_timeout, size)
-    limits = (max_positions(policy), None if server is None else server.max_positions)
-    context = min((n for n in limits if n is not None), default=None)
+    served = None if server is None else server.max_positions
+    context = least_positions(policy, reward_model.max_positions, served)
     questions, bad = as_questions(prompts, bad, config.data, tokenizer, config, context)
     folder = output / "prompts"
     folder.mkdir(parents=True, exist_ok=True)

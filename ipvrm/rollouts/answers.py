@@ -59,8 +59,8 @@ def as_questions(
     """What `read_prompts(path)` returned, as tokens; and all rows that cannot be used.
 
     Args:
-        context: `max_positions` of the model that answers; a prompt that leaves fewer than `max_new_tokens`
-            cannot be used.
+        context: the fewest positions of the models that read or write the answers; a prompt that leaves fewer
+            than `max_new_tokens` cannot be used.
         answers: whether a prompt without ground truth cannot be used either.
 
     Raises:
@@ -77,7 +77,7 @@ def as_questions(
             if context is not None and len(ids) + settings.max_new_tokens > context:
                 raise ValueError(
                     f"its {len(ids)} tokens and {settings.max_new_tokens} new ones (--max_new_tokens) are "
-                    f"more than the model's {context} positions"
+                    f"more than the {context} positions of the models in use"
                 )
             questions.append(Question(prompt, ids))
         except ValueError as error:

@@ -21,6 +21,7 @@ from ipvrm.losses.policy_loss import CandidateConfig
 from ipvrm.models.behaviour import behaviour, check_log_ratios, check_same_tokens
 from ipvrm.models.causal_lm import (
     candidate_logprobs,
+    least_positions,
     load_model,
     load_tokenizer,
     local_folder,
@@ -28,6 +29,7 @@ from ipvrm.models.causal_lm import (
     vocab_size,
     weights_hash,
 )
+from ipvrm.models.reference import not_finite
 from ipvrm.models.reward_model import check_own_weights, read_info
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, Server, check_engine, kind_of
 from ipvrm.output import locked
@@ -150,6 +152,7 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
     engine, stops, context, device = _engine(config, tokenizer)
     reward = None if reward_folder is None else load_model(reward_folder, torch.float32, device)
     prompts_in = len(prompts) + len(bad)
+    context = least_positions(context, reward_folder)
     questions, bad = as_questions(prompts, bad, config.input, tokenizer, config, context, answers=False)
     for row in bad:
         shown.note(f"skipped {row}")
@@ -212,8 +215,8 @@ def _engine(config: RolloutConfig, tokenizer: Any) -> tuple[Engine, set[int], in
     if config.engine != LOCAL:
         server = Server(config.engine, config.model, config.engine_timeout, config.per_device_eval_batch_size)
         stops = stop_ids(config.model, tokenizer)
-        limits = [n for n in (max_positions(config.model), server.max_positions) if n is not None]
-        return ServerEngine(server, stops), stops, min(limits, default=None), f"{server.url} ({server.name})"
+        context = least_positions(config.model, server.max_positions)
+        return ServerEngine(server, stops), stops, context, f"{server.url} ({server.name})"
     accelerator = None if config.use_cpu else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
     model = load_model(config.model, torch.bfloat16 if config.bf16 else torch.float32, device)
@@ -299,7 +302,10 @@ def _known(
     """The columns `BEHAVIOUR` of the responses generated for these jobs, with a reward model `SCORED` too."""
     device, temperature = next(policy.parameters()).device, kind["temperature"]
     candidates = CandidateConfig(kind["min_prob"])
-    responses = [Response((*q.ids, *ids), len(q.ids)) for (q, *_), ids in zip(jobs, generated, strict=True)]
+    responses = [
+        Response((*q.ids, *ids), len(q.ids), source=f"prompt {row}")
+        for (q, row, _), ids in zip(jobs, generated, strict=True)
+    ]
     found: list[dict[str, Any]] = [{} for _ in responses]
     lengths = [len(r.input_ids) for r in responses]
     for indices in length_sorted_microbatches(lengths, max_tokens=FORWARD_TOKENS):
@@ -316,6 +322,10 @@ def _known(
             scored = candidate_logprobs(reward, batch, ids, temperature)
             columns["rm_logprobs"] = scored.logprobs.tolist()
             columns["rm_candidate_logprobs"] = _cut(scored.candidate_logprobs, used)
+            others = scored.candidate_logprobs.masked_fill(ids < 0, 0.0).sum(-1)  # (n,)
+            values, what = (scored.logprobs + others).cpu(), "log-probability, with its candidates',"
+            if (place := not_finite(values, [responses[i] for i in indices], what)) is not None:
+                raise IpvrmError(f"--reward_model: {place}; a value of it means nothing")
         start = 0
         for i in indices:
             end = start + responses[i].length

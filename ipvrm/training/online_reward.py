@@ -106,6 +106,12 @@ class RewardInputs:
         if not scored:
             check_own_weights(self.folder, self.info)
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Of the models that read the rollouts: its own and, under `td_reference` sft, its reference's."""
+        of_reference = self.reference_folder if self.config.td_reference == "sft" else None
+        return (self.folder,) if of_reference is None else (self.folder, of_reference)
+
     def fingerprint(self) -> dict[str, str]:
         """What decides the scores besides the settings."""
         return {"reward_model_hash": self.info.weights_hash, "reference_hash": self.info.reference_hash}

@@ -174,8 +174,8 @@ class PolicyConfig:
     candidate_mode: Literal["min_prob", "top_k"] | None = field(
         default=None, metadata=read_by(CANDIDATES, ALPHA_NOT_0) | defaults(paper="min_prob", release="top_k")
     )
-    """min_prob: every token with p >= min_prob (default). top_k: the best top_k of those with p > min_prob,
-    and the sampled token always (release)."""
+    """min_prob: every token with p >= min_prob. top_k: the best top_k of those with p > min_prob, and the
+    sampled token always. Default: min_prob; release: top_k."""
     min_prob: float | None = field(
         default=None,
         metadata=must("lie in [1/128, 1]", lambda x: 1 / 128 <= x <= 1)
@@ -246,8 +246,8 @@ class PolicyConfig:
     drop_truncated: Literal["response", "prompt"] | None = field(
         default=None, metadata=read_by(SAMPLES) | defaults(paper="response", release="prompt")
     )
-    """What a truncated response takes with it: nothing but itself (default; the moments are over the
-    prompt's others), or all responses to its prompt (release)."""
+    """What a truncated response takes with it: nothing but itself (response; the moments are over the
+    prompt's others), or all responses to its prompt (prompt). Default: response; release: prompt."""
     temperature: float = field(default=1.0, metadata=POSITIVE)
     """Of the rollouts and of every log-prob."""
     verifier: str = field(default="math", metadata=read_by(ANSWERS))

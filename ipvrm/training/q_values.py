@@ -1,5 +1,6 @@
 """The Q-RM of a policy run: token scores of the rollouts, from a value head that is not trained here."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ class QValues:
             )
         check_own_weights(self.folder, self.info)
         self.module: TokenValues | None = None
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Of the models that read the rollouts."""
+        return (self.folder,)
 
     def fingerprint(self) -> dict[str, str]:
         """What decides the scores besides the settings."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ipvrm.data.batches import Batch, epoch_order
 from ipvrm.data.rows import BadRow, read_prompts
+from ipvrm.errors import IpvrmError
 from ipvrm.losses.advantages import distrl_advantages, outcome_advantages, temporal_difference
 from ipvrm.losses.baselines import (
     per_token,
@@ -32,6 +33,7 @@ from ipvrm.losses.objectives import dpo_pairs
 from ipvrm.models.behaviour import behaviour
 from ipvrm.models.card import write_policy_card
 from ipvrm.models.causal_lm import (
+    least_positions,
     load_model,
     load_tokenizer,
     max_positions,
@@ -103,7 +105,8 @@ class _Inputs:
         self.context = max_positions(config.model)
         self.stored: StoredRollouts | None = None
         if config.offline:
-            self.stored = StoredRollouts(config, self.tokenizer, method.candidates, self.context)
+            limit = least_positions(self.context, config.reward_model)
+            self.stored = StoredRollouts(config, self.tokenizer, method.candidates, limit)
         scored = self.stored is not None and self.stored.scored
         self.reward: RewardInputs | None = None
         self.q_values: QValues | None = None
@@ -111,12 +114,18 @@ class _Inputs:
             self.q_values = QValues(config, self.tokenizer)
         elif config.reward_model is not None:
             self.reward = RewardInputs(config, method.balance, self.tokenizer, scored)
+        reads = self.reward or self.q_values
+        self.context = least_positions(self.context, *(() if reads is None else reads.folders))
+        if self.stored and self.context is not None and self.stored.longest > self.context:
+            raise IpvrmError(
+                f"{config.train_data}: its longest row has {self.stored.longest} tokens, more than the "
+                f"{self.context} positions of the models in use; leave such rows out"
+            )
         self.server: Server | None = None
         if config.engine != LOCAL and not (config.dry_run or run.finished):
             size = config.per_device_eval_batch_size
             self.server = Server(config.engine, config.model, config.engine_timeout, size)
-            limits = [n for n in (self.context, self.server.max_positions) if n is not None]
-            self.context = min(limits, default=None)
+            self.context = least_positions(self.context, self.server.max_positions)
         self.questions: list[Question] = []
         if self.stored is not None:
             self.counts = self.stored.counts

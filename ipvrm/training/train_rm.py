@@ -27,10 +27,10 @@ from ipvrm.losses.metrics import Metrics, MetricSums, paired, stacked
 from ipvrm.models.causal_lm import (
     ResponseLogprobs,
     fewest_devices,
+    least_positions,
     load_model,
     load_tokenizer,
     local_folder,
-    max_positions,
     memory_estimate,
     template_hash,
     vocab_size,
@@ -108,6 +108,12 @@ class _Inputs:
                 "value is a sum of log-ratios of the vocabulary head (Eq. 5), so the value head would be "
                 "dropped. Start from a causal LM, or take --objective q_rm"
             )
+        sizes = vocab_size(config.model), vocab_size(self.reference_name)
+        if len({*sizes}) > 1:
+            raise IpvrmError(
+                "--model and --reference must share one vocabulary; "
+                f"they have {sizes[0]} and {sizes[1]} tokens"
+            )
         self.tokenizer = load_tokenizer(config.model)
         self.chat = Chat(self.tokenizer, parse_template_kwargs(config.chat_template_kwargs))
         self.data = self._read(config.train_data)
@@ -122,7 +128,7 @@ class _Inputs:
             rows,
             self.chat,
             max_length=self.config.max_length,
-            max_positions=max_positions(self.config.model),
+            max_positions=least_positions(self.config.model, self.reference_name),
             vocab_size=vocab_size(self.config.model),
             on_long=self.config.on_long,
             on_bad_row=self.config.on_bad_row,

@@ -16,6 +16,7 @@ from ipvrm.data.rows import OnBadRow
 from ipvrm.data.steps import RULES, STEP_FORMAT, STEP_SEPARATOR, check_step_format
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import score_threshold
+from ipvrm.models.causal_lm import least_positions
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, RewardModelInfo, read_info
 from ipvrm.output import locked
 from ipvrm.progress import Progress
@@ -152,6 +153,8 @@ def _read(
             device,
             chat_template_kwargs=given_template_kwargs(config.chat_template_kwargs),
         )
+        if config.policy is not None:  # it reads the same tokens
+            model.max_positions = least_positions(model.max_positions, config.policy)
         if config.policy is not None and policy is None:
             policy = ask_policy(
                 config.policy, model, items, device, batch_tokens=config.batch_tokens, **written

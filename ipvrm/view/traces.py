@@ -180,15 +180,22 @@ def read_all(
         solutions = one_by_one(tokens, pairs)
         whole = [(done + i, s) for i, s in enumerate(solutions) if not isinstance(s, str)]
         given = [policy is not None and policy.reads(i, s, key) for i, s in whole]
-        wanted: float | list[Tensor] = MIN_PROB
-        if policy is not None:
-            wanted = [
-                _dense(policy.choices[i] if same else {}, s.response.length)
-                for (i, s), same in zip(whole, given, strict=True)
-            ]
-        logprobs = model.token_logprobs([s.response for _, s in whole], batch_tokens, wanted)
-        readings: dict[int, Reading] = {}
-        for (i, solution), same, found in zip(whole, given, logprobs, strict=True):
+        wanted = [
+            None if policy is None else _dense(policy.choices[i] if same else {}, s.response.length)
+            for (i, s), same in zip(whole, given, strict=True)
+        ]
+
+        def logprobs(part: Sequence[tuple[Response, Tensor | None]]) -> list[TokenLogprobs]:
+            ids = [ids for _, ids in part if ids is not None]
+            return model.token_logprobs([response for response, _ in part], batch_tokens, ids or MIN_PROB)
+
+        asked = [(s.response, ids) for (_, s), ids in zip(whole, wanted, strict=True)]
+        readings: dict[int, Reading | str] = {}
+        of_asked = one_by_one(logprobs, asked)
+        for (i, solution), same, found in zip(whole, given, of_asked, strict=True):
+            if isinstance(found, str):
+                readings[i] = found
+                continue
             prob, choices = found.ref_logprobs.exp().numpy(), dict[int, Choice]()
             if policy is None:
                 assert found.candidates is not None

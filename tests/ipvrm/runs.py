@@ -1,5 +1,6 @@
 """Starting runs as a user does, and reading what they wrote."""
 
+import itertools
 import json
 import math
 import os
@@ -84,6 +85,20 @@ def sharp(model, factor=40.0):
     with torch.no_grad():
         model.model.norm.weight *= factor
     return model
+
+
+def ruled_out(monkeypatch, token, by=("model",)):
+    """Wherever `token` stands in a response, it has log-prob -inf under a reward model's model, its
+    reference, or both (their difference is then not a number)."""
+    from ipvrm.models import reward_model
+
+    real, turn = reward_model.response_logprobs, itertools.cycle(("model", "reference"))
+
+    def patched(model, batch, temperature=1.0):
+        found = real(model, batch, temperature)
+        return found.masked_fill(batch.token_ids == token, -math.inf) if next(turn) in by else found
+
+    monkeypatch.setattr(reward_model, "response_logprobs", patched)
 
 
 def weights(folder):

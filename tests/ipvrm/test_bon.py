@@ -14,10 +14,12 @@ from runs import interrupted_at, write_jsonl
 
 import ipvrm
 from ipvrm import IpvrmError, RewardModel
+from ipvrm.data.chat import tokenizer_hash
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import Row, read_rows
 from ipvrm.evaluate import bon
 from ipvrm.evaluate.bon import BonConfig, evaluate
+from ipvrm.models import reward_model as reward_module
 
 TEXTS = ["carry 1.\n\nAnswer: 3", "Answer: 4", "carry 0.\n\n\n\nAnswer: 3.0", "no"]
 
@@ -222,15 +224,59 @@ def test_one_unusable_row_of_any_kind_is_picked_last(config, monkeypatch, capsys
     assert bon.best_of_n([by_problem], [2], 10, 0)[1].accuracy == pytest.approx(alone)
 
 
+def test_a_response_whose_reward_is_no_number_is_named_and_picked_last(config, reward_model, monkeypatch):
+    """The others of its chunk keep their scores."""
+    whole = evaluate(replace(config, output_dir=config.output_dir + "-whole"), progress=False)
+    scores = read_jsonl(f"{config.output_dir}-whole/scores.jsonl")
+    real = reward_module.endo_rewards
+    *_, no = reward_model.tokenizer("no", add_special_tokens=False)["input_ids"]  # no other text has it
+
+    def patched(model, batch, *rest):
+        return real(model, batch, *rest).masked_fill(batch.token_ids == no, torch.inf)
+
+    monkeypatch.setattr(reward_module, "endo_rewards", patched)
+    results = evaluate(config, progress=False)
+    of_no = [n for n, row in enumerate(read_jsonl(config.data), 1) if row["response"] == "no"]
+    assert [*results["unusable"]] == [f"{config.data}:{n}" for n in of_no] and not whole["unusable"]
+    assert {*results["unusable"].values()} == {
+        f"the reward of response token 2 of 3 (id {no}) is inf; a score of it means nothing"
+    }
+    for found, want in zip(read_jsonl(f"{config.output_dir}/scores.jsonl"), scores, strict=True):
+        assert found["final"] == (None if found["line"] in of_no else pytest.approx(want["final"], rel=1e-4))
+    with pytest.raises(IpvrmError, match="^sample:2: the reward of response token 2 of 3"):
+        ipvrm.rerank(reward_model, "q", ["yes", "no"])
+
+
+def test_other_tokens_than_the_texts_are_counted_and_said(config, reward_model, monkeypatch, capsys):
+    """Also of a run that was interrupted behind them."""
+    chat, rows = reward_model.chat, read_jsonl(config.data)
+    for row, digest in ((rows[0], tokenizer_hash(chat.tokenizer)), (rows[1], "0" * 16)):
+        letters = [i for c in row["response"] for i in chat.encode([c])["input_ids"][0]]
+        row |= {"response_ids": [*letters, chat.end_of_turn], "tokenizer_hash": digest}
+        row |= {"prompt_ids": list(chat.prompt_ids(row["prompt"]))}
+    write_jsonl(Path(config.data), rows)
+    monkeypatch.setattr(bon, "CHUNK", 4)
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, bon, "_scores", 2)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config, progress=False)
+    results = evaluate(config)
+    assert (results["other_tokens_than_sampled"], results["ids_of_another_tokenizer"]) == (1, 1)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 of 14 responses were sampled as other tokens than their text encodes to" in shown
+    assert "1 of 14 responses have ids of another tokenizer; their text is encoded" in shown
+
+
 def test_without_a_usable_row_it_is_one_line(config, monkeypatch):
     rows = read_jsonl(config.data)
-    monkeypatch.setattr(
-        RewardModel,
-        "token_log_ratios",
-        lambda self, responses, *_: [nans(r.length) for r in responses],
-    )
-    with pytest.raises(IpvrmError, match="no response can be scored; .*labelled.jsonl:1: .*not finite"):
-        evaluate(config, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "ipvrm.models.reward_model.endo_rewards", lambda model, batch, *_: nans(len(batch.token_ids))
+        )
+        with pytest.raises(
+            IpvrmError, match="no response can be scored; .*labelled.jsonl:1: the reward of .* is nan"
+        ):
+            evaluate(config, progress=False)
     write_jsonl(Path(config.data), [row | {"label": None} for row in rows])
     with pytest.raises(IpvrmError, match="no usable row; .*labelled.jsonl:1: label is missing") as caught:
         evaluate(replace(config, output_dir=config.output_dir + "-b"), progress=False)

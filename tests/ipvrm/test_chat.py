@@ -27,6 +27,8 @@ from ipvrm.data.chat import (
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import Row, Sampled, read_prompts, read_rows
 from ipvrm.data.steps import STEP_FORMAT
+from ipvrm.evaluate import bon
+from ipvrm.evaluate.bon import BonConfig
 from ipvrm.models.causal_lm import template_hash, vocab_size
 from ipvrm.models.reward_model import RewardModel, RewardModelInfo, reference_entries, write_info
 from ipvrm.rollouts.label import LabelConfig, label_file
@@ -284,6 +286,50 @@ def test_stored_ids_that_say_something_else_are_a_bad_row(chat):
             tokenize([row], chat, max_length=None)
 
 
+def test_a_stored_prompt_that_the_template_does_not_write_here_is_a_bad_row(chat):
+    """Trained behind the empty think block of other variables, scored without it."""
+    without = Chat(chat.tokenizer, {"enable_thinking": False})
+    thinking, plain = sampled_row(without, prompt_ids=without.prompt_ids("What is 1 + 2?")), sampled_row(chat)
+    assert tokenize([thinking], without, max_length=None).counts["used"] == 1
+    reason = (
+        r"its prompt_ids are not what the chat template writes with --chat_template_kwargs '{}': from "
+        r"token \d+ on the policy read '<think>.*, and here it would be ''; give the variables that "
+    )
+    with pytest.raises(IpvrmError, match=f"^1 of 2 rows are bad .*\n  f:1: {reason}"):
+        tokenize([thinking, plain], chat, max_length=None)
+    with pytest.raises(IpvrmError, match=f"^all 2 rows are bad alike; f:1: {reason}") as caught:
+        tokenize([thinking, thinking], chat, max_length=None)
+    assert len(str(caught.value).splitlines()) == 1
+    skipped = tokenize([thinking, plain], chat, max_length=None, on_bad_row="skip")
+    assert (skipped.counts["used"], skipped.counts["bad"]) == (1, 1)
+    with pytest.raises(IpvrmError, match=r"kwargs '{\"enable_thinking\": false}': .* it would be '<think>"):
+        tokenize([plain, thinking], without, max_length=None)
+
+
+@pytest.mark.parametrize("command", ["train-rm", "eval bon"])
+def test_rollouts_of_other_template_variables_stop_the_command_in_one_line(
+    chat, thinker, tmp_path, capsys, command
+):
+    ids = chat.encode(["Answer: 3"])["input_ids"][0]
+    stored = {
+        "prompt_ids": list(Chat(chat.tokenizer, {"enable_thinking": False}).prompt_ids("What is 1 + 2?")),
+        "response_ids": [*ids, chat.end_of_turn],
+        "tokenizer_hash": tokenizer_hash(chat.tokenizer),
+    }
+    rows = [{"prompt": "What is 1 + 2?", "response": "Answer: 3", "label": i % 2} | stored for i in range(4)]
+    data = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    flags = {
+        "train-rm": ["train-rm", "--model", str(thinker), "--train_data", data],
+        "eval bon": f"eval bon --model {thinker} --data {data} --objective endo_rm --n 2".split(),
+    }[command]
+    flags += ["--use_cpu"] + ["--max_steps", "1"] * (command == "train-rm")
+    assert main([*flags, "--output_dir", str(tmp_path / "out")]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ipvrm ")]
+    assert "rows.jsonl:1: its prompt_ids are not what the chat template writes with" in said
+    with_theirs = ["--chat_template_kwargs", WITHOUT_THINKING, "--output_dir", str(tmp_path / "theirs")]
+    assert main([*flags, *with_theirs]) == 0
+
+
 NOBODYS = 999_999  # decodes to no text at all
 
 
@@ -297,14 +343,16 @@ def test_a_stored_id_beyond_the_model_is_a_bad_row(chat, tiny_folder, where):
         "at the end of a cut one": {"ids": [*ids, NOBODYS], "ended": False},
     }[where]
     rows = [sampled_row(chat), sampled_row(chat, **beyond)]
-    assert tokenize(rows, chat, max_length=None).counts["used"] == 2, "the texts are the same"
+    unseen = 1 if where == "prompt_ids" else 2  # the template's own prompt is known
+    found = tokenize(rows, chat, max_length=None, on_bad_row="skip")
+    assert found.counts["used"] == unseen, "the texts are the same"
     rows_of_model = vocab_size(tiny_folder)
     found = tokenize(rows, chat, max_length=None, vocab_size=rows_of_model, on_bad_row="skip")
     assert found.counts["used"] == 1
     name = "prompt_ids" if where == "prompt_ids" else "response_ids"
     assert f"{name} hold {NOBODYS}, and the model has the ids below {rows_of_model}" in found.bad[0].reason
     exact = max(max(beyond.get("prompt_ids", [0])), max(beyond.get("ids", [0])))
-    for size, used in ((exact + 1, 2), (exact, 1)):
+    for size, used in ((exact + 1, unseen), (exact, 1)):
         limited = tokenize(rows, chat, max_length=None, vocab_size=size, on_bad_row="skip")
         assert limited.counts["used"] == used
 
@@ -374,6 +422,19 @@ def chain(folder, chat, tmp_path, thinking, max_new_tokens):
     assert counts["response_tokens"] == sum(len(row["response_ids"]) for row in kept)
     model = RewardModel.from_pretrained(tmp_path / "rm", device="cpu")
     assert model.info.chat_template_kwargs == parse_template_kwargs(thinking)
+    # `eval bon` reads the ids: it scores the tokens of the training in every row
+    judged = bon.evaluate(
+        BonConfig(str(tmp_path / "rm"), str(labelled), str(tmp_path / "bon"), n=(2,), use_cpu=True),
+        progress=False,
+    )
+    assert (
+        not judged["unusable"]
+        and judged["other_tokens_than_sampled"] == found.counts["other_tokens_than_sampled"]
+    )
+    lines = [json.loads(s) for s in (tmp_path / "bon" / "scores.jsonl").read_text().splitlines()]
+    for line, log_ratio in zip(lines, model.token_log_ratios(found.responses), strict=True):
+        assert line["sum"] == pytest.approx(model.info.beta * float(log_ratio.sum()), abs=1e-3)
+        assert line["final"] == pytest.approx(model.info.beta * float(log_ratio.mean()), abs=1e-4)
     # `score` is given texts: of those that encode to what was sampled it scores the tokens of the training
     own = [
         (row, response)

@@ -8,6 +8,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from ipvrm import IpvrmError
@@ -18,8 +19,9 @@ from ipvrm.evaluate.bon import BonConfig
 from ipvrm.evaluate.policy import PolicyEvalConfig
 from ipvrm.evaluate.processbench import EvalConfig
 from ipvrm.evaluate.score import ScoreConfig, score_file
-from ipvrm.models.causal_lm import load_tokenizer, template_hash
+from ipvrm.models.causal_lm import load_model, load_tokenizer, save_model, template_hash
 from ipvrm.models.reward_model import RewardModelInfo, reference_entries, write_info
+from ipvrm.models.token_rewards import save_value_head
 from ipvrm.reproduce.td_study import TdConfig, study
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
@@ -244,7 +246,7 @@ def commands(model, folder):
 
 
 IDS = r"the tokenizer has ids up to \d+ \('<step\d+>'\), the model \d+ rows; resize"
-POSITIONS = r"its \d+ tokens .*are more than the model's 30 positions"
+POSITIONS = r"its \d+ tokens .*are more than the 30 positions of the models in use"
 COMMANDS = (
     "rollout", "train-rm", "train-policy", "score", "inspect", "eval processbench", "eval bon",
     "eval policy",
@@ -270,6 +272,103 @@ def test_ids_and_positions_beyond_the_model_are_refused_before_any_work(
         commands(folder, tmp_path)[command]()
     assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.html").exists()
     assert not list(tmp_path.glob("out/*.safetensors")) and not list(tmp_path.glob("out/results.json"))
+
+
+def reward_folder(folder, model, reference):
+    """A reward model of these two."""
+    shutil.copytree(model, folder)
+    info = RewardModelInfo(
+        "ipvrm", 10.0, 5.0, template_hash=template_hash(AutoTokenizer.from_pretrained(model)),
+        versions=versions(), **reference_entries(reference, folder),
+    )  # fmt: skip
+    write_info(folder, info)
+    return str(folder)
+
+
+SECOND = (
+    "train-rm --reference", "train-policy --reward_model", "train-policy --td_reference", "train-policy q_rm",
+    "eval td", "rollout", "inspect --policy",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("role", SECOND)
+def test_positions_are_the_fewest_of_all_models_in_use(tiny_folder, short_of_positions, tmp_path, role):
+    """A second model that is shorter read positions that it does not have, after the first one's work."""
+    long, short, out = str(tiny_folder), short_of_positions, str(tmp_path / "out")
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "Add 2 and 3.", "answer": "5"}])
+    row = {"prompt": "Add 2 and 3.", "response": "5, " * 20, "label": 1}
+    rows = write(tmp_path / "rows.jsonl", [row, row | {"label": 0}])
+    short_rm = reward_folder(tmp_path / "short_rm", short, long)
+    short_reference = reward_folder(tmp_path / "short_reference", long, short)
+    of_policy = {"max_new_tokens": 40, "max_steps": 1, "use_cpu": True}
+
+    def policy_run(**settings):
+        train_policy(PolicyConfig(long, prompts, out, **of_policy, **settings), progress=False)
+
+    def q_rm():
+        head = torch.nn.Linear(load_model(short).config.hidden_size, 1, bias=False)
+        save_value_head(head, short)
+        info = RewardModelInfo(
+            "q_rm", 0.2, 2.0, "", "", "", template_hash(AutoTokenizer.from_pretrained(short)), versions()
+        )
+        write_info(short, info)
+        policy_run(algorithm="reinforce_qrm", reward_model=short)
+
+    def of_policy_of_inspect():
+        solution = {"problem": "Add 2 and 3.", "steps": ["5, " * 20], "label": -1}
+        solutions = write(tmp_path / "solutions.jsonl", [solution])
+        model = reward_folder(tmp_path / "rm", long, long)
+        inspect(InspectConfig(solutions, out + ".html", (model,), policy=short, use_cpu=True), False)
+
+    work = {
+        "train-rm --reference": lambda: train_reward_model(
+            RewardConfig(long, rows, out, reference=short, max_steps=1, use_cpu=True), progress=False
+        ),
+        "train-policy --reward_model": lambda: policy_run(reward_model=short_rm),
+        "train-policy --td_reference": lambda: policy_run(reward_model=short_reference, td_reference="sft"),
+        "train-policy q_rm": q_rm,
+        "eval td": lambda: study(
+            TdConfig(long, short_rm, prompts, out, max_new_tokens=40, use_cpu=True), progress=False
+        ),
+        "rollout": lambda: roll_out(
+            RolloutConfig(
+                long,
+                prompts,
+                out + ".jsonl",
+                reward_model=short_rm,
+                min_prob=0.1,
+                max_new_tokens=40,
+                use_cpu=True,
+            ),
+            progress=False,
+        ),
+        "inspect --policy": of_policy_of_inspect,
+    }
+    with pytest.raises(IpvrmError, match=POSITIONS):
+        work[role]()
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.html").exists()
+    assert not list(tmp_path.glob("out/*.safetensors")) and not list(tmp_path.glob("out/results.json"))
+
+
+def test_a_reference_of_another_vocabulary_is_refused_before_any_work(tiny_folder, tmp_path):
+    """The run's reward model could not be loaded."""
+    model = load_model(tiny_folder)
+    rows = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows + 8)
+    save_model(model, tmp_path / "wide")
+    load_tokenizer(tiny_folder).save_pretrained(tmp_path / "wide")
+    row = {"prompt": "Add 2 and 3.", "response": "5", "label": 1}
+    data = write(tmp_path / "rows.jsonl", [row, row | {"label": 0}])
+    config = RewardConfig(
+        str(tiny_folder),
+        data,
+        str(tmp_path / "out"),
+        reference=str(tmp_path / "wide"),
+        max_steps=1,
+        use_cpu=True,
+    )
+    with pytest.raises(IpvrmError, match=rf"share one vocabulary; they have {rows} and {rows + 8} tokens"):
+        train_reward_model(config, progress=False)
 
 
 def test_a_stored_id_beyond_the_model_stops_every_command_that_reads_them(tiny_folder, tokenizer, tmp_path):

@@ -486,6 +486,27 @@ def test_a_solution_that_cannot_be_scored_is_named_or_skipped(pair, tmp_path, ca
     assert [t["id"] for t in data_in((tmp_path / "x.html").read_text(encoding="utf-8"))["traces"]] == ["sum"]
 
 
+def test_a_solution_with_an_infinite_log_ratio_is_named_or_skipped(pair, tmp_path, capsys, monkeypatch):
+    """In the page it was a line with a gap, and a step that no threshold flags."""
+    from ipvrm.models import reward_model
+
+    real, token = reward_model._with_candidates, load_tokenizer(pair[0])("9")["input_ids"][0]
+
+    def patched(model, reference, batch, *rest):
+        own, *others = real(model, reference, batch, *rest)
+        return own.masked_fill(batch.token_ids == token, -math.inf), *others
+
+    monkeypatch.setattr(reward_model, "_with_candidates", patched)
+    infinite = {"problem": "p", "steps": ["9"], "label": -1, "id": "infinite"}
+    source = write_jsonl(tmp_path / "in.jsonl", [infinite, TRACES[0]])
+    command = ["inspect", "--input", str(source), "--output", str(tmp_path / "x.html"), "--pick", "first"]
+    command += ["--use_cpu", "--model", *pair]
+    assert main(command) == 2
+    assert "infinite: the log-probability under the model of response token" in capsys.readouterr().err
+    assert main([*command, "--on_bad_row", "skip"]) == 0
+    assert [t["id"] for t in data_in((tmp_path / "x.html").read_text(encoding="utf-8"))["traces"]] == ["sum"]
+
+
 # --------------------------------------------------------------------------------------------------- palette
 
 

@@ -302,7 +302,9 @@ def test_positions_of_a_model(tiny_folder, tmp_path):
 
 def test_a_row_longer_than_the_model_is_a_bad_row(tokenizer):
     rows = [Row("f:1", "p", "ab", 1), Row("f:2", "p", "ab " * 60, 0)]
-    with pytest.raises(IpvrmError, match=r"f:2: its \d+ tokens are more than the model's 40 positions"):
+    with pytest.raises(
+        IpvrmError, match=r"f:2: its \d+ tokens are more than the 40 positions of the models in use"
+    ):
         tokenize(rows, tokenizer, max_length=None, max_positions=40)
     found = tokenize(rows, tokenizer, max_length=None, max_positions=40, on_bad_row="skip")
     assert [r.source for r in found.responses] == ["f:1"] and found.counts["bad"] == 1

@@ -19,7 +19,8 @@ sys.path.append(str(Path(__file__).parents[2]))  # behind the installed packages
 
 from benchmarks.faults.toy import make_toy
 from ipvrm import IpvrmError
-from ipvrm.models.causal_lm import load_model, load_tokenizer, weights_hash
+from ipvrm.models.causal_lm import CandidateLogprobs, load_model, load_tokenizer, weights_hash
+from ipvrm.models.reward_model import read_info, reference_entries, write_info
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
 from ipvrm.training.policy_config import PolicyConfig, resolve
@@ -126,6 +127,48 @@ def small(toy, tmp_path, **more):
         str(toy / "sft"), str(toy / "prompts.jsonl"), str(tmp_path / "o.parquet"), limit=2, max_new_tokens=3,
         use_cpu=True, **more,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sampled", "candidate"])
+def test_a_log_prob_that_is_infinite_under_the_reward_model_is_not_stored(toy, tmp_path, monkeypatch, kind):
+    """It was a traceback of the writer, or a row that no later command reads."""
+    import ipvrm.rollouts.rollout as rollout
+
+    real = rollout.candidate_logprobs
+
+    def patched(*arguments):
+        own, ids, of_ids = real(*arguments)
+        if kind == "sampled":
+            return CandidateLogprobs(own - torch.inf, ids, of_ids)
+        return CandidateLogprobs(own, ids, of_ids - torch.inf)
+
+    monkeypatch.setattr(rollout, "candidate_logprobs", patched)
+    with pytest.raises(
+        IpvrmError, match=r"--reward_model: prompt \d: the log-probability.* is -inf; a value"
+    ):
+        roll_out(small(toy, tmp_path, min_prob=0.1, reward_model=str(toy / "ipvrm")), progress=False)
+
+
+@pytest.mark.parametrize("which", ["reward model", "reference"])
+def test_rows_beyond_the_reward_models_positions_are_refused(config, toy, tmp_path, which):
+    """They fit the policy, which sampled them."""
+    rows = rows_of(toy / "data.parquet")
+    longest = max(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows)
+    short, rm = tmp_path / "short", tmp_path / "rm"
+    shutil.copytree(toy / ("ipvrm" if which == "reward model" else "sft"), short)
+    stored = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(stored | {"max_position_embeddings": longest - 1}))
+    changes = {"reward_model": str(short)}
+    if which == "reference":
+        shutil.copytree(toy / "ipvrm", rm)
+        changes = {"reward_model": str(rm), "td_reference": "sft"}
+    reference = short if which == "reference" else toy / "sft"
+    folder = Path(changes["reward_model"])
+    write_info(folder, replace(read_info(folder), **reference_entries(reference, folder)))
+    with pytest.raises(
+        IpvrmError, match=rf"{longest} tokens.* more than the {longest - 1} positions of the models"
+    ):
+        train(config(**changes))
 
 
 def test_nothing_is_stored_unless_asked_for(toy, tmp_path):

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import interrupted_at
+from runs import interrupted_at, ruled_out
 
 from ipvrm import IpvrmError
 from ipvrm.data.responses import tokenize
@@ -291,24 +291,20 @@ def test_a_float_label_a_missing_id_and_two_of_one_name(config):
 
 def test_scores_that_are_no_numbers(config, monkeypatch):
     """Of one item: missed. Of all: a broken model, which is one line."""
-    from ipvrm.evaluate import scoring
-
-    original, broken = scoring.score_solutions, {"3+1"}
-
-    def some_nan(model, items, **kwargs):
-        found = original(model, items, **kwargs)
-        for (problem, _), scores in zip(items, found, strict=True):
-            if problem in broken:
-                scores.by_rule["prefix"][0] = math.nan
-        return found
-
-    monkeypatch.setattr(scoring, "score_solutions", some_nan)
-    results = evaluate(config, progress=False)
-    assert results["subsets"]["math"]["unusable"] == [
-        {"item": 4, "id": "math-3", "reason": "the models' log-probabilities are not finite numbers"}
-    ]
-    broken |= {f"{i}+1" for i in range(24)}
-    with pytest.raises(IpvrmError, match=r"math.json: no solution can be scored; math-0: .*not finite"):
+    path, tokenizer = Path(config.data[1]), make_tokenizer()
+    items = json.loads(path.read_text())
+    items[3]["steps"][0] += "-"  # no other has it
+    path.write_text(json.dumps(items))
+    with monkeypatch.context() as patch:
+        ruled_out(patch, tokenizer.convert_tokens_to_ids("-"))
+        results = evaluate(config, progress=False)
+    (unusable,) = results["subsets"]["math"]["unusable"]
+    assert (unusable["item"], unusable["id"]) == (4, "math-3")
+    assert unusable["reason"].startswith("the log-probability under the model of response token ")
+    ruled_out(monkeypatch, tokenizer.eos_token_id, ("model", "reference"))
+    with pytest.raises(
+        IpvrmError, match=r"math.json: no solution can be scored; math-0: the log-prob.* is -inf"
+    ):
         evaluate(
             dataclasses.replace(config, data=config.data[1:], output_dir=config.output_dir + "-b"),
             progress=False,

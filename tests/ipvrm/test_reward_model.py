@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import sharp, write_jsonl
+from runs import ruled_out, sharp, write_jsonl
 from served import FakeServer
 
 from ipvrm import IpvrmError, RewardModel
@@ -85,6 +85,54 @@ def test_score_against_full_logits(reward_model):
     assert score.step_ends.tolist() == lasts
     below = [i for i, s in enumerate(sums) if s < 0]
     assert score.first_error == (below[0] if below else -1)
+
+
+def one_token(reward_model, text):
+    (token,) = reward_model.tokenizer(text, add_special_tokens=False).input_ids
+    return token
+
+
+@pytest.mark.parametrize("by", [("model",), ("reference",), ("model", "reference")])
+def test_an_infinite_log_ratio_is_refused_with_its_solution_and_token(reward_model, monkeypatch, by):
+    """It was a score of infinity, or of no number: a step that no threshold flags, `first_error` -1."""
+    token = one_token(reward_model, "9")
+    ruled_out(monkeypatch, token, by)
+    place = (
+        rf"item:2: the log-probability under the {by[0]} of response token \d+ of \d+ \(id {token}\) is -inf"
+    )
+    items = [(PROBLEM, STEPS), (PROBLEM, ["carry 0.", "Answer: 9"])]
+    with pytest.raises(IpvrmError, match=place):
+        reward_model.score_many(items)
+    with pytest.raises(IpvrmError, match=place.replace("item:2", "item:1")):
+        reward_model.score(*items[1], min_prob=None)
+    assert reward_model.score(*items[0]).td.isfinite().all()
+
+
+def test_an_infinite_log_ratio_of_a_candidate_is_refused(reward_model, monkeypatch):
+    import ipvrm.models.reward_model as module
+
+    real = module._with_candidates
+
+    def patched(*arguments):
+        *others, own, ref = real(*arguments)
+        return *others, own - torch.inf, ref
+
+    monkeypatch.setattr(module, "_with_candidates", patched)
+    models = [sharp(copy.deepcopy(m)) for m in (reward_model.model, reward_model.reference)]
+    with pytest.raises(
+        IpvrmError, match=r"item:1: .* a candidate in the place of response token \d+ of .* -inf"
+    ):
+        RewardModel(*models, reward_model.tokenizer, reward_model.info).score(PROBLEM, STEPS, min_prob=0.02)
+
+
+def test_an_infinite_reward_without_a_reference_is_refused(tiny_folder, monkeypatch):
+    endo_rm = RewardModel.from_causal_lm(tiny_folder, device="cpu")
+    monkeypatch.setattr(
+        "ipvrm.models.reward_model.endo_rewards",
+        lambda model, batch, *_: torch.full((len(batch.token_ids),), torch.nan),
+    )
+    with pytest.raises(IpvrmError, match=r"item:1: the reward of response token 1 of \d+ \(id \d+\) is nan"):
+        endo_rm.score(PROBLEM, STEPS)
 
 
 SPLIT = ["漢字 and 😀😀.", "Ünï\r\ncode\tmore <b>.", "שלום"]  # over a byte-level BPE of 320 tokens
@@ -408,6 +456,37 @@ def test_score_command_names_bad_lines(home, problems, tmp_path, capsys):
     assert score_command(home, problems, output, "--on_bad_row", "skip") == 0
     assert [json.loads(line)["line"] for line in output.read_text().splitlines()] == [1, *range(6, 75)]
     assert f"skipped {problems}:3:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by", ["memory", "server"])
+def test_score_command_names_the_line_of_an_infinite_log_ratio(
+    home, problems, tmp_path, capsys, monkeypatch, reward_model, served, by
+):
+    """It was a traceback of the writer, without a line."""
+    lines = problems.read_text().splitlines()[:3]
+    lines[1] = json.dumps({"problem": PROBLEM, "steps": ["carry 0.", "Answer: 9"]})
+    problems.write_text("\n".join(lines))
+    token, flags = one_token(reward_model, "9"), []
+    if by == "memory":
+        ruled_out(monkeypatch, token)
+    else:
+        own, _, flags = served
+
+        def clamped(choice):
+            of_prompt = zip(choice["prompt_token_ids"], choice["prompt_logprobs"], strict=True)
+            return [{str(i): {"logprob": -9999.0}} if i == token and at else at for i, at in of_prompt]
+
+        own.fault = lambda path, body: lambda choice: choice | {"prompt_logprobs": clamped(choice)}
+    output = tmp_path / "scores.jsonl"
+    command = ["score", "--model", home / "runs" / "rm", "--input", problems, "--output", output, *flags]
+    command = [*map(str, command), *(["--use_cpu"] if by == "memory" else [])]
+    reason = f"{problems}:2: the log-probability under the model of response token"
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert reason in error and "Traceback" not in error and not output.exists()
+    assert main([*command, "--on_bad_row", "skip"]) == 0
+    assert f"skipped {reason}" in capsys.readouterr().err
+    assert [json.loads(line)["line"] for line in output.read_text().splitlines()] == [1, 3]
 
 
 def test_score_command_goes_on_where_it_stopped(home, problems, tmp_path, monkeypatch):

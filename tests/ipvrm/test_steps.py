@@ -115,6 +115,9 @@ def test_first_error_is_strict_and_first():
     assert first_error([1.0, 0.0], 0.5) == -1
     assert first_error([-800.0], 0.0) == -1 and first_error([100.0, 200.0], 1.0) == 0
     assert first_error([]) == -1
+    assert first_error([1.0, -math.inf]) == 1 and first_error([math.inf]) == -1
+    with pytest.raises(ValueError, match=r"scores must be numbers; got \[1.0, nan\]"):
+        first_error([1.0, math.nan])
 
 
 def test_logit_inverts_the_sigmoid():

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import flags, interrupted_at, write_jsonl
+from runs import flags, interrupted_at, ruled_out, write_jsonl
 from served import FakeServer
 
 from ipvrm import IpvrmError
@@ -476,6 +477,23 @@ def test_prompts_that_cannot_be_used_stop_nothing(toy, finished, tmp_path, capsy
     written[2].unlink()
     again = study(ours, progress=False)
     assert again["counts"] == results["counts"] and again["unusable"] == results["unusable"]
+
+
+def test_an_infinite_log_ratio_ends_the_study_with_its_prompt(toy, tmp_path, monkeypatch, capsys):
+    """It was a traceback of the writer, without a row."""
+    tokenizer = make_tokenizer()
+    ruled_out(monkeypatch, tokenizer.eos_token_id)  # of every answer that is judged
+    assert main(["eval", "td", *flags(config(toy, tmp_path))]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"prompt \d+: the log-probability under the model of response token \d+ of ", error)
+    assert "Traceback" not in error
+    brancher = td_branches.Brancher(
+        td_branches.BranchOptions(1, 2, 2, 0.1, None, 16, 1.0, 8, 4096, 0),
+        None, RewardModel.from_pretrained(toy / "rm", device="cpu"), tokenizer, None, set(), None,
+    )  # fmt: skip
+    branch = td_branches.Branch((6, 7, tokenizer.eos_token_id), (3, 0, 1, 1), tokenizer.eos_token_id)
+    with pytest.raises(IpvrmError, match="^prompt 3, a candidate: the log-probability under the model"):
+        brancher._td([branch])
 
 
 def test_screen_fits_eighty_columns(finished, capsys):

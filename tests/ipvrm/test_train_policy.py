@@ -1051,7 +1051,7 @@ def test_prompts_that_cannot_be_used(config, tmp_path):
         train(config(train_data=str(data), algorithm="grpo"))
     result = train(config("skip", train_data=str(data), algorithm="grpo", on_bad_row="skip"))
     assert result.metrics["data"] == {"prompts": 20, "bad": 1}
-    with pytest.raises(IpvrmError, match="more than the model's 256 positions"):
+    with pytest.raises(IpvrmError, match="more than the 256 positions of the models in use"):
         train(config("long", algorithm="grpo", max_new_tokens=253))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ruled_out
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -541,11 +542,10 @@ def test_trl_grpo_takes_one_by_its_module(runs, home, tmp_path, monkeypatch):
     assert "rewards/prefix_value_final/mean" in state["log_history"][0]
 
 
-def test_prefix_value_reward_is_best_of_ns_score(home):
-    pytest.importorskip("trl", reason="TRL is not installed; pip install 'ipvrm[trl]'")
+def test_prefix_value_reward_is_best_of_ns_score(home, monkeypatch):
     from ipvrm import IpvrmError, RewardModel
     from ipvrm.data.responses import Response
-    from ipvrm.integrations.trl import prefix_value_reward
+    from ipvrm.integrations.reward_functions import prefix_value_reward
 
     rm = RewardModel.from_pretrained(home / "rm", device="cpu")
     end = rm.chat.end_of_turn
@@ -572,12 +572,17 @@ def test_prefix_value_reward_is_best_of_ns_score(home):
         prefix_value_reward(rm, "best")
     with pytest.raises(IpvrmError, match="other text"):
         prefix_value_reward(rm)(prompts=["1"], completions=["another text"], completion_ids=[[20, end]])
+    ruled_out(monkeypatch, ids[1][-2])
+    with pytest.raises(
+        IpvrmError,
+        match="^prefix_value_reward: completion 2 of 3: the log-prob.* under the model of .* is -inf",
+    ):
+        prefix_value_reward(rm)(prompts=[prompt] * 3, completions=completions, completion_ids=ids)
 
 
 def test_verifier_reward_knows_that_it_does_not_know(tmp_path, monkeypatch):
-    pytest.importorskip("trl", reason="TRL is not installed; pip install 'ipvrm[trl]'")
     from ipvrm import IpvrmError
-    from ipvrm.integrations.trl import verifier_reward
+    from ipvrm.integrations.reward_functions import verifier_reward
 
     (tmp_path / "slow_verifier.py").write_text(
         "import time\ndef verify(response, answer):\n    time.sleep(60 * (response == 'hang'))\n"
@@ -590,6 +595,23 @@ def test_verifier_reward_knows_that_it_does_not_know(tmp_path, monkeypatch):
     assert reward(completions=chat, truth=["3"]) == [1.0]
     with pytest.raises(IpvrmError, match="no column 'truth'"):
         reward(completions=["3"], answer=["3"])
+
+
+@pytest.mark.parametrize("verifier", ["math", "string"])
+def test_verifier_reward_reads_ground_truths_as_label_does(verifier):
+    """NaN and None of a table were the words `nan` and `None`: every answer was wrong, by a score of 0."""
+    from ipvrm import IpvrmError
+    from ipvrm.integrations.reward_functions import verifier_reward
+
+    reward = verifier_reward(verifier, answer="truth", num_workers=1)
+    truths = [float("nan"), None, " ", "nan", 4.0, 4, 0.5, "4", 4.0]
+    right = ["Answer: 4"] * 6 + ["Answer: 0.5", "Answer: 4", "Answer: 5"]
+    assert reward(completions=right, truth=truths) == [None] * 4 + [1.0] * 4 + [0.0]
+    assert reward(completions=right[:2], truth=truths[:2]) == [None, None]
+    with pytest.raises(
+        IpvrmError, match=r"column 'truth' of the data set: the ground truth must be a text or"
+    ):
+        reward(completions=["4", "4"], truth=["4", ["4"]])
 
 
 # -------------------------------------------------------------------------------------------- the contract

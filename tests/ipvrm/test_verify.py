@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from runs import write_jsonl
 
 from ipvrm import IpvrmError
-from ipvrm.cli import main
+from ipvrm.cli import main, parse
 from ipvrm.data.responses import tokenize
 from ipvrm.data.rows import read_rows
 from ipvrm.rollouts import verify
@@ -148,6 +149,19 @@ def test_string_verifier():
 )
 def test_math_verifier(response, answer, outcome):
     assert verify_math(response, answer).outcome == outcome
+
+
+def test_the_leniencies_of_math_that_label_s_help_names(capsys):
+    with pytest.raises(SystemExit):
+        parse(LabelConfig, ["--help"], prog="label")
+    said = " ".join(word.strip("│") for word in capsys.readouterr().out.split())
+    named = re.search(r"as lenient as its library: (.*?) count as 9, a box of `(.*?)` as `(.*?)`\.", said)
+    cases = [(f"Answer: {answer.strip('`')}", "9") for answer in re.split(", | and ", named[1])]
+    cases.append((f"\\boxed{{{named[2]}}}", named[3]))
+    assert len(cases) == 4
+    for answer, truth in cases:
+        assert verify_math(answer, truth).outcome == "right", answer
+        assert verify_math(answer, "8").outcome == "wrong", answer
 
 
 @pytest.mark.parametrize(
