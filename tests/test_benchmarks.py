@@ -1256,6 +1256,21 @@ def test_the_error_of_a_contender_is_what_it_is_off(monkeypatch):
 
 
 @pytest.mark.skipif(not HAS_CPP, reason="the contender is the C++ op")
+def test_the_error_of_liger_is_of_one_id_in_every_row(monkeypatch):
+    """Its log-probs of the first row's token, each row's own; without it the row says why."""
+    off = lambda hidden, weight, ids: torch.log_softmax(hidden @ weight.T, 1)[:, ids] + 0.25  # noqa: E731
+    monkeypatch.setattr(bench_linear_logprobs, "logprobs", lambda device: ({}, {}))
+    torch.manual_seed(0)
+    rows = heads.peaked(HEAD, "cpu")
+    for found, expected in (((off, ""), 0.25), ((None, "not installed"), None)):
+        monkeypatch.setattr(bench_linear_logprobs, "shared_ids", lambda found=found: found)
+        case = bench_linear_logprobs.accuracy_case(HEAD, rows, "cpu")
+        errors = errors_of(case)
+        assert errors["liger selected_token_ids"] == (expected and pytest.approx(expected, abs=1e-4))
+        assert case.absent == ({} if expected else {"liger selected_token_ids": "not installed"})
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the contender is the C++ op")
 @pytest.mark.parametrize("kind", ["forward", "candidates", "step", "distrl_loss"])
 def test_every_head_benchmark_has_errors_against_fp64(kind, monkeypatch):
     shared = lambda hidden, weight, ids: torch.log_softmax(hidden @ weight.T, 1)[:, ids]  # noqa: E731
