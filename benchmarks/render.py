@@ -129,15 +129,18 @@ def page(
     return "\n".join([*chapters, HOW])
 
 
+def opened_with(files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first file that has measured what the page's picture shows."""
+    return next((n for n, of in files.items() if headline.panels(_rows(of), of.get("study", ()))), None)
+
+
 def _opening(files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequence[str]]) -> list[str]:
-    """The picture, what is lost in it, and the table, of the first file that has them all measured; errors
-    against fp64 of the first that has those."""
-    found = []
-    for name, content in files.items():
-        rows = _rows(content)
+    """The picture, what is lost in it, and the table, of the file that is `opened_with`; errors against fp64
+    of the first that has those."""
+    name, found = opened_with(files), []
+    if name is not None:
+        rows, content = _rows(files[name]), files[name]
         panels = headline.panels(rows, content.get("study", ()))
-        if not panels:
-            continue
         title = headline.title(panels)
         drawn = [plot for plot in plots.get(name, ()) if Path(plot).name == "headline.png"]
         found = [f"![{title}]({plot})\n" for plot in drawn]
@@ -147,7 +150,6 @@ def _opening(files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequenc
             f"{READING} All of {name}, {headline.where(content['machine'])}.\n",
             headline.table(rows) + "\n",
         ]
-        break
     lines = (headline.accuracy(_rows(content), content["machine"]) for content in files.values())
     found += [f"{line}\n" for line in [next(filter(None, lines), "")] if line]
     if files and not any("parts" in content for content in files.values()):
