@@ -1171,6 +1171,16 @@ def test_what_is_lost_is_named():
     assert headline.panels(measured_head(**{"cpp": (2.0, 8.0)})) == []  # us alone: no picture
 
 
+def test_a_whole_step_by_a_package_stands_among_the_packages():
+    """Not as plain PyTorch, whose "eager" it is called by; the fastest of the line is bold."""
+    times = {"eager full logits": 4, "eager with cut-cross-entropy cce": 1, "ipvrm": 2}
+    rows = [
+        row(n, ms, op="reward_step", shape="8 sequences", base=4, scratch_mib=3) for n, ms in times.items()
+    ]
+    (line,) = headline.table(rows).splitlines()[2:]
+    assert line.endswith("| 0.50 (3) | 1.00 (3) |  | cut-cross-entropy cce **0.25** (3) |")
+
+
 @pytest.mark.slow
 def test_pictures_stay_below_their_height(tmp_path):
     """Of the largest op committed, and of one three times as large; nobody is shown alone."""

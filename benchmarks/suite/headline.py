@@ -279,6 +279,8 @@ def _column(contender: str) -> tuple[str, str]:
         return "ours", f"{rest} by {LIBRARIES.get(by[2], by[2])}".strip() if by[1] else rest
     if name.startswith("released"):
         return "plain", "s"
+    if rest.startswith("with "):  # a whole step by a package's log-prob
+        return "packages", rest.removeprefix("with ")
     if first in ("eager", "padded"):
         return "plain", ""
     return ("compiled", "") if first == "torch.compile" else ("packages", name)
