@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -1075,6 +1076,56 @@ def test_render_reads_results_and_leaves_other_files_alone(tmp_path, capsys):
     assert render.main(["--results", str(tmp_path)]) == 0
     page = (tmp_path / "README.md").read_text()
     assert "fake.json" in page and "other.json" not in page
+
+
+def test_a_file_is_judged_by_the_targets_of_today():
+    """Whatever those of its commit were; other contenders' and those of a curve stay."""
+    start = "N=2048 D=1024 V=32000 float32"
+    axes = dict(N=2048, D=1024, V=32_000, K=8)
+    shapes = {
+        "trainable": ("linear_logprobs", f"{start} K=8 forward+backward trainable head"),
+        "frozen": ("linear_logprobs", f"{start} K=8 forward+backward frozen head"),
+        "forward": ("linear_logprobs", f"{start} lse + sampled + entropy"),
+        "candidates": ("linear_candidates", f"{start}, calibrated: 1.3"),
+        "distrl_loss": ("linear_distrl_loss", f"{start} K=8, random, forward+backward trainable head"),
+    }
+
+    def limits(sizes, **more):
+        old = (row("cpp", 2, op=op, shape=s, axes=sizes, target=9.0, **more) for op, s in shapes.values())
+        content = dict(rows=[r.as_dict() for r in old])
+        return dict(zip(shapes, (r.target for r in render._rows(content)), strict=True))
+
+    assert limits(axes, target_of="matmul") == {kind: of[0] for kind, of in heads.TARGETS.items()}
+    on_gpu = dict(axes, N=8192, D=4096, V=151_936)
+    assert limits(on_gpu, target_of="matmul") == {kind: of[2] for kind, of in heads.TARGETS.items()}
+    assert {*limits(dict(axes, N=64), target_of="matmul").values()} == {9.0}
+    assert {*limits(axes, target_of=measure.START).values()} == {9.0}
+    kept = row("cpp logits kept", 2, shape=shapes["trainable"][1], axes=axes, target=9.0, target_of="matmul")
+    assert heads.with_todays_target(kept).target == heads.SAVED_TARGET
+
+
+def test_a_file_whose_yardstick_is_the_slower_library_says_so():
+    rows = [row("matmul", 2), row("cpp", 1)]
+    study = [
+        dict(op="tile", shape=f"{size} z = h w.T", contender=name, median_ms=ms)
+        for size, slow in (("1024 x 8 x 8", 4.0), ("384 x 8 x 8", 9.0))
+        for name, ms in (("blas", slow), ("onednn", 2.0))
+    ]
+
+    def said(rows, library="onednn", study=study):
+        content = dict(machine={**FAKE_MACHINE, "cpu_matmul": library}, rows=[r.as_dict() for r in rows])
+        return re.findall(
+            r"\*\*Of an older commit\*\*: .*", render.page({"f.json": {**content, "study": study}}, {})
+        )
+
+    (text,) = said(rows)
+    assert "MKL alone, ours run by oneDNN, which took 0.50 of its time for 1024 x 8 x 8 here" in text
+    assert text.endswith("ratios would be about 2.0 times as large.")
+    (text,) = said(rows, study=[])
+    assert text.endswith("ratios would be larger.")
+    assert (
+        not said(rows, "blas") and not said([*rows, row("matmul by oneDNN", 2)]) and not said([row("cpp", 1)])
+    )
 
 
 def test_the_committed_results_page_is_up_to_date():
