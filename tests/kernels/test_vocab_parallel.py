@@ -1,6 +1,9 @@
 """A head whose vocabulary lies on two and three processes (gloo): ids, values and gradients equal one
 process's."""
 
+import math
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,6 +33,24 @@ SPLITS = {
     "padded": ((0, 56, 112), (0, 40, 80, 120)),  # the last rows do not exist: vocab_size
     "all behind the end": ((0, 101, 103), (0, 101, 104, 107)),
 }
+
+
+# (how the refusal begins, options): what a rank without rows hands to no kernel, and must refuse all the same
+BAD_OPTIONS = (
+    ("temperature must be", dict(temperature=0.0)),
+    ("temperature must be", dict(temperature=torch.tensor(-1.0))),
+    ("logit_scale must be", dict(logit_scale=math.nan)),
+    ("softcap must be", dict(softcap=-1.0)),
+    ("impl='cuda' does not exist", dict(impl="cuda")),
+    ("impl='nonsense' cannot run", dict(impl="nonsense")),
+    ("min_prob must lie in", dict(min_prob=2.0, top_k=3)),
+    ("min_prob must lie in", dict(min_prob=torch.tensor(2.0), top_k=3)),
+)
+BOTH = (vocab_parallel_candidates, vocab_parallel_logprobs)
+
+
+def takers(options):
+    return BOTH[:1] if "min_prob" in options else BOTH
 
 
 def inputs():
@@ -93,7 +114,9 @@ def tied(embed, head_logprobs):
 
 def worker(rank, world, rendezvous, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(minutes=2)
+    )
     group, found = dist.group.WORLD, {}
     hidden, weight, bias, ids = inputs()
     for name, (of_two, of_three) in SPLITS.items():
@@ -148,9 +171,9 @@ def worker(rank, world, rendezvous, folder):
 
     found["refused"] = []
 
-    def refused(*args, **kwargs):
+    def refused(*args, op=vocab_parallel_logprobs, **kwargs):
         try:
-            vocab_parallel_logprobs(*args, **kwargs)
+            op(*args, **kwargs)
         except ValueError as error:
             found["refused"].append(str(error))
 
@@ -161,6 +184,12 @@ def worker(rank, world, rendezvous, folder):
     refused(hidden, w, ids + V, **place)
     mesh = init_device_mesh("cpu", (world,))
     refused(hidden, distribute_tensor(weight, mesh, [Shard(0)]), ids, **place)
+    start, w, _ = shard_of(rank, SPLITS["an empty shard"][world - 2])
+    place = dict(vocab_start=start, group=group)
+    for _, options in BAD_OPTIONS:
+        for op in takers(options):
+            refused(hidden, w, *(() if op is BOTH[0] else (ids,)), op=op, **place, **options)
+    refused(hidden, w, op=vocab_parallel_candidates, sampled=ids[:, 0] + V, **place)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -210,11 +239,14 @@ def test_equals_one_process(tmp_path, world):
         torch.testing.assert_close(rank["batches"], want, **close)
 
     for rank in ranks:  # on every rank alike, so that none waits for another
-        rows, others, trains, cover, above, dtensor = rank["refused"]
+        rows, others, trains, cover, above, dtensor, *options, sampled = rank["refused"]
         assert "the same N" in rows and "FSDP2" in rows
         assert "the same ids" in others and "hidden.requires_grad" in trains
         assert "cover the vocabulary" in cover and f"below V={V}" in above
         assert "got a DTensor" in dtensor and "gathered_weight" in dtensor
+        assert f"sampled must be below V={V}" in sampled
+        expected = [f"{op.__name__}: {words}" for words, given in BAD_OPTIONS for op in takers(given)]
+        assert all(map(str.startswith, options, expected)) and len(options) == len(expected), options
 
 
 def gathered(own, rank):
