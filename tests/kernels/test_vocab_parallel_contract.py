@@ -1,5 +1,5 @@
-"""What the ops over shards of the vocabulary take and refuse, as those on the whole head do, in a group of one;
-`test_vocab_parallel.py` has the results of several processes."""
+"""What the ops over shards of the vocabulary take and refuse, as those on the whole head do, in a group of
+one process; `test_vocab_parallel.py` has the results of several."""
 
 import math
 
