@@ -155,9 +155,14 @@ def check_forward(exact: Exact, name: str, out: LinearLogprobs, log_p: Tensor) -
 
 
 def accuracy_case(shape: Shape, rows: Calibrated, device: str) -> Case:
-    """The log-prob of one token a row, of calibrated or peaked rows: what of it is right, against fp64."""
+    """The log-prob of one token a row, of calibrated or peaked rows: what of it is right, against fp64.
+
+    Liger's selected_token_ids are the same in every row: there it is that of the first row's token, as much
+    work as one of each row's own.
+    """
     hidden, weight, sampled = rows.hidden, rows.weight, rows.sampled
     peers, absent = logprobs(device)
+    liger_shared, no_shared = shared_ids()
     implementations = kernels(OP, device)
     functions: dict[str, OneLogprob] = {
         **{
@@ -168,20 +173,28 @@ def accuracy_case(shape: Shape, rows: Calibrated, device: str) -> Case:
         "released 64-row slices": lambda h, w, target: sliced_logprobs(h @ w.T, target[:, None])[:, 0],
         **peers,
     }
+    if liger_shared is None:
+        absent[LIGER_SHARED] = no_shared
+    else:
+        functions[LIGER_SHARED] = lambda h, w, target: liger_shared(h, w, target[:1])[:, 0]
 
     def call(function: OneLogprob) -> Callable[[], Any]:
         return torch.no_grad()(lambda: function(hidden, weight, sampled))
 
+    def expected_of(exact: Exact, name: str) -> Tensor:
+        ids = sampled[:1].expand(shape.N) if name == LIGER_SHARED else sampled
+        return exact.log_p.gather(1, ids[exact.rows, None])[:, 0]
+
     def check(results: Mapping[str, Any]) -> None:
         exact = Exact(hidden, weight)
-        right = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
         for name in functions.keys() & results.keys():  # others' logits may be rounded to half precision
-            exact.compare(f"{name} log-probs", results[name], right, None if is_ours(name) else ROUNDED)
+            allowed = None if is_ours(name) else ROUNDED
+            exact.compare(f"{name} log-probs", results[name], expected_of(exact, name), allowed)
 
     def errors(results: Mapping[str, Any]) -> Mapping[str, float]:
         exact = Exact(hidden, weight)
-        right = exact.log_p.gather(1, sampled[exact.rows, None])[:, 0]
-        return {name: exact.error(results[name], right) for name in functions.keys() & results.keys()}
+        judged = functions.keys() & results.keys()
+        return {name: exact.error(results[name], expected_of(exact, name)) for name in judged}
 
     contenders = {
         **matmuls(hidden, weight),

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite import headline
+from benchmarks.suite.headline import LIBRARIES
+from benchmarks.suite.heads import with_todays_target
 from benchmarks.suite.machine import ROOT
-from benchmarks.suite.measure import ACCURACY, LESS_WORK, Row, is_ours, yardsticks_of
+from benchmarks.suite.measure import ACCURACY, LESS_WORK, MATMUL, MATMUL_ONEDNN, Row, is_ours, yardsticks_of
 from benchmarks.suite.session import write_text
 from benchmarks.suite.tables import (
     Verdict,
@@ -51,13 +53,13 @@ and a GPU's by `python -m benchmarks.gpu_report && python -m benchmarks.render`.
 checked before anything is timed; then contenders take turns, and the median, the 20th and the 80th percentile
 of their times are kept; memory is the peak above inputs, scratch that less what is returned. Ratios are to
 the bare matmul, the faster one where a file has both, by PyTorch's BLAS and by the oneDNN it brings along, in
-the same rounds (files made before commit e0da461 have BLAS alone), or else to the first contender of a case.
-Ours (`cpp`, `cuda`, `triton`, `ipvrm`) are judged against the fastest other contender that does the same
-work, and the faster one is bold; the bare matmul does less and is never judged. What stands behind a comma is
-a variant: compared with the same variant only; "by blas" and "by onednn" are ours by the matmul library that
-is not the default on that processor. TFLOP/s count the matmuls that an op cannot do without (one forward, two
-backward, one of them for a frozen head). The error against fp64 is the largest on 128 rows: of log-probs in
-nats, of gradients of hidden relative to the largest.
+the same rounds (a file with BLAS alone says so), or else to the first contender of a case. Targets are those
+of today. Ours (`cpp`, `cuda`, `triton`, `ipvrm`) are judged against the fastest other contender that does the
+same work, and the faster one is bold; the bare matmul does less and is never judged. What stands behind a
+comma is a variant: compared with the same variant only; "by blas" and "by onednn" are ours by the matmul
+library that is not the default on that processor. TFLOP/s count the matmuls that an op cannot do without (one
+forward, two backward, one of them for a frozen head). The error against fp64 is the largest on 128 rows: of
+log-probs in nats, of gradients of hidden relative to the largest.
 """
 READING = """Times are multiples of the yardstick's, in brackets MiB of scratch memory; the fastest of a line
 is bold. Plain PyTorch is `log_softmax` of all logits, or (s) of 64 rows at a time, as the method's released
@@ -125,19 +127,24 @@ def page(
         if "parts" in content:
             chapters.append(f"{title}\n{gpu_page(content, level='###')}")
         else:
-            chapters.append(f"{title}\n{_measured(content['machine'], _rows(content), shown)}")
+            rows = _rows(content)
+            slow = _slow_yardstick(content["machine"], rows, content.get("study", ()))
+            chapters.append(f"{title}\n{_measured(content['machine'], rows, shown, slow)}")
     return "\n".join([*chapters, HOW])
 
 
+def opened_with(files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first file that has measured what the page's picture shows."""
+    return next((n for n, of in files.items() if headline.panels(_rows(of), of.get("study", ()))), None)
+
+
 def _opening(files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequence[str]]) -> list[str]:
-    """The picture, what is lost in it, and the table, of the first file that has them all measured; errors
-    against fp64 of the first that has those."""
-    found = []
-    for name, content in files.items():
-        rows = _rows(content)
+    """The picture, what is lost in it, and the table, of the file that is `opened_with`; errors against fp64
+    of the first that has those."""
+    name, found = opened_with(files), []
+    if name is not None:
+        rows, content = _rows(files[name]), files[name]
         panels = headline.panels(rows, content.get("study", ()))
-        if not panels:
-            continue
         title = headline.title(panels)
         drawn = [plot for plot in plots.get(name, ()) if Path(plot).name == "headline.png"]
         found = [f"![{title}]({plot})\n" for plot in drawn]
@@ -147,7 +154,6 @@ def _opening(files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequenc
             f"{READING} All of {name}, {headline.where(content['machine'])}.\n",
             headline.table(rows) + "\n",
         ]
-        break
     lines = (headline.accuracy(_rows(content), content["machine"]) for content in files.values())
     found += [f"{line}\n" for line in [next(filter(None, lines), "")] if line]
     if files and not any("parts" in content for content in files.values()):
@@ -222,13 +228,37 @@ def _rows(content: Mapping[str, Any]) -> list[Row]:
     plain = content.get("rows") or [
         r for part in content.get("parts", {}).values() for r in part.get("rows", [])
     ]
-    return [Row.from_dict(row) for row in plain]
+    return [with_todays_target(Row.from_dict(row)) for row in plain]
 
 
-def _measured(machine: Mapping[str, Any], rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
+def _slow_yardstick(
+    machine: Mapping[str, Any], rows: Sequence[Row], study: Sequence[Mapping[str, Any]]
+) -> str:
+    """What to know of a file whose yardstick is the BLAS alone where ours run by oneDNN; "" of others."""
+    names = {row.contender for row in rows}
+    if machine.get("cpu_matmul") != "onednn" or MATMUL not in names or MATMUL_ONEDNN in names:
+        return ""
+    blas, onednn = LIBRARIES["blas"], LIBRARIES["onednn"]
+    text = f"**Of an older commit**: its `{MATMUL}` is by PyTorch's {blas} alone, ours run by {onednn}"
+    tiles = [row for row in study if row["op"] == "tile" and row["shape"].endswith("h w.T")]
+    largest = {row["contender"]: row for row in reversed(tiles)}  # the first that the study timed
+    larger = "larger"
+    if largest.keys() >= LIBRARIES.keys():
+        share = largest["onednn"]["median_ms"] / largest["blas"]["median_ms"]
+        text += (
+            f", which took {share:.2f} of its time for {largest['blas']['shape'].partition(' z =')[0]} here"
+        )
+        larger = f"about {1 / share:.1f} times as large"
+    return f"{text}. Beside the faster of the two, today's yardstick, ratios would be {larger}."
+
+
+def _measured(
+    machine: Mapping[str, Any], rows: Sequence[Row], plots: Sequence[str] = (), warning: str = ""
+) -> str:
     seconds = f", {machine['seconds']} s" if "seconds" in machine else ""
     load = f", load {machine['load']} before it" if "load" in machine else ""
     lines = [f"{conditions(machine)}{load}{seconds}.", "", f"`{machine['command']}`", ""]
+    lines += [warning, ""] if warning else []
     if not rows:
         return "\n".join([*lines, "No rows.", ""])
     found = verdicts(rows)

@@ -176,12 +176,8 @@ def _triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """A candidate's group has a maximum at least as large, so the K best groups hold the K best tokens."""
     N, V = hidden.shape[0], weight.shape[0]
+    check_top_k("linear_candidates", "triton", V, min_prob, K)
     num_groups, slots = _groups(V, min_prob, K)
-    if slots > MAX_TOP_K:
-        raise ValueError(
-            f"linear_candidates: top_k must be at most {MAX_TOP_K} for impl='triton' and V > {MAX_COLUMNS}"
-            f" without min_prob, got top_k={K} and V={V}; pass a smaller top_k or impl='torch'"
-        )
     row_bytes = 4 * num_groups + 16 * slots * triton_forward.GROUP
     block = max(1, triton_forward.DEFAULT_WORKSPACE // 2 // row_bytes)  # rows at a time
     parts = [
@@ -193,6 +189,15 @@ def _triton(
         column[0] if len(parts) == 1 else torch.cat(column) for column in zip(*parts, strict=True)
     )
     return ids, logprobs, counts, lse, entropy, sampled_logprobs
+
+
+def check_top_k(op: str, impl: str, V: int, min_prob: float | None, K: int) -> None:
+    """Raise ValueError where `impl` cannot find so many of V tokens."""
+    if impl == "triton" and _groups(V, min_prob, K)[1] > MAX_TOP_K:
+        raise ValueError(
+            f"{op}: top_k must be at most {MAX_TOP_K} for impl='triton' and V > {MAX_COLUMNS}"
+            f" without min_prob, got top_k={K} and V={V}; pass a smaller top_k or impl='torch'"
+        )
 
 
 def _groups(V: int, min_prob: float | None, K: int) -> tuple[int, int]:

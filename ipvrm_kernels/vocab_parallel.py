@@ -20,10 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backend import checks_values
-from .head import check_row_ids, flat_rows, in_rows, out_dtype, prepare
-from .linear_candidates import Candidates, linear_candidates, num_slots
+from .backend import checks_values, choose
+from .head import check_row_ids, checked_transform, flat_rows, in_rows, out_dtype, prepare
+from .inputs import checked_number
+from .linear_candidates import IMPLS as CANDIDATES_IMPLS
+from .linear_candidates import Candidates, check_min_prob, check_top_k, linear_candidates, num_slots
 from .linear_logprobs import LinearLogprobs
+from .linear_logprobs_partial import IMPLS as PARTIAL_IMPLS
 from .linear_logprobs_partial import Partial, linear_logprobs_partial, merge_partials
 
 
@@ -45,13 +48,14 @@ class _ReduceGradient(torch.autograd.Function):
 
 
 class _Shard(NamedTuple):
-    """This rank's part: weight (V_r, D) and bias (V_r,) without padding, its first id, and the size of the
-    whole."""
+    """This rank's part: weight (V_r, D) and bias (V_r,) without padding, its first id; and the same on every
+    rank: the size of the whole and of the largest part."""
 
     weight: Tensor
     bias: Tensor | None
     start: int
     V: int
+    largest: int
 
 
 def vocab_parallel_logprobs(
@@ -93,8 +97,12 @@ def vocab_parallel_logprobs(
     """
     op = "vocab_parallel_logprobs"
     _refuse_dtensor(op, weight)
-    prepare(op, hidden, weight, bias, logit_scale, softcap, temperature, may_be_empty=True)
+    numbers = prepare(op, hidden, weight, bias, logit_scale, softcap, temperature, may_be_empty=True)
     check_row_ids(op, "ids", ids, hidden, (1, 2))
+    # here, and not only below: a rank without rows would wait for those that refuse
+    choose(op, PARTIAL_IMPLS, impl, hidden)
+    if not torch.compiler.is_compiling():
+        checked_transform(op, *numbers)
     rows = hidden.shape[:-1]
     hidden, flat = flat_rows(hidden, rows), flat_rows(ids, rows)
     shard = _agreed(op, hidden, weight, bias, flat, vocab_start, vocab_size, group)
@@ -120,7 +128,7 @@ def vocab_parallel_candidates(
     vocab_start: int,
     group: Any,
     vocab_size: int | None = None,
-    min_prob: float | None = 0.1,
+    min_prob: float | Tensor | None = 0.1,
     top_k: int | None = None,
     sampled: Tensor | None = None,
     return_entropy: bool = False,
@@ -143,27 +151,34 @@ def vocab_parallel_candidates(
     """
     op = "vocab_parallel_candidates"
     _refuse_dtensor(op, weight)
-    prepare(op, hidden, weight, bias, logit_scale, softcap, temperature, may_be_empty=True)
+    numbers = prepare(op, hidden, weight, bias, logit_scale, softcap, temperature, may_be_empty=True)
     K = num_slots(op, min_prob, top_k)
     if sampled is not None:
         check_row_ids(op, "sampled", sampled, hidden, (1,))
+    # as in `vocab_parallel_logprobs`: a rank without rows would wait for those that refuse
+    implementation = choose(op, CANDIDATES_IMPLS, impl, hidden)
+    least = None if min_prob is None else checked_number(op, "min_prob", min_prob)
+    if not torch.compiler.is_compiling():
+        checked_transform(op, *numbers)
+        check_min_prob(op, least)
     rows = hidden.shape[:-1]
     hidden = flat_rows(hidden, rows)
     flat = None if sampled is None else flat_rows(sampled, rows)
-    shard = _agreed(op, hidden, weight, bias, flat, vocab_start, vocab_size, group, K)
+    shard = _agreed(op, hidden, weight, bias, flat, vocab_start, vocab_size, group, K, name="sampled")
+    check_top_k(op, implementation, shard.largest, least, K)
     ids, z, lse, entropy, picked = _local_candidates(
-        hidden, shard, flat, K, min_prob=min_prob, top_k=top_k, return_entropy=return_entropy,
+        hidden, shard, flat, K, min_prob=least, top_k=top_k, return_entropy=return_entropy,
         logit_scale=logit_scale, softcap=softcap, temperature=temperature, impl=impl,
     )  # fmt: skip
     # ids of all ranks in one exchange, numbers in another
     all_ids = _gather(ids, group)  # (ranks, N, K)
-    numbers = _gather(torch.cat([z, torch.stack([lse, entropy, picked], 1)], 1), group)  # (ranks, N, K + 3)
-    of_shard = numbers[..., K]  # (ranks, N) lse
+    values = _gather(torch.cat([z, torch.stack([lse, entropy, picked], 1)], 1), group)  # (ranks, N, K + 3)
+    of_shard = values[..., K]  # (ranks, N) lse
     lse = of_shard.logsumexp(0)  # (N,)
-    logprobs = (numbers[..., :K] - lse[:, None]).transpose(0, 1).flatten(1)  # (N, ranks * K)
+    logprobs = (values[..., :K] - lse[:, None]).transpose(0, 1).flatten(1)  # (N, ranks * K)
     ids = all_ids.transpose(0, 1).flatten(1)
-    if min_prob is not None:
-        logprobs = torch.where(logprobs >= math.log(min_prob), logprobs, -math.inf)
+    if least is not None:
+        logprobs = torch.where(logprobs >= math.log(least), logprobs, -math.inf)
     logprobs = torch.where(logprobs > -math.inf, logprobs.clamp(max=0), -math.inf)  # NaN: no candidate
     ids = torch.where(logprobs > -math.inf, ids, -1)
     by_id = torch.argsort(torch.where(ids >= 0, ids, torch.iinfo(ids.dtype).max), dim=1)
@@ -173,11 +188,11 @@ def vocab_parallel_candidates(
     whole_entropy = None
     if return_entropy:
         share = (of_shard - lse).exp()  # (ranks, N)
-        term = numbers[..., K + 1] + torch.where(of_shard == -math.inf, 0.0, lse - of_shard)
+        term = values[..., K + 1] + torch.where(of_shard == -math.inf, 0.0, lse - of_shard)
         whole_entropy = in_rows((share * term).sum(0), rows)
     sampled_logprobs = None
     if sampled is not None:
-        sampled_logprobs = in_rows((numbers[..., K + 2].amax(0) - lse).clamp(max=0), rows)
+        sampled_logprobs = in_rows((values[..., K + 2].amax(0) - lse).clamp(max=0), rows)
     return Candidates(
         in_rows(ids, rows), in_rows(logprobs, rows), in_rows((ids >= 0).sum(1), rows), in_rows(lse, rows),
         whole_entropy, sampled_logprobs,
@@ -225,7 +240,7 @@ def _refuse_dtensor(op: str, weight: Tensor) -> None:
 
 def _agreed(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, vocab_start: int,
-    vocab_size: int | None, group: Any, K: int = 0,
+    vocab_size: int | None, group: Any, K: int = 0, name: str = "ids",
 ) -> _Shard:  # fmt: skip
     """This rank's shard without padding, after one small exchange in which all ranks find the same faults."""
     end = vocab_start + weight.shape[0]
@@ -240,12 +255,12 @@ def _agreed(
         [*own, vocab_start, end, -1 if vocab_size is None else vocab_size], device=hidden.device
     )
     ranks = _gather(said, group).tolist()  # the host waits: what follows must not hang where ranks differ
-    for place, what in enumerate(("N", "the number of ids or slots", "hidden.requires_grad", "ids")):
+    for place, what in enumerate(("N", "the number of ids or slots", "hidden.requires_grad", name)):
         values = [rank[place] for rank in ranks]
         if len(set(values)) > 1:
             raise ValueError(
                 f"{op}: all ranks of the group must hold the same {what}, got "
-                f"{'other ids' if what == 'ids' else values}; they take the same rows of the batch "
+                f"{'other ids' if what == name else values}; they take the same rows of the batch "
                 "(tensor parallel), which FSDP2's ranks do not"
             )
     edges = sorted((rank[4], rank[5]) for rank in ranks if rank[5] > rank[4])
@@ -260,9 +275,12 @@ def _agreed(
             "check vocab_start and vocab_size"
         )
     if ids is not None and checks_values(ids) and ids.numel() and int(ids.max()) >= V:
-        raise ValueError(f"{op}: ids must be below V={V}, negative for no token, got up to {int(ids.max())}")
+        raise ValueError(
+            f"{op}: {name} must be below V={V}, negative for no token, got up to {int(ids.max())}"
+        )
     rows = end - vocab_start
-    return _Shard(weight[:rows], None if bias is None else bias[:rows], vocab_start, V)
+    largest = max(stop - start for start, stop in edges)
+    return _Shard(weight[:rows], None if bias is None else bias[:rows], vocab_start, V, largest)
 
 
 def _gather(x: Tensor, group: Any) -> Tensor:

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -1078,6 +1079,56 @@ def test_render_reads_results_and_leaves_other_files_alone(tmp_path, capsys):
     assert "fake.json" in page and "other.json" not in page
 
 
+def test_a_file_is_judged_by_the_targets_of_today():
+    """Whatever those of its commit were; other contenders' and those of a curve stay."""
+    start = "N=2048 D=1024 V=32000 float32"
+    axes = dict(N=2048, D=1024, V=32_000, K=8)
+    shapes = {
+        "trainable": ("linear_logprobs", f"{start} K=8 forward+backward trainable head"),
+        "frozen": ("linear_logprobs", f"{start} K=8 forward+backward frozen head"),
+        "forward": ("linear_logprobs", f"{start} lse + sampled + entropy"),
+        "candidates": ("linear_candidates", f"{start}, calibrated: 1.3"),
+        "distrl_loss": ("linear_distrl_loss", f"{start} K=8, random, forward+backward trainable head"),
+    }
+
+    def limits(sizes, **more):
+        old = (row("cpp", 2, op=op, shape=s, axes=sizes, target=9.0, **more) for op, s in shapes.values())
+        content = dict(rows=[r.as_dict() for r in old])
+        return dict(zip(shapes, (r.target for r in render._rows(content)), strict=True))
+
+    assert limits(axes, target_of="matmul") == {kind: of[0] for kind, of in heads.TARGETS.items()}
+    on_gpu = dict(axes, N=8192, D=4096, V=151_936)
+    assert limits(on_gpu, target_of="matmul") == {kind: of[2] for kind, of in heads.TARGETS.items()}
+    assert {*limits(dict(axes, N=64), target_of="matmul").values()} == {9.0}
+    assert {*limits(axes, target_of=measure.START).values()} == {9.0}
+    kept = row("cpp logits kept", 2, shape=shapes["trainable"][1], axes=axes, target=9.0, target_of="matmul")
+    assert heads.with_todays_target(kept).target == heads.SAVED_TARGET
+
+
+def test_a_file_whose_yardstick_is_the_slower_library_says_so():
+    rows = [row("matmul", 2), row("cpp", 1)]
+    study = [
+        dict(op="tile", shape=f"{size} z = h w.T", contender=name, median_ms=ms)
+        for size, slow in (("1024 x 8 x 8", 4.0), ("384 x 8 x 8", 9.0))
+        for name, ms in (("blas", slow), ("onednn", 2.0))
+    ]
+
+    def said(rows, library="onednn", study=study):
+        content = dict(machine={**FAKE_MACHINE, "cpu_matmul": library}, rows=[r.as_dict() for r in rows])
+        return re.findall(
+            r"\*\*Of an older commit\*\*: .*", render.page({"f.json": {**content, "study": study}}, {})
+        )
+
+    (text,) = said(rows)
+    assert "MKL alone, ours run by oneDNN, which took 0.50 of its time for 1024 x 8 x 8 here" in text
+    assert text.endswith("ratios would be about 2.0 times as large.")
+    (text,) = said(rows, study=[])
+    assert text.endswith("ratios would be larger.")
+    assert (
+        not said(rows, "blas") and not said([*rows, row("matmul by oneDNN", 2)]) and not said([row("cpp", 1)])
+    )
+
+
 def test_the_committed_results_page_is_up_to_date():
     folder = render.RESULTS
     files = render.load(folder)
@@ -1089,37 +1140,56 @@ def test_the_committed_results_page_is_up_to_date():
 
 def committed():
     """(rows, machine, study) of the results that the page opens with."""
-    content = render.load(render.RESULTS)["cpu-amd-zen-5.json"]
+    files = render.load(render.RESULTS)
+    content = files[render.opened_with(files)]
     return [Row.from_dict(one) for one in content["rows"]], content["machine"], content["study"]
 
 
 def test_the_pages_opening_says_what_the_file_says():
     """The ten lines and the picture's dots, from the rows themselves; what is lost is named."""
-    rows, _, study = committed()
+    rows, header, study = committed()
     of = {(r.op, r.shape, r.contender): r for r in rows}
     text = (render.RESULTS / "README.md").read_text(encoding="utf-8")
     opening = text.partition("\n## ")[0]
+    assert headline.where(header) in opening
     lines = [line for line in opening.splitlines() if line.startswith("| ") and "yardstick" not in line]
     assert len(lines) == 10
     assert text.index("headline.png") < 300
-    forward = of["linear_logprobs", headline.FORWARD, "cpp"]
-    eager = of["linear_logprobs", headline.FORWARD, "eager log_softmax"]
-    assert f"| **{forward.ratio:.2f}** ({forward.scratch_mib:.0f}) | {eager.ratio:.2f} (750) |" in lines[0]
-    step = of["distrl_step", next(s for op, s, _ in of if op == "distrl_step"), "ipvrm"]
-    assert f"| **{step.ratio:.2f}** ({step.scratch_mib:.0f}) |" in lines[9]
-    forward, backward = headline.panels(rows, study)
-    for panel, shape in ((forward, headline.FORWARD), (backward, headline.BACKWARD)):
+
+    def written(op, shape, contender):
+        """A cell as it stands in the table, bold where nobody of that case and variant is faster."""
+        row, variant = of[op, shape, contender], contender.partition(", ")[2]
+        rivals = (
+            r for (o, s, name), r in of.items() if (o, s, name.partition(", ")[2]) == (op, shape, variant)
+        )
+        best = min(r.ratio for r in rivals if r.contender not in measure.LESS_WORK and not r.error)
+        ratio = f"**{row.ratio:.2f}**" if row.ratio == best else f"{row.ratio:.2f}"
+        return f"{ratio} ({row.scratch_mib:,.0f})"
+
+    forward = [written("linear_logprobs", headline.FORWARD, name) for name in ("cpp", "eager log_softmax")]
+    assert f"| {forward[0]} | {forward[1]} |" in lines[0]
+    step = next(s for op, s, _ in of if op == "distrl_step")
+    assert f"| {written('distrl_step', step, 'ipvrm')} |" in lines[9]
+    panels = headline.panels(rows, study)
+    for panel, shape in zip(panels, (headline.FORWARD, headline.BACKWARD), strict=True):
         measured = {(r.ratio, r.scratch_mib) for (_, s, _), r in of.items() if s == shape}
         plain = [point for point in panel.points if not point.elsewhere]
         assert {(point.ratio, point.scratch_mib) for point in plain} <= measured and len(plain) > 6
-    assert sum(point.elsewhere for point in forward.points) == 1
+    both = bool(study) or any(", by " in r.contender for r in rows)  # ours ran by the other library too
+    assert all(sum(point.elsewhere for point in panel.points) == both for panel in panels)
     said = opening.partition("**Lost**: ")[2].partition("\n")[0]
-    assert "memory to torch F.linear_cross_entropy" in said
+    for place, panel in zip(("left", "right"), panels, strict=True):
+        for other in panel.others:
+            name = other.label.rstrip(" ¹²³")
+            assert (f"memory to {name} ({place}: " in said) == (other.scratch_mib < panel.ours.scratch_mib)
+            assert (f"time to {name} ({place})" in said) == (other.ratio < panel.ours.ratio)
+        slow = [p for p in panel.points if p.elsewhere and p.ratio > min(o.ratio for o in panel.others)]
+        assert all(f"{point.ratio:.2f}x" in said for point in slow)
     judged = tables.verdicts(rows)
-    (lost,) = (v for v in judged if v.outcome == "lost")
-    assert f"time in 1 of {len(judged)} cases ({lost.op}, {lost.shape}: {1 / lost.factor:.2f}x)" in said
-    slow = next(point for point in backward.points if point.elsewhere)
-    assert f"{slow.ratio:.2f}x" in said and slow.ratio > min(point.ratio for point in backward.others)
+    lost = sorted((v for v in judged if v.outcome == "lost"), key=lambda v: v.factor)
+    assert (f"time in {len(lost)} of {len(judged)} cases (" in said) == bool(lost)
+    assert all(f"{v.op}, {v.shape}: {1 / v.factor:.2f}x" in said for v in lost[: headline.MOST_NAMED])
+    assert all(f"- {v.op}, {v.shape}: {v.ours} " in text for v in lost)
 
 
 def measured_head(**ratios):
@@ -1144,7 +1214,23 @@ def test_what_is_lost_is_named():
     assert "time to eager log_softmax (left)" in said and "time to eager log_softmax (right)" in said
     assert "by MKL also time, 5.00x, to TRL, chunked, eager log_softmax (left)" in said
     assert "time in 2 of 4 cases (linear_logprobs, " in said
+    curve = [
+        row(name, 1 + (name == "cpp") * n, shape=f"N={n}") for n in (1, 2, 3, 4) for name in ("cpp", "eager")
+    ]
+    assert headline.lost([], curve) == [
+        "time in 4 of 4 cases (the worst: op, N=4: 5.00x; op, N=3: 4.00x; op, N=2: 3.00x)"
+    ]
     assert headline.panels(measured_head(**{"cpp": (2.0, 8.0)})) == []  # us alone: no picture
+
+
+def test_a_whole_step_by_a_package_stands_among_the_packages():
+    """Not as plain PyTorch, whose "eager" it is called by; the fastest of the line is bold."""
+    times = {"eager full logits": 4, "eager with cut-cross-entropy cce": 1, "ipvrm": 2}
+    rows = [
+        row(n, ms, op="reward_step", shape="8 sequences", base=4, scratch_mib=3) for n, ms in times.items()
+    ]
+    (line,) = headline.table(rows).splitlines()[2:]
+    assert line.endswith("| 0.50 (3) | 1.00 (3) |  | cut-cross-entropy cce **0.25** (3) |")
 
 
 @pytest.mark.slow
@@ -1161,7 +1247,8 @@ def test_pictures_stay_below_their_height(tmp_path):
     panels = headline.panels(rows, study)
     figure = plots.headline(panels, rows, header)
     words = " ".join(text.get_text() for text in figure.findobj(lambda one: hasattr(one, "get_text")))
-    assert headline.title(panels) in words and "prefix_values" in words.replace("\n", " ")
+    assert headline.title(panels) in words
+    assert "; ".join(headline.lost(panels, rows)) in words.replace("\n", " ")
     assert all(f"{point.label}  {point.ratio:.2f}x" in words for panel in panels for point in panel.points)
     alone = [
         row("cpp", n, shape=f"N={n}", axes=dict(N=n), curve="N", series="s", op="FAKE over N")
@@ -1254,6 +1341,21 @@ def test_the_error_of_a_contender_is_what_it_is_off(monkeypatch):
     )  # fmt: skip
     found = errors_of(bench_linear_logprobs.accuracy_case(HEAD, rows, "cpu"))
     assert found["released 64-row slices"] == pytest.approx(0.25, abs=1e-4) and found["cpp"] < 1e-5
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the contender is the C++ op")
+def test_the_error_of_liger_is_of_one_id_in_every_row(monkeypatch):
+    """Its log-probs of the first row's token, each row's own; without it the row says why."""
+    off = lambda hidden, weight, ids: torch.log_softmax(hidden @ weight.T, 1)[:, ids] + 0.25  # noqa: E731
+    monkeypatch.setattr(bench_linear_logprobs, "logprobs", lambda device: ({}, {}))
+    torch.manual_seed(0)
+    rows = heads.peaked(HEAD, "cpu")
+    for found, expected in (((off, ""), 0.25), ((None, "not installed"), None)):
+        monkeypatch.setattr(bench_linear_logprobs, "shared_ids", lambda found=found: found)
+        case = bench_linear_logprobs.accuracy_case(HEAD, rows, "cpu")
+        errors = errors_of(case)
+        assert errors["liger selected_token_ids"] == (expected and pytest.approx(expected, abs=1e-4))
+        assert case.absent == ({} if expected else {"liger selected_token_ids": "not installed"})
 
 
 @pytest.mark.skipif(not HAS_CPP, reason="the contender is the C++ op")

@@ -14,6 +14,7 @@ FORWARD = f"{SIZE} lse + sampled + entropy"
 BACKWARD = f"{SIZE} K=8 forward+backward trainable head"
 BY = ", by "  # ends the name of ours with the matmul library that is not the default here: "cpp, by blas"
 LIBRARIES = {"blas": "MKL", "onednn": "oneDNN"}  # of PyTorch's x86 builds
+MOST_NAMED = 3  # lost cases in one sentence, the worst first; the file's chapter lists them all
 MORE, FEWER, APART = "¹", "²", "³"
 
 
@@ -141,7 +142,8 @@ def title(found: Sequence[Panel]) -> str:
 
 
 def lost(found: Sequence[Panel], rows: Iterable[Row]) -> list[str]:
-    """In words: who needs less memory or time than we do, in the left and right panel and in all cases."""
+    """In words: who needs less memory or time than we do, in the left and right panel, and in how many of all
+    cases."""
     said = []
     for place, panel in zip(("left", "right"), found, strict=False):
         for other in panel.others:
@@ -156,9 +158,11 @@ def lost(found: Sequence[Panel], rows: Iterable[Row]) -> list[str]:
                 library = _plain(mine.label).removeprefix("ours ")
                 said.append(f"{library} also time, {mine.ratio:.2f}x, to {', '.join(faster)} ({place})")
     judged = verdicts(rows)
-    cases = [f"{v.op}, {v.shape}: {1 / v.factor:.2f}x" for v in judged if v.outcome == "lost"]
-    if cases:
-        said.append(f"time in {len(cases)} of {len(judged)} cases ({'; '.join(cases)})")
+    slower = sorted((v for v in judged if v.outcome == "lost"), key=lambda v: v.factor)
+    if slower:
+        named = "; ".join(f"{v.op}, {v.shape}: {1 / v.factor:.2f}x" for v in slower[:MOST_NAMED])
+        worst = "the worst: " if len(slower) > MOST_NAMED else ""
+        said.append(f"time in {len(slower)} of {len(judged)} cases ({worst}{named})")
     return said
 
 
@@ -275,6 +279,8 @@ def _column(contender: str) -> tuple[str, str]:
         return "ours", f"{rest} by {LIBRARIES.get(by[2], by[2])}".strip() if by[1] else rest
     if name.startswith("released"):
         return "plain", "s"
+    if rest.startswith("with "):  # a whole step by a package's log-prob
+        return "packages", rest.removeprefix("with ")
     if first in ("eager", "padded"):
         return "plain", ""
     return ("compiled", "") if first == "torch.compile" else ("packages", name)

@@ -78,6 +78,8 @@ def test_loss_types(ran):
     denominators = {"dapo": 4096, "dr_grpo": 64 * 2048}  # in place of the N of this call
     for name, value in want.items():
         close(ran[name] * (denominators[name] / ran["N"] if name in denominators else 1), value)
+    part_of_a_batch = ran["token_loss"](ran["logprobs"], ran["advantages"], token_denominator=64.0)
+    close(part_of_a_batch, want["grpo"] * len(ran["lengths"]) / 64)
 
 
 def test_masked_rows(ran):
@@ -91,7 +93,11 @@ def test_masked_rows(ran):
     of_candidates = torch.zeros_like(rho)
     of_candidates[real] = surrogate(rho[real], advantages[real])
     of_candidates = (pi_old * of_candidates).sum(1) * mask
-    close(ran["masked"], sequence_mean(ran, of_token + 0.1 * of_candidates))
+    both = of_token + 0.1 * of_candidates
+    close(ran["masked"], sequence_mean(ran, both))
+    unmasked = [row.sum() / kept.sum() for row, kept in zip(rows(ran, both), rows(ran, mask), strict=True)]
+    close(ran["by_unmasked"], torch.stack(unmasked).mean())
+    assert not mask.all() and (ran["by_unmasked"] - ran["masked"]).detach().abs() > 1e-3
     gradient = torch.autograd.grad(ran["masked"], ran["hidden"], retain_graph=True)[0]
     assert not gradient[~mask].any() and gradient[mask].any()
 

@@ -1,6 +1,9 @@
 """A head whose vocabulary lies on two and three processes (gloo): ids, values and gradients equal one
 process's."""
 
+import math
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,6 +33,24 @@ SPLITS = {
     "padded": ((0, 56, 112), (0, 40, 80, 120)),  # the last rows do not exist: vocab_size
     "all behind the end": ((0, 101, 103), (0, 101, 104, 107)),
 }
+
+
+# (how the refusal begins, options): what a rank without rows hands to no kernel, and must refuse all the same
+BAD_OPTIONS = (
+    ("temperature must be", dict(temperature=0.0)),
+    ("temperature must be", dict(temperature=torch.tensor(-1.0))),
+    ("logit_scale must be", dict(logit_scale=math.nan)),
+    ("softcap must be", dict(softcap=-1.0)),
+    ("impl='cuda' does not exist", dict(impl="cuda")),
+    ("impl='nonsense' cannot run", dict(impl="nonsense")),
+    ("min_prob must lie in", dict(min_prob=2.0, top_k=3)),
+    ("min_prob must lie in", dict(min_prob=torch.tensor(2.0), top_k=3)),
+)
+BOTH = (vocab_parallel_candidates, vocab_parallel_logprobs)
+
+
+def takers(options):
+    return BOTH[:1] if "min_prob" in options else BOTH
 
 
 def inputs():
@@ -93,7 +114,9 @@ def tied(embed, head_logprobs):
 
 def worker(rank, world, rendezvous, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(minutes=2)
+    )
     group, found = dist.group.WORLD, {}
     hidden, weight, bias, ids = inputs()
     for name, (of_two, of_three) in SPLITS.items():
@@ -168,6 +191,11 @@ def worker(rank, world, rendezvous, folder):
     refused("K", vocab_parallel_logprobs, hidden, w, ids[:, : 1 + (rank > 0)], **place)
     trained = hidden.clone().requires_grad_(rank == 0)
     refused("gradient", vocab_parallel_logprobs, trained, w, ids, **place)
+    start, w, _ = shard_of(rank, SPLITS["an empty shard"][world - 2])
+    place = dict(vocab_start=start, group=group)
+    for number, (_, options) in enumerate(BAD_OPTIONS):
+        for op in takers(options):
+            refused(number, op, hidden, w, *(() if op is BOTH[0] else (ids,)), **place, **options)
 
     if world == 3:  # ranks 0 and 2 share one head meanwhile, and rank 1 has another of its own
         groups = [dist.new_group([0, 2]), dist.new_group([1])]
@@ -231,11 +259,16 @@ def test_equals_one_process(tmp_path, world):
         for op in ("vocab_parallel_logprobs", "vocab_parallel_candidates"):
             said = {what: words for (what, of), words in rank["refused"].items() if of == op}
             assert all(words.startswith(op) for words in said.values())
+            name = "ids" if op == "vocab_parallel_logprobs" else "sampled"
+            assert f"{name} must be below V={V}" in said["above"]
             assert "the same N" in said["rows"] and "FSDP2" in said["rows"]
-            assert "the same ids" in said["ids"] and "number of ids or slots" in said["K"]
-            assert "cover the vocabulary" in said["cover"] and f"below V={V}" in said["above"]
+            assert f"the same {name}" in said["ids"] and "number of ids or slots" in said["K"]
+            assert "cover the vocabulary" in said["cover"]
             assert "got a DTensor" in said["DTensor"] and "gathered_weight" in said["DTensor"]
         assert "hidden.requires_grad" in rank["refused"]["gradient", "vocab_parallel_logprobs"]
+        for number, (words, options) in enumerate(BAD_OPTIONS):
+            for op in takers(options):
+                assert rank["refused"][number, op.__name__].startswith(f"{op.__name__}: {words}")
 
     if world == 3:
         for members, scale in (([0, 2], 1), ([1], 2)):
