@@ -247,7 +247,8 @@ def test_tensors_in_every_implementation(op, impl, device):
             torch.testing.assert_close(found[-1], [x.float() for x in exact])
         same = values_and_gradients(op, torch.float32, device, trained, impl, floats)
         assert all(map(torch.equal, found[-1], same))
-        assert all(not torch.allclose(a, b) for a, b in zip(*found, strict=True))  # none is deaf to them
+        if NUMBERS[op]:  # none is deaf to them
+            assert all(not torch.allclose(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_min_prob_decides_the_shape_without_top_k():
