@@ -52,7 +52,7 @@ from ipvrm.evaluate.thresholds import (
     trivial_baselines,
 )
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, kind_of, served_pair
-from ipvrm.output import locked
+from ipvrm.output.locks import locked
 from ipvrm.run_folder import (
     FREE,
     begin_or_go_on,
@@ -226,7 +226,7 @@ def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
         IpvrmError: unreadable data or model, a bad step format, or an output folder with scores made under
             other settings.
     """
-    from ipvrm.progress import Progress
+    from ipvrm.output.progress import Progress
 
     check_step_format(config.step_format)
     for name in ("max_length", "batch_tokens", "limit", "bootstrap_resamples"):

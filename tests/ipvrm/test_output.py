@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from ipvrm.output import Unbreakable
-from ipvrm.progress import STOPPING, Interrupt, _Lines, duration, say_at_once, signals_noted
+from ipvrm.output.progress import STOPPING, Interrupt, _Lines, duration, say_at_once, signals_noted
+from ipvrm.output.streams import Unbreakable
 
 LATER = """
     import sys
-    from ipvrm.output import protect
+    from ipvrm.output.streams import protect
     protect()
     for i in range(20_000):  # more than a pipe holds
         print("a line of output", i)
@@ -107,7 +107,7 @@ def test_a_handler_does_not_wait_for_a_reader():
     """A pipe that nobody reads is full; the text is lost."""
     code = """
         import os
-        from ipvrm.progress import say_at_once
+        from ipvrm.output.progress import say_at_once
         os.set_blocking(2, False)
         try:
             while True:
@@ -133,7 +133,7 @@ def test_a_handler_says_so(capfd):
 def test_lines_where_there_is_no_terminal(monkeypatch):
     """One every tenth, with rate and time left; and one after a minute without any."""
     clock, lines = [0.0], list[str]()
-    monkeypatch.setattr("ipvrm.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("ipvrm.output.progress.time.monotonic", lambda: clock[0])
     shown = _Lines(lines.append, "label", 1000, 200)
     for done in range(201, 1001):
         clock[0] += 0.5

@@ -13,7 +13,7 @@ import pytest
 from ipvrm import IpvrmError
 from ipvrm.cli import COMMANDS, main, parse
 from ipvrm.data.files import records
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.reproduce.tables import plan
 from ipvrm.reproduce.tables.experiments import experiments, full, on_task, smoke
 from ipvrm.reproduce.tables.inputs import PairsConfig, ProblemsConfig, keep_pairs, keep_problems
