@@ -30,7 +30,7 @@ from benchmarks.suite.measure import Case
 from benchmarks.suite.session import GO_ON, OtherRun, Session, run_main, write_json, write_text
 from benchmarks.suite.tables import as_csv
 from ipvrm.errors import IpvrmError
-from ipvrm.output import locked
+from ipvrm.output.locks import locked
 
 __all__ = ["MODULES", "main", "suite", "write_json", "write_text"]
 

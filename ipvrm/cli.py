@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm.errors import IpvrmError, cause, reading
-from ipvrm.output import protect
+from ipvrm.output.streams import protect
 from ipvrm.run_folder import installed_version
 
 
@@ -167,7 +167,10 @@ def _run(name: str, arguments: list[str]) -> int:
                 "run this in a checkout of the repository, where benchmarks/run.py is"
             ) from error
         raise
-    from ipvrm.progress import never_silent, signals_noted  # behind the command's own imports: it needs torch
+    from ipvrm.output.progress import (  # behind the command's own imports: it needs torch
+        never_silent,
+        signals_noted,
+    )
 
     run, config = getattr(module, command.run), None
     if command.config is not None:

@@ -289,8 +289,8 @@ planted = sys.argv.pop(1)
 if planted == "in place":  # files are written under their own names, and no half of one is made again
     run_folder.replacing, run_folder.read_part = in_place, trusting
 if planted == "no handler":  # a signal ends a trainer at once
-    import ipvrm.progress
-    ipvrm.progress.STOPPING.clear()
+    import ipvrm.output.progress
+    ipvrm.output.progress.STOPPING.clear()
 runpy.run_module("benchmarks.faults", run_name="__main__", alter_sys=True)
 """
 

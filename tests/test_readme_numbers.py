@@ -503,8 +503,9 @@ def in_the_tree(text):
 
 
 def test_the_tree_is_true():
-    """What it names is there, and no folder or module of the packages is missing."""
-    named = in_the_tree((ROOT / README).read_text(encoding="utf-8"))
+    """What it names is there, and no folder or module of the packages or folder of the rest is missing."""
+    text = (ROOT / README).read_text(encoding="utf-8")
+    named = in_the_tree(text)
     assert len(named) > 20
     assert not [
         name for name in named if not (ROOT / name).exists() or name.endswith("/") != (ROOT / name).is_dir()
@@ -518,6 +519,10 @@ def test_the_tree_is_true():
         or (package == "ipvrm" and path.suffix == ".py" and path.name not in hidden)
     }
     assert there <= named, there - named
+    for top in ("benchmarks", "tests", "examples"):  # theirs stand in the words of one line
+        line = re.search(rf"^{top}/ (.*)$", text, re.MULTILINE)[1]
+        folders = {path.name for path in (ROOT / top).iterdir() if path.is_dir() and path.name[0] not in "._"}
+        assert folders and set(re.findall(r"(\w+)/", line)) == folders, top
 
 
 def test_links_of_the_readmes_lead_somewhere():

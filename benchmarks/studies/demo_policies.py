@@ -20,7 +20,7 @@ from typing import Any
 from ipvrm.demo.policies import compare, read_outcomes
 from ipvrm.demo.run import Stages, prepare, prepare_policies, train_algorithm, train_choice
 from ipvrm.demo.settings import CHOICES, FULL, PolicySettings
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import manifest, write_json
 
 RESULTS = Path(__file__).parent.parent / "results" / "demo_policies.json"

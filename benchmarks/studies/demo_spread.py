@@ -42,7 +42,7 @@ from ipvrm.demo.settings import CHOICES, FULL
 from ipvrm.evaluate.best_of_n import PICKS
 from ipvrm.evaluate.thresholds import trivial_baselines
 from ipvrm.models.reward_model import RewardModel
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import manifest, read_json, write_json, write_text
 
 RESULTS = Path(__file__).parent.parent / "results" / "demo_spread"

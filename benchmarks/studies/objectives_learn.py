@@ -33,7 +33,7 @@ from ipvrm.data.files import records
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import Interval
 from ipvrm.losses.metrics import auc
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.reproduce.correlation import bootstrap
 from ipvrm.reproduce.tables.experiments import Scale, experiments, on_task
 from ipvrm.reproduce.tables.plan import Output, Unit, needed, run_plan

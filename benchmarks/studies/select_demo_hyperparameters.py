@@ -23,7 +23,7 @@ from ipvrm.demo.run import Stages, prepare, train_choice
 from ipvrm.demo.settings import CHOICES, FULL, Choice
 from ipvrm.evaluate.thresholds import f1_report, sweep
 from ipvrm.models.reward_model import RewardModel
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import manifest, write_json
 
 RESULTS = Path(__file__).parent.parent / "results" / "demo_selection.json"

@@ -47,8 +47,8 @@ from ipvrm.demo.settings import FULL, Choice, Sizes
 from ipvrm.evaluate.thresholds import trivial_baselines
 from ipvrm.models.causal_lm import load_model, load_tokenizer, save_model
 from ipvrm.models.reward_model import RewardModel
-from ipvrm.output import locked
-from ipvrm.progress import Progress
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import manifest, read_json, write_json, write_table
 
 RESULTS = Path(__file__).parent.parent / "results" / "when_prefix_values_help"

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-import ipvrm.progress
+import ipvrm.output.progress
 from benchmarks.suite.measure import START, Case, Row, is_ours
 from benchmarks.suite.tables import aims, cell, conditions, error, growth, milliseconds, verdicts
 
@@ -38,7 +38,7 @@ class Screen:
             console=Console(stderr=True), transient=True,
         )  # fmt: skip
         self.task = self.progress.add_task("", total=len(ops))
-        self.lines = ipvrm.progress.Progress(not self.progress.console.is_terminal)
+        self.lines = ipvrm.output.progress.Progress(not self.progress.console.is_terminal)
         self.ops, self.done, self.open = len(ops), 0, ExitStack()
         self.out.print(f"[bold]ipvrm bench[/] ({mode}) on {escape(conditions(machine))}", soft_wrap=True)
 

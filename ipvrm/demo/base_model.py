@@ -201,7 +201,9 @@ def sample(
 ) -> list[list[str | None]]:
     """Responses at temperature 1, by problem; None for one that did not end within `MAX_NEW_TOKENS`.
 
-    Problems with equally long prompts are sampled together, so that no batch needs padding on the left.
+    Problems with equally long prompts are sampled together, so that no batch needs padding on the left. The
+    engine of `ipvrm.rollouts` would do it too, but draws other random numbers: every committed result of the
+    demo would change.
 
     Args:
         on_batch: called with the number of responses each batch added.

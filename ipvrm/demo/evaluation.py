@@ -33,7 +33,7 @@ from ipvrm.evaluate.thresholds import (
     trivial_baselines,
 )
 from ipvrm.models.reward_model import RewardModel
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import write_json, write_text
 
 FORMATS = (TRAINING_FORMAT, *SHIFTED_FORMATS)

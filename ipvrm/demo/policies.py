@@ -28,7 +28,7 @@ from ipvrm.demo.rollouts import problems_of_parts
 from ipvrm.demo.settings import PolicySettings, Sizes
 from ipvrm.evaluate.thresholds import percentile_interval
 from ipvrm.models.causal_lm import load_model, load_tokenizer
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.rollouts.answers import Question, judge, sample
 from ipvrm.rollouts.engine import Sampling, TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import load_verifier

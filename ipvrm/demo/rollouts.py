@@ -11,7 +11,7 @@ import torch
 from ipvrm.demo.arithmetic import STEP_SEPARATOR, Problem, answer_of, first_wrong_step, make_problems
 from ipvrm.demo.base_model import sample
 from ipvrm.demo.settings import Sizes
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import read_json_lines, write_json, write_table
 
 

@@ -40,8 +40,8 @@ from ipvrm.demo.settings import (
     Sizes,
 )
 from ipvrm.errors import IpvrmError
-from ipvrm.output import locked
-from ipvrm.progress import Progress
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import (
     CPU_MATMUL,
     cpu_matmul,

@@ -39,8 +39,8 @@ from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.best_of_n import PICKS, Samples, best_of_n, response_scores
 from ipvrm.evaluate.scoring import one_by_one
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
-from ipvrm.output import locked
-from ipvrm.progress import Progress, portion
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Progress, portion
 from ipvrm.rollouts.final_answer import as_number
 from ipvrm.run_folder import (
     FREE,

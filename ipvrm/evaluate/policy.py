@@ -32,7 +32,7 @@ from ipvrm.evaluate.thresholds import finite_or_none, percentile_interval
 from ipvrm.losses.presets import Preset, by_preset
 from ipvrm.models.causal_lm import load_tokenizer
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL
-from ipvrm.output import locked
+from ipvrm.output.locks import locked
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
 from ipvrm.rollouts.verify import TIMEOUT_SECONDS

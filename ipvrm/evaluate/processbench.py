@@ -52,8 +52,8 @@ from ipvrm.evaluate.thresholds import (
     trivial_baselines,
 )
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, kind_of, served_pair
-from ipvrm.output import locked
-from ipvrm.progress import Progress, portion
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Progress, portion
 from ipvrm.run_folder import (
     FREE,
     begin_or_go_on,

@@ -13,8 +13,8 @@ from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.scoring import one_by_one
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, Score
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, kind_of, served_pair
-from ipvrm.output import locked
-from ipvrm.progress import Progress, portion
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Progress, portion
 from ipvrm.run_folder import (
     FREE,
     JsonlFile,

@@ -13,7 +13,7 @@ from ipvrm.data.batches import collate, microbatches_for_rank
 from ipvrm.data.responses import Response
 from ipvrm.errors import IpvrmError, reading
 from ipvrm.models.causal_lm import ResponseLogprobs, load_model
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import read_about, reusable, write_tensors
 
 REFERENCE_FILE = "reference_logprobs.safetensors"

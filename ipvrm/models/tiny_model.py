@@ -11,7 +11,7 @@ from typing import Any
 
 from ipvrm.data.files import kind_of, records
 from ipvrm.errors import IpvrmError, reading
-from ipvrm.output import locked
+from ipvrm.output.locks import locked
 from ipvrm.run_folder import remove_leftovers_of, save_folder, sha256_of
 
 END_OF_TURN = "<|im_end|>"

@@ -27,8 +27,8 @@ from ipvrm.demo.base_model import MAX_NEW_TOKENS
 from ipvrm.demo.run import STAGE_FILE, Stages, prepare, train_choice
 from ipvrm.demo.settings import BUDGETS, CHOICES, FULL
 from ipvrm.errors import IpvrmError, reading
-from ipvrm.output import locked
-from ipvrm.progress import Progress
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Progress
 from ipvrm.reproduce.fig6_report import mean_with_error, problem_error, write_report
 from ipvrm.run_folder import manifest, read_json, read_json_lines, same_run, settings_of, write_table
 

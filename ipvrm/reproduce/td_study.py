@@ -47,8 +47,8 @@ from ipvrm.losses.metrics import auc
 from ipvrm.models.causal_lm import least_positions, load_model, load_tokenizer, weights_hash
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, Server, check_engine, kind_of
-from ipvrm.output import locked
-from ipvrm.progress import Progress
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Progress
 from ipvrm.reproduce.correlation import bootstrap, centred, less, partial, pearson, spearman
 from ipvrm.reproduce.td_branches import FRACTIONS, Brancher, BranchOptions
 from ipvrm.rollouts.answers import as_questions

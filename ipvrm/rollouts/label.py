@@ -29,8 +29,8 @@ from ipvrm.data.rows import (
 )
 from ipvrm.data.rows import COLUMNS as CONVERSATION_COLUMNS
 from ipvrm.errors import IpvrmError
-from ipvrm.output import locked
-from ipvrm.progress import Progress
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Progress
 from ipvrm.rollouts.verify import MEMORY_GB, OUTCOMES, TIMEOUT_SECONDS, Outcome, Verdict, VerifierPool
 from ipvrm.run_folder import (
     FREE,

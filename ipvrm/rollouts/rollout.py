@@ -32,8 +32,8 @@ from ipvrm.models.causal_lm import (
 from ipvrm.models.reference import not_finite
 from ipvrm.models.reward_model import check_own_weights, read_info
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, Server, check_engine, kind_of
-from ipvrm.output import locked
-from ipvrm.progress import Progress
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Progress
 from ipvrm.rollouts.answers import Job, as_questions, response_text, sample
 from ipvrm.rollouts.engine import Engine, Sampling, TransformersEngine, response_seed, stop_ids
 from ipvrm.rollouts.server_engine import ServerEngine

@@ -18,8 +18,8 @@ import yaml
 from ipvrm.data.chat import preset_template_kwargs
 from ipvrm.errors import FailedAlike, IpvrmError
 from ipvrm.models.causal_lm import load_tokenizer
-from ipvrm.output import locked
-from ipvrm.progress import Interrupt, Progress
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Interrupt, Progress
 from ipvrm.run_folder import (
     CPU_MATMUL,
     JsonlLog,

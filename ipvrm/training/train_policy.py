@@ -42,7 +42,7 @@ from ipvrm.models.causal_lm import (
     weights_hash,
 )
 from ipvrm.models.server import LOCAL, Server, kind_of
-from ipvrm.progress import peak_memory
+from ipvrm.output.progress import peak_memory
 from ipvrm.rollouts.answers import Question, as_questions
 from ipvrm.rollouts.engine import Engine, TransformersEngine, stop_ids
 from ipvrm.rollouts.verify import VerifierPool

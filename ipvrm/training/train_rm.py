@@ -45,7 +45,7 @@ from ipvrm.models.token_rewards import (
     new_value_head,
     save_value_head,
 )
-from ipvrm.progress import peak_memory
+from ipvrm.output.progress import peak_memory
 from ipvrm.run_folder import settings_of, versions
 from ipvrm.training import checkpoint
 from ipvrm.training.adapters import adapter_entries, add_adapters, model_in_training, save_trained

@@ -18,8 +18,8 @@ from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import score_threshold
 from ipvrm.models.causal_lm import least_positions
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel, RewardModelInfo, read_info
-from ipvrm.output import locked
-from ipvrm.progress import Progress
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import installed_version, read_json, remove_leftovers_of, write_json, write_text
 from ipvrm.view.page import page
 from ipvrm.view.traces import (

@@ -12,7 +12,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from ipvrm.errors import IpvrmError
-from ipvrm.output import locked
+from ipvrm.output.locks import locked
 from ipvrm.run_folder import installed_version, remove_leftovers_of, replacing, write_text
 from ipvrm.view.page import page
 from ipvrm.view.runs import data_block, find_runs

@@ -6,7 +6,7 @@ The pass over the vocabulary that yields the statistics also writes, for a block
 
 in the operands' dtype (bf16 or fp32, whose exponents reach from e**-87 to e**88). ref is any number near
 the row's maximum that is known before the pass: the largest of its id logits and of the first tile's.
-Storing e in bf16 rounds what would be rounded as da anyway, by 2**-9 relative; logits are never rounded.
+Saving e in bf16 rounds what would be rounded as da anyway, by 2**-9 relative; logits are never rounded.
 With top, sumexp of the merged statistics, gain = logit_scale / temperature, G the row's upstream gradient,
 
     dense da[n, v] = -G gain f p = r[n] e[n, v],    r = -G gain exp(ref - top) / sumexp
@@ -68,7 +68,7 @@ from .triton_tiles import Operands, padded_columns, scalar_bytes
 FAR = 20.0  # nats between ref and the row's maximum above which e is written again
 SPARSE = 1e-17  # of the largest gradient at an id, below which a row's dense part is dropped
 assert MAX_LIFT > FAR  # a capped value is always written again where it matters
-# rows per block from which storing pays, frozen and trainable head: where the traffic of the blocks, 4 or 12
+# rows per block from which saving pays, frozen and trainable head: where the traffic of the blocks, 4 or 12
 # bytes per weight, equals the matmul saved, at 184 operations per byte of an H200 (estimated)
 LEAST_ROWS = (128, 128) if backend.INTERPRETED else (384, 1024)
 CAST_BYTES = 32 << 20  # of an fp32 weight, rounded at a time

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from ipvrm.progress import signals_noted
+from ipvrm.output.progress import signals_noted
 
 ROOT = Path(__file__).resolve().parents[2]
 VARYING = ("seconds", "tokens_per_second", "peak_memory", "algorithm")  # beginnings of names

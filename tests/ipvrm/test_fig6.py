@@ -13,7 +13,7 @@ from runs import write_jsonl
 from ipvrm import IpvrmError
 from ipvrm.demo.arithmetic import Problem, make_problems
 from ipvrm.losses.objectives import BalanceConfig
-from ipvrm.output import locked
+from ipvrm.output.locks import locked
 from ipvrm.reproduce import fig6
 from ipvrm.reproduce.fig6 import VARIANTS, Fig6Config, Scale, reproduce, summary
 from ipvrm.reproduce.fig6_report import COLOURS, NORMAL_95, accuracy_points, conclusions, draw

@@ -14,11 +14,11 @@ import pytest
 from ipvrm import IpvrmError
 from ipvrm.cli import main
 from ipvrm.models.tiny_model import TinyModelConfig, make_tiny_model
-from ipvrm.output import check_writable, lock_path, locked
+from ipvrm.output.locks import check_writable, lock_path, locked
 from ipvrm.run_folder import remove_leftovers, replacing
 
 HOLD = """import sys, time
-from ipvrm.output import locked
+from ipvrm.output.locks import locked
 with locked(sys.argv[1], folder=sys.argv[2] == "folder"):
     print("held", flush=True)
     time.sleep(100)
@@ -67,7 +67,7 @@ def test_of_many_at_once_one_wins_at_a_time(tmp_path):
     script = """import sys, time
 from pathlib import Path
 from ipvrm.errors import IpvrmError
-from ipvrm.output import locked
+from ipvrm.output.locks import locked
 number = Path(sys.argv[1])
 for _ in range(10):
     while True:

@@ -12,6 +12,7 @@ from ipvrm import IpvrmError, RewardConfig, RewardModel, train_reward_model
 from ipvrm.data.batches import epoch_order
 from ipvrm.data.responses import Response
 from ipvrm.models.causal_lm import load_model
+from ipvrm.run_folder import JsonlLog
 from ipvrm.training.online_reward import OnlineReward, RewardInputs
 from ipvrm.training.optimizer import data_parallel_accelerator
 from ipvrm.training.policy_config import PolicyConfig, resolve
@@ -79,6 +80,13 @@ def test_with_one_minibatch_the_auc_is_that_of_the_frozen_model(measured):
     for name in ("rm_auc", "rm_accuracy", "rm_auc_responses"):
         assert len({record[name] for record in records}) == 1, name
     assert records[0]["rm_auc_responses"] == 24 and records[0]["rm_auc"] not in (0.0, 0.5, 1.0)
+
+
+def test_a_one_sided_minibatch_has_no_auc_and_the_log_says_null(measured, tmp_path):
+    record, _ = measured("before", 1)
+    with JsonlLog(tmp_path / "metrics.jsonl") as log:
+        log.write(record)
+    assert '"rm_auc": null, ' in log.path.read_text()
 
 
 @pytest.mark.slow

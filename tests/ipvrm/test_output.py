@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from ipvrm.output import Unbreakable
-from ipvrm.progress import STOPPING, Interrupt, _Lines, duration, say_at_once, signals_noted
+from ipvrm.output.progress import STOPPING, Interrupt, _Lines, duration, say_at_once, signals_noted
+from ipvrm.output.streams import Unbreakable
 
 LATER = """
     import sys
-    from ipvrm.output import protect
+    from ipvrm.output.streams import protect
     protect()
     for i in range(20_000):  # more than a pipe holds
         print("a line of output", i)
@@ -71,7 +71,7 @@ def test_a_training_run_goes_on_without_its_output(tiny_folder, rollouts, tmp_pa
 
 def test_a_character_that_the_terminal_does_not_have_is_escaped(tmp_path):
     """And what comes after it is not lost."""
-    code = "import sys; from ipvrm.output import protect; protect(); print('é', '\\ud800'); print('after')"
+    code = "from ipvrm.output.streams import protect; protect(); print('é', '\\ud800'); print('after')"
     for encoding, said in (
         ("ascii", b"\\xe9 \\ud800\nafter\n"),
         ("utf-8", b"\xc3\xa9 \\ud800\nafter\n"),
@@ -120,7 +120,7 @@ def test_a_handler_does_not_wait_for_a_reader():
     """A pipe that nobody reads is full; the text is lost."""
     code = """
         import os
-        from ipvrm.progress import say_at_once
+        from ipvrm.output.progress import say_at_once
         os.set_blocking(2, False)
         try:
             while True:
@@ -146,7 +146,7 @@ def test_a_handler_says_so(capfd):
 def test_lines_where_there_is_no_terminal(monkeypatch):
     """One every tenth, with rate and time left; and one after a minute without any."""
     clock, lines = [0.0], list[str]()
-    monkeypatch.setattr("ipvrm.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("ipvrm.output.progress.time.monotonic", lambda: clock[0])
     shown = _Lines(lines.append, "label", 1000, 200)
     for done in range(201, 1001):
         clock[0] += 0.5

@@ -9,9 +9,9 @@ import time
 import pytest
 from runs import write_jsonl
 
-from ipvrm import progress as progress_module
 from ipvrm.cli import COMMANDS, main
-from ipvrm.progress import Progress, never_silent
+from ipvrm.output import progress as progress_module
+from ipvrm.output.progress import Progress, never_silent
 from ipvrm.run_folder import other_matmul
 
 SHORT = ("env", "make-tiny-model", "report")  # seconds

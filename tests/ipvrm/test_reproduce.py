@@ -14,7 +14,7 @@ from runs import write_jsonl
 from ipvrm import IpvrmError
 from ipvrm.cli import COMMANDS, main, parse
 from ipvrm.data.files import records
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.reproduce.tables import plan
 from ipvrm.reproduce.tables.experiments import UPDATES, experiments, full, on_task, smoke
 from ipvrm.reproduce.tables.inputs import PairsConfig, ProblemsConfig, keep_pairs, keep_problems

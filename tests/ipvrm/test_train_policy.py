@@ -56,7 +56,7 @@ from ipvrm.models.causal_lm import (
     weights_hash,
 )
 from ipvrm.models.reward_model import read_info, write_info
-from ipvrm.progress import signals_noted
+from ipvrm.output.progress import signals_noted
 from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.engine import Sampling
 from ipvrm.rollouts.verify import Verdict

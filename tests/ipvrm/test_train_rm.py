@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 import ipvrm.training.train_rm as train_rm
 from ipvrm import IpvrmError
 from ipvrm.losses import objectives
-from ipvrm.progress import signals_noted
+from ipvrm.output.progress import signals_noted
 from ipvrm.run_folder import write_json
 from ipvrm.training import checkpoint
 from ipvrm.training.checkpoint import TrainingInterrupted, checkpoints
@@ -576,7 +576,7 @@ def test_a_flipped_bit_costs_a_checkpoint_and_not_the_run(uninterrupted, tmp_pat
 
 
 def test_two_runs_do_not_share_a_folder(uninterrupted, tmp_path):
-    from ipvrm.output import locked
+    from ipvrm.output.locks import locked
 
     folder = tmp_path / "run"
     with locked(folder, folder=True), pytest.raises(IpvrmError, match=r"another run writes there \(pid \d+"):

@@ -14,7 +14,7 @@ from ipvrm import IpvrmError, run_folder
 from ipvrm.cli import main
 from ipvrm.demo import policies
 from ipvrm.demo.run import Stages
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import JsonlLog, remove_leftovers_of, replacing, reusable, save_folder
 
 ROOT = Path(ipvrm.__file__).parent

@@ -247,7 +247,8 @@ def test_tensors_in_every_implementation(op, impl, device):
             torch.testing.assert_close(found[-1], [x.float() for x in exact])
         same = values_and_gradients(op, torch.float32, device, trained, impl, floats)
         assert all(map(torch.equal, found[-1], same))
-        assert all(not torch.allclose(a, b) for a, b in zip(*found, strict=True))  # none is deaf to them
+        if NUMBERS[op]:  # none is deaf to them
+            assert all(not torch.allclose(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_min_prob_decides_the_shape_without_top_k():
@@ -267,7 +268,7 @@ def test_twelve_values_compile_at_most_twice(op, kind, implementation):
     x, function = OPS[op]
     x = x.clone().requires_grad_()
 
-    def call(x, v):
+    def call(x, v=None):
         numbers = {option: number(v) for option, number in NUMBERS[op].items()}
         return function(x, impl=implementation, **numbers)
 
@@ -276,9 +277,10 @@ def test_twelve_values_compile_at_most_twice(op, kind, implementation):
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     for i in range(12):
         v = 0.25 + i / 16
+        given = [torch.tensor(v, dtype=torch.float64) if kind == "tensor" else v] if NUMBERS[op] else []
         results = []
         for f in (compiled, call):
-            out = f(x, torch.tensor(v, dtype=torch.float64) if kind == "tensor" else v)
+            out = f(x, *given)
             gradient = torch.autograd.grad(out.sum(), x)[0] if out.requires_grad else None
             results.append((out.detach(), gradient))
         torch.testing.assert_close(*results)

@@ -1,5 +1,6 @@
 """torch.ops.ipvrm.*, which anybody can call: what the native code cannot read is refused, never read."""
 
+import itertools
 import math
 import re
 import sys
@@ -62,23 +63,58 @@ def test_other_dtypes_are_refused(op):
                 call(op, **{name: given.to(dtype)})
 
 
+def other_sizes(op, given):
+    """Each tensor made one shorter, one longer and one dimension more: no address is read beyond its end."""
+    names = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
+    alone = len(names) == 1 and "saved" not in given  # no other has a size to disagree with
+    for name in names:
+        x, dim = given[name], given[name].dim()
+        edges = name == "cu_seqlens" and op != "prefix_value_loss"  # any number of sequences: they are read
+        wrong = [x[None]] if edges or dim == 0 else [x[:-1], torch.cat([x, x[:1]]), x[None]]
+        for changed in wrong:
+            now = {**given, name: changed}
+            if alone:  # any N is right, of an elementwise op any shape: all of it is read, and no more
+                try:
+                    found = raw_call(op, now)
+                except ValueError:
+                    assert changed.dim() != dim
+                else:
+                    torch.testing.assert_close(found, raw_call(op, now, "torch"))
+                continue
+            words = rf"ipvrm.{op}: (\w+ must be \(|saved must).*, got"
+            by_the_op = name in ("x", "log_ratio") and changed.dim() == 1  # it holds them to the edges
+            with pytest.raises(ValueError, match=None if by_the_op else words):
+                raw_call(op, now)
+
+
 @pytest.mark.parametrize("op", CASES)
 def test_other_sizes_are_refused(op):
-    """Each tensor made one shorter, one longer and one dimension more: no address is read beyond its end."""
-    for name in tensors(op):
-        given = CASES[op][name]
-        edges = name == "cu_seqlens" and op != "prefix_value_loss"  # any number of sequences: they are read
-        if edges or given.dim() == 0:
-            wrong = [given[None]]
-        else:
-            wrong = [given[:-1], torch.cat([given, given[:1]]), given[None]]
-        for x in wrong:
-            if len(tensors(op)) == 1 or (name in ("x", "log_ratio") and x.dim() == 1):
-                with pytest.raises(ValueError):
-                    call(op, **{name: x})
-                continue
-            with pytest.raises(ValueError, match=rf"ipvrm.{op}: (\w+ must be \(|saved must).*, got"):
-                call(op, **{name: x})
+    other_sizes(op, CASES[op])
+
+
+def test_a_lone_tensor_has_no_wrong_length():
+    """Only one that is not read whole fails, or an op that takes no other length."""
+
+    def lone(takes, function):
+        def op(x: torch.Tensor, impl: str) -> torch.Tensor:
+            return function(x, impl)
+
+        op.__name__ = f"_lone_probe{next(numbers)}"
+        register(fake=lambda x: x, takes={"x": takes})(op)
+        other_sizes(op.__name__[1:], {"x": torch.linspace(0, 1, N)})
+
+    def of_six(x, impl):
+        if len(x) != N:
+            raise ValueError("six, got another")
+        return x.exp()
+
+    numbers = itertools.count()
+    lone("float =", lambda x, impl: x.exp())
+    lone("float N", lambda x, impl: x.exp())
+    with pytest.raises(AssertionError):
+        lone("float =", lambda x, impl: x[:N].exp() if impl == "cpp" else x.exp())
+    with pytest.raises(AssertionError):
+        lone("float N", of_six)
 
 
 WITH_SAVED = [op for op in CASES if "saved" in CASES[op]]

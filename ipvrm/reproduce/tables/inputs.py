@@ -13,7 +13,7 @@ from ipvrm.demo.rollouts import problems_of_parts, read_rollouts
 from ipvrm.demo.run import Stages, prepare
 from ipvrm.demo.settings import Sizes
 from ipvrm.errors import IpvrmError
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import write_json, write_table
 
 PARTS = tuple(

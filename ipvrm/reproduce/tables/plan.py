@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ipvrm.errors import IpvrmError
-from ipvrm.progress import Progress
+from ipvrm.output.progress import Progress
 from ipvrm.run_folder import read_json, same_run, write_json
 from ipvrm.training.checkpoint import TrainingInterrupted
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ipvrm.errors import IpvrmError
-from ipvrm.output import locked
-from ipvrm.progress import Progress
+from ipvrm.output.locks import locked
+from ipvrm.output.progress import Progress
 from ipvrm.reproduce.tables.experiments import OPEN, Scale, experiments, full, smoke
 from ipvrm.reproduce.tables.plan import Unit, command_line, needed, run_plan
 from ipvrm.reproduce.tables.report import TABLES, write_table_of
