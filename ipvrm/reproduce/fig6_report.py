@@ -225,6 +225,8 @@ def draw_training(path: Path, curves: Mapping[str, Mapping[str, Sequence[float]]
     figure = Figure(figsize=(13, 4.6), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(1, 2))
+    for axes in panels:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for name, columns in curves.items():
         for axes, points in zip(panels, columns.values(), strict=False):
             style = {"color": COLOURS[name], "marker": MARKERS[name], "label": name}

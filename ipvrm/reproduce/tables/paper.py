@@ -1,8 +1,9 @@
 """What the paper's tables hold (arXiv 2604.13197v2, as it stands in its release), by table and base model.
 
-Accuracies and F1 are in percent. `AVERAGE` is the paper's own last column, as printed.
-Tables 6 and 10, Figure 6 and section 4.3.3 are of fewer base models. `fig6` is Table 8 (Qwen3-0.6B) and the
-two panels of Figure 6 (Llama3.2-1B), None where the paper has no number.
+Accuracies and F1 are in percent. `AVERAGE` is the paper's own last column, as printed. Tables 6 and 10,
+Figure 6 and section 4.3.3 are of fewer base models. `fig6` is Table 8 (Qwen3-0.6B) and the two panels of
+Figure 6 (Llama3.2-1B: means of the last ten of a curve's 95 points, taken from the PDF's lines by the axes'
+ticks), None where the paper has no number.
 """
 
 AVERAGE = "Avg."
@@ -20,7 +21,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "sec433": ("Pearson of TD", "AUC of |V|"),
 }
 
-# Figure 6: means of the last ten of a curve's 95 points, taken from the lines of the PDF by its axes' ticks.
 Rows = dict[str, tuple[float | None, ...]]
 NONE = (None,) * len(POLICY_COLUMNS)
 PAPER: dict[str, dict[str, Rows]] = {

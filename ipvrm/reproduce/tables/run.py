@@ -40,8 +40,8 @@ class ReproduceConfig:
     --scale smoke wires every run on the demo's task. --scale full prints the commands, with the paper's
     models and data, and an estimate, then runs them in this process. What tables share is run once. The same
     command goes on where it stopped; a unit whose printed command was given by hand (on more devices, or with
-    a server) is found finished. fig6 is Table 8, with
-    both panels of Figure 6 as fig6.png.
+    a server) is found finished. fig6 is Table 8, with both panels of Figure 6 as fig6.png; at the
+    size of the demo's task that is `ipvrm demo fig6`.
     """
 
     names: Annotated[
