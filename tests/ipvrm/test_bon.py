@@ -137,7 +137,6 @@ def test_every_subset(config, capsys):
 
 def test_it_goes_on(config, monkeypatch):
     whole = evaluate(replace(config, output_dir=config.output_dir + "-whole"), progress=False)
-    monkeypatch.setattr(bon, "CHUNK", 4)
     scored, real = [], bon._scores
 
     def interrupted(model, rows, *rest):
@@ -152,7 +151,7 @@ def test_it_goes_on(config, monkeypatch):
     scored.clear()
     monkeypatch.setattr(bon, "_scores", lambda *a: scored.append(len(a[1])) or real(*a))
     assert evaluate(config, progress=False)["sources"] == whole["sources"]
-    assert sum(scored) == 6  # of 14, 8 were there
+    assert sum(scored) == 12  # of 14, 2 were there
     with pytest.raises(IpvrmError, match="changed: step_separator"):
         evaluate(replace(config, step_separator=" "), progress=False)
 
