@@ -20,6 +20,10 @@ from .torch_private import (
     transform_level,
 )
 
+NO_TRANSFORM = (
+    "torch.func transforms that differentiate (grad, vjp, jacrev, vmap of grad) are not supported; use "
+    "torch.autograd.grad or .backward(), is_grads_batched=True for many upstream gradients"
+)
 _NO_TENSORS: Mapping[str, Any] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -37,11 +41,7 @@ def check_tensors(op: str, optional: Mapping[str, Any] = _NO_TENSORS, /, **requi
     if torch.compiler.is_compiling():
         return
     if transform_level() is not None and any(_is_tracked(x) for x in given.values()):
-        raise RuntimeError(
-            f"{op}: torch.func transforms that differentiate (grad, vjp, jacrev, vmap of grad) are not "
-            "supported; use torch.autograd.grad or .backward(), is_grads_batched=True for many upstream "
-            "gradients"
-        )
+        raise RuntimeError(f"{op}: {NO_TRANSFORM}")
     if forward_level() >= 0:
         for x in given.values():
             if forward_ad.unpack_dual(x).tangent is not None:

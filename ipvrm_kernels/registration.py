@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .backend import NATIVE_DEVICE, is_reference, trusts_edges
+from .inputs import NO_TRANSFORM
 from .torch_private import (
     BelowAutograd,
     DispatchKey,
@@ -132,6 +133,8 @@ def register(
         def autograd_kernel(*flat: Any) -> Any:
             tensors = (x for x in flat if isinstance(x, Tensor))
             if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+                if transform_level() is not None:  # compiled, or called as torch.ops.ipvrm: see check_tensors
+                    raise RuntimeError(f"{name}: {NO_TRANSFORM}")
                 return formula(*gather(flat))
             with BelowAutograd():
                 return op(*flat)
