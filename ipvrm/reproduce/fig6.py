@@ -30,7 +30,15 @@ from ipvrm.errors import IpvrmError, reading
 from ipvrm.output.locks import locked
 from ipvrm.output.progress import Progress
 from ipvrm.reproduce.fig6_report import mean_with_error, problem_error, write_report
-from ipvrm.run_folder import manifest, read_json, read_json_lines, same_run, settings_of, write_table
+from ipvrm.run_folder import (
+    manifest,
+    read_json,
+    read_json_lines,
+    remove_leftovers,
+    same_run,
+    settings_of,
+    write_table,
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {"rm_update": "frozen"},
@@ -131,6 +139,7 @@ def _reproduce(config: Fig6Config, progress: bool, sizes: Scale) -> dict[str, An
 
     shown = Progress(enabled=progress)
     demo, output = Path(config.demo), Path(config.output_dir)
+    remove_leftovers(output)
     made_from = _demo(demo, shown)
     stages = Stages(output, shown)
     inputs = {"demo": made_from["key"], "held_out": sizes.held_out, "held_out_seed": HELD_OUT_SEED}

@@ -130,8 +130,10 @@ def test_finished_variants_are_reused_and_an_interrupted_one_starts_afresh(
     first = reproduce(config, progress=False, scale=SCALE)
     trained.clear()
     (tmp_path / "fig6" / "DLW-0" / "stage.json").unlink()  # as after a kill
+    (tmp_path / "fig6" / ".problems.7.tmp").mkdir()
     again = reproduce(config, progress=False, scale=SCALE)
     assert [Path(c.output_dir).name for c in trained] == ["DLW-0"]
+    assert not list((tmp_path / "fig6").glob(".*"))
     assert again["summary"] == first["summary"]
     trained.clear()
     other = json.loads((demo / "reward-ipvrm" / "stage.json").read_text()) | {"key": "another"}

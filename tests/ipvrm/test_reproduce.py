@@ -444,6 +444,16 @@ def test_full_prints_plan_and_estimate_and_then_runs_it(tmp_path, monkeypatch, c
     assert "Our run of the paper's settings" in (tmp_path / "o" / "sec433.md").read_text()
 
 
+def test_what_a_killed_run_left_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr("ipvrm.reproduce.tables.run.run_plan", lambda *_: {})
+    monkeypatch.setattr("ipvrm.reproduce.tables.run.write_table_of", lambda *_: {})
+    (tmp_path / "units").mkdir()
+    for left in (".table1.md.7.tmp", "units/.rows.json.7.tmp"):
+        (tmp_path / left).touch()
+    reproduce(ReproduceConfig(("table1",), output_dir=str(tmp_path)), progress=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["units"]
+
+
 def test_nothing_named_is_refused(tmp_path):
     with pytest.raises(IpvrmError, match="name a table: table1, table2, "):
         reproduce(ReproduceConfig((), output_dir=str(tmp_path / "o")), progress=False)

@@ -14,7 +14,7 @@ from ipvrm.demo.run import Stages, prepare
 from ipvrm.demo.settings import Sizes
 from ipvrm.errors import IpvrmError
 from ipvrm.output.progress import Progress
-from ipvrm.run_folder import write_json, write_table
+from ipvrm.run_folder import remove_leftovers, write_json, write_table
 
 PARTS = tuple(
     f"part-{i}" for i in range(1, 6)
@@ -53,6 +53,8 @@ def make_task(config: TaskConfig, progress: bool = True) -> None:
     )
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    for held in (folder, folder / "processbench"):
+        remove_leftovers(held)  # the lock is that of the plan's folder
     prepare(Stages(folder, Progress(enabled=progress)), sizes, config.seed)
     parts = problems_of_parts(sizes, config.seed)
     rows = [{"prompt": p.text, "answer": str(p.answer)} for p in parts["train"]]

@@ -31,6 +31,7 @@ class Step(NamedTuple):
     writes_file: bool = False  # `output`, a .parquet file; else `output_dir`
 
 
+UNITS = "units"  # folder of what each was asked for
 INPUTS = "ipvrm.reproduce.tables.inputs"
 STEPS = {
     "rollout": Step("ipvrm.rollouts.rollout", "RolloutConfig", "roll_out", writes_file=True),
@@ -147,7 +148,7 @@ def run_plan(units: Sequence[Unit], output: Path, shown: Progress) -> dict[str, 
             failed[unit.name] = f"left out: it needs {lost[0]}"
             shown.note(f"{label}: {failed[unit.name]}")
             continue
-        file = output / "units" / f"{unit.name}.json"
+        file = output / UNITS / f"{unit.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         stored = read_json(file) if file.exists() else None
         if stored is not None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ipvrm.reproduce.fig6_report import MISSING, draw_training
 from ipvrm.reproduce.tables.experiments import MARGINS, UPDATES, Scale, margin_unit
 from ipvrm.reproduce.tables.paper import AVERAGE, BENCHMARKS, COLUMNS, PAPER
+from ipvrm.reproduce.tables.plan import UNITS
 from ipvrm.run_folder import manifest, read_json, read_json_lines, write_json, write_text
 
 REWARD_ROWS = {
@@ -67,7 +68,7 @@ class Table(NamedTuple):
 
 
 def _is_done(output: Path, unit: str) -> bool:
-    done = output / "units" / f"{unit}.json"
+    done = output / UNITS / f"{unit}.json"
     return done.exists() and read_json(done)["seconds"] is not None
 
 

@@ -11,8 +11,9 @@ from ipvrm.errors import IpvrmError
 from ipvrm.output.locks import locked
 from ipvrm.output.progress import Progress
 from ipvrm.reproduce.tables.experiments import OPEN, Scale, experiments, full, smoke
-from ipvrm.reproduce.tables.plan import Unit, command_line, needed, run_plan
+from ipvrm.reproduce.tables.plan import UNITS, Unit, command_line, needed, run_plan
 from ipvrm.reproduce.tables.report import TABLES, write_table_of
+from ipvrm.run_folder import remove_leftovers
 
 ALL = "all"
 BILLIONS = {"qwen3-0.6b": 0.6, "qwen3-8b": 8.0, "llama3.2-1b": 1.0, "llama3.2-3b": 3.0}  # by their names
@@ -95,6 +96,8 @@ def reproduce(config: ReproduceConfig, progress: bool = True, scale: Scale | Non
         return {}
     warning = FULL_WARNING if config.scale == "full" else SMOKE_WARNING
     with locked(output, folder=True):
+        for folder in (output, output / UNITS):
+            remove_leftovers(folder)
         shown.note(warning)
         failed = run_plan(units, output, shown)
         written = {
