@@ -19,7 +19,7 @@ pytestmark = [
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 # Milliseconds on an idle core: the page is there, the cursor moves, 95 of 100 frames at 400 px each.
 LIMITS = {"opened": 500.0, "move": 5.0, "frame": 34.0}
-SLOW = 3.0  # times as long on a machine with other work; the best of several tries counts
+SLOW, TRIES = 5.0, 10  # so many times as long with other work on the machine; the best of some tries counts
 ODD = [
     "<b>",
     "</script>",
@@ -369,6 +369,8 @@ def test_a_threshold_beyond_all_scores_flags_all_or_none(opened):
     cells = "[...$('chart').querySelectorAll('rect')].filter(e => e.getAttribute('height') === '7')"
     filled = tab(f"{cells}.map(e => e.getAttribute('fill') === 'var(--n4)')")
     assert filled == [True] * 3 + [False] * 3  # the steps of A, then of B, whose scores are below 0 too
+    tab("[trace.shown[1].scores, trace.shown[1].first_error] = [[1, null, null], 1], draw()")  # of -inf and NaN
+    assert tab(f"{cells}.map(e => e.getAttribute('fill') === 'var(--n4)')")[3:] == [False, True, False]
     for place in ("#legend", "#about"):
         assert "+∞ flags all" in tab.text(place) and "−∞ flags none" in tab.text(place)
         assert "unknown" not in tab.text(place)
@@ -461,11 +463,15 @@ TIMED = """(async () => {
 
 
 def test_speed_of_two_models_of_3000_tokens(opened):
-    tries = [opened("long")(TIMED) for _ in range(5)]
-    best = {name: min(found[name] for found in tries) for name in LIMITS}
-    print(json.dumps(best))  # what the README states, measured on an idle machine
-    assert min(found["frames"] for found in tries) >= 8
-    assert {name: ms for name, ms in best.items() if ms >= SLOW * LIMITS[name]} == {}
+    best = dict.fromkeys(LIMITS, math.inf)
+    for _ in range(TRIES):
+        found = opened("long")(TIMED)
+        best = {name: min(best[name], found[name]) for name in LIMITS}
+        print(json.dumps(found))  # what view/README.md states, of an idle machine
+        assert found["frames"] >= 8
+        if all(best[name] < SLOW * LIMITS[name] for name in LIMITS):
+            return
+    pytest.fail(f"milliseconds {best}, at most {SLOW} times {LIMITS}")
 
 
 def points(path):
