@@ -19,7 +19,8 @@ pytestmark = [
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 # Milliseconds on an idle core: the page is there, the cursor moves, 95 of 100 frames at 400 px each.
 LIMITS = {"opened": 500.0, "move": 5.0, "frame": 34.0}
-SLOW, TRIES = 5.0, 10  # so many times as long with other work on the machine; the best of some tries counts
+SLOW = 5.0  # so many times as long with other work on the machine
+FEWEST, MOST = 3, 10  # tries, of which the best counts
 ODD = [
     "<b>",
     "</script>",
@@ -464,12 +465,12 @@ TIMED = """(async () => {
 
 def test_speed_of_two_models_of_3000_tokens(opened):
     best = dict.fromkeys(LIMITS, math.inf)
-    for _ in range(TRIES):
+    for number in range(1, MOST + 1):
         found = opened("long")(TIMED)
         best = {name: min(best[name], found[name]) for name in LIMITS}
-        print(json.dumps(found))  # what view/README.md states, of an idle machine
+        print("TRY", json.dumps(found))  # view/README.md states these, of an idle machine
         assert found["frames"] >= 8
-        if all(best[name] < SLOW * LIMITS[name] for name in LIMITS):
+        if number >= FEWEST and all(best[name] < SLOW * LIMITS[name] for name in LIMITS):
             return
     pytest.fail(f"milliseconds {best}, at most {SLOW} times {LIMITS}")
 
