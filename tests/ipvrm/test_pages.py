@@ -370,7 +370,7 @@ def test_a_threshold_beyond_all_scores_flags_all_or_none(opened):
     cells = "[...$('chart').querySelectorAll('rect')].filter(e => e.getAttribute('height') === '7')"
     filled = tab(f"{cells}.map(e => e.getAttribute('fill') === 'var(--n4)')")
     assert filled == [True] * 3 + [False] * 3  # the steps of A, then of B, whose scores are below 0 too
-    tab("[trace.shown[1].scores, trace.shown[1].first_error] = [[1, null, null], 1], draw()")  # of -inf and NaN
+    tab("[trace.shown[1].scores, trace.shown[1].first_error] = [[1, null, null], 1], draw()")  # -inf, NaN
     assert tab(f"{cells}.map(e => e.getAttribute('fill') === 'var(--n4)')")[3:] == [False, True, False]
     for place in ("#legend", "#about"):
         assert "+∞ flags all" in tab.text(place) and "−∞ flags none" in tab.text(place)
@@ -446,20 +446,21 @@ def test_odd_tokens_are_text(opened):
 TIMED = """(async () => {
   const frame = () => new Promise(requestAnimationFrame);
   const upper = x => x.sort((a, b) => a - b)[Math.floor(x.length * 0.95)];
-  const painted = performance.getEntriesByName('first-contentful-paint').map(e => e.startTime);
-  const opened = Math.max(performance.getEntriesByType('navigation')[0].loadEventEnd, ...painted);
+  const painted = () => performance.getEntriesByName('first-contentful-paint').map(e => e.startTime);
+  while (!painted().length) await frame();
+  const opened = Math.max(performance.getEntriesByType('navigation')[0].loadEventEnd, ...painted());
   const from = performance.now();
   for (let i = 0; i < 100; i++) move(i * 29, true);
   const each = (performance.now() - from) / 100, gaps = [];
   scrollTo(0, 0);
   let last = await frame();
-  for (let y = 400; y < document.body.scrollHeight && gaps.length < 100; y += 400) {
-    scrollTo(0, y);
+  for (let number = 1; number <= 100; number++) {
+    scrollTo(0, 400 * number % (document.body.scrollHeight - innerHeight));
     const now = await frame();
     gaps.push(now - last);
     last = now;
   }
-  return { opened, move: each, frame: upper(gaps), frames: gaps.length };
+  return { opened, move: each, frame: upper(gaps) };
 })()"""
 
 
@@ -469,7 +470,6 @@ def test_speed_of_two_models_of_3000_tokens(opened):
         found = opened("long")(TIMED)
         best = {name: min(best[name], found[name]) for name in LIMITS}
         print("TRY", json.dumps(found))  # view/README.md states these, of an idle machine
-        assert found["frames"] >= 8
         if number >= FEWEST and all(best[name] < SLOW * LIMITS[name] for name in LIMITS):
             return
     pytest.fail(f"milliseconds {best}, at most {SLOW} times {LIMITS}")
