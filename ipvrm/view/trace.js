@@ -56,7 +56,7 @@ function tokenOf(k) {
   return low;
 }
 
-// ------------------------------------------------------------------------------------------------ the page
+// --------------------------------------------------------------------- the page
 function open(i) {
   index = (i + data.traces.length) % data.traces.length;
   trace = prepared(data.traces[index]);
@@ -163,7 +163,7 @@ function one() {
   $("model").hidden = models.length < 2;
 }
 
-// ----------------------------------------------------------------------------------------------- the curves
+// ------------------------------------------------------------------- the curves
 function draw() {
   const svg = $("chart"), width = svg.clientWidth || 800, left = narrow.matches ? 58 : 66, right = width - 6;
   const which = narrow.matches ? [active] : trace.shown.map((_, k) => k);
@@ -181,7 +181,8 @@ function draw() {
     if (trace.label >= 0)
       svg.append(s("rect", { x: edge(trace.label - 1), y: y0, width: Math.max(2, edge(trace.label) - edge(trace.label - 1)), height: y1 - y0 + 9, fill: "var(--label-band)" }));
     text.ends.forEach((_, step) => {
-      const a = edge(step - 1), b = edge(step), labelled = step === trace.label, { flags, threshold } = models[k], below = m.scores[step] != null && (flags ? flags === "all" : m.scores[step] < threshold);
+      const a = edge(step - 1), b = edge(step), labelled = step === trace.label, { flags, threshold } = models[k], score = m.scores[step];
+      const below = step === m.first_error || (score != null && (flags ? flags === "all" : score < threshold)); // an infinite score is null
       svg.append(s("line", { x1: b, x2: b, y1: y0, y2: y1 + 9, stroke: "var(--line)" }));
       svg.append(s("rect", { x: a + 0.5, y: y1 + 2, width: Math.max(0.5, b - a - 1), height: 7, fill: below ? "var(--n4)" : "var(--line)" }));
       if (!place && (b - a > 14 || labelled))
@@ -205,7 +206,7 @@ function draw() {
   characterAt = px => trace.length * (px - left) / (right - left);
 }
 
-// ------------------------------------------------------------------------------------------------ the cursor
+// ------------------------------------------------------------------- the cursor
 function move(t, scroll) {
   cursor = Math.max(0, Math.min(trace.shown[active].td.length - 1, t));
   for (const span of marked) span.classList.remove("here");
@@ -259,7 +260,7 @@ function candidates(k) {
   return body;
 }
 
-// ------------------------------------------------------------------------------------------------- the table
+// -------------------------------------------------------------------- the table
 function table() {
   const shown = trace.shown.filter(m => m.text === trace.shown[active].text), { text } = shown[0], sigma = v => digits(1 / (1 + Math.exp(-v)));
   const head = h("tr", {}, ...["token", "", "step", "p"].map(x => h("th", {}, x))), body = h("tbody", {});
@@ -278,7 +279,7 @@ function tabular() {
   if (on) table(); else $("table").replaceChildren();
 }
 
-// ------------------------------------------------------------------------------------------------- the keys
+// --------------------------------------------------------------------- the keys
 function step(by) {
   const { text } = trace.shown[active], at = t => (text.steps[t] < 0 ? text.ends.length : text.steps[t]), here = at(cursor);
   for (let t = cursor; t >= 0 && t < text.pieces.length; t += by)

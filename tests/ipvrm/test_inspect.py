@@ -548,6 +548,22 @@ def test_the_template_stays_small():
     )
 
 
+SPEED = Path(__file__).parents[2] / "benchmarks" / "results" / "inspect_speed-amd-zen-3.json"
+
+
+@pytest.mark.skipif(not SPEED.exists(), reason="no checkout with benchmarks/results beside the tests")
+def test_the_readme_states_the_speed_that_was_measured():
+    found = json.loads(SPEED.read_text())
+    best = {name: min(one[name] for one in found["tries"]) for name in ("opened", "move", "frame")}
+    text = " ".join((VIEW / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"is there in {best['opened'] / 1000:.2f} s, the cursor moves in {best['move']:.1f} ms, "
+        f"and at 400 px each 95 of 100 frames take at most {best['frame']:.0f} ms "
+        f"(the best of {len(found['tries'])} tries, "
+        f"{found['machine']['browser']} without a GPU, {found['machine']['processor']})"
+    ) in text
+
+
 # ------------------------------------------------------------------------------------------ the walk-through
 
 

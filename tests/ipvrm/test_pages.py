@@ -19,7 +19,8 @@ pytestmark = [
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 # Milliseconds on an idle core: the page is there, the cursor moves, 95 of 100 frames at 400 px each.
 LIMITS = {"opened": 500.0, "move": 5.0, "frame": 34.0}
-SLOW = 3.0  # times as long on a machine with other work; the best of several tries counts
+SLOW = 5.0  # so many times as long with other work on the machine
+FEWEST, MOST = 3, 10  # tries, of which the best counts
 ODD = [
     "<b>",
     "</script>",
@@ -369,6 +370,8 @@ def test_a_threshold_beyond_all_scores_flags_all_or_none(opened):
     cells = "[...$('chart').querySelectorAll('rect')].filter(e => e.getAttribute('height') === '7')"
     filled = tab(f"{cells}.map(e => e.getAttribute('fill') === 'var(--n4)')")
     assert filled == [True] * 3 + [False] * 3  # the steps of A, then of B, whose scores are below 0 too
+    tab("[trace.shown[1].scores, trace.shown[1].first_error] = [[1, null, null], 1], draw()")  # -inf, NaN
+    assert tab(f"{cells}.map(e => e.getAttribute('fill') === 'var(--n4)')")[3:] == [False, True, False]
     for place in ("#legend", "#about"):
         assert "+∞ flags all" in tab.text(place) and "−∞ flags none" in tab.text(place)
         assert "unknown" not in tab.text(place)
@@ -443,29 +446,33 @@ def test_odd_tokens_are_text(opened):
 TIMED = """(async () => {
   const frame = () => new Promise(requestAnimationFrame);
   const upper = x => x.sort((a, b) => a - b)[Math.floor(x.length * 0.95)];
-  const painted = performance.getEntriesByName('first-contentful-paint').map(e => e.startTime);
-  const opened = Math.max(performance.getEntriesByType('navigation')[0].loadEventEnd, ...painted);
+  const painted = () => performance.getEntriesByName('first-contentful-paint').map(e => e.startTime);
+  while (!painted().length) await frame();
+  const opened = Math.max(performance.getEntriesByType('navigation')[0].loadEventEnd, ...painted());
   const from = performance.now();
   for (let i = 0; i < 100; i++) move(i * 29, true);
   const each = (performance.now() - from) / 100, gaps = [];
   scrollTo(0, 0);
   let last = await frame();
-  for (let y = 400; y < document.body.scrollHeight && gaps.length < 100; y += 400) {
-    scrollTo(0, y);
+  for (let number = 1; number <= 100; number++) {
+    scrollTo(0, 400 * number % (document.body.scrollHeight - innerHeight));
     const now = await frame();
     gaps.push(now - last);
     last = now;
   }
-  return { opened, move: each, frame: upper(gaps), frames: gaps.length };
+  return { opened, move: each, frame: upper(gaps) };
 })()"""
 
 
 def test_speed_of_two_models_of_3000_tokens(opened):
-    tries = [opened("long")(TIMED) for _ in range(5)]
-    best = {name: min(found[name] for found in tries) for name in LIMITS}
-    print(json.dumps(best))  # what the README states, measured on an idle machine
-    assert min(found["frames"] for found in tries) >= 8
-    assert {name: ms for name, ms in best.items() if ms >= SLOW * LIMITS[name]} == {}
+    best = dict.fromkeys(LIMITS, math.inf)
+    for number in range(1, MOST + 1):
+        found = opened("long")(TIMED)
+        best = {name: min(best[name], found[name]) for name in LIMITS}
+        print("TRY", json.dumps(found))  # view/README.md states these, of an idle machine
+        if number >= FEWEST and all(best[name] < SLOW * LIMITS[name] for name in LIMITS):
+            return
+    pytest.fail(f"milliseconds {best}, at most {SLOW} times {LIMITS}")
 
 
 def points(path):
