@@ -4,12 +4,11 @@
 
 A cell is a length and a share of wrong labels. At 1x a character is a token, as in the demo; at 8x the
 tokenizer puts seven more tokens behind every character, always the same, so that the same text has eight
-times as many tokens and says no more. The two lengths of a base model share its rollouts, which the one of
-1x samples. The one of 8x is that one trained on, its positions divided by eight (arXiv 2306.15595), until its
+times as many tokens and says no more. The two lengths of a base model share its rollouts, which the one of 1x
+samples. The one of 8x is that one trained on, its positions divided by eight (arXiv 2306.15595), until its
 loss per character is as low as at 1x it had to be; one that does not get there is named, and has no reward
-models.
-Of the training labels a share is turned round, the same ones at both lengths and for every reward model;
-validation and test keep their own.
+models. Of the training labels a share is turned round, the same ones at both lengths and for every reward
+model; validation and test keep their own.
 
 In every cell of a base model IPVRM, Implicit PRM and Q-RM have three tries each, the first of which has the
 paper's beta and margin; EndoRM, which is not trained, has one. Step score and threshold of each, and the best
