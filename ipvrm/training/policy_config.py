@@ -269,8 +269,6 @@ class PolicyConfig:
 
     max_steps: int = field(default=100, metadata=AT_LEAST_ONE)
     """Rollout batches."""
-    num_epochs: int = field(default=1, metadata=AT_LEAST_ONE)
-    """Passes over a rollout batch."""
     minibatch_size: int | None = field(
         default=None, metadata=AT_LEAST_ONE | defaults(paper=128, release=2048)
     )

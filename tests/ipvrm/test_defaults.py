@@ -167,7 +167,6 @@ TRAIN_POLICY = {
     "lora_alpha": one(128.0, "paper, Appendix C: 128 at rank 128 (of its SFT)"),
     "lora_target_modules": one(("all-linear",), RL + ", target_modules"),
     "max_steps": one(100, OURS + "a run is as long as it is asked to be"),
-    "num_epochs": one(1, f"{VERL} (ppo_epochs); the paper names none"),
     "minibatch_size": both(
         128, OURS + "the paper names none", 2048, RL + ", ppo_mini_batch_size of prompts x 16"
     ),

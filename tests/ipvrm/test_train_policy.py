@@ -205,7 +205,7 @@ def test_it_learns(config, toy):
         {"preset": "release", "num_generations": 4},
         {"preset": "release", "num_generations": 4, "algorithm": "grpo"},
         {"td_reference": "sft", "rm_update": "frozen"},
-        {"mixed_precision": "bf16", "num_epochs": 2},
+        {"mixed_precision": "bf16"},
         {"temperature": 0.7, "gradient_checkpointing": True},
     ],
     ids=str,
@@ -1073,14 +1073,14 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"algorithm": "prime", "num_epochs": 2},
+        {"algorithm": "prime"},
         {"preset": "release", "num_generations": 4},
         *(
             pytest.param(changes, marks=pytest.mark.full)
             for changes in (
                 {"algorithm": "grpo"},
                 {"algorithm": "grpo_prm", "rm_update": "after"},
-                {"algorithm": "spro", "num_epochs": 2},
+                {"algorithm": "spro"},
                 {"td_reference": "sft"},
                 {"rm_update": "frozen"},
                 {"mixed_precision": "bf16"},
