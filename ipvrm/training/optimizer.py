@@ -16,6 +16,7 @@ from ipvrm.errors import FailedAlike, IpvrmError
 from ipvrm.training.flags import filled
 
 Item = TypeVar("Item")
+EPSILON = 1e-8  # of Adam's denominator: torch's default, as in the released code
 
 
 class AdamSettings(Protocol):
@@ -23,8 +24,6 @@ class AdamSettings(Protocol):
 
     @property
     def weight_decay(self) -> float | None: ...
-    @property
-    def adam_epsilon(self) -> float: ...
 
 
 class ScheduleSettings(Protocol):
@@ -88,7 +87,7 @@ def adamw(
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=learning_rate,
-        eps=settings.adam_epsilon,
+        eps=EPSILON,
         weight_decay=filled(settings.weight_decay),
         fused=device.type in ("cpu", "cuda"),
     )

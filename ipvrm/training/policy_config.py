@@ -269,8 +269,6 @@ class PolicyConfig:
 
     max_steps: int = field(default=100, metadata=AT_LEAST_ONE)
     """Rollout batches."""
-    num_epochs: int = field(default=1, metadata=AT_LEAST_ONE)
-    """Passes over a rollout batch."""
     minibatch_size: int | None = field(
         default=None, metadata=AT_LEAST_ONE | defaults(paper=128, release=2048)
     )
@@ -294,9 +292,6 @@ class PolicyConfig:
         default=None, metadata=NOT_NEGATIVE | defaults(paper=0.0, release=0.01)
     )
     """Of the policy's matrices. Default: 0; release: 0.01."""
-    adam_epsilon: float = field(default=1e-8, metadata=NOT_NEGATIVE)
-    """Of Adam's denominator. At 1 an update is nearly linear in the gradient: two ways to compute it, which
-    differ by rounding, are compared so."""
     max_grad_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
     """The policy's gradients are scaled down to this norm; 0 for no limit."""
     mixed_precision: Literal["no", "bf16"] | None = field(

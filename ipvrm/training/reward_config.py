@@ -112,9 +112,6 @@ class RewardConfig:
     gradient_accumulation_steps: int | None = field(default=None, metadata=FREE | AT_LEAST_ONE)
     """Micro-batches per update and device, in place of global_batch_size."""
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
-    adam_epsilon: float = field(default=1e-8, metadata=NOT_NEGATIVE)
-    """Of Adam's denominator. At 1 an update is nearly linear in the gradient: two ways to compute it, which
-    differ by rounding, are compared so."""
     max_grad_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
     """Gradients are scaled down to this norm; 0 for no limit."""
     chat_template_kwargs: str | None = None

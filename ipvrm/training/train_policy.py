@@ -369,10 +369,10 @@ class _Trainer:
         size = config.rm_minibatch_size or len(rollouts.responses)
         if reward.objective.pairwise:
             pairs = dpo_pairs(rollouts.outcome.tolist(), rollouts.group.tolist()).tolist()
-            halves = self._minibatches(len(pairs), max(1, size // 2), step, 0)
+            halves = self._minibatches(len(pairs), max(1, size // 2), step)
             batches = [[i for pair in half for i in pairs[pair]] for half in halves]
         else:
-            batches = self._minibatches(len(rollouts.responses), size, step, 0)
+            batches = self._minibatches(len(rollouts.responses), size, step)
 
         def learn() -> Tensor:
             sums, grad_norm, finals = reward.update(rollouts, reference, batches, factor)
@@ -458,46 +458,45 @@ class _Trainer:
         )
         rollouts.advantages = of_token
 
-    def _minibatches(self, size: int, most: int, step: int, epoch: int) -> list[list[int]]:
+    def _minibatches(self, size: int, most: int, step: int) -> list[list[int]]:
         """All responses in a random order, split evenly, so that no update is made of a small rest."""
         count = -(-size // most)
-        order = epoch_order(size, self.config.seed, step * self.config.num_epochs + epoch)
+        order = epoch_order(size, self.config.seed, step)
         return [order[i * size // count : (i + 1) * size // count] for i in range(count)]
 
     def _update(self, rollouts: Rollouts, step: int, factor: float) -> dict[str, float]:
-        """`num_epochs` passes of clipped updates over the rollouts, each divided by its minibatch's sizes."""
+        """One pass of clipped updates over the rollouts, each divided by its minibatch's sizes."""
         config, options = self.config, self.method.loss
         assert config.learning_rate is not None
         total, grad_norm, updates = MetricSums(), 0.0, 0
-        for epoch in range(config.num_epochs):
-            size = filled(config.minibatch_size)
-            for minibatch in self._minibatches(len(rollouts.responses), size, step, epoch):
-                divisors = (
-                    rollouts.denominator(minibatch, options.reduction),
-                    rollouts.denominator(minibatch, options.candidate_reduction),
-                )
+        size = filled(config.minibatch_size)
+        for minibatch in self._minibatches(len(rollouts.responses), size, step):
+            divisors = (
+                rollouts.denominator(minibatch, options.reduction),
+                rollouts.denominator(minibatch, options.candidate_reduction),
+            )
 
-                def loss_and_sums(
-                    micro: list[int], minibatch: list[int] = minibatch, divisors: tuple[Any, Any] = divisors
-                ) -> tuple[Tensor, Tensor]:
-                    chosen = micro or minibatch[:1]
-                    found = self.module(rollouts.batch(chosen), rollouts.targets(chosen), *divisors)
-                    losses = torch.stack([found.loss.detach(), found.token_loss, found.candidate_loss])
-                    return found.loss, torch.cat([losses, stacked(found.metrics, DISTRL_METRICS)])
+            def loss_and_sums(
+                micro: list[int], minibatch: list[int] = minibatch, divisors: tuple[Any, Any] = divisors
+            ) -> tuple[Tensor, Tensor]:
+                chosen = micro or minibatch[:1]
+                found = self.module(rollouts.batch(chosen), rollouts.targets(chosen), *divisors)
+                losses = torch.stack([found.loss.detach(), found.token_loss, found.candidate_loss])
+                return found.loss, torch.cat([losses, stacked(found.metrics, DISTRL_METRICS)])
 
-                values, grad_norm = update(
-                    self.accelerator,
-                    self.module,
-                    self.optimizer,
-                    rollouts.microbatches(minibatch, config.per_device_train_batch_size, self.accelerator),
-                    loss_and_sums,
-                    learning_rate=config.learning_rate * factor,
-                    max_grad_norm=config.max_grad_norm,
-                )
-                losses = dict(zip(LOSSES, values[: len(LOSSES)], strict=True))
-                total.add({name: (value, 1.0) for name, value in losses.items()})
-                total.add(paired(values[len(LOSSES) :], DISTRL_METRICS))
-                updates += 1
+            values, grad_norm = update(
+                self.accelerator,
+                self.module,
+                self.optimizer,
+                rollouts.microbatches(minibatch, config.per_device_train_batch_size, self.accelerator),
+                loss_and_sums,
+                learning_rate=config.learning_rate * factor,
+                max_grad_norm=config.max_grad_norm,
+            )
+            losses = dict(zip(LOSSES, values[: len(LOSSES)], strict=True))
+            total.add({name: (value, 1.0) for name, value in losses.items()})
+            total.add(paired(values[len(LOSSES) :], DISTRL_METRICS))
+            updates += 1
         numbers = {"updates": updates, "grad_norm": grad_norm, "learning_rate": config.learning_rate * factor}
         return total.means() | numbers
 

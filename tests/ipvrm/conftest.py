@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ipvrm.models.tiny_model import TinyModelConfig, make_tiny_model
+from ipvrm.training import optimizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # models this small are fastest so, above all beside other processes
@@ -28,6 +29,13 @@ def make_rollouts(path: Path, count: int, seed: int = 0) -> Path:
             ]
             file.write(json.dumps({"conversation": messages, "label": label}) + "\n")
     return path
+
+
+@pytest.fixture
+def linear_adam(monkeypatch):
+    """Adam's step is proportional to the gradient, so that two ways to form it, which differ by rounding,
+    give nearly the same weights; else rounding decides the sign near 0. For commands: `LINEAR_IPVRM`."""
+    monkeypatch.setattr(optimizer, "EPSILON", 1.0)
 
 
 @pytest.fixture(scope="session")

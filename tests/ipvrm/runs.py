@@ -21,6 +21,19 @@ ROOT = Path(__file__).resolve().parents[2]
 VARYING = ("seconds", "tokens_per_second", "peak_memory", "algorithm")  # beginnings of names
 
 
+# a module: the command line with the Adam of the fixture `linear_adam`
+LINEAR_IPVRM = """
+import sys
+
+from ipvrm.cli import main
+from ipvrm.training import optimizer
+
+optimizer.EPSILON = 1.0
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
 def write_jsonl(path, records):
     """A record that is a string is written as it is."""
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))

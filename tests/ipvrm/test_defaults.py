@@ -86,7 +86,6 @@ TRAIN_RM = {
     "per_device_train_batch_size": one(8, SPEED),
     "gradient_accumulation_steps": one(None, OURS + "global_batch_size decides"),
     "weight_decay": one(0.0, f"{RM_CODE}; the paper names none"),
-    "adam_epsilon": one(1e-8, OURS + "torch's default, as in the released code"),
     "max_grad_norm": one(1.0, f"{RM_CODE}; the paper names none"),
     "chat_template_kwargs": one(None, OURS + "as the model's template; release: test_chat.py"),
     "max_length": both(4096, OURS + "room for 2,048 + 2,048; the paper names none", 2560, RM),
@@ -167,7 +166,6 @@ TRAIN_POLICY = {
     "lora_alpha": one(128.0, "paper, Appendix C: 128 at rank 128 (of its SFT)"),
     "lora_target_modules": one(("all-linear",), RL + ", target_modules"),
     "max_steps": one(100, OURS + "a run is as long as it is asked to be"),
-    "num_epochs": one(1, f"{VERL} (ppo_epochs); the paper names none"),
     "minibatch_size": both(
         128, OURS + "the paper names none", 2048, RL + ", ppo_mini_batch_size of prompts x 16"
     ),
@@ -177,7 +175,6 @@ TRAIN_POLICY = {
     "lr_scheduler_type": one("constant", f"{VERL}; the paper names none"),
     "warmup_ratio": one(0.0, f"{VERL}; the paper names none"),
     "weight_decay": both(0.0, OURS + "the paper names none", 0.01, VERL),
-    "adam_epsilon": one(1e-8, OURS + "torch's default, as in the released code"),
     "max_grad_norm": one(1.0, f"{VERL}; the paper names none"),
     "mixed_precision": both(
         "no",

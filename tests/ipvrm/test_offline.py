@@ -23,6 +23,7 @@ from ipvrm.models.causal_lm import CandidateLogprobs, load_model, load_tokenizer
 from ipvrm.models.reward_model import read_info, reference_entries, write_info
 from ipvrm.rollouts.label import LabelConfig, label_file
 from ipvrm.rollouts.rollout import RolloutConfig, roll_out
+from ipvrm.training import optimizer
 from ipvrm.training.policy_config import PolicyConfig, resolve
 from ipvrm.training.policy_rollouts import Collector
 from ipvrm.training.stored_rollouts import StoredRollouts
@@ -230,7 +231,8 @@ def test_an_offline_update_is_the_online_update_on_the_same_rollouts(
     """Online, the same responses are given to the trainer without what was stored of them."""
     # Adam's first step is lr * g / (|g| + epsilon): with a small epsilon a gradient of rounding errors alone
     # would move a weight as far as any other
-    offline = config("offline", algorithm=algorithm, adam_epsilon=1e-3, lr_scheduler_type="constant")
+    offline = config("offline", algorithm=algorithm, lr_scheduler_type="constant")
+    monkeypatch.setattr(optimizer, "EPSILON", 1e-3)
     train(offline)
     stored = stored_of(offline)
 
@@ -270,10 +272,10 @@ def reward_model_without_weights(toy, tmp_path):
     ids=["distrl", "grpo_prm", "distrl-sft"],
 )
 def test_an_update_from_stored_scores_is_that_of_the_reward_model_whose_weights_it_does_not_read(
-    config, toy, tmp_path, changes
+    config, toy, tmp_path, monkeypatch, changes
 ):
-    # adam_epsilon: as in the test above
-    settings = {"adam_epsilon": 1e-3, "lr_scheduler_type": "constant"} | changes
+    monkeypatch.setattr(optimizer, "EPSILON", 1e-3)  # as in the test above
+    settings = {"lr_scheduler_type": "constant"} | changes
     scoring = config("scoring", **settings)
     stored = config(
         "stored",

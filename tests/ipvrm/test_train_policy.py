@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from runs import (
+    LINEAR_IPVRM,
     assert_nothing_to_unpickle,
     fake_tensorboard,
     flags,
@@ -217,7 +218,7 @@ def test_it_learns(config, toy):
         {"preset": "release", "num_generations": 4},
         {"preset": "release", "num_generations": 4, "algorithm": "grpo"},
         {"td_reference": "sft", "rm_update": "frozen"},
-        {"mixed_precision": "bf16", "num_epochs": 2},
+        {"mixed_precision": "bf16"},
         {"temperature": 0.7, "gradient_checkpointing": True},
     ],
     ids=str,
@@ -251,10 +252,9 @@ def test_the_other_ways_run(config, toy, changes):
     ],
     ids=str,
 )
-def test_the_split_does_not_matter(config, toy, changes, sizes):
+def test_the_split_does_not_matter(config, toy, linear_adam, changes, sizes):
     """Micro-batches of 1, 5 and all: the same policy and reward model."""
-    # A large epsilon makes Adam's step proportional to the gradient; else rounding decides the sign near 0.
-    common = {"adam_epsilon": 1.0, "learning_rate": 1.0, "rm_learning_rate": 1.0, "max_grad_norm": 0.0}
+    common = {"learning_rate": 1.0, "rm_learning_rate": 1.0, "max_grad_norm": 0.0}
     settings = config(**changes, **common)
     runs = {
         size: train(
@@ -407,7 +407,7 @@ def test_no_logits_in_an_update(sampled, toy, peak_of, fault):
     assert (peak < 0.5 * 4 * N * V) == (not fault), f"{peak / 2**20:.0f} MiB, {4 * N * V / 2**20:.0f} MiB"
 
 
-def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_path):
+def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, linear_adam, tmp_path):
     """Without DLW and ADB, against the reference it was trained with: the update of `train-rm`."""
     _, rollouts = sampled
     from ipvrm.models.causal_lm import load_tokenizer
@@ -419,7 +419,7 @@ def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, tmp_pa
             prompt = tokenizer.decode(r.input_ids[1 : r.prompt_length - 1])
             response = tokenizer.decode(r.input_ids[r.prompt_length : -1])
             file.write(json.dumps({"prompt": prompt, "response": response, "label": r.label}) + "\n")
-    common = {"adam_epsilon": 1.0, "max_grad_norm": 0.0, "per_device_train_batch_size": 5}
+    common = {"max_grad_norm": 0.0, "per_device_train_batch_size": 5}
     offline = train_reward_model(
         RewardConfig(
             str(toy / "ipvrm"),
@@ -1100,14 +1100,14 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"algorithm": "prime", "num_epochs": 2},
+        {"algorithm": "prime"},
         {"preset": "release", "num_generations": 4},
         *(
             pytest.param(changes, marks=pytest.mark.full)
             for changes in (
                 {"algorithm": "grpo"},
                 {"algorithm": "grpo_prm", "rm_update": "after"},
-                {"algorithm": "spro", "num_epochs": 2},
+                {"algorithm": "spro"},
                 {"td_reference": "sft"},
                 {"rm_update": "frozen"},
                 {"mixed_precision": "bf16"},
@@ -1438,13 +1438,15 @@ def test_lora_of_the_policy_alone_or_of_the_reward_model_alone(config, toy):
 
 
 @pytest.mark.slow
-def test_two_gloo_processes_give_the_update_of_one(config, toy):
+def test_two_gloo_processes_give_the_update_of_one(config, toy, linear_adam, tmp_path):
     """Prompts and micro-batches are shared out; both runs end with the same two models."""
-    common = {"adam_epsilon": 1.0, "learning_rate": 1.0, "rm_learning_rate": 1.0, "max_grad_norm": 0.0}
+    common = {"learning_rate": 1.0, "rm_learning_rate": 1.0, "max_grad_norm": 0.0}
     one = train(config("one", **common)).output_dir
     two = config("two", per_device_train_batch_size=7, eval_data=str(toy / "prompts.jsonl"), **common)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run_cli(*launch, "-m", "ipvrm", "train-policy", *flags(two), path=toy)
+    (tmp_path / "linear_ipvrm.py").write_text(LINEAR_IPVRM)
+    command = [*launch, "-m", "linear_ipvrm", "train-policy", *flags(two)]
+    done = run_cli(*command, path=f"{toy}{os.pathsep}{tmp_path}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((Path(two.output_dir) / "manifest.json").read_text())["ranks"] == 2
     assert_close_weights(two.output_dir, one, toy / "sft")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from runs import (
+    LINEAR_IPVRM,
     ROOT,
     assert_nothing_to_unpickle,
     flags,
@@ -163,14 +164,12 @@ def test_the_released_command_takes_a_mean_per_sequence():
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["ipvrm", "implicit_prm"])
 @pytest.mark.parametrize("preset", ["paper", "release"])
-def test_the_split_does_not_matter(config, objective, preset):
+def test_the_split_does_not_matter(config, linear_adam, objective, preset):
     """16 = 1 x 16, 4 x 4 (by rows), 16 x 1; the third update of the epoch has 12 rows."""
-    # A large epsilon makes Adam's step proportional to the gradient; else rounding decides the sign near 0.
     common = {
         "objective": objective,
         "preset": preset,
         "max_steps": 3,
-        "adam_epsilon": 1.0,
         "learning_rate": 1.0,
         "mixed_precision": "no",  # bf16 rounds a batch of another shape otherwise
     }
@@ -770,17 +769,18 @@ def test_the_starting_model_is_not_overwritten(config, tiny_folder):
 
 
 @pytest.mark.full
-def test_two_gloo_processes_give_the_update_of_one(config, tmp_path):
+def test_two_gloo_processes_give_the_update_of_one(config, linear_adam, tmp_path):
     """The last update of the epoch has one row: one of the ranks has none."""
     rows = Path(config().train_data).read_text().splitlines(keepends=True)[:17]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(rows))
     common = {"train_data": str(data), "eval_data": str(data), "num_train_epochs": 2, "save_steps": 2}
-    common |= {"adam_epsilon": 1.0, "learning_rate": 1.0}  # see test_the_split_does_not_matter
+    common |= {"learning_rate": 1.0}
     one = train(config("one", **common))
     two = config("two", per_device_train_batch_size=3, **common)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run_cli(*launch, "-m", "ipvrm", "train-rm", *flags(two))
+    (tmp_path / "linear_ipvrm.py").write_text(LINEAR_IPVRM)
+    done = run_cli(*launch, "-m", "linear_ipvrm", "train-rm", *flags(two), path=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((Path(two.output_dir) / "manifest.json").read_text())["ranks"] == 2
     want, got, start = weights(one.output_dir), weights(two.output_dir), weights(config().model)
@@ -798,21 +798,21 @@ def test_two_gloo_processes_give_the_update_of_one(config, tmp_path):
 
 RUNS = """
 import json, sys
-from ipvrm.cli import main
+from linear_ipvrm import main
 for given in json.load(open(sys.argv[1])):
     assert main(["train-rm", *given]) == 0, given
 """
 
 
 @pytest.mark.full
-def test_two_sharded_processes_give_the_run_of_one(config, tmp_path):
+def test_two_sharded_processes_give_the_run_of_one(config, linear_adam, tmp_path):
     """FSDP2 by torch itself, on gloo, of the whole model and of adapters. A checkpoint of one process is gone
     on from by two sharded ranks, and one of theirs by one process, which shards nothing."""
     rows = Path(config().train_data).read_text().splitlines(keepends=True)[:17]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(rows))
     common = {"train_data": str(data), "num_train_epochs": 2, "save_steps": 2}
-    common |= {"adam_epsilon": 1.0, "learning_rate": 1.0}  # see test_the_split_does_not_matter
+    common |= {"learning_rate": 1.0}
 
     def behind_step_2_of(name):
         """The settings of a run that goes on in a folder with the log so far and this checkpoint alone."""
@@ -826,6 +826,7 @@ def test_two_sharded_processes_give_the_run_of_one(config, tmp_path):
         ones[r] = train(config(f"one_{r}", lora_r=r, **common))
         for more in ({"name": f"two_{r}"}, behind_step_2_of(f"one_{r}")):
             sharded.append(config(lora_r=r, fsdp=True, per_device_train_batch_size=3, **common, **more))
+    (tmp_path / "linear_ipvrm.py").write_text(LINEAR_IPVRM)
     (tmp_path / "runs.py").write_text(RUNS)
     write_json(tmp_path / "runs.json", [flags(one) for one in sharded])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
