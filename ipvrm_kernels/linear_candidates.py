@@ -193,7 +193,7 @@ def _triton(
 
 def check_top_k(op: str, impl: str, V: int, min_prob: float | None, K: int) -> None:
     """Raise ValueError where `impl` cannot find so many of V tokens."""
-    if impl == "triton" and _groups(V, min_prob, K)[1] > MAX_TOP_K:
+    if IMPLS[impl].forward is _triton and _groups(V, min_prob, K)[1] > MAX_TOP_K:
         raise ValueError(
             f"{op}: top_k must be at most {MAX_TOP_K} for impl='triton' and V > {MAX_COLUMNS}"
             f" without min_prob, got top_k={K} and V={V}; pass a smaller top_k or impl='torch'"
