@@ -92,6 +92,7 @@ def test_what_is_lost_is_seen(tmp_path):
     assert runs.differ(before, runs.contents(tmp_path)) == "missing: out.jsonl"
 
 
+@pytest.mark.slow
 def test_damage_is_damage_and_repeats(tmp_path):
     path, data = tmp_path / "x", bytes(range(1, 256)) * 20
     said, same = [], 0
@@ -247,6 +248,7 @@ def test_a_disk_that_cannot_be_mounted_is_not_tried(monkeypatch, tmp_path):
     assert runs.disk(world, world.command, Tmpfs(0)) == ("no mount allowed here", None, False)
 
 
+@pytest.mark.slow
 def test_random_calls_return_or_raise():
     """The same ones that the sanitizers see."""
     done = {"returned": 0, "refused": 0}

@@ -236,6 +236,7 @@ def test_the_dry_run_of_everything_that_goes_wrong(fake_gpu, capsys):
     assert "does not answer after d" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_report_resumes_where_it_stopped(fake_gpu, tmp_path):
     def parts(folder):
         once_bad = (

@@ -77,6 +77,7 @@ def test_a_damaged_one_is_passed_over_and_said(tmp_path, kind, name):
             find_checkpoint(tmp_path, str(newer), said.append)
 
 
+@pytest.mark.slow
 def test_every_single_flipped_bit_is_seen(tmp_path):
     path = make(tmp_path, 1)
     names = [name for name in files_of(path) if name != CHECKSUMS]

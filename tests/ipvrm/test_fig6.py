@@ -299,6 +299,7 @@ def test_a_difference_is_claimed_beyond_three_errors_only(demo, trained, tmp_pat
     assert "naive lowest (0.600), 0.300 ± 0.058 apart: a difference is shown" in text
 
 
+@pytest.mark.slow
 def test_screen_fits_eighty_columns(demo, trained, tmp_path, capsys):
     config = Fig6Config(demo=str(demo), output_dir=str(tmp_path / "fig6"))
     reproduce(config, progress=True, scale=SCALE)

@@ -4,6 +4,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import ipvrm
 
 ROOT = Path(ipvrm.__file__).parent
@@ -130,6 +132,7 @@ def late_attributes(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_no_attribute_is_first_set_outside_init():
     found = [
         f"{path.relative_to(ROOT)}:{line}"

@@ -177,6 +177,7 @@ def test_a_shard_that_is_not_there(sharded):
         load_model(folder)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_called_one(tiny_folder, tmp_path):
     peft = pytest.importorskip("peft")
     adapter = tmp_path / "adapter"

@@ -75,6 +75,7 @@ def measured(tiny_folder, reward_folder, tokenizer, tmp_path, monkeypatch):
     return measure
 
 
+@pytest.mark.slow
 def test_with_one_minibatch_the_auc_is_that_of_the_frozen_model(measured):
     records = [measured(order, 24)[0] for order in ("frozen", "before", "after")]
     for name in ("rm_auc", "rm_accuracy", "rm_auc_responses"):
@@ -129,6 +130,7 @@ def test_a_dpo_model_learns_from_pairs_of_the_rollouts(measured, reward_folder, 
     assert (2.0 * (after[chosen] - after[chosen + 2])).mean() > difference.mean()
 
 
+@pytest.mark.slow
 def test_a_lost_reference_matters_only_where_it_is_read(tiny_folder, reward_folder, tokenizer, tmp_path):
     moved = tmp_path / "rm"
     shutil.copytree(reward_folder, moved)

@@ -31,6 +31,7 @@ def in_shell(line, folder):
     subprocess.run(["bash", "-c", line], capture_output=True, timeout=120, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shell",
     [

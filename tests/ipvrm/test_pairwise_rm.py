@@ -232,6 +232,7 @@ def test_the_step_of_a_q_rm_by_hand(config, tiny_folder, groups):
             torch.testing.assert_close(got.model.get_parameter(name), parameter, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_pair_file_gives_what_its_rows_give(config, groups, tmp_path):
     """`--pairs all` of two responses a prompt, and the same as a file of pairs: the same weights."""
     rows = [json.loads(line) for line in groups.read_text().splitlines()]
@@ -248,6 +249,7 @@ def test_a_pair_file_gives_what_its_rows_give(config, groups, tmp_path):
     assert train(config("single", train_data=data)).metrics["data"]["used"] == 20  # each a row of its own
 
 
+@pytest.mark.slow
 def test_a_q_rm_resumes_to_the_same_bits(config):
     whole = train(config("whole", objective="q_rm", max_steps=4))
     stopped = config("stopped", objective="q_rm", max_steps=4, save_steps=2)

@@ -155,6 +155,7 @@ def config(tiny_folder, rollouts, output, **changes):
     )
 
 
+@pytest.mark.slow
 def test_a_run_sends_its_log_to_a_tracker_and_writes_a_card(tiny_folder, rollouts, tmp_path, monkeypatch):
     from accelerate import tracking
 

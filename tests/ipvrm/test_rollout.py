@@ -113,6 +113,7 @@ def test_a_padding_that_is_not_masked_would_be_found(model, encoded, stops, monk
     assert TransformersEngine(model, stops)(encoded, Sampling(20, temperature=0), [0] * 4) != alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(16), Sampling(16, 0.7, 0.9), Sampling(16, 1.3, 1.0, 5)])
 def test_a_response_depends_on_its_seed_alone(model, encoded, stops, sampling):
     """Not on the batch size, nor on the order, nor on what else is sampled, nor on the global generator."""

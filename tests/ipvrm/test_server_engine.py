@@ -59,6 +59,7 @@ def engine_of(server, sharp, stops, **options):
 SAMPLINGS = [Sampling(16), Sampling(16, 0.0), Sampling(16, 0.7, 0.9), Sampling(16, 1.3, 1.0, 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_ids_are_the_local_engine_s(server, sharp, stops, model, encoded, sampling):
     pairs = [(prompt, response_seed(1, row, k)) for row, prompt in enumerate(encoded) for k in range(2)]
@@ -163,6 +164,7 @@ def changed(**values):
     return lambda choice: choice | {k: v(choice) if callable(v) else v for k, v in values.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [

@@ -407,6 +407,7 @@ def test_no_logits_in_an_update(sampled, toy, peak_of, fault):
     assert (peak < 0.5 * 4 * N * V) == (not fault), f"{peak / 2**20:.0f} MiB, {4 * N * V / 2**20:.0f} MiB"
 
 
+@pytest.mark.slow
 def test_online_update_is_train_rm_on_the_same_rows(config, toy, sampled, linear_adam, tmp_path):
     """Without DLW and ADB, against the reference it was trained with: the update of `train-rm`."""
     _, rollouts = sampled
@@ -578,6 +579,7 @@ def test_a_resumed_run_that_fails_at_once_keeps_what_the_reward_model_was_traine
     RewardModel.from_pretrained(again, device="cpu")
 
 
+@pytest.mark.slow
 def test_the_chat_settings_of_the_run_are_saved_with_its_reward_model(config, toy, tmp_path):
     """Those of the prompts that it has learnt from, not those that it came with; unless it is frozen."""
     policy = tmp_path / "sft"
@@ -1334,6 +1336,7 @@ def test_an_evaluation_that_fails_loses_nothing(config, toy, monkeypatch, steps)
     assert result.metrics["eval"] == whole.metrics["eval"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("poisoned", "moved", "saves"),
     [

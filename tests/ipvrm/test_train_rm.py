@@ -188,6 +188,7 @@ def test_the_split_does_not_matter(config, linear_adam, objective, preset):
         assert_same_log(run.output_dir, runs[0].output_dir)
 
 
+@pytest.mark.slow
 def test_validation_does_not_depend_on_the_micro_batch(config, rollouts):
     runs = [
         train(config(f"eval{size}", max_steps=1, eval_data=str(rollouts), per_device_train_batch_size=size))
@@ -210,12 +211,14 @@ def test_bf16_autocast_keeps_fp32_masters(config):
     assert log_of(result.output_dir)[1]["loss"] == pytest.approx(5.0067, abs=0.1)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_run(config):
     train(config("plain", max_steps=2))
     train(config("checkpointed", max_steps=2, gradient_checkpointing=True))
     assert same_bits(config("plain").output_dir, config("checkpointed").output_dir)
 
 
+@pytest.mark.slow
 def test_another_reference(config, tiny_folder, tmp_path):
     """The log-ratio starts away from 0 and the run folder names the reference that was used."""
     other = train(config("other", max_steps=2)).output_dir
@@ -539,6 +542,7 @@ def test_resume_gives_the_same_bits(uninterrupted, tmp_path):
         }
 
 
+@pytest.mark.slow
 def test_a_resume_by_another_matmul_library_says_so(uninterrupted, tmp_path, capsys, monkeypatch):
     """It stands in the manifest and in every checkpoint."""
     whole, folder = Path(uninterrupted.output_dir), tmp_path / "run"
@@ -558,6 +562,7 @@ def test_a_resume_by_another_matmul_library_says_so(uninterrupted, tmp_path, cap
     assert json.loads((folder / "manifest.json").read_text())["cpu_matmul"] == "another: FAKE"
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_costs_a_checkpoint_and_not_the_run(uninterrupted, tmp_path, capsys):
     whole, folder = Path(uninterrupted.output_dir), tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -605,6 +610,7 @@ def test_resume_refuses_another_run(uninterrupted, tmp_path, rollouts):
         train(copy_of(uninterrupted, folder, resume_from_checkpoint=str(folder)))
 
 
+@pytest.mark.slow
 def test_the_same_command_starts_goes_on_and_is_finished(config, tmp_path, monkeypatch):
     """`auto`: no checkpoint, a checkpoint, a finished run, which is left alone; others are refused."""
     settings = config(max_steps=3, resume_from_checkpoint="auto")
@@ -669,6 +675,7 @@ def interrupt_after(monkeypatch, step, signal_number=signal.SIGINT):
     monkeypatch.setattr(train_rm._Trainer, "_update", interrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_resumes_to_the_same_bits(uninterrupted, tmp_path, monkeypatch, signal_number):
     folder = tmp_path / "run"
@@ -746,6 +753,7 @@ def test_nan_stops_before_the_weights_take_it(config, monkeypatch):
     assert all(value.isfinite().all() for value in weights(folder).values())
 
 
+@pytest.mark.slow
 def test_old_checkpoints_are_removed(config):
     result = train(config(save_steps=1, save_total_limit=2, max_steps=5))
     assert [p.name for p in checkpoints(result.output_dir)] == ["checkpoint-3", "checkpoint-4"]

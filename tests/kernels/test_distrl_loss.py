@@ -195,6 +195,7 @@ def test_nan_is_not_hidden(impl, device, place, candidate_reduction):
     assert metrics[[0, 1, 3, 4, 6], :].isfinite().all() and metrics[:, 1].isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_million_elements_keep_fp32_accuracy(impl, device):
     """Every sum to a few eps of the sum of its terms' sizes, and the same bits whatever the thread count."""
     if backend.INTERPRETED:

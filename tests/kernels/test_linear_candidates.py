@@ -257,6 +257,7 @@ def test_seeded_faults_are_caught(impl, device, fault, monkeypatch):
         check(impl, device, hidden, weight)
 
 
+@pytest.mark.slow
 @settings(max_examples=5 if backend.INTERPRETED else 30, deadline=None)  # the interpreter is slow
 @given(
     N=st.integers(0, 20), V=st.integers(1, 200), level=st.floats(0.01, 30), seed=st.integers(0, 2**31),
