@@ -504,7 +504,7 @@ def test_the_help_of_a_flag_names_both_presets(command, capsys):
 
     with pytest.raises(SystemExit):
         parse(config_class(command), ["--help"], prog=command)
-    text = " ".join(word.strip("│╭╰─╮╯") for word in capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.translate(dict.fromkeys(map(ord, "│╭╰─╮╯"), " ")).split())
     found = {}
     for flag, entry in TABLES[command].items():
         if entry.release_source:
