@@ -4,7 +4,6 @@ A row is a conversation whose last message is the assistant's, or a prompt and a
 tokens of the prompt and those that the policy sampled, the end-of-turn token included where it ended.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,6 +18,9 @@ TOKENIZER_CHARACTERS = 1 << 22
 NOTED = {  # counts of rows whose stored ids are worth a word, and what it says of them
     "other_tokens_than_sampled": "were sampled as other tokens than their text encodes to; those are taken",
     "ids_of_another_tokenizer": "have ids of another tokenizer; their text is encoded with this one",
+    "other_prompts_than_rendered": "were sampled behind another prompt than the chat template writes here, "
+    "which is what `score` reads; the sampled one is taken (`rollout` had other --chat_template_kwargs, or the "
+    "template writes the date)",
 }
 
 
@@ -67,11 +69,11 @@ def tokenize(
 ) -> Tokenized:
     """Rows to token ids, in order: prompt + what the policy sampled.
 
-    A row's response is, in this order: (1) the ids that `ipvrm rollout` stored, if they are of this
-    tokenizer; they must decode to the row's text, and those of the prompt be what the template writes here,
-    since `score` will read such a prompt; (2) the text's own tokens behind the prompt's, and behind
-    them the token that ends a turn under this template (else `eos_token`) where the response ended; (3) where
-    the answer is a message with more than content (reasoning, tool calls), what the template writes for it.
+    A row's response is, in this order: (1) the ids that `ipvrm rollout` stored, the prompt's too, if they are
+    of this tokenizer; they must decode to the row's text; (2) the text's own tokens behind the prompt's, and
+    behind them the token that ends a turn under this template (else `eos_token`) where the response ended;
+    (3) where the answer is a message with more than content (reasoning, tool calls), what the template writes
+    for it.
     With a chat template a text prompt becomes one user message; without, prompt and response stand as they
     are.
 
@@ -132,8 +134,6 @@ def tokenize(
                 refused(row, f"{excess}; shorten it, or where the command has --max_length, give {limit}")
                 continue
             responses.append(response)
-    if on_bad_row == "error" and 0 < encoder.other_prompts == len(rows):
-        raise IpvrmError(f"all {len(rows)} rows are bad alike; {bad[0]}")
     report_bad_rows(bad, on_bad_row, total=len(rows))
     counts |= {
         "used": len(responses),
@@ -145,10 +145,6 @@ def tokenize(
         **{name: len(sources) for name, sources in encoder.noted.items()},
     }
     return Tokenized(responses, counts, bad, encoder.noted)
-
-
-class OtherPrompt(ValueError):
-    """A row that was sampled behind another prompt than the template writes with these variables."""
 
 
 class TooLong(ValueError):
@@ -180,7 +176,6 @@ class _Encoder:
         self.with_offsets = with_offsets
         self.hash: str | None = None
         self.noted: dict[str, list[str]] = {name: [] for name in NOTED}
-        self.other_prompts = 0  # rows whose stored prompt is not the one that the template writes here
 
     def __call__(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Response | str | TooLong]]:
         texts = [self._answer(row) for row in rows]
@@ -192,9 +187,6 @@ class _Encoder:
                 yield row, self._response(row, text, next(encodings))
             except TooLong as error:
                 yield row, error
-            except OtherPrompt as error:
-                self.other_prompts += 1
-                yield row, str(error)
             except ValueError as error:
                 yield row, str(error)
 
@@ -228,7 +220,10 @@ class _Encoder:
             ids.pop()
         prompt = self.chat.prompt_ids(row.prompt, row.tools)
         if (sampled := row.sampled) is not None and self._is_ours(row.source, sampled):
-            check_sampled(row, sampled, self.chat, self.vocab_size)
+            check_sampled(row, sampled, self.chat.tokenizer, self.vocab_size)
+            if sampled.prompt_ids != prompt:
+                self.noted["other_prompts_than_rendered"].append(row.source)
+                prompt = sampled.prompt_ids
             if list(sampled.response_ids) != ids:
                 self.noted["other_tokens_than_sampled"].append(row.source)
                 ids = list(sampled.response_ids)
@@ -251,10 +246,8 @@ class _Encoder:
         return sampled.tokenizer_hash == self.hash
 
 
-def check_sampled(row: Row, sampled: Sampled, chat: Chat, vocab_size: int | None) -> None:
-    """Raises ValueError unless the stored ids are below `vocab_size`, decode to the row's text and, those of
-    the prompt, are what the template writes."""
-    tokenizer = chat.tokenizer
+def check_sampled(row: Row, sampled: Sampled, tokenizer: Any, vocab_size: int | None) -> None:
+    """Raises ValueError unless the stored ids are below `vocab_size` and decode to the row's text."""
     body = sampled.response_ids[:-1] if row.ended else sampled.response_ids
     if not sampled.prompt_ids or not sampled.response_ids:
         raise ValueError("prompt_ids and response_ids must hold at least one id each")
@@ -271,16 +264,6 @@ def check_sampled(row: Row, sampled: Sampled, chat: Chat, vocab_size: int | None
     messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
     if missing_part(messages, row.tools, text):
         raise ValueError(f"prompt_ids decode to another text than the prompt: {text!r:.60}")
-    if (here := chat.prompt_ids(row.prompt, row.tools)) != (there := sampled.prompt_ids):
-        pairs = enumerate(zip(here, there, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), min(len(here), len(there)))
-        read, written = (_decode(tokenizer, ids[same : same + 12]) for ids in (there, here))
-        raise OtherPrompt(
-            f"its prompt_ids are not what the chat template writes with --chat_template_kwargs "
-            f"'{json.dumps(chat.kwargs)}': from token {same + 1} on the policy read {read!r:.60}, and here "
-            f"it would be {written!r:.60}; give the variables that `ipvrm rollout` had, or leave out "
-            "prompt_ids, response_ids and tokenizer_hash, and the texts are encoded"
-        )
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

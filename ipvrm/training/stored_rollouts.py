@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ipvrm.data.batches import epoch_order
-from ipvrm.data.chat import Chat, parse_template_kwargs, tokenizer_hash
+from ipvrm.data.chat import tokenizer_hash
 from ipvrm.data.files import file_hash, records
-from ipvrm.data.responses import OtherPrompt, Response, check_sampled
+from ipvrm.data.responses import Response, check_sampled
 from ipvrm.data.rows import (
     BEHAVIOUR,
     COLUMNS,
@@ -75,7 +75,6 @@ class StoredRollouts:
         counts: Counter[str] = Counter()
         bad: list[BadRow] = []
         vocabulary = vocab_size(config.model)
-        chat = Chat(tokenizer, parse_template_kwargs(config.chat_template_kwargs))
         self.kind: dict[str, Any] = {
             "tokenizer_hash": tokenizer_hash(tokenizer),
             "policy_hash": weights_hash(config.model),
@@ -106,16 +105,13 @@ class StoredRollouts:
                     counts["truncated"] += 1
                     continue
                 found = _stored(given, row.label, row.source, vocabulary, context, bool(found_scores))
-                check_sampled(row, cast(Sampled, row.sampled), chat, vocabulary)
+                check_sampled(row, cast(Sampled, row.sampled), tokenizer, vocabulary)
                 counts["scored"] += found.rm_logprobs is not None
                 groups.setdefault(found.response.input_ids[: found.response.prompt_length], []).append(found)
             except IpvrmError:
                 raise
             except ValueError as error:
-                counts["other_prompt"] += isinstance(error, OtherPrompt)
                 bad.append(BadRow(file, number, str(error)))
-        if counts["other_prompt"] == counts["rows"] > 0:
-            raise IpvrmError(f"all {counts['rows']} rows are bad alike; {bad[0]}")
         if counts["incomplete"] == counts["rows"] > 0:
             raise IpvrmError(
                 f"{config.train_data}: none of its {counts['rows']} rows has what --offline needs; make it "

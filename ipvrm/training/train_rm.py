@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ipvrm.data.batches import collate, epoch_order, microbatches_for_rank
 from ipvrm.data.chat import Chat, parse_template_kwargs
 from ipvrm.data.preference import Pairs, pairs_of
-from ipvrm.data.responses import Response, tokenize
+from ipvrm.data.responses import NOTED, Response, tokenize
 from ipvrm.data.rows import read_rows
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.metrics import Metrics, MetricSums, paired, stacked
@@ -140,6 +140,9 @@ class _Inputs:
         self.run.progress.note(
             f"{path}: " + ", ".join(f"{value:,} {name}" for name, value in data.counts.items())
         )
+        for name, said in NOTED.items():
+            if data.counts[name]:
+                self.run.progress.note(f"{path}: {data.counts[name]} of {len(rows)} responses {said}")
         if not data.responses:
             raise IpvrmError(
                 f"{path}: no row is left ({data.counts}); raise --max_length or look at the data"

@@ -286,30 +286,22 @@ def test_stored_ids_that_say_something_else_are_a_bad_row(chat):
             tokenize([row], chat, max_length=None)
 
 
-def test_a_stored_prompt_that_the_template_does_not_write_here_is_a_bad_row(chat):
-    """Trained behind the empty think block of other variables, scored without it."""
+def test_a_stored_prompt_that_the_template_does_not_write_here_is_taken_and_counted(chat):
+    """Sampled behind the empty think block of other variables, or on another day."""
     without = Chat(chat.tokenizer, {"enable_thinking": False})
     thinking, plain = sampled_row(without, prompt_ids=without.prompt_ids("What is 1 + 2?")), sampled_row(chat)
-    assert tokenize([thinking], without, max_length=None).counts["used"] == 1
-    reason = (
-        r"its prompt_ids are not what the chat template writes with --chat_template_kwargs '{}': from "
-        r"token \d+ on the policy read '<think>.*, and here it would be ''; give the variables that "
-    )
-    with pytest.raises(IpvrmError, match=f"^1 of 2 rows are bad .*\n  f:1: {reason}"):
-        tokenize([thinking, plain], chat, max_length=None)
-    with pytest.raises(IpvrmError, match=f"^all 2 rows are bad alike; f:1: {reason}") as caught:
-        tokenize([thinking, thinking], chat, max_length=None)
-    assert len(str(caught.value).splitlines()) == 1
-    skipped = tokenize([thinking, plain], chat, max_length=None, on_bad_row="skip")
-    assert (skipped.counts["used"], skipped.counts["bad"]) == (1, 1)
-    with pytest.raises(IpvrmError, match=r"kwargs '{\"enable_thinking\": false}': .* it would be '<think>"):
-        tokenize([plain, thinking], without, max_length=None)
+    for here, count in ((without, 1), (chat, 1)):
+        found = tokenize([thinking, plain], here, max_length=None)
+        assert found.counts["other_prompts_than_rendered"] == count
+        for response, row in zip(found.responses, (thinking, plain), strict=True):
+            assert response.input_ids == (*row.sampled.prompt_ids, *row.sampled.response_ids)
+            assert response.prompt_length == len(row.sampled.prompt_ids)
+    assert found.noted["other_prompts_than_rendered"] == [thinking.source]
+    assert tokenize([plain], chat, max_length=None).counts["other_prompts_than_rendered"] == 0
 
 
 @pytest.mark.parametrize("command", ["train-rm", "eval bon"])
-def test_rollouts_of_other_template_variables_stop_the_command_in_one_line(
-    chat, thinker, tmp_path, capsys, command
-):
+def test_rollouts_of_other_template_variables_are_said(chat, thinker, tmp_path, capsys, command):
     ids = chat.encode(["Answer: 3"])["input_ids"][0]
     stored = {
         "prompt_ids": list(Chat(chat.tokenizer, {"enable_thinking": False}).prompt_ids("What is 1 + 2?")),
@@ -323,11 +315,10 @@ def test_rollouts_of_other_template_variables_stop_the_command_in_one_line(
         "eval bon": f"eval bon --model {thinker} --data {data} --objective endo_rm --n 2".split(),
     }[command]
     flags += ["--use_cpu"] + ["--max_steps", "1"] * (command == "train-rm")
-    assert main([*flags, "--output_dir", str(tmp_path / "out")]) == 2
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ipvrm ")]
-    assert "rows.jsonl:1: its prompt_ids are not what the chat template writes with" in said
-    with_theirs = ["--chat_template_kwargs", WITHOUT_THINKING, "--output_dir", str(tmp_path / "theirs")]
-    assert main([*flags, *with_theirs]) == 0
+    for given, said in (([], True), (["--chat_template_kwargs", WITHOUT_THINKING], False)):
+        assert main([*flags, *given, "--output_dir", str(tmp_path / str(said))]) == 0
+        shown = " ".join("".join(capsys.readouterr()).split())
+        assert ("sampled behind another prompt than the chat template writes here" in shown) == said
 
 
 NOBODYS = 999_999  # decodes to no text at all
@@ -343,16 +334,14 @@ def test_a_stored_id_beyond_the_model_is_a_bad_row(chat, tiny_folder, where):
         "at the end of a cut one": {"ids": [*ids, NOBODYS], "ended": False},
     }[where]
     rows = [sampled_row(chat), sampled_row(chat, **beyond)]
-    unseen = 1 if where == "prompt_ids" else 2  # the template's own prompt is known
-    found = tokenize(rows, chat, max_length=None, on_bad_row="skip")
-    assert found.counts["used"] == unseen, "the texts are the same"
+    assert tokenize(rows, chat, max_length=None).counts["used"] == 2, "the texts are the same"
     rows_of_model = vocab_size(tiny_folder)
     found = tokenize(rows, chat, max_length=None, vocab_size=rows_of_model, on_bad_row="skip")
     assert found.counts["used"] == 1
     name = "prompt_ids" if where == "prompt_ids" else "response_ids"
     assert f"{name} hold {NOBODYS}, and the model has the ids below {rows_of_model}" in found.bad[0].reason
     exact = max(max(beyond.get("prompt_ids", [0])), max(beyond.get("ids", [0])))
-    for size, used in ((exact + 1, unseen), (exact, 1)):
+    for size, used in ((exact + 1, 2), (exact, 1)):
         limited = tokenize(rows, chat, max_length=None, vocab_size=size, on_bad_row="skip")
         assert limited.counts["used"] == used
 
