@@ -157,9 +157,10 @@ def vocab_parallel_candidates(
         check_row_ids(op, "sampled", sampled, hidden, (1,))
     # as in `vocab_parallel_logprobs`: a rank without rows would wait for those that refuse
     implementation = choose(op, CANDIDATES_IMPLS, impl, hidden)
-    least = None if min_prob is None else checked_number(op, "min_prob", min_prob)
+    least: Any = min_prob
     if not torch.compiler.is_compiling():
         checked_transform(op, *numbers)
+        least = None if min_prob is None else checked_number(op, "min_prob", min_prob)
         check_min_prob(op, least)
     rows = hidden.shape[:-1]
     hidden = flat_rows(hidden, rows)

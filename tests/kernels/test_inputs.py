@@ -290,8 +290,8 @@ def test_min_prob_decides_the_shape_without_top_k():
 @pytest.mark.parametrize("kind", ["tensor", "float"])
 @pytest.mark.parametrize("implementation", ["cpp", pytest.param("torch", marks=pytest.mark.full)])
 def test_twelve_values_compile_once_or_twice(op, kind, implementation):
-    """Values, gradients. Tensors take one compilation; a Python float is a constant of the first graph and
-    symbolic from the second on."""
+    """Values, gradients. Of tensors no value after the first compiles anew; a Python float is a constant of
+    the first graph and symbolic from the second on."""
     if (why := backend.why_not(implementation, "cpu")) is not None:
         pytest.skip(why)
     x, function = OPS[op]
@@ -304,6 +304,7 @@ def test_twelve_values_compile_once_or_twice(op, kind, implementation):
     torch._dynamo.reset()  # other cases count for the same function
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, backend=counter)
+    counts = []
     for i in range(12):
         v = 0.25 + i / 16
         given = [torch.tensor(v) if kind == "tensor" else v] if NUMBERS[op] else []
@@ -313,7 +314,9 @@ def test_twelve_values_compile_once_or_twice(op, kind, implementation):
             gradient = torch.autograd.grad(out.sum(), x)[0] if out.requires_grad else None
             results.append((out.detach(), gradient))
         torch.testing.assert_close(*results)
-    assert counter.frame_count == (2 if kind == "float" and NUMBERS[op] else 1)
+        counts.append(counter.frame_count)
+    assert 1 <= counts[0] <= counts[-1] <= 2
+    assert counts[-1] == (2 if kind == "float" and NUMBERS[op] else counts[0])
 
 
 @pytest.mark.slow

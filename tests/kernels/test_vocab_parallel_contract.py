@@ -87,6 +87,20 @@ def test_nan_rows(impl, device, case, place):
     assert torch.equal(best.ids[~bad], clean.ids) and int(clean.counts.sum()) > N
 
 
+def test_compiled_around_them(impl, device, case, place):
+    """Their exchanges break the graph; what is left of it gives the same."""
+    hidden, weight, ids = case
+
+    def both(hidden):
+        options = dict(temperature=0.75, impl=impl, **place)
+        best = vocab_parallel_candidates(hidden + 1, weight, min_prob=0.05, **options)
+        return *found(best), *found(vocab_parallel_logprobs(hidden + 1, weight, ids, **options))
+
+    torch._dynamo.reset()
+    for mine, theirs in zip(torch.compile(both, backend="eager")(hidden), both(hidden), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("rows", [(2, 3), (3, 0)], ids=str)
 def test_leading_dimensions(impl, device, case, place, rows):
     hidden, weight, ids = case
