@@ -19,8 +19,8 @@ NOTED = {  # counts of rows whose stored ids are worth a word, and what it says 
     "other_tokens_than_sampled": "were sampled as other tokens than their text encodes to; those are taken",
     "ids_of_another_tokenizer": "have ids of another tokenizer; their text is encoded with this one",
     "other_prompts_than_rendered": "were sampled behind another prompt than the chat template writes here, "
-    "which is what `score` reads; the sampled one is taken (`rollout` had other --chat_template_kwargs, or the "
-    "template writes the date)",
+    "which is what `score` reads; the sampled one is taken (other --chat_template_kwargs at `rollout`, or a "
+    "template that writes the date)",
 }
 
 
