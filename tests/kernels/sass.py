@@ -168,9 +168,9 @@ def spills(code: list[Instruction]) -> int:
 def pipeline_faults(code: list[Instruction]) -> list[str]:
     """What is wrong or slow about the wgmma and the loads of a kernel of sm_90, in words.
 
-    A stage is filled by TMA, or, of operands that no descriptor addresses, by cp.async and by the threads'
-    own stores. Of cp.async it is seen that a wait and a barrier stand before a read, not for how many groups
-    is waited.
+    A stage of wgmma is filled by TMA or, of operands that no descriptor addresses, by the threads' stores.
+    What cp.async fills here is read by the threads, which store its copy for wgmma: of it is seen that a wait
+    and a barrier stand before a read, not for how many groups is waited, nor when it fills a stage again.
     """
     found = []
     own = () if any(x.is_a("UTMALDG") for x in code) else ("STS", "STSM")
@@ -194,7 +194,7 @@ def pipeline_faults(code: list[Instruction]) -> list[str]:
         elif x.is_a("BAR"):
             waiting = last_wait = None
             landing = landing and not waited
-        elif x.is_a("UTMALDG", "LDGSTS", *own) and waiting is not None:
+        elif x.is_a("UTMALDG", *own) and waiting is not None:
             found.append(f"{x.address:#x}: a stage is refilled before every warp has left it")
         elif x.opcode == RELEASE and waiting is not None:
             found.append(f"{x.address:#x}: a stage is released before every warp has left it")
