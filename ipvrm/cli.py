@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ipvrm.errors import IpvrmError, cause, reading
 from ipvrm.output.streams import protect
@@ -186,7 +186,8 @@ def parse(config_class: type, arguments: Sequence[str], *, prog: str) -> Any:
     """`config_class` from flags, over `--config FILE.yaml`, over its defaults. Exits with 2 on a bad flag.
 
     Raises:
-        IpvrmError: a flag given twice, a YAML file that cannot be read, or one with a key which is no flag.
+        IpvrmError: a flag of several values given twice, a YAML file that cannot be read, or one with a key
+            which is no flag.
     """
     import tyro
 
@@ -201,16 +202,17 @@ def parse(config_class: type, arguments: Sequence[str], *, prog: str) -> Any:
 
 
 def _check_given_once(config_class: type, arguments: Sequence[str]) -> None:
-    """Refuses a flag that stands twice, of which tyro would keep the last without a word."""
-    names = ["config", *(field.name for field in dataclasses.fields(config_class))]
-    name_of = {flag: name for name in names for flag in (name, f"no_{name}")}
-    given = (text[2:].partition("=")[0].replace("-", "_") for text in arguments if text.startswith("--"))
-    found = [name_of[flag] for flag in given if flag in name_of]
-    for name in found:
-        if found.count(name) > 1:
-            raise IpvrmError(
-                f"--{name} stands twice; give it once, several values behind it where it takes them"
-            )
+    """Refuses a flag of several values that stands twice: those of the first would be lost without a word. Of
+    a flag of one value the last counts, as scripts that append to a command expect."""
+    several = {
+        name
+        for name, hint in get_type_hints(config_class).items()
+        if any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
+    }
+    given = [text[2:].partition("=")[0].replace("-", "_") for text in arguments if text.startswith("--")]
+    for name in given:
+        if name in {*several, "config"} and given.count(name) > 1:
+            raise IpvrmError(f"--{name} stands twice; give it once, with several values behind it")
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:

@@ -117,17 +117,18 @@ def test_yaml_lies_between_defaults_and_flags(tmp_path):
     [
         ("inspect", ["--model", "a", "--k", "3", "--model", "b"], "--model"),
         ("inspect", ["--model=a", "--model", "b"], "--model"),
-        ("inspect", ["--use-cpu", "--no_use_cpu"], "--use_cpu"),
-        ("train-rm", ["--seed", "1", "--seed=2"], "--seed"),
+        ("eval bon", ["--n", "4", "--n=16"], "--n"),
         ("score", ["--config", "a.yaml", "--config=b.yaml"], "--config"),
     ],
 )
-def test_a_flag_that_stands_twice_is_refused_in_one_line(capsys, command, more, flag):
-    assert main([command, *more]) == 2
+def test_a_flag_of_several_values_that_stands_twice_is_refused_in_one_line(capsys, command, more, flag):
+    assert main([*command.split(), *more]) == 2
     said = capsys.readouterr().err
-    assert said == (
-        f"ipvrm {command}: {flag} stands twice; give it once, several values behind it where it takes them\n"
-    )
+    assert said == f"ipvrm {command}: {flag} stands twice; give it once, with several values behind it\n"
+
+
+def test_of_a_flag_of_one_value_the_last_counts():
+    assert parse(RewardConfig, [*REQUIRED, "--seed", "1", "--seed=2"], prog="p").seed == 2
 
 
 def test_a_flag_in_the_file_and_on_the_command_line_is_not_given_twice(tmp_path):
