@@ -114,7 +114,7 @@ def test_a_process_that_cannot_be_killed_is_not_waited_for(monkeypatch, tmp_path
     """As one that waits inside a driver."""
     plain = process._signal
     real = []
-    monkeypatch.setattr(process, "_signal", lambda running, number: real.append(running))
+    monkeypatch.setattr(process, "_signal", lambda running, *_: real.append(running))
     start = time.monotonic()
     result = run_part(Part("a", python("import time; time.sleep(60)"), 1), 1.0, tmp_path / "log")
     assert result["status"] == "stopped at its limit of 1 s, and it could not be killed"

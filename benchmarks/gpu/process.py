@@ -102,9 +102,9 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
     dump = min(DUMP, seconds / 2)
     if _gone(process, seconds - dump):
         return "passed" if process.returncode == 0 else _failed(process.returncode)
-    _signal(process, signal.SIGABRT)
     end = time.monotonic() + dump
-    _gone(process, dump)
+    _write_stacks(process, dump)
+    _gone(process, max(0.0, end - time.monotonic()))
     while _alive(process) and time.monotonic() < end:  # its children may still write theirs
         time.sleep(0.01)
     _signal(process, signal.SIGKILL)
@@ -132,9 +132,33 @@ def _alive(process: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+def _signal(process: subprocess.Popen[bytes], number: int, member: int | None = None) -> None:
+    """To all of the part's group, or to one of its processes."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, number) if member is None else os.kill(member, number)
+
+
+def _write_stacks(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """SIGABRT to each process of the group, the part's own first, and to the next once that one has ended or
+    had its share of the time: stacks that two write at once are mixed letter by letter."""
+    members = _members(process.pid)
+    for pid in members:
+        _signal(process, signal.SIGABRT, pid)
+        end = time.monotonic() + seconds / (2 * len(members))
+        while pid in _members(process.pid) and time.monotonic() < end:
+            time.sleep(0.01)
+    _signal(process, signal.SIGABRT)  # whoever was started meanwhile
+
+
+def _members(group: int) -> list[int]:
+    """The processes of a group that have not ended, oldest first."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, of_group = (place / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state not in "ZX":
+                found.append(int(place.name))
+    return sorted(found)
 
 
 def _no_core_files(pid: int) -> None:
