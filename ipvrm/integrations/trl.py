@@ -119,8 +119,8 @@ class DistRLTrainer(GRPOTrainer):
         if reward_model is not None:
             self.prefix_rewards = PrefixRewardModel(
                 reward_model, self.processing_class, head_size, self.accelerator, self.model.dtype,
-                online=args.rm_update != "frozen", learning_rate=args.rm_learning_rate, margin=args.rm_margin,
-                dlw=args.dlw, adb=args.adb,
+                template_kwargs=self.chat_template_kwargs, online=args.rm_update != "frozen",
+                learning_rate=args.rm_learning_rate, margin=args.rm_margin, dlw=args.dlw, adb=args.adb,
             )  # fmt: skip
         self._passes: list[Any] | None = None  # of the policy over a generation batch, while it is made
         self._rewards = torch.empty(0)  # (B,) of all ranks, NaN where nobody could judge

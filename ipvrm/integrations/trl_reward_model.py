@@ -3,6 +3,7 @@
 It lies whole on every device, frozen in the policy's dtype or updated in fp32; ranks add their gradients.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipvrm.data.chat import Chat
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.objectives import PAIRWISE, Balance, BalanceConfig, Objective, online_balance
 from ipvrm.losses.prompt_groups import Reduce
-from ipvrm.models.behaviour import check_log_ratios, check_same_tokens
+from ipvrm.models.behaviour import check_log_ratios, check_same_tokens, other_variables
 from ipvrm.models.causal_lm import (
     disable_dropout,
     load_model,
     load_tokenizer,
     local_folder,
+    max_positions,
     save_model,
     weights_hash,
 )
@@ -37,18 +40,21 @@ class PrefixRewardModel:
 
     Args:
         online: whether it learns; then `update` and `save` are for it.
+        template_kwargs: variables of the chat template that the policy's prompts are written with; other ones
+            than its own are warned of.
         margin, dlw, adb: of the online update of an ipvrm model; None for the margin that it was trained
             with, and for True.
 
     Raises:
         IpvrmError: another tokenizer, template or head than the policy's, an objective without log-ratios,
-            online one that compares responses, or settings that this model does not read.
+            online one that compares responses, or settings that this model does not read; when called, more
+            tokens than it has positions.
     """
 
     def __init__(
         self, folder: str | Path, tokenizer: Any, head_size: int, accelerator: Any, dtype: torch.dtype, *,
-        online: bool, learning_rate: float, margin: float | None = None, dlw: bool | None = None,
-        adb: bool | None = None,
+        template_kwargs: Mapping[str, Any], online: bool, learning_rate: float, margin: float | None = None,
+        dlw: bool | None = None, adb: bool | None = None,
     ):  # fmt: skip
         self.folder, self.accelerator = local_folder(folder), accelerator
         self.info, self.tokenizer = read_info(self.folder), load_tokenizer(self.folder)
@@ -56,6 +62,12 @@ class PrefixRewardModel:
         self._check_objective(online, {"rm_margin": margin, "dlw": dlw, "adb": adb})
         self.balance = BalanceConfig(dlw=dlw is not False, adb=adb is not False)
         check_same_tokens(self.folder, self.info, self.tokenizer, tokenizer, head_size)
+        self.template_kwargs = dict(template_kwargs)
+        if online:
+            Chat(self.tokenizer, self.template_kwargs)  # what it is saved with is what it reads
+        if said := other_variables(self.folder, self.info, template_kwargs):
+            warnings.warn(said, stacklevel=3)
+        self.max_positions = max_positions(self.folder)
         own_margin = self.info.margin if margin is None else margin
         self.objective = Objective(self.info.objective, self.info.beta, own_margin or 0.0)
         self.model: Any = load_model(self.folder, torch.float32 if online else dtype, accelerator.device)
@@ -89,6 +101,13 @@ class PrefixRewardModel:
         """(B, T) of the labelled tokens and (B, T, K) of candidate_ids (B, T, K); the last T positions of
         `inputs`, micro-batches of input_ids, attention_mask and labels."""
         T, found = candidate_ids.shape[1], []
+        length = max(x["input_ids"].shape[1] for x in inputs)
+        if self.max_positions is not None and length > self.max_positions:
+            raise IpvrmError(
+                f"{self.folder}: the longest prompt and the longest response have {length} tokens together, "
+                f"more than the {self.max_positions} positions of the reward model; leave out longer prompts "
+                "or take a smaller max_completion_length"
+            )
         for x, ids in zip(inputs, candidate_ids.split([len(x["labels"]) for x in inputs]), strict=True):
             ids = torch.nn.functional.pad(ids, (0, 0, x["labels"].shape[1] - 1 - T, 0), value=-1)
             with self.accelerator.autocast():
@@ -175,7 +194,7 @@ class PrefixRewardModel:
             info = replace(
                 self.info, reference=REFERENCE, reference_given=str(folder / REFERENCE),
                 reference_hash=weights_hash(temporary / REFERENCE), versions=versions(),
-                temperature=temperature, adapter=None,
+                temperature=temperature, chat_template_kwargs=self.template_kwargs, adapter=None,
                 margin=None if self.info.margin is None else self.objective.margin,
             )  # fmt: skip
             write_info(temporary, info, data, metrics)

@@ -1,7 +1,9 @@
 """What the policy that sampled responses knows of their tokens: log-probs, entropy and candidates; and which
-reward model's log-probs of the same tokens can be compared with them.
+reward model's log-probs of the same tokens can be compared with them, and what it says of their prompts.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -77,3 +79,15 @@ def check_same_tokens(
             f"{folder}: its head has {own} tokens, the policy's {policy_head_size}; their probabilities "
             "are over different sets"
         )
+
+
+def other_variables(folder: Path, info: RewardModelInfo, given: Mapping[str, Any]) -> str | None:
+    """A line for the user where prompts are written with other variables of the chat template than the reward
+    model in `folder` was trained with; None where they are the same."""
+    if dict(given) == info.chat_template_kwargs:
+        return None
+    own, these = json.dumps(info.chat_template_kwargs), json.dumps(dict(given))
+    return (
+        f"{folder}: trained with --chat_template_kwargs '{own}', and these prompts are written with '{these}'"
+        ": it may never have seen such prompts"
+    )

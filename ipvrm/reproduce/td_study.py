@@ -39,11 +39,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ipvrm.data.chat import parse_template_kwargs
 from ipvrm.data.files import file_hash
 from ipvrm.data.rows import OnBadRow, listed, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.thresholds import finite_or_none
 from ipvrm.losses.metrics import auc
+from ipvrm.models.behaviour import other_variables
 from ipvrm.models.causal_lm import least_positions, load_model, load_tokenizer, weights_hash
 from ipvrm.models.reward_model import BATCH_TOKENS, RewardModel
 from ipvrm.models.server import ENGINE_TIMEOUT, LOCAL, Server, check_engine, kind_of
@@ -165,13 +167,20 @@ def _study(config: TdConfig, progress: bool) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.policy)
     accelerator = None if config.use_cpu else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
+    template_kwargs = parse_template_kwargs(config.chat_template_kwargs)
     reward_model = RewardModel.from_pretrained(
-        config.reward_model, config.reference, device, objective=config.objective
+        config.reward_model,
+        config.reference,
+        device,
+        objective=config.objective,
+        chat_template_kwargs=None if config.objective is None else template_kwargs,
     )
     if reward_model.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise IpvrmError(
             f"{config.reward_model}: its tokenizer is not the policy's, so the policy's tokens have no value"
         )
+    if said := other_variables(Path(config.reward_model), reward_model.info, template_kwargs):
+        shown.note(said)
     policy = load_model(config.policy, torch.float32, device)
     prompts, bad = read_prompts(config.data, config.on_bad_row, limit=config.num_prompts)
     server = None

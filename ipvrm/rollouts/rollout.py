@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ipvrm.data.batches import collate, length_sorted_microbatches
-from ipvrm.data.chat import tokenizer_hash
+from ipvrm.data.chat import parse_template_kwargs, tokenizer_hash
 from ipvrm.data.files import file_hash
 from ipvrm.data.responses import Response
 from ipvrm.data.rows import OnBadRow, Prompt, read_prompts
 from ipvrm.errors import IpvrmError, reading
 from ipvrm.losses.policy_loss import CandidateConfig
-from ipvrm.models.behaviour import behaviour, check_log_ratios, check_same_tokens
+from ipvrm.models.behaviour import behaviour, check_log_ratios, check_same_tokens, other_variables
 from ipvrm.models.causal_lm import (
     candidate_logprobs,
     least_positions,
@@ -148,7 +148,7 @@ def _roll_out(config: RolloutConfig, sampling: Sampling, shown: Progress) -> dic
     chat = tokenizer.chat_template is not None
     if output.suffix == ".parquet":  # what the writer cannot take must show before the work
         table_schema([_carried(prompt, chat) for prompt in prompts])
-    reward_folder = _reward_folder(config, tokenizer)
+    reward_folder = _reward_folder(config, tokenizer, shown)
     engine, stops, context, device = _engine(config, tokenizer)
     reward = None if reward_folder is None else load_model(reward_folder, torch.float32, device)
     prompts_in = len(prompts) + len(bad)
@@ -225,7 +225,7 @@ def _engine(config: RolloutConfig, tokenizer: Any) -> tuple[Engine, set[int], in
     return engine, stops, max_positions(model), str(device)
 
 
-def _reward_folder(config: RolloutConfig, tokenizer: Any) -> Path | None:
+def _reward_folder(config: RolloutConfig, tokenizer: Any, shown: Progress) -> Path | None:
     """The reward model's folder, checked to speak of the policy's tokens; None where none is asked for."""
     if config.reward_model is None:
         return None
@@ -233,6 +233,8 @@ def _reward_folder(config: RolloutConfig, tokenizer: Any) -> Path | None:
     info = read_info(folder)
     check_log_ratios(folder, info, "--reward_model")
     check_same_tokens(folder, info, load_tokenizer(folder), tokenizer, vocab_size(config.model))
+    if said := other_variables(folder, info, parse_template_kwargs(config.chat_template_kwargs)):
+        shown.note(said)
     return folder
 
 

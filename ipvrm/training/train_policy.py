@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ipvrm.data.batches import Batch, epoch_order
+from ipvrm.data.chat import parse_template_kwargs
 from ipvrm.data.rows import BadRow, read_prompts
 from ipvrm.errors import IpvrmError
 from ipvrm.losses.advantages import distrl_advantages, outcome_advantages, temporal_difference
@@ -30,7 +31,7 @@ from ipvrm.losses.baselines import (
 )
 from ipvrm.losses.metrics import MetricSums, auc, paired, stacked
 from ipvrm.losses.objectives import dpo_pairs
-from ipvrm.models.behaviour import behaviour
+from ipvrm.models.behaviour import behaviour, other_variables
 from ipvrm.models.card import write_policy_card
 from ipvrm.models.causal_lm import (
     least_positions,
@@ -133,6 +134,10 @@ class _Inputs:
             self.questions, bad = self._read(config.train_data)
             self.counts = {"prompts": len(self.questions), "bad": len(bad)}
         self.eval_questions = None if config.eval_data is None else self._read(config.eval_data)[0]
+        if reads is not None and self.questions:
+            given = parse_template_kwargs(config.chat_template_kwargs)
+            if said := other_variables(reads.folder, reads.info, given):
+                run.progress.note(said)
         counts = ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
         run.progress.note(f"{config.train_data}: {counts}")
         if scored:

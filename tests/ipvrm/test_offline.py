@@ -216,6 +216,21 @@ def test_a_reward_model_that_cannot_speak_of_these_tokens_is_refused(toy, tmp_pa
         roll_out(small(toy, tmp_path, min_prob=0.1, reward_model=str(other)), progress=False)
 
 
+def test_a_reward_model_that_read_prompts_of_other_template_variables_is_said(toy, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(toy / "ipvrm", other)
+    stored = json.loads((other / "ipvrm_config.json").read_text())
+    (other / "ipvrm_config.json").write_text(
+        json.dumps(stored | {"chat_template_kwargs": {"thinking": True}})
+    )
+    words = (
+        "trained with --chat_template_kwargs '{\"thinking\": true}', and these prompts are written with '{}'"
+    )
+    for folder, said in ((other, True), (toy / "ipvrm", False)):
+        roll_out(small(toy, tmp_path, min_prob=0.1, reward_model=str(folder)))
+        assert (words in " ".join(capsys.readouterr().err.split())) == said
+
+
 def test_rollouts_are_made_again_for_a_reward_model(toy, tmp_path):
     for given in (None, str(toy / "ipvrm")):
         roll_out(small(toy, tmp_path, min_prob=0.1, reward_model=given), progress=False)

@@ -496,6 +496,33 @@ def test_an_infinite_log_ratio_ends_the_study_with_its_prompt(toy, tmp_path, mon
         brancher._td([branch])
 
 
+@pytest.mark.slow
+def test_prompts_of_other_template_variables_than_the_reward_models_are_said(toy, tmp_path, capsys):
+    template = make_tokenizer()
+    template.chat_template = "{% if not thinking %}<{% endif %}" + template.chat_template
+    for name in ("policy", "rm"):
+        shutil.copytree(toy / name, tmp_path / name)
+        template.save_pretrained(tmp_path / name)
+    info = json.loads((tmp_path / "rm" / "ipvrm_config.json").read_text())
+    info |= {"template_hash": template_hash(template), "chat_template_kwargs": {"thinking": True}}
+    (tmp_path / "rm" / "ipvrm_config.json").write_text(json.dumps(info))
+    small = replace(
+        config(toy, ""), policy=str(tmp_path / "policy"), reward_model=str(tmp_path / "rm"), num_prompts=1
+    )
+    for given, said in ((None, "{}"), ('{"thinking": true}', None)):
+        study(replace(small, output_dir=str(tmp_path / str(said)), chat_template_kwargs=given))
+        words = (
+            "trained with --chat_template_kwargs '{\"thinking\": true}', and these prompts are written with"
+        )
+        error = " ".join(capsys.readouterr().err.split())
+        assert (f"{words} '{said}'" in error) if said else (words not in error)
+    of_itself = replace(
+        small, reward_model=str(tmp_path / "policy"), objective="endo_rm", output_dir=str(tmp_path / "endo")
+    )
+    study(replace(of_itself, chat_template_kwargs='{"thinking": true}'))
+    assert "chat_template_kwargs" not in capsys.readouterr().err
+
+
 def test_screen_fits_eighty_columns(finished, capsys):
     td_study._print(finished[1])
     shown = capsys.readouterr().out

@@ -580,8 +580,9 @@ def test_a_resumed_run_that_fails_at_once_keeps_what_the_reward_model_was_traine
 
 
 @pytest.mark.slow
-def test_the_chat_settings_of_the_run_are_saved_with_its_reward_model(config, toy, tmp_path):
-    """Those of the prompts that it has learnt from, not those that it came with; unless it is frozen."""
+def test_the_chat_settings_of_the_run_are_saved_with_its_reward_model(config, toy, tmp_path, capsys):
+    """Those of the prompts that it has learnt from, not those that it came with; unless it is frozen. That
+    they differ is said."""
     policy = tmp_path / "sft"
     shutil.copytree(toy / "sft", policy)
     tokenizer = load_tokenizer(policy)
@@ -593,7 +594,11 @@ def test_the_chat_settings_of_the_run_are_saved_with_its_reward_model(config, to
     (Path(reward) / "ipvrm_config.json").write_text(json.dumps(info))
     settings = {"model": str(policy), "reward_model": reward, "chat_template_kwargs": '{"thinking": false}'}
     for name, update, want in (("online", "before", False), ("frozen", "frozen", True)):
-        folder = train(config(name, rm_update=update, **settings)).output_dir
+        folder = train_policy(config(name, rm_update=update, **settings)).output_dir
+        words = (
+            "trained with --chat_template_kwargs '{\"thinking\": true}', and these prompts are written with"
+        )
+        assert words in " ".join(capsys.readouterr().err.split())
         saved = json.loads((folder / "reward_model" / "ipvrm_config.json").read_text())
         assert saved["chat_template_kwargs"] == {"thinking": want}
         log = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])

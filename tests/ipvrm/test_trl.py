@@ -2,9 +2,12 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -277,12 +280,28 @@ def test_population_std(runs, home):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_online_reward_model_learns_and_is_saved(runs, home, tmp_path, when):
     from ipvrm import RewardModel
-    from ipvrm.models.causal_lm import load_model
+    from ipvrm.models.causal_lm import load_model, load_tokenizer, template_hash
+    from ipvrm.models.reward_model import read_info, write_info
 
-    config = runs.settings(runs.DistRLConfig, rm_update=when, rm_learning_rate=1e-3, max_steps=2)
+    stock, home = home, tmp_path / "home"  # whose template reads a variable
+    shutil.copytree(stock, home)
+    tokenizer = load_tokenizer(stock / "policy")
+    tokenizer.chat_template = "{% if not thinking %}{% endif %}" + tokenizer.chat_template
+    for name in ("policy", "rm"):
+        tokenizer.save_pretrained(home / name)
+    info = replace(read_info(home / "rm"), template_hash=template_hash(tokenizer))
+    write_info(home / "rm", info)
+    config = runs.settings(
+        runs.DistRLConfig,
+        rm_update=when,
+        rm_learning_rate=1e-3,
+        max_steps=2,
+        chat_template_kwargs={"thinking": False},
+    )
     _, run = runs.trained(home, runs.DistRLTrainer, config)
-    run.save_model(str(tmp_path))
-    saved = RewardModel.from_pretrained(tmp_path / "reward_model", device="cpu")
+    run.save_model(str(out := tmp_path / "out"))
+    saved = RewardModel.from_pretrained(out / "reward_model", device="cpu")
+    assert saved.info.chat_template_kwargs == {"thinking": False}  # of the prompts that it has learnt from
     start, behaviour = load_model(home / "rm"), run.prefix_rewards.behaviour
     assert any(
         not torch.equal(a, b) for a, b in zip(saved.model.parameters(), start.parameters(), strict=True)
@@ -292,7 +311,7 @@ def test_online_reward_model_learns_and_is_saved(runs, home, tmp_path, when):
     policy = dict(run.model.named_parameters())
     assert any(not torch.equal(policy[name], value) for name, value in behaviour.items())
     last = next(line for line in reversed(run.state.log_history) if "loss" in line)
-    cards = [(folder / "README.md").read_text() for folder in (tmp_path, tmp_path / "reward_model")]
+    cards = [(folder / "README.md").read_text() for folder in (out, out / "reward_model")]
     loss = last["distrl/reward_model_loss"]
     for card in cards:
         assert "| prompts | 16 |" in card and f"| distrl/reward_model_loss | {loss:.4g} |" in card
@@ -436,8 +455,6 @@ def test_refuses_what_does_not_belong_together(runs, home, monkeypatch):
 
 def beside_a_policy(home, folder, objective, update, **settings):
     """What DistRLTrainer makes of a reward model of `objective`, in `folder`; TRL is not needed for it."""
-    import shutil
-    from dataclasses import replace
     from types import SimpleNamespace
 
     from ipvrm.integrations.trl_reward_model import PrefixRewardModel
@@ -448,8 +465,9 @@ def beside_a_policy(home, folder, objective, update, **settings):
     write_info(folder, replace(read_info(folder), objective=objective))
     return PrefixRewardModel(
         folder, load_tokenizer(home / "policy"), vocab_size(home / "policy"),
-        SimpleNamespace(device=torch.device("cpu")), torch.float32, online=update != "frozen",
-        learning_rate=1e-3, **settings,
+        SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext), torch.float32,
+        template_kwargs=settings.pop("template_kwargs", {}), online=update != "frozen", learning_rate=1e-3,
+        **settings,
     )  # fmt: skip
 
 
@@ -488,6 +506,34 @@ def test_refuses_settings_that_the_reward_model_does_not_read(home, tmp_path, ob
     rm = beside_a_policy(home, tmp_path / "other", "ipvrm", "before", **setting)  # there it is read
     assert (rm.balance.dlw, rm.balance.adb) == (setting.get("dlw", True), setting.get("adb", True))
     assert rm.objective.margin == setting.get("margin", 1.0)
+
+
+def test_prompts_of_other_template_variables_are_warned_of_and_longer_ones_than_its_positions_refused(
+    home, tmp_path, recwarn
+):
+    unread = {"thinking": False}
+    rm = beside_a_policy(home, tmp_path / "same", "ipvrm", "frozen")
+    words = refusal(
+        lambda: beside_a_policy(home, tmp_path / "learns", "ipvrm", "before", template_kwargs=unread)
+    )
+    assert "the chat template does not read 'thinking'" in words  # what is saved could not be loaded
+    assert not [w for w in recwarn if "template" in str(w.message)]
+    with pytest.warns(
+        UserWarning, match="trained with --chat_template_kwargs '{}', and these prompts are wri"
+    ):
+        beside_a_policy(home, tmp_path / "other", "ipvrm", "frozen", template_kwargs=unread)
+    assert rm.max_positions == 8192  # as its config says
+    rm.max_positions = limit = 16
+
+    def asked(length):
+        ids = torch.full((1, length), 5)
+        labels = ids.index_fill(1, torch.arange(length - 2), -100)
+        inputs = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}]
+        return rm.logprobs(inputs, torch.full((1, 2, 1), 7), 1.0)[0]
+
+    assert asked(limit).isfinite().all()
+    words = refusal(lambda: asked(limit + 1))
+    assert f"have {limit + 1} tokens together, more than the {limit} positions" in words
 
 
 @pytest.mark.parametrize("setting", [{"dlw": False}, {"rm_margin": 2.0}])
