@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "ipvrm" / "integrations" / "launch"
 PROBE = (
     "import ipvrm_kernels as k, torch; print(k.__file__); print(k.backends());"
     "print(k.segment_scan(torch.ones(2), torch.tensor([0, 2]).int()).tolist())"
@@ -56,7 +57,8 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_is_missing(tmp_pa
         f"ipvrm/view/{name}"
         for name in ("style.css", "dom.js", "trace.html", "trace.js", "report.html", "report.js")
     }
-    assert view <= set(names)
+    launch = {f"ipvrm/integrations/launch/{path.name}" for path in LAUNCH.iterdir()}
+    assert view | launch <= set(names) and len(launch) == 3
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     out = run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {BLOCK} {PROBE}"])

@@ -519,7 +519,7 @@ def test_the_tree_is_true():
         or (package == "ipvrm" and path.suffix == ".py" and path.name not in hidden)
     }
     assert there <= named, there - named
-    for top in ("benchmarks", "tests", "examples"):  # theirs stand in the words of one line
+    for top in ("benchmarks", "tests"):  # theirs stand in the words of one line
         line = re.search(rf"^{top}/ (.*)$", text, re.MULTILINE)[1]
         folders = {path.name for path in (ROOT / top).iterdir() if path.is_dir() and path.name[0] not in "._"}
         assert folders and set(re.findall(r"(\w+)/", line)) == folders, top

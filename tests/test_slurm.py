@@ -1,4 +1,4 @@
-"""examples/slurm: the script runs here against a stand-in for SLURM, and the real parsers read its flags."""
+"""train.sbatch: the script runs here against a stand-in for SLURM, and the real parsers read its flags."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from ipvrm.training.policy_config import PolicyConfig
 from ipvrm.training.reward_config import RewardConfig
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
+SCRIPT = ROOT / "ipvrm" / "integrations" / "launch" / "train.sbatch"
 STAND_INS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=1 exec "$@"',
     "scontrol": 'echo "scontrol $*" >>"$LOG"; echo first; echo second',

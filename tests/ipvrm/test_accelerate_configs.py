@@ -1,4 +1,4 @@
-"""examples/accelerate: what accelerate makes of each config, and our commands started with it on a CPU."""
+"""integrations/launch: what accelerate makes of each config, and our commands started with it on a CPU."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from runs import ROOT, flags
 from ipvrm import IpvrmError, RewardConfig
 from ipvrm.training.optimizer import data_parallel_accelerator
 
-FOLDER = ROOT / "examples" / "accelerate"
+FOLDER = ROOT / "ipvrm" / "integrations" / "launch"
 MODULE = ["-m", "ipvrm", "train-rm", "--model", "m"]
 
 

@@ -350,12 +350,12 @@ def test_two_ranks_equal_one_and_the_stock_trainer(runs, home, tmp_path):
 
 @pytest.mark.full
 def test_shards_of_two_ranks_learn_what_one_process_learns(runs, home, tmp_path):
-    """FSDP2 as accelerate makes it of `examples/accelerate/trl_fsdp2.yaml`, in fp32."""
+    """FSDP2 as accelerate makes it of `ipvrm/integrations/launch/trl_fsdp2.yaml`, in fp32."""
     import yaml
 
     from ipvrm.models.causal_lm import load_model
 
-    config = yaml.safe_load((ROOT / "examples/accelerate/trl_fsdp2.yaml").read_text())
+    config = yaml.safe_load((ROOT / "ipvrm/integrations/launch/trl_fsdp2.yaml").read_text())
     given = {name.upper(): str(value) for name, value in config["fsdp_config"].items()}
     assert config["distributed_type"] == "FSDP" and given["FSDP_VERSION"] == "2"
     two = by_two_ranks(home, tmp_path, "in_shards", ACCELERATE_USE_FSDP="true", **given)
