@@ -81,7 +81,8 @@ SOURCE_FAULTS = {
         [("unchecked", EDGES[3])],
     ),
     "one element too many": (
-        "policy_cuda.cu", "if (i >= count) return;", "if (i > count) return;", [("clipped_surrogate", "257")]
+        "policy_cuda.cu", "if (i >= count) return;\n  const Surrogate",  # others leave by the same line
+        "if (i > count) return;\n  const Surrogate", [("clipped_surrogate", "257")],
     ),
 }  # fmt: skip
 
