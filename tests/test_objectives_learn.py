@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,11 +14,16 @@ from ipvrm.run_folder import write_table
 PROMPTS = [f"p{i}" for i in range(4)]
 
 
+def message(text):
+    """As `rollout` writes a prompt."""
+    return [{"role": "user", "content": text}]
+
+
 @pytest.fixture
 def work(tmp_path):
     """Each problem has a right response (r1, long) and a wrong one (r0); Q-RM's scores are the wrong way."""
     rows = [
-        {"prompt": p, "response": "longer" if label else "short", "label": label}
+        {"prompt": message(p), "response": "longer" if label else "short", "label": label}
         for p in PROMPTS
         for label in (1, 0)
     ]
@@ -40,7 +46,12 @@ def work(tmp_path):
 
 def write_table_of(folder, policy, right):
     """Of two responses to each problem `right` are right; the second to the first problem has no text."""
-    rows = [{"prompt": p, "label": int(i < right)} for p in PROMPTS for i in range(2) if (p, i) != ("p0", 1)]
+    rows = [
+        {"prompt": message(p), "label": int(i < right)}
+        for p in PROMPTS
+        for i in range(2)
+        if (p, i) != ("p0", 1)
+    ]
     (folder / f"eval-{policy}").mkdir()
     write_table(folder / f"eval-{policy}" / "labelled.parquet", rows)
 
@@ -62,6 +73,17 @@ def test_algorithms_by_hand(work):
     assert found["PRIME"]["gain"] == 0.0 and not found["PRIME"]["learns"]
     assert found["SPRO"]["gain"] == -0.5 and not found["SPRO"]["learns"]
     assert found["GRPO"]["low"] < 0.375 < found["GRPO"]["high"] <= 0.5
+
+
+def test_the_command_writes_both_tables_when_all_units_are_done(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_plan", lambda *_: [])
+    monkeypatch.setattr(study, "scale", lambda: SimpleNamespace(eval_samples=2))
+    monkeypatch.setattr(study, "units", lambda _: [])
+    study.main(["--work_dir", str(work), "--output", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (found["responses"], found["problems"]) == (8, 4)
+    assert found["objectives"]["IPVRM"]["auc"] == 1.0 and found["algorithms"]["SPRO"]["gain"] == -0.5
+    assert "| GRPO | 0.875 |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_report_says_what_is_not_shown(work):

@@ -140,7 +140,7 @@ def objectives(work: Path) -> dict[str, dict[str, Any]]:
         record.value for record in records(work / "bon-labelled.parquet", ("prompt", "response", "label"))
     ]
     outcome = np.array([row["label"] for row in rows], np.float64)
-    problem = np.array([row["prompt"] for row in rows])
+    problem = np.array([asked(row["prompt"]) for row in rows])
     scores = {"the shorter the better": [-float(len(row["response"])) for row in rows]}
     for row, model in OBJECTIVES.items():
         lines = map(json.loads, (work / f"bon-{model}" / "scores.jsonl").read_text().splitlines())
@@ -171,8 +171,16 @@ def accuracies(labelled: Path, problems: Sequence[str], samples: int) -> NDArray
     """(P,) share of right ones among the `samples` responses to each problem; one without text is wrong."""
     right = dict.fromkeys(problems, 0)
     for record in records(labelled, ("prompt", "label")):
-        right[record.value["prompt"]] += record.value["label"]
+        right[asked(record.value["prompt"])] += record.value["label"]
     return np.array([right[problem] for problem in problems]) / samples
+
+
+def asked(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    """The problem of a row: its prompt, or what the one message of that says, as `rollout` writes it."""
+    if isinstance(prompt, str):
+        return prompt
+    (message,) = prompt
+    return message["content"]
 
 
 def _entry(name: str, value: float | None, interval: Interval, chance: float) -> dict[str, Any]:
@@ -234,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if failed := run_plan(units(of), work, Progress()):
         raise IpvrmError(f"not done: {failed}")
-    labelled = [record.value["prompt"] for record in records(work / "bon-labelled.parquet", ("prompt",))]
+    labelled = [asked(row.value["prompt"]) for row in records(work / "bon-labelled.parquet", ("prompt",))]
     results = {
         "sizes": SIZES,
         "responses": len(labelled),
