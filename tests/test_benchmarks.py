@@ -756,6 +756,7 @@ def test_no_loop_over_long_sequences_on_a_gpu(monkeypatch):
             long.check(results | dict(cpp=results["cpp"] * 1.01))
 
 
+@pytest.mark.slow
 def test_targets_against_peers_on_a_gpu(monkeypatch):
     """Cases as of a GPU (any device but "cpu"), on the CPU at a tiny shape that is said to have targets."""
     shape = heads.Shape(16, 8, 33, torch.float32)

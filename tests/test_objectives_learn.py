@@ -75,6 +75,7 @@ def test_algorithms_by_hand(work):
     assert found["GRPO"]["low"] < 0.375 < found["GRPO"]["high"] <= 0.5
 
 
+@pytest.mark.slow
 def test_the_command_writes_both_tables_when_all_units_are_done(work, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_plan", lambda *_: [])
     monkeypatch.setattr(study, "scale", lambda: SimpleNamespace(eval_samples=2))

@@ -274,6 +274,7 @@ def told(f1_of_cell):
     return report.paragraph(report.summarise(report.by_base_model(files)))
 
 
+@pytest.mark.slow
 def test_the_paragraph_says_what_the_numbers_say():
     short, long = study.CELLS[0], study.CELLS[2]
     high, low = dict.fromkeys(OURS, 0.95), dict.fromkeys(OURS, 0.05)
@@ -289,6 +290,7 @@ def test_the_paragraph_says_what_the_numbers_say():
     assert "changes" not in alone and "8x" not in alone
 
 
+@pytest.mark.slow
 def test_the_report_is_of_the_cells_that_are_complete_and_names_what_is_not(tmp_path):
     short, long = study.CELLS[0], study.CELLS[2]
     report.write_results(tmp_path)

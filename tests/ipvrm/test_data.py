@@ -294,6 +294,7 @@ def test_ranks_share_a_batch_without_loss(lengths, max_rows, world_size):
     assert sum(not micro for share in shares for micro in share) < world_size
 
 
+@pytest.mark.slow
 @given(lengths=st.lists(st.integers(1, 50), max_size=40), max_tokens=st.integers(1, 120))
 def test_token_budget_of_length_sorted_microbatches(lengths, max_tokens):
     batches = length_sorted_microbatches(lengths, max_tokens=max_tokens)

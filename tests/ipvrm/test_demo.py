@@ -489,6 +489,7 @@ def test_no_policy_seed_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------- parts
 
 
+@pytest.mark.slow
 def test_picture_of_any_trace(tmp_path):
     steps = ["10+10=20", "20+10=31"]
     for label, flagged in ((-1, -1), (1, 0)):

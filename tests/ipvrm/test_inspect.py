@@ -198,6 +198,7 @@ def test_another_policy_gives_the_candidates(pair, tiny_folder, tmp_path):
     assert data["traces"][0]["texts"][0]["prob"] == pytest.approx(want.tolist(), rel=6e-3)
 
 
+@pytest.mark.slow
 def test_two_models_of_different_vocabularies(pair, tmp_path):
     """Each has its own tokens, TD and p; of the candidates, the first one's, the second says nothing."""
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "carry Answer: carry the Answer: one token"}] * 9)
@@ -235,6 +236,7 @@ def test_two_models_of_different_vocabularies(pair, tmp_path):
 # ------------------------------------------------------------------------------------------------- thresholds
 
 
+@pytest.mark.slow
 def test_where_the_threshold_comes_from(pair, tmp_path):
     home = tmp_path / "home"
     shutil.copytree(pair[0], home / "rm")
@@ -371,6 +373,7 @@ def qwen3_or_trained(texts):
     return made
 
 
+@pytest.mark.slow
 def test_bytes_per_token_on_real_text(data_dir):
     """At most 60 a token for two models and 45 for one, all tokens of 40 real solutions: of Qwen3's where it
     is at hand, else of a BPE trained on these solutions."""

@@ -83,6 +83,7 @@ def test_with_one_minibatch_the_auc_is_that_of_the_frozen_model(measured):
     assert records[0]["rm_auc_responses"] == 24 and records[0]["rm_auc"] not in (0.0, 0.5, 1.0)
 
 
+@pytest.mark.slow
 def test_a_one_sided_minibatch_has_no_auc_and_the_log_says_null(measured, tmp_path):
     record, _ = measured("before", 1)
     with JsonlLog(tmp_path / "metrics.jsonl") as log:

@@ -416,6 +416,7 @@ def test_candidate_mask_by_hand():
     assert candidate_mask(logprobs[:, :0], cu, replace(p, keep_sampled=True)).shape == (2, 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), K=st.integers(1, 6), N=st.integers(0, 5))
 def test_force_sampled(data, K, N):

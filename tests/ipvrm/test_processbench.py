@@ -289,6 +289,7 @@ def test_a_float_label_a_missing_id_and_two_of_one_name(config):
     assert [entry["id"] for entry in subset["unusable"]] == ["math-9"] * 2 and subset["too_long"] == 0
 
 
+@pytest.mark.slow
 def test_scores_that_are_no_numbers(config, monkeypatch):
     """Of one item: missed. Of all: a broken model, which is one line."""
     path, tokenizer = Path(config.data[1]), make_tokenizer()
@@ -407,6 +408,7 @@ def test_without_the_transfer_subset_the_table_says_so(config):
     assert [table.row_count for table in f1_tables(results)] == [7]
 
 
+@pytest.mark.slow
 def test_a_folder_is_all_its_subsets(config, tmp_path):
     folder = tmp_path / "all"
     folder.mkdir()

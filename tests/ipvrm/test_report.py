@@ -119,6 +119,7 @@ def test_an_undefined_f1_is_explained(tmp_path):
     assert "F1 -: not defined, as no solution is right or none wrong." in written
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_its_time_on(tmp_path):
     lines = [
         *records(1.0, 1.0),

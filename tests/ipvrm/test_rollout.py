@@ -89,6 +89,7 @@ def by_hand(model, prompt, stops, count):
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_batched_greedy_decoding_is_single_greedy_decoding(model, encoded, stops):
     """Left padding, positions and cache: prompts of 8 to 60 tokens side by side, against no padding."""
     greedy = Sampling(20, temperature=0)

@@ -152,6 +152,7 @@ def uninterrupted(toy):
     return settings
 
 
+@pytest.mark.slow
 def test_it_says_how_far_it_is(config, capsys):
     train_policy(config(max_steps=3, algorithm="grpo"), progress=True)
     said = capsys.readouterr().err
@@ -607,6 +608,7 @@ def test_the_chat_settings_of_the_run_are_saved_with_its_reward_model(config, to
         assert ("| rm_loss |" in card) == (update != "frozen") and "| learning_rate |" not in card
 
 
+@pytest.mark.slow
 def test_a_run_sends_its_log_to_a_tracker(config, monkeypatch):
     logged = fake_tensorboard(monkeypatch)
     folder = train(config(report_to="tensorboard", max_steps=2)).output_dir

@@ -579,6 +579,7 @@ def test_a_flipped_bit_costs_a_checkpoint_and_not_the_run(uninterrupted, tmp_pat
     assert [p.name for p in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(uninterrupted, tmp_path):
     from ipvrm.output.locks import locked
 
