@@ -232,6 +232,8 @@ def table(ops: Mapping[str, Mapping[str, Impl]]) -> Backends:
 
 def _default(op: str, impls: Mapping[str, Impl], device_type: str) -> str:
     for name in DEFAULT_ORDER.get(device_type, ()):
-        if name in impls and why_not(name, device_type) is None and not {name, f"{op}:{name}"} & _without:
+        if name not in impls or why_not(name, device_type) is not None:
+            continue
+        if not _without or not {name, f"{op}:{name}"} & _without:
             return name
     return "torch"

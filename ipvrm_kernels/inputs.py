@@ -24,11 +24,11 @@ NO_TRANSFORM = (
     "torch.func transforms that differentiate (grad, vjp, jacrev, vmap of grad) are not supported; use "
     "torch.autograd.grad or .backward(), is_grads_batched=True for many upstream gradients"
 )
-_NO_TENSORS: Mapping[str, Any] = {}
+NO_TENSORS: Mapping[str, Any] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def check_tensors(op: str, optional: Mapping[str, Any] = _NO_TENSORS, /, **required: Any) -> None:
+def check_tensors(op: str, optional: Mapping[str, Any] = NO_TENSORS, /, **required: Any) -> None:
     """Raise unless all are tensors that the ops can compute with; those in `optional` may be None.
 
     Raises: ValueError for what is no tensor or a DTensor. RuntimeError where torch.func or forward mode would

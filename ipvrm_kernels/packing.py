@@ -6,12 +6,14 @@ Sequence b owns rows cu_seqlens[b] : cu_seqlens[b+1]; it may be empty.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backend
-from .inputs import check_tensors
+from .inputs import NO_TENSORS, check_tensors
 
 if backend.HAS_TRITON:
     import triton
@@ -95,22 +97,36 @@ def _check_edges_kind(op: str, cu_seqlens: Tensor) -> None:
 def check_cu_seqlens_shape(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
     """Raise ValueError unless cu_seqlens is (B+1,) int32 on the device of `packed`."""
     check_tensors(op, cu_seqlens=cu_seqlens)
+    _check_edges(op, cu_seqlens, packed)
+
+
+def _check_edges(op: str, cu_seqlens: Tensor, packed: Tensor) -> None:
     _check_edges_kind(op, cu_seqlens)
     if cu_seqlens.device != packed.device:
         raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, the packed tensor on {packed.device}")
 
 
-def checked_tokens(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+def checked_tokens(
+    op: str,
+    name: str,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    optional: Mapping[str, Any] = NO_TENSORS,
+    **required: Any,
+) -> Tensor:
     """`tokens` (N,) in the dtype the sequence ops compute in: fp32, or fp64 as given.
 
-    Raises: ValueError unless it is (N,) floating point and cu_seqlens is (B+1,) int32 on its device.
+    optional, required: the op's other tensors, which `check_tensors` looks at in the same pass.
+
+    Raises: ValueError unless it is (N,) floating point and cu_seqlens is (B+1,) int32 on its device; what
+    `check_tensors` raises.
     """
-    check_tensors(op, **{name: tokens})
+    check_tensors(op, optional, **{name: tokens, "cu_seqlens": cu_seqlens}, **required)
     if tokens.dim() != 1 or not tokens.is_floating_point():
         raise ValueError(
             f"{op}: {name} must be (N,) floating point, got {tuple(tokens.shape)} {tokens.dtype}"
         )
-    check_cu_seqlens_shape(op, cu_seqlens, tokens)
+    _check_edges(op, cu_seqlens, tokens)
     return tokens if tokens.dtype in (torch.float32, torch.float64) else tokens.float()
 
 

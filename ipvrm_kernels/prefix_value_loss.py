@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .inputs import check_tensors, checked_number
+from .inputs import checked_number
 from .packing import check_cu_seqlens, check_finite, checked_tokens, lengths, positions, segment_ids
 from .registration import Number, is_batched, is_last_backward, register
 from .segment_scan import segment_scan_reference  # what a running sum means; no kernel is shared
@@ -485,9 +485,8 @@ def prefix_value_loss(
     Returns: 0-d fp32 (fp64 for fp64 input) loss, 0 for an empty batch. Differentiable in log_ratio, once.
     Raises: ValueError on a wrong shape, dtype, device, option or value.
     """
-    log_ratio = checked_tokens(OP, "log_ratio", log_ratio, cu_seqlens)
+    log_ratio = checked_tokens(OP, "log_ratio", log_ratio, cu_seqlens, {"weight": weight}, outcome=outcome)
     beta = checked_number(OP, "beta", beta)
-    check_tensors(OP, {"weight": weight}, outcome=outcome)
     B = cu_seqlens.shape[0] - 1
     if prefix_weighting not in WEIGHTINGS:
         raise ValueError(
