@@ -70,6 +70,7 @@ OTHER_PAGES = {
     "demo": "what `ipvrm demo` shows",
     "demo_spread": "the demo over several base models",
     "real_input": "real rollouts and ProcessBench through the whole path",
+    "objectives_learn": "which objectives and algorithms learn on the demo's task",
     "td_study": "whether a token's TD foretells the outcome",
     "fig6_smoke": "the five online updates of Figure 6",
     "trl_updates": "updates beside TRL's own",

@@ -339,23 +339,22 @@ def of_the_outcome():
     ours, theirs = (
         f"{percent(model['mean'])} % {between(*model['interval'], by=' to ')}" for model in (ipvrm, implicit)
     )
-    yield f"is found at F1 {ours} by IPVRM and {theirs} by Implicit PRM"
     (beta, margin, rule), (paper_beta, paper_margin, _), (other, _, other_rule), (paper_other, *_) = (
         settings_of(base_models(), name).split(", ") for name in NAMES
     )
     settings = f"beta {beta} and margin {margin}, beta {other}"
-    yield f"is ahead on every base model (in brackets 95 % over base models and traces; {settings};"
+    yield f"| settings that did best here: {settings} | {ours} | {theirs} |"
     yield (
-        "steps are judged by the rule that did best on each base model's validation traces: "
-        f"{rule}, {other_rule})"
+        "Steps are judged by the rule that did best on each base model's validation traces "
+        f"({rule}, {other_rule})"
     )
+    yield "in brackets 95 % over base models and traces"
     papers = [found["f1"]["training format"][f"{name}, the paper's"] for name in ("ipvrm", "implicit_prm")]
     assert all(a < b for a, b in zip(*(paper["by_model"] for paper in papers), strict=True))
     ours, theirs = (f"{percent(paper['mean'])} %" for paper in papers)
-    yield (
-        f"At the paper's beta and margin ({paper_beta} and {paper_margin}, {paper_other}) it is {ours} "
-        f"against {theirs}, IPVRM behind on every one too"
-    )
+    given = f"beta {paper_beta} and margin {paper_margin}, beta {paper_other}"
+    yield f"| the paper's: {given} | {ours} | {theirs} |"
+    yield "Implicit PRM is ahead on every base model in both lines"
     constant, space = found["baselines"]["best_constant"], found["f1"]["space before ="]
     assert max(max(space[name]["by_model"]) for name in ("ipvrm", "implicit_prm")) < constant
     yield f"both fall below the best constant answer's {percent(constant)} %"
@@ -489,6 +488,19 @@ def test_the_results_page_says_what_the_files_say():
 
 def test_the_readme_is_short():
     assert len((ROOT / README).read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_example_runs():
+    import torch
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / README).read_text(encoding="utf-8"), re.DOTALL)
+    torch.manual_seed(0)
+    exec(compile(code, README, "exec"), names := {})
+    hidden, weight, out = (names[name] for name in ("hidden", "weight", "out"))
+    logits = (hidden.detach().double() @ weight.detach().double().T).log_softmax(-1)
+    entropy = -(logits.exp() * logits).sum(-1)
+    torch.testing.assert_close(out.entropy.detach().double(), entropy, rtol=1e-4, atol=1e-4)
+    assert hidden.grad.isfinite().all() and weight.grad.abs().sum() > 0
 
 
 def in_the_tree(text):

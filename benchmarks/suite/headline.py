@@ -222,15 +222,23 @@ class Line(NamedTuple):
 LINES = (
     Line("log-prob of the sampled token, log-sum-exp, entropy", "linear_logprobs", FORWARD),
     Line("log-prob alone", "linear_logprobs", FORWARD, "log-prob alone"),
-    Line("the first, and all tokens of p >= 0.1", "linear_candidates", f"{SIZE}, calibrated"),
     Line(
-        "log-probs of 8 tokens a row, gradients of hidden",
+        "log-prob, log-sum-exp, entropy, all tokens of p >= 0.1", "linear_candidates", f"{SIZE}, calibrated"
+    ),
+    Line(
+        "log-probs of 8 tokens a row, gradient of hidden",
         "linear_logprobs",
         BACKWARD.replace("trainable", "frozen"),
     ),
-    Line("the same, and of the weight", "linear_logprobs", BACKWARD),
-    Line("of one token a row, both gradients", "linear_logprobs", BACKWARD, "one id"),
-    Line("DistRL's loss, 8 candidates a row, both gradients", "linear_distrl_loss", f"{SIZE} K=8, random"),
+    Line("log-probs of 8 tokens a row, gradients of hidden and weight", "linear_logprobs", BACKWARD),
+    Line(
+        "log-prob of one token a row, gradients of hidden and weight", "linear_logprobs", BACKWARD, "one id"
+    ),
+    Line(
+        "DistRL's loss, 8 candidates a row, gradients of hidden and weight",
+        "linear_distrl_loss",
+        f"{SIZE} K=8, random",
+    ),
     Line("prefix-value loss, 256 x 2,048 tokens, gradients", "prefix_value_loss", "B=256 T=2048 "),
     Line("a reward-model training step", "reward_step", "8 sequences"),
     Line("a DistRL policy update", "distrl_step", "8 sequences"),

@@ -4,8 +4,8 @@
 BLAS, and nothing is timed at run time. An AMD Zen 5 has full-width AVX-512, and PyTorch's MKL does not use
 it. oneDNN, which PyTorch's x86 builds bring along, does: on two cores of an EPYC it takes half the time, at
 1.4 to 2.7 times MKL's rounding error, since it sums the products of a logit in longer chains; that is within
-the ops' tolerance. The library decides the plan too: blocks of equal rows for the BLAS, of suitable ones for
-oneDNN.
+the ops' tolerance. On a Zen 3, which has AVX2 alone, MKL is no slower on tiles and more exact. The
+library decides the plan too: blocks of equal rows for the BLAS, of suitable ones for oneDNN.
 
 PyTorch reaches oneDNN for dense fp32 by the op that Inductor compiles `linear` to; it takes no `out`, so a
 product passes through a tensor of its own, which `transient_bytes` lets the plans count. oneDNN has no fast
@@ -44,6 +44,7 @@ class Measured(NamedTuple):
 # by the family of AMD's processor and PyTorch's SIMD capability, which tells a Zen 4 from a Zen 3
 MEASURED = {
     (0x1A, "AVX512"): Measured("AMD Zen 5", "onednn", "cpu_matmul-amd-zen-5.json"),
+    (0x19, "AVX2"): Measured("AMD Zen 3", "blas", "cpu_matmul-amd-zen-3.json"),
 }
 
 

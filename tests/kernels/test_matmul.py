@@ -76,6 +76,14 @@ def test_a_machine_without_avx512_keeps_blas(fresh):
     assert matmul.describe_cpu_matmul().startswith("none: IPVRM_CPU_MATMUL=onednn cannot run here")
 
 
+def test_a_zen_3_names_the_measurement_that_keeps_its_blas(fresh):
+    fresh.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    fresh.setattr(torch.backends.mkl, "is_available", lambda: True)
+    fresh.setattr(backend, "AMD_FAMILY", 0x19)
+    said = matmul.describe_cpu_matmul()
+    assert said.startswith("blas: the faster one on AMD Zen 3 (cpu_matmul-amd-zen-3.json)")
+
+
 @pytest.mark.parametrize("family", [0, 0x19])
 def test_other_processors_keep_blas_until_asked(zen_5, family):
     zen_5.setattr(backend, "AMD_FAMILY", family)
