@@ -94,13 +94,7 @@ class PrefixRewardModel:
                 f"is {objective!r}, {'updated online' if online else 'frozen'}, so leave them out"
             )
 
-    @torch.no_grad()
-    def logprobs(
-        self, inputs: list[dict[str, Tensor]], candidate_ids: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """(B, T) of the labelled tokens and (B, T, K) of candidate_ids (B, T, K); the last T positions of
-        `inputs`, micro-batches of input_ids, attention_mask and labels."""
-        T, found = candidate_ids.shape[1], []
+    def _check_positions(self, inputs: list[dict[str, Tensor]]) -> None:
         length = max(x["input_ids"].shape[1] for x in inputs)
         if self.max_positions is not None and length > self.max_positions:
             raise IpvrmError(
@@ -108,6 +102,15 @@ class PrefixRewardModel:
                 f"more than the {self.max_positions} positions of the reward model; leave out longer prompts "
                 "or take a smaller max_completion_length"
             )
+
+    @torch.no_grad()
+    def logprobs(
+        self, inputs: list[dict[str, Tensor]], candidate_ids: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) of the labelled tokens and (B, T, K) of candidate_ids (B, T, K); the last T positions of
+        `inputs`, micro-batches of input_ids, attention_mask and labels."""
+        T, found = candidate_ids.shape[1], []
+        self._check_positions(inputs)
         for x, ids in zip(inputs, candidate_ids.split([len(x["labels"]) for x in inputs]), strict=True):
             ids = torch.nn.functional.pad(ids, (0, 0, x["labels"].shape[1] - 1 - T, 0), value=-1)
             with self.accelerator.autocast():
@@ -131,9 +134,10 @@ class PrefixRewardModel:
             group: (B,) the prompt of each row, num_groups over all ranks.
 
         Raises:
-            IpvrmError: another outcome. NotFinite: before the weights take it.
+            IpvrmError: another outcome, or too many tokens. NotFinite: before the weights take it.
         """
         assert self.optimizer is not None
+        self._check_positions(inputs)
         judged = mask.any(1) & ~outcome.isnan()
         if bool((judged & (outcome != 0) & (outcome != 1)).any()):
             raise IpvrmError(

@@ -525,15 +525,35 @@ def test_prompts_of_other_template_variables_are_warned_of_and_longer_ones_than_
     assert rm.max_positions == 8192  # as its config says
     rm.max_positions = limit = 16
 
-    def asked(length):
+    def inputs(length):
         ids = torch.full((1, length), 5)
         labels = ids.index_fill(1, torch.arange(length - 2), -100)
-        inputs = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}]
-        return rm.logprobs(inputs, torch.full((1, 2, 1), 7), 1.0)[0]
+        return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}]
+
+    def asked(length):
+        return rm.logprobs(inputs(length), torch.full((1, 2, 1), 7), 1.0)[0]
 
     assert asked(limit).isfinite().all()
-    words = refusal(lambda: asked(limit + 1))
-    assert f"have {limit + 1} tokens together, more than the {limit} positions" in words
+    learns = beside_a_policy(home, tmp_path / "online", "ipvrm", "before")
+    learns.max_positions = limit
+
+    def learnt():  # it is looked at before anything else is
+        learns.update(
+            inputs(limit + 1),
+            None,
+            None,
+            None,
+            None,
+            1,
+            None,
+            temperature=1.0,
+            max_grad_norm=1.0,
+            policy=None,
+        )
+
+    for too_long in (lambda: asked(limit + 1), learnt):
+        words = refusal(too_long)
+        assert f"have {limit + 1} tokens together, more than the {limit} positions" in words
 
 
 @pytest.mark.parametrize("setting", [{"dlw": False}, {"rm_margin": 2.0}])
