@@ -87,18 +87,18 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "edges_rise_cpu", [](Address cu, int64_t B, int64_t N, int) { return ipvrm::edges_rise_cpu(edges(cu), B, N); },
       no_gil);
-  // The CPU kernels have no use for N: their edges are checked.
   m.def(
       "segment_scan_cpu",
-      [](Address x, Address cu, Address y, int64_t B, int64_t, double decay, bool reverse, int threads) {
-        ipvrm::segment_scan_cpu(in(x), edges(cu), out(y), B, decay, reverse, threads);
+      [](Address x, Address cu, Address y, int64_t B, int64_t N, double decay, bool reverse, int threads) {
+        return ipvrm::segment_scan_cpu(in(x), edges(cu), out(y), B, N, decay, reverse, threads);
       },
       no_gil);
   m.def(
       "prefix_values_fwd_cpu",
-      [](Address l, Address cu, Address value, Address mean, Address prob, Address td, int64_t B, int64_t, float beta,
+      [](Address l, Address cu, Address value, Address mean, Address prob, Address td, int64_t B, int64_t N, float beta,
          int threads) {
-        ipvrm::prefix_values_fwd_cpu(in(l), edges(cu), out(value), out(mean), out(prob), out(td), B, beta, threads);
+        return ipvrm::prefix_values_fwd_cpu(in(l), edges(cu), out(value), out(mean), out(prob), out(td), B, N, beta,
+                                            threads);
       },
       no_gil);
   Struct<ipvrm::PrefixValueGradients>(m, "PrefixValueGradients")

@@ -395,15 +395,23 @@ bool valid(const LossTerms& terms, int64_t num_sequences) {
 }  // namespace
 
 bool edges_rise_cpu(const int32_t* cu_seqlens, int64_t num_sequences, int64_t num_rows) {
+  if (num_sequences < 0) return false;  // no edge at all: an address of nothing
   bool rises = cu_seqlens[0] == 0 && cu_seqlens[num_sequences] == num_rows;
   for (int64_t b = 0; b < num_sequences; ++b) rises &= cu_seqlens[b] <= cu_seqlens[b + 1];
   return rises;
 }
 
-void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, double decay,
-                      bool reverse, int num_threads) {
-  if (decay == 1.0 && reverse) return for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanReverse{x, y, 1.0f});
-  if (decay == 1.0) return for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanForward{x, y});
+bool segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64_t num_sequences, int64_t num_rows,
+                      double decay, bool reverse, int num_threads) {
+  if (!edges_rise_cpu(cu_seqlens, num_sequences, num_rows)) return false;
+  if (decay == 1.0) {
+    if (reverse) {
+      for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanReverse{x, y, 1.0f});
+    } else {
+      for_each_sequence(cu_seqlens, num_sequences, num_threads, ScanForward{x, y});
+    }
+    return true;
+  }
   const auto scan = [&](int64_t start, int64_t end) {
     double carry = 0.0;
     if (reverse) {
@@ -416,12 +424,15 @@ void segment_scan_cpu(const float* x, const int32_t* cu_seqlens, float* y, int64
   const int chunk = chunk_size(num_sequences, threads);
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
   for (int64_t b = 0; b < num_sequences; ++b) scan(cu_seqlens[b], cu_seqlens[b + 1]);
+  return true;
 }
 
-void prefix_values_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value, float* prob,
-                           float* td, int64_t num_sequences, float beta, int num_threads) {
+bool prefix_values_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, float* value, float* mean_value, float* prob,
+                           float* td, int64_t num_sequences, int64_t num_rows, float beta, int num_threads) {
+  if (!edges_rise_cpu(cu_seqlens, num_sequences, num_rows)) return false;
   for_each_sequence(cu_seqlens, num_sequences, num_threads,
                     PrefixValuesForward{log_ratio, value, mean_value, prob, td, beta});
+  return true;
 }
 
 void prefix_values_bwd_cpu(const PrefixValueGradients& upstream, const float* prob, const int32_t* cu_seqlens,

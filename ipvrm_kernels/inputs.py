@@ -34,16 +34,18 @@ def check_tensors(op: str, optional: Mapping[str, Any] = NO_TENSORS, /, **requir
     Raises: ValueError for what is no tensor or a DTensor. RuntimeError where torch.func or forward mode would
     differentiate: the ops have reverse-mode formulas only, and PyTorch would take a missing one for 0.
     """
-    given = required if not optional else required | {k: x for k, x in optional.items() if x is not None}
-    for name, x in given.items():
+    for name, x in optional.items():
+        if x is not None:
+            required[name] = x
+    for name, x in required.items():
         if type(x) not in _PLAIN:
             _refuse_type(op, name, x)
     if torch.compiler.is_compiling():
         return
-    if transform_level() is not None and any(_is_tracked(x) for x in given.values()):
+    if transform_level() is not None and any(_is_tracked(x) for x in required.values()):
         raise RuntimeError(f"{op}: {NO_TRANSFORM}")
     if forward_level() >= 0:
-        for x in given.values():
+        for x in required.values():
             if forward_ad.unpack_dual(x).tangent is not None:
                 raise RuntimeError(
                     f"{op}: forward-mode differentiation (torch.func.jvp, dual tensors) is not supported; "

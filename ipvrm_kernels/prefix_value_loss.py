@@ -422,7 +422,8 @@ def _prefix_value_loss(
     check_finite(OP, "beta", beta)
     N = log_ratio.shape[0]
     log_ratio, cu_seqlens, outcome = log_ratio.contiguous(), cu_seqlens.contiguous(), outcome.contiguous()
-    margin, weight = (None if x is None else x.contiguous() for x in (margin, weight))
+    margin = None if margin is None else margin.contiguous()
+    weight = None if weight is None else weight.contiguous()
     count = _counts(denominator, divisor, per_sequence)
     if N == 0:
         _check_loss_values(cu_seqlens, N, outcome, margin, weight, denominator)
@@ -450,6 +451,17 @@ def _check_loss_values(
             raise ValueError(f"{OP}: {name} must be finite, got {values[~values.isfinite()][:4].tolist()}")
     if denominator is not None and not bool((denominator > 0) & denominator.isfinite()):
         raise ValueError(f"{OP}: denominator must be positive and finite, got {denominator.item()}")
+
+
+def _per_sequence(name: str, given: Any, B: int, log_ratio: Tensor) -> Tensor:
+    if given.dim() == 0:
+        return log_ratio.new_ones(B) * given.detach()
+    if given.shape != (B,) or given.device != log_ratio.device:
+        raise ValueError(
+            f"{OP}: {name} must be ({B},) on {log_ratio.device}, got {tuple(given.shape)} on {given.device}"
+        )
+    plain = given.dtype == log_ratio.dtype and not given.requires_grad
+    return given if plain else given.detach().to(log_ratio.dtype)
 
 
 def prefix_value_loss(
@@ -495,24 +507,16 @@ def prefix_value_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"{OP}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     limits = torch.finfo(log_ratio.dtype)  # of the arithmetic: 1e39 is not finite in fp32
-    margin_value = 0.0
+    margin_value, margins = 0.0, None
     if not isinstance(margin, Tensor):
-        margin = checked_number(OP, "margin", margin)
-    if not isinstance(margin, Tensor):
-        check_finite(OP, "margin", margin_value := margin)
-        if abs(margin_value) > limits.max:
-            raise ValueError(f"{OP}: margin must be finite in {log_ratio.dtype}, got {margin_value}")
-
-    def per_sequence(name: str, given: Tensor) -> Tensor:
-        if given.dim() == 0:
-            return log_ratio.new_ones(B) * given.detach()
-        if given.shape != (B,) or given.device != log_ratio.device:
-            raise ValueError(
-                f"{OP}: {name} must be ({B},) on {log_ratio.device}, "
-                f"got {tuple(given.shape)} on {given.device}"
-            )
-        plain = given.dtype == log_ratio.dtype and not given.requires_grad
-        return given if plain else given.detach().to(log_ratio.dtype)
+        margin = checked_number(OP, "margin", margin)  # a tensor in compiled code
+    if type(margin) is float:
+        check_finite(OP, "margin", margin)
+        if abs(margin) > limits.max:
+            raise ValueError(f"{OP}: margin must be finite in {log_ratio.dtype}, got {margin}")
+        margin_value = margin
+    else:
+        margins = _per_sequence("margin", margin, B, log_ratio)
 
     if outcome.dim() != 1:
         raise ValueError(f"{OP}: outcome must be a tensor of shape ({B},), got {tuple(outcome.shape)}")
@@ -531,9 +535,9 @@ def prefix_value_loss(
         denominator = denominator.detach().to(log_ratio.device, log_ratio.dtype)
     needs_gradient = torch.is_grad_enabled() and log_ratio.requires_grad
     loss, _ = _prefix_value_loss(
-        log_ratio, cu_seqlens, per_sequence("outcome", outcome),
-        per_sequence("margin", margin) if isinstance(margin, Tensor) else None,
-        None if weight is None else per_sequence("weight", weight), denominator, margin_value, divisor,
+        log_ratio, cu_seqlens, _per_sequence("outcome", outcome, B, log_ratio), margins,
+        None if weight is None else _per_sequence("weight", weight, B, log_ratio), denominator, margin_value,
+        divisor,
         beta, prefix_weighting, reduction == "sequence_mean", needs_gradient,
         backend.choose(OP, IMPLS, impl, log_ratio),
     )  # fmt: skip

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import backend
 from .inputs import checked_number
-from .packing import check_cu_seqlens, check_finite, checked_tokens, positions
+from .packing import check_cu_seqlens, check_edge_values, check_finite, checked_tokens, positions
 from .registration import Number, register
 from .segment_scan import segment_scan_reference  # what a running sum means; no kernel is shared
 
@@ -31,6 +31,7 @@ if backend.HAS_TRITON:
 
     from .packing import sequence_rows
 
+OP = "prefix_values"
 BLOCK_T = 1024
 
 
@@ -50,6 +51,13 @@ def prefix_values_reference(
     value = beta * segment_scan_reference(log_ratio, cu_seqlens)
     mean_value = value / positions(cu_seqlens, log_ratio.shape[0], log_ratio.dtype)
     return value, mean_value, torch.sigmoid(mean_value), beta * log_ratio
+
+
+def _torch_values_fwd(
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_edge_values(OP, cu_seqlens, log_ratio.shape[0])
+    return prefix_values_reference(log_ratio, cu_seqlens, beta)
 
 
 def _torch_values_bwd(
@@ -138,10 +146,15 @@ if backend.HAS_TRITON:
             carry += tl.sum(all_dvalue, 0)
 
 
+def _four_like(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+
+
 def _triton_values_fwd(
     log_ratio: Tensor, cu_seqlens: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    value, mean_value, prob, td = (torch.empty_like(log_ratio) for _ in range(4))
+    check_edge_values(OP, cu_seqlens, log_ratio.shape[0])
+    value, mean_value, prob, td = _four_like(log_ratio)
     if log_ratio.shape[0]:
         grid = (cu_seqlens.shape[0] - 1,)
         with torch.cuda.device_of(log_ratio):
@@ -166,16 +179,25 @@ def _triton_values_bwd(
     return dlog_ratio
 
 
-def _native_values_fwd(device: str) -> Any:
-    def run(log_ratio: Tensor, cu_seqlens: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        value, mean_value, prob, td = (torch.empty_like(log_ratio) for _ in range(4))
-        backend.native_call(
-            f"prefix_values_fwd_{device}", log_ratio, cu_seqlens, value, mean_value, prob, td,
-            cu_seqlens.shape[0] - 1, log_ratio.shape[0], beta,
-        )  # fmt: skip
-        return value, mean_value, prob, td
+def _cuda_values_fwd(
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, N = cu_seqlens.shape[0] - 1, log_ratio.shape[0]
+    check_edge_values(OP, cu_seqlens, N)
+    outputs = _four_like(log_ratio)
+    backend.native_call("prefix_values_fwd_cuda", log_ratio, cu_seqlens, *outputs, B, N, beta)
+    return outputs
 
-    return run
+
+def _cpp_values_fwd(
+    log_ratio: Tensor, cu_seqlens: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, N = cu_seqlens.shape[0] - 1, log_ratio.shape[0]
+    outputs = _four_like(log_ratio)
+    if not backend.native_call("prefix_values_fwd_cpu", log_ratio, cu_seqlens, *outputs, B, N, beta):
+        check_cu_seqlens(OP, cu_seqlens, N)  # the kernel looks at the edges, the words are found here
+        raise AssertionError("prefix_values: refused by the kernel for no reason that Python can see")
+    return outputs
 
 
 def _native_values_bwd(device: str) -> Any:
@@ -197,10 +219,10 @@ def _native_values_bwd(device: str) -> Any:
 
 
 IMPLS = {
-    "cuda": backend.Impl(_native_values_fwd("cuda"), _native_values_bwd("cuda")),
+    "cuda": backend.Impl(_cuda_values_fwd, _native_values_bwd("cuda")),
     "triton": backend.Impl(_triton_values_fwd, _triton_values_bwd),
-    "cpp": backend.Impl(_native_values_fwd("cpu"), _native_values_bwd("cpu")),
-    "torch": backend.Impl(prefix_values_reference, _torch_values_bwd),
+    "cpp": backend.Impl(_cpp_values_fwd, _native_values_bwd("cpu")),
+    "torch": backend.Impl(_torch_values_fwd, _torch_values_bwd),
 }
 
 
@@ -243,9 +265,7 @@ TAKES = {"log_ratio": "float N", "cu_seqlens": "edges B+1"}
 def _prefix_values(
     log_ratio: Tensor, cu_seqlens: Tensor, beta: Number, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_finite("prefix_values", "beta", beta)
-    if backend.checks_values(log_ratio):
-        check_cu_seqlens("prefix_values", cu_seqlens, log_ratio.shape[0])
+    check_finite(OP, "beta", beta)
     return IMPLS[impl].forward(log_ratio.contiguous(), cu_seqlens.contiguous(), beta)
 
 
@@ -264,8 +284,7 @@ def prefix_values(
         token t, that divided by t, its sigmoid, and beta * log_ratio. All differentiable in log_ratio, once.
     Raises: ValueError on a wrong shape, dtype, device, impl, beta, or cu_seqlens.
     """
-    op = "prefix_values"
-    log_ratio = checked_tokens(op, "log_ratio", log_ratio, cu_seqlens)
-    beta = checked_number(op, "beta", beta)
-    chosen = backend.choose(op, IMPLS, impl, log_ratio)
+    log_ratio = checked_tokens(OP, "log_ratio", log_ratio, cu_seqlens)
+    beta = checked_number(OP, "beta", beta)
+    chosen = backend.choose(OP, IMPLS, impl, log_ratio)
     return PrefixValues(*_prefix_values(log_ratio, cu_seqlens, beta, chosen))

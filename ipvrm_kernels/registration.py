@@ -40,6 +40,7 @@ _TENSORS = (Tensor, torch.nn.Parameter)  # plain ones; their subclasses have a s
 MOST_LISTED = 3  # tensors in a list input
 Number = Annotated[float, "or a 0-d tensor on the CPU: a value that varies, and that no graph holds"]
 _NUMBERS = (Number, Number | None)
+_NUMBER_TYPES = frozenset((float, int, type(None)))  # isinstance(1.0, Tensor) costs three times this lookup
 
 
 def _plain_keys() -> set[int]:
@@ -126,7 +127,7 @@ def register(
         if flops is not None:
             _count_flops(name, flops, names, gather)
         if backward is None and not gradient_of:
-            return _without_gradient(function, dispatch, numbers)
+            return _without_gradient(function, dispatch, numbers, _positions_of_tensors(kinds))
         rule = backward or _refusal(gradient_of, instead)
         formula, call = _differentiable(name, function, dispatch, kinds, hints["return"], returns, rule)
 
@@ -277,6 +278,10 @@ def _count_flops(
     register_flop_formula(getattr(torch.ops.ipvrm, op))(formula)
 
 
+def _positions_of_tensors(kinds: Mapping[str, Any]) -> list[int]:
+    return [i for i, kind in enumerate(kinds.values()) if kind in (Tensor, Tensor | None)]
+
+
 def _positions_of_numbers(kinds: Mapping[str, Any]) -> list[int]:
     return [i for i, kind in enumerate(kinds.values()) if kind in _NUMBERS]
 
@@ -367,11 +372,14 @@ def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ..
 
 
 def _without_gradient(
-    function: Callable[..., Any], dispatch: Callable[..., Any], numbers: Sequence[int]
+    function: Callable[..., Any],
+    dispatch: Callable[..., Any],
+    numbers: Sequence[int],
+    tensors_at: Sequence[int],
 ) -> Callable[..., Any]:
     def call(*inputs: Any) -> Any:
-        plain = _only_autograd() and all(_is_plain(x) for x in inputs if isinstance(x, Tensor))
-        plain = plain and not any(isinstance(inputs[i], Tensor) for i in numbers)
+        plain = _only_autograd() and all(inputs[i] is None or _is_plain(inputs[i]) for i in tensors_at)
+        plain = plain and all(type(inputs[i]) in _NUMBER_TYPES for i in numbers)
         return function(*inputs) if plain else dispatch(*inputs)
 
     return call
@@ -408,6 +416,7 @@ def _differentiable(
     pool = [*tensors, *plain, *(upstream or [""]), *(lists or [""]), "needs"]
     pick_asked = _picker([pool.index(x) for x in asked])
     numbers = _positions_of_numbers(kinds)
+    tensors_at = _positions_of_tensors(kinds)
     num_tensors, wants_needs, single = len(tensors), "needs" in asked, returned is Tensor
     nothing = (None,) * len(kinds)
 
@@ -459,11 +468,11 @@ def _differentiable(
         if not _only_autograd():
             return dispatch(*inputs)
         for i in numbers:
-            if isinstance(inputs[i], Tensor):
+            if type(inputs[i]) not in _NUMBER_TYPES:  # a 0-d tensor
                 return dispatch(*inputs)
         requires_grad = False
-        for x in inputs:
-            if isinstance(x, Tensor):
+        for i in tensors_at:
+            if (x := inputs[i]) is not None:
                 if type(x) not in _TENSORS or dispatch_keys(x).raw_repr() not in _PLAIN_KEYS:  # _is_plain(x)
                     return dispatch(*inputs)
                 requires_grad |= x.requires_grad

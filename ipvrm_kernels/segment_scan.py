@@ -10,14 +10,12 @@ and one write per token: eager PyTorch needs a padded copy and, for decay != 1, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import backend
 from .inputs import checked_number
-from .packing import check_cu_seqlens, check_finite, checked_tokens, segment_ids
+from .packing import check_cu_seqlens, check_edge_values, check_finite, checked_tokens, segment_ids
 from .registration import Number, register
 
 if backend.HAS_TRITON:
@@ -25,6 +23,8 @@ if backend.HAS_TRITON:
     import triton.language as tl
 
     from .packing import sequence_rows
+
+OP = "segment_scan"
 
 
 def segment_scan_reference(
@@ -48,6 +48,12 @@ def segment_scan_reference(
         y = y + torch.where(reach >= step, shifted, 0.0) * decay**step
         step *= 2
     return y
+
+
+def _torch(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
+    check_edge_values(OP, cu_seqlens, x.shape[0])
+    y = segment_scan_reference(x, cu_seqlens, decay, reverse)
+    return y.clone() if y is x else y  # nothing to add: the op returns new memory
 
 
 if backend.HAS_TRITON:
@@ -89,6 +95,7 @@ if backend.HAS_TRITON:
 
 
 def _triton(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
+    check_edge_values(OP, cu_seqlens, x.shape[0])
     y = torch.empty_like(x)
     if x.shape[0]:
         high = torch.tensor(decay, dtype=torch.float32).item()
@@ -100,22 +107,28 @@ def _triton(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tenso
     return y
 
 
-def _native(device: str) -> Any:
-    def run(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
-        y = torch.empty_like(x)
-        backend.native_call(
-            f"segment_scan_{device}", x, cu_seqlens, y, cu_seqlens.shape[0] - 1, x.shape[0], decay, reverse
-        )
-        return y
+def _cuda(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
+    check_edge_values(OP, cu_seqlens, x.shape[0])
+    y = torch.empty_like(x)
+    B, N = cu_seqlens.shape[0] - 1, x.shape[0]
+    backend.native_call("segment_scan_cuda", x, cu_seqlens, y, B, N, decay, reverse)
+    return y
 
-    return run
+
+def _cpp(x: Tensor, cu_seqlens: Tensor, decay: float, reverse: bool) -> Tensor:
+    y = torch.empty_like(x)
+    B, N = cu_seqlens.shape[0] - 1, x.shape[0]
+    if not backend.native_call("segment_scan_cpu", x, cu_seqlens, y, B, N, decay, reverse):
+        check_cu_seqlens(OP, cu_seqlens, N)  # the kernel looks at the edges, the words are found here
+        raise AssertionError("segment_scan: refused by the kernel for no reason that Python can see")
+    return y
 
 
 IMPLS = {
-    "cuda": backend.Impl(_native("cuda")),
+    "cuda": backend.Impl(_cuda),
     "triton": backend.Impl(_triton),
-    "cpp": backend.Impl(_native("cpu")),
-    "torch": backend.Impl(segment_scan_reference),
+    "cpp": backend.Impl(_cpp),
+    "torch": backend.Impl(_torch),
 }
 
 
@@ -132,13 +145,10 @@ TAKES = {"x": "float N", "cu_seqlens": "edges B+1"}
 
 @register(fake=_fake, returns=("y",), backward=_backward, takes=TAKES)
 def _segment_scan(x: Tensor, cu_seqlens: Tensor, decay: Number, reverse: bool, impl: str) -> Tensor:
-    check_finite("segment_scan", "decay", decay)
+    check_finite(OP, "decay", decay)
     if abs(decay) > 1:
         raise ValueError(f"segment_scan: decay must be within -1 .. 1, got {decay}")
-    if backend.checks_values(x):
-        check_cu_seqlens("segment_scan", cu_seqlens, x.shape[0])
-    y = IMPLS[impl].forward(x.contiguous(), cu_seqlens.contiguous(), decay, reverse)
-    return y.clone() if y.data_ptr() == x.data_ptr() else y  # the reference returns its input for N < 2
+    return IMPLS[impl].forward(x.contiguous(), cu_seqlens.contiguous(), decay, reverse)
 
 
 def segment_scan(
@@ -157,6 +167,6 @@ def segment_scan(
     Returns: (N,) fp32 (fp64 for fp64 input). Differentiable in x, any number of times.
     Raises: ValueError on a wrong shape, dtype, device, decay or impl, or if cu_seqlens does not rise to N.
     """
-    x = checked_tokens("segment_scan", "x", x, cu_seqlens)
-    decay = checked_number("segment_scan", "decay", decay)
-    return _segment_scan(x, cu_seqlens, decay, bool(reverse), backend.choose("segment_scan", IMPLS, impl, x))
+    x = checked_tokens(OP, "x", x, cu_seqlens)
+    decay = checked_number(OP, "decay", decay)
+    return _segment_scan(x, cu_seqlens, decay, bool(reverse), backend.choose(OP, IMPLS, impl, x))

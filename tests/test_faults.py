@@ -322,7 +322,7 @@ def test_the_sanitizers_see_a_read_out_of_bounds(tmp_path):
     code = (
         "import torch, ipvrm_kernels\nfrom ipvrm_kernels import backend\n"
         "x, y = torch.ones(6), torch.empty(6)\ncu = torch.tensor([0, 6000], dtype=torch.int32)\n"
-        "backend.native_call('segment_scan_cpu', x, cu, y, 1, 6, 1.0, False)\n"
+        "backend.native_call('segment_scan_cpu', x, cu, y, 1, 6000, 1.0, False)\n"
     )
     done = sanitized.run(tmp_path, ["-c", code], capture_output=True)
     assert done.returncode != 0 and "AddressSanitizer" in done.stderr
