@@ -40,8 +40,9 @@ MODULES = (
     "reward_step", "distrl_step", "policy_step", "advantages", "scaling",
 )  # fmt: skip
 SECONDS = dict(quick=0.4, default=2.0, full=3.0)  # of rounds a case, beyond the least number of rounds
-# of everything on two idle cores, printed before it starts; full as measured, default estimated from it
-MINUTES = dict(quick=3, default=24, full=34)
+# of everything on two idle cores, printed before it starts; measured, the least of a Zen 5, the most of a Zen
+# 3; default estimated from full
+MINUTES = dict(quick="3 to 5", default="24 to 53", full="34 to 75")
 
 
 def suite(name: str, device: str, mode: str) -> Iterator[Case]:
