@@ -563,9 +563,11 @@ def test_the_readme_states_the_speed_that_was_measured():
         f"is there in {best['opened'] / 1000:.2f} s, the cursor moves in {best['move']:.1f} ms, "
         f"and at 400 px each 95 of 100 frames take at most {best['frame']:.0f} ms "
         f"(the best of {len(found['tries'])} tries, "
-        f"{found['machine']['browser']} without a GPU, {found['machine']['processor']}, beside other work: "
-        f"a load of {found['machine']['load']:.0f} on {found['machine']['cores']} cores)"
+        f"{found['machine']['browser']} without a GPU, {found['machine']['processor']}, idle: "
+        f"a load of {found['machine']['load']:.1f} on {found['machine']['cores']} cores)"
     ) in text
+    assert found["machine"]["load"] < 1
+    assert f"opening in a fresh browser takes longer ({found['tries'][0]['opened'] / 1000:.2f} s)" in text
 
 
 # ------------------------------------------------------------------------------------------ the walk-through
