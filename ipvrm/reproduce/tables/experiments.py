@@ -190,9 +190,7 @@ def on_task(
             "ipvrm": {"beta": 50.0, "learning_rate": 3e-4},
             "implicit_prm": implicit,
             "dpo": implicit,
-            # at 1e-3 the demo's pairs are told apart after 200 updates (pair accuracy 0.72 at the 348th);
-            # at 3e-4 and 3e-3 not within the 87 of three epochs (0.49 to 0.55)
-            "q_rm": {"learning_rate": 1e-3, "num_train_epochs": 4 * epochs},
+            "q_rm": {"learning_rate": 3e-4},
         },
         reward_flags={"rm_lora_r": 0, "rm_minibatch_size": 64},
         gae_flags={"gae_coef": 0.1},
