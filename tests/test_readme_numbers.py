@@ -611,10 +611,6 @@ OF_CHANGED_CHECKOUTS = {
 }  # fmt: skip
 
 
-# Made on branches that were rebased afterwards: the code is in the history, under another commit.
-OF_LOST_COMMITS = {
-    "label_truths/label_truths.json", "rollout_and_label/label_agreement.json",
-}  # fmt: skip
 # The first is what the runs beside it give, the second was written before commands wrote a manifest.
 WITHOUT_A_COMMIT = {"demo_spread/summary.json", "real_input/rm/results.json"}
 
@@ -657,5 +653,5 @@ def test_results_come_from_commits_of_this_history():
         if name not in OF_CHANGED_CHECKOUTS | WITHOUT_A_COMMIT
         and git("merge-base", "--is-ancestor", made_by(path)["commit"], "HEAD").returncode
     }
-    assert lost <= OF_LOST_COMMITS
+    assert not lost
     assert git("merge-base", "--is-ancestor", "0" * 40, "HEAD").returncode, "git takes any commit for one"
