@@ -212,8 +212,8 @@ def test_the_dry_run_of_everything_that_goes_wrong(fake_gpu, capsys):
         ]
 
     start = time.monotonic()
-    code, content = fake_gpu.run(parts, "--budget", "24")
-    assert code == 1 and time.monotonic() - start < 24
+    code, content = fake_gpu.run(parts, "--budget", "16")
+    assert code == 1 and time.monotonic() - start < 16
     found = content["parts"]
     statuses = {name: part["status"] for name, part in found.items()}
     assert statuses.pop("bench_b").startswith("stopped at its limit of ")
@@ -234,6 +234,18 @@ def test_the_dry_run_of_everything_that_goes_wrong(fake_gpu, capsys):
     assert "| median ms | expected ms |" in page and "| 1.00 | 0.800 |" in page
     assert "| c | passed, a fresh process after each of 2 CUDA errors |" in page
     assert "does not answer after d" in capsys.readouterr().err
+
+
+def test_a_part_that_dies_at_once_is_probed_too(fake_gpu, monkeypatch):
+    """Its seconds are written as 0.0."""
+    run = gpu_report.run_and_read
+    monkeypatch.setattr(gpu_report, "REST", 0.0)
+    monkeypatch.setattr(gpu_report, "run_and_read", lambda *given: run(*given) | dict(seconds=0.0))
+    dies = python(f"open({str(fake_gpu.dead)!r}, 'w'); import os; os.abort()")
+    code, content = fake_gpu.run(lambda folder: [Part("d", dies, 3), Part("never", python("print()"), 3)])
+    statuses = {name: part["status"] for name, part in content["parts"].items()}
+    assert code == 1 and content["parts"]["d"]["probe"] == "failed (exit 1)"
+    assert statuses == dict(d="failed (exit -6)", never="not started: the GPU does not answer after d")
 
 
 @pytest.mark.slow
