@@ -35,7 +35,7 @@ struct PrefixValueGradients {
 void prefix_values_bwd_cpu(const PrefixValueGradients& upstream, const float* prob, const int32_t* cu_seqlens,
                            float* dlog_ratio, int64_t num_sequences, float beta, int num_threads);
 
-// Nor where an outcome is not 0 or 1, a number not finite or *denominator not positive.
+// Writes nothing and returns false also where an outcome is not 0 or 1, a number not finite or *denominator not positive.
 // loss: sum over sequences of w_b * sum_t omega_t loss_t, times the divisor; over the sum of omega of all tokens if `count`.  gradient (N,), unless null: d loss / d log_ratio.
 bool prefix_value_loss_fwd_cpu(const float* log_ratio, const int32_t* cu_seqlens, const LossTerms& terms, float* loss,
                                float* gradient, int64_t num_sequences, int64_t num_rows, float beta, bool count,

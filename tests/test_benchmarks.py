@@ -1176,8 +1176,8 @@ def test_the_pages_opening_says_what_the_file_says():
         measured = {(r.ratio, r.scratch_mib) for (_, s, _), r in of.items() if s == shape}
         plain = [point for point in panel.points if not point.elsewhere]
         assert {(point.ratio, point.scratch_mib) for point in plain} <= measured and len(plain) > 6
-    other = any(one["op"] == "op" for one in study) or any(", by " in r.contender for r in rows)
-    assert all(sum(point.elsewhere for point in panel.points) == other for panel in panels)  # ours by it too
+    both = any(one["op"] == "op" for one in study) or any(", by " in r.contender for r in rows)
+    assert all(sum(point.elsewhere for point in panel.points) == both for panel in panels)  # libraries
     said = opening.partition("**Lost**: ")[2].partition("\n")[0]
     for place, panel in zip(("left", "right"), panels, strict=True):
         for other in panel.others:

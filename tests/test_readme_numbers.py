@@ -13,7 +13,7 @@ import test_defaults
 import test_differences
 
 from benchmarks.suite import headline
-from benchmarks.suite.measure import Row, is_ours
+from benchmarks.suite.measure import ACCURACY, LESS_WORK, Row, is_ours
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -275,7 +275,7 @@ def of_the_other_kind():
             row
             for row in read(OTHER)["rows"]
             if (row["op"], row["shape"]) == ("linear_logprobs", shape) and not row["error"]
-            if "," not in row["contender"] and not row["contender"].startswith("matmul")
+            if "," not in row["contender"] and row["contender"] not in LESS_WORK
         ]
         assert len(rows) >= 4
         best = [
@@ -295,7 +295,7 @@ def of_the_accuracy():
     """The worst of ours and of each other contender, over calibrated and peaked rows of each dtype."""
     ours, others = {}, {}
     for row in read(OTHER)["rows"]:
-        if "accuracy of a log-prob" in row["shape"] and row["fp64_error"] is not None:
+        if ACCURACY in row["shape"] and row["fp64_error"] is not None:
             (dtype,) = (dtype for dtype in ("bfloat16", "float32") if dtype in row["shape"].split())
             worst = (ours if is_ours(row["contender"]) else others).setdefault(dtype, {})
             worst[row["contender"]] = max(row["fp64_error"], worst.get(row["contender"], 0.0))
