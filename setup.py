@@ -17,7 +17,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CPP_SOURCES = ["csrc/bindings.cpp", "csrc/head_cpu.cpp", "csrc/policy_cpu.cpp", "csrc/sequence_cpu.cpp"]
+CPP_SOURCES = [
+    f"csrc/{name}.cpp" for name in ("bindings", "bf16_cpu", "head_cpu", "policy_cpu", "sequence_cpu")
+]
 CUDA_SOURCES = ["csrc/policy_cuda.cu", "csrc/sequence_cuda.cu"]
 CUDA_ARCHITECTURES = ("80", "90", "100")  # those that this nvcc knows, and PTX of the newest of them
 

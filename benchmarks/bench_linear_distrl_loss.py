@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.suite.exact import Exact
-from benchmarks.suite.heads import Shape, calibrated, inputs, matmuls, more_shapes, shapes, targets
+from benchmarks.suite.heads import (
+    Shape,
+    by_the_other,
+    calibrated,
+    inputs,
+    matmuls,
+    more_shapes,
+    shapes,
+    targets,
+)
 from benchmarks.suite.measure import LESS_WORK, Case, assert_close, is_ours
 from benchmarks.suite.peers import compiled, grpo_loss, sliced_logprobs
 from benchmarks.suite.roofline import expected
@@ -154,9 +163,11 @@ def eager(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 def loss_case(batch: RolloutRows, device: str, with_grpo: bool, with_compile: bool = True) -> Case:
     shape, implementations = batch.shape, kernels(OP, device)
+    own = {name: batch.fused(name) for name in implementations}
     contenders: dict[str, Callable[[], Any]] = {
         **matmuls(batch.hidden, batch.weight),
-        **{name: batch.fused(name) for name in implementations},
+        **own,
+        **by_the_other(own, shape, device),
         "eager composition": batch.composition(eager),
         "released 64-row slices": batch.composition(lambda h, w, ids: sliced_logprobs(h @ w.T, ids)),
     }

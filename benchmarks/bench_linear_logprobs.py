@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.suite.exact import Exact
 from benchmarks.suite.heads import (
-    SAVED_TARGET,
+    SAVED_TARGETS,
     Calibrated,
     Shape,
     by_the_other,
@@ -320,7 +320,7 @@ def step_case(
     late |= {f"{LIGER_SHARED}{SHARED}": no_shared} if no_shared else {}
     aims = targets(kind, shape, implementations, device)
     if aims and device == "cpu":
-        aims |= {f"{name} logits kept": Target(SAVED_TARGET) for name in saving}
+        aims |= {f"{name} logits kept": Target(SAVED_TARGETS[shape.dtype]) for name in saving}
     if aims and peers and device == "cpu":
         aims |= {name: Target(1 / 2, f"{CHUNKED}, one id") for name in (*one_id, *saved, *scalar)}
     elif aims and with_peers:  # log-probs beside log-probs, a scalar loss beside a scalar loss

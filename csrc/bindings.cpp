@@ -10,6 +10,7 @@
 #include <cpuid.h>
 #endif
 
+#include "bf16_cpu.h"
 #include "head_cpu.h"
 #include "policy_cpu.h"
 #include "sequence_cpu.h"
@@ -83,6 +84,8 @@ PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
 
   m.attr("amd_family") = amd_family();
+  m.attr("has_bf16_products") = ipvrm::has_bf16_products();
+  m.attr("has_amx") = ipvrm::has_amx();
 
   m.def(
       "edges_rise_cpu", [](Address cu, int64_t B, int64_t N, int) { return ipvrm::edges_rise_cpu(edges(cu), B, N); },
@@ -163,8 +166,10 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "head_finish_cpu",
-      [](const Held<ipvrm::RowBlock>& block, int64_t V, Address lse, Address lse_low, Address entropy, Address logprobs,
-         int threads) { ipvrm::head_finish_cpu(block, V, out(lse), out(lse_low), out(entropy), out(logprobs), threads); },
+      [](const Held<ipvrm::RowBlock>& block, int64_t V, const Held<ipvrm::LogitTransform>& transform, Address lse,
+         Address lse_low, Address entropy, Address logprobs, int threads) {
+        ipvrm::head_finish_cpu(block, V, transform, out(lse), out(lse_low), out(entropy), out(logprobs), threads);
+      },
       no_gil);
   m.def(
       "head_candidates_cpu",
@@ -203,6 +208,29 @@ PYBIND11_MODULE(_C, m) {
       "transpose_cpu",
       [](Address x, int64_t rows, int64_t cols, Address y, int threads) {
         ipvrm::transpose_cpu(in(x), rows, cols, out(y), threads);
+      },
+      no_gil);
+
+  // Products of bf16 matrices
+  Struct<ipvrm::Brgemm>(m, "Brgemm").field("multiply", &ipvrm::Brgemm::multiply).field("release", &ipvrm::Brgemm::release);
+  m.def("panel_bytes", &ipvrm::panel_bytes);
+  m.def(
+      "pack_panels_cpu",
+      [](Address x, bool wide, int64_t rows, int64_t cols, int64_t stride, bool transpose, Address out, int threads) {
+        ipvrm::pack_panels_cpu(at<void>(x), wide, rows, cols, stride, transpose, at<ipvrm::bf16>(out), threads);
+      },
+      no_gil);
+  m.def(
+      "round_tile_cpu",
+      [](Address tile, int64_t rows, int64_t cols, Address out, Address out_t, int threads) {
+        ipvrm::round_tile_cpu(in(tile), rows, cols, at<ipvrm::bf16>(out), at<ipvrm::bf16>(out_t), threads);
+      },
+      no_gil);
+  m.def(
+      "multiply_panels_cpu",
+      [](const Held<ipvrm::Brgemm>& brgemm, Address a, int64_t lda, Address panels, int64_t M, int64_t N, int64_t K,
+         Address c, bool add, int threads) {
+        ipvrm::multiply_panels_cpu(brgemm, at<ipvrm::bf16>(a), lda, at<ipvrm::bf16>(panels), M, N, K, out(c), add, threads);
       },
       no_gil);
 

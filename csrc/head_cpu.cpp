@@ -73,14 +73,22 @@ IPVRM_SIMD float sum_exp(const float* z, int64_t cols, float top, float& sum_z_e
   return sum;
 }
 
-// z to exp(z - top) dz/da
-IPVRM_SIMD void exp_in_place(float* z, int64_t cols, float top, LogitTransform t) {
+// dz/da where z is the row's maximum, or 1 where that is 0: what an expectation is counted in. The maximum's own term is
+// then 1 (or 0), so that rounding the others to bf16 leaves a row's 1 - p as exact as they are.
+float unit_of(LogitTransform t, float top) {
+  if (!(t.limit > 0.0f)) return t.scale;
+  const float derivative = t.capped_derivative(top);
+  return derivative != 0.0f ? derivative : 1.0f;
+}
+
+// z to exp(z - top) dz/da in units of `unit_of`
+IPVRM_SIMD void exp_in_place(float* z, int64_t cols, float top, LogitTransform t, float unit) {
   if (t.limit > 0.0f) {
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) z[j] = exp_nonpositive(z[j] - top) * t.capped_derivative(z[j]);
+    for (int64_t j = 0; j < cols; ++j) z[j] = exp_nonpositive(z[j] - top) * (t.capped_derivative(z[j]) / unit);
   } else {
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) z[j] = exp_nonpositive(z[j] - top) * t.scale;
+    for (int64_t j = 0; j < cols; ++j) z[j] = exp_nonpositive(z[j] - top);
   }
 }
 
@@ -226,14 +234,18 @@ void head_forward_tile_cpu(float* tile, int64_t cols, int64_t col0, const float*
     state.top[row] = top;
     if (block.candidates.count) emit(block.candidates, state, row, z, cols, col0, tile_top);
     if (expectation) {
-      exp_in_place(z, cols, top, transform);
-      if (factor != 1.0) scale_row(expectation + row * D, D, static_cast<float>(factor));
+      const float unit = unit_of(transform, top);
+      exp_in_place(z, cols, top, transform, unit);
+      if (factor != 1.0) {
+        const double units = factor == 0.0 ? 0.0 : unit_of(transform, old_top) / static_cast<double>(unit);
+        scale_row(expectation + row * D, D, static_cast<float>(factor * units));
+      }
     }
   });
 }
 
-void head_finish_cpu(const RowBlock& block, int64_t V, float* lse, float* lse_low, float* entropy, float* logprobs,
-                     int num_threads) {
+void head_finish_cpu(const RowBlock& block, int64_t V, LogitTransform transform, float* lse, float* lse_low, float* entropy,
+                     float* logprobs, int num_threads) {
   for_each_row(block.rows, block.K + (block.expectation ? block.D : 1), num_threads, [&](int64_t row) {
     const int64_t K = block.K;
     const RowState& state = block.state;
@@ -246,7 +258,8 @@ void head_finish_cpu(const RowBlock& block, int64_t V, float* lse, float* lse_lo
       logprobs[i] = owned ? std::min(static_cast<float>(block.id_z[i] - log_total), 0.0f) : -kInf;
     }
     if (block.expectation) {
-      scale_row(block.expectation + row * block.D, block.D, static_cast<float>(1.0 / state.sumexp[row]));
+      const double unit = unit_of(transform, state.top[row]);
+      scale_row(block.expectation + row * block.D, block.D, static_cast<float>(unit / state.sumexp[row]));
     }
   });
 }

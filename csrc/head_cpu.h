@@ -40,13 +40,14 @@ struct RowBlock {
 };
 
 // h.w to z in place; the state takes in this tile (rows, cols), id_z the z of the ids in it; candidates are emitted. With
-// `expectation` the tile becomes exp(z - max) dz/da and the rows of `expectation` are rescaled.
+// `expectation` the tile becomes exp(z - max) dz/da, in units of dz/da at the maximum, and the rows of `expectation` are
+// rescaled.
 void head_forward_tile_cpu(float* tile, int64_t cols, int64_t col0, const float* bias, LogitTransform transform,
                            const RowBlock& block, int num_threads);
 
-// lse, what rounding it to fp32 lost, entropy (the latter two null if unwanted), logprobs (rows, K); expectation /= sumexp.
-void head_finish_cpu(const RowBlock& block, int64_t V, float* lse, float* lse_low, float* entropy, float* logprobs,
-                     int num_threads);
+// lse, what rounding it to fp32 lost, entropy (the latter two null if unwanted), logprobs (rows, K); expectation, in its units, /= sumexp.
+void head_finish_cpu(const RowBlock& block, int64_t V, LogitTransform transform, float* lse, float* lse_low, float* entropy,
+                     float* logprobs, int num_threads);
 
 // Sorted (rows, slots) ids and log-probs, padded with -1 and -inf, and their counts.
 void head_candidates_cpu(const RowBlock& block, int64_t slots, int64_t* ids, float* logprobs, int64_t* counts,

@@ -4,6 +4,9 @@ because of this file alone; tests/kernels/test_torch_private.py says which name 
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import torch
 from torch.autograd import forward_ad
 
@@ -52,3 +55,21 @@ def linear_onednn(a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def has_onednn() -> bool:
     """Whether this build has the op of `linear_onednn`."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+# oneDNN's product of blocks of bf16 matrices with fp32 sums, and what ends its use of the processor: brgemm
+# and brgemm_release of ATen/native/CPUBlas.h, exported to C++ alone. A mangled name holds the types of the
+# arguments, so that one with others is not found.
+BRGEMM = (
+    "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb",
+    "_ZN2at6native7cpublas14brgemm_releaseEb",
+)
+
+
+def brgemm_addresses() -> tuple[int, ...]:
+    """Addresses of `BRGEMM` in this PyTorch; none where it does not export them."""
+    try:
+        exported = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return tuple(ctypes.cast(exported[name], ctypes.c_void_p).value or 0 for name in BRGEMM)
+    except (OSError, AttributeError):
+        return ()

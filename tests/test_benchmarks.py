@@ -253,7 +253,7 @@ def test_targets_are_met_or_missed(spin):
 
 
 def test_targets_are_those_of_their_shape():
-    (cpu,) = heads.shapes("cpu", False)
+    cpu = heads.shapes("cpu", False)[0]
     assert heads.targets("trainable", cpu, ["cpp"], "cpu") == {"cpp": Target(3.7)}
     assert heads.targets("trainable", cpu._replace(K=5), ["cpp"], "cpu") == {}
     assert heads.targets("forward", cpu, ["cuda"], "cuda") == {}
@@ -1103,7 +1103,12 @@ def test_a_file_is_judged_by_the_targets_of_today():
     assert {*limits(dict(axes, N=64), target_of="matmul").values()} == {9.0}
     assert {*limits(axes, target_of=measure.START).values()} == {9.0}
     kept = row("cpp logits kept", 2, shape=shapes["trainable"][1], axes=axes, target=9.0, target_of="matmul")
-    assert heads.with_todays_target(kept).target == heads.SAVED_TARGET
+    assert heads.with_todays_target(kept).target == heads.SAVED_TARGETS[torch.float32]
+    shapes = {kind: (op, shape.replace("float32", "bfloat16")) for kind, (op, shape) in shapes.items()}
+    assert limits(axes, target_of="matmul") == heads.BF16_TARGETS
+    assert limits(on_gpu, target_of="matmul") == {kind: of[2] for kind, of in heads.TARGETS.items()}
+    kept = replace(kept, shape=shapes["trainable"][1])
+    assert heads.with_todays_target(kept).target == heads.SAVED_TARGETS[torch.bfloat16]
 
 
 def test_a_file_whose_yardstick_is_the_slower_library_says_so():
@@ -1278,6 +1283,27 @@ def test_ours_by_the_other_library_in_the_same_rounds(monkeypatch):
     assert set(seen) == {other}
     monkeypatch.setattr(heads.matmul, "why_not", lambda name: "not here")
     assert heads.by_the_other({"cpp": print}, HEAD, "cpu") == {}
+
+
+@pytest.mark.parametrize("library", ["brgemm", "blas"])
+def test_bf16_is_measured_where_the_processor_multiplies_it(library, monkeypatch):
+    """Beside operands that are upcast for the library of fp32; elsewhere not at all."""
+    asked = []
+    monkeypatch.setattr(
+        heads.matmul, "library", lambda dtype=torch.float32: library if dtype == torch.bfloat16 else "blas"
+    )
+    monkeypatch.setattr(heads, "by", lambda name, run: asked.append(name) or run)
+    dtypes = [shape.dtype for shape in heads.shapes("cpu", quick=False)]
+    bf16 = HEAD._replace(dtype=torch.bfloat16)
+    if library == "blas":
+        assert dtypes == [torch.float32] and heads.by_the_other({"cpp": print}, bf16, "cpu") == {}
+        return
+    assert dtypes == [torch.float32, torch.bfloat16]
+    assert heads.by_the_other({"cpp": print, "eager": print}, bf16, "cpu") == {"cpp, by blas": print}
+    assert asked == ["blas"]
+    spec = heads.shapes("cpu", quick=False)[1]
+    for kind, limit in heads.BF16_TARGETS.items():
+        assert heads.targets(kind, spec, ["cpp"], "cpu") == {"cpp": measure.Target(limit)}
 
 
 def test_the_machine_says_what_ran():

@@ -99,7 +99,10 @@ def shapes(device: str, quick: bool) -> list[Shape]:
         return [_of(name, N, torch.bfloat16, ids) for name, N, ids in GPU_DEFAULT[: 1 if quick else None]]
     if quick:
         return [Shape(512, 512, 8192, torch.float32)]
-    return [_of(name, N, torch.float32, ids) for name, N, ids in CPU_DEFAULT]
+    dtypes = [torch.float32]
+    if matmul.library(torch.bfloat16) == matmul.BRGEMM:  # elsewhere one bf16 matmul takes seconds
+        dtypes.append(torch.bfloat16)
+    return [_of(name, N, dtype, ids) for dtype in dtypes for name, N, ids in CPU_DEFAULT]
 
 
 def more_shapes(device: str) -> Iterator[Shape]:
@@ -120,7 +123,10 @@ TARGETS = dict(
     forward=(1.0, 1.1, 1.03), candidates=(1.05, 1.25, 1.12), trainable=(3.7, 4.6, 4.3),
     frozen=(2.0, 3.2, 3.2), distrl_loss=(2.9, 3.6, 3.6),
 )  # fmt: skip
-SAVED_TARGET = 3.0  # of a trainable head that saves its logits ("kept" in the rows of results), on a CPU
+# on a CPU that multiplies bf16 as it is, in bf16 at SPEC's sizes
+BF16_TARGETS = dict(forward=1.3, candidates=1.4, trainable=4.2, frozen=2.2, distrl_loss=3.3)
+# of a trainable head that saves its logits ("kept" in the rows of results), on a CPU
+SAVED_TARGETS = {torch.float32: 3.0, torch.bfloat16: 3.3}
 GROWTH_TARGET = 8.4  # x the time from N = 2048 to 16,384
 
 
@@ -132,7 +138,10 @@ def targets(kind: str, shape: Shape, names: list[str], device: str) -> dict[str,
     here = SIZES[1:] if device == "cuda" else SIZES[:1]
     if shape[:3] not in here or (kind not in ("forward", "candidates") and shape.K != K):
         return {}
-    return {name: Target(TARGETS[kind][SIZES.index(shape[:3])]) for name in names}
+    limit = TARGETS[kind][SIZES.index(shape[:3])]
+    if device == "cpu" and shape.dtype == torch.bfloat16:
+        limit = BF16_TARGETS[kind]
+    return {name: Target(limit) for name in names}
 
 
 def with_todays_target(row: Row) -> Row:
@@ -141,12 +150,13 @@ def with_todays_target(row: Row) -> Row:
     sizes = (row.axes.get("N", 0), row.axes.get("D", 0), row.axes.get("V", 0))
     if row.target_of != MATMUL or sizes not in SIZES:
         return row
+    bf16 = sizes == SIZES[0] and "bfloat16" in row.shape
     if row.contender.endswith("logits kept"):
-        return replace(row, target=SAVED_TARGET)
+        return replace(row, target=SAVED_TARGETS[torch.bfloat16 if bf16 else torch.float32])
     kinds = dict(linear_candidates="candidates", linear_distrl_loss="distrl_loss")
     steps = [kind for kind in ("trainable", "frozen") if f"{kind} head" in row.shape]
     kind = kinds.get(row.op) or (steps or ["forward"])[0]
-    return replace(row, target=TARGETS[kind][SIZES.index(sizes)])
+    return replace(row, target=BF16_TARGETS[kind] if bf16 else TARGETS[kind][SIZES.index(sizes)])
 
 
 def matmuls(hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -180,10 +190,15 @@ def by_the_other(
     ours: Mapping[str, Callable[[], Any]], shape: Shape, device: str
 ) -> dict[str, Callable[[], Any]]:
     """The C++ contenders among `ours` once more, by the matmul library that is not the default on this
-    processor, where the ops can run on both: variants of their own, in the same rounds."""
-    if device != "cpu" or shape.dtype != torch.float32:
+    processor, where the ops can run on both: variants of their own, in the same rounds. bf16 operands are
+    upcast there for the library of fp32."""
+    if device != "cpu" or shape.dtype not in (torch.float32, torch.bfloat16):
         return {}
     (library,) = {*matmul.NAMES} - {matmul.library()}
+    if shape.dtype == torch.bfloat16:
+        if matmul.library(torch.bfloat16) != matmul.BRGEMM:
+            return {}
+        library = matmul.library()
     if matmul.why_not(library):
         return {}
     return {f"{name}{BY}{library}": by(library, run) for name, run in ours.items() if name.startswith("cpp")}

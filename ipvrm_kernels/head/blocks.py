@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .matmul import library, transient_bytes, whole_rows
+from .matmul import BRGEMM, library, transient_bytes, whole_rows
 
 WORKSPACE = 64 * 2**20
 RESERVE = 2**20  # of it, for what a matmul's views and conversions allocate on the way
@@ -55,6 +55,36 @@ def reads_directly(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype == dtype == torch.float32 and 1 in x.stride()
 
 
+def even(n: int) -> int:
+    return n + n % 2
+
+
+def panel_elements(K: int, N: int) -> int:
+    """bf16 numbers of a right operand (K, N) in csrc's panels of 64 columns."""
+    return even(K) * (-(-N // 64) * 64)
+
+
+def reads_bf16(hidden: Tensor) -> bool:
+    """Whether the bf16 kernel reads rows of hidden as they are."""
+    D = hidden.shape[1]
+    return hidden.dtype == torch.bfloat16 and D % 2 == 0 and hidden.stride(1) == 1 and hidden.stride(0) >= D
+
+
+def bf16_bytes(R: int, C: int, hidden: Tensor, weight: Tensor, *, gathers: bool, gradients: bool) -> int:
+    """What `Bf16Products` take for blocks of R rows and C columns, at most."""
+    D = weight.shape[1]
+    elements = panel_elements(D, C)
+    if gathers or not reads_bf16(hidden):
+        elements += R * even(D)
+        if gathers and (hidden.dtype != torch.bfloat16 or D % 2):  # on the way
+            elements += R * D * hidden.element_size() // 2
+    if weight.stride(1) != 1 or weight.dtype == torch.float16:
+        elements += C * D
+    if gradients:
+        elements += panel_elements(C, D) + panel_elements(R, D) + R * even(C) + C * even(R)
+    return 2 * elements
+
+
 class Plan(NamedTuple):
     """Tile sizes; `padded` is the fixed number of rows of every matmul in deterministic mode, else 0."""
 
@@ -75,6 +105,7 @@ def make_plan(
     matmul could read them; gradients: of hidden or weight are formed, or the expectation, by further matmuls.
     """
     V, D = weight.shape
+    low = library(dtype) == BRGEMM
     copied = []  # bytes per row of hidden and of weight
     for x, forced in ((hidden, gathers or deterministic), (weight, False)):
         converts = x.dtype != dtype or dtype != torch.float32
@@ -82,7 +113,10 @@ def make_plan(
         copied.append(0 if direct else D * (4 + 2 * converts))
 
     def scratch(R: int, C: int) -> int:
-        matrices = 4 * R * C + R * copied[0] + C * copied[1] + transient_bytes(R, C, D, gradients)
+        if low:
+            matrices = 4 * R * C + bf16_bytes(R, C, hidden, weight, gathers=gathers, gradients=gradients)
+        else:
+            matrices = 4 * R * C + R * copied[0] + C * copied[1] + transient_bytes(R, C, D, gradients)
         return max(matrices + R * (per_row + 64) + C * (per_column + 4) + RESERVE * (limit is None), at_least)
 
     most = WORKSPACE if limit is None else limit
@@ -136,22 +170,27 @@ def saved_rows(N: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit
     V, D = weight.shape
     C = min(COLUMNS, V)
     free = WORKSPACE - RESERVE if limit is None else limit
-    if not reads_directly(weight, dtype):
+    low = library(dtype) == BRGEMM
+    if not low and not reads_directly(weight, dtype):
         free -= 6 * D * C
 
     def scratch(R: int) -> int:
+        if low:  # rows are gathered from the block, and their gradient stands apart
+            own = R * (4 * (V + C) + 4 * D + 2 * even(D) + 64)
+            return own + bf16_bytes(R, C, hidden, weight, gathers=False, gradients=True)
         return R * (4 * (V + C) + 14 * D + 64) + transient_bytes(R, C, D, True)
 
     most = bisect.bisect_right(range(N + 1), free, key=scratch) - 1
     if most <= 0 or most >= N:
         return max(min(most, N), 0)
-    return -(-N // -(-N // most)) if library() == "blas" else whole_rows(most)  # as few blocks, or fast ones
+    # as few blocks, or fast ones
+    return -(-N // -(-N // most)) if library(dtype) != "onednn" else whole_rows(most, dtype)
 
 
-def row_blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
+def row_blocks(total: int, size: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     """`blocks` in sizes that the matmuls are fast at; what is left is a block of its own."""
-    whole = whole_rows(total)
-    yield from blocks(whole, whole_rows(size))
+    whole = whole_rows(total, dtype)
+    yield from blocks(whole, whole_rows(size, dtype))
     yield from ((whole + start, whole + stop) for start, stop in blocks(total - whole, size))
 
 

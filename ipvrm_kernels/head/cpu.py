@@ -3,7 +3,8 @@
 A tile h.w (R, C) is made by one matmul (matmul.py) into a reused fp32 buffer and finished by
 csrc/head_cpu.cpp. Rows are blocked as well as the vocabulary, so scratch memory does not grow with N: a plan
 picks R and C so that tile, upcast operands and chunk of dweight fit into `max_workspace_bytes`, 64 MiB by
-default. bf16 and fp16 operands are upcast block by block; logits are never rounded.
+default. Logits are never rounded; bf16 operands are multiplied as they are where the processor can, else, as
+fp16's, upcast block by block (products.py).
 
 Forward: per block of rows one pass over the vocabulary. A frozen head's expectation E = sum_v p_v z'_v w_v is
 carried along like a flash attention's output. Backward: per vocabulary chunk the tile again, dz in its place,
@@ -25,8 +26,9 @@ from torch import Tensor
 
 from ..backend import native_call, native_struct
 from . import Transform, transform_derivative
-from .blocks import COLUMNS, Operand, blocks, make_plan, row_blocks, saved_block, saved_rows
-from .matmul import multiply, padded_rows, transpose_buffer, transposed
+from .blocks import COLUMNS, blocks, make_plan, row_blocks, saved_block, saved_rows
+from .matmul import padded_rows
+from .products import products
 
 # rows whose z must fit for saving it to pay: frozen head, and trainable, where every block rewrites dweight
 LEAST_SAVED = (64, 256)
@@ -77,16 +79,6 @@ def pair_bytes(weight: Tensor, dtype: torch.dtype) -> int:
     return weight.shape[1] * (weight.element_size() + converts * (dtype.itemsize + 4))
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor, padded: int) -> None:
-    """out += a @ b; with `padded` rows in a, of which out has the first, in a matmul of that fixed shape."""
-    if padded:
-        product = out.new_empty(len(a), b.shape[1])
-        multiply(product, a, b, rows=len(a))
-        out += product[: len(out)]
-    else:
-        multiply(out, a, b, rows=len(a), add=True)
-
-
 class Sums(NamedTuple):
     """What a block of rows knows after the last column; views of reused buffers."""
 
@@ -105,7 +97,7 @@ def sweep(
 ) -> Iterator[tuple[int, int, Sums]]:  # fmt: skip
     """One pass over the vocabulary for every block of rows r0 .. r1; ids (N, K) contiguous, K may be 0.
 
-    expectation: (N, D) zeros; a block's rows hold sum_v exp(z - max) z' w_v when it is handed out.
+    expectation: (N, D) zeros; a block's rows hold sum_v exp(z - max) z'/z'(max) w_v when it is handed out.
     saved_z: (N * num_saved,) takes z of the first `num_saved` columns, by the plan of `saved_columns`.
     backward_follows: under the same `limit`, which then has to hold it too.
     """
@@ -115,11 +107,11 @@ def sweep(
     # a backward cannot refuse any more: a frozen head's gathers, any other one forms products
     gathered = 0 if expectation is None else K * pair_bytes(weight, transform.dtype) + 4 * D
     narrow = backward_follows and weight.dtype != torch.float32
-    products = backward_follows or expectation is not None
+    gradients = backward_follows or expectation is not None
     plan = make_plan(
-        op, hidden, weight, transform.dtype, limit, deterministic, N=N, at_least=gathered, gradients=products,
-        per_row=per_row + 4 * D * (products and deterministic), per_column=4 * D * narrow,
-        gathers=backward_follows,
+        op, hidden, weight, transform.dtype, limit, deterministic, N=N, at_least=gathered,
+        per_row=per_row + 4 * D * (gradients and deterministic), per_column=4 * D * narrow,
+        gathers=backward_follows, gradients=gradients,
     )  # fmt: skip
     new = torch.empty
     R, C, padded = plan
@@ -137,10 +129,9 @@ def sweep(
     sum_z_exp = sums[1] if entropy else None
     state = native_struct("RowState", top=top, sumexp=sums[0], sum_z_exp=sum_z_exp)
     native = native_transform(transform)
-    h_blocks = Operand(hidden, transform.dtype, R, padded)
-    w_blocks = Operand(weight, transform.dtype, C)
-    for r0, r1 in blocks(N, R) if padded else row_blocks(N, R):
-        h = h_blocks.block(r0, r1)
+    of_tile = products(hidden, weight, transform.dtype, R, C, padded=padded)
+    for r0, r1 in blocks(N, R) if padded else row_blocks(N, R, transform.dtype):
+        rows = of_tile.take_rows(r0, r1)
         top.fill_(-math.inf)
         sums.zero_()
         count.zero_()
@@ -152,15 +143,15 @@ def sweep(
         )  # fmt: skip
         with torch.autocast("cpu", enabled=False):
             for c0, c1 in blocks(V, C):
-                w = w_blocks.block(c0, c1)
+                of_tile.take_columns(c0, c1)
                 if saved_z is not None and c0 < num_saved:
                     z = saved_block(saved_z, N, c0, c1)[r0:r1]
                 else:
-                    z = tile[: len(h) * len(w)].view(len(h), len(w))
-                multiply(z, h, w.T, rows=len(h))
+                    z = tile[: rows * (c1 - c0)].view(rows, -1)
+                of_tile.logits(z)
                 native_call("head_forward_tile_cpu", z, c1 - c0, c0, bias_block(bias, c0, c1), native, block)
                 if E is not None:
-                    add_product(E, z, w, padded)
+                    of_tile.add(z, E, None)
         yield r0, r1, Sums(top, sums[0], sum_z_exp, id_z, block)
 
 
@@ -190,8 +181,8 @@ def forward(
     )  # fmt: skip
     for r0, r1, sums in blocks_done:
         native_call(
-            "head_finish_cpu", sums.native, V, result.lse[r0:r1], result.lse_low[r0:r1],
-            result.entropy[r0:r1] if entropy else None, result.logprobs[r0:r1],
+            "head_finish_cpu", sums.native, V, native_transform(transform), result.lse[r0:r1],
+            result.lse_low[r0:r1], result.entropy[r0:r1] if entropy else None, result.logprobs[r0:r1],
         )  # fmt: skip
         if candidates:
             native_call(
@@ -292,37 +283,33 @@ def backward(
     num_saved = 0 if saved_z is None else len(saved_z) // max(N, 1)
     width = min(COLUMNS, V) if num_saved else C  # of the first blocks
     tile = torch.empty(max(max(R, padded) * C, width))
-    buffer = transpose_buffer(len(tile) if needs[1] else 0)
     chunk = torch.empty((max(C, width), D) if narrow else 0)
-    h_blocks = Operand(hidden, transform.dtype, R, padded)
-    w_blocks = Operand(weight, transform.dtype, max(C, width))
+    of_tile = products(
+        hidden, weight, transform.dtype, R, max(C, width), padded=padded, tile=len(tile) if needs[1] else 0
+    )
     native = native_transform(transform)
     with torch.autocast("cpu", enabled=False):
         columns = itertools.chain(
             blocks(num_saved, width), ((num_saved + a, num_saved + b) for a, b in blocks(V - num_saved, C))
         )
         for c0, c1 in columns if n else ():
-            w = w_blocks.block(c0, c1)
-            dw = chunk[: c1 - c0] if narrow else dweight[c0:c1]
+            of_tile.take_columns(c0, c1)
+            dw = (chunk[: c1 - c0] if narrow else dweight[c0:c1]) if needs[1] else None
             size = min(R, max(len(tile) // (c1 - c0), 1)) if c0 < num_saved else R
-            for r0, r1 in blocks(n, size) if padded else row_blocks(n, size):
-                h = h_blocks.block(r0, r1, up.active)
-                a = tile[: len(h) * len(w)].view(len(h), len(w))
+            for r0, r1 in blocks(n, size) if padded else row_blocks(n, size, transform.dtype):
+                rows = of_tile.take_rows(r0, r1, up.active)
+                a = tile[: rows * (c1 - c0)].view(rows, -1)
                 if saved_z is not None and c0 < num_saved:
                     z = saved_block(saved_z, N, c0, c1)
                     up.write_da(z, a, (r0, r1), c0, bias, native, saved=True)
                 else:
-                    multiply(a, h, w.T, rows=len(h))
+                    of_tile.logits(a)
                     up.write_da(a, a, (r0, r1), c0, bias, native, saved=False)
-                if needs[0]:
-                    add_product(dhidden[r0:r1], a, w, padded)
-                a, h = a[: r1 - r0], h[: r1 - r0]
-                if needs[1]:
-                    multiply(dw, transposed(a, buffer), h, rows=len(h), add=r0 > 0)
+                of_tile.add(a, dhidden[r0:r1] if needs[0] else None, dw, first_rows=r0 == 0)
                 if needs[2]:
-                    dbias[c0:c1] += a.sum(0)
+                    dbias[c0:c1] += a[: r1 - r0].sum(0)
             if narrow:
-                dweight[c0:c1] = dw
+                dweight[c0:c1] = chunk[: c1 - c0]
     return scatter_rows(dhidden, up.active, N), dweight, dbias
 
 
@@ -364,46 +351,43 @@ def fused_gradients(
     dweight, written = new((V, D) if needs[1] else 0), False
     dbias = torch.zeros(V if needs[2] else 0)
     saved_z = [new(R * (c1 - c0)) for c0, c1 in blocks(V, COLUMNS)]  # z of a block of rows, tile by tile
-    da_buffer, h_buffer = new(R * min(COLUMNS, V)), new(0)
-    buffer = transpose_buffer(len(da_buffer) if needs[1] else 0)
+    da_buffer = new(R * min(COLUMNS, V))
     lse, lse_low, top = new(R), new(R), new(R)
     sumexp = new(R, dtype=torch.float64)
     id_z, logprobs = new(R, K), new(R, K)
     native, state = native_transform(transform), native_struct("RowState", top=top, sumexp=sumexp)
-    w_blocks = Operand(weight, transform.dtype, COLUMNS)
+    of_tile = products(hidden, weight, transform.dtype, R, COLUMNS, tile=len(da_buffer) if needs[1] else 0)
     with torch.autocast("cpu", enabled=False):
-        for r0, r1 in row_blocks(N, R):
-            rows = r1 - r0
-            h = Operand(hidden, transform.dtype, R).block(r0, r1)
+        for r0, r1 in row_blocks(N, R, transform.dtype):
+            rows = of_tile.take_rows(r0, r1)
             top.fill_(-math.inf)
             sumexp.zero_()
             block = native_struct("RowBlock", rows=rows, K=K, D=D, ids=ids[r0:r1], id_z=id_z, state=state)
             for (c0, c1), z_of_rows in zip(blocks(V, COLUMNS), saved_z, strict=True):
                 z = z_of_rows[: rows * (c1 - c0)].view(rows, -1)
-                multiply(z, h, w_blocks.block(c0, c1).T, rows=rows)
+                of_tile.take_columns(c0, c1)
+                of_tile.logits(z)
                 native_call("head_forward_tile_cpu", z, c1 - c0, c0, bias_block(bias, c0, c1), native, block)
-            native_call("head_finish_cpu", block, V, lse, lse_low, None, logprobs)
+            native_call("head_finish_cpu", block, V, native, lse, lse_low, None, logprobs)
             dlogprobs = dloss_dlogprobs(r0, r1, logprobs[:rows])
             up = row_gradients(dlogprobs, None, None, ids[r0:r1], V, lse, lse_low, lse)
             n = m = up.num_rows
             if n == 0:
                 continue
             if up.active is not None:  # the others' place is taken by zeros, up to a size the matmuls like
-                m = padded_rows(n, rows)
-                h_buffer = h_buffer if len(h_buffer) else new((R, D))
-                torch.index_select(h, 0, up.active, out=h_buffer[:n])
-                h = h_buffer[:m]
-                h[n:] = 0
+                m = padded_rows(n, rows, transform.dtype)
+                of_tile.select(up.active, m)
             dh = new((m, D)) if up.active is not None and needs[0] else dhidden[r0:r1]
             for (c0, c1), z_of_rows in zip(blocks(V, COLUMNS), saved_z, strict=True):
                 z = z_of_rows[: rows * (c1 - c0)].view(rows, -1)
                 a = z if up.active is None else da_buffer[: m * (c1 - c0)].view(m, -1)
                 a[n:] = 0
                 up.write_da(z, a, (0, n), c0, bias, native, saved=True)
-                if needs[0]:
-                    multiply(dh, a, w_blocks.block(c0, c1), rows=m, add=c0 > 0)
-                if needs[1]:
-                    multiply(dweight[c0:c1], transposed(a, buffer), h, rows=m, add=written)
+                of_tile.take_columns(c0, c1)
+                of_tile.add(
+                    a, dh if needs[0] else None, dweight[c0:c1] if needs[1] else None,
+                    first_rows=not written, first_columns=c0 == 0,
+                )  # fmt: skip
                 if needs[2]:
                     dbias[c0:c1] += a.sum(0)
             written = True

@@ -1,11 +1,13 @@
-"""The fp32 matmuls of the CPU head ops: by the BLAS behind torch.mm, or by oneDNN where that BLAS is slow.
+"""Who multiplies for the CPU head ops: in fp32 the BLAS behind torch.mm, or oneDNN where that BLAS is slow.
 
-`MEASURED` says which, by kind of processor, and names the measurement that says so; other processors keep the
-BLAS, and nothing is timed at run time. An AMD Zen 5 has full-width AVX-512, and PyTorch's MKL does not use
-it. oneDNN, which PyTorch's x86 builds bring along, does: on two cores of an EPYC it takes half the time, at
-1.4 to 2.7 times MKL's rounding error, since it sums the products of a logit in longer chains; that is within
-the ops' tolerance. On a Zen 3, which has AVX2 alone, MKL is no slower on tiles and more exact. The
-library decides the plan too: blocks of equal rows for the BLAS, of suitable ones for oneDNN.
+bf16 is oneDNN's kernel's (products.py) where the processor has AVX512-BF16 or AMX, else upcast for fp32's.
+`MEASURED` says which of the two in fp32, by kind of processor, and names the measurement that says so; other
+processors keep the BLAS, and nothing is timed at run time. An AMD Zen 5 has full-width AVX-512, and PyTorch's
+MKL does not use it. oneDNN, which PyTorch's x86 builds bring along, does: on two cores of an EPYC it takes
+half the time, at 1.4 to 2.7 times MKL's rounding error, since it sums the products of a logit in longer
+chains; that is within the ops' tolerance. On a Zen 3, which has AVX2 alone, MKL is no slower on tiles and
+more exact; on a Zen 4, whose AVX-512 is half as wide, it takes 5 % more time, and stays for being more exact.
+The library decides the plan too: blocks of equal rows for the BLAS, of suitable ones for oneDNN.
 
 PyTorch reaches oneDNN for dense fp32 by the op that Inductor compiles `linear` to; it takes no `out`, so a
 product passes through a tensor of its own, which `transient_bytes` lets the plans count. oneDNN has no fast
@@ -17,16 +19,17 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backend
-from ..torch_private import has_onednn, linear_onednn
+from ..torch_private import brgemm_addresses, has_onednn, linear_onednn
 
 NAMES = ("blas", "onednn")
-VARIABLE = "IPVRM_CPU_MATMUL"  # one of NAMES, to overrule the choice
+VARIABLE = "IPVRM_CPU_MATMUL"  # one of NAMES, to overrule the choice, in bf16 too
+BRGEMM = "brgemm"  # of bf16 operands alone
 # what oneDNN packs into, per thread whatever the tile: bytes a term of the sums, up to so many, and more
 PACKED_PER_TERM, PACKED_TERMS, PACKED_BESIDES = 256, 1024, 2048
 GRANULE, LEAST = 128, 64  # rows: multiples of the first, or the second
@@ -38,14 +41,20 @@ class Measured(NamedTuple):
 
     processor: str
     library: str
-    file: str  # of benchmarks/results, by benchmarks.studies.cpu_matmul
+    file: str  # of benchmarks/results: by benchmarks.studies.cpu_matmul, bf16's by benchmarks.run
 
 
 # by the family of AMD's processor and PyTorch's SIMD capability, which tells a Zen 4 from a Zen 3
 MEASURED = {
     (0x1A, "AVX512"): Measured("AMD Zen 5", "onednn", "cpu_matmul-amd-zen-5.json"),
     (0x19, "AVX2"): Measured("AMD Zen 3", "blas", "cpu_matmul-amd-zen-3.json"),
+    (0x19, "AVX512"): Measured("AMD Zen 4", "blas", "cpu_matmul-amd-zen-4.json"),
 }
+WORTH = 0.9  # x the BLAS's time that oneDNN must not exceed to be chosen, since its sums are less exact
+
+
+# oneDNN's kernel against upcast operands; the same two keys
+MEASURED_BF16 = {(0x19, "AVX512"): Measured("AMD Zen 4", BRGEMM, "cpu-amd-zen-4.json")}
 
 
 @cache
@@ -88,21 +97,67 @@ def _choice() -> tuple[str, str]:
     missing = why_not(found.library) or (crowd if found.library == "onednn" else "")
     if missing:
         return "blas", missing
-    return found.library, f"the faster one on {found.processor} ({found.file}); {VARIABLE} overrules"
+    return found.library, f"as measured on {found.processor} ({found.file}); {VARIABLE} overrules"
 
 
-def library() -> str:
-    """Whose matmul runs: "blas" | "onednn". torch.backends.mkldnn.enabled = False turns the second off.
+def brgemm() -> Any:
+    """csrc's Brgemm: the addresses of oneDNN's kernel."""
+    multiply, release = brgemm_addresses()
+    return backend.native_struct("Brgemm", multiply=multiply, release=release)
 
+
+@cache
+def why_not_bf16() -> str | None:
+    """None if oneDNN's bf16 kernel runs here and is right, else the reason in words."""
+    if backend._C is None or not backend._C.has_bf16_products:
+        return "this processor, or this build of the extension, has no AVX512-BF16"
+    if not brgemm_addresses():
+        return "this build of PyTorch does not export oneDNN's kernel"
+    terms, rows, columns = 130, 70, 64  # whole numbers, whose sums are exact in fp32
+    a, b = (torch.arange(n * terms).view(n, -1).mul(7).remainder(17).sub(8.0) for n in (rows, columns))
+    panels = torch.empty(terms * columns, dtype=torch.bfloat16)
+    out = torch.empty(rows, columns)
+    backend.native_call("pack_panels_cpu", b, True, columns, terms, terms, True, panels)
+    try:
+        backend.native_call(
+            "multiply_panels_cpu", brgemm(), a.bfloat16(), terms, panels, rows, columns, terms, out, False
+        )
+    except RuntimeError as error:
+        return f"oneDNN's kernel refuses: {error}"
+    return None if torch.equal(out, a @ b.T) else "oneDNN's kernel is wrong about whole numbers"
+
+
+def _bf16_choice() -> tuple[str, str]:
+    """(`BRGEMM`, or what multiplies the upcast operands; why)."""
+    upcast = f"upcast for {library()}"
+    if os.environ.get(VARIABLE, ""):
+        return upcast, f"{VARIABLE} is set"
+    if not torch.backends.mkldnn.enabled:
+        return upcast, "torch.backends.mkldnn.enabled is False"
+    missing = why_not_bf16()
+    if missing is not None:
+        return upcast, missing
+    instructions = "AMX" if backend._C is not None and backend._C.has_amx else "AVX512-BF16"
+    found = MEASURED_BF16.get((backend.AMD_FAMILY, torch.backends.cpu.get_cpu_capability()))
+    measured = f"measured on {found.processor} ({found.file})" if found else "not measured on this processor"
+    return BRGEMM, f"oneDNN's kernel by {instructions}, {measured}; {VARIABLE}=blas turns it off"
+
+
+def library(dtype: torch.dtype = torch.float32) -> str:
+    """Whose matmul multiplies operands of `dtype`: "blas" | "onednn", both in fp32, or `BRGEMM` in bf16.
+
+    torch.backends.mkldnn.enabled = False turns the latter two off.
     Raises: ValueError if the environment variable IPVRM_CPU_MATMUL names one that cannot run here.
     """
+    if dtype == torch.bfloat16 and _bf16_choice()[0] == BRGEMM:
+        return BRGEMM
     return _choice()[0]
 
 
 def describe_cpu_matmul() -> str:
-    """`library` and why, in words; what is wrong with IPVRM_CPU_MATMUL, if it is."""
+    """`library` of fp32 and bf16 and why, in words; what is wrong with IPVRM_CPU_MATMUL, if it is."""
     try:
-        return "{}: {}".format(*_choice())
+        return "{}: {}; bf16 {}: {}".format(*_choice(), *_bf16_choice())
     except ValueError as error:
         return f"none: {error}"
 
@@ -112,16 +167,16 @@ def suits(rows: int) -> bool:
     return rows % GRANULE == 0 or rows == LEAST
 
 
-def whole_rows(rows: int) -> int:
+def whole_rows(rows: int, dtype: torch.dtype) -> int:
     """So many of `rows` as one matmul over them should take: all, or the largest number that suits."""
-    if library() == "blas" or rows < LEAST:
+    if library(dtype) != "onednn" or rows < LEAST:
         return rows
     return rows - rows % GRANULE if rows >= GRANULE else LEAST
 
 
-def padded_rows(rows: int, most: int) -> int:
+def padded_rows(rows: int, most: int, dtype: torch.dtype) -> int:
     """`rows` and as many rows of zeros as make the matmul fast, up to `most` in all and as many as `rows`."""
-    if library() == "blas":
+    if library(dtype) != "onednn":
         return rows
     suiting = LEAST if rows <= LEAST else -(-rows // GRANULE) * GRANULE
     return suiting if suiting <= min(most, 2 * rows) else rows

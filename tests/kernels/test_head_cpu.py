@@ -239,7 +239,7 @@ def test_a_fused_loss_costs_three_matmuls_and_clipped_rows_one(needs, monkeypatc
     assert len(seen) > 1 and seen[0][0] == 0 and seen[-1][1] == 3000
     rows = 0  # of the others of a block as many as fill up oneDNN's sizes
     for r0, r1 in seen:
-        rows += matmul.padded_rows(int((upstream[r0:r1] != 0).any(1).sum()), r1 - r0)
+        rows += matmul.padded_rows(int((upstream[r0:r1] != 0).any(1).sum()), r1 - r0, torch.float32)
     assert rows < 2300 and counted.total == (3000 + sum(needs) * rows) * 16 * 700
     leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     logprobs = linear_logprobs(*leaves, ids).logprobs

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from oracles import naive_head
 
 from ipvrm_kernels import backend, linear_logprobs
+from ipvrm_kernels.head import matmul
 from ipvrm_kernels.linear_logprobs import IMPLS
 
 OP = "linear_logprobs"
@@ -71,9 +72,10 @@ def check(inputs, impl, device, frozen=(), upstream=True, **options):
 
     exact = results(plain, inputs, torch.float64, frozen=frozen, upstream=upstream)
     single = results(plain, inputs, torch.float32, frozen=frozen, upstream=upstream)
-    if impl == "triton" and inputs["hidden"].dtype in (torch.bfloat16, torch.float16):
-        # da is rounded once to the operands' dtype for the tensor cores: so is plain PyTorch's
-        half = inputs["hidden"].dtype
+    half = inputs["hidden"].dtype
+    tensor_cores = impl == "triton" and half in (torch.bfloat16, torch.float16)
+    if tensor_cores or (impl == "cpp" and matmul.library(half) == matmul.BRGEMM):
+        # da is rounded once to the operands' dtype, which they multiply: so is plain PyTorch's
         single[3:] = results(plain, inputs, half, frozen=frozen, upstream=upstream)[3:]
     got = results(ours, inputs, None, device, frozen=frozen, upstream=upstream)
     doubles = [None if inputs[k] is None else inputs[k].double() for k in ("hidden", "weight", "bias")]

@@ -76,15 +76,16 @@ def test_a_machine_without_avx512_keeps_blas(fresh):
     assert matmul.describe_cpu_matmul().startswith("none: IPVRM_CPU_MATMUL=onednn cannot run here")
 
 
-def test_a_zen_3_names_the_measurement_that_keeps_its_blas(fresh):
-    fresh.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+@pytest.mark.parametrize("zen, simd", [(3, "AVX2"), (4, "AVX512")])
+def test_a_zen_3_or_4_names_the_measurement_that_keeps_its_blas(fresh, zen, simd):
+    fresh.setattr(torch.backends.cpu, "get_cpu_capability", lambda: simd)
     fresh.setattr(torch.backends.mkl, "is_available", lambda: True)
     fresh.setattr(backend, "AMD_FAMILY", 0x19)
     said = matmul.describe_cpu_matmul()
-    assert said.startswith("blas: the faster one on AMD Zen 3 (cpu_matmul-amd-zen-3.json)")
+    assert said.startswith(f"blas: as measured on AMD Zen {zen} (cpu_matmul-amd-zen-{zen}.json)")
 
 
-@pytest.mark.parametrize("family", [0, 0x19])
+@pytest.mark.parametrize("family", [0, 0x17])
 def test_other_processors_keep_blas_until_asked(zen_5, family):
     zen_5.setattr(backend, "AMD_FAMILY", family)
     assert matmul.library() == "blas"
@@ -104,7 +105,7 @@ def test_a_measured_processor_names_its_measurement(zen_5):
 
 @pytest.mark.parametrize("entry", matmul.MEASURED.values(), ids=lambda entry: entry.processor)
 def test_each_entry_s_measurement_says_the_same(entry):
-    """On that processor, and of the two libraries the chosen one takes less time for a step's products."""
+    """On that processor; oneDNN only where it takes clearly less time for a step's products."""
     file = RESULTS / entry.file
     if not RESULTS.is_dir():
         pytest.skip("no checkout with benchmarks/ beside the tests")
@@ -116,7 +117,9 @@ def test_each_entry_s_measurement_says_the_same(entry):
         )
         for name in matmul.NAMES
     }
-    assert min(times, key=times.get) == entry.library and min(times.values()) > 0
+    assert times["blas"] > 0 and (
+        "onednn" if times["onednn"] <= matmul.WORTH * times["blas"] else "blas"
+    ) == (entry.library)
 
 
 def test_pytorch_s_switch_is_heeded(zen_5):
@@ -241,7 +244,7 @@ def test_a_scalar_loss_keeps_its_logits_in_fast_blocks(zen_5, D, V):
     for N in (1, 63, 64, 100, 129, 200, 300, 2048, 5000):
         R = blocks.saved_rows(N, torch.empty(N, D), weight, torch.float32, None)
         assert R == N or R < matmul.LEAST or matmul.suits(R)
-        sizes = [stop - start for start, stop in blocks.row_blocks(N, R)] if R else []
+        sizes = [stop - start for start, stop in blocks.row_blocks(N, R, torch.float32)] if R else []
         assert sum(sizes) == (N if R else 0)
         assert sum(not matmul.suits(size) for size in sizes) <= (1 if R >= matmul.GRANULE else len(sizes))
 
@@ -249,7 +252,7 @@ def test_a_scalar_loss_keeps_its_logits_in_fast_blocks(zen_5, D, V):
 def test_padding_of_active_rows(zen_5):
     sizes = {(1, 64): 1, (40, 63): 40, (63, 64): 64, (40, 128): 64, (65, 128): 128, (65, 100): 65}
     sizes[200, 384] = 256
-    assert {key: matmul.padded_rows(*key) for key in sizes} == sizes
+    assert {key: matmul.padded_rows(*key, torch.float32) for key in sizes} == sizes
 
 
 def test_too_many_threads_are_refused_when_asked_for(zen_5):
