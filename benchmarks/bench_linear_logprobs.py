@@ -117,9 +117,11 @@ def forward_case(shape: Shape, device: str) -> Case:
         if TRL_ENTROPY in results:
             for got, right in zip(results[TRL_ENTROPY], (log_p, exact.entropy), strict=True):
                 assert_close(TRL_ENTROPY, got[exact.rows], right, 1e-2)
-        for name in peers:  # one sum over the batch: that of ours, whose rows are known to be right
-            if f"{name}{ALONE}" in results:
-                assert_close(name, results[f"{name}{ALONE}"], -results[mine[0]].logprobs.sum(), 1e-2)
+        total = -results[mine[0]].logprobs.sum()  # of rows that are known to be right, as the peers sum them
+        allowed = 1e-2 if shape.dtype == torch.float32 else 3e-2  # whose logits and sum are rounded
+        for name in (f"{name}{ALONE}" for name in peers):
+            if name in results:
+                assert_close(name, results[name], total, allowed)
 
     def errors(results: Mapping[str, Any]) -> Mapping[str, float]:
         exact = Exact(hidden, weight)

@@ -1285,6 +1285,22 @@ def test_ours_by_the_other_library_in_the_same_rounds(monkeypatch):
     assert heads.by_the_other({"cpp": print}, HEAD, "cpu") == {}
 
 
+def test_a_peer_whose_sum_is_wrong_is_to_blame_alone():
+    """The others keep their times; a sum of rounded logits may be further off than one of fp32."""
+    case = head_case("forward")
+    name = "F.linear_cross_entropy, log-prob alone"
+    results = {n: run() for n, run in case.contenders.items() if "compile" not in n}
+    case.check(results)
+    with pytest.raises(AssertionError, match=name):
+        case.check({**results, name: 1.02 * results[name]})
+    torch.manual_seed(0)
+    half = bench_linear_logprobs.forward_case(HEAD._replace(dtype=torch.bfloat16), "cpu")
+    results = {n: run() for n, run in half.contenders.items() if "compile" not in n}
+    half.check({**results, name: 1.015 * results[name]})
+    with pytest.raises(AssertionError, match=name):
+        half.check({**results, name: 1.05 * results[name]})
+
+
 @pytest.mark.parametrize("library", ["brgemm", "blas"])
 def test_bf16_is_measured_where_the_processor_multiplies_it(library, monkeypatch):
     """Beside operands that are upcast for the library of fp32; elsewhere not at all."""
