@@ -43,8 +43,9 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
             with_grpo = device == "cuda" and not (quick or frozen)  # on a CPU it takes minutes at this size
             yield loss_case(batch, device, with_grpo, with_compile=not (quick and frozen))
     first = shapes(device, quick)[0]
-    batch = RolloutRows.random(first, device, frozen=False)
-    yield loss_case(batch, device, with_grpo=False, with_compile=not quick)
+    for shape in {shape.dtype: shape for shape in reversed(shapes(device, quick))}.values():
+        batch = RolloutRows.random(shape, device, frozen=False)
+        yield loss_case(batch, device, with_grpo=False, with_compile=not quick)
     if kernels(OP, device):
         yield slots_case(first, device)
 

@@ -135,8 +135,11 @@ def page(
 
 
 def opened_with(files: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The first file that has measured what the page's picture shows."""
-    return next((n for n, of in files.items() if headline.panels(_rows(of), of.get("study", ()))), None)
+    """The first file that has measured what the page's picture shows, ours by both matmul libraries in the
+    same rounds if any file has that."""
+    shown = [name for name, of in files.items() if headline.panels(_rows(of), of.get("study", ()))]
+    both = [name for name in shown if any(point.elsewhere for point in headline.points(_rows(files[name])))]
+    return next(iter([*both, *shown]), None)
 
 
 def _opening(files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequence[str]]) -> list[str]:

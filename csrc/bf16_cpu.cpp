@@ -7,7 +7,14 @@
 #include <cstring>
 #include <exception>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__clang__)
+#define IPVRM_KNOWS_BF16 (__clang_major__ >= 9)
+#elif defined(__GNUC__)
+#define IPVRM_KNOWS_BF16 (__GNUC__ >= 10)
+#else
+#define IPVRM_KNOWS_BF16 0
+#endif
+#if defined(__x86_64__) && IPVRM_KNOWS_BF16
 #include <cpuid.h>
 #ifndef __clang__  // GCC bug 105593: its own intrinsics start from a variable that is not set
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -21,10 +28,13 @@
 namespace ipvrm {
 namespace {
 
-constexpr int64_t kPanel = 64;     // columns
-constexpr int64_t kRows = 64;      // of a block
-constexpr int64_t kTerms = 1024;   // of a block's sums: what a block reads of A and B fits into L2
-constexpr int64_t kSmall = 32768;  // elements below which a thread team costs more than it saves
+constexpr int64_t kPanel = 64;  // columns
+constexpr int64_t kRows = 64;   // of a block
+// Terms of a block's sums, which are added up: one chain of 1,024 is twice as far off, and 256 take 3 % more time. What a
+// block reads of A and B stays in L2.
+constexpr int64_t kTerms = 512;
+constexpr int64_t kSmall = 32768;                // elements to move, below which a thread team costs more than it saves
+constexpr int64_t kFewTerms = int64_t{1} << 20;  // the same of multiply-adds
 
 int64_t even(int64_t n) { return n + (n & 1); }
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -39,14 +49,16 @@ struct Leaf7 {
   }
 };
 
-// Whether the operating system keeps the registers of AVX-512.
-bool keeps_avx512() {
+// Whether the operating system keeps these registers (bits of XCR0).
+bool keeps(unsigned registers) {
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & (1u << 27))) return false;  // OSXSAVE
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (low & 0xE6) == 0xE6;
+  return (low & registers) == registers;
 }
+
+constexpr unsigned kOfAvx512 = 0xE6, kOfAmx = 0x60000;
 
 // 16 pairs from each of 16 rows to the pairs of each of 16 columns.
 IPVRM_BF16 inline void transpose_pairs(__m512i (&r)[16]) {
@@ -92,13 +104,15 @@ IPVRM_BF16 inline __m512i pair(__m256i first, __m256i second) {
 
 // 16 columns of B = x.T, which are rows of x.
 template <typename T>
-IPVRM_BF16 void pack_columns(const T* x, int64_t row0, int64_t rows, int64_t cols, int64_t stride, bf16* out) {
-  const int64_t pairs = even(cols) / 2, there = std::min<int64_t>(16, rows - row0);
+IPVRM_BF16 void pack_columns(const T* x, int64_t row0, int64_t rows, int64_t cols, int64_t stride, int64_t pairs,
+                             bf16* out) {
+  const int64_t there = std::min<int64_t>(16, rows - row0);
   uint32_t* panel = reinterpret_cast<uint32_t*>(out) + row0 / kPanel * kPanel * pairs + row0 % kPanel;
   for (int64_t first = 0; first < pairs; first += 16) {
+    const int64_t terms = cols - 2 * first;
     __m512i r[16];
     for (int64_t i = 0; i < 16; ++i) {
-      r[i] = i < there ? load32(x + (row0 + i) * stride + 2 * first, cols - 2 * first) : _mm512_setzero_si512();
+      r[i] = i < there && terms > 0 ? load32(x + (row0 + i) * stride + 2 * first, terms) : _mm512_setzero_si512();
     }
     transpose_pairs(r);
     const int64_t count = std::min<int64_t>(16, pairs - first);
@@ -108,14 +122,13 @@ IPVRM_BF16 void pack_columns(const T* x, int64_t row0, int64_t rows, int64_t col
 
 // Two rows of B = x.
 template <typename T>
-IPVRM_BF16 void pack_two_rows(const T* x, int64_t p, int64_t rows, int64_t cols, int64_t stride, bf16* out) {
-  const int64_t pairs = even(rows) / 2;
-  const T* row = x + 2 * p * stride;
-  const bool odd = 2 * p + 1 == rows;
+IPVRM_BF16 void pack_two_rows(const T* x, int64_t p, int64_t rows, int64_t cols, int64_t stride, int64_t pairs, bf16* out) {
+  const bool has_first = 2 * p < rows, has_second = 2 * p + 1 < rows;
+  const T* row = x + (has_first ? 2 * p * stride : 0);
   for (int64_t j = 0; j < up(cols, kPanel); j += 32) {
     const int64_t count = cols - j;
-    const __m512i first = count > 0 ? load32(row + j, count) : _mm512_setzero_si512();
-    const __m512i second = count > 0 && !odd ? load32(row + stride + j, count) : _mm512_setzero_si512();
+    const __m512i first = count > 0 && has_first ? load32(row + j, count) : _mm512_setzero_si512();
+    const __m512i second = count > 0 && has_second ? load32(row + stride + j, count) : _mm512_setzero_si512();
     uint32_t* at = reinterpret_cast<uint32_t*>(out) + (j / kPanel * pairs + p) * kPanel + j % kPanel;
     _mm512_storeu_si512(at, pair(_mm512_castsi512_si256(first), _mm512_castsi512_si256(second)));
     _mm512_storeu_si512(at + 16, pair(_mm512_extracti64x4_epi64(first, 1), _mm512_extracti64x4_epi64(second, 1)));
@@ -123,20 +136,21 @@ IPVRM_BF16 void pack_two_rows(const T* x, int64_t p, int64_t rows, int64_t cols,
 }
 
 template <typename T>
-void pack(const T* x, int64_t rows, int64_t cols, int64_t stride, bool transpose, bf16* out, int num_threads) {
-  const int64_t parts = transpose ? up(rows, kPanel) / 16 : even(rows) / 2;
+void pack(const T* x, int64_t rows, int64_t cols, int64_t stride, bool transpose, int64_t K, bf16* out, int num_threads) {
+  const int64_t pairs = K / 2, parts = transpose ? up(rows, kPanel) / 16 : pairs;
 #pragma omp parallel for schedule(static) num_threads(rows* cols < kSmall ? 1 : num_threads)
   for (int64_t part = 0; part < parts; ++part) {
     if (transpose) {
-      pack_columns(x, 16 * part, rows, cols, stride, out);
+      pack_columns(x, 16 * part, rows, cols, stride, pairs, out);
     } else {
-      pack_two_rows(x, part, rows, cols, stride, out);
+      pack_two_rows(x, part, rows, cols, stride, pairs, out);
     }
   }
 }
 
-IPVRM_BF16 void round_band(const float* tile, int64_t row0, int64_t rows, int64_t cols, bf16* out, bf16* out_t) {
-  const int64_t wide = even(cols), high = even(rows), there = std::min<int64_t>(32, rows - row0);
+IPVRM_BF16 void round_band(const float* tile, int64_t row0, int64_t rows, int64_t cols, bf16* out, bf16* out_t,
+                           int64_t height) {
+  const int64_t wide = even(cols), there = std::min<int64_t>(32, rows - row0);
   for (int64_t j = 0; j < wide; j += 16) {
     const __mmask16 mask = static_cast<__mmask16>(lowest(std::min<int64_t>(cols - j, 16)));
     const __mmask16 stored = static_cast<__mmask16>(lowest(std::min<int64_t>(wide - j, 16)));
@@ -153,9 +167,9 @@ IPVRM_BF16 void round_band(const float* tile, int64_t row0, int64_t rows, int64_
     __m512i r[16];
     for (int64_t i = 0; i < 16; ++i) r[i] = pair(rounded[2 * i], rounded[2 * i + 1]);
     transpose_pairs(r);
-    const __mmask32 column = lowest(high - row0);
+    const __mmask32 column = lowest(height - row0);
     const int64_t count = std::min<int64_t>(16, cols - j);
-    for (int64_t i = 0; i < count; ++i) _mm512_mask_storeu_epi16(out_t + (j + i) * high + row0, column, r[i]);
+    for (int64_t i = 0; i < count; ++i) _mm512_mask_storeu_epi16(out_t + (j + i) * height + row0, column, r[i]);
   }
 }
 
@@ -181,59 +195,74 @@ void multiply_block(const Brgemm& brgemm, const bf16* a, int64_t lda, const bf16
 
 }  // namespace
 
-int64_t panel_bytes(int64_t K, int64_t N) { return 2 * even(K) * up(N, kPanel); }
-
 #ifdef IPVRM_HAS_BF16
 
-bool has_bf16_products() { return keeps_avx512() && (Leaf7(1).eax & (1u << 5)) && (Leaf7(0).ebx & (1u << 30)); }
+bool has_bf16_products() {
+  constexpr unsigned kFoundation = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;  // with which oneDNN's come
+  constexpr unsigned kAll = kFoundation | kDq | kBw | kVl;
+  return keeps(kOfAvx512) && (Leaf7(0).ebx & kAll) == kAll && (Leaf7(1).eax & (1u << 5));
+}
 
-bool has_amx() { return (Leaf7(0).edx & (1u << 24)) && (Leaf7(0).edx & (1u << 22)); }
+bool has_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  return keeps(kOfAmx) && (Leaf7(0).edx & kBf16) && (Leaf7(0).edx & kTile);
+}
 
-void pack_panels_cpu(const void* x, bool wide, int64_t rows, int64_t cols, int64_t stride, bool transpose, bf16* out,
-                     int num_threads) {
+void pack_panels_cpu(const void* x, bool wide, int64_t rows, int64_t cols, int64_t stride, bool transpose, int64_t K,
+                     bf16* out, int num_threads) {
   if (wide) {
-    pack(static_cast<const float*>(x), rows, cols, stride, transpose, out, num_threads);
+    pack(static_cast<const float*>(x), rows, cols, stride, transpose, K, out, num_threads);
   } else {
-    pack(static_cast<const bf16*>(x), rows, cols, stride, transpose, out, num_threads);
+    pack(static_cast<const bf16*>(x), rows, cols, stride, transpose, K, out, num_threads);
   }
 }
 
-void round_tile_cpu(const float* tile, int64_t rows, int64_t cols, bf16* out, bf16* out_t, int num_threads) {
+void round_tile_cpu(const float* tile, int64_t rows, int64_t cols, bf16* out, bf16* out_t, int64_t height,
+                    int num_threads) {
+  const int64_t last = out_t ? height : rows;
 #pragma omp parallel for schedule(static) num_threads(rows* cols < kSmall ? 1 : num_threads)
-  for (int64_t row0 = 0; row0 < rows; row0 += 32) round_band(tile, row0, rows, cols, out, out_t);
+  for (int64_t row0 = 0; row0 < last; row0 += 32) round_band(tile, row0, rows, cols, out, out_t, height);
 }
 
 #else
 
 bool has_bf16_products() { return false; }
 bool has_amx() { return false; }
-void pack_panels_cpu(const void*, bool, int64_t, int64_t, int64_t, bool, bf16*, int) {}
-void round_tile_cpu(const float*, int64_t, int64_t, bf16*, bf16*, int) {}
+void pack_panels_cpu(const void*, bool, int64_t, int64_t, int64_t, bool, int64_t, bf16*, int) {}
+void round_tile_cpu(const float*, int64_t, int64_t, bf16*, bf16*, int64_t, int) {}
 
 #endif
 
 void multiply_panels_cpu(const Brgemm& brgemm, const bf16* a, int64_t lda, const bf16* panels, int64_t M, int64_t N,
                          int64_t K, float* c, bool add, int num_threads) {
-  const int64_t terms = even(K), num_panels = up(N, kPanel) / kPanel, num_blocks = up(M, kRows) / kRows;
+  if (K == 0 && !add) std::fill_n(c, M * N, 0.0f);
+  if (K == 0) return;
+  const int64_t num_panels = up(N, kPanel) / kPanel, num_blocks = up(M, kRows) / kRows;
   std::exception_ptr thrown;
-#pragma omp parallel num_threads(M* N < kSmall ? 1 : num_threads)
+#pragma omp parallel num_threads(M * N * K < kFewTerms ? 1 : num_threads)
   {
+    std::exception_ptr of_thread;  // no exception may leave a loop's body or the region
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < num_blocks * num_panels; ++task) {
       const int64_t row0 = task / num_panels * kRows, col0 = task % num_panels * kPanel;
       const int64_t last = std::min(row0 + kRows, M), n = std::min(kPanel, N - col0);
-      try {                 // an exception must not leave the loop's body
+      try {
         int64_t m = kRows;  // few heights, since oneDNN makes and keeps a kernel for each
         for (int64_t row = row0; row < last; row += m) {
           while (m > last - row) m /= 2;
-          multiply_block(brgemm, a + row * lda, lda, panels + col0 * terms, m, n, terms, c + row * N + col0, N, add);
+          multiply_block(brgemm, a + row * lda, lda, panels + col0 * K, m, n, K, c + row * N + col0, N, add);
         }
       } catch (...) {
-#pragma omp critical
-        thrown = std::current_exception();
+        of_thread = std::current_exception();
       }
     }
-    brgemm.release(true);
+    try {
+      brgemm.release(true);
+    } catch (...) {
+      of_thread = std::current_exception();
+    }
+#pragma omp critical(ipvrm_thrown)
+    if (of_thread) thrown = of_thread;
   }
   if (thrown) std::rethrow_exception(thrown);
 }

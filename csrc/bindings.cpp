@@ -213,17 +213,17 @@ PYBIND11_MODULE(_C, m) {
 
   // Products of bf16 matrices
   Struct<ipvrm::Brgemm>(m, "Brgemm").field("multiply", &ipvrm::Brgemm::multiply).field("release", &ipvrm::Brgemm::release);
-  m.def("panel_bytes", &ipvrm::panel_bytes);
   m.def(
       "pack_panels_cpu",
-      [](Address x, bool wide, int64_t rows, int64_t cols, int64_t stride, bool transpose, Address out, int threads) {
-        ipvrm::pack_panels_cpu(at<void>(x), wide, rows, cols, stride, transpose, at<ipvrm::bf16>(out), threads);
+      [](Address x, bool wide, int64_t rows, int64_t cols, int64_t stride, bool transpose, int64_t K, Address out,
+         int threads) {
+        ipvrm::pack_panels_cpu(at<void>(x), wide, rows, cols, stride, transpose, K, at<ipvrm::bf16>(out), threads);
       },
       no_gil);
   m.def(
       "round_tile_cpu",
-      [](Address tile, int64_t rows, int64_t cols, Address out, Address out_t, int threads) {
-        ipvrm::round_tile_cpu(in(tile), rows, cols, at<ipvrm::bf16>(out), at<ipvrm::bf16>(out_t), threads);
+      [](Address tile, int64_t rows, int64_t cols, Address out, Address out_t, int64_t height, int threads) {
+        ipvrm::round_tile_cpu(in(tile), rows, cols, at<ipvrm::bf16>(out), at<ipvrm::bf16>(out_t), height, threads);
       },
       no_gil);
   m.def(

@@ -45,7 +45,8 @@ struct RowBlock {
 void head_forward_tile_cpu(float* tile, int64_t cols, int64_t col0, const float* bias, LogitTransform transform,
                            const RowBlock& block, int num_threads);
 
-// lse, what rounding it to fp32 lost, entropy (the latter two null if unwanted), logprobs (rows, K); expectation, in its units, /= sumexp.
+// lse, what rounding it to fp32 lost, entropy (the latter two null if unwanted), logprobs (rows, K); the expectation leaves
+// its units and is divided by sumexp.
 void head_finish_cpu(const RowBlock& block, int64_t V, LogitTransform transform, float* lse, float* lse_low, float* entropy,
                      float* logprobs, int num_threads);
 

@@ -5,6 +5,7 @@ because of this file alone; tests/kernels/test_torch_private.py says which name 
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -66,6 +67,7 @@ BRGEMM = (
 )
 
 
+@cache
 def brgemm_addresses() -> tuple[int, ...]:
     """Addresses of `BRGEMM` in this PyTorch; none where it does not export them."""
     try:

@@ -1207,6 +1207,19 @@ def measured_head(**ratios):
     ]
 
 
+def test_the_page_opens_with_a_file_that_has_both_matmul_libraries():
+    """Where one has; else with the first that has the picture."""
+    plain = {"cpp": (2.0, 8.0), "cpp, log-prob alone": (2.0, 8.0), "eager log_softmax": (1.6, 700.0)}
+    more = {"cpp, by onednn": (1.0, 8.0), "cpp, log-prob alone, by onednn": (1.0, 8.0)}
+    first, both, none = (
+        dict(machine=FAKE_MACHINE, rows=[r.as_dict() for r in rows])
+        for rows in (measured_head(**plain), measured_head(**plain, **more), [row("cpp", 1)])
+    )
+    assert render.opened_with({"a": none, "b": first, "c": both, "d": both}) == "c"
+    assert render.opened_with({"a": none, "b": first}) == "b"
+    assert render.opened_with({"a": none}) is None
+
+
 def test_what_is_lost_is_named():
     """An alternative that is faster or smaller, ours by the other library, and cases that lost."""
     rows = measured_head(

@@ -269,25 +269,47 @@ def of_the_other_kind():
     assert f"\n## [{OTHER}]({OTHER})\n" in page  # where the link leads
     assert read(OTHER)["machine"]["cpu_matmul"] == "blas"
     yield "Without AVX-512 ours take MKL too, and the lead is memory"
-    told = []
-    for shape in (headline.FORWARD, headline.BACKWARD):
-        rows = [
-            row
-            for row in read(OTHER)["rows"]
-            if (row["op"], row["shape"]) == ("linear_logprobs", shape) and not row["error"]
-            if "," not in row["contender"] and row["contender"] not in LESS_WORK
-        ]
-        assert len(rows) >= 4
-        best = [
-            min((row for row in rows if is_ours(row["contender"]) == mine), key=lambda row: row["ratio"])
-            for mine in (True, False)
-        ]
-        assert best[0]["scratch_mib"] < best[1]["scratch_mib"]
-        told.append([f"{row['ratio']:.2f} ({row['scratch_mib']:,.0f})" for row in best])
+    told = [fastest(OTHER, shape) for shape in (headline.FORWARD, headline.BACKWARD)]
     yield (
         "on a [Zen 3](benchmarks/results/README.md#cpu-amd-zen-3json) (AVX2) log-prob, log-sum-exp and "
         f"entropy take {told[0][0]} against {told[0][1]} of the fastest "
         f"other, with gradients of hidden and weight {told[1][0]} against {told[1][1]}"
+    )
+
+
+def fastest(file, shape):
+    """The fastest of ours and of the others that do the same, as the README's table writes them."""
+    rows = [
+        row
+        for row in read(file)["rows"]
+        if (row["op"], row["shape"]) == ("linear_logprobs", shape) and not row["error"]
+        if "," not in row["contender"] and row["contender"] not in LESS_WORK
+    ]
+    assert len(rows) >= 4
+    best = [
+        min((row for row in rows if is_ours(row["contender"]) == mine), key=lambda row: row["ratio"])
+        for mine in (True, False)
+    ]
+    assert best[0]["scratch_mib"] < best[1]["scratch_mib"]
+    return [f"{row['ratio']:.2f} ({row['scratch_mib']:,.0f})" for row in best]
+
+
+BF16 = "cpu-amd-zen-4.json"  # of a processor that multiplies bf16 as it is
+
+
+def of_bf16():
+    """Where bf16 is multiplied as it is: beside the fastest other, and beside the same upcast."""
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert f"\n## [{BF16}]({BF16})\n" in page
+    shapes = [shape.replace("float32", "bfloat16") for shape in (headline.FORWARD, headline.BACKWARD)]
+    told = [fastest(BF16, shape) for shape in shapes]
+    upcast = f", by {read(BF16)['machine']['cpu_matmul']}"
+    ratios = {row["contender"]: row["ratio"] for row in read(BF16)["rows"] if row["shape"] in shapes[:1]}
+    yield (
+        "bf16 is multiplied as it is where the processor can (AVX512-BF16, AMX), its logits summed and kept "
+        "in fp32: on a [Zen 4](benchmarks/results/README.md#cpu-amd-zen-4json) the two take "
+        f"{told[0][0]} and {told[1][0]} of a bf16 matmul, the fastest others {told[0][1]} and {told[1][1]}; "
+        f"elsewhere it is upcast (there {ratios['cpp' + upcast]:.2f} for the first)"
     )
 
 
@@ -446,6 +468,7 @@ CLAIMS = {
         of_the_matmul,
         of_the_steps,
         of_the_other_kind,
+        of_bf16,
         of_the_accuracy,
     ),
     (README, "What the reward models can do so far"): (of_the_outcome,),

@@ -21,9 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX", "c++")
 SANITIZERS = "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
-# the bindings hold no loop over data, and take a compiler minutes under sanitizers
-SOURCES = {"bindings.cpp": (), "head_cpu.cpp": SANITIZERS, "policy_cpu.cpp": SANITIZERS,
-           "sequence_cpu.cpp": SANITIZERS}  # fmt: skip
+UNSANITIZED = ("bindings.cpp",)  # it holds no loop over data, and takes a compiler minutes under sanitizers
 PLAIN = "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-omit-frame-pointer"
 
 
@@ -49,7 +47,10 @@ def build(folder: Path, processes: int = 2) -> Path:
     ignored = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
     shutil.copytree(ROOT / "ipvrm_kernels", package, ignore=ignored)
     include = [f"-I{x}" for x in (pybind11.get_include(), sysconfig.get_paths()["include"], ROOT / "csrc")]
-    waiting, running, objects = list(SOURCES.items()), [], []
+    names = [path.name for path in sorted((ROOT / "csrc").glob("*.cpp"))]
+    waiting = [(name, () if name in UNSANITIZED else SANITIZERS) for name in names]
+    running: list[subprocess.Popen[bytes]] = []
+    objects: list[str] = []
     while waiting or running:
         if waiting and len(running) < processes:
             name, flags = waiting.pop()

@@ -106,6 +106,11 @@ def panels(rows: Iterable[Row], study: Sequence[Mapping[str, Any]] = ()) -> list
     return found
 
 
+def points(rows: Iterable[Row]) -> list[Point]:
+    """All of the panels that the rows alone have."""
+    return [point for panel in panels(rows) for point in panel.points]
+
+
 def _point(label: str, row: Row) -> Point:
     return Point(label, row.ratio, row.scratch_mib or 0.0, is_ours(row.contender))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .matmul import BRGEMM, library, transient_bytes, whole_rows
+from .matmul import BRGEMM, library, panel_elements, transient_bytes, whole_rows
 
 WORKSPACE = 64 * 2**20
 RESERVE = 2**20  # of it, for what a matmul's views and conversions allocate on the way
@@ -59,9 +59,10 @@ def even(n: int) -> int:
     return n + n % 2
 
 
-def panel_elements(K: int, N: int) -> int:
-    """bf16 numbers of a right operand (K, N) in csrc's panels of 64 columns."""
-    return even(K) * (-(-N // 64) * 64)
+def padded_terms(n: int) -> int:
+    """So many terms has a sum over n rows, zeros behind: multiples of 64, and powers of two below, since
+    oneDNN makes a kernel for every number and keeps it, and n is another at every step of a training."""
+    return -(-n // 64) * 64 if n > 32 else 1 << max(n - 1, 1).bit_length()
 
 
 def reads_bf16(hidden: Tensor) -> bool:
@@ -73,7 +74,7 @@ def reads_bf16(hidden: Tensor) -> bool:
 def bf16_bytes(R: int, C: int, hidden: Tensor, weight: Tensor, *, gathers: bool, gradients: bool) -> int:
     """What `Bf16Products` take for blocks of R rows and C columns, at most."""
     D = weight.shape[1]
-    elements = panel_elements(D, C)
+    elements = panel_elements(even(D), C)
     if gathers or not reads_bf16(hidden):
         elements += R * even(D)
         if gathers and (hidden.dtype != torch.bfloat16 or D % 2):  # on the way
@@ -81,7 +82,8 @@ def bf16_bytes(R: int, C: int, hidden: Tensor, weight: Tensor, *, gathers: bool,
     if weight.stride(1) != 1 or weight.dtype == torch.float16:
         elements += C * D
     if gradients:
-        elements += panel_elements(C, D) + panel_elements(R, D) + R * even(C) + C * even(R)
+        terms = padded_terms(R)
+        elements += panel_elements(even(C), D) + R * even(C) + (panel_elements(terms, D) + C * terms)
     return 2 * elements
 
 
@@ -105,7 +107,7 @@ def make_plan(
     matmul could read them; gradients: of hidden or weight are formed, or the expectation, by further matmuls.
     """
     V, D = weight.shape
-    low = library(dtype) == BRGEMM
+    in_bf16 = library(dtype) == BRGEMM
     copied = []  # bytes per row of hidden and of weight
     for x, forced in ((hidden, gathers or deterministic), (weight, False)):
         converts = x.dtype != dtype or dtype != torch.float32
@@ -113,7 +115,7 @@ def make_plan(
         copied.append(0 if direct else D * (4 + 2 * converts))
 
     def scratch(R: int, C: int) -> int:
-        if low:
+        if in_bf16:
             matrices = 4 * R * C + bf16_bytes(R, C, hidden, weight, gathers=gathers, gradients=gradients)
         else:
             matrices = 4 * R * C + R * copied[0] + C * copied[1] + transient_bytes(R, C, D, gradients)
@@ -170,12 +172,12 @@ def saved_rows(N: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, limit
     V, D = weight.shape
     C = min(COLUMNS, V)
     free = WORKSPACE - RESERVE if limit is None else limit
-    low = library(dtype) == BRGEMM
-    if not low and not reads_directly(weight, dtype):
+    in_bf16 = library(dtype) == BRGEMM
+    if not in_bf16 and not reads_directly(weight, dtype):
         free -= 6 * D * C
 
     def scratch(R: int) -> int:
-        if low:  # rows are gathered from the block, and their gradient stands apart
+        if in_bf16:  # rows are gathered from the block, and their gradient stands apart
             own = R * (4 * (V + C) + 4 * D + 2 * even(D) + 64)
             return own + bf16_bytes(R, C, hidden, weight, gathers=False, gradients=True)
         return R * (4 * (V + C) + 14 * D + 64) + transient_bytes(R, C, D, True)

@@ -27,8 +27,8 @@ from torch import Tensor
 from ..backend import native_call, native_struct
 from . import Transform, transform_derivative
 from .blocks import COLUMNS, blocks, make_plan, row_blocks, saved_block, saved_rows
-from .matmul import padded_rows
-from .products import products
+from .matmul import empty, padded_rows, zeros
+from .products import make_products
 
 # rows whose z must fit for saving it to pay: frozen head, and trainable, where every block rewrites dweight
 LEAST_SAVED = (64, 256)
@@ -113,7 +113,7 @@ def sweep(
         per_row=per_row + 4 * D * (gradients and deterministic), per_column=4 * D * narrow,
         gathers=backward_follows, gradients=gradients,
     )  # fmt: skip
-    new = torch.empty
+    new = empty
     R, C, padded = plan
     tile = new(max(R, padded) * C)
     num_saved = 0 if saved_z is None else len(saved_z) // max(N, 1)
@@ -129,7 +129,7 @@ def sweep(
     sum_z_exp = sums[1] if entropy else None
     state = native_struct("RowState", top=top, sumexp=sums[0], sum_z_exp=sum_z_exp)
     native = native_transform(transform)
-    of_tile = products(hidden, weight, transform.dtype, R, C, padded=padded)
+    of_tile = make_products(hidden, weight, transform.dtype, R, C, padded=padded)
     for r0, r1 in blocks(N, R) if padded else row_blocks(N, R, transform.dtype):
         rows = of_tile.take_rows(r0, r1)
         top.fill_(-math.inf)
@@ -167,10 +167,10 @@ def forward(
     backward_follows: refuses a `limit` that is too small for it.
     """
     (N, D), V, K = hidden.shape, weight.shape[0], ids.shape[1]
-    new, ids = torch.empty, ids.contiguous()
+    new, ids = empty, ids.contiguous()
     result = Forward(
         new(N, K), new(N), new(N), new(N * num_saved), new(N if entropy else 0),
-        torch.zeros((N, D) if expectation else 0), new((N, slots), dtype=torch.int64), new(N, slots),
+        zeros((N, D) if expectation else 0), new((N, slots), dtype=torch.int64), new(N, slots),
         new(N if candidates else 0, dtype=torch.int64),
     )  # fmt: skip
     blocks_done = sweep(
@@ -198,7 +198,7 @@ def partial_sums(
     """(max, sumexp, sum_z_exp) (N,) and z at ids (N, K), -inf where an id is -1; all fp32."""
     N, K = ids.shape
     ids = ids.contiguous()
-    sums, id_logits = torch.empty(3, N), torch.empty(N, K)
+    sums, id_logits = empty(3, N), empty(N, K)
     for r0, r1, state in sweep(op, hidden, weight, bias, ids, transform, entropy=True):
         assert state.sum_z_exp is not None
         for out, part in zip(sums, (state.top, state.sumexp, state.sum_z_exp), strict=True):
@@ -249,7 +249,7 @@ def row_gradients(
     )
     ids = ids.contiguous()
     N, K = ids.shape
-    total, active = torch.empty(N, dtype=torch.float64), torch.empty(N, dtype=torch.uint8)
+    total, active = empty(N, dtype=torch.float64), empty(N, dtype=torch.uint8)
     native_call("head_row_gradients_cpu", dlogprobs, dlse, dentropy, ids, N, K, V, total, active)
     nonzero = active.nonzero()[:, 0]
     index = None if len(nonzero) == N else nonzero
@@ -276,15 +276,15 @@ def backward(
         per_row=4 * D * deterministic, per_column=4 * D * narrow, gradients=True,
     )  # fmt: skip
     R, C, padded = plan
-    dhidden = torch.zeros((n, D) if needs[0] else 0)
-    new_dweight = torch.empty if n else torch.zeros  # the first rows' product is written, not added
+    dhidden = zeros((n, D) if needs[0] else 0)
+    new_dweight = empty if n else zeros  # the first rows' product is written, not added
     dweight = new_dweight((V, D) if needs[1] else 0, dtype=weight.dtype if narrow else torch.float32)
-    dbias = torch.zeros(V if needs[2] else 0)
+    dbias = zeros(V if needs[2] else 0)
     num_saved = 0 if saved_z is None else len(saved_z) // max(N, 1)
     width = min(COLUMNS, V) if num_saved else C  # of the first blocks
-    tile = torch.empty(max(max(R, padded) * C, width))
-    chunk = torch.empty((max(C, width), D) if narrow else 0)
-    of_tile = products(
+    tile = empty(max(max(R, padded) * C, width))
+    chunk = empty((max(C, width), D) if narrow else 0)
+    of_tile = make_products(
         hidden, weight, transform.dtype, R, max(C, width), padded=padded, tile=len(tile) if needs[1] else 0
     )
     native = native_transform(transform)
@@ -339,24 +339,26 @@ def fused_gradients(
         )  # fmt: skip
         dlogprobs = dloss_dlogprobs(0, N, result.logprobs)
         if not any(needs):
-            return torch.empty(0), torch.empty(0), torch.empty(0)
+            return empty(0), empty(0), empty(0)
         up = row_gradients(dlogprobs, None, None, ids, V, result.lse, result.lse_low, result.entropy)
         return backward(
             op, up, hidden, weight, bias, transform, needs, limit=limit, deterministic=deterministic,
             wide=True,
         )  # fmt: skip
 
-    new = torch.empty
-    dhidden = torch.zeros((N, D) if needs[0] else 0)
+    new = empty
+    dhidden = zeros((N, D) if needs[0] else 0)
     dweight, written = new((V, D) if needs[1] else 0), False
-    dbias = torch.zeros(V if needs[2] else 0)
+    dbias = zeros(V if needs[2] else 0)
     saved_z = [new(R * (c1 - c0)) for c0, c1 in blocks(V, COLUMNS)]  # z of a block of rows, tile by tile
     da_buffer = new(R * min(COLUMNS, V))
     lse, lse_low, top = new(R), new(R), new(R)
     sumexp = new(R, dtype=torch.float64)
     id_z, logprobs = new(R, K), new(R, K)
     native, state = native_transform(transform), native_struct("RowState", top=top, sumexp=sumexp)
-    of_tile = products(hidden, weight, transform.dtype, R, COLUMNS, tile=len(da_buffer) if needs[1] else 0)
+    of_tile = make_products(
+        hidden, weight, transform.dtype, R, COLUMNS, tile=len(da_buffer) if needs[1] else 0
+    )
     with torch.autocast("cpu", enabled=False):
         for r0, r1 in row_blocks(N, R, transform.dtype):
             rows = of_tile.take_rows(r0, r1)

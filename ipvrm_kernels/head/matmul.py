@@ -1,13 +1,14 @@
 """Who multiplies for the CPU head ops: in fp32 the BLAS behind torch.mm, or oneDNN where that BLAS is slow.
 
-bf16 is oneDNN's kernel's (products.py) where the processor has AVX512-BF16 or AMX, else upcast for fp32's.
-`MEASURED` says which of the two in fp32, by kind of processor, and names the measurement that says so; other
+bf16 is multiplied by oneDNN's kernel (products.py) wherever the processor has AVX512-BF16 or AMX, which do
+twice the fp32 units' work or more, and the kernel is right about whole numbers; else it is upcast for fp32's
+library. `MEASURED` says which that is, by kind of processor, and names the measurement that says so; other
 processors keep the BLAS, and nothing is timed at run time. An AMD Zen 5 has full-width AVX-512, and PyTorch's
 MKL does not use it. oneDNN, which PyTorch's x86 builds bring along, does: on two cores of an EPYC it takes
 half the time, at 1.4 to 2.7 times MKL's rounding error, since it sums the products of a logit in longer
 chains; that is within the ops' tolerance. On a Zen 3, which has AVX2 alone, MKL is no slower on tiles and
-more exact; on a Zen 4, whose AVX-512 is half as wide, it takes 5 % more time, and stays for being more exact.
-The library decides the plan too: blocks of equal rows for the BLAS, of suitable ones for oneDNN.
+more exact; on a Zen 4, whose AVX-512 is half as wide, its tiles take 5 % more time, and it stays for being
+more exact. The library decides the plan too: blocks of equal rows for the BLAS, of suitable ones for oneDNN.
 
 PyTorch reaches oneDNN for dense fp32 by the op that Inductor compiles `linear` to; it takes no `out`, so a
 product passes through a tensor of its own, which `transient_bytes` lets the plans count. oneDNN has no fast
@@ -21,6 +22,7 @@ import os
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,6 +108,10 @@ def brgemm() -> Any:
     return backend.native_struct("Brgemm", multiply=multiply, release=release)
 
 
+# (M, N, K): panels that are full and not, blocks of rows of every height, more terms than a block of sums has
+PROBED = ((127, 70, 130), (64, 128, 1100), (1, 1, 2))
+
+
 @cache
 def why_not_bf16() -> str | None:
     """None if oneDNN's bf16 kernel runs here and is right, else the reason in words."""
@@ -113,18 +119,32 @@ def why_not_bf16() -> str | None:
         return "this processor, or this build of the extension, has no AVX512-BF16"
     if not brgemm_addresses():
         return "this build of PyTorch does not export oneDNN's kernel"
-    terms, rows, columns = 130, 70, 64  # whole numbers, whose sums are exact in fp32
-    a, b = (torch.arange(n * terms).view(n, -1).mul(7).remainder(17).sub(8.0) for n in (rows, columns))
-    panels = torch.empty(terms * columns, dtype=torch.bfloat16)
-    out = torch.empty(rows, columns)
-    backend.native_call("pack_panels_cpu", b, True, columns, terms, terms, True, panels)
     try:
-        backend.native_call(
-            "multiply_panels_cpu", brgemm(), a.bfloat16(), terms, panels, rows, columns, terms, out, False
-        )
+        right = all(_right_about_whole_numbers(*sizes) for sizes in PROBED)
     except RuntimeError as error:
         return f"oneDNN's kernel refuses: {error}"
-    return None if torch.equal(out, a @ b.T) else "oneDNN's kernel is wrong about whole numbers"
+    return None if right else "oneDNN's kernel is wrong about whole numbers"
+
+
+def _right_about_whole_numbers(M: int, N: int, K: int) -> bool:
+    """Whose sums are exact in fp32. No tensors: the first call may be under a mode that makes them fake."""
+    a, b = (np.arange(rows * (K + 2)).reshape(rows, -1) * 7 % 17 - 8 for rows in (M, N))  # rows of more
+    a16, b16 = ((x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) for x in (a, b))
+    out, panels = np.ones((M, N), np.float32), np.empty(panel_elements(K, N), np.uint16)
+    address = [x.ctypes.data for x in (b16, panels, a16, out)]
+    backend.native_call("pack_panels_cpu", address[0], False, N, K, K + 2, True, K, address[1])
+    for add in (True, False):
+        backend.native_call(
+            "multiply_panels_cpu", brgemm(), address[2], K + 2, address[1], M, N, K, address[3], add
+        )
+        if not np.array_equal(out, a[:, :K] @ b[:, :K].T + add):
+            return False
+    return True
+
+
+def panel_elements(K: int, N: int) -> int:
+    """bf16 numbers of a right operand (K, N), K even, in csrc's panels of 64 columns."""
+    return K * (-(-N // 64) * 64)
 
 
 def _bf16_choice() -> tuple[str, str]:
@@ -137,7 +157,8 @@ def _bf16_choice() -> tuple[str, str]:
     missing = why_not_bf16()
     if missing is not None:
         return upcast, missing
-    instructions = "AMX" if backend._C is not None and backend._C.has_amx else "AVX512-BF16"
+    amx = backend._C is not None and backend._C.has_amx
+    instructions = "AMX, where it may, or AVX512-BF16" if amx else "AVX512-BF16"
     found = MEASURED_BF16.get((backend.AMD_FAMILY, torch.backends.cpu.get_cpu_capability()))
     measured = f"measured on {found.processor} ({found.file})" if found else "not measured on this processor"
     return BRGEMM, f"oneDNN's kernel by {instructions}, {measured}; {VARIABLE}=blas turns it off"
@@ -209,7 +230,17 @@ def transposed(tile: Tensor, buffer: Tensor) -> Tensor:
 
 def transpose_buffer(elements: int) -> Tensor:
     """The `buffer` of `transposed` for tiles of up to so many elements; none where a view does."""
-    return torch.empty(elements if library() == "onednn" else 0)
+    return empty(elements if library() == "onednn" else 0)
+
+
+def empty(*size: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """torch.empty on the CPU, whatever a program has made torch's defaults: native code writes into it."""
+    return torch.empty(*size, dtype=dtype, device="cpu")
+
+
+def zeros(*size: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same of torch.zeros."""
+    return torch.zeros(*size, dtype=dtype, device="cpu")
 
 
 def transient_bytes(R: int, C: int, D: int, gradients: bool) -> int:

@@ -3,21 +3,56 @@
 In fp32 by one of matmul.py's libraries, operands upcast block by block where they are not fp32. In bf16,
 where the processor has instructions for it, by oneDNN's kernel for blocks of bf16 matrices, which PyTorch
 exports: operands are read as they are or packed (csrc/bf16_cpu.h), sums are fp32, and a tile's gradient is
-rounded to bf16 once. A sum runs over its terms in order whatever the shapes are, so that there a row's logits
-do not depend on its neighbours.
+rounded to bf16 once. The order of a sum does not depend on the shapes, so that there a row's logits do not
+depend on its neighbours.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..backend import native_call
-from .blocks import Operand, even, panel_elements, reads_bf16
-from .matmul import BRGEMM, brgemm, library, multiply, transpose_buffer, transposed
+from .blocks import Operand, even, padded_terms, reads_bf16
+from .matmul import BRGEMM, brgemm, empty, library, multiply, panel_elements, transpose_buffer, transposed
 
 
-def products(
+class Products(Protocol):
+    """A block of rows of hidden (R, D) and one of weight (C, D) at a time, and what is multiplied of them."""
+
+    def take_rows(self, start: int, stop: int, index: Tensor | None = None) -> int:
+        """Rows start .. stop of hidden, or of hidden[index], are the block; its height with padding.
+
+        index: the same at every call, or none at any.
+        """
+        ...
+
+    def select(self, index: Tensor, rows: int) -> None:
+        """Of the block of rows those at `index` are the block now, and zeros up to `rows`."""
+        ...
+
+    def take_columns(self, start: int, stop: int) -> None:
+        """Rows start .. stop of weight are the block."""
+        ...
+
+    def logits(self, z: Tensor) -> None:
+        """z (R, C) = h w.T."""
+        ...
+
+    def add(
+        self, a: Tensor, to_rows: Tensor | None, to_columns: Tensor | None,
+        *, first_rows: bool = False, first_columns: bool = False,
+    ) -> None:  # fmt: skip
+        """to_rows (R, D) += a w and to_columns (C, D) += a.T h, those that are there, of a tile `a` (R, C).
+
+        first_rows, first_columns: of a sum, whose target is overwritten: to_columns by the first rows.
+        """
+        ...
+
+
+def make_products(
     hidden: Tensor, weight: Tensor, dtype: torch.dtype, rows: int, columns: int,
     *, padded: int = 0, tile: int = 0,
 ) -> Products:  # fmt: skip
@@ -28,11 +63,11 @@ def products(
     """
     if library(dtype) == BRGEMM:
         return Bf16Products(hidden, weight, rows)
-    return Products(hidden, weight, dtype, rows, columns, padded, tile)
+    return Fp32Products(hidden, weight, dtype, rows, columns, padded, tile)
 
 
-class Products:
-    """A block of rows of hidden and one of weight at a time, in fp32."""
+class Fp32Products:
+    """`Products` of operands in fp32."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, dtype: torch.dtype, rows: int, columns: int, padded: int,
@@ -45,12 +80,10 @@ class Products:
         self._selected: Tensor | None = None
 
     def take_rows(self, start: int, stop: int, index: Tensor | None = None) -> int:
-        """Rows start .. stop of hidden, or of hidden[index], are the block; its height with padding."""
         self.h, self.real = self._rows.block(start, stop, index), stop - start
         return len(self.h)
 
     def select(self, index: Tensor, rows: int) -> None:
-        """Of the block of rows those at `index` are the block now, and zeros up to `rows`."""
         if self._selected is None:
             self._selected = self.h.new_empty(self.most, self.h.shape[1])
         torch.index_select(self.h, 0, index, out=self._selected[: len(index)])
@@ -58,21 +91,15 @@ class Products:
         self.h[len(index) :] = 0
 
     def take_columns(self, start: int, stop: int) -> None:
-        """Rows start .. stop of weight are the block."""
         self.w = self._columns.block(start, stop)
 
     def logits(self, z: Tensor) -> None:
-        """z (R, C) = h w.T."""
         multiply(z, self.h, self.w.T, rows=len(self.h))
 
     def add(
         self, a: Tensor, to_rows: Tensor | None, to_columns: Tensor | None,
         *, first_rows: bool = False, first_columns: bool = False,
     ) -> None:  # fmt: skip
-        """to_rows (R, D) += a w and to_columns (C, D) += a.T h, those that are there, of a tile `a` (R, C).
-
-        first_rows, first_columns: of a sum, whose target is overwritten: to_columns by the first rows.
-        """
         if to_rows is not None and self.padded:  # every product has the same shape
             product = a.new_empty(len(a), self.w.shape[1])
             multiply(product, a, self.w, rows=len(a))
@@ -84,22 +111,22 @@ class Products:
             multiply(to_columns, transposed(a, self._transposed), h, rows=len(h), add=not first_rows)
 
 
-class Bf16Products(Products):
-    """The same in bf16: a block of weight is packed once for all rows."""
+class Bf16Products:
+    """`Products` of operands in bf16: a block of either is packed once for all of the other's."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, rows: int) -> None:
-        self.hidden, self.weight, self.padded, self.most = hidden, weight, 0, rows
+        self.hidden, self.weight, self.most = hidden, weight, rows
         self._kernel = brgemm()
         self._buffers: dict[str, Tensor] = {}
-        self._of: dict[str, tuple[int, int]] = {}  # the block that a buffer of panels holds
+        self._of: dict[str, tuple[int, int]] = {}  # the block whose copy or panels a buffer holds
 
     def take_rows(self, start: int, stop: int, index: Tensor | None = None) -> int:
-        x, self.real, self._row_block = self.hidden, stop - start, (start, stop)
+        x, rows, self._row_block = self.hidden, stop - start, (start, stop)
         if index is None and reads_bf16(x):
             self.h = x[start:stop]
-            return self.real
+            return rows
         D = x.shape[1]
-        self.h = self._buffer("h", self.most * even(D))[: self.real * even(D)].view(self.real, even(D))
+        self.h = self._buffer("h", self.most * even(D))[: rows * even(D)].view(rows, even(D))
         if self._of.get("h") != self._row_block:
             if index is None:
                 self.h[:, :D] = x[start:stop]
@@ -109,52 +136,54 @@ class Bf16Products(Products):
                 self.h[:, :D] = x.index_select(0, index[start:stop])
             self.h[:, D:] = 0
             self._of["h"] = self._row_block
-        return self.real
+        return rows
 
     def select(self, index: Tensor, rows: int) -> None:
         D = self.h.shape[1]
         selected = self._buffer("selected", self.most * D)[: rows * D].view(rows, D)
         torch.index_select(self.h, 0, index, out=selected[: len(index)])
         selected[len(index) :] = 0
-        self.h, self.real, self._row_block = selected, rows, (-1, rows)
+        self.h, self._row_block = selected, (-1, rows)
         self._of.pop("rows", None)
 
     def take_columns(self, start: int, stop: int) -> None:
         self.w, self._column_block = self.weight[start:stop], (start, stop)
 
     def logits(self, z: Tensor) -> None:
-        self._multiply(z, self.h, self._panels("columns, transposed"), self.weight.shape[1], add=False)
+        terms = even(self.weight.shape[1])
+        self._multiply(z, self.h, self._panels("columns, transposed", terms), terms, add=False)
 
     def add(
         self, a: Tensor, to_rows: Tensor | None, to_columns: Tensor | None,
         *, first_rows: bool = False, first_columns: bool = False,
     ) -> None:  # fmt: skip
         R, C = a.shape
-        a16 = None if to_rows is None else self._buffer("a", R * even(C))[: R * even(C)].view(R, even(C))
+        wide, high = even(C), padded_terms(R)
+        a16 = None if to_rows is None else self._buffer("a", R * wide)[: R * wide].view(R, wide)
         a16_t = None
         if to_columns is not None:
-            a16_t = self._buffer("a, transposed", C * even(R))[: C * even(R)].view(C, even(R))
-        native_call("round_tile_cpu", a, R, C, a16, a16_t)
+            a16_t = self._buffer("a, transposed", C * high)[: C * high].view(C, high)
+        native_call("round_tile_cpu", a, R, C, a16, a16_t, high)
         if to_rows is not None and a16 is not None:
-            self._multiply(to_rows, a16, self._panels("columns"), C, add=not first_columns)
+            self._multiply(to_rows, a16, self._panels("columns", wide), wide, add=not first_columns)
         if to_columns is not None and a16_t is not None:
-            self._multiply(to_columns, a16_t, self._panels("rows"), R, add=not first_rows)
+            self._multiply(to_columns, a16_t, self._panels("rows", high), high, add=not first_rows)
 
     def _multiply(self, out: Tensor, a: Tensor, panels: Tensor, terms: int, *, add: bool) -> None:
-        native_call("multiply_panels_cpu", self._kernel, a, a.stride(0), panels, *out.shape, terms, out, add)
+        stride = a.stride(0) if len(a) > 1 else terms
+        native_call("multiply_panels_cpu", self._kernel, a, stride, panels, *out.shape, terms, out, add)
 
-    def _panels(self, name: str) -> Tensor:
-        """The block of rows or of columns as the right operand of a product, packed at its first use."""
+    def _panels(self, name: str, terms: int) -> Tensor:
+        """The block of rows or of columns as the right operand of sums of `terms`, packed once."""
         x, block = (self.h, self._row_block) if name == "rows" else (self.w, self._column_block)
-        if name == "rows":
-            x = x[:, : self.weight.shape[1]]
-        elif x.stride(1) != 1 or x.dtype not in (torch.bfloat16, torch.float32):
-            x = self._buffer("w", x.numel())[: x.numel()].view(x.shape).copy_(x)
-        transpose = name.endswith("transposed")
-        out = self._buffer(name, panel_elements(*(x.shape[::-1] if transpose else x.shape)))
+        x = x[:, : self.weight.shape[1]]
+        transpose = name == "columns, transposed"
+        out = self._buffer(name, panel_elements(terms, len(x) if transpose else x.shape[1]))
         if self._of.get(name) != block:
+            if x.stride(1) != 1 or x.dtype not in (torch.bfloat16, torch.float32):
+                x = self._buffer("w", x.numel())[: x.numel()].view(x.shape).copy_(x)
             wide = x.dtype == torch.float32
-            native_call("pack_panels_cpu", x, wide, *x.shape, x.stride(0), transpose, out)
+            native_call("pack_panels_cpu", x, wide, *x.shape, x.stride(0), transpose, terms, out)
             self._of[name] = block
         return out
 
@@ -163,5 +192,5 @@ class Bf16Products(Products):
         if name not in self._buffers or len(self._buffers[name]) < elements:
             self._buffers.pop(name, None)  # before the larger one is allocated
             self._of.pop(name, None)
-            self._buffers[name] = torch.empty(elements, dtype=torch.bfloat16)
+            self._buffers[name] = empty(elements, dtype=torch.bfloat16)
         return self._buffers[name]

@@ -5,7 +5,10 @@ The ops' own tests run them in every regime where this machine has the instructi
 
 import ctypes
 import json
+import mmap
 import multiprocessing
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -71,7 +74,11 @@ def check(h, w, **how):
     return z
 
 
-SHAPES = [(1, 1, 1), (3, 2, 1), (64, 64, 64), (70, 65, 130), (127, 130, 33), (1, 1000, 7), (33, 63, 2051)]
+# (R, C, D): tails of panels, pairs and heights; more terms than a block of sums has, in each of the products
+SHAPES = [
+    (1, 1, 1), (3, 2, 1), (64, 64, 64), (70, 65, 130), (127, 130, 33), (1, 1000, 7), (33, 63, 2051),
+    (70, 130, 1100), (1090, 70, 66), (66, 1100, 70),
+]  # fmt: skip
 
 
 @here
@@ -80,6 +87,19 @@ SHAPES = [(1, 1, 1), (3, 2, 1), (64, 64, 64), (70, 65, 130), (127, 130, 33), (1,
 @pytest.mark.parametrize("hidden", [torch.bfloat16, torch.float32], ids=str)
 def test_shapes(shape, hidden, weight, poisoned):
     check(*operands(*shape, hidden, weight))
+
+
+@here
+@pytest.mark.parametrize("D", [1024, 4096])
+def test_sums_are_as_exact_as_fp32_s(D):
+    """Within 5e-7 of the largest logit, which one chain over all terms is not."""
+    h, w = operands(128, 512, D)
+    ours, z = Bf16Products(h, w, 128), torch.empty(128, 512)
+    ours.take_rows(0, 128)
+    ours.take_columns(0, 512)
+    ours.logits(z)
+    exact = h.double() @ w.double().T
+    assert (z.double() - exact).abs().max() <= 5e-7 * exact.abs().max()
 
 
 @here
@@ -125,15 +145,21 @@ def test_a_selection_of_rows():
 @here
 def test_a_row_is_the_same_whatever_surrounds_it():
     """Bitwise: a row's logits do not depend on N, its position, the tiles or the threads."""
-    h, w = operands(300, 1500, 130, seed=3)
-    ids = torch.randint(0, 1500, (300, 2))
-    whole = linear_logprobs(h, w, ids, impl="cpp")
+    h, w = operands(300, 1500, 1031, seed=3)
+    ids, upstream = torch.randint(0, 1500, (300, 2)), torch.randn(300, 2)
+
+    def step(rows):
+        leaf = h[rows].requires_grad_()
+        out = linear_logprobs(leaf, w.requires_grad_(), ids[rows], impl="cpp")
+        return out.logprobs, out.lse, torch.autograd.grad(out.logprobs, leaf, upstream[rows])[0]
+
+    whole = step(list(range(300)))
     before = torch.get_num_threads()
     for rows in ([0], [299], [5, 6, 7], list(range(100, 231)), [7] * 64):
         torch.set_num_threads(1 + len(rows) % 2)
-        part = linear_logprobs(h[rows], w, ids[rows], impl="cpp")
+        part = step(rows)
         torch.set_num_threads(before)
-        assert torch.equal(part.logprobs, whole.logprobs[rows]) and torch.equal(part.lse, whole.lse[rows])
+        assert all(torch.equal(mine, theirs[rows]) for mine, theirs in zip(part, whole, strict=True))
 
 
 @here
@@ -222,25 +248,31 @@ def test_the_plan_counts_what_is_held(shape, copied, peak_of):
 
 @here
 def test_few_kernels_whatever_the_batch():
-    """oneDNN makes one for every shape and keeps it: of a training run's many N only the powers of two."""
+    """oneDNN makes and keeps one for every shape, stride and sum; a training run has a new N at every step,
+    and of the rows that have a gradient another number still."""
     seen = set()
     kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6, ctypes.c_bool, *[ctypes.c_void_p] * 3, ctypes.c_bool)
 
     @kind
     def record(m, n, k, lda, ldb, ldc, add, a, b, c, interleaved):
-        seen.add((m, n, k))
+        seen.add((m, n, k, lda, ldb, ldc, add))
 
     released = ctypes.CFUNCTYPE(None, ctypes.c_bool)(lambda interleaved: None)
     addresses = (ctypes.cast(f, ctypes.c_void_p).value for f in (record, released))
     kernel = backend.native_struct("Brgemm", **dict(zip(("multiply", "release"), addresses, strict=True)))
     w = torch.randn(256, 64).bfloat16()
-    for N in range(1, 300, 7):
+    for N in range(1, 1025, 5):
         ours = Bf16Products(torch.randn(N, 64).bfloat16(), w, N)
         ours._kernel = kernel
         ours.take_rows(0, N)
         ours.take_columns(0, 256)
-        ours.logits(torch.empty(N, 256))
-    assert seen == {(2**i, 64, 64) for i in range(7)}
+        ours.logits(torch.zeros(N, 256))
+        for first in (True, False):
+            ours.add(torch.zeros(N, 256), torch.zeros(N, 64), torch.zeros(256, 64), first_rows=first)
+    # logits and to_rows: heights of powers of two; to_columns: 21 numbers of rows, in one part or two, which
+    # are overwritten or added
+    assert len(seen) <= 7 + 7 + 3 * 21
+    assert {key[0] for key in seen} == {2**i for i in range(7)}
 
 
 @here
@@ -255,16 +287,16 @@ def test_a_seeded_fault_in_the_packing_is_caught(fault, monkeypatch):
     def faulty(name, *args):
         args = list(args)
         if name == "pack_panels_cpu":
-            first = packed.setdefault(args[6].data_ptr(), args[0].data_ptr())
+            first = packed.setdefault(args[7].data_ptr(), args[0].data_ptr())
             if fault == "stale panels" and first != args[0].data_ptr():
                 return
             if fault == "one row off":
                 args[0] = torch.roll(args[0], 1, 0)
         real(name, *args)
         if name == "pack_panels_cpu" and fault == "a pair swapped":
-            args[6][:2] = args[6][:2].flip(0)
+            args[7][:2] = args[7][:2].flip(0)
         if name == "pack_panels_cpu" and fault == "an odd term left" and args[5]:
-            args[6][64 * 64 + 1] = 1.0  # the second of the last pair, of column 0
+            args[7][64 * 64 + 1] = 1.0  # the second of the last pair, of column 0
 
     monkeypatch.setattr(products, "native_call", faulty)
     if fault == "an odd term left":  # which zeros in h hide, unless they are lost too
@@ -290,7 +322,8 @@ def test_bf16_alone_is_multiplied_as_it_is(fresh):
     assert matmul.library(torch.bfloat16) == "brgemm"
     assert matmul.library() == matmul.library(torch.float16) in matmul.NAMES
     said = matmul.describe_cpu_matmul()
-    assert f"; bf16 brgemm: oneDNN's kernel by {'AMX' if backend._C.has_amx else 'AVX512-BF16'}, " in said
+    amx = "AMX, where it may, or " if backend._C.has_amx else ""
+    assert f"; bf16 brgemm: oneDNN's kernel by {amx}AVX512-BF16, " in said
     fresh.setenv(matmul.VARIABLE, "blas")
     assert matmul.library(torch.bfloat16) == "blas"
     assert matmul.describe_cpu_matmul().endswith("bf16 upcast for blas: IPVRM_CPU_MATMUL is set")
@@ -314,10 +347,12 @@ def test_a_machine_without_the_instructions_says_so(fresh):
 def test_a_pytorch_without_the_kernel_says_so(fresh):
     fresh.setattr(matmul, "brgemm_addresses", tuple)
     assert matmul.why_not_bf16() == "this build of PyTorch does not export oneDNN's kernel"
+    look = torch_private.brgemm_addresses.__wrapped__
+    assert len(look()) == 2
     fresh.setattr(torch_private, "BRGEMM", ("_Zno_such_name", "_Znor_this"))
-    assert torch_private.brgemm_addresses() == ()
+    assert look() == ()
     fresh.setattr(torch, "__file__", "/nowhere/torch/__init__.py")
-    assert torch_private.brgemm_addresses() == ()
+    assert look() == ()
 
 
 @here
@@ -330,7 +365,7 @@ def test_a_kernel_that_fails_its_first_product_is_not_used(fault, fresh):
             raise RuntimeError("no such kernel")
         real(name, *args)
         if name == "multiply_panels_cpu":
-            args[-2][3, 5] += 1
+            ctypes.cast(args[-2], ctypes.POINTER(ctypes.c_float))[0] += 1
 
     fresh.setattr(backend, "native_call", call)
     said = {"it refuses": "refuses: no such kernel", "it is wrong": "is wrong about whole numbers"}[fault]
@@ -358,6 +393,68 @@ def test_each_entry_s_measurement_says_the_same(entry):
     ]
     assert len(pairs) >= 6
     assert all(1.5 * own <= upcast for own, upcast in pairs), pairs
+
+
+@here
+@pytest.mark.parametrize(
+    "before",
+    [
+        "torch.set_default_dtype(torch.float64)", "torch.set_default_dtype(torch.bfloat16)",
+        "torch.set_default_device('meta')", "FakeTensorMode().__enter__()",
+    ],
+)  # fmt: skip
+def test_the_first_question_is_asked_under_any_mode(before):
+    """In a process of its own: the answer is kept."""
+    code = f"""
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from ipvrm_kernels.head import matmul
+{before}
+assert matmul.library(torch.bfloat16) == "brgemm", matmul.why_not_bf16()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@here
+def test_pages_behind_the_operands_are_not_touched():
+    """Sources and targets end at a page that may not be read or written, whatever their tails are."""
+    page = mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def at_the_end(count, dtype):
+        """`count` numbers that end where a page begins that nobody may touch."""
+        size = -(-count * dtype.itemsize // page) * page
+        memory = mmap.mmap(-1, size + page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert libc.mprotect(ctypes.c_void_p(start + size), page, 0) == 0
+        kept.append(memory)
+        offset = size - count * dtype.itemsize
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
+
+    kept = []
+    for rows, cols in ((1, 1), (1, 33), (33, 65), (17, 31), (2, 64)):
+        high = blocks.padded_terms(rows)
+        for dtype in (torch.bfloat16, torch.float32):
+            x = at_the_end(rows * cols, dtype).copy_(torch.randn(rows * cols)).view(rows, cols)
+            for transpose, terms in ((True, cols + cols % 2), (False, high)):
+                out = at_the_end(matmul.panel_elements(terms, rows if transpose else cols), torch.bfloat16)
+                wide = dtype == torch.float32
+                backend.native_call("pack_panels_cpu", x, wide, rows, cols, cols, transpose, terms, out)
+        tile = at_the_end(rows * cols, torch.float32).copy_(torch.randn(rows * cols)).view(rows, cols)
+        out = at_the_end(rows * (cols + cols % 2), torch.bfloat16)
+        out_t = at_the_end(cols * high, torch.bfloat16)
+        backend.native_call("round_tile_cpu", tile, rows, cols, out, out_t, high)
+        assert torch.equal(out_t.view(cols, high)[:, :rows], tile.T.bfloat16())
+        assert (out_t.view(cols, high)[:, rows:] == 0).all()
+
+
+@here
+def test_no_terms_are_a_sum_of_zero():
+    out = torch.full((2, 3), float("nan"))
+    nothing = torch.empty(0, dtype=torch.bfloat16)
+    backend.native_call("multiply_panels_cpu", matmul.brgemm(), nothing, 0, nothing, 2, 3, 0, out, False)
+    assert (out == 0).all()
 
 
 @here

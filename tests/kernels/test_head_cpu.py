@@ -70,7 +70,7 @@ def run_op(name, hidden, weight, ids, **options):
         return tuple(linear_candidates(hidden, weight, sampled=ids[:, 0], return_entropy=True, impl="cpp"))
     if name == "distrl":
         N, K = ids.shape
-        old, advantages = torch.full((N, K), -3.0), torch.ones(N, K)
+        old, advantages = (torch.full((N, K), x, dtype=torch.float32) for x in (-3.0, 1.0))
         out = linear_distrl_loss(
             hidden, weight, ids[:, 0], ids, old[:, 0], old, advantages[:, 0], advantages,
             torch.tensor([0, N]).int(), clip_low=0.99, clip_high=50.0, impl="cpp", **options,
@@ -490,3 +490,19 @@ def test_rows_without_gradient_are_zero_whatever_their_states(monkeypatch):
         (gradient,) = torch.autograd.grad(out.logprobs, leaf, upstream)
         assert (gradient[[3, 5]] == 0).all() and gradient.isfinite().all()
         assert (gradient[[0, 7]] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["forward", "candidates", "trainable", "frozen", "distrl"])
+def test_torch_s_default_dtype_changes_nothing(name, dtype):
+    """The native code's own memory is fp32 whatever a program has made the default."""
+    inputs = case(60, D=16, V=200)
+    expected = run_op(name, *inputs)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = run_op(name, *inputs)
+    finally:
+        torch.set_default_dtype(before)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert theirs is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))

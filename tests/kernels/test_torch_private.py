@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ipvrm_kernels
 from ipvrm_kernels import torch_private as private
+from ipvrm_kernels.head import matmul
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(ipvrm_kernels.__file__).parent
@@ -154,6 +155,13 @@ def test_keys_and_graphs():
 def test_onednn_multiplies():
     a, weight = torch.randn(16, 8), torch.randn(4, 8)
     torch.testing.assert_close(private.linear_onednn(a, weight), a @ weight.T, msg=lambda m: f"{BROKEN}\n{m}")
+
+
+@pytest.mark.skipif(not private.brgemm_addresses(), reason="this build of PyTorch does not export it")
+def test_the_kernel_of_bf16_blocks_multiplies():
+    """Where the processor has the instructions; test_bf16_products.py has the rest."""
+    reason = matmul.why_not_bf16()
+    assert reason is None or "AVX512-BF16" in reason, BROKEN
 
 
 def test_upper_bounds_are_those_of_torch_and_trl():
