@@ -158,7 +158,8 @@ def _opening(files: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Sequenc
             f"{READING} All of {name}, {headline.where(content['machine'])}.\n",
             headline.table(rows) + "\n",
         ]
-    lines = (headline.accuracy(_rows(content), content["machine"]) for content in files.values())
+    order = sorted(files, key=lambda file: file != name)  # the same file first
+    lines = (headline.accuracy(_rows(files[file]), files[file]["machine"]) for file in order)
     found += [f"{line}\n" for line in [next(filter(None, lines), "")] if line]
     if files and not any("parts" in content for content in files.values()):
         found.append("No GPU has run this yet.\n")

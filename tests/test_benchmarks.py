@@ -1162,18 +1162,25 @@ def test_the_pages_opening_says_what_the_file_says():
     assert len(lines) == 10
     assert text.index("headline.png") < 300
 
+    def variant(contender):
+        """Ours by the other matmul library is in the same cell."""
+        return re.sub(", by [a-z]+$", "", contender).partition(", ")[2]
+
     def written(op, shape, contender):
         """A cell as it stands in the table, bold where nobody of that case and variant is faster."""
-        row, variant = of[op, shape, contender], contender.partition(", ")[2]
+        row = of[op, shape, contender]
         rivals = (
-            r for (o, s, name), r in of.items() if (o, s, name.partition(", ")[2]) == (op, shape, variant)
+            r for (o, s, name), r in of.items() if (o, s, variant(name)) == (op, shape, variant(contender))
         )
         best = min(r.ratio for r in rivals if r.contender not in measure.LESS_WORK and not r.error)
         ratio = f"**{row.ratio:.2f}**" if row.ratio == best else f"{row.ratio:.2f}"
         return f"{ratio} ({row.scratch_mib:,.0f})"
 
-    forward = [written("linear_logprobs", headline.FORWARD, name) for name in ("cpp", "eager log_softmax")]
-    assert f"| {forward[0]} | {forward[1]} |" in lines[0]
+    names = [name for op, s, name in of if s == headline.FORWARD and re.fullmatch("cpp(, by [a-z]+)?", name)]
+    forward = [written("linear_logprobs", headline.FORWARD, name) for name in (*names, "eager log_softmax")]
+    if len(names) == 2:
+        forward[1] = f"by {headline.LIBRARIES[names[1].rpartition(' ')[2]]} {forward[1]}"
+    assert f"| {', '.join(forward[:-1])} | {forward[-1]} |" in lines[0]
     step = next(s for op, s, _ in of if op == "distrl_step")
     assert f"| {written('distrl_step', step, 'ipvrm')} |" in lines[9]
     panels = headline.panels(rows, study)

@@ -309,14 +309,14 @@ def of_bf16():
         "bf16 is multiplied as it is where the processor can (AVX512-BF16, AMX), its logits summed and kept "
         "in fp32: on a [Zen 4](benchmarks/results/README.md#cpu-amd-zen-4json) the two take "
         f"{told[0][0]} and {told[1][0]} of a bf16 matmul, the fastest others {told[0][1]} and {told[1][1]}; "
-        f"elsewhere it is upcast (there {ratios['cpp' + upcast]:.2f} for the first)"
+        f"upcast, as elsewhere, the first takes {ratios['cpp' + upcast]:.2f}"
     )
 
 
 def of_the_accuracy():
     """The worst of ours and of each other contender, over calibrated and peaked rows of each dtype."""
     ours, others = {}, {}
-    for row in read(OTHER)["rows"]:
+    for row in read(BF16)["rows"]:
         if ACCURACY in row["shape"] and row["fp64_error"] is not None:
             (dtype,) = (dtype for dtype in ("bfloat16", "float32") if dtype in row["shape"].split())
             worst = (ours if is_ours(row["contender"]) else others).setdefault(dtype, {})
