@@ -76,6 +76,7 @@ OTHER_PAGES = {
     "trl_updates": "updates beside TRL's own",
     "rollout_and_label": "rollouts and labels: counts, times, agreement",
     "label_truths": "how often labels are right",
+    "when_prefix_values_help": "reward models by length of response and share of wrong labels",
     "faults": "kills, disks, hostile files and the rest, and what was lost",
     "kernels": "modelled times of the GPU kernels",
 }

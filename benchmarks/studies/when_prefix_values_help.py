@@ -217,7 +217,7 @@ def measure(work: Path, unit: Unit, sizes: Sizes, commit: str | None) -> dict[st
         "sizes": asdict(sizes),
         **found,
         "seconds_of_this_run": time.perf_counter() - started,
-        "machine": describe(),
+        "machine": describe() | {"command": COMMAND},  # wherever its models lie
         "manifest": manifest(COMMAND, seeds={"demo": unit.seed}) | {"commit": commit},
     }
 
