@@ -347,4 +347,4 @@ def _print(output: Path, results: dict[str, Any], tables: list[Table], pictures:
     console.print(_stage_line(results), markup=False)
     shown = f"pictures: {', '.join(map(str, pictures))}" if pictures else MISSING
     console.print(shown, markup=False, soft_wrap=True)
-    console.print(f"everything is in {output}", markup=False, soft_wrap=True)
+    console.print(f"everything is in {output}; read report.md there first", markup=False, soft_wrap=True)
