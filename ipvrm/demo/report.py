@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ipvrm.demo.figures import MISSING, draw_policies, draw_trace
-from ipvrm.demo.settings import ALGORITHMS, NAMES
+from ipvrm.demo.settings import ALGORITHMS, FULL, NAMES
 from ipvrm.evaluate.thresholds import Interval
 from ipvrm.run_folder import read_json, write_json, write_text
 
@@ -259,6 +259,10 @@ def _facts(results: dict[str, Any]) -> list[str]:
             f"{NAMES[c['objective']]}: beta {c['beta']:g}{margin}, learning rate {c['learning_rate']:g}, "
             f"{c['num_train_epochs']:g} epochs, step score '{c['rule']}'"
         )
+    multiple = results["sizes"]["multiple_of"]
+    if multiple != FULL.multiple_of:
+        quick = f"a quick run: an easier task (multiples of {multiple}) and little data"
+        facts.insert(0, f"{quick}; who is ahead in it says nothing")
     return facts
 
 

@@ -23,7 +23,7 @@ from ipvrm.cli import main
 from ipvrm.demo import evaluation, policies, rollouts, run
 from ipvrm.demo.arithmetic import Problem, answer_of, first_wrong_step, noisy_solution
 from ipvrm.demo.figures import draw_policies, draw_trace
-from ipvrm.demo.report import conclusions
+from ipvrm.demo.report import _facts, conclusions
 from ipvrm.demo.rollouts import read_rollouts
 from ipvrm.demo.run import run_demo
 from ipvrm.demo.settings import ALGORITHMS, CHOICES, Choice, DemoConfig, PolicySettings
@@ -539,6 +539,16 @@ def test_settings_of_the_policies_are_the_selected_ones():
     least = [min(gain["in_standard_errors"] for gain in tried["gains"].values()) for tried in found["tried"]]
     best = found["tried"][least.index(max(least))]["settings"]
     assert best | {"points": run.FULL.policies.points} == found["chosen"]
+
+
+@pytest.mark.parametrize("multiple", [1, 10])
+def test_a_quick_run_says_that_it_is_one(demo, multiple):
+    """Its task is another, and so may be who is ahead."""
+    sizes = {**demo[1]["sizes"], "multiple_of": multiple}
+    said = [fact for fact in _facts({**demo[1], "sizes": sizes}) if "quick run" in fact]
+    assert said == [
+        "a quick run: an easier task (multiples of 10) and little data; who is ahead in it says nothing"
+    ] * (multiple == 10)
 
 
 def test_default_folder_and_quick_sizes():
