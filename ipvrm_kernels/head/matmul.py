@@ -147,21 +147,23 @@ def panel_elements(K: int, N: int) -> int:
     return K * (-(-N // 64) * 64)
 
 
-def _bf16_choice() -> tuple[str, str]:
-    """(`BRGEMM`, or what multiplies the upcast operands; why)."""
-    upcast = f"upcast for {library()}"
+def _why_upcast() -> str | None:
+    """None if bf16 is multiplied as it is now, else the reason in words."""
     if os.environ.get(VARIABLE, ""):
-        return upcast, f"{VARIABLE} is set"
-    if not torch.backends.mkldnn.enabled:
-        return upcast, "torch.backends.mkldnn.enabled is False"
-    missing = why_not_bf16()
-    if missing is not None:
-        return upcast, missing
+        return f"{VARIABLE} is set"
+    return why_not_bf16() if torch.backends.mkldnn.enabled else "torch.backends.mkldnn.enabled is False"
+
+
+def _describe_bf16() -> str:
+    """`BRGEMM`, or what multiplies the upcast operands, and why."""
+    reason = _why_upcast()
+    if reason is not None:
+        return f"upcast for {library()}: {reason}"
     amx = backend._C is not None and backend._C.has_amx
     instructions = "AMX, where it may, or AVX512-BF16" if amx else "AVX512-BF16"
     found = MEASURED_BF16.get((backend.AMD_FAMILY, torch.backends.cpu.get_cpu_capability()))
     measured = f"measured on {found.processor} ({found.file})" if found else "not measured on this processor"
-    return BRGEMM, f"oneDNN's kernel by {instructions}, {measured}; {VARIABLE}=blas turns it off"
+    return f"{BRGEMM}: oneDNN's kernel by {instructions}, {measured}; {VARIABLE}=blas turns it off"
 
 
 def library(dtype: torch.dtype = torch.float32) -> str:
@@ -170,7 +172,7 @@ def library(dtype: torch.dtype = torch.float32) -> str:
     torch.backends.mkldnn.enabled = False turns the latter two off.
     Raises: ValueError if the environment variable IPVRM_CPU_MATMUL names one that cannot run here.
     """
-    if dtype == torch.bfloat16 and _bf16_choice()[0] == BRGEMM:
+    if dtype == torch.bfloat16 and _why_upcast() is None:
         return BRGEMM
     return _choice()[0]
 
@@ -178,7 +180,7 @@ def library(dtype: torch.dtype = torch.float32) -> str:
 def describe_cpu_matmul() -> str:
     """`library` of fp32 and bf16 and why, in words; what is wrong with IPVRM_CPU_MATMUL, if it is."""
     try:
-        return "{}: {}; bf16 {}: {}".format(*_choice(), *_bf16_choice())
+        return "{}: {}; bf16 {}".format(*_choice(), _describe_bf16())
     except ValueError as error:
         return f"none: {error}"
 
