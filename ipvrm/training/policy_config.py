@@ -100,7 +100,7 @@ class PolicyConfig:
     train_data); metrics.jsonl, results.json."""
     algorithm: str = "distrl"
     """distrl (Eq. 11 to 14), grpo (outcome), grpo_prm (Eq. 13: distrl without candidates), prime, spro,
-    reinforce_qrm (token scores of a Q-RM; no ratio, no clip)."""
+    reinforce_qrm (token scores of a Q-RM; no ratio, no clip, one mean over all tokens)."""
     reward_model: str | None = field(default=None, metadata=FREE)
     """A folder that train-rm wrote (ipvrm, implicit_prm or dpo), for distrl, grpo_prm and prime; q_rm for
     reinforce_qrm."""
@@ -427,8 +427,12 @@ def _method(config: PolicyConfig) -> Method:
         assert config.min_prob is not None
         top_k = config.candidate_mode == "top_k"
         candidates = CandidateConfig(config.min_prob, config.top_k, strict=top_k, keep_sampled=top_k)
+    loss = replace(options(PolicyLossConfig, config), alpha=config.alpha or 0.0)
+    if config.algorithm == "reinforce_qrm":
+        # Scores that are not centred make a mean of means reward length: a negative constant long responses.
+        loss = replace(loss, reduction="token_mean")
     return Method(
-        replace(options(PolicyLossConfig, config), alpha=config.alpha or 0.0),
+        loss,
         options(AdvantageConfig, config),
         candidates,
         options(BalanceConfig, config),

@@ -190,7 +190,7 @@ def on_task(
             "ipvrm": {"beta": 50.0, "learning_rate": 3e-4},
             "implicit_prm": implicit,
             "dpo": implicit,
-            "q_rm": {"learning_rate": 3e-4},
+            "q_rm": {"beta": 5.0, "margin": 0.0, "learning_rate": 1e-3},
         },
         reward_flags={"rm_lora_r": 0, "rm_minibatch_size": 64},
         gae_flags={"gae_coef": 0.1},
