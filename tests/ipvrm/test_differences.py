@@ -34,7 +34,7 @@ def said(found):
     assert len(front) == len(behind) == 1
     inner = {int(k): v for k, v in steps["tokens_behind_inner"].items()}
     assert set(inner) == {1, 2}
-    lost = grid["f1_points_lost"]
+    lost, heads = grid["f1_points_lost"], found["value_heads"]
     return [
         f"begins with the {front[0]} tokens",
         f"is taken over micro-batches of {study.MICRO}, then averaged",
@@ -54,6 +54,9 @@ def said(found):
         f"at most {found['offline_gradient']['distance']:.0e} of it off".replace("e-0", "e-"),
         f"{found['time_outs']['above_one_second']} of {found['time_outs']['responses']} boxed responses take "
         "more than 1 s of CPU time",
+        f"first gradient is {100 * heads['gradient_distance']['median']:.0f} % off (median of the "
+        f"{heads['pairs']} shortest pairs)",
+        f"the values it learns there correlate by {heads['value_correlation']:.2f} with",
         f"the {think['rows']:,} rollouts and {steps['solutions']:,} ProcessBench solutions",
     ]
 
