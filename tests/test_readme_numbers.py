@@ -501,8 +501,8 @@ CLAIMS = {
 # Numbers that are no measurement, by what they are.
 NO_MEASUREMENT = {
     "a name of others": [
-        r"arXiv 2604\.13197", "Table 8", "Figure 6", r"section 4\.3\.3", r"Apache-2\.0", r"verl 0\.9\.1", "SmolLM2-135M",
-        r"sm_\d+", r"Eq\. \d+(, \d+)*",
+        r"arXiv 2604\.13197", "Table 8", "Figure 6", r"section 4\.3\.3", r"Apache-2\.0", r"verl 0\.9\.1",
+        r"sm_\d+", r"Eq\. \d+(, \d+)*", "SmolLM2-135M",
     ],
     "a version that is needed": [r"Python 3\.11", r"torch 2\.9 to 2\.13"],
     "a size or a value by definition": [
