@@ -648,10 +648,6 @@ def test_links_of_the_readmes_lead_somewhere():
     assert not [(str(page), link) for page, link in links if not (page.parent / link).exists()]
 
 
-# Of a checkout with changes; nobody knows which. No number above rests on it.
-OF_CHANGED_CHECKOUTS = {"rollout_and_label/engine.json"}
-
-
 # The first two are what the runs beside them give, the third was written before commands wrote a manifest.
 WITHOUT_A_COMMIT = {
     "demo_spread/summary.json", "when_prefix_values_help/summary.json", "real_input/rm/results.json",
@@ -678,7 +674,7 @@ def test_results_come_from_clean_commits():
         if not re.fullmatch("[0-9a-f]{12,40}", str(of_file.get("commit", "0" * 12)))
         or of_file.get("modified")
     }
-    assert unclean == OF_CHANGED_CHECKOUTS
+    assert not unclean
 
 
 def git(*arguments):
@@ -693,7 +689,7 @@ def test_results_come_from_commits_of_this_history():
     lost = {
         name
         for name, path in results_files().items()
-        if name not in OF_CHANGED_CHECKOUTS | WITHOUT_A_COMMIT
+        if name not in WITHOUT_A_COMMIT
         and git("merge-base", "--is-ancestor", made_by(path)["commit"], "HEAD").returncode
     }
     assert not lost
