@@ -648,10 +648,8 @@ def test_links_of_the_readmes_lead_somewhere():
     assert not [(str(page), link) for page, link in links if not (page.parent / link).exists()]
 
 
-# The first two are what the runs beside them give, the third was written before commands wrote a manifest.
-WITHOUT_A_COMMIT = {
-    "demo_spread/summary.json", "when_prefix_values_help/summary.json", "real_input/rm/results.json",
-}  # fmt: skip
+# What the runs beside them give, each with its commit.
+WITHOUT_A_COMMIT = {"demo_spread/summary.json", "when_prefix_values_help/summary.json"}
 
 
 def made_by(path):
