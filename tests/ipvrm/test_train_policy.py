@@ -384,6 +384,33 @@ def test_one_candidate_that_is_the_sampled_token(sampled):
     policy.zero_grad()
 
 
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_reinforce_is_one_mean_over_all_tokens(sampled, preset):
+    """Q-RM's released loss, - mean of score * log pi over the tokens of all responses, whatever sampled them.
+
+    A mean of means would do more than scale it: scores that are not centred would reward length.
+    """
+    policy, rollouts = sampled
+    chosen = list(range(12))
+    batch = rollouts.batch(chosen)
+    assert len(set(batch.cu_seqlens.diff().tolist())) > 1, "equal lengths tell no mean from another"
+    scores = torch.randn(len(batch.token_ids), generator=torch.Generator().manual_seed(0)) - 1
+    none = torch.zeros(len(scores), 0)
+    targets = Targets(none.long(), torch.zeros_like(scores), none, scores, none)
+    base = PolicyConfig("m", "d", "o", reward_model="r", algorithm="reinforce_qrm", preset=preset)
+    options = resolve(base)[1].loss
+    divisors = [rollouts.denominator(chosen, r) for r in (options.reduction, "sequence_mean")]
+    policy.zero_grad()
+    PolicyLoss(policy, options, 1.0, ratio=False)(batch, targets, *divisors).loss.backward()
+    gradient = policy.model.embed_tokens.weight.grad.clone()
+    policy.zero_grad()
+    logits = policy(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+    logprobs = logits.log_softmax(-1).gather(1, batch.token_ids[:, None])[:, 0]
+    (-(scores * logprobs).mean()).backward()
+    torch.testing.assert_close(gradient, policy.model.embed_tokens.weight.grad, rtol=1e-3, atol=1e-6)
+    policy.zero_grad()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [False, True], ids=["as is", "full logits"])
 def test_no_logits_in_an_update(sampled, toy, peak_of, fault):
