@@ -141,7 +141,9 @@ def _score_file(config: ScoreConfig, shown: Progress) -> int:
     written, done = finished_lines(partial)
     if done:
         shown.note(f"going on behind line {done}")
-    remaining = (item for item in _read(config.input) if isinstance(item, _Item) and item.line > done)
+    if config.on_bad_row == "error":
+        _check_tokens(config, reward_model, _remaining(config, done), total)
+    remaining = _remaining(config, done)
     passed = written
     with JsonlFile(partial) as file, shown.bar("score", total, passed) as update:
         for chunk in chunked(remaining, portion(total, CHUNK)):
@@ -206,6 +208,28 @@ def _read(path: str | Path) -> Iterator[_Item | BadRow]:
             yield _Item(index, file, row, finite(record.get("id"), "id"), problem, steps)
         except ValueError as error:
             yield BadRow(file, row, str(error))
+
+
+def _remaining(config: ScoreConfig, done: int) -> Iterator[_Item]:
+    """The usable lines behind line `done`."""
+    return (item for item in _read(config.input) if isinstance(item, _Item) and item.line > done)
+
+
+def _check_tokens(config: ScoreConfig, reward_model: RewardModel, items: Iterator[_Item], total: int) -> None:
+    """Raises IpvrmError, before anything is scored, for what the template or the positions refuse."""
+
+    def tokens(part: Sequence[_Item]) -> Sequence[Any]:
+        texts = [(item.problem, item.steps) for item in part]
+        return reward_model.solutions(
+            texts, step_format=config.step_format, step_separator=config.step_separator
+        )
+
+    bad = BadRows()
+    for chunk in chunked(items, CHUNK):
+        for item, found in zip(chunk, one_by_one(tokens, chunk), strict=True):
+            if isinstance(found, str):
+                bad.add(BadRow(item.file, item.row, found))
+    bad.report(config.on_bad_row, total=total)
 
 
 def _score(

@@ -192,6 +192,18 @@ def is_prose(text: str) -> bool:
     )
 
 
+def is_statement(text: str) -> bool:
+    """Whether it says in words what the answer is (`The total is 36`), or holds the way there (GSM8K's
+    `<<24+12=36>>`): no answer equals it as a text. Words in markup and a unit do not count."""
+    words = re.findall(r"(?<![A-Za-z])[A-Za-z]{3,}(?![A-Za-z])", MARKUP.sub(" ", without_unit_words(text)))
+    return (
+        "\n" in text
+        or "<<" in text
+        or (len(words) > 1 and re.search(r"\d", text) is not None)
+        or (is_prose(text) and re.search("[=.]", text) is not None)
+    )
+
+
 def without_unit_words(text: str) -> str:
     """`36 apples`, `36 m^2` and `$36$ Hz` without their units."""
     inner = re.fullmatch(r"\$?([^$]+)\$\s+\S+", text)

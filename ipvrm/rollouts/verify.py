@@ -42,6 +42,7 @@ from ipvrm.rollouts.final_answer import (
     ground_truth_answer,
     is_not_latex,
     is_prose,
+    is_statement,
     is_word,
     number_behind_boxes,
     part_count,
@@ -89,15 +90,25 @@ Verifier = Callable[[str, str], Verdict]
 
 
 def verify_string(response: str, answer: str) -> Verdict:
-    """`final_answer` equals the ground truth: plain numbers by value, all else character by character."""
+    """`final_answer` equals the ground truth: plain numbers by value, all else character by character.
+
+    Of `36 apples`, `[36]` and `x = 36` the number alone is right too. A ground truth that states its answer
+    in words, which no answer equals, is unreadable.
+    """
     truth = ground_truth_answer(answer)
-    if not truth or "\n" in truth or ("=" in truth and is_prose(truth)):
+    if not truth or is_statement(truth):
         return Verdict("unreadable_ground_truth", detail=f"no final answer in {answer!r:.80}")
     extracted = final_answer(response, part_count(truth))
     if extracted is None:
         return Verdict("no_answer")
-    numbers = as_number(truth), as_number(extracted)
-    same = extracted == truth or (None not in numbers and same_number(*numbers))  # type: ignore[arg-type]
+    found = as_number(extracted)
+    named = re.fullmatch(r"\[([^\[\],]+)\]|[A-Za-z]\w* *= *([^=]+)", truth)
+    numbers = [
+        as_number(t) for t in (truth, without_unit_words(truth), named and (named[1] or named[2])) if t
+    ]
+    same = extracted == truth or any(
+        found is not None and number is not None and same_number(number, found) for number in numbers
+    )
     return Verdict("right" if same else "wrong", extracted)
 
 

@@ -6,6 +6,7 @@ Per kind the reported case and siblings of it. What no part of a message may be 
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from ipvrm.evaluate.policy import PolicyEvalConfig
 from ipvrm.evaluate.processbench import EvalConfig
 from ipvrm.evaluate.score import ScoreConfig, score_file
 from ipvrm.models.causal_lm import load_model, load_tokenizer, save_model, template_hash
-from ipvrm.models.reward_model import RewardModelInfo, reference_entries, write_info
+from ipvrm.models.reward_model import RewardModel, RewardModelInfo, reference_entries, write_info
 from ipvrm.models.token_rewards import save_value_head
 from ipvrm.reproduce.td_study import TdConfig, study
 from ipvrm.rollouts.label import LabelConfig, label_file
@@ -112,6 +113,18 @@ KINDS = {
         ("<think>Is it 12?</think>\n\n36", "36", RIGHT),
         ("\\boxed{36}", SOLUTION.partition("####")[0], LEFT_OUT),
         ("\\boxed{36}", "She has 24 and buys half as many, so that makes 24+12 = 36", LEFT_OUT),
+        ("\\boxed{36}", "The total is 36", LEFT_OUT),
+        ("\\boxed{36}", "so 24+12 = <<24+12=36>>36", LEFT_OUT),
+        ("\\boxed{36}", "Natalia sold half as many clips in May, so altogether she sold 36 clips.", LEFT_OUT),
+        ("\\boxed{36}", "36 apples", RIGHT),
+        ("\\boxed{36 apples}", "36 apples", RIGHT),
+        ("\\boxed{36 pears}", "36 apples", WRONG),
+        ("\\boxed{36}", "[36]", RIGHT),
+        ("\\boxed{36}", "x = 36", RIGHT),
+        ("\\boxed{x = 36}", "x = 36", RIGHT),
+        ("\\boxed{35}", "x = 36", WRONG),
+        ("\\boxed{all real numbers}", "all real numbers", RIGHT),
+        (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", RIGHT),
     ]),
 }  # fmt: skip
 
@@ -283,6 +296,24 @@ def reward_folder(folder, model, reference):
     )  # fmt: skip
     write_info(folder, info)
     return str(folder)
+
+
+def test_score_refuses_the_last_row_before_the_first_is_scored(short_of_positions, tmp_path, monkeypatch):
+    """The file is read in portions, and the row that does not fit is in the last one."""
+    short, long = ({"problem": "Add", "steps": ["5" * n]} for n in (1, 60))
+    rows = write(tmp_path / "rows.jsonl", [short] * 150 + [long])
+    model = reward_folder(tmp_path / "model", short_of_positions, short_of_positions)
+    config = ScoreConfig(model, rows, str(tmp_path / "out.jsonl"), use_cpu=True)
+    scored = []
+    forward = RewardModel.score_many
+    monkeypatch.setattr(
+        RewardModel, "score_many", lambda *a, **k: scored.append(len(a[1])) or forward(*a, **k)
+    )
+    with pytest.raises(IpvrmError, match=POSITIONS):
+        score_file(config, False)
+    assert not scored
+    assert score_file(replace(config, on_bad_row="skip"), False) == 150
+    assert sum(scored) > 150, "what was replaced is what scores"
 
 
 SECOND = (
