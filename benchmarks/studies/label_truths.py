@@ -256,7 +256,11 @@ def markdown(found: dict[str, Any], command: str) -> str:
             for outcome in ("label 1", "label 0", "left out")
         ]
         lines.append(f"| {source} | " + " | ".join(cells) + " |")
-    lines += ["", "Left out, since it cannot be read:", ""]
+    lines += [
+        "",
+        "Left out with some answer, since the ground truth cannot be read or the answer took too long:",
+        "",
+    ]
     lines += [f"- `{answer}`" for answer in truths["math"]["unreadable"]]
     lines += ["", "Mislabelled:", ""]
     lines += [

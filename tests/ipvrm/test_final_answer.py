@@ -368,7 +368,7 @@ def test_a_column_of_numbers(tmp_path, kind, verifier):
     pq.write_table(table, tmp_path / "in.parquet")
     output = tmp_path / "out.jsonl"
     summary = label_file(
-        LabelConfig(str(tmp_path / "in.parquet"), str(output), verifier, num_workers=1), False
+        LabelConfig(str(tmp_path / "in.parquet"), str(output), verifier, 100.0, num_workers=1), False
     )
     assert {kind: n for kind, n in summary["counts"].items() if n} == {"right": 2, "missing_ground_truth": 1}
 
