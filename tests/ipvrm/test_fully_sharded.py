@@ -126,6 +126,7 @@ def worker(rank, rendezvous, folder, cases):
         found["refused"] = str(error)
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
+    dist.barrier()  # a rank that left while the other still wrote once died of SIGABRT in its threads' end
     dist.destroy_process_group()
 
 
