@@ -90,8 +90,8 @@ class LabelConfig:
     False or None (no answer). math and string look behind the thinking for the last box that is not empty,
     and of a worked solution as ground truth take what follows its ####. Ground truths that they cannot read
     are left out, counted and named, never labelled 0. math is as lenient as its library: `9 %`, `9 furlongs`
-    and `x = 9` count as 9, a box of `2, 1` as `1, 2`; and as strict: in `9 m/s` and `9°` the unit
-    is part of the quantity, in `9\\text{ m/s}` and `9^\\circ` it is not."""
+    and `x = 9` count as 9, a box of `2, 1` as `1, 2`. And it is as strict: in
+    `9 m/s` and `9°` the unit is part of the quantity, in `9\\text{ m/s}` and `9^\\circ` it is not."""
     timeout_seconds: float = TIMEOUT_SECONDS
     """Hard deadline of one answer: the process is killed, and the row counted and left out."""
     memory_gb: float = field(default=MEMORY_GB, metadata=FREE)
