@@ -13,6 +13,7 @@ from ipvrm.cli import COMMANDS, main
 from ipvrm.output import progress as progress_module
 from ipvrm.output.progress import Progress, never_silent
 from ipvrm.run_folder import other_matmul
+from ipvrm.training import train_rm
 
 SHORT = ("env", "make-tiny-model", "report")  # seconds
 ELSEWHERE = ("train-policy", "inspect", "demo", "demo fig6")  # their own tests
@@ -75,6 +76,13 @@ TESTED = [name for name in COMMANDS if name not in (*SHORT, *ELSEWHERE, *BELOW)]
 def test_lines_with_rate_and_time_left(commands, tmp_path, capsys, monkeypatch, command):
     """Each loop says how far it is, to its end; and between loops a silence that is too long ends."""
     monkeypatch.setattr(progress_module, "LONGEST_SILENCE", 0.05)
+    load = train_rm.load_tokenizer
+
+    def slowly(*given, **named):
+        time.sleep(0.25)
+        return load(*given, **named)
+
+    monkeypatch.setattr(train_rm, "load_tokenizer", slowly)  # however fast the machine is
     arguments, loops = commands[command]
     assert main([*command.split(), *arguments]) == 0
     said = capsys.readouterr().err
