@@ -90,9 +90,11 @@ def test_the_command_writes_both_tables_when_all_units_are_done(work, tmp_path, 
 def test_the_report_says_what_is_not_shown(work):
     results = {
         "responses": 8, "problems": 4, "policy_problems": 4, "manifest": {"processor": "a CPU"},
+        "sizes": {"multiple_of": 10},
         "objectives": study.objectives(work), "algorithms": study.algorithms(work, samples=2),
     }  # fmt: skip
     text = study.report(results)
+    assert "Its easy form, multiples of 10." in text
     assert (
         "| IPVRM | 1.000 | 1.000 to 1.000 | yes |" in text
         and "| Q-RM | 0.000 | 0.000 to 0.000 | not shown |" in text

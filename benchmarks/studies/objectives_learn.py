@@ -201,6 +201,7 @@ def report(results: Mapping[str, Any]) -> str:
         COMMAND,
         "```",
         "",
+        f"Its easy form, multiples of {results['sizes']['multiple_of']}. "
         f"{results['responses']} responses to {results['problems']} other problems for the objectives, "
         f"{results['policy_problems']} problems for the algorithms. 95 % intervals over problems; one seed.",
         "",

@@ -67,6 +67,7 @@ QUOTED = re.compile(r"""(["'])(.*?)(?<!\\)\1""")
 QUOTED_LIST = re.compile(rf"\s*\[\s*{QUOTED.pattern}(?:\s*,\s*([\"'])(.*?)(?<!\\)\3)*\s*\]\s*")
 UNIT_WORDS = re.compile(r"(?<=[\d.$])\s*[a-z]{4,}(?: [a-z]{2,}){0,2}$|(?<=[\d$]) +[kcm]?m\^\{?[23]\}?$")
 MARKUP = re.compile(r"\\(?:text\w*|math\w+|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
+PLAIN_WORD = re.compile(r"(?<![A-Za-z])[A-Za-z]{3,}(?![A-Za-z])")
 NAMES = r"pi|oo|inf|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|abs|gcd|lcm|max|min"
 PLAIN_NAMES = re.compile(  # `3pi`, `Fraction(1, 2)`, `equals`; single letters and capitals are variables
     rf"(?<![A-Za-z])(?:{NAMES})(?![a-z]{{2}})|[A-Za-z]?[a-z]{{3,}}|[A-Z][a-z]\w*\(|\[\["
@@ -187,15 +188,13 @@ def ground_truth_answer(answer: str) -> str:
 def is_prose(text: str) -> bool:
     """Whether it is a sentence or a worked solution: nothing that an answer could equal."""
     plain = re.sub(r"\\[a-zA-Z]+", " ", text)
-    return len(re.findall(r"(?<![A-Za-z])[A-Za-z]{3,}(?![A-Za-z])", plain)) > 3 or (
-        "\n" in text.strip() and r"\begin" not in text
-    )
+    return len(PLAIN_WORD.findall(plain)) > 3 or ("\n" in text.strip() and r"\begin" not in text)
 
 
 def is_statement(text: str) -> bool:
     """Whether it says in words what the answer is (`The total is 36`), or holds the way there (GSM8K's
     `<<24+12=36>>`): no answer equals it as a text. Words in markup and a unit do not count."""
-    words = re.findall(r"(?<![A-Za-z])[A-Za-z]{3,}(?![A-Za-z])", MARKUP.sub(" ", without_unit_words(text)))
+    words = PLAIN_WORD.findall(MARKUP.sub(" ", without_unit_words(text)))
     return (
         "\n" in text
         or "<<" in text

@@ -103,12 +103,9 @@ def verify_string(response: str, answer: str) -> Verdict:
         return Verdict("no_answer")
     found = as_number(extracted)
     named = re.fullmatch(r"\[([^\[\],]+)\]|[A-Za-z]\w* *= *([^=]+)", truth)
-    numbers = [
-        as_number(t) for t in (truth, without_unit_words(truth), named and (named[1] or named[2])) if t
-    ]
-    same = extracted == truth or any(
-        found is not None and number is not None and same_number(number, found) for number in numbers
-    )
+    readings = [truth, without_unit_words(truth), *filter(None, named.groups() if named else ())]
+    numbers = [number for number in map(as_number, readings) if number is not None]
+    same = extracted == truth or (found is not None and any(same_number(n, found) for n in numbers))
     return Verdict("right" if same else "wrong", extracted)
 
 
