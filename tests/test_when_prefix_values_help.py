@@ -15,6 +15,7 @@ from ipvrm.demo import rollouts
 from ipvrm.demo.arithmetic import STEP_SEPARATOR, TRAINING_FORMAT, make_problem, noisy_solution
 from ipvrm.demo.base_model import LEARNT_OVER, make_tokenizer, prompt_text, train_base
 from ipvrm.demo.settings import Sizes
+from ipvrm.models import reference
 from ipvrm.run_folder import read_json, write_json
 
 MINI = Sizes(
@@ -136,6 +137,14 @@ def test_the_units_are_one_model_each_and_stand_behind_their_base_models():
 def test_two_cells_of_a_base_model_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(rollouts, "sample", noisy_samples)
     monkeypatch.setattr(study, "LEARNT", 1e9)
+    computed = []
+
+    def counted(*arguments):
+        computed.append(arguments)
+        return logprobs(*arguments)
+
+    logprobs = reference._logprobs
+    monkeypatch.setattr(reference, "_logprobs", counted)
     cells = study.CELLS[0], study.CELLS[3]
     short, long = (study.units_of(0, cell) for cell in cells)
     work, output = tmp_path / "seed0", tmp_path / "output"
@@ -163,6 +172,10 @@ def test_two_cells_of_a_base_model_in_miniature(tmp_path, monkeypatch):
     flips = [a["label"] != b["label"] for a, b in zip(*trained, strict=True)]
     assert sum(flips) == round(len(flips) / 10)
     assert [row["response"] for row in trained[0]] == [row["response"] for row in trained[1]]
+    assert len(computed) == len(cells)  # the reference's log-probs, once for all reward models of a cell
+    for c in cells:
+        found = sorted((work / c.name).glob(f"reward-*/{reference.REFERENCE_FILE}"))
+        assert [path.parent.name for path in found] == [f"reward-{i}" for i in range(6)]
     lengths = [
         read_json(work / c.name / "reward-0" / "results.json")["data"]["response_tokens"] for c in cells
     ]

@@ -45,6 +45,7 @@ from ipvrm.demo.run import Stages, fit_base, prepare, train_choice
 from ipvrm.demo.settings import FULL, Choice, Sizes
 from ipvrm.evaluate.thresholds import trivial_baselines
 from ipvrm.models.causal_lm import load_model, load_tokenizer, save_model
+from ipvrm.models.reference import REFERENCE_FILE
 from ipvrm.models.reward_model import RewardModel
 from ipvrm.output.locks import locked
 from ipvrm.output.progress import Progress
@@ -60,7 +61,11 @@ MAX_LENGTH = 1024  # tokens; no row is longer: a problem has 20 characters, a re
 # base model of 8x; in all eight hours, of which seven at 8x.
 SIZES = replace(FULL, test_traces=512, best_of_problems=64)
 EPOCHS, BATCH = 1, 16
-OPTIONS = {"max_length": MAX_LENGTH, "global_batch_size": BATCH, "per_device_train_batch_size": BATCH}
+OPTIONS = {  # small micro-batches, which are padded less
+    "max_length": MAX_LENGTH,
+    "global_batch_size": BATCH,
+    "per_device_train_batch_size": 4,
+}
 TRIES = {
     "ipvrm": {
         "ipvrm (10, 5)": Choice("ipvrm", 10.0, 5.0, 3e-4, EPOCHS, rule=""),
@@ -72,10 +77,10 @@ TRIES = {
         "implicit_prm (0.3)": Choice("implicit_prm", 0.3, None, 1e-3, EPOCHS, rule=""),
         "implicit_prm (1)": Choice("implicit_prm", 1.0, None, 1e-3, EPOCHS, rule=""),
     },
-    "q_rm": {  # its head scales itself, so the tries are learning rates
-        "q_rm (rate 3e-4)": Choice("q_rm", 0.2, 2.0, 3e-4, EPOCHS, rule=""),
-        "q_rm (rate 1e-4)": Choice("q_rm", 0.2, 2.0, 1e-4, EPOCHS, rule=""),
-        "q_rm (rate 1e-3)": Choice("q_rm", 0.2, 2.0, 1e-3, EPOCHS, rule=""),
+    "q_rm": {  # at the paper's beta its loss is as good as linear at this size, and no pair is ever done with
+        "q_rm (0.2, 2)": Choice("q_rm", 0.2, 2.0, 1e-3, EPOCHS, rule=""),
+        "q_rm (1, 0)": Choice("q_rm", 1.0, 0.0, 1e-3, EPOCHS, rule=""),
+        "q_rm (5, 0)": Choice("q_rm", 5.0, 0.0, 1e-3, EPOCHS, rule=""),
     },
 }
 CHOICES = {name: choice for tries in TRIES.values() for name, choice in tries.items()}
@@ -262,10 +267,18 @@ def of_model(shared: Stages, base: str, unit: Unit, sizes: Sizes) -> dict[str, A
     if unit.model != ENDO:
         name, choice = f"reward-{MODELS.index(unit.model)}", CHOICES[unit.model]
         options = OPTIONS | ({"pairs": "all"} if choice.objective == "q_rm" else {})
-        train_choice(stages, name, choice, seed, **options)
+        train_choice(stages, name, choice, seed, reference_like(stages, name, choice), **options)
     result = results_of(stages, name, choice, work, sizes)
     own = {n: stage["seconds"] for n, stage in stages.done.items() if n not in ("base", "rollouts")}
     return {"result": result, "stage_seconds": own}
+
+
+def reference_like(stages: Stages, name: str, choice: Choice) -> str | None:
+    """A trained reward model of the cell with reference log-probs, which the one in `name` needs too."""
+    if choice.objective == "q_rm":
+        return None
+    others = (f"reward-{number}" for number in range(len(CHOICES)))
+    return next((o for o in others if o != name and (stages.output / o / REFERENCE_FILE).exists()), None)
 
 
 def results_of(stages: Stages, name: str, choice: Choice, work: Path, sizes: Sizes) -> dict[str, Any]:

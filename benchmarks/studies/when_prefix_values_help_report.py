@@ -50,7 +50,7 @@ CAUTION = (
     "a million parameters are few: an interval, which redraws base models and their traces or problems, is "
     "rough, and of as many intervals some miss by chance. A reward model is trained once, so how much "
     "another seed of its own would change is in the spread over base models and not told apart from it. "
-    "Three tries are a small grid, over beta, margin or the learning rate and over nothing else; EndoRM has "
+    "Three tries are a small grid, over beta and margin and over nothing else; EndoRM has "
     "one. The reward models see each of 4,096 responses once and the demo's see them three times, so what "
     "more training would change is open, and the numbers stand beside no table of the demo or of the paper."
 )

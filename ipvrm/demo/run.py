@@ -20,6 +20,7 @@ Thresholds are chosen in each run, on its validation traces in the training form
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -141,12 +142,16 @@ def prepare(stages: "Stages", sizes: Sizes, seed: int) -> None:
     )
 
 
-def train_choice(stages: "Stages", name: str, choice: Choice, seed: int, **options: Any) -> None:
+def train_choice(
+    stages: "Stages", name: str, choice: Choice, seed: int, like: str | None = None, **options: Any
+) -> None:
     """A reward model from the outcome labels of the rollouts, into the folder `name`.
 
     Args:
+        like: a folder of another one whose reference log-probs, of the same rollouts, are used again.
         options: of `RewardConfig`, in place of the demo's.
     """
+    from ipvrm.models.reference import REFERENCE_FILE
     from ipvrm.training.reward_config import RewardConfig
     from ipvrm.training.train_rm import train_reward_model
 
@@ -169,10 +174,14 @@ def train_choice(stages: "Stages", name: str, choice: Choice, seed: int, **optio
         use_cpu=True,
     )
     config = replace(config, **options)
-    shown = stages.progress.enabled
-    stages.in_place(
-        name, _settings(config), lambda: train_reward_model(config, progress=shown), after=["rollouts"]
-    )
+
+    def make() -> None:
+        if like is not None:  # read only where data, reference and precision are the same
+            (folder := stages.output / name).mkdir()
+            shutil.copyfile(stages.output / like / REFERENCE_FILE, folder / REFERENCE_FILE)
+        train_reward_model(config, progress=stages.progress.enabled)
+
+    stages.in_place(name, _settings(config), make, after=["rollouts"])
 
 
 def train_policies(stages: "Stages", sizes: Sizes, seed: int, num_seeds: int) -> dict[str, Any]:
