@@ -74,7 +74,7 @@ def main() -> None:
         wait(rollout(arguments.model, arguments.data, other, OTHER_BATCH))
         hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (whole, resumed)]
         labelled = str(Path(name) / "labelled.jsonl")
-        labels = label_file(LabelConfig(str(whole), labelled, "string", keep_truncated=True))
+        labels = label_file(LabelConfig(str(whole), labelled, "string", keep_all=True))
         found = {
             "responses": pq.read_metadata(whole).num_rows,
             "resumed": {"killed_at": killed_at, "same_bytes": hashes[0] == hashes[1], "sha256": hashes},

@@ -377,7 +377,7 @@ def summarise(
                 notes.append(
                     f"{source} N = {n}: ".lstrip()
                     + f"{len(samples) - len(enough)} of {len(samples)} problems "
-                    "have fewer responses and are left out"
+                    "have fewer responses and are left out, so this N is of other problems than a smaller one"
                 )
             if enough:
                 rows += best_of_n(enough, [n], config.bootstrap_resamples, config.seed)
@@ -443,9 +443,8 @@ def _print(results: dict[str, Any]) -> None:
         cells: dict[str, dict[int, str]] = {}
         for row in found["rows"]:
             low, high = (100 * end for end in row["interval"])
-            cells.setdefault(row["method"], {})[row["n"]] = (
-                f"{100 * row['accuracy']:.1f} ({low:.1f}-{high:.1f})"
-            )
+            shown = f" ({low:.1f}-{high:.1f})" if row["num_problems"] > 1 else " (one problem)"
+            cells.setdefault(row["method"], {})[row["n"]] = f"{100 * row['accuracy']:.1f}{shown}"
         for method, of_n in cells.items():
             table.add_row(method.replace("_", " "), *(of_n.get(n, "-") for n in sizes))
         table.caption = "Right answers in %, 95 % interval over problems."

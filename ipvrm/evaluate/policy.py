@@ -161,7 +161,7 @@ def _evaluate(config: PolicyEvalConfig, progress: bool) -> dict[str, Any]:
         verifier=config.verifier,
         timeout_seconds=config.verifier_timeout,
         num_workers=config.verifier_workers,
-        keep_truncated=True,
+        keep_all=True,
     )
     labelled = label_file(label, progress)
     problems, counts = _judged(rollout.output, label.output)

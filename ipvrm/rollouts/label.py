@@ -98,8 +98,9 @@ class LabelConfig:
     """Most memory of a verifier's process (Linux); what needs more is counted as an error and left out."""
     num_workers: int | None = field(default=None, metadata=FREE)
     """Verifier processes. Default: one per available core."""
-    keep_truncated: bool = False
-    """Label responses that were cut off like all others, in place of leaving them out."""
+    keep_all: bool = False
+    """Label responses that were cut off or have no text like all others, in place of leaving them out: what
+    `eval bon` wants, whose problems must not lose the samples that failed."""
     on_bad_row: OnBadRow = field(default="error", metadata=FREE)
     """Rows that cannot be used: stop and list them, or skip."""
 
@@ -131,10 +132,12 @@ def _read(path: str | Path) -> Iterator[_Rollout | BadRow]:
             yield BadRow(file, number, str(error))
 
 
-def _skip_reason(rollout: _Rollout, keep_truncated: bool) -> str | None:
+def _skip_reason(rollout: _Rollout, keep_all: bool) -> str | None:
     if rollout.answer is None:
         return "missing_ground_truth"
-    if rollout.truncated and not keep_truncated:
+    if keep_all:
+        return None
+    if rollout.truncated:
         return "truncated"
     return None if rollout.turns.response.strip() else "empty"
 
@@ -222,7 +225,7 @@ class _Checked:
                 self.bad.add(rollout)
                 if config.on_bad_row == "skip":
                     shown.note(f"skipped {rollout}")
-            elif reason := _skip_reason(rollout, config.keep_truncated):
+            elif reason := _skip_reason(rollout, config.keep_all):
                 self.skipped[reason] += 1
             else:
                 self.asked += 1
@@ -235,7 +238,7 @@ class _Checked:
     def rollouts(self) -> Iterator[_Rollout]:
         """Those whose answers are asked, in order, read anew."""
         for rollout in _read(self.config.input):
-            if isinstance(rollout, _Rollout) and not _skip_reason(rollout, self.config.keep_truncated):
+            if isinstance(rollout, _Rollout) and not _skip_reason(rollout, self.config.keep_all):
                 yield rollout
 
 

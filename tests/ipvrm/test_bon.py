@@ -103,6 +103,27 @@ def test_the_example_of_the_guide(reward_model, tmp_path, monkeypatch):
         assert hasattr(names["out"], attribute), attribute
 
 
+def test_a_response_without_text_is_one_of_its_problem(config, capsys):
+    """As `label --keep_all` keeps it: wrong, and without a vote."""
+    rows = read_jsonl(config.data)
+    rows[8] |= {"response": "", "label": 0, "extracted": None}
+    write_jsonl(Path(config.data), rows)
+    results = evaluate(replace(config, n=(2, 4)))
+    capsys.readouterr()
+    of_n = {(r["method"], r["n"]): r for r in results["sources"][""]["rows"]}
+    assert {n: of_n["sum", n]["num_problems"] for n in (2, 4)} == {2: 4, 4: 3}  # one has two responses
+    assert of_n["pass_at_n", 4]["accuracy"] == pytest.approx(1 / 3) and not results["unusable"]
+    line = read_jsonl(f"{config.output_dir}/scores.jsonl")[8]
+    assert all(np.isfinite(line[pick]) for pick in bon.PICKS)
+
+
+def test_one_problem_has_no_interval(config, capsys):
+    write_jsonl(Path(config.data), read_jsonl(config.data)[:4])
+    evaluate(replace(config, n=(4,)))
+    shown = capsys.readouterr().out
+    assert "100.0 (one problem)" in shown and "(100.0-100.0)" not in shown
+
+
 def test_every_subset(config, capsys):
     """Accuracies against drawing every subset of the stored scores; votes for 3 and 3.0 are one."""
     results = evaluate(config)

@@ -383,9 +383,7 @@ def chain(folder, chat, tmp_path, thinking, max_new_tokens):
     )  # fmt: skip
     raw = pyarrow.parquet.read_table(rolled).to_pylist()
     assert {row["truncated"] for row in raw} == {True, False}, "the test needs responses of both kinds"
-    label_file(
-        LabelConfig(str(rolled), str(labelled), verifier="string", keep_truncated=True), progress=False
-    )
+    label_file(LabelConfig(str(rolled), str(labelled), verifier="string", keep_all=True), progress=False)
     rows, bad = read_rows(labelled)
     found = tokenize(rows, Chat(chat.tokenizer, parse_template_kwargs(thinking)), max_length=None)
     kept = [row for row in raw if row["response"].strip()]

@@ -231,7 +231,7 @@ LABEL = {
     ),
     "memory_gb": one(8.0, OURS + "a runaway verifier must not take the machine's memory; it is counted"),
     "num_workers": one(None, SPEED),
-    "keep_truncated": one(False, OURS + "a response without an end has no outcome"),
+    "keep_all": one(False, OURS + "a response without an end has no outcome"),
     "on_bad_row": one("error", DATA_BAD),
 }
 SCORE = {

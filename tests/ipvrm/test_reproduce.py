@@ -48,6 +48,8 @@ def ran(monkeypatch):
         names.append(Path(config.output_dir).name)
         if config.text == "bad":
             raise IpvrmError("no such thing")
+        if config.text == "memory":
+            raise MemoryError("of the device")
         if config.text == "stop":
             raise TrainingInterrupted("by its own flags", Path(config.output_dir), 143)
         Path(config.output_dir).mkdir()
@@ -85,6 +87,12 @@ def test_a_failure_is_named_and_what_does_not_need_it_goes_on(ran, tmp_path):
     assert failed == {"b": "no such thing", "c": "left out: it needs b"}
     assert ran == ["a", "b", "d"]
     assert run_plan(units_of(b="bad"), tmp_path, SHOWN) == failed and ran[3:] == ["b"]  # again, alone
+
+
+def test_a_failure_of_another_kind_is_no_end_of_the_plan(ran, tmp_path, capsys):
+    failed = run_plan(units_of(b="memory"), tmp_path, SHOWN)
+    assert failed == {"b": "MemoryError: of the device", "c": "left out: it needs b"}
+    assert ran == ["a", "b", "d"] and "in make" in capsys.readouterr().err  # where it came from
 
 
 def test_a_changed_unit_is_refused_and_nothing_is_lost(ran, tmp_path):
@@ -288,13 +296,17 @@ def output(tmp_path):
     return tmp_path
 
 
-def bon_results(accuracy, methods=("final", "sum")):
+def bon_results(accuracy, methods=("final", "sum"), problems=500):
     rows = [
-        {"method": method, "n": n, "accuracy": accuracy + 0.1 * i, "interval": [0.25, 0.75]}
-        for i, method in enumerate(methods)
+        {
+            "method": method, "n": n, "accuracy": accuracy + 0.1 * i, "interval": [0.25, 0.75],
+            "num_problems": problems,
+        }
+        for i, method in enumerate(("one_sample", *methods), -1)
         for n in (4, 16, 64)
-    ]
-    return {"sources": {"math-500": {"rows": rows}, "minerva-math": {"rows": rows}, "other": {"rows": []}}}
+    ]  # fmt: skip
+    of = {"problems": 500, "rows": rows}
+    return {"sources": {"math-500": of, "minerva-math": of, "other": {"problems": 0, "rows": []}}}
 
 
 def test_best_of_n_takes_the_score_that_was_trained(output):
@@ -398,6 +410,15 @@ def test_the_report_shows_where_we_are_lower_and_what_is_missing(output, capsys)
     assert "A WARNING." in shown and "2 of 7 cells" in shown
     other = write_table_of("table10", output, FULL, "qwen3-8b", "", {}, show=False)
     assert other["left_out"] == ["the paper has no such table for qwen3-8b"] and other["compared"] == 0
+
+
+def test_the_report_says_where_best_of_n_is_of_fewer_problems(output):
+    plant(output, "bon-ipvrm", bon_results(0.43, problems=497))
+    plant(output, "bon-dpo", bon_results(0.43))
+    left_out = write_table_of("table1", output, FULL, "qwen3-0.6b", "", {}, show=False)["left_out"]
+    assert len(left_out) == 6 and left_out[2] == (
+        "bon-ipvrm, math-500 @64: 497 of 500 problems; the others have fewer responses with a verdict"
+    )
 
 
 def test_smoke_says_what_it_is_and_failures_come_behind_the_tables(tmp_path, monkeypatch, capsys):

@@ -373,13 +373,19 @@ def test_every_row_is_labelled_or_counted(rude, tmp_path, tokenizer):
     assert tokenize(usable, tokenizer, max_length=None).counts["used"] == 5
 
 
-def test_truncated_rows_can_be_kept_and_texts_stay_texts(tmp_path):
-    rows = [row("Answer: 1", truncated=True), row("Answer: 2")]
+def test_every_response_can_be_kept_and_texts_stay_texts(tmp_path):
+    rows = [row("Answer: 1", truncated=True), row("Answer: 2"), row(""), row(" ", truncated=True)]
     path = str(write_jsonl(tmp_path / "in.jsonl", rows))
-    settings = LabelConfig(path, str(tmp_path / "out.jsonl"), "string", keep_truncated=True)
+    settings = LabelConfig(path, str(tmp_path / "out.jsonl"), "string", keep_all=True)
     assert label_file(settings, progress=False)["prompts"]["mixed"] == 1
     found = [json.loads(line) for line in Path(settings.output).read_text().splitlines()]
-    assert [(r["label"], r["prompt"], r["extracted"]) for r in found] == [(1, "p", "1"), (0, "p", "2")]
+    none = (0, "p", None)
+    assert [(r["label"], r["prompt"], r["extracted"]) for r in found] == [
+        (1, "p", "1"),
+        (0, "p", "2"),
+        none,
+        none,
+    ]
     first = Path(settings.output).read_bytes()
     label_file(settings, progress=False)
     assert Path(settings.output).read_bytes() == first

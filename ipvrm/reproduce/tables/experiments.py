@@ -253,7 +253,7 @@ def experiments(scale: Scale) -> list[Unit]:
     sampled = add(
         "bon-rollouts", "rollout", share, model=scale.model, input=problems, num_generations=scale.bon_samples
     )
-    candidates = add("bon-labelled", "label", input=sampled, keep_truncated=True)
+    candidates = add("bon-labelled", "label", input=sampled, keep_all=True)
     for name, (model, own) in models.items():
         add(f"bon-{name}", "eval bon", 0, 2 * share, model=model, data=candidates, **own)
         add(

@@ -10,6 +10,7 @@ fails is named, those that need it are left out, and the others run.
 import json
 import shlex
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -165,9 +166,12 @@ def run_plan(units: Sequence[Unit], output: Path, shown: Progress) -> dict[str, 
         except TrainingInterrupted as error:
             message = f"{unit.name}: stopped; the same command goes on"
             raise TrainingInterrupted(message, error.checkpoint, error.exit_code) from error
-        except IpvrmError as error:
-            failed[unit.name] = str(error)
-            shown.note(f"{label}: FAILED: {error}")
+        except Exception as error:  # of any kind, as out of memory: one unit is not the others' end
+            known = isinstance(error, IpvrmError)
+            failed[unit.name] = str(error) if known else f"{type(error).__name__}: {error}"
+            shown.note(f"{label}: FAILED: {failed[unit.name]}")
+            if not known:
+                traceback.print_exc()
             continue
         write_json(file, {"asked": asked, "seconds": round(time.perf_counter() - started, 2)})
     return failed

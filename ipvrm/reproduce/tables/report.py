@@ -106,6 +106,18 @@ def bon(output: Path, scale: Scale, model: str) -> Numbers:
     return _with_average(found, COLUMNS["table1"][:-1])
 
 
+def fewer_problems(output: Path, unit: str) -> list[str]:
+    """Where the Best-of-N of a `unit` is of fewer problems than it has, in words; of another unit nothing."""
+    results = _results(output, unit) if unit.startswith("bon-") else None
+    return [
+        f"{unit}, {source or 'data'} @{row['n']}: {row['num_problems']} of {entry['problems']} problems; the "
+        "others have fewer responses with a verdict"
+        for source, entry in (results or {"sources": {}})["sources"].items()
+        for row in entry["rows"]
+        if row["method"] == "one_sample" and row["num_problems"] < entry["problems"]
+    ]
+
+
 def processbench(output: Path, scale: Scale, model: str) -> Numbers:
     """First-error F1 of a reward model by subset, and the mean."""
     results, found = _results(output, f"pb-{model}"), dict[str, Number | None]()
@@ -268,8 +280,9 @@ def write_table_of(
         if cell["difference"] is not None and cell["difference"] < 0
     ]
     compared = sum(c["difference"] is not None for columns in found.values() for c in columns.values())
-    missing = sorted({unit for units in table.rows.values() for unit in units} & set(failed))
-    left_out = [f"{unit}: {failed[unit]}" for unit in missing]
+    units = sorted({unit for units in table.rows.values() for unit in units})
+    left_out = [f"{unit}: {failed[unit]}" for unit in units if unit in failed]
+    left_out += [text for unit in units for text in fewer_problems(output, unit)]
     if base_model not in PAPER[name]:
         left_out.append(f"the paper has no such table for {base_model}")
     picture = None if table.picture is None else table.picture(output)
