@@ -1,6 +1,7 @@
 """The study "When do prefix values help?" (benchmarks/studies/when_prefix_values_help.py)."""
 
 import hashlib
+import re
 from random import Random
 from types import SimpleNamespace
 
@@ -267,7 +268,7 @@ def made_up(seed, cell, f1, traces=200):
         "base": {"nats_a_character": 0.08, "steps": 10},
         "learnt": True,
         "erroneous": [i % 2 for i in range(traces)],
-        "baselines": {"random_step": 0.2},
+        "baselines": {"best_constant": 0.2},
     }
     units = study.units_of(seed, cell)
     found = dict.fromkeys((*units[0].bases, study.Unit(seed, cell.length)), base)
@@ -301,6 +302,13 @@ def test_the_paragraph_says_what_the_numbers_say():
     assert same.count("is not told apart from 0 at 1x-0, 8x-0") >= 8  # of 10, each of them by chance
     alone = told({short: high})
     assert "changes" not in alone and "8x" not in alone
+    need = "which needs no reward model"
+    both = "ipvrm (best of 3), ipvrm (10, 5)"
+    assert f"In first-error F1 against best_constant, {need}: above it ipvrm (best of 3), " in alone
+    for rival in ("one sample", "majority vote"):
+        assert re.search(rf"against {rival}, {need}: above it ipvrm .best of 3., .*below it none; ", alone)
+    assert f"against one sample, {need}: above it none; below it {both}; not" in told({short: low})
+    assert f"against one sample, {need}: above it ipvrm (best of 3) (at 1x-0)" in text
 
 
 @pytest.mark.slow

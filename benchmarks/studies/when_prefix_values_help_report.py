@@ -43,12 +43,15 @@ LEADS = (  # like with like: the best of as many tries, or the paper's beta and 
 )
 WITHOUT = ("one sample", "majority vote", "pass@N")
 MEASURES = {"f1": "first-error F1", "best_of_n": "Best-of-16"}
+OF_TEXT = (*BEST.values(), *PAPER.values(), ENDO)  # set beside what needs no reward model
+NEEDS_NO_MODEL = {"f1": ("best_constant",), "best_of_n": ("one sample", "majority vote")}
 CAUTION = (
     "**What this does not show.** The seven tokens behind a character are certain, so their log-ratio cannot "
     "rise above 0 and they dilute a mean over tokens; the tokens of a longer text in words would not be like "
     "that. At 8x no base model samples: it reads what the one at 1x wrote. Three base models of a third of "
     "a million parameters are few: an interval, which redraws base models and their traces or problems, is "
-    "rough, and of as many intervals some miss by chance. A reward model is trained once, so how much "
+    "rough, and of as many intervals some miss by chance. Best-of-16 is of 64 problems a base model with 16 "
+    "responses each, so of one choice a problem. A reward model is trained once, so how much "
     "another seed of its own would change is in the spread over base models and not told apart from it. "
     "Three tries are a small grid, over beta and margin and over nothing else; EndoRM has "
     "one. The reward models see each of 4,096 responses once and the demo's see them three times, so what "
@@ -108,6 +111,15 @@ def best_of_statistic(name: str) -> Statistic:
     return mean_statistic(values)
 
 
+def without_a_model(what: str, name: str) -> Statistic:
+    """What `NEEDS_NO_MODEL` names."""
+
+    def constant(unit: dict[str, Any], weights: Weights | None) -> float:
+        return float(unit["baselines"][name])
+
+    return constant if what == "f1" else best_of_statistic(name)
+
+
 def problems(run: Run) -> int:
     unit = next(iter(run["units"].values()))
     (found,) = unit["reward_models"][ENDO]["without_a_model"].values()
@@ -139,6 +151,13 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
             of_cell[f"{what}_lead"] = {
                 f"{ours} less {rival}": estimate(here, size, difference(of(cell, ours), of(cell, rival)))
                 for ours, rival in LEADS
+            }
+            of_cell[f"{what}_over"] = {
+                f"{name} less {rival}": estimate(
+                    here, size, difference(of(cell, name), in_cell(cell, without_a_model(what, rival)))
+                )
+                for rival in NEEDS_NO_MODEL[what]
+                for name in OF_TEXT
             }
         of_cell["baselines"] = {
             name: float(np.mean([unit["baselines"][name] for unit in units]))
@@ -177,12 +196,32 @@ def side(entry: Mapping[str, Any]) -> int:
 
 def paragraph(summary: Mapping[str, Any]) -> str:
     """What the numbers show, in words: nothing here is known before them."""
-    sentences, words = [], {1: "above 0", -1: "below 0", 0: "not told apart from 0"}
+    in_cells, sentences, words = (
+        summary["cells"],
+        [],
+        {1: "above 0", -1: "below 0", 0: "not told apart from 0"},
+    )
+    for what, rivals in NEEDS_NO_MODEL.items():
+        for rival in rivals:
+            listed: dict[int, list[str]] = {way: [] for way in words}
+            for name in OF_TEXT:
+                ways = [
+                    side(of_cell[f"{what}_over"][f"{name} less {rival}"]) for of_cell in in_cells.values()
+                ]
+                for way in sorted(set(ways)):
+                    at = [cell for cell, its in zip(in_cells, ways, strict=True) if its == way]
+                    everywhere = len(at) == len(in_cells)
+                    listed[way].append(name if everywhere else f"{name} (at {', '.join(at)})")
+            above, below, neither = (", ".join(listed[way]) or "none" for way in (1, -1, 0))
+            sentences.append(
+                f"In {MEASURES[what]} against {rival}, which needs no reward model: above it {above}; "
+                f"below it {below}; not told apart {neither}."
+            )
     for what, measure in MEASURES.items():
         leads = []
         for ours, rival in LEADS:
             found: dict[int, list[str]] = {way: [] for way in words}
-            for name, of_cell in summary["cells"].items():
+            for name, of_cell in in_cells.items():
                 found[side(of_cell[f"{what}_lead"][f"{ours} less {rival}"])].append(name)
             shown = (f"{words[way]} at {', '.join(cells)}" for way, cells in found.items() if cells)
             leads.append(f"{ours} less {rival} is {', '.join(shown)}")
@@ -241,7 +280,8 @@ def page(files: Files, summary: Mapping[str, Any]) -> str:
         ]
         for what, words in MEASURES.items():
             lines += ["", *table(words, of_cell[what])]
-            lines += ["", *table(f"lead in {words}", of_cell[f"{what}_lead"], "+")]
+            for of, kind in (("lead", "lead in"), ("over", "against no reward model:")):
+                lines += ["", *table(f"{kind} {words}", of_cell[f"{what}_{of}"], "+")]
     for name, change in summary["changes"].items():
         lines += ["", f"## From {name}: change of the leads"]
         for what, by_lead in change.items():
