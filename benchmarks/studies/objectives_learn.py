@@ -96,7 +96,7 @@ def units(of: Scale) -> list[Unit]:
     """Those of the two tables."""
     names = [f"bon-{model}" for model in OBJECTIVES.values()]
     names += [f"eval-{policy}" for policy in ("sft", *ALGORITHMS.values())]
-    online = experiments(of)
+    online = experiments(of, weightings=("late", "early"))
     return needed([*online, *offline(of, online)], names)
 
 

@@ -115,8 +115,10 @@ def legend(results: dict[str, Any]) -> str:
     )
     return (
         "± is a standard error. Accuracy: at the last step; its error is "
-        f"{accuracy}. AUC and accuracy of V: does the mean value at the end of a response tell right from "
-        "wrong ones, before the reward model has learnt from any rollout of the step; means over steps. "
+        f"{accuracy}. The same problems are asked before and after and of every variant; the errors of a "
+        "gain and of a difference take them as drawn anew, so they are too large. AUC and accuracy of V: "
+        "does the mean value at the end of a response tell right from wrong ones, before the reward model "
+        "has learnt from any rollout of the step; means over steps. "
         f"Where it is updated that is the step's first minibatch, {_responses(results, 'both')} responses "
         f"on average; frozen, all {_responses(results, 'frozen')}. At the first step all are one model, and "
         "their AUC differs by that choice alone. AUC - frozen: mean difference at the same step, from the "

@@ -7,6 +7,7 @@ The list is the same at every scale: a `Scale` says what it starts from, how muc
 a command's flags is not the paper's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,6 @@ from ipvrm.reproduce.tables.paper import BENCHMARKS, COLUMNS
 from ipvrm.reproduce.tables.plan import Output, Unit
 
 OBJECTIVES = ("q_rm", "dpo", "implicit_prm", "ipvrm")
-WEIGHTINGS = ("late", "early")
 POLICIES: dict[str, tuple[str, str | None]] = {  # unit: algorithm, reward model
     "grpo": ("grpo", None),
     "spro": ("spro", None),
@@ -207,8 +207,12 @@ def margin_unit(row: str) -> str:
     return "rm-ipvrm" if row == "m = 5" else f"rm-ipvrm-{row.replace(' = ', '')}"
 
 
-def experiments(scale: Scale) -> list[Unit]:
-    """All units, each behind what it needs."""
+def experiments(scale: Scale, weightings: Sequence[str] = ()) -> list[Unit]:
+    """All units, each behind what it needs.
+
+    Args:
+        weightings: of prefixes, besides the uniform one, to train an IPVRM with; no table has them.
+    """
     units: list[Unit] = []
 
     def add(name: str, command: str, sampled: float = 0, passes: float = 0, **settings: Any) -> Output:
@@ -235,7 +239,7 @@ def experiments(scale: Scale) -> list[Unit]:
             for row, factor in zip(MARGINS, (0, 1, 2), strict=True)
             if factor != 1
         ),
-        *((f"rm-ipvrm-{w}", "ipvrm", {"prefix_weighting": w}) for w in WEIGHTINGS),
+        *((f"rm-ipvrm-{w}", "ipvrm", {"prefix_weighting": w}) for w in weightings),
     ]
     for name, objective, own in wanted:
         flags = scale.objective_flags.get(objective, {})
