@@ -115,6 +115,8 @@ class EvalConfig:
     """Resamples of the solutions for the intervals."""
     seed: int = field(default=0, metadata=FREE)
     """Seed of the bootstrap."""
+    use_cpu: bool = field(default=False, metadata=FREE)
+    """Score on the CPU although there is an accelerator."""
 
 
 def _files(data: Sequence[str]) -> list[str]:
@@ -235,7 +237,7 @@ def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise IpvrmError(f"--{name} must be at least 1; got {value}")
-    served_pair(config.engine, config.reference_engine, config.engine_timeout)
+    _servers(config)
     files = _files(config.data)
     subsets = {_subset(path): read_items(path, config.limit) for path in files}
     if len(subsets) != len(files) or not subsets:
@@ -245,16 +247,20 @@ def evaluate(config: EvalConfig, progress: bool = True) -> dict[str, Any]:
         return _evaluate(config, subsets, shown, progress)
 
 
+def _servers(config: EvalConfig) -> tuple[str, ...]:
+    return served_pair(config.engine, config.reference_engine, config.engine_timeout, use_cpu=config.use_cpu)
+
+
 def _evaluate(
     config: EvalConfig, subsets: dict[str, list[Item]], shown: Any, progress: bool
 ) -> dict[str, Any]:
     from ipvrm.models.reward_model import RewardModel
 
-    servers = served_pair(config.engine, config.reference_engine, config.engine_timeout)
     reward_model = RewardModel.from_pretrained(
         config.model,
         config.reference,
-        servers=servers,
+        "cpu" if config.use_cpu else None,
+        servers=_servers(config),
         timeout=config.engine_timeout,
         objective=config.objective,
         chat_template_kwargs=given_template_kwargs(config.chat_template_kwargs),

@@ -294,6 +294,7 @@ PROCESSBENCH = {
     "limit": one(None, OURS + "all rows"),
     "bootstrap_resamples": one(2000, OURS + "intervals steady to a tenth of a point"),
     "seed": one(0, OURS + "of the bootstrap"),
+    "use_cpu": one(False, SPEED),
 }
 BON = {
     "model": one(REQUIRED, ""),

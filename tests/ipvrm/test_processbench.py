@@ -400,6 +400,17 @@ def test_sizes_below_one_are_refused(config, name):
         evaluate(dataclasses.replace(config, **{name: 0}), progress=False)
 
 
+def test_use_cpu_scores_there_although_there_is_an_accelerator(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: asked.append(1))
+    config = dataclasses.replace(config, data=config.data[:1], limit=4, use_cpu=True)
+    evaluate(config, progress=False)
+    assert not asked
+    served = dict.fromkeys(("engine", "reference_engine"), "http://127.0.0.1:9/v1")
+    with pytest.raises(IpvrmError, match="--use_cpu has no effect on --engine"):
+        evaluate(dataclasses.replace(config, **served), progress=False)
+
+
 def test_without_the_transfer_subset_the_table_says_so(config):
     results = evaluate(dataclasses.replace(config, data=config.data[1:]), progress=False)
     assert results["subsets"]["math"]["rules"]["step"]["transfer"] is None
