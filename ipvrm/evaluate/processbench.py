@@ -213,11 +213,13 @@ def _label(value: Any) -> int | None:
 
 
 def _of_stepwise(record: dict[str, Any]) -> dict[str, Any]:
-    """TRL's stepwise format: a step each in `completions`, whether it is right in `labels`."""
+    """TRL's stepwise format: a step each in `completions`, whether it is right in `labels` (or 1 and 0)."""
     labels, steps = record["labels"], record["completions"]
     sound = isinstance(labels, list) and isinstance(steps, list) and len(labels) == len(steps)
-    if not sound or not all(isinstance(right, bool) for right in labels):
-        raise ValueError(f"`labels` must hold true or false for each of `completions`; got {labels!r:.40}")
+    if not sound or not all(isinstance(right, int) and right in (0, 1) for right in labels):
+        raise ValueError(
+            f"`labels` must hold true or false (or 1 or 0) for each of `completions`; got {labels!r:.40}"
+        )
     first = labels.index(False) if False in labels else -1
     return {**record, "problem": record["prompt"], "steps": steps, "label": first}
 

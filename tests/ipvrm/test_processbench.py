@@ -495,9 +495,24 @@ def test_trls_stepwise_format(tmp_path):
     assert [(i.problem, i.steps, i.label, i.right) for i in read_items(path)] == [
         ("p", ("a", "b", "c"), 1, False), ("p", ("a",), -1, True),
     ]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in (rows[1], rows[0] | {"labels": [True]})))
+    whole = read_items(path)
+    numbers = [row | {"labels": [int(right) for right in row["labels"]]} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in numbers))
+    assert read_items(path) == whole
+    pq.write_table(pyarrow.Table.from_pylist(numbers), tmp_path / "stepwise.parquet")
+    assert read_items(tmp_path / "stepwise.parquet") == whole
+
+
+@pytest.mark.parametrize(
+    "labels", [[True], [True, 2], [1, -1], [1, 0.0], [1, "0"], [True, None], [1, math.nan], 1, "10"]
+)
+def test_other_labels_of_steps_are_refused(tmp_path, labels):
+    rows = [{"prompt": "p", "completions": ["a"], "labels": [True]}]
+    rows.append({"prompt": "p", "completions": ["a", "b"], "labels": labels})
+    path = tmp_path / "stepwise.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     bad = read_items(path)[1]
-    assert bad.label is None and "`labels` must hold true or false for each" in (bad.unusable or "")
+    assert bad.label is None and "`labels` must hold true or false (or 1 or 0) for each" in bad.unusable
 
 
 def test_a_subset_of_one_kind_has_no_f1(config, tmp_path):
