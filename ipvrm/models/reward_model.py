@@ -54,6 +54,10 @@ CONFIG_NAME = "ipvrm_config.json"
 BATCH_TOKENS = 8192
 ENDO_RM = "endo_rm"
 ENDO_DISCOUNT = 0.95
+OWN_LOGITS = (
+    "; or score with the model's own logits: --objective endo_rm of `ipvrm score` and `ipvrm eval`, "
+    "RewardModel.from_causal_lm in Python"
+)
 TYPES = dict.fromkeys(
     ("objective", "reference", "reference_given", "reference_hash", "template_hash", "weights_hash"), str
 ) | {"chat_template_kwargs": dict}
@@ -269,7 +273,7 @@ class RewardModel:
                 folder, device=device, dtype=dtype, chat_template_kwargs=chat_template_kwargs
             )
         given, folder = folder, local_folder(folder)
-        info = read_info(folder)
+        info = read_info(folder, "" if servers else OWN_LOGITS)
         check_own_weights(folder, info)
         if chat_template_kwargs is not None and dict(chat_template_kwargs) != info.chat_template_kwargs:
             raise IpvrmError(
@@ -701,12 +705,17 @@ def write_info(
     )
 
 
-def read_info(folder: str | Path) -> RewardModelInfo:
-    """Reads `ipvrm_config.json` of `folder`. Raises IpvrmError when it is missing or incomplete."""
+def read_info(folder: str | Path, or_else: str = "") -> RewardModelInfo:
+    """Reads `ipvrm_config.json` of `folder`. Raises IpvrmError when it is missing or incomplete.
+
+    Args:
+        or_else: what else a user without the file can do, behind the advice to train a reward model.
+    """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise IpvrmError(
-            f"{folder}: no {CONFIG_NAME}; this is not a folder that `ipvrm train-rm` or save_pretrained wrote"
+            f"{folder}: no {CONFIG_NAME}; this is not a folder that `ipvrm train-rm` or save_pretrained "
+            f"wrote. Train a reward model with `ipvrm train-rm`{or_else}"
         )
     stored = read_json(path)
     if not isinstance(stored, dict):

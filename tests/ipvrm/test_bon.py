@@ -307,7 +307,7 @@ def test_without_a_usable_row_it_is_one_line(config, monkeypatch):
     [
         ({"n": (64,)}, "no problem has so many responses .at most 4."),
         ({"n": (0,)}, "--n must be at least 1; got 0"),
-        ({"objective": None}, "no ipvrm_config.json"),
+        ({"objective": None}, "no ipvrm_config.json; .* --objective endo_rm of"),
         ({"reference": "x"}, "no reference"),
     ],
 )

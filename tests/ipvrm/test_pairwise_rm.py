@@ -23,6 +23,7 @@ from ipvrm.data.rows import read_rows
 from ipvrm.evaluate.score import ScoreConfig, score_file
 from ipvrm.losses.policy_loss import PolicyLossConfig
 from ipvrm.models.causal_lm import load_model, response_logprobs
+from ipvrm.models.reward_model import read_info
 from ipvrm.reproduce.td_branches import Answer, Branch, Brancher, BranchOptions
 from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.verify import Verdict
@@ -356,8 +357,23 @@ def test_score_takes_endo_rm_and_gives_td_per_token(tiny_folder, tmp_path):
     tokens = json.loads((tmp_path / "tokens.jsonl").read_text())
     assert sum(tokens["td"]) == pytest.approx(record["value"], rel=1e-4)
     assert tokens == tokens | record and "logprobs" not in tokens  # of a model and its reference
-    with pytest.raises(IpvrmError, match="no ipvrm_config.json"):
+    with pytest.raises(IpvrmError, match=NO_REWARD_MODEL + OWN_LOGITS):
         score_file(replace(config, objective=None, output=str(tmp_path / "x.jsonl")), progress=False)
+
+
+NO_REWARD_MODEL = "no ipvrm_config.json; .* Train a reward model with `ipvrm train-rm`"
+OWN_LOGITS = (
+    "; or .* own logits: --objective endo_rm of `ipvrm score` and `ipvrm eval`, RewardModel.from_causal_lm"
+)
+
+
+def test_own_logits_are_named_only_where_they_can_be_had(tiny_folder):
+    """A server does not give them, and nothing is trained against them."""
+    served = ["http://127.0.0.1:9/v1"] * 2
+    with pytest.raises(IpvrmError, match=NO_REWARD_MODEL + "$"):
+        RewardModel.from_pretrained(tiny_folder, servers=served)
+    with pytest.raises(IpvrmError, match=NO_REWARD_MODEL + "$"):
+        read_info(tiny_folder)
 
 
 def test_the_branches_of_eval_td_agree_with_the_values(tiny_folder):
