@@ -59,7 +59,10 @@ class ScoreConfig:
     reference: str | None = field(default=None, metadata=FREE)
     """Where the reference model is now, if it has moved."""
     objective: Literal["endo_rm"] | None = None
-    """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says."""
+    """endo_rm: --model is any causal LM, whose own logits are the reward. Default: what its folder says.
+    endo_rm discounts a token's TD from the response's first token on, in a step score (step, mean_diff) from
+    the step's, so TD does not add up to the later step scores; a = 1 and discount = 0.95, others in Python:
+    RewardModel.from_causal_lm(scale=, discount=)."""
     chat_template_kwargs: str | None = field(default=None, metadata=FREE)
     """Variables of the chat template as a JSON object, of endo_rm. Default: none; a reward model has those
     that it was trained with, and others are refused."""

@@ -146,10 +146,13 @@ class Score:
     `step_ends` (S,) int64 is the position of each step's last token within the response, `steps_of_token`
     (T,) int64 the step in which each token ends, -1 outside every step; `tokens` are their `token_pieces`.
     `first_error` is the first step whose sigmoid(score) is below the threshold, -1 for none.
+    Under EndoRM `td` is discount^t r_t, t from 0 at the response's first token, while the step scores (step,
+    mean_diff) count t from 0 in each step, so the `td` of a later step do not sum to its score; a (`scale`)
+    and `discount` are arguments of `RewardModel.from_causal_lm`, and the commands take 1 and 0.95.
     """
 
     prefix_values: Tensor  # (T,) V_t, after token t
-    td: Tensor  # (T,) beta * l_t, V_t - V_{t-1}
+    td: Tensor  # (T,) beta * l_t (EndoRM: discounted), V_t - V_{t-1}
     mean_values: Tensor  # (T,) V_t / t
     step_scores: Tensor  # (S,)
     step_ends: Tensor  # (S,)

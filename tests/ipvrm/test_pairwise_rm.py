@@ -23,7 +23,7 @@ from ipvrm.data.rows import read_rows
 from ipvrm.evaluate.score import ScoreConfig, score_file
 from ipvrm.losses.policy_loss import PolicyLossConfig
 from ipvrm.models.causal_lm import load_model, response_logprobs
-from ipvrm.models.reward_model import read_info
+from ipvrm.models.reward_model import Score, read_info
 from ipvrm.reproduce.td_branches import Answer, Branch, Brancher, BranchOptions
 from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.verify import Verdict
@@ -333,6 +333,19 @@ def test_endo_rm_is_discounted(tiny_folder):
     second = r[steps == 1]  # of a step on its own the discount begins with the step
     want = sum(0.95**t * float(x) for t, x in enumerate(second))
     assert float(score.step_scores[1]) == pytest.approx(want, rel=1e-4)
+    before = int((steps == 1).int().argmax())  # and TD with the response
+    assert float(score.td[steps == 1].sum()) == pytest.approx(0.95**before * want, rel=1e-4)
+
+
+def test_where_the_discount_of_endo_rm_begins_is_said(capsys):
+    from ipvrm.cli import parse
+
+    with pytest.raises(SystemExit):
+        parse(ScoreConfig, ["--help"], prog="score")
+    shown = " ".join(capsys.readouterr().out.translate(dict.fromkeys(map(ord, "│╭╰─╮╯"), " ")).split())
+    guide = (Path(__file__).parents[2] / "ipvrm" / "README.md").read_text(encoding="utf-8")
+    for text in (" ".join(words.split()) for words in (shown, Score.__doc__ or "", guide)):
+        assert "response's first token" in text and "later step" in text and "from_causal_lm" in text
 
 
 def test_endo_rm_has_nothing_to_save_or_to_refer_to(tiny_folder, tmp_path):
