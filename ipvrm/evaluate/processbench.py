@@ -7,7 +7,8 @@ Every solution is scored once, with all four rules. Two threshold protocols are 
     release    the same on that script's own grid of thresholds and with its scales, to stand beside it
 
 Besides, the calibration of sigmoid(mean_value) at the end of a solution against its outcome (whether its
-final answer is right where the item says so, else whether all steps are), and F1 by what wrote the solutions.
+final answer is right where the item says so, else whether all steps are), left out under the objectives whose
+mean value is no log-odds of it; and F1 by what wrote the solutions.
 
 A solution of more than `max_length` tokens is not cut and not left out: it counts as missed under every
 threshold, and the number of such solutions is printed and stored. So does an item that cannot be used at all
@@ -70,6 +71,7 @@ WORDS = {
     "template": "the chat template",
     "data": "the data",
 }
+NO_LOG_ODDS = ("q_rm", "endo_rm")  # their mean value is no log-odds of the outcome
 STEPWISE = ("prompt", "completions", "labels")
 PART_ITEMS = 50  # solutions per part file: what an interruption can lose
 
@@ -274,7 +276,7 @@ def _evaluate(
         name: _scores(config, reward_model, key, path, items, shown)
         for path, (name, items) in zip(_files(config.data), subsets.items(), strict=True)
     }
-    results = summarise(config, subsets, scored, reward_model.info.beta)
+    results = summarise(config, subsets, scored, reward_model.info)
     for name, items in subsets.items():
         _write_items(output / f"items-{name}.parquet", items, scored[name], results["subsets"][name]["rules"])
     results = {
@@ -429,7 +431,7 @@ def summarise(
     config: EvalConfig,
     subsets: dict[str, list[Item]],
     scored: dict[str, list[dict[str, Any]]],
-    beta: float,
+    info: Any,
 ) -> dict[str, Any]:
     """F1 of every subset, rule and protocol, the trivial baselines, and notes on what is missing."""
     labels = {name: [item.label for item in items] for name, items in subsets.items()}
@@ -445,6 +447,9 @@ def summarise(
             f"transfer: no usable subset {config.transfer_from!r} to choose a threshold on among "
             f"{', '.join(subsets)} (--transfer_from names another)"
         )
+    calibrated = info.objective not in NO_LOG_ODDS
+    if not calibrated:
+        notes.append(f"no calibration: the mean value under {info.objective} is no log-odds of the outcome")
     results: dict[str, Any] = {}
     for name, items in subsets.items():
         refused = [
@@ -470,7 +475,7 @@ def summarise(
             if not both[name]:
                 continue
             own = values, known = _with_labels(items, scored[name], rule)
-            rules[rule]["release"] = _on_released_grid(rule, values, known, beta)
+            rules[rule]["release"] = _on_released_grid(rule, values, known, info.beta)
             chosen_on = {"oracle": own}
             if chooser is not None:
                 chosen_on["transfer"] = _with_labels(subsets[chooser], scored[chooser], rule)
@@ -489,7 +494,7 @@ def summarise(
             "too_long": too_long,
             "unusable": refused,
             "rules": rules,
-            "calibration": _calibration(items, scored[name]),
+            "calibration": _calibration(items, scored[name]) if calibrated else None,
             "generators": _by_generator(items, scored[name], rules),
             "baselines": {key: finite_or_none(value._asdict()) for key, value in baselines.items()},
         }

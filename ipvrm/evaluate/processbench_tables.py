@@ -35,7 +35,10 @@ def release_table(results: dict[str, Any]) -> Any:
 
 
 def calibration_table(results: dict[str, Any]) -> Any:
-    """How well sigmoid(mean_value) at the end foretells the outcome, by subset."""
+    """How well sigmoid(mean_value) at the end foretells the outcome, by subset; None where it is no
+    probability of that."""
+    if all(subset["calibration"] is None for subset in results["subsets"].values()):
+        return None
     made = _table(
         "Calibration of sigmoid(mean_value) at the end",
         ("subset", "solutions", "right", "mean probability", "ECE", "Brier"),

@@ -484,6 +484,25 @@ def test_generators_calibration_and_the_released_grid(config, run_folder, capsys
         assert subset["rules"][rule]["release"]["tau"] == pytest.approx(-best[1])
 
 
+def test_no_calibration_where_the_mean_value_is_no_log_odds(config, run_folder, capsys):
+    """EndoRM end to end; Q-RM and the others from the scores of that."""
+    config = dataclasses.replace(config, limit=6, objective="endo_rm", use_cpu=True)
+    results = evaluate(config)
+    shown = " ".join(capsys.readouterr().out.split())
+    reason = "no calibration: the mean value under {} is no log-odds of the outcome"
+    assert reason.format("endo_rm") in shown and "Calibration of sigmoid" not in shown
+    stored = json.loads((Path(config.output_dir) / "results.json").read_text())["subsets"]
+    assert [subset["calibration"] for subset in stored.values()] == [None, None]
+    assert results["subsets"]["gsm8k"]["rules"]["mean"]["oracle"]["f1"] >= 0
+    items = {"gsm8k": read_items(config.data[0], 6)}
+    scored = {"gsm8k": pq.read_table(Path(config.output_dir) / "items-gsm8k.parquet").to_pylist()}
+    info = RewardModel.from_pretrained(run_folder, device="cpu").info
+    for objective in ("q_rm", "dpo", "implicit_prm", "ipvrm"):
+        found = processbench.summarise(config, items, scored, dataclasses.replace(info, objective=objective))
+        left_out = found["subsets"]["gsm8k"]["calibration"] is None
+        assert left_out == (objective == "q_rm") == (reason.format(objective) in found["notes"])
+
+
 def test_trls_stepwise_format(tmp_path):
     """`prompt`, `completions` (a step each), `labels` (whether it is right)."""
     rows = [
