@@ -8,9 +8,10 @@ right,
 
 each a mean over problems, with intervals over problems. A response that is cut off is judged by what there is
 of it, and one without text or without an answer is wrong; what the verifier fails on is neither right nor
-wrong, but counted and left out. A row that cannot be used (no prompt, one that the template refuses or that
-is too long, no ground truth) is a problem that was never solved, and is named with the reason. `mean` is over
-the sources, as in the paper's tables.
+wrong, but counted and left out. A row without a ground truth says nothing of a policy: it is named and left
+out. One with a truth that cannot be asked (no prompt, one that the template refuses or that is too long) is a
+problem that was never solved, and is named with the reason. `mean` is over the sources, as in the paper's
+tables.
 """
 
 import math
@@ -25,7 +26,7 @@ import numpy as np
 
 from ipvrm.data.chat import preset_template_kwargs
 from ipvrm.data.files import records
-from ipvrm.data.rows import listed
+from ipvrm.data.rows import as_object, ground_truth, listed
 from ipvrm.errors import IpvrmError
 from ipvrm.evaluate.best_of_n import pass_at_n
 from ipvrm.evaluate.thresholds import finite_or_none, percentile_interval
@@ -165,10 +166,11 @@ def _evaluate(config: PolicyEvalConfig, progress: bool) -> dict[str, Any]:
     )
     labelled = label_file(label, progress)
     problems, counts = _judged(rollout.output, label.output)
-    no_truth = _add_missed(config, rollout.output, problems, counts)
+    never, left_out = _add_missed(config, rollout.output, sampled["unusable"], problems, counts)
     results = {
         **summarise(config, problems, counts),
-        "unusable": [*sampled["unusable"], *(f"{config.data}:{row}: no ground truth" for row in no_truth)],
+        "unusable": never,
+        "left_out": left_out,
         "sampling": sampling,
         "counts": {**labelled["counts"], "bad": sampled["bad"]},
         "manifest": manifest(seeds={"seed": config.seed}, config=asdict(config)),
@@ -202,20 +204,42 @@ def _judged(rollouts: str, labelled: str) -> tuple[dict[str, dict[int, Judged]],
 def _add_missed(
     config: PolicyEvalConfig,
     rollouts: str,
+    unusable: Sequence[str],
     problems: dict[str, dict[int, Judged]],
     counts: dict[str, Counter[str]],
-) -> list[int]:
-    """Adds the rows that cannot be used as problems never solved; returns those without a ground truth."""
+) -> tuple[list[str], list[str]]:
+    """Adds the rows that have a truth and no responses as problems never solved; those without a truth get no
+    value.
+
+    Returns: of `unusable`, the rows without responses and why, those never solved; and the rows left out.
+    """
     truths = {record["row"]: record["answer"] for *_, record in records(rollouts, ("row", "answer"))}
-    rows = records(config.data, ("prompt", "data_source"), check=False)
-    for _, _, number, record in islice(rows, config.limit):
+    never, left_out = list(unusable), list[str]()
+    rows = records(config.data, ("prompt", "data_source", "answer", "reward_model"), check=False)
+    for file, row, number, record in islice(rows, config.limit):
         if truths.get(number) is not None:
             continue
         source = record.get("data_source") if isinstance(record, dict) else None
         source = source if isinstance(source, str) else ""
-        counts.setdefault(source, Counter(responses=0, truncated=0, failed=0))
-        problems.setdefault(source, {})[number] = Judged(config.num_generations, 0)
-    return sorted(row for row, truth in truths.items() if truth is None)
+        if number in truths:
+            problems[source][number] = Judged(0, 0)
+            left_out.append(f"{config.data}:{number}: no ground truth")
+        elif _truth(record) is None:
+            place = (f"{file}:{row}: ", f"{config.data}:{number}: ")
+            left_out += [reason for reason in never if reason.startswith(place)]
+            never = [reason for reason in never if not reason.startswith(place)]
+        else:
+            counts.setdefault(source, Counter(responses=0, truncated=0, failed=0))
+            problems.setdefault(source, {})[number] = Judged(config.num_generations, 0)
+    return never, left_out
+
+
+def _truth(record: Any) -> str | None:
+    """None also for one that is neither a text nor a number, and of a row that is no record."""
+    try:
+        return ground_truth(as_object(record))
+    except ValueError:
+        return None
 
 
 def summarise(
@@ -289,12 +313,12 @@ def _print(results: dict[str, Any]) -> None:
     table.caption_justify = "left"
     console = Console(highlight=False)
     console.print(table)
-    if unusable := results["unusable"]:
-        console.print(
-            f"{len(unusable)} rows cannot be used; they count as never solved:\n"
-            + listed(unusable, len(unusable)),
-            markup=False,
-        )
+    for key, became in (
+        ("unusable", "rows cannot be asked; they count as never solved"),
+        ("left_out", "rows have no ground truth that can be read; they are left out"),
+    ):
+        if rows := results[key]:
+            console.print(f"{len(rows)} {became}:\n" + listed(rows, len(rows)), markup=False)
 
 
 def main(config: PolicyEvalConfig) -> None:

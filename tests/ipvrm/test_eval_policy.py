@@ -74,36 +74,42 @@ def test_k_must_be_drawable(k):
         evaluate(replace(CONFIG, k=k))
 
 
-def test_rows_that_cannot_be_used_are_problems_never_solved(tmp_path):
-    """Without responses, or without a ground truth, in their own source where it can be read."""
+def test_rows_without_responses_are_never_solved_and_those_without_a_truth_left_out(tmp_path):
+    """Each in its own source where it can be read; a row with neither is left out."""
     half = "\ud83d"
     given = [
-        {"prompt": "1?", "data_source": "a"},
-        {"prompt": None, "data_source": "a"},
-        {"prompt": half, "data_source": "b"},
+        {"prompt": "1?", "data_source": "a", "answer": "1"},
+        {"prompt": None, "data_source": "a", "reward_model": {"ground_truth": "2"}},
+        {"prompt": half, "data_source": "b", "answer": 3},
         {"prompt": "4?", "data_source": "a"},
-        {"prompt": "5?", "data_source": 5},
+        {"prompt": "5?", "data_source": 5, "answer": "5"},
+        {"prompt": None, "data_source": "a", "answer": "nan"},
         ["p"],
-        {"prompt": "beyond the limit", "data_source": "c"},
+        {"prompt": "8?", "data_source": "a", "answer": [8]},
+        {"prompt": "beyond the limit", "data_source": "c", "answer": "9"},
     ]
     data = write_jsonl(tmp_path / "data.jsonl", given)
     with open(data, "r+", encoding="utf-8") as file:
         lines = file.read().splitlines()
         file.seek(0)
-        file.write("\n".join([*lines[:6], "{", *lines[6:]]) + "\n")
+        file.write("\n".join([*lines[:8], "{", *lines[8:]]) + "\n")
     rollouts = write_jsonl(
         tmp_path / "rollouts.jsonl", [{"row": 1, "answer": "1"}, {"row": 4, "answer": None}]
     )
-    config = replace(CONFIG, data=str(data), limit=7)
-    problems, counts = {"a": {1: Judged(4, 2), 4: Judged(0, 0)}}, {"a": Counter(responses=8)}
-    assert policy._add_missed(config, str(rollouts), problems, counts) == [4]
-    never = Judged(4, 0)
+    config = replace(CONFIG, data=str(data), limit=9)
+    problems, counts = {"a": {1: Judged(4, 2), 4: Judged(1, 0)}}, {"a": Counter(responses=8)}
+    unusable = [f"{data}:{row}: x:{row}: y" for row in (2, 3, 5, 6, 7, 8, 9, 66)]
+    never, left_out = policy._add_missed(config, str(rollouts), unusable, problems, counts)
+    assert never == [unusable[i] for i in (0, 1, 2, 7)]
+    assert left_out == [f"{data}:4: no ground truth", *unusable[3:7]]
     assert problems == {
-        "a": {1: Judged(4, 2), 2: never, 4: never}, "b": {3: never}, "": {5: never, 6: never, 7: never},
+        "a": {1: Judged(4, 2), 2: Judged(4, 0), 4: Judged(0, 0)},
+        "b": {3: Judged(4, 0)}, "": {5: Judged(4, 0)},
     }  # fmt: skip
     found = summarise(config, problems, counts)["sources"]
-    assert found["a"]["metrics"]["avg@4"]["value"] == pytest.approx(0.5 / 3)
-    assert found["b"]["metrics"]["pass@4"] == {"problems": 1, "value": 0.0, "low": 0.0, "high": 0.0}
+    assert found["a"]["metrics"]["avg@4"]["value"] == pytest.approx(0.5 / 2)
+    assert found["a"]["problems"] == 3 and found["a"]["metrics"]["avg@4"]["problems"] == 2
+    assert found["b"]["metrics"]["pass@4"]["value"] == 0.0
 
 
 @pytest.mark.slow
@@ -126,15 +132,16 @@ def test_end_to_end(tiny_folder, tmp_path, capsys):
     results = evaluate(config)
     shown = capsys.readouterr().out
     assert "mean of the sources" in shown
-    assert "2 rows cannot be used; they count as never solved:\n" in shown
-    assert [reason.partition(".jsonl:")[2] for reason in results["unusable"]] == [
+    assert "1 rows cannot be asked; they count as never solved:\n" in shown
+    assert "1 rows have no ground truth that can be read; they are left out:\n" in shown
+    assert [reason.partition(".jsonl:")[2] for reason in (*results["unusable"], *results["left_out"])] == [
         "4: needs `prompt`; the columns are prompt, answer, data_source", "5: no ground truth",
     ]  # fmt: skip
     assert {name: (s["problems"], s["responses"]) for name, s in results["sources"].items()} == {
         "a": (2, 4), "b": (3, 4),
     }  # fmt: skip
     assert [s["failed"] for s in results["sources"].values()] == [0, 2]
-    assert results["sources"]["b"]["metrics"]["avg@2"]["problems"] == 3
+    assert results["sources"]["b"]["metrics"]["avg@2"]["problems"] == 2
     assert results["sources"]["a"]["metrics"]["pass@2"]["problems"] == 2
     written = tmp_path / "out" / "rollouts.parquet"
     before = written.stat().st_mtime_ns
