@@ -6,12 +6,12 @@ right,
 
     avg@n = c / n                   pass@k = 1 - C(n - c, k) / C(n, k)      (unbiased, arXiv 2107.03374)
 
-each a mean over problems, with intervals over problems. A response that is cut off is judged by what there is
-of it, and one without text or without an answer is wrong; what the verifier fails on is neither right nor
-wrong, but counted and left out. A row without a ground truth says nothing of a policy: it is named and left
-out. One with a truth that cannot be asked (no prompt, one that the template refuses or that is too long) is a
-problem that was never solved, and is named with the reason. `mean` is over the sources, as in the paper's
-tables.
+each a mean over problems, with intervals over problems where there are two or more. A response that is cut
+off is judged by what there is of it, and one without text or without an answer is wrong; what the verifier
+fails on is neither right nor wrong, but counted and left out. A row without a ground truth says nothing of a
+policy: it is named and left out. One with a truth that cannot be asked (no prompt, one that the template
+refuses or that is too long) is a problem that was never solved, and is named with the reason. `mean` is over
+the sources, as in the paper's tables.
 """
 
 import math
@@ -277,9 +277,11 @@ def summarise(
 
 
 def _mean(values: Sequence[float], config: PolicyEvalConfig) -> dict[str, Any]:
-    """`problems` that have a value, their mean and its interval; null where there is none."""
-    if not values:
-        return {"problems": 0, "value": None, "low": None, "high": None}
+    """`problems` that have a value, their mean and its interval; null where there is none, and no interval
+    where there is one problem alone."""
+    if len(values) < 2:
+        value = values[0] if values else None
+        return {"problems": len(values), "value": value, "low": None, "high": None}
     rng = np.random.default_rng(config.seed)
     draws = rng.integers(0, len(values), (config.bootstrap_resamples, len(values)))
     interval = percentile_interval(np.array(values)[draws].mean(1))
@@ -301,7 +303,7 @@ def _print(results: dict[str, Any]) -> None:
         for name in names:
             m = entry["metrics"][name]
             shown = "-" if m["value"] is None else f"{100 * m['value']:.1f}"
-            if m["value"] is not None and name == names[0]:
+            if m["low"] is not None and name == names[0]:
                 shown += f" ({100 * m['low']:.1f}-{100 * m['high']:.1f})"
             cells.append(shown)
         numbers = (str(entry[key]) for key in ("problems", "truncated", "failed"))

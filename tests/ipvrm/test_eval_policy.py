@@ -43,6 +43,21 @@ def test_a_source_without_verdicts_has_no_value():
     assert found["mean"]["avg@4"] is None
 
 
+def test_one_problem_has_no_interval(capsys):
+    """As a text and in the table; two have one."""
+    problems = {"one": {1: Judged(4, 1), 2: Judged(0, 0)}, "two": {3: Judged(4, 1), 4: Judged(4, 1)}}
+    counts = {name: Counter(responses=8, truncated=0, failed=0) for name in problems}
+    found = summarise(CONFIG, problems, counts)
+    one, two = (source["metrics"]["avg@4"] for source in found["sources"].values())
+    assert one == {"problems": 1, "value": 0.25, "low": None, "high": None}
+    assert two == {"problems": 2, "value": 0.25, "low": 0.25, "high": 0.25}
+    assert found["sources"]["one"]["metrics"]["pass@4"]["low"] is None and found["mean"]["avg@4"] == 0.25
+    policy._print(found | {"unusable": [], "left_out": []})
+    rows = [line.split()[:6] for line in capsys.readouterr().out.splitlines()]
+    assert ["one", "2", "0", "0", "25.0", "25.0"] in rows
+    assert ["two", "2", "0", "0", "25.0", "(25.0-25.0)"] in rows
+
+
 def test_what_became_of_the_responses(tmp_path):
     """Failed: no label although there is text. Without text: wrong."""
     rollouts = write_jsonl(
