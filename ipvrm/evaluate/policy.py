@@ -190,8 +190,6 @@ def _judged(rollouts: str, labelled: str) -> tuple[dict[str, dict[int, Judged]],
     for _, _, number, record in records(rollouts, columns):
         source = record["data_source"] or ""
         label = labels.get(number)
-        if label is None and not record["response"].strip():
-            label = 0
         became = counts.setdefault(source, Counter(responses=0, truncated=0, failed=0))
         became.update(responses=1, truncated=int(record["truncated"]), failed=int(label is None))
         problems = found.setdefault(source, {})

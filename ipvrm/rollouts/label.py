@@ -51,6 +51,7 @@ COLUMNS = (*CONVERSATION_COLUMNS, "answer", "reward_model", "data_source", "samp
 CHUNK = 1024  # answers verified, and kept, at a time
 LISTED_FAILURES = 20
 ANY_VERDICT = Verdict("right", "1")
+NOTHING_SAID = Verdict("no_answer")  # of a response without text; no verifier is asked
 KEPT: tuple[Outcome, ...] = ("right", "wrong", "no_answer")
 # Why a row gets no label, besides the outcomes of a verifier.
 SKIPPED = ("missing_ground_truth", "truncated", "empty")
@@ -179,8 +180,10 @@ def _label_file(config: LabelConfig, output: Path, pool: VerifierPool, shown: Pr
     started = time.monotonic()
     with JsonlFile(verdicts) as file, shown.bar("verify", checked.asked, done) as update:
         for chunk in chunked(islice(checked.rollouts(), done, None), CHUNK):
-            pairs = [(rollout.turns.response, rollout.answer or "") for rollout in chunk]
-            found = pool.judge(pairs, partial(_moved, update, done))
+            said = [rollout for rollout in chunk if rollout.turns.response.strip()]
+            pairs = [(rollout.turns.response, rollout.answer or "") for rollout in said]
+            verdicts_of = iter(pool.judge(pairs, partial(_moved, update, done)))
+            found = [next(verdicts_of) if r.turns.response.strip() else NOTHING_SAID for r in chunk]
             file.write(*({"line": r.row} | asdict(v) for r, v in zip(chunk, found, strict=True)))
             done += len(chunk)
     seconds = time.monotonic() - started

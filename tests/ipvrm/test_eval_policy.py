@@ -59,7 +59,7 @@ def test_one_problem_has_no_interval(capsys):
 
 
 def test_what_became_of_the_responses(tmp_path):
-    """Failed: no label although there is text. Without text: wrong."""
+    """Failed: no label."""
     rollouts = write_jsonl(
         tmp_path / "rollouts.jsonl",
         [
@@ -69,7 +69,7 @@ def test_what_became_of_the_responses(tmp_path):
     )
     labelled = write_jsonl(
         tmp_path / "labelled.jsonl",
-        [{"row": 1, "label": 1}, {"row": 3, "label": 0}],
+        [{"row": row, "label": label} for row, label in ((1, 1), (2, 0), (3, 0))],
     )
     found, counts = policy._judged(str(rollouts), str(labelled))
     assert found == {"a": {7: Judged(3, 1)}}

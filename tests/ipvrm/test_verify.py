@@ -391,6 +391,18 @@ def test_every_response_can_be_kept_and_texts_stay_texts(tmp_path):
     assert Path(settings.output).read_bytes() == first
 
 
+def test_no_verifier_is_asked_about_a_response_without_text(tmp_path, monkeypatch):
+    """This one would raise."""
+    (tmp_path / "strict_verifier.py").write_text(
+        "def judge(response, answer): return {'right': True}[response]"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = str(write_jsonl(tmp_path / "in.jsonl", [row(""), row("right"), row("\n")]))
+    settings = LabelConfig(path, str(tmp_path / "out.jsonl"), "strict_verifier:judge", keep_all=True)
+    summary = label_file(settings, progress=False)
+    assert summary["counts"]["no_answer"] == 2 and summary["labelled"] == 3
+
+
 def test_on_screen(tmp_path, capsys):
     path = str(
         write_jsonl(tmp_path / "in.jsonl", [row("Answer: 1"), row("Answer: 2"), row("x", answer=None)])

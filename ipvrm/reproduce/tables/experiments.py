@@ -185,6 +185,7 @@ def on_task(
                 "step_format": "{step}",
                 "step_separator": ";",
                 "transfer_from": STEP_PARTS[0],
+                "use_cpu": True,
             },
             "eval bon": {"step_separator": ";", "use_cpu": True},
             "eval policy": {**sampling, **one, "use_cpu": True},
