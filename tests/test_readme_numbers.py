@@ -12,6 +12,7 @@ import pytest
 import test_defaults
 import test_differences
 
+from benchmarks.studies import objectives_learn
 from benchmarks.suite import headline
 from benchmarks.suite.measure import ACCURACY, LESS_WORK, Row, is_ours
 
@@ -475,6 +476,20 @@ def of_the_studies():
     yield "so was the policy's own probability, by linear correlation more"
 
 
+def of_what_learns():
+    found = read("objectives_learn/results.json")
+    length = found["objectives"].pop(objectives_learn.LENGTH)
+    assert all(entry["low"] > length["high"] for entry in found["objectives"].values())
+    assert found["objectives"].keys() == objectives_learn.OBJECTIVES.keys()
+    del found["algorithms"]["base model"]
+    assert found["algorithms"].keys() == objectives_learn.ALGORITHMS.keys()
+    assert all(entry["low"] > 0 for entry in found["algorithms"].values())
+    q_rm = objectives_learn.scale().objective_flags["q_rm"]
+    assert found["sizes"]["multiple_of"] == 10
+    yield "Every objective and every algorithm learns on the demo's task in its easy form, multiples of ten"
+    yield f"Q-RM at beta {q_rm['beta']:g} and margin {q_rm['margin']:g}"
+
+
 def of_the_presets():
     yield from test_defaults.said_of_the_presets()
 
@@ -496,7 +511,7 @@ CLAIMS = {
         of_the_accuracy,
     ),
     (README, "What the reward models can do so far"): (of_the_outcome,),
-    (GUIDE, "Policies"): (of_the_studies,),
+    (GUIDE, "Policies"): (of_the_studies, of_what_learns),
     (GUIDE, "Presets, and what none of them reproduces"): (of_the_presets, of_the_release),
 }
 
@@ -517,6 +532,7 @@ NO_MEASUREMENT = {
         "at temperature 1", r"--min_prob 0\.1",
     ],
     "a setting of the released code or of ours, from the code": [
+        r"a = 1 and discount 0\.95",
         "on a grid of 1,000 from -1 to 1", "stopped after 1 s", "a deadline of 10 s",
     ],
 }  # fmt: skip
