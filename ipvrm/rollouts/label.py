@@ -51,7 +51,6 @@ COLUMNS = (*CONVERSATION_COLUMNS, "answer", "reward_model", "data_source", "samp
 CHUNK = 1024  # answers verified, and kept, at a time
 LISTED_FAILURES = 20
 ANY_VERDICT = Verdict("right", "1")
-NOTHING_SAID = Verdict("no_answer")  # of a response without text; no verifier is asked
 KEPT: tuple[Outcome, ...] = ("right", "wrong", "no_answer")
 # Why a row gets no label, besides the outcomes of a verifier.
 SKIPPED = ("missing_ground_truth", "truncated", "empty")
@@ -180,10 +179,9 @@ def _label_file(config: LabelConfig, output: Path, pool: VerifierPool, shown: Pr
     started = time.monotonic()
     with JsonlFile(verdicts) as file, shown.bar("verify", checked.asked, done) as update:
         for chunk in chunked(islice(checked.rollouts(), done, None), CHUNK):
-            said = [rollout for rollout in chunk if rollout.turns.response.strip()]
-            pairs = [(rollout.turns.response, rollout.answer or "") for rollout in said]
-            verdicts_of = iter(pool.judge(pairs, partial(_moved, update, done)))
-            found = [next(verdicts_of) if r.turns.response.strip() else NOTHING_SAID for r in chunk]
+            pairs = [(rollout.turns.response, rollout.answer or "") for rollout in chunk]
+            judged = pool.judge(pairs, partial(_moved, update, done))
+            found = [_of_text(r, v) for r, v in zip(chunk, judged, strict=True)]
             file.write(*({"line": r.row} | asdict(v) for r, v in zip(chunk, found, strict=True)))
             done += len(chunk)
     seconds = time.monotonic() - started
@@ -208,6 +206,12 @@ def _label_file(config: LabelConfig, output: Path, pool: VerifierPool, shown: Pr
         found_counts = ", ".join(f"{count} {name}" for name, count in summary["counts"].items() if count)
         raise IpvrmError(f"{config.input}: no row gets a label ({found_counts}); see {summary_path(output)}")
     return summary
+
+
+def _of_text(rollout: _Rollout, verdict: Verdict) -> Verdict:
+    """A response without text is no answer, whatever a verifier makes of it."""
+    readable = verdict.outcome != "unreadable_ground_truth"
+    return Verdict("no_answer") if readable and not rollout.turns.response.strip() else verdict
 
 
 def _moved(update: Callable[[int], None], before: int, done: int) -> None:

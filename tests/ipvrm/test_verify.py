@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -391,8 +392,8 @@ def test_every_response_can_be_kept_and_texts_stay_texts(tmp_path):
     assert Path(settings.output).read_bytes() == first
 
 
-def test_no_verifier_is_asked_about_a_response_without_text(tmp_path, monkeypatch):
-    """This one would raise."""
+def test_a_response_without_text_is_no_answer_whatever_the_verifier(tmp_path, monkeypatch):
+    """This one raises. Where the ground truth cannot be read nothing is known."""
     (tmp_path / "strict_verifier.py").write_text(
         "def judge(response, answer): return {'right': True}[response]"
     )
@@ -401,6 +402,9 @@ def test_no_verifier_is_asked_about_a_response_without_text(tmp_path, monkeypatc
     settings = LabelConfig(path, str(tmp_path / "out.jsonl"), "strict_verifier:judge", keep_all=True)
     summary = label_file(settings, progress=False)
     assert summary["counts"]["no_answer"] == 2 and summary["labelled"] == 3
+    path = str(write_jsonl(tmp_path / "in.jsonl", [row("", answer="$t(0,4]$"), row("")]))
+    again = label_file(replace(settings, input=path, verifier="math"), progress=False)["counts"]
+    assert again["no_answer"] == again["unreadable_ground_truth"] == 1
 
 
 def test_on_screen(tmp_path, capsys):
