@@ -7,7 +7,7 @@ from ipvrm.data.preference import Pairs
 from ipvrm.data.responses import OnLong
 from ipvrm.data.rows import OnBadRow
 from ipvrm.losses.objectives import BETA, MARGIN, PAIRWISE, Objective, check_objective
-from ipvrm.losses.presets import Preset, by_preset
+from ipvrm.losses.presets import Preset
 from ipvrm.run_folder import FREE
 from ipvrm.training.adapters import ALL_LINEAR
 from ipvrm.training.flags import (
@@ -45,8 +45,8 @@ class RewardConfig:
     """A reward model from rollouts with outcome labels.
 
     --preset paper (the default) is the paper's margin, learning rate and batch; --preset release is the
-    released command: margin 0, 3 epochs, 2,560 tokens, cosine, warm-up 0.03, seed 1, bf16. Flags that are
-    given win over both. What a run has used is in its config.yaml.
+    released command: margin 0 of ipvrm, 3 epochs, 2,560 tokens, cosine, warm-up 0.03, seed 1, bf16. Flags
+    that are given win over both. What a run has used is in its config.yaml.
     """
 
     model: str = field(metadata=FREE)
@@ -69,9 +69,10 @@ class RewardConfig:
         default=None,
         metadata=FINITE
         | read_by(WITH_MARGIN)
-        | default(lambda c: by_preset(c.preset, paper=MARGIN[c.objective], release=0.0)),
+        # 0 is the released command's, which is of ipvrm
+        | default(lambda c: 0.0 if (c.preset, c.objective) == ("release", "ipvrm") else MARGIN[c.objective]),
     )
-    """Margin of ipvrm and q_rm. Default: 5 (ipvrm), 2 (q_rm); release: 0."""
+    """Margin of ipvrm and q_rm. Default: 5 (ipvrm), 2 (q_rm); release: 0 (ipvrm)."""
     pairs: Pairs | None = field(default=None, metadata=read_by(COMPARES) | default(lambda c: "one"))
     """Pairs of dpo and q_rm from labelled responses: one of every prompt with both outcomes (default), drawn
     with the seed, or all, each right response with each wrong one. A file of pairs keeps its own."""

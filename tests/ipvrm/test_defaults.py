@@ -419,6 +419,19 @@ TABLES = {
     "eval policy": POLICY,
     "eval td": TD,
 }
+# Where the default of a flag is another one under another objective or algorithm.
+OF_ITS_OWN = [
+    *(
+        ("train-rm", "beta", one(0.05, "paper, Appendix C: Implicit PRM and DPO-RM", objective=objective))
+        for objective in ("implicit_prm", "dpo")
+    ),
+    ("train-rm", "beta", one(0.2, "paper, Appendix C: Q-RM", objective="q_rm")),
+    (
+        "train-rm",
+        "margin",
+        one(2.0, f"{APP_C}: Q-RM; the released margin of 0 is of ipvrm alone", objective="q_rm"),
+    ),
+]
 
 
 def config_class(command):
@@ -474,10 +487,21 @@ def test_the_default_is_what_the_table_says(command, flag):
         assert getattr(resolved(command, "release", entry.when), flag) == entry.value
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "entry"), OF_ITS_OWN, ids=[f"{e.when}-{flag}" for _, flag, e in OF_ITS_OWN]
+)
+def test_the_default_of_an_objective_or_algorithm_is_what_the_list_says(command, flag, entry):
+    found = {preset: getattr(resolved(command, preset, entry.when), flag) for preset in ("paper", "release")}
+    release = entry.release if entry.release_source else entry.value
+    assert found == {"paper": entry.value, "release": release}
+    assert entry.value != TABLES[command][flag].value, "the default of all: it needs no entry"
+
+
 @pytest.mark.parametrize("command", TABLES)
 def test_every_value_names_its_source(command):
     """Our own choices say why; a value of the paper or of the released code says where it stands."""
-    for flag, entry in TABLES[command].items():
+    own = [(flag, entry) for of, flag, entry in OF_ITS_OWN if of == command]
+    for flag, entry in [*TABLES[command].items(), *own]:
         if entry.value == REQUIRED:
             continue
         for source in filter(None, (entry.source, entry.release_source)):
