@@ -85,8 +85,8 @@ class PolicyConfig:
     """A policy from verified rollouts: DistRL and what it is compared with.
 
     --preset paper (the default) is LoRA of rank 128 on policy and reward model at learning rates of 3e-5 and
-    1e-4; --preset release is full fine-tuning with the settings of the released code. Flags that are given
-    win over both. What a run has used is in its config.yaml.
+    1e-4 (prime: 1e-6); --preset release is full fine-tuning with the settings of the released code. Flags
+    that are given win over both. What a run has used is in its config.yaml.
     """
 
     model: str = field(metadata=FREE)
@@ -133,9 +133,15 @@ class PolicyConfig:
     rm_margin: float | None = field(default=None, metadata=FINITE | read_by(REWARD, ONLINE))
     """Margin of that update. Default: the one that the reward model was trained with; release: 5."""
     rm_learning_rate: float | None = field(
-        default=None, metadata=POSITIVE | read_by(REWARD, ONLINE) | defaults(paper=1e-4, release=2e-6)
+        default=None,
+        metadata=POSITIVE
+        | read_by(REWARD, ONLINE)
+        # PRIME's and verl's code train their implicit PRM at 1e-6
+        | default(
+            lambda c: by_preset(c.preset, paper=1e-6 if c.algorithm == "prime" else 1e-4, release=2e-6)
+        ),
     )
-    """Default: 1e-4; release: 2e-6."""
+    """Default: 1e-4 (prime: 1e-6, as in PRIME's code, which trains all weights); release: 2e-6."""
     rm_lora_r: int | None = field(
         default=None, metadata=NOT_NEGATIVE | read_by(REWARD, ONLINE) | defaults(paper=128, release=0)
     )

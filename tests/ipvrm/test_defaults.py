@@ -48,6 +48,7 @@ RL = "released step3_distrl/config/distrl_config.yaml"
 VERL = "released code: verl's default, which distrl_config.yaml leaves"
 EVAL = "released eval_policy/run_policy_eval.sh"
 APP_C = "paper, Appendix C"
+PRIME = "PRIME's code, in verl recipe/prime/config/prime_trainer.yaml"
 SPEED = OURS + "memory and speed alone"
 SERVED = OURS + "nothing else needs to run"
 PATIENCE = OURS + "the longest responses take minutes on a busy server"
@@ -431,6 +432,12 @@ OF_ITS_OWN = [
         "margin",
         one(2.0, f"{APP_C}: Q-RM; the released margin of 0 is of ipvrm alone", objective="q_rm"),
     ),
+    ("train-policy", "td_reference", one("sft", f"{PRIME}, ref_type freeze", algorithm="prime")),
+    (
+        "train-policy",
+        "rm_learning_rate",
+        both(1e-6, f"{PRIME}, reward_model.model.optim.lr", 2e-6, RL, algorithm="prime"),
+    ),
 ]
 
 
@@ -505,7 +512,7 @@ def test_every_value_names_its_source(command):
         if entry.value == REQUIRED:
             continue
         for source in filter(None, (entry.source, entry.release_source)):
-            known = ("paper, ", "released ", OURS, "ProcessBench's ")
+            known = ("paper, ", "released ", OURS, "ProcessBench's ", "PRIME's ")
             assert source.startswith(known) and source.strip() != OURS.strip(), (flag, source)
 
 
@@ -530,27 +537,31 @@ def test_the_help_of_a_flag_names_both_presets(command, capsys):
     with pytest.raises(SystemExit):
         parse(config_class(command), ["--help"], prog=command)
     text = " ".join(capsys.readouterr().out.translate(dict.fromkeys(map(ord, "│╭╰─╮╯"), " ")).split())
-    found = {}
-    for flag, entry in TABLES[command].items():
-        if entry.release_source:
-            start = text.index(f"--{flag} ")
-            found[flag] = said_defaults(text[start : text.find(" --", start + len(flag) + 4)])
+
+    def help_of(flag):
+        start = text.index(f"--{flag} ")
+        return text[start : text.find(" --", start + len(flag) + 4)]
+
+    found = {f: said_defaults(help_of(f)) for f, entry in TABLES[command].items() if entry.release_source}
     assert found == {
         flag: (in_words(entry.value), in_words(entry.release))
         for flag, entry in TABLES[command].items()
         if entry.release_source
     }
     assert len(found) >= 3
+    for of, flag, entry in OF_ITS_OWN:
+        if of == command and isinstance(entry.value, float):
+            assert in_words(entry.value) in help_of(flag).partition("efault")[2], (flag, entry.when)
 
 
 def test_grpo_and_spro_have_the_same_defaults_as_distrl():
-    """Every flag that an algorithm reads has one default; td_reference is prime's own (arXiv 2502.01456)."""
+    """Every flag that an algorithm reads has one default, but those of `OF_ITS_OWN`."""
     base = resolved("train-policy", "paper", {})
     for algorithm in policy_config.ALGORITHMS:
         model = None if algorithm in policy_config.NO_REWARD_MODEL else "r"
         found = policy_config.resolve(PolicyConfig("m", "d", "o", algorithm=algorithm, reward_model=model))[0]
         for name, value in vars(replace(found, algorithm="distrl", reward_model="r")).items():
-            own = {"spro_beta"} | ({"td_reference"} if algorithm == "prime" else set())
+            own = {"spro_beta", *(flag for _, flag, e in OF_ITS_OWN if e.when == {"algorithm": algorithm})}
             assert value is None or value == getattr(base, name) or name in own, (algorithm, name)
 
 
@@ -573,11 +584,16 @@ def said_of_the_presets():
     assert rm["release"].mixed_precision == release.mixed_precision
     assert rm["paper"].mixed_precision == paper.mixed_precision == "no"
     assert release.candidate_mode == "top_k" and config_class("train-rm").preset == paper.preset
-    rates = (f"{rate:.0e}".replace("e-0", "e-") for rate in (paper.learning_rate, paper.rm_learning_rate))
+    prime = resolved("train-policy", "paper", {"algorithm": "prime"})
+    rates = [
+        f"{rate:.0e}".replace("e-0", "e-")
+        for rate in (paper.learning_rate, paper.rm_learning_rate, prime.rm_learning_rate)
+    ]
     yield f"`--preset {config_class('train-policy').preset}`, the default of both trainers"
     yield (
         f"margin {rm['paper'].margin:g} offline; LoRA of rank {paper.lora_r} on policy and reward model at "
-        f"{' and '.join(rates)} online (`--lora_r 0 --rm_lora_r 0` for full fine-tuning)"
+        f"{' and '.join(rates[:2])} online, PRIME's reward model at {rates[2]} (`--lora_r 0 "
+        "--rm_lora_r 0` for full fine-tuning)"
     )
     yield (
         f"margin {rm['release'].margin:g} offline, full fine-tuning, n {release.num_generations}, "
@@ -601,6 +617,7 @@ def test_the_guide_names_the_defaults():
     for right, wrong in (
         ("margin 5", "margin 4"),
         ("1e-4 online", "1e-5 online"),
+        ("model at 1e-6", "model at 1e-4"),
         ("n 16", "n 8"),
         ("in bf16", "in fp16"),
     ):

@@ -175,9 +175,19 @@ def test_full_is_the_papers_settings():
     online = {
         n: p.rm_learning_rate for n, p in policies.items() if p.algorithm in ("distrl", "grpo_prm", "prime")
     }
-    assert online.pop("distrl-frozen") is None
-    assert len(online) == 10 and set(online.values()) == {1e-4}
+    assert online.pop("distrl-frozen") is None and online.pop("prime") == 1e-6
+    assert len(online) == 9 and set(online.values()) == {1e-4}
     assert policies["reinforce_qrm"].reward_model == "o/rm-q_rm"
+
+
+def test_on_the_task_every_reward_model_is_updated_at_one_rate():
+    """PRIME's too, whose default is another: at this one the committed results were made."""
+    from ipvrm.training.policy_config import resolve
+
+    units = [u for u in experiments(smoke()) if u.command == "train-policy"]
+    policies = [resolve(config_of(u, experiments(smoke()), Path("o")))[0] for u in units]
+    rates = {(p.algorithm, p.rm_learning_rate) for p in policies if p.rm_update == "before"}
+    assert rates == {(algorithm, 1e-4) for algorithm in ("distrl", "grpo_prm", "prime")}
 
 
 @pytest.mark.parametrize("scale", [FULL, smoke()], ids=["full", "smoke"])

@@ -197,7 +197,10 @@ def on_task(
             "dpo": implicit,
             "q_rm": {"beta": 5.0, "margin": 0.0, "learning_rate": 1e-3},
         },
-        algorithm_flags={"reinforce_qrm": {"learning_rate": 2e-5}},
+        algorithm_flags={
+            "prime": {"rm_learning_rate": 1e-4},  # as the others' reward models; its default is 1e-6
+            "reinforce_qrm": {"learning_rate": 2e-5},
+        },
         reward_flags={"rm_lora_r": 0, "rm_minibatch_size": 64},
         gae_flags={"gae_coef": 0.1},
     )
