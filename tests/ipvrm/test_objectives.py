@@ -335,15 +335,16 @@ def test_an_empty_response_counts_as_value_zero():
 
 @pytest.mark.parametrize("infinite", [math.inf, -math.inf])
 @pytest.mark.parametrize("outcome", [0.0, 1.0])
-@pytest.mark.parametrize("name", ["ipvrm", "implicit_prm", "dpo"])
+@pytest.mark.parametrize("name", ["ipvrm", "implicit_prm", "dpo", "q_rm"])
 def test_an_infinite_log_ratio_is_never_a_loss_of_zero(name, outcome, infinite):
-    """+inf for a right response, -inf for a wrong one: softplus of both is exactly 0."""
+    """+inf for a right response, -inf for a wrong one: softplus of both is exactly 0; of Q-RM it
+    is a token's value."""
     log_ratio = torch.tensor([0.1, infinite, 0.2])
     cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)
     labels = torch.tensor([outcome, 1 - outcome])
-    if name == "dpo":
+    if name in ("dpo", "q_rm"):
         order = [[0, 1]] if outcome else [[1, 0]]
-        loss, metrics = dpo_loss(log_ratio, cu_seqlens, torch.tensor(order))
+        loss, metrics = {"dpo": dpo_loss, "q_rm": q_rm_loss}[name](log_ratio, cu_seqlens, torch.tensor(order))
     else:
         loss, metrics = {"ipvrm": ipvrm_loss, "implicit_prm": implicit_prm_loss}[name](
             log_ratio, cu_seqlens, labels

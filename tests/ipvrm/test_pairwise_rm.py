@@ -15,20 +15,16 @@ from runs import log_of, same_bits, train, weights, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from ipvrm import IpvrmError, RewardModel
-from ipvrm.data.batches import collate
 from ipvrm.data.files import records
 from ipvrm.data.preference import pairs_of, split_preference
 from ipvrm.data.responses import Response
 from ipvrm.data.rows import read_rows
 from ipvrm.evaluate.score import ScoreConfig, score_file
-from ipvrm.losses.policy_loss import PolicyLossConfig
-from ipvrm.models.causal_lm import load_model, response_logprobs
+from ipvrm.models.causal_lm import load_model
 from ipvrm.models.reward_model import Score, read_info
 from ipvrm.reproduce.td_branches import Answer, Branch, Brancher, BranchOptions
 from ipvrm.rollouts.answers import Question
 from ipvrm.rollouts.verify import Verdict
-from ipvrm.training.policy_model import PolicyLoss
-from ipvrm.training.policy_rollouts import Targets
 from ipvrm.training.reward_config import RewardConfig
 
 PROBLEM, STEPS = "What is 1 + 2?", ["carry 0.", "carry 1 and more.", "Answer: 3"]
@@ -402,26 +398,3 @@ def test_the_branches_of_eval_td_agree_with_the_values(tiny_folder):
     branches = [Branch(ids[: 4 + t], (0, 0, t, 1), ids[3 + t], 0.0, before[t]) for t in range(6)]
     brancher._td(branches)
     assert [b.value + b.td for b in branches] == pytest.approx(answer.value.tolist(), rel=1e-4, abs=1e-5)
-
-
-# ------------------------------------------------------------------------------- REINFORCE with token scores
-
-
-def test_the_gradient_of_reinforce_is_the_formulas_in_fp64(tiny_folder):
-    """- mean_b 1/T_b sum_t A_t grad log pi: there is no ratio to the old log-probs, and no clip."""
-    responses = [Response(tuple(range(5, 5 + n)), 3, 1) for n in (6, 9)]
-    batch = collate(responses)
-    advantages = torch.linspace(-3, 3, 9)
-    none = torch.empty(9, 0)
-    targets = Targets(none.long(), torch.full((9,), -20.0), none, advantages, none)
-    loss = PolicyLoss(load_model(tiny_folder), PolicyLossConfig(alpha=0.0), 1.0, ratio=False)
-    loss(batch, targets, 2.0, 2.0).loss.backward()
-
-    exact = load_model(tiny_folder).double()
-    logprobs = response_logprobs(exact, batch)
-    products = (advantages * logprobs).split([3, 6])
-    (-sum(part.mean() for part in products) / 2).backward()
-    for name, parameter in exact.named_parameters():
-        torch.testing.assert_close(
-            loss.model.get_parameter(name).grad.double(), parameter.grad, rtol=1e-3, atol=1e-6
-        )
