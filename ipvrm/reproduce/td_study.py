@@ -18,8 +18,8 @@ value reaches that and not 1. Intervals are over prompts, drawn with replacement
 
 The second table has the paper's own two numbers, over all branches pooled, each with one completion:
 Pearson's correlation of td with the outcome (published: 0.0226) and the AUC of |V| after the branch's token
-(0.64). The paper took 2,500 branches at the five likeliest tokens (`--top_k 5`). The third line takes V with
-its sign.
+(0.64). The paper took 2,500 branches, the five likeliest tokens of 500 prefixes; `--top_k 5 --min_prob
+0.0078125` takes at most as many, those with p >= 1/128. The third line takes V with its sign.
 
 The third table is the AUC of the value after 25, 50, 75 and 100 % of an answer against its own outcome.
 

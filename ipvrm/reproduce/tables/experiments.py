@@ -36,8 +36,9 @@ UPDATES = {
 }
 MARGINS = ("m = 0", "m = 5", "m = 10")  # of the paper; at another scale none, that of its IPVRM, twice that
 RESPONSES = 5  # a prompt, for the reward models (section 4.1)
-# Section 4.3.3: the likeliest tokens at a prefix whatever their probability, 2,500 of 500 prefixes; 1/128 is
-# the least that `eval td` asks for. It is not P_min, by which a prefix has 1.33 on average (Table 11).
+# Section 4.3.3: the paper takes the five likeliest tokens at a prefix whatever their probability, 2,500 of
+# 500 prefixes. Here they are at most 2,500: those of the five with p >= 1/128, the least that `eval td` asks
+# for. That is not P_min, by which a prefix has 1.33 on average (Table 11).
 TD_BRANCHES, TD_MIN_PROB = 5, 1 / 128
 
 
