@@ -532,7 +532,6 @@ NO_MEASUREMENT = {
         "at temperature 1", r"--min_prob 0\.1",
     ],
     "a setting of the released code or of ours, from the code": [
-        r"a = 1 and discount 0\.95",
         "on a grid of 1,000 from -1 to 1", "stopped after 1 s", "a deadline of 10 s",
     ],
 }  # fmt: skip

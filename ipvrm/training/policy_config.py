@@ -85,8 +85,9 @@ class PolicyConfig:
     """A policy from verified rollouts: DistRL and what it is compared with.
 
     --preset paper (the default) is LoRA of rank 128 on policy and reward model at learning rates of 3e-5 and
-    1e-4 (prime: 1e-6); --preset release is full fine-tuning with the settings of the released code. Flags
-    that are given win over both. What a run has used is in its config.yaml.
+    1e-4 (prime: all weights of the reward model at 1e-6); --preset release is full fine-tuning with the
+    settings of the released code. Flags that are given win over both. What a run has used is in its
+    config.yaml.
     """
 
     model: str = field(metadata=FREE)
@@ -136,17 +137,21 @@ class PolicyConfig:
         default=None,
         metadata=POSITIVE
         | read_by(REWARD, ONLINE)
-        # PRIME's and verl's code train their implicit PRM at 1e-6
+        # PRIME's and verl's code train their implicit PRM at 1e-6, all of its weights
         | default(
             lambda c: by_preset(c.preset, paper=1e-6 if c.algorithm == "prime" else 1e-4, release=2e-6)
         ),
     )
-    """Default: 1e-4 (prime: 1e-6, as in PRIME's code, which trains all weights); release: 2e-6."""
+    """Default: 1e-4 (prime: 1e-6, as in PRIME's code); release: 2e-6."""
     rm_lora_r: int | None = field(
-        default=None, metadata=NOT_NEGATIVE | read_by(REWARD, ONLINE) | defaults(paper=128, release=0)
+        default=None,
+        metadata=NOT_NEGATIVE
+        | read_by(REWARD, ONLINE)
+        | default(lambda c: by_preset(c.preset, paper=0 if c.algorithm == "prime" else 128, release=0)),
     )
     """Rank of LoRA adapters (scale 1, on lora_target_modules) on the reward model, which then alone are
-    trained; 0 trains it in full. Default: 128; release: 0. Saved as merged weights, the adapter beside."""
+    trained; 0 trains it in full. Default: 128 (prime: 0); release: 0. Saved as merged weights, the adapter
+    beside."""
     rm_minibatch_size: int | None = field(
         default=None, metadata=AT_LEAST_ONE | read_by(REWARD, ONLINE) | defaults(paper=128, release=128)
     )

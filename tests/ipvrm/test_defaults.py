@@ -438,6 +438,7 @@ OF_ITS_OWN = [
         "rm_learning_rate",
         both(1e-6, f"{PRIME}, reward_model.model.optim.lr", 2e-6, RL, algorithm="prime"),
     ),
+    ("train-policy", "rm_lora_r", one(0, f"{PRIME}, which has no adapters", algorithm="prime")),
 ]
 
 
@@ -580,11 +581,12 @@ def said_of_the_presets():
         for command in ("train-rm", "train-policy")
     )
     paper, release = policy["paper"], policy["release"]
+    prime = resolved("train-policy", "paper", {"algorithm": "prime"})
     assert paper.lora_r == paper.rm_lora_r and release.lora_r == release.rm_lora_r == 0
     assert rm["release"].mixed_precision == release.mixed_precision
     assert rm["paper"].mixed_precision == paper.mixed_precision == "no"
+    assert prime.rm_lora_r == 0
     assert release.candidate_mode == "top_k" and config_class("train-rm").preset == paper.preset
-    prime = resolved("train-policy", "paper", {"algorithm": "prime"})
     rates = [
         f"{rate:.0e}".replace("e-0", "e-")
         for rate in (paper.learning_rate, paper.rm_learning_rate, prime.rm_learning_rate)
@@ -592,7 +594,7 @@ def said_of_the_presets():
     yield f"`--preset {config_class('train-policy').preset}`, the default of both trainers"
     yield (
         f"margin {rm['paper'].margin:g} offline; LoRA of rank {paper.lora_r} on policy and reward model at "
-        f"{' and '.join(rates[:2])} online, PRIME's reward model at {rates[2]} (`--lora_r 0 "
+        f"{' and '.join(rates[:2])} online, all weights of PRIME's reward model at {rates[2]} (`--lora_r 0 "
         "--rm_lora_r 0` for full fine-tuning)"
     )
     yield (

@@ -84,7 +84,7 @@ PAPER = [  # where, command, {what it has: value}
     (SILENT + "fp32 weights and forwards", RM, {"mixed_precision": "no"}),
     ("Section 4.1: five responses a prompt", f"{ROLLOUT} --num_generations 5", {"num_generations": 5}),
     ("Section 4.1: temperature of reward-model data", ROLLOUT, {"temperature": 1.0}),
-    ("Appendix C: rule-based outcome labels", LABEL, {"verifier": "math", "keep_truncated": False}),
+    ("Appendix C: rule-based outcome labels", LABEL, {"verifier": "math", "keep_all": False}),
     # policies
     (
         "Appendix C: LoRA of RL",
@@ -168,7 +168,7 @@ PAPER = [  # where, command, {what it has: value}
     (
         "Table 5: PRIME; its own code: the reward model's rate and its frozen reference",
         f"{RL} --algorithm prime",
-        {"loss.alpha": 0.0, "candidates": None, "gae_coef": None, "rm_learning_rate": 1e-6}
+        {"loss.alpha": 0.0, "candidates": None, "gae_coef": None, "rm_learning_rate": 1e-6, "rm_lora_r": 0}
         | {"rm_update": "before", "reads_reference": True},
     ),
     (
