@@ -73,6 +73,7 @@ OTHER_PAGES = {
     "objectives_learn": "which objectives and algorithms learn on the demo's task",
     "td_study": "whether a token's TD foretells the outcome",
     "fig6_smoke": "the five online updates of Figure 6",
+    "reproduce_smoke": "all tables of the paper at the smallest scale, which is no reproduction",
     "trl_updates": "updates beside TRL's own",
     "rollout_and_label": "rollouts and labels: counts, times, agreement",
     "label_truths": "how often labels are right",

@@ -557,7 +557,10 @@ def manifest(
 ) -> dict[str, Any]:
     """What is needed to repeat a run; `command` is this process's unless given."""
     if command is None:
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        program = Path(sys.argv[0])
+        module = program.name == "__main__.py"
+        name = ["python", "-m", program.parent.name] if module else [program.name]
+        command = shlex.join([*name, *sys.argv[1:]])
     return {
         "command": command,
         "commit": _git_commit(),

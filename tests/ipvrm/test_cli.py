@@ -291,6 +291,14 @@ def test_manifest_names_versions_and_command():
     assert name and instructions.startswith(("AVX", "DEFAULT", "NO AVX", "SVE", "Z", "VSX"))
 
 
+@pytest.mark.parametrize(
+    ("program", "command"), [("/a/bin/ipvrm", "ipvrm env"), ("/a/ipvrm/__main__.py", "python -m ipvrm env")]
+)
+def test_the_command_of_a_manifest_can_be_given_again(monkeypatch, program, command):
+    monkeypatch.setattr(sys, "argv", [program, "env"])
+    assert manifest()["command"] == command
+
+
 # ------------------------------------------------------------------------------------------ tiny model
 
 
