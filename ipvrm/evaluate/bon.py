@@ -387,7 +387,7 @@ def summarise(
             "problems": len(problems),
             "responses": sum(map(len, problems.values())),
             "rows": [
-                asdict(row) | {"interval": list(row.interval)}
+                asdict(row) | {"interval": list(row.interval) if row.num_problems > 1 else [None, None]}
                 for row in rows
                 if votes or row.method != "majority_vote"
             ],
@@ -442,8 +442,8 @@ def _print(results: dict[str, Any]) -> None:
             table.add_column(f"N = {n}", justify="right", no_wrap=True)
         cells: dict[str, dict[int, str]] = {}
         for row in found["rows"]:
-            low, high = (100 * end for end in row["interval"])
-            shown = f" ({low:.1f}-{high:.1f})" if row["num_problems"] > 1 else " (one problem)"
+            low, high = row["interval"]
+            shown = " (one problem)" if low is None else f" ({100 * low:.1f}-{100 * high:.1f})"
             cells.setdefault(row["method"], {})[row["n"]] = f"{100 * row['accuracy']:.1f}{shown}"
         for method, of_n in cells.items():
             table.add_row(method.replace("_", " "), *(of_n.get(n, "-") for n in sizes))

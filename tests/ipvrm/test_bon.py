@@ -118,7 +118,8 @@ def test_a_response_without_text_is_one_of_its_problem(config, capsys):
 
 def test_one_problem_has_no_interval(config, capsys):
     write_jsonl(Path(config.data), read_jsonl(config.data)[:4])
-    evaluate(replace(config, n=(4,)))
+    found = evaluate(replace(config, n=(4,)))["sources"][""]["rows"]
+    assert {tuple(row["interval"]) for row in found} == {(None, None)}
     shown = capsys.readouterr().out
     assert "100.0 (one problem)" in shown and "(100.0-100.0)" not in shown
 
