@@ -490,6 +490,47 @@ def of_what_learns():
     yield f"Q-RM at beta {q_rm['beta']:g} and margin {q_rm['margin']:g}"
 
 
+def of_the_lengths():
+    """The guide's sentences on `when_prefix_values_help`."""
+    found = read("when_prefix_values_help/summary.json")
+    assert not found["missing"] and not found["not_learnt"]
+    cells = found["cells"]
+    assert {len(of_cell["seeds"]) for of_cell in cells.values()} == {3}
+
+    def leads(ours, rival, length):
+        entries = [cells[f"{length}-{wrong}"]["f1_lead"][f"{ours} less {rival}"] for wrong in (0, 10)]
+        return " and ".join(spread(entry, "+").replace("**", "").partition(":")[0] for entry in entries)
+
+    best = "ipvrm (best of 3)", "implicit_prm (best of 3)"
+    paper = "ipvrm (10, 5)", "implicit_prm (0.05)"
+    yield (
+        "IPVRM less Implicit PRM in first-error F1, each the best of three settings, is "
+        f"{leads(*best, '1x')} points with one token a character (right labels, a tenth of them wrong) and "
+        f"{leads(*best, '8x')} with eight; at the paper's settings {leads(*paper, '1x')}, and "
+        f"{leads(*paper, '8x')}"
+    )
+    for of_cell in cells.values():
+        picked = {name: entry["mean"] for name, entry in of_cell["best_of_n"].items()}
+        vote = picked["majority vote"]
+        trained = [n for n in picked if n not in ("endo_rm", "one sample", "majority vote", "pass@N")]
+        assert (
+            len(trained) == 12 and all(picked[name] < vote for name in trained) and picked["endo_rm"] > vote
+        )
+    yield "no trained reward model picks a right one of sixteen answers as often as majority vote does"
+    chosen = {name: of_cell["chosen"]["ipvrm (best of 3)"] for name, of_cell in cells.items()}
+    assert {*chosen["8x-0"], *chosen["8x-10"]} == {"ipvrm (400, 1)"} and "ipvrm (50, 1)" in chosen["1x-0"]
+    yield "With eight tokens the largest beta that was tried is the best on each base model"
+    for of_cell in cells.values():
+        of_f1 = of_cell["f1_over"]
+        assert all(of_f1[f"{q} less best_constant"]["interval"][0] <= 0 for q in ("q_rm (best of 3)",))
+    yield "Q-RM is nowhere above the best constant answer"
+    for of_cell in cells.values():
+        low, high = of_cell["f1_lead"][f"{best[0]} less {best[1]}"]["interval"]
+        assert low < 0 < high
+    yield "none told apart from nothing"
+    yield "in brackets 95 %"
+
+
 def of_the_presets():
     yield from test_defaults.said_of_the_presets()
 
@@ -511,7 +552,7 @@ CLAIMS = {
         of_the_accuracy,
     ),
     (README, "What the reward models can do so far"): (of_the_outcome,),
-    (GUIDE, "Policies"): (of_the_studies, of_what_learns),
+    (GUIDE, "Policies"): (of_the_studies, of_what_learns, of_the_lengths),
     (GUIDE, "Presets, and what none of them reproduces"): (of_the_presets, of_the_release),
 }
 

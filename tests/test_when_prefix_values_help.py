@@ -349,3 +349,31 @@ def test_the_lead_is_paired_by_trace():
     assert of_cell["f1_lead"][f"{ours} less {rival}"]["interval"] == [0.0, 0.0]
     wide = of_cell["f1"][rival]["interval"]
     assert wide[1] - wide[0] > 0.01
+
+
+# ------------------------------------------------------------------------------------- what is committed
+
+
+def test_the_committed_units_are_complete_and_each_took_less_than_forty_minutes():
+    summary = read_json(study.RESULTS / "summary.json")
+    assert summary["missing"] == [] and summary["not_learnt"] == []
+    for unit in study.UNITS:
+        found = read_json(study.RESULTS / "units" / f"{unit.name}.json")
+        assert 0 < sum(found["stage_seconds"].values()) < 2400, unit.name
+        assert found["model"] == unit.model and found["manifest"]["commit"]
+    assert len([*(study.RESULTS / "units").iterdir()]) == len(study.UNITS)
+
+
+def test_the_committed_summary_is_of_the_committed_units():
+    """Means by base model, without the resampling."""
+    summary = read_json(study.RESULTS / "summary.json")
+    files = {unit: read_json(study.RESULTS / "units" / f"{unit.name}.json") for unit in study.UNITS}
+    runs = report.by_base_model(files)
+    assert len(runs) == len(study.SEEDS)
+    for cell in study.CELLS:
+        of_cell = summary["cells"][cell.name]
+        for name in report.SHOWN:
+            f1 = [report.f1_statistic(name, TRAINING_FORMAT.name)(run["units"][cell], None) for run in runs]
+            assert of_cell["f1"][name]["by_model"] == pytest.approx(f1)
+            picked = [report.best_of_statistic(name)(run["units"][cell], None) for run in runs]
+            assert of_cell["best_of_n"][name]["by_model"] == pytest.approx(picked)

@@ -333,7 +333,7 @@ def draw(path: Path, summary: Mapping[str, Any]) -> None:
             for edge in ("top", "right", "left"):
                 axes.spines[edge].set_visible(False)
             axes.tick_params(length=0, labelsize=8.5, labelcolor=INK)
-    panels[1][-1].legend(fontsize=8, frameon=False, loc="upper right")
+    panels[1][-1].legend(fontsize=8, edgecolor="none", framealpha=1, loc="upper right")
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
