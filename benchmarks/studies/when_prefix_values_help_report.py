@@ -194,37 +194,35 @@ def side(entry: Mapping[str, Any]) -> int:
     return int(low > 0) - int(high < 0)
 
 
+def by_side(cells: Mapping[str, Any], leads: str, lead: str) -> dict[int, list[str]]:
+    """{`side` of a lead: the cells in which it is so}."""
+    found: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    for name, of_cell in cells.items():
+        found[side(of_cell[leads][lead])].append(name)
+    return found
+
+
 def paragraph(summary: Mapping[str, Any]) -> str:
     """What the numbers show, in words: nothing here is known before them."""
-    in_cells, sentences, words = (
-        summary["cells"],
-        [],
-        {1: "above 0", -1: "below 0", 0: "not told apart from 0"},
-    )
-    for what, rivals in NEEDS_NO_MODEL.items():
-        for rival in rivals:
-            listed: dict[int, list[str]] = {way: [] for way in words}
-            for name in OF_TEXT:
-                ways = [
-                    side(of_cell[f"{what}_over"][f"{name} less {rival}"]) for of_cell in in_cells.values()
-                ]
-                for way in sorted(set(ways)):
-                    at = [cell for cell, its in zip(in_cells, ways, strict=True) if its == way]
-                    everywhere = len(at) == len(in_cells)
-                    listed[way].append(name if everywhere else f"{name} (at {', '.join(at)})")
-            above, below, neither = (", ".join(listed[way]) or "none" for way in (1, -1, 0))
-            sentences.append(
-                f"In {MEASURES[what]} against {rival}, which needs no reward model: above it {above}; "
-                f"below it {below}; not told apart {neither}."
-            )
+    cells, sentences = summary["cells"], []
+    words = {1: "above 0", -1: "below 0", 0: "not told apart from 0"}
+    for what, rival in ((what, rival) for what, rivals in NEEDS_NO_MODEL.items() for rival in rivals):
+        listed: dict[int, list[str]] = {way: [] for way in words}
+        for name in OF_TEXT:
+            for way, at in by_side(cells, f"{what}_over", f"{name} less {rival}").items():
+                if at:
+                    listed[way].append(name if len(at) == len(cells) else f"{name} (at {', '.join(at)})")
+        above, below, neither = (", ".join(listed[way]) or "none" for way in words)
+        sentences.append(
+            f"In {MEASURES[what]} against {rival}, which needs no reward model: above it {above}; "
+            f"below it {below}; not told apart {neither}."
+        )
     for what, measure in MEASURES.items():
         leads = []
-        for ours, rival in LEADS:
-            found: dict[int, list[str]] = {way: [] for way in words}
-            for name, of_cell in in_cells.items():
-                found[side(of_cell[f"{what}_lead"][f"{ours} less {rival}"])].append(name)
-            shown = (f"{words[way]} at {', '.join(cells)}" for way, cells in found.items() if cells)
-            leads.append(f"{ours} less {rival} is {', '.join(shown)}")
+        for lead in (f"{ours} less {rival}" for ours, rival in LEADS):
+            found = by_side(cells, f"{what}_lead", lead)
+            shown = (f"{words[way]} at {', '.join(at)}" for way, at in found.items() if at)
+            leads.append(f"{lead} is {', '.join(shown)}")
         sentences.append(f"In {measure}, {'; '.join(leads)}.")
     moved = {
         f"{lead} in {MEASURES[what]}, from {name}": entry

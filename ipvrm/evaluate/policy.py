@@ -184,7 +184,7 @@ def _evaluate(config: PolicyEvalConfig, progress: bool) -> dict[str, Any]:
 def _judged(rollouts: str, labelled: str) -> tuple[dict[str, dict[int, Judged]], dict[str, Counter[str]]]:
     """By source, the problems and what became of the responses."""
     labels = {r["row"]: r["label"] for *_, r in records(labelled, ("row", "label"))}  # row: of the rollouts
-    columns = ("row", "data_source", "truncated", "response")
+    columns = ("row", "data_source", "truncated")
     found: dict[str, dict[int, Judged]] = {}
     counts: dict[str, Counter[str]] = {}
     for _, _, number, record in records(rollouts, columns):
